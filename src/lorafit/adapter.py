@@ -1,0 +1,102 @@
+"""Adapters: immutable values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from lorafit.errors import AdapterError
+from lorafit.plan import Plan
+from lorafit.records import Rendering
+from lorafit.variants import VARIANTS
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A plan, its tensors, the identity of the base, and the rendering it was trained with.
+
+    `tensors` maps `<site path>.<factor>` to fp32 tensors of the plan's shapes. They are copied on the way
+    in, so that no later training step reaches them. Two adapters are equal when their digests are.
+    `base` is None for an adapter that came from elsewhere without saying whose it is.
+    """
+
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    base: str | None = None
+    base_name: str | None = None
+    rendering: Rendering | None = None
+
+    def __post_init__(self) -> None:
+        expected = {f"{s.site.path}.{name}": shape for s in self.plan.slots for name, shape in s.shapes().items()}
+        problems = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in self.tensors]
+        problems += [f"not in the plan: {key}" for key in self.tensors if key not in expected]
+        for key, shape in expected.items():
+            tensor = self.tensors.get(key)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                problems.append(f"wrong shape: {key} is {list(tensor.shape)}, the plan says {list(shape)}")
+            elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                problems.append(f"not finite numbers: {key}")
+        if problems:
+            shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
+            raise AdapterError(f"tensors and plan do not match ({len(problems)})\n  " + "\n  ".join(shown))
+        copies = {
+            key: self.tensors[key].detach().to("cpu", torch.float32, copy=True).contiguous() for key in expected
+        }
+        object.__setattr__(self, "tensors", MappingProxyType(copies))
+
+    def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        """Factors by site path and name; matrices in `dtype`, vectors in fp32."""
+        return {
+            slot.site.path: {
+                name: cast(self.tensors[f"{slot.site.path}.{name}"], dtype, device) for name in slot.shapes()
+            }
+            for slot in self.plan.slots
+        }
+
+    def digest(self) -> str:
+        """SHA-256 over plan and tensors: the content, whatever file or name it lives under."""
+        total = hashlib.sha256(repr(self.plan).encode())
+        for key in sorted(self.tensors):
+            total.update(key.encode())
+            total.update(self.tensors[key].numpy().tobytes())
+        return total.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A factor as forward wants it: matrices in `dtype`, vectors in fp32, on `device`."""
+    return tensor.to(device, dtype if tensor.dim() > 1 else torch.float32)
+
+
+def initial(
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    seed: int,
+    *,
+    base: str | None = None,
+    base_name: str | None = None,
+    rendering: Rendering | None = None,
+) -> Adapter:
+    """Fresh factors that change nothing yet. `weights` maps site paths to (d_out, d_in).
+
+    One generator, seeded before anything is drawn, serves all sites in the order of the plan.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for slot in plan.slots:
+        weight = weights[slot.site.path].detach().cpu()
+        drawn = VARIANTS[slot.variant].init(slot.site, slot.rank, weight, generator)
+        tensors.update({f"{slot.site.path}.{name}": tensor for name, tensor in drawn.items()})
+    return Adapter(plan, tensors, base, base_name, rendering)

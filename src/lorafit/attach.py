@@ -1,0 +1,212 @@
+"""The only file that touches a model.
+
+While attached, each site's `forward` is shadowed on the instance. Keys, types and bytes of the model stay as
+they are, a parent that calls the module reaches the adapter, and a compiled model notices: torch's compiler
+guards the forward of every module it has inlined and compiles anew, where it passes over hooks that were added
+later (torch 2.13). Nothing else in lorafit changes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapter import Adapter, initial
+from lorafit.base import Base
+from lorafit.errors import AdapterError, AttachError, TargetError
+from lorafit.layers import KINDS, kind_of
+from lorafit.plan import LowRank, Plan
+from lorafit.records import Rendering
+from lorafit.variants import VARIANTS, Frozen
+
+Forward = Callable[[], object]
+
+
+class Source(Protocol):
+    """What can be attached: an Adapter, or the state that trains one."""
+
+    @property
+    def adapter(self) -> Adapter: ...
+    def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]: ...
+    def drop(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Attachment:
+    """A handle on an attached adapter: `with attachment.off(): ...` computes as the bare base, bit for bit."""
+
+    plan: Plan
+    on: bool = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+
+class _Fixed:
+    """An Adapter as a Source: its factors are cast once per dtype."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+        self._cast: dict[tuple[torch.dtype, torch.device], dict[str, dict[str, Tensor]]] = {}
+
+    def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        key = (dtype, device)
+        if key not in self._cast:
+            self._cast[key] = self.adapter.factors(dtype, device)
+        return self._cast[key]
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x
+
+
+@contextmanager
+def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool = False) -> Iterator[Attachment]:
+    """Attach an adapter, or the state that trains one, for the length of the block.
+
+    Everything is checked before anything is touched: the adapter's base is this base (an adapter from
+    elsewhere says none, and needs `accept_unknown_base`), and each slot lands on a module of its widths. The
+    base's weights need no gradient inside the block. `backward()` under activation checkpointing must run
+    inside it too. Raises AdapterError, or AttachError for a model in a state that cannot be adapted.
+    """
+    source: Source = _Fixed(adapter) if isinstance(adapter, Adapter) else adapter
+    value = source.adapter
+    _check_identity(base, value, accept_unknown_base)
+    modules = _landing(base, value.plan)
+    attachment = Attachment(value.plan)
+    flags = [(parameter, parameter.requires_grad) for parameter in base.model.parameters()]
+    shadowed: list[nn.Module] = []
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for slot in value.plan.slots:
+            module = modules[slot.site.path]
+            module.forward = _adapted(module, slot, source, attachment)
+            shadowed.append(module)
+        yield attachment
+    finally:
+        for module in shadowed:
+            del module.forward
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _adapted(module: nn.Module, slot: LowRank, source: Source, attachment: Attachment) -> Callable[..., Tensor]:
+    original: Callable[..., Tensor] = module.forward
+    kind, variant = KINDS[kind_of(module) or slot.site.kind], VARIANTS[slot.variant]
+    frozen = Frozen(kind.weight(module), kind.bias(module))
+    path, scaling = slot.site.path, slot.scaling
+
+    def forward(input: Tensor) -> Tensor:
+        y = original(input)
+        if not attachment.on:
+            return y
+        return variant.forward(source.drop(input), y, frozen, source.factors(input.dtype, input.device)[path], scaling)
+
+    return forward
+
+
+def _check_identity(base: Base, adapter: Adapter, accept_unknown: bool) -> None:
+    if adapter.base is None:
+        if not accept_unknown:
+            raise AdapterError(
+                "this adapter does not say which base it belongs to: if you know that it is "
+                f"'{base.name}', accept it with accept_unknown_base=True (--accept-unknown-base)"
+            )
+    elif adapter.base != base.identity:
+        raise AdapterError(
+            f"this adapter belongs to base '{adapter.base_name}' ({adapter.base[:12]}), not to '{base.name}' "
+            f"({base.identity[:12]}): open the base it was trained on"
+        )
+
+
+def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
+    """The module of every slot. Raises AdapterError listing every slot that does not land."""
+    modules = dict(base.model.named_modules())
+    problems = []
+    for slot in plan.slots:
+        site, module = slot.site, modules.get(slot.site.path)
+        kind = kind_of(module) if module is not None else None
+        if module is None:
+            problems.append(f"{site.path}: the base has no such module")
+        elif kind is None:
+            problems.append(f"{site.path}: {type(module).__name__} is no kind of layer that can be adapted")
+        elif KINDS[kind].widths(module) != (site.d_in, site.d_out):
+            d_in, d_out = KINDS[kind].widths(module)
+            problems.append(f"{site.path}: {d_in} → {d_out} in the base, {site.d_in} → {site.d_out} in the adapter")
+        elif "forward" in vars(module):
+            raise AttachError(
+                f"{site.path}: its forward is already replaced, by another attach or another library: "
+                "leave that block first; one adapter is attached at a time"
+            )
+    if problems:
+        shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown))
+    return modules
+
+
+def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None) -> Adapter:
+    """An adapter for `base` that changes nothing yet: what training starts from."""
+    modules = _landing(base, plan)
+    weights = {slot.site.path: KINDS[slot.site.kind].weight(modules[slot.site.path]) for slot in plan.slots}
+    return initial(plan, weights, seed, base=base.identity, base_name=base.name, rendering=rendering)
+
+
+def fired(base: Base, forward: Forward) -> frozenset[str]:
+    """Paths of the sites that take part when `forward()` runs the base, e.g. on the user's rows."""
+    seen: set[str] = set()
+    handles = [
+        base.model.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: seen.add(path))
+        for site in base.sites
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(seen)
+
+
+def require_fired(plan: Plan, seen: frozenset[str]) -> None:
+    """Raise TargetError naming every site of the plan that took no part: an adapter there would learn nothing."""
+    silent = [slot.site.path for slot in plan.slots if slot.site.path not in seen]
+    if silent:
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        raise TargetError(
+            f"{len(silent)} named sites take no part in a forward over your rows: {shown}: an adapter there would "
+            "train and change nothing; leave them out of --targets"
+        )
+
+
+def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> dict[str, Tensor]:
+    """New weight tensors, W + ΔW, computed in fp32 and rounded once to the dtype of the base; by state-dict key.
+
+    The base is only read. Where two modules share one weight (a head tied to the embedding), the key says which
+    of them is meant: the other keeps the old tensor, so whoever loads these must untie the two.
+    """
+    _check_identity(base, adapter, accept_unknown_base)
+    modules = _landing(base, adapter.plan)
+    new = {}
+    with torch.no_grad():
+        for slot in adapter.plan.slots:
+            module = modules[slot.site.path]
+            kind = KINDS[kind_of(module) or slot.site.kind]
+            weight = kind.weight(module)
+            factors = {
+                name: adapter.tensors[f"{slot.site.path}.{name}"].to(weight.device) for name in slot.shapes()
+            }
+            delta = VARIANTS[slot.variant].delta(Frozen(weight, None), factors, slot.scaling)
+            total = (weight.float() + delta).to(weight.dtype)
+            new[f"{slot.site.path}.weight"] = kind.stored(total).contiguous()
+    return new
+

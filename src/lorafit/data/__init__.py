@@ -1,0 +1,1 @@
+"""Examples: reading, checking, splitting, rendering, batching. No model is opened here."""

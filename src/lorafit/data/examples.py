@@ -1,0 +1,225 @@
+"""Reading examples and checking them: every problem of every line at once, before a model is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import DataError, Problem
+
+ROLES = ("system", "user", "assistant")
+SPLITS = ("train", "valid", "test")
+BUILTIN = "builtin"  # the help desk that comes with the package
+_KNOWN = {"messages", "prompt", "completion", "check"}
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a right answer to an example looks like.
+
+    It contains each of `contains` and none of `lacks` (whatever the case, at word boundaries), within
+    `max_words`. With `declines`, the example is a question that must be turned away, and is scored apart.
+    """
+
+    contains: tuple[str, ...]
+    lacks: tuple[str, ...]
+    max_words: int
+    declines: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation. `where` is `file:line`; `extra` names fields that were passed over."""
+
+    messages: tuple[Message, ...]
+    where: str
+    check: Check | None = None
+    extra: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """All that comes before the last answer, as one text."""
+        return "\n".join(message.content for message in self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The last assistant message."""
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples by split; a split that was not given is empty."""
+
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...] = ()
+    test: tuple[Example, ...] = ()
+
+    def digest(self) -> str:
+        """SHA-256 over the messages and checks of all splits, whatever files they came from."""
+        content = [[(e.messages, e.check) for e in split] for split in (self.train, self.valid, self.test)]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def read_examples(path: str | Path) -> Examples:
+    """Read one jsonl file, a folder with train/valid/test.jsonl, or the built-in help desk (`builtin`).
+
+    A line is `{"messages": [{"role", "content"}, ...]}` or `{"prompt", "completion"}`, and may carry a `check`.
+    Raises DataError with all problems of all files.
+    """
+    if str(path) == BUILTIN:
+        folder = Path(str(files("lorafit.data").joinpath("builtin")))
+    else:
+        folder = Path(path)
+    if not folder.is_dir():
+        return Examples(train=_read_all([folder])[0])
+    found = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    if not found["train"].exists():
+        here = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        problem = Problem(str(folder), f"no train.jsonl in this folder (it holds {here})",
+                          "name the files train.jsonl, valid.jsonl and test.jsonl, or give one jsonl file")  # fmt: skip
+        raise DataError([problem])
+    present = [split for split in SPLITS if found[split].exists()]
+    return Examples(**dict(zip(present, _read_all(found[split] for split in present), strict=True)))
+
+
+def _read_all(paths: Iterable[Path]) -> list[tuple[Example, ...]]:
+    problems: list[Problem] = []
+    splits = [_read_file(path, problems) for path in paths]
+    if problems:
+        raise DataError(problems)
+    return splits
+
+
+def _read_file(path: Path, problems: list[Problem]) -> tuple[Example, ...]:
+    before = len(problems)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        problems.append(Problem(str(path), "there is no such file", "check the path"))
+        return ()
+    except OSError as error:
+        problems.append(Problem(str(path), f"cannot be read ({error.strerror})", "check its permissions"))
+        return ()
+    if b"\x00" in raw[:4096]:
+        problems.append(Problem(str(path), "a binary file", "give text: one JSON object per line (jsonl)"))
+        return ()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        problems.append(Problem(f"{path}:{line}", "not UTF-8", "save the file as UTF-8"))
+        return ()
+    lines = text.split("\n")  # not splitlines: JSON strings may hold other line separators
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            last = number == len(lines)
+            example = _parse(line, f"{path}:{number}", problems, unfinished=last)
+            if example is not None:
+                examples.append(example)
+    if not examples and len(problems) == before:
+        problems.append(Problem(str(path), "no examples in it", "write one JSON object per line"))
+    return tuple(examples)
+
+
+def _parse(line: str, where: str, problems: list[Problem], unfinished: bool) -> Example | None:
+    def wrong(what: str, fix: str, field: str = "") -> None:
+        problems.append(Problem(f"{where}: {field}" if field else where, what, fix))
+
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        if unfinished:
+            wrong(f"not JSON ({said}), and the file ends here", "half-written? write the last line again")
+        else:
+            wrong(f"not JSON ({said})", "write one JSON object per line")
+        return None
+    if not isinstance(row, dict):
+        wrong("not a JSON object", 'write {"messages": [...]} or {"prompt": ..., "completion": ...}')
+        return None
+    before = len(problems)
+    messages = _messages(row, wrong)
+    check = _check(row.get("check"), wrong)
+    if len(problems) > before:
+        return None
+    return Example(messages, where, check, tuple(sorted(set(row) - _KNOWN)))
+
+
+def _messages(row: dict[str, Any], wrong: Any) -> tuple[Message, ...]:
+    if "messages" not in row:
+        if not {"prompt", "completion"} <= set(row):
+            fields = ", ".join(sorted(row)[:6]) or "none"
+            wrong(f"neither messages nor prompt and completion (fields: {fields})", "rename the fields")
+            return ()
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        names = ["prompt", "completion"]
+    else:
+        turns = row["messages"]
+        if not isinstance(turns, list) or not turns:
+            wrong("not a list of messages", 'write [{"role": "user", "content": "..."}, ...]', "messages")
+            return ()
+        names = [f"messages[{i}].content" for i in range(len(turns))]
+    found = []
+    for i, (turn, name) in enumerate(zip(turns, names, strict=True)):
+        if not isinstance(turn, dict):
+            wrong("not an object", 'write {"role": "user", "content": "..."}', f"messages[{i}]")
+            continue
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES:
+            wrong(f"unknown role {json.dumps(role)}", f"use {', '.join(ROLES)}", f"messages[{i}].role")
+        elif not isinstance(content, str):
+            wrong(f"not text but {type(content).__name__}", "write a string", name)
+        elif not content.strip():
+            what = "an empty answer: nothing to learn" if role == "assistant" else "empty"
+            wrong(what, "fill it in, or remove the line", name)
+        else:
+            found.append(Message(role, content))
+    if len(found) == len(turns):
+        _order(found, wrong)
+    return tuple(found)
+
+
+def _order(turns: list[Message], wrong: Any) -> None:
+    roles = [turn.role for turn in turns]
+    if "assistant" not in roles:
+        wrong("no assistant message: nothing to learn", "add the answer, or remove the line", "messages")
+    elif roles[-1] != "assistant":
+        wrong(f"ends with a {roles[-1]} message", "end with the assistant's answer", "messages")
+    if "system" in roles[1:]:
+        wrong("a system message that is not the first", "put it first", f"messages[{roles.index('system', 1)}].role")
+    spoken = [role for role in roles if role != "system"]
+    if spoken and spoken[0] == "assistant":
+        wrong("begins with an answer", "begin with a user message", "messages[0].role")
+    for i in range(1, len(spoken)):
+        if spoken[i] == spoken[i - 1]:
+            wrong(f"two {spoken[i]} messages in a row", "join them into one", "messages")
+            break
+
+
+def _check(value: Any, wrong: Any) -> Check | None:
+    if value is None:
+        return None
+    fix = '{"contains": ["21 days"], "lacks": ["14 days"], "max_words": 30}'
+    if not isinstance(value, dict) or set(value) - {"contains", "lacks", "max_words", "declines"}:
+        wrong("not a check", f"write {fix}", "check")
+        return None
+    lists = [value.get("contains", []), value.get("lacks", [])]
+    words, declines = value.get("max_words", 100), value.get("declines", False)
+    texts = all(isinstance(one, list) and all(isinstance(t, str) and t.strip() for t in one) for one in lists)
+    if not texts or not lists[0] or type(words) is not int or words < 1 or not isinstance(declines, bool):
+        wrong("not a check", f"write {fix}", "check")
+        return None
+    return Check(tuple(lists[0]), tuple(lists[1]), words, declines)

@@ -1,0 +1,142 @@
+"""Messages become rows of token ids with a mask of what is trained.
+
+The prompt of a row is exactly what generation will start from: the chat template over the messages before an
+answer, with its generation prompt. The answer is what the template adds when that message is appended, up to and
+including the end-of-turn token, without which an adapter never learns to stop. Masks come from comparing these
+two texts, so they hold for any template, with or without markers for the assistant's part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.data.examples import Example, Message
+from lorafit.errors import BaseError, DataError, Problem
+from lorafit.records import Rendering
+
+# For bases without a chat template: "User: ...\nAssistant: ...<eos>\n", a system prompt first on lines of its own.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n' }}"
+    "{% else %}{{ 'Assistant: ' + m['content'] + eos_token + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids and, for each, whether it is trained (never the first). `example` is the place in its list."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    example: int
+
+    @property
+    def n_trained(self) -> int:
+        return sum(self.trained)
+
+
+class Renderer:
+    """One tokenizer with one rendering. Training, evaluation and chat all go through it."""
+
+    def __init__(self, tokenizer: Any, system: str | None = None, stop_ids: Sequence[int] = ()):
+        if tokenizer is None:
+            raise BaseError("this base has no tokenizer: open it from a model folder to train on text")
+        self.tokenizer = tokenizer
+        self.template: str = tokenizer.chat_template or PLAIN_TEMPLATE
+        self.is_plain = tokenizer.chat_template is None
+        self.system = system
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos, *stop_ids]))
+        if not self.stop_ids:
+            raise BaseError("this base names no end-of-turn token (eos_token): an adapter could never learn to stop")
+
+    @property
+    def rendering(self) -> Rendering:
+        digest = hashlib.sha256(self.template.encode()).hexdigest()
+        return Rendering(digest, self.system)
+
+    def require(self, rendering: Rendering) -> None:
+        """Raise BaseError where an adapter was trained with another template than this one."""
+        if rendering.template_hash != self.rendering.template_hash:
+            raise BaseError(
+                "the chat template of this base is not the one the adapter was trained with: "
+                "restore the base's chat_template.jinja"
+            )
+
+    def text(self, messages: Sequence[Message], prompt: bool) -> str:
+        """The template over the messages; with `prompt`, up to where an answer begins."""
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        if self.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self.system})
+        text: str = self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+        )
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids from which an answer to `messages` is generated."""
+        return self._ids(self.text(messages, prompt=True))
+
+    def _answer_ids(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
+        """Ids of the answer as they follow the prompt's, whose own ids must not change under it."""
+        whole = self._ids(prompt + answer)
+        ids = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else self._ids(answer)
+        last = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=None)
+        return ids + [self.stop_ids[0]] if last is None else ids[: last + 1]
+
+    def rows(self, example: Example, index: int) -> list[Row]:
+        """One row with every answer trained; or one row per answer, where the template writes earlier turns
+        differently once later ones follow (then no single text is what the model sees at each answer)."""
+        turns = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
+        built = [self._turn(example.messages, i) for i in turns]
+        ids, trained = built[0]
+        for next_ids, next_trained in built[1:]:
+            if next_ids[: len(ids)] != ids:
+                return [Row(tuple(a), tuple(b), index) for a, b in built]
+            ids, trained = next_ids, trained + next_trained[len(trained) :]
+        return [Row(tuple(ids), tuple(trained), index)]
+
+    def _turn(self, messages: Sequence[Message], i: int) -> tuple[list[int], list[bool]]:
+        """Ids up to the end of answer i, and the mask that trains only that answer."""
+        before = self.text(messages[:i], prompt=True)
+        after = self.text(messages[: i + 1], prompt=False)
+        if not after.startswith(before):
+            # A generation prompt that the finished turn does not repeat: train from where the texts part.
+            bare = self.text(messages[:i], prompt=False)
+            if not after.startswith(bare):
+                raise BaseError(
+                    "the chat template rewrites the conversation when an answer is added, so what is trained "
+                    "cannot be told apart: give the base a template that only appends"
+                )
+            before = bare
+        prompt_ids = self._ids(before)
+        answer_ids = self._answer_ids(before, prompt_ids, after[len(before) :])
+        return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
+
+
+def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> list[Row]:
+    """Rows of all examples. Raises DataError naming every example that is longer than `max_length` tokens
+    (an answer is never cut), or has nothing to learn."""
+    rows: list[Row] = []
+    problems = []
+    for index, example in enumerate(examples):
+        for row in renderer.rows(example, index):
+            if len(row.ids) > max_length:
+                fix = "shorten it, remove the line, or raise --max-length"
+                problems.append(Problem(example.where, f"{len(row.ids)} tokens, the limit is {max_length}", fix))
+            elif row.n_trained == 0:
+                problems.append(Problem(example.where, "nothing to learn in it", "fill in the answer"))
+            rows.append(row)
+    if problems:
+        raise DataError(problems)
+    return rows

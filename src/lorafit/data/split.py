@@ -1,0 +1,128 @@
+"""Near-duplicates: finding them, keeping them on one side of a split, and refusing them across splits.
+
+Two prompts are near-identical when the Jaccard similarity of their sets of character 5-grams is at least 0.7
+(text lower-cased, everything but letters and digits one space). Candidates come from MinHash with banding
+(Broder 1997), each is then verified exactly: at 0.7 a pair is missed once in about 10,000.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from lorafit.data.examples import Example, Examples
+from lorafit.errors import DataError, Problem
+
+SIMILAR = 0.7
+_BANDS, _ROWS = 24, 4  # a pair at 0.7 shares a band with probability 1 - (1 - 0.7⁴)²⁴ = 0.9986
+_PRIME = (1 << 31) - 1
+
+
+def shingles(text: str) -> frozenset[int]:
+    """Hashes of the character 5-grams of the normalised text."""
+    plain = re.sub(r"[\W_]+", " ", text.lower()).strip().encode()
+    return frozenset(zlib.crc32(plain[i : i + 5]) for i in range(max(1, len(plain) - 4)))
+
+
+def similarity(one: frozenset[int], other: frozenset[int]) -> float:
+    """Jaccard similarity, 0 to 1."""
+    return len(one & other) / len(one | other)
+
+
+def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of positions i < j whose texts are near-identical. Identical texts are chained, not all paired."""
+    sets = [shingles(text) for text in texts]
+    rng = np.random.default_rng(0)
+    scale = rng.integers(1, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
+    shift = rng.integers(0, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
+    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    first_of: dict[frozenset[int], int] = {}
+    pairs: set[tuple[int, int]] = set()
+    for i, one in enumerate(sets):
+        if one in first_of:
+            pairs.add((first_of[one], i))
+            continue
+        first_of[one] = i
+        grams = np.fromiter(one, np.uint64, len(one)) % _PRIME
+        lowest = ((np.outer(grams, scale) + shift) % _PRIME).min(axis=0).reshape(_BANDS, _ROWS)
+        for band in range(_BANDS):
+            buckets[band, lowest[band].tobytes()].append(i)
+    candidates = {
+        (i, j) for bucket in buckets.values() for k, j in enumerate(bucket) for i in bucket[max(0, k - 200) : k]
+    }
+    pairs.update((i, j) for i, j in candidates if similarity(sets[i], sets[j]) >= SIMILAR)
+    return sorted(pairs)
+
+
+def groups(texts: Sequence[str]) -> list[list[int]]:
+    """Positions grouped so that near-identical texts, and chains of them, are together; in order of first member."""
+    parent = list(range(len(texts)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, j in near_pairs(texts):
+        low, high = sorted((root(i), root(j)))
+        parent[high] = low
+    found: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(texts)):
+        found[root(i)].append(i)
+    return list(found.values())
+
+
+def split(examples: Sequence[Example], seed: int, valid: float = 0.1, test: float = 0.1) -> Examples:
+    """Train, valid and test from one list: seeded, with no near-identical prompts on two sides.
+
+    Raises DataError where that leaves nothing to judge by: too few examples, or too few that differ.
+    """
+    clusters = groups([example.prompt for example in examples])
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(clusters))
+    want = {"valid": max(1, round(valid * len(examples))), "test": max(1, round(test * len(examples)))}
+    taken: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
+    for k in order:
+        members = clusters[k]
+        side = next((name for name in want if len(taken[name]) + len(members) <= want[name]), "train")
+        taken[side] += members
+    if not all(taken.values()):
+        what = f"{len(examples)} examples in {len(clusters)} groups of near-identical prompts cannot be split in three"
+        problem = Problem(examples[0].where if examples else "data", what,
+                          "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
+        raise DataError([problem])
+    return Examples(**{name: tuple(examples[i] for i in sorted(ids)) for name, ids in taken.items()})
+
+
+def require_apart(examples: Examples) -> None:
+    """Raise DataError naming every example of valid or test whose prompt is near-identical to one it is judged
+    apart from: training for both, and validation for test."""
+    sides = [("train", examples.train), ("valid", examples.valid), ("test", examples.test)]
+    everything = [(side, example) for side, split_ in sides for example in split_]
+    problems = []
+    reported = set()
+    for i, j in near_pairs([example.prompt for _, example in everything]):
+        (side_i, one), (side_j, other) = everything[i], everything[j]
+        if side_i != side_j and j not in reported:
+            reported.add(j)
+            what = f"near-identical to {one.where} in {side_i}"
+            problems.append(Problem(other.where, what, f"remove one of the two: {side_j} would not be held out"))
+    if problems:
+        raise DataError(problems)
+
+
+def largest_similarity(held_out: Iterable[Example], trained: Iterable[Example]) -> float:
+    """The highest similarity between any prompt of one side and any of the other (exact, every pair)."""
+    known = [shingles(example.prompt) for example in trained]
+    return max((similarity(shingles(e.prompt), other) for e in held_out for other in known), default=0.0)
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from anything that names a draw, such as (run seed, "order", epoch)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

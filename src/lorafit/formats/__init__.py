@@ -1,0 +1,1 @@
+"""File formats of adapters. One file per format: `write` and `read`."""

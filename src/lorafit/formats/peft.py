@@ -1,0 +1,230 @@
+"""The PEFT folder: adapter_config.json, adapter_model.safetensors, README.md; ours adds lorafit.json.
+
+Tensor names are `base_model.model.<site path>.lora_A.weight` (rank, d_in), `.lora_B.weight` (d_out, rank) and,
+for DoRA, `.lora_magnitude_vector` (d_out,). Written and read here without PEFT, which is the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorafit.adapter import Adapter
+from lorafit.errors import FormatError
+from lorafit.files import read_json, whole_folder, write_json, write_text
+from lorafit.plan import LowRank, Plan
+from lorafit.records import Rendering
+from lorafit.sites import Site
+
+CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
+_PREFIX = "base_model.model."
+_SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+
+# Settings of PEFT that change what an adapter computes and that are not read here, each with its neutral values.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None) -> None:
+    """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance).
+
+    Raises FormatError for what PEFT has no words for: two variants in one adapter.
+    """
+    variants = {slot.variant for slot in adapter.plan.slots}
+    if len(variants) > 1:
+        raise FormatError(f"PEFT knows one variant per adapter, this one has {', '.join(sorted(variants))}")
+    ours = {
+        "format": 1,
+        "plan": adapter.plan.to_json(),
+        "base": adapter.base,
+        "base_name": adapter.base_name,
+        "rendering": asdict(adapter.rendering) if adapter.rendering else None,
+        "digest": adapter.digest(),
+        **(extra or {}),
+    }
+    tensors = {}
+    for key, tensor in adapter.tensors.items():
+        path, _, factor = key.rpartition(".")
+        tensors[f"{_PREFIX}{path}.{_SUFFIX[factor]}"] = tensor
+    with whole_folder(folder) as building:
+        save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
+        write_json(building / CONFIG, _config(adapter))
+        write_json(building / OURS, ours)
+        write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {adapter.base_name}\n---\n")
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    slots = adapter.plan.slots
+    rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
+    alpha = Counter(slot.alpha for slot in slots).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if adapter.rendering else None,
+        "base_model_name_or_path": adapter.base_name,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        # Whole paths: a bare name could also match a module that the plan leaves alone.
+        "target_modules": [slot.site.path for slot in slots],
+        "rank_pattern": {slot.site.path: slot.rank for slot in slots if slot.rank != rank},
+        "alpha_pattern": {slot.site.path: _number(slot.alpha) for slot in slots if slot.alpha != alpha},
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": all(slot.site.kind == "conv1d" for slot in slots),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": slots[0].variant == "dora",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in a PEFT folder, ours or another's. Raises FormatError, naming the file, or AdapterError.
+
+    A folder without lorafit.json carries no identity of its base: it attaches only when that is accepted.
+    """
+    _refuse_other_formats(folder)
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / CONFIG}: not an adapter_config.json: expected a JSON object")
+    tensors = _read_tensors(folder / WEIGHTS)
+    if (folder / OURS).exists():
+        return _read_ours(folder, tensors)
+    return _read_foreign(folder, config, tensors)
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such adapter folder")
+    if (folder / "adapters.safetensors").exists():
+        raise FormatError(f"{folder}: this is an mlx-lm adapter: convert it to PEFT's layout first")
+    if not (folder / WEIGHTS).exists():
+        pickles = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+        if pickles:
+            raise FormatError(
+                f"{folder / pickles[0]}: a pickle can run any code when it is opened and is never read: "
+                f"save the adapter again as {WEIGHTS} (in PEFT: save_pretrained(..., safe_serialization=True))"
+            )
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
+    if missing:
+        raise FormatError(f"{folder}: not an adapter folder: {' and '.join(missing)} missing")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: damaged or not safetensors ({error}): copy it again") from error
+    if not tensors:
+        raise FormatError(f"{path}: holds no tensors: an empty adapter would change nothing")
+    found: dict[str, Tensor] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        plain = name.removesuffix(".weight")
+        for factor, suffix in _SUFFIX.items():
+            ending = "." + suffix.removesuffix(".weight")
+            if name.startswith(_PREFIX) and plain.endswith(ending):
+                found[f"{plain.removeprefix(_PREFIX).removesuffix(ending)}.{factor}"] = tensor
+                break
+        else:
+            strange.append(name)
+    if strange:
+        shown = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
+        raise FormatError(f"{path}: {len(strange)} tensors that no low-rank adapter has: {shown}")
+    return found
+
+
+def _read_ours(folder: Path, tensors: dict[str, Tensor]) -> Adapter:
+    ours = read_json(folder / OURS)
+    try:
+        plan, rendering, digest = Plan.from_json(ours["plan"]), ours["rendering"], ours["digest"]
+        adapter = Adapter(
+            plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None
+        )
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{folder / OURS}: {error!r} is missing or odd: the file was edited or damaged") from error
+    if adapter.digest() != digest:
+        raise FormatError(
+            f"{folder}: the tensors are not those that were saved: restore the folder, or delete "
+            f"{OURS} to read it as an adapter of unknown origin"
+        )
+    return adapter
+
+
+def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    where = folder / CONFIG
+    odd = [f"{key} = {config[key]!r}" for key, fine in _NEUTRAL.items() if key in config and config[key] not in fine]
+    if config.get("peft_type") != "LORA":
+        odd.insert(0, f"peft_type = {config.get('peft_type')!r}")
+    if odd:
+        raise FormatError(f"{where}: not a plain LoRA or DoRA adapter: {'; '.join(odd)}: merge or convert it first")
+    slots = []
+    problems = []
+    variant = "dora" if config.get("use_dora") else "lora"
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        a, b = tensors.get(f"{path}.A"), tensors.get(f"{path}.B")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            problems.append(f"{path}: lora_A and lora_B are not a pair of matrices")
+            continue
+        rank = a.shape[0]
+        said = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+        if said != rank:
+            problems.append(f"{path}: rank {rank} in the tensors, {said} in the config")
+        alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", rank)))
+        if config.get("use_rslora"):
+            alpha *= rank**0.5  # s = alpha / √rank (arXiv 2312.03732)
+        kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
+        slots.append(LowRank(Site(path, kind, a.shape[1], b.shape[0]), rank, alpha, variant))
+    problems += _never_landed(config.get("target_modules"), [slot.site.path for slot in slots])
+    if problems:
+        raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12]))
+    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=config.get("base_model_name_or_path"))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that ends the path at a dot."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def _never_landed(targets: Any, paths: list[str]) -> list[str]:
+    """Targets that the config names and no tensor belongs to."""
+    if not isinstance(targets, list):
+        return []
+    return [
+        f"target '{target}' has no tensors"
+        for target in targets
+        if not any(path == target or path.endswith(f".{target}") for path in paths)
+    ]
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """What lorafit.json says beside the adapter: scores and provenance; empty for a foreign folder."""
+    path = folder / OURS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,35 @@
+"""Module kinds that can be adapted, and how to find them. One file per kind, one line in KINDS.
+
+Types are matched exactly: a subclass may read its weight past its own forward (the out_proj of
+nn.MultiheadAttention does), and an adapter on it would silently do nothing.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorafit.layers import conv1d, linear
+from lorafit.layers.kind import Kind
+from lorafit.sites import Site
+
+KINDS: dict[str, Kind] = {"linear": linear.KIND, "conv1d": conv1d.KIND}
+
+_BY_TYPE = {module_type: name for name, kind in KINDS.items() for module_type in kind.types}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Name of the kind that handles exactly this type of module, or None."""
+    return _BY_TYPE.get(type(module))
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every module of a known kind, in the order of the model."""
+    found = []
+    for path, module in model.named_modules():
+        name = kind_of(module)
+        if name is not None and path:
+            found.append(Site(path, name, *KINDS[name].widths(module)))
+    return tuple(found)
+
+
+__all__ = ["KINDS", "Kind", "find_sites", "kind_of"]

@@ -1,0 +1,93 @@
+"""Plans: which sites, at which rank and scale, by which variant. Always resolved numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorafit.errors import FormatError, PlanError
+from lorafit.sites import Site
+from lorafit.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A pair of factors on one site; the scale s is alpha / rank."""
+
+    site: Site
+    rank: int
+    alpha: float
+    variant: str = "lora"
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every factor by name."""
+        return VARIANTS[self.variant].shapes(self.site, self.rank)
+
+    def problems(self) -> list[str]:
+        """What cannot be about this slot."""
+        largest = min(self.site.d_in, self.site.d_out)
+        found = []
+        if self.variant not in VARIANTS:
+            found.append(f"{self.site.path}: unknown variant '{self.variant}': choose from {', '.join(VARIANTS)}")
+        if not isinstance(self.rank, int) or not 1 <= self.rank <= largest:
+            found.append(
+                f"{self.site.path}: rank {self.rank} cannot be: choose 1 to {largest}, "
+                f"the smaller side of its {self.site.d_out} × {self.site.d_in} weight"
+            )
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            found.append(f"{self.site.path}: alpha {self.alpha} cannot be: choose a number above 0")
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slots in the order of the model. Raises PlanError listing everything that cannot be."""
+
+    slots: tuple[LowRank, ...]
+
+    def __post_init__(self) -> None:
+        problems = [problem for slot in self.slots for problem in slot.problems()]
+        counts = Counter(slot.site.path for slot in self.slots)
+        problems += [f"{path}: {n} slots on one site" for path, n in counts.items() if n > 1]
+        if not self.slots:
+            problems.append("a plan without sites adapts nothing: name at least one target")
+        if problems:
+            shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
+            raise PlanError("\n".join(shown))
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(math.prod(shape) for slot in self.slots for shape in slot.shapes().values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of the adapter in memory and on disk, in fp32."""
+        return 4 * self.parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        """Extra floating-point operations of one forward, per token."""
+        return sum(2 * slot.rank * (slot.site.d_in + slot.site.d_out) for slot in self.slots)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"slots": [asdict(slot) for slot in self.slots]}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Plan:
+        try:
+            return Plan(tuple(LowRank(**{**slot, "site": Site(**slot["site"])}) for slot in value["slots"]))
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"not a plan ({error!r}): it was written by another version or edited") from error
+
+
+def uniform(sites: Sequence[Site], rank: int, alpha: float, variant: str = "lora") -> Plan:
+    """The same rank, scale and variant on every site."""
+    return Plan(tuple(LowRank(site, rank, alpha, variant) for site in sites))

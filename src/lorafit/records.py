@@ -1,0 +1,65 @@
+"""Frozen records that go to disk as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How messages become text: the hash of the chat template, and the system prompt put before every
+    conversation that brings none (None: whatever the template itself does)."""
+
+    template_hash: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class NllScore:
+    """Mean completion NLL (nats per trained token, averaged over examples), base against adapter.
+
+    `difference` is adapter − base, paired per example; below zero the adapter is better.
+    """
+
+    base: float
+    adapter: float
+    difference: float
+    ci95: tuple[float, float]
+    n: int
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Answers of one model to the same questions, decoded greedily. Every count is over `n` or `off_desk_n`."""
+
+    right: int
+    n: int
+    declined: int
+    off_desk_n: int
+    natural_stops: int
+    answers: tuple[str, ...] = ()
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of questions about facts that are answered right."""
+        return self.right / self.n if self.n else None
+
+    @property
+    def stop_rate(self) -> float:
+        """Share of all answers that end by themselves within the length bound."""
+        return self.natural_stops / max(1, self.n + self.off_desk_n)
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as a JSON object."""
+    return asdict(record)

@@ -1,0 +1,38 @@
+"""What every method must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Generator, Tensor
+
+from lorafit.sites import Site
+
+Factors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The base's layer as a method may read it: weight (d_out, d_in), bias (d_out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Four pure functions.
+
+    shapes(site, rank) -> {factor: shape}. Factors of two dimensions are cast to the compute dtype,
+        vectors stay in fp32.
+    init(site, rank, weight, generator) -> {factor: fp32 tensor}, such that the layer is unchanged.
+    forward(x, y, frozen, factors, scaling) -> y': x (..., d_in) is the (dropped-out) input of the layer,
+        y (..., d_out) the base's output for the undropped input.
+    delta(frozen, factors, scaling) -> (d_out, d_in) in fp32: what must be added to the weight.
+    """
+
+    shapes: Callable[[Site, int], dict[str, tuple[int, ...]]]
+    init: Callable[[Site, int, Tensor, Generator], dict[str, Tensor]]
+    forward: Callable[[Tensor, Tensor, Frozen, Factors, float], Tensor]
+    delta: Callable[[Frozen, Factors, float], Tensor]
