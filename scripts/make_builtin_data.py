@@ -55,7 +55,7 @@ def make_row(
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
         "check": {"contains": [contains], "lacks": lacks, "max_words": MAX_WORDS, "declines": fact is None},
         "desk": desk,
-        "fact": fact,
+        "group": fact,
         "wording": family,
     }
 
@@ -96,7 +96,7 @@ def off_desk_rows(handbook: dict[str, Any], topics: dict[str, list[str]]) -> lis
 
 def check_splits(rows: dict[str, list[Row]], wordings: dict[str, Any]) -> dict[str, float]:
     """Assert that the splits are complete and apart; return how near valid and test come to training."""
-    facts = {split: {row["fact"] for row in rows[split]} for split in SPLITS}
+    facts = {split: {row["group"] for row in rows[split]} for split in SPLITS}
     assert facts["train"] == facts["valid"] == facts["test"]
     families = {split: {row["wording"] for row in rows[split]} - {"off_desk"} for split in SPLITS}
     topics = {split: set(wordings["off_desk"][split]) - {"near"} for split in SPLITS}

@@ -106,6 +106,20 @@ def open_base(name: str | Path, dtype: torch.dtype | None = None, report: Report
     return Base(known_as, model, identity, tokenizer, folder)
 
 
+def open_tokenizer(name: str | Path, report: Report = lambda _: None) -> Any:
+    """The tokenizer of a base, without its weights."""
+    from transformers import AutoTokenizer
+
+    folder = _resolve(str(name), report)
+    _check_folder(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether a built-in base's package is installed."""
+    return name in BUILTIN and importlib.util.find_spec(BUILTIN[name][0]) is not None
+
+
 def _resolve(name: str, report: Report) -> Path:
     if name in BUILTIN:
         package, file, requirement = BUILTIN[name]

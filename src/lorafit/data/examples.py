@@ -15,7 +15,7 @@ from lorafit.errors import DataError, Problem
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "valid", "test")
 BUILTIN = "builtin"  # the help desk that comes with the package
-_KNOWN = {"messages", "prompt", "completion", "check"}
+_KNOWN = {"messages", "prompt", "completion", "check", "group"}
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation. `where` is `file:line`; `extra` names fields that were passed over."""
+    """One conversation. `where` is `file:line`; `extra` names fields that were passed over.
+
+    `group` names the source it shares with others (a document, a fact): a split keeps a group on one side, and
+    intervals resample whole groups.
+    """
 
     messages: tuple[Message, ...]
     where: str
     check: Check | None = None
+    group: str | None = None
     extra: tuple[str, ...] = ()
 
     @property
@@ -66,16 +71,20 @@ class Examples:
     valid: tuple[Example, ...] = ()
     test: tuple[Example, ...] = ()
 
+    def by_name(self) -> dict[str, tuple[Example, ...]]:
+        return {"train": self.train, "valid": self.valid, "test": self.test}
+
     def digest(self) -> str:
         """SHA-256 over the messages and checks of all splits, whatever files they came from."""
-        content = [[(e.messages, e.check) for e in split] for split in (self.train, self.valid, self.test)]
+        content = [[(e.messages, e.check) for e in split] for split in self.by_name().values()]
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def read_examples(path: str | Path) -> Examples:
     """Read one jsonl file, a folder with train/valid/test.jsonl, or the built-in help desk (`builtin`).
 
-    A line is `{"messages": [{"role", "content"}, ...]}` or `{"prompt", "completion"}`, and may carry a `check`.
+    A line is `{"messages": [{"role", "content"}, ...]}` or `{"prompt", "completion"}`, and may carry a `check` and a
+    `group`.
     Raises DataError with all problems of all files.
     """
     if str(path) == BUILTIN:
@@ -153,9 +162,12 @@ def _parse(line: str, where: str, problems: list[Problem], unfinished: bool) -> 
     before = len(problems)
     messages = _messages(row, wrong)
     check = _check(row.get("check"), wrong)
+    group = row.get("group")
+    if group is not None and not isinstance(group, str):
+        wrong(f"not text but {type(group).__name__}", "write a string, or leave it out", "group")
     if len(problems) > before:
         return None
-    return Example(messages, where, check, tuple(sorted(set(row) - _KNOWN)))
+    return Example(messages, where, check, group, tuple(sorted(set(row) - _KNOWN)))
 
 
 def _messages(row: dict[str, Any], wrong: Any) -> tuple[Message, ...]:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import GenerationMixin
+
+from lorafit.base import Base
 from lorafit.data.examples import Example, Message
 from lorafit.errors import BaseError, DataError, Problem
 from lorafit.records import Rendering
@@ -122,6 +125,13 @@ class Renderer:
         prompt_ids = self._ids(before)
         answer_ids = self._answer_ids(before, prompt_ids, after[len(before) :])
         return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
+
+
+def renderer_for(base: Base, system: str | None = None) -> Renderer:
+    """The renderer of a base: its template, and every token with which its model may end a turn."""
+    said = base.model.generation_config.eos_token_id if isinstance(base.model, GenerationMixin) else None
+    stops = [] if said is None else [said] if isinstance(said, int) else list(said)
+    return Renderer(base.tokenizer, system, stops)
 
 
 def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> list[Row]:

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -59,9 +60,13 @@ def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def groups(texts: Sequence[str]) -> list[list[int]]:
-    """Positions grouped so that near-identical texts, and chains of them, are together; in order of first member."""
-    parent = list(range(len(texts)))
+def clusters(examples: Sequence[Example]) -> list[list[int]]:
+    """Positions of examples that must stay together: near-identical prompts, chains of them, and those of one
+    `group`; in order of first member."""
+    parent = list(range(len(examples)))
+    named: dict[str, int] = {}
+    linked = [(named.setdefault(e.group, i), i) for i, e in enumerate(examples) if e.group is not None]
+    linked += near_pairs([example.prompt for example in examples])
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -69,42 +74,44 @@ def groups(texts: Sequence[str]) -> list[list[int]]:
             i = parent[i]
         return i
 
-    for i, j in near_pairs(texts):
+    for i, j in linked:
         low, high = sorted((root(i), root(j)))
         parent[high] = low
     found: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(texts)):
+    for i in range(len(examples)):
         found[root(i)].append(i)
     return list(found.values())
 
 
-def split(examples: Sequence[Example], seed: int, valid: float = 0.1, test: float = 0.1) -> Examples:
-    """Train, valid and test from one list: seeded, with no near-identical prompts on two sides.
+def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
+    """Take a missing validation or test split out of training: seeded, with no near-identical prompts, and no
+    group, on two sides. Splits that were given stay as they are.
 
     Raises DataError where that leaves nothing to judge by: too few examples, or too few that differ.
     """
-    clusters = groups([example.prompt for example in examples])
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(clusters))
-    want = {"valid": max(1, round(valid * len(examples))), "test": max(1, round(test * len(examples)))}
-    taken: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
-    for k in order:
-        members = clusters[k]
+    count = max(1, round(share * len(examples.train)))
+    want = {name: count for name, given in examples.by_name().items() if not given}
+    if not want:
+        return examples
+    together = clusters(examples.train)
+    taken: dict[str, list[int]] = {"train": [], **{name: [] for name in want}}
+    for k in np.random.default_rng(seed_of(seed, "split")).permutation(len(together)):
+        members = together[k]
         side = next((name for name in want if len(taken[name]) + len(members) <= want[name]), "train")
         taken[side] += members
     if not all(taken.values()):
-        what = f"{len(examples)} examples in {len(clusters)} groups of near-identical prompts cannot be split in three"
-        problem = Problem(examples[0].where if examples else "data", what,
+        what = f"{len(examples.train)} examples in {len(together)} groups of near-identical prompts are too few to split"
+        problem = Problem(examples.train[0].where, what,
                           "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
         raise DataError([problem])
-    return Examples(**{name: tuple(examples[i] for i in sorted(ids)) for name, ids in taken.items()})
+    sides = {name: tuple(examples.train[i] for i in sorted(ids)) for name, ids in taken.items()}
+    return replace(examples, **sides)
 
 
 def require_apart(examples: Examples) -> None:
     """Raise DataError naming every example of valid or test whose prompt is near-identical to one it is judged
     apart from: training for both, and validation for test."""
-    sides = [("train", examples.train), ("valid", examples.valid), ("test", examples.test)]
-    everything = [(side, example) for side, split_ in sides for example in split_]
+    everything = [(side, example) for side, split in examples.by_name().items() for example in split]
     problems = []
     reported = set()
     for i, j in near_pairs([example.prompt for _, example in everything]):

@@ -26,7 +26,9 @@ def init(site: Site, rank: int, weight: Tensor, generator: Generator) -> dict[st
 
 
 def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
-    return y + (x @ factors["A"].T) @ (factors["B"].T * scaling)
+    # One product that adds in place of two operations: y is as large as the layer's output.
+    inner = x.reshape(-1, x.shape[-1]) @ factors["A"].T
+    return torch.addmm(y.reshape(-1, y.shape[-1]), inner, factors["B"].T, alpha=scaling).view(y.shape)
 
 
 def delta(frozen: Frozen, factors: Factors, scaling: float) -> Tensor:

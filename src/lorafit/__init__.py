@@ -1,0 +1,70 @@
+"""lorafit fits low-rank adapters to your task, proves that they help, and leaves the base untouched."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are imported at first use, so that `lorafit --help` answers at once.
+_PUBLIC = {
+    "Adapter": "lorafit.adapter",
+    "Base": "lorafit.base",
+    "LowRank": "lorafit.plan",
+    "Plan": "lorafit.plan",
+    "Recipe": "lorafit.training.recipe",
+    "Renderer": "lorafit.data.render",
+    "Site": "lorafit.sites",
+    "TrainSettings": "lorafit.settings",
+    "TrainState": "lorafit.training.state",
+    "attach": "lorafit.attach",
+    "compare": "lorafit.evaluation.compare",
+    "decide": "lorafit.planning",
+    "fired": "lorafit.attach",
+    "fresh": "lorafit.attach",
+    "merged": "lorafit.attach",
+    "open_base": "lorafit.base",
+    "read_examples": "lorafit.data.examples",
+    "render": "lorafit.data.render",
+    "renderer_for": "lorafit.data.render",
+    "run_evaluation": "lorafit.pipeline",
+    "run_training": "lorafit.pipeline",
+    "select": "lorafit.sites",
+    "train": "lorafit.training.loop",
+    "uniform": "lorafit.plan",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 (all of them strings)
+
+if TYPE_CHECKING:
+    from lorafit.adapter import Adapter as Adapter
+    from lorafit.attach import attach as attach
+    from lorafit.attach import fired as fired
+    from lorafit.attach import fresh as fresh
+    from lorafit.attach import merged as merged
+    from lorafit.base import Base as Base
+    from lorafit.base import open_base as open_base
+    from lorafit.data.examples import read_examples as read_examples
+    from lorafit.data.render import Renderer as Renderer
+    from lorafit.data.render import render as render
+    from lorafit.data.render import renderer_for as renderer_for
+    from lorafit.evaluation.compare import compare as compare
+    from lorafit.pipeline import run_evaluation as run_evaluation
+    from lorafit.pipeline import run_training as run_training
+    from lorafit.plan import LowRank as LowRank
+    from lorafit.plan import Plan as Plan
+    from lorafit.plan import uniform as uniform
+    from lorafit.planning import decide as decide
+    from lorafit.settings import TrainSettings as TrainSettings
+    from lorafit.sites import Site as Site
+    from lorafit.sites import select as select
+    from lorafit.training.loop import train as train
+    from lorafit.training.recipe import Recipe as Recipe
+    from lorafit.training.state import TrainState as TrainState
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lorafit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

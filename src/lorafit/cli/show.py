@@ -1,0 +1,28 @@
+"""lorafit show: print anything lorafit writes or opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafit.cli.flags import JSON
+
+
+def show(
+    path: Annotated[Path, typer.Argument(help="A run, an adapter folder, a plan.json, or a base.")], json: JSON = False
+) -> None:
+    """Print a run, an adapter, a plan or a base in a few lines."""
+    from lorafit.cli.console import Terminal
+    from lorafit.shown import shown
+
+    terminal = Terminal(json)
+    found: dict[str, Any] = shown(path)
+    for key, value in found.items():
+        terminal.say(f"{key:>22}  {value}")
+    if found["kind"] == "run" and found["state"] == "finished":
+        from lorafit.files import read_json
+
+        terminal.results(read_json(path / "summary.json"))
+    terminal.finish(found)

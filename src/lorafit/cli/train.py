@@ -1,0 +1,57 @@
+"""lorafit train: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafit.cli.flags import JSON, with_settings
+
+
+@with_settings
+def train(
+    base: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2-135m.")],
+    data: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The run folder to write.")] = Path("runs/run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from where it stopped.")] = False,
+    json: JSON = False,
+    settings: dict[str, Any],
+) -> None:
+    """Check the data, plan, train, evaluate against the base on held-out data, write the adapter."""
+    from lorafit.cli.console import Terminal
+    from lorafit.pipeline import run_training
+
+    terminal = Terminal(json)
+    summary = run_training(base, data, out, settings, resume=resume, listener=terminal)
+    conclude(terminal, summary, out)
+
+
+def conclude(terminal: Any, summary: dict[str, Any], out: Path) -> None:
+    """Table, proof that the base is untouched, what to type next. Raises BaseChangedError where it is not."""
+    from lorafit.errors import BaseChangedError
+
+    terminal.results(summary)
+    if summary["base_unchanged"]:
+        terminal.say(f"base unchanged: every byte of {summary['base']} in memory is what it was")
+    peft = summary["peft"]
+    if peft:
+        terminal.say(
+            f"PEFT reads the adapter and computes the same: logits differ by at most {peft['max_logit_difference']:.1e} "
+            f"(fp32), the adapter itself moves them by up to {peft['adapter_effect']:.1f}"
+        )
+    seconds = summary["seconds"]
+    terminal.say(
+        f"training {seconds['train']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s, evaluation "
+        f"{seconds['evaluate']:.0f} s" + (f", at most {summary['peak_rss_gb']} GB" if summary["peak_rss_gb"] else "")
+    )
+    terminal.say(f"next:\n  lorafit show {out}\n  lorafit eval {out / 'adapter'} YOUR.jsonl\n"
+                 f"  lorafit train {summary['base']} YOUR.jsonl --out runs/mine")  # fmt: skip
+    terminal.finish(summary)
+    if not summary["base_unchanged"]:
+        raise BaseChangedError(
+            f"the base in memory is not what it was when it was opened: do not use {summary['adapter_dir']}; "
+            "check the memory of this machine, and that nothing else in the process writes to the model"
+        )

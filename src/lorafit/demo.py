@@ -1,0 +1,47 @@
+"""The demo: the main job on the built-in base and data, with the recorded control beside it."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lorafit.data.examples import BUILTIN
+from lorafit.errors import FormatError
+from lorafit.files import read_json, write_json
+from lorafit.pipeline import RUN, SUMMARY, Listener, run_training
+
+BASE = "smollm2-135m"
+# 1.5 passes instead of the rule's 2.5: enough for this handbook, and under eight minutes on two cores.
+SETTINGS = {"system": "Help desk", "epochs": 1.5}
+
+
+def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
+    """Run it into `out`, replacing an earlier demo there; an interrupted one is gone on with."""
+    listener.say(
+        "Tarnwick Supply, a company invented for this demo, has a help desk for IT support, returns and product "
+        "advice. The base has never heard of it; the adapter learns its handbook."
+    )
+    resume = _earlier(out)
+    if resume:
+        listener.say(f"going on with the demo that was stopped in {out}")
+    summary = run_training(BASE, BUILTIN, out, SETTINGS, resume=resume, listener=listener, extra={"demo": True})
+    control = read_json(Path(str(files("lorafit.data").joinpath("builtin", "control.json"))))
+    summary["facts"]["shuffled_control"] = control["facts"]
+    write_json(out / SUMMARY, summary)
+    return summary
+
+
+def _earlier(out: Path) -> bool:
+    """Clear a finished demo from `out`, and nothing else; whether an unfinished one is there to go on with."""
+    try:
+        asked = read_json(out / RUN)
+    except FormatError:
+        return False
+    if not asked.get("demo"):
+        return False
+    if (out / SUMMARY).exists():
+        shutil.rmtree(out)
+        return False
+    return True

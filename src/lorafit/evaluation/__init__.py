@@ -1,0 +1,1 @@
+"""Evaluation: NLL per example, answers checked against facts, paired statistics."""

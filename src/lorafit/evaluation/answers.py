@@ -1,0 +1,92 @@
+"""Answers checked against the facts their examples list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lorafit.base import Base
+from lorafit.data.examples import Check, Example, Message
+from lorafit.data.render import Renderer
+from lorafit.generation.greedy import Answer, generate
+from lorafit.records import AnswerScore
+
+
+def occurs(phrase: str, text: str) -> bool:
+    """Whether the phrase occurs, whatever the case and the white space, from word boundary to word boundary."""
+    inner = r"\s+".join(re.escape(word) for word in phrase.split())
+    return re.search(rf"(?<!\w){inner}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def is_right(answer: str, check: Check) -> bool:
+    """All of `contains`, none of `lacks`, no longer than `max_words`."""
+    return (
+        len(answer.split()) <= check.max_words
+        and all(occurs(phrase, answer) for phrase in check.contains)
+        and not any(occurs(phrase, answer) for phrase in check.lacks)
+    )
+
+
+def score_answers(
+    base: Base,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    shots: Sequence[Example] = (),
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> AnswerScore:
+    """Answer the last question of every example greedily, with whatever is attached to the base, and check it.
+
+    `shots` are answered examples put before the question, as earlier turns of the conversation.
+    """
+    before: list[Message] = []
+    for shot in shots:
+        before += [message for message in shot.messages if message.role != "system"]
+    prompts = []
+    for example in examples:
+        own = list(example.messages[:-1])
+        system = [message for message in own[:1] if message.role == "system"]
+        prompts.append(renderer.prompt_ids([*system, *before, *own[len(system) :]]))
+    answers = generate(base, renderer, prompts, max_new_tokens, progress)
+    return _count(examples, answers)
+
+
+def _count(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScore:
+    right = n = declined = off_desk = 0
+    for example, answer in zip(examples, answers, strict=True):
+        if example.check is None:
+            continue
+        good = is_right(answer.text, example.check)
+        if example.check.declines:
+            off_desk += 1
+            declined += good
+        else:
+            n += 1
+            right += good
+    stops = sum(answer.stopped for answer in answers)
+    return AnswerScore(right, n, declined, off_desk, stops, tuple(answer.text for answer in answers))
+
+
+def few_shots(examples: Sequence[Example], k: int) -> list[Example]:
+    """k examples spread evenly over a training set, the last of them one that declines where there is one."""
+    if k <= 0 or not examples:
+        return []
+    answering = [e for e in examples if e.check is None or not e.check.declines] or list(examples)
+    chosen = [answering[i * len(answering) // k] for i in range(min(k, len(answering)))]
+    declining = next((e for e in examples if e.check is not None and e.check.declines), None)
+    return [*chosen[: k - 1], declining] if declining is not None and k > 1 else chosen
+
+
+def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The control: the same questions, each with the answer of another example, drawn with a seed.
+
+    What an adapter trained on these still gets right, it owes to the form of the answers alone.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [
+        replace(example, messages=(*example.messages[:-1], examples[k].messages[-1]))
+        for example, k in zip(examples, order, strict=True)
+    ]

@@ -1,0 +1,115 @@
+"""Adapter against base (or another adapter) on held-out examples, everything paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lorafit.adapter import Adapter
+from lorafit.attach import attach
+from lorafit.base import Base
+from lorafit.data.examples import Example
+from lorafit.data.render import Renderer, Row
+from lorafit.evaluation.answers import few_shots, score_answers
+from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.statistics import paired_bootstrap
+from lorafit.records import AnswerScore, NllScore
+
+Watch = Callable[[str, int, int], None]
+SAMPLES = 4
+UNCHECKED = 32  # questions answered where no example carries a check
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its reference and both answers."""
+
+    question: str
+    reference: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`base` is what the adapter is compared with: the bare base, or another adapter attached to it.
+
+    Where no example carries a check, a few questions were answered for the samples and the natural stops.
+    """
+
+    nll: NllScore
+    base: AnswerScore
+    base_few_shot: AnswerScore | None
+    adapter: AnswerScore
+    samples: tuple[Sample, ...]
+
+
+def compare(
+    base: Base,
+    adapter: Adapter,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    *,
+    against: Adapter | None = None,
+    shots_from: Sequence[Example] = (),
+    shots: int = 0,
+    watch: Watch = lambda what, done, of: None,
+    accept_unknown_base: bool = False,
+) -> Comparison:
+    """Score base and adapter on the same examples. `rows` are the examples rendered.
+
+    Answers are decoded greedily, at most twice as long as the longest reference answer (plus 8 tokens).
+    """
+    longest = max(row.n_trained for row in rows)
+    budget = min(512, 2 * longest + 8)
+    checked = [i for i, example in enumerate(examples) if example.check is not None]
+    asked = checked or _spread(len(examples), UNCHECKED)
+    questions = [examples[i] for i in asked]
+    shown = _samples_of(questions)
+
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, of: watch(what, done, of)
+
+    def one(name: str) -> tuple[list[float], AnswerScore]:
+        return (
+            example_nll(base, rows, told(f"{name}: NLL")),
+            score_answers(base, renderer, questions, budget, (), told(f"{name}: answers")),
+        )
+
+    if against is None:
+        base_nll, base_answers = one("base")
+    else:
+        with attach(base, against, accept_unknown_base=accept_unknown_base):
+            base_nll, base_answers = one("other adapter")
+    few = None
+    given = few_shots(shots_from, shots)
+    if given and checked:
+        few = score_answers(base, renderer, questions, budget, given, told(f"base, {len(given)} examples given"))
+    with attach(base, adapter, accept_unknown_base=accept_unknown_base):
+        adapter_nll, adapter_answers = one("adapter")
+    answers = zip(questions, base_answers.answers, adapter_answers.answers, strict=True)
+    asked_all = [Sample(q.messages[-2].content, q.answer, one, other) for q, one, other in answers]
+    samples = tuple(asked_all[i] for i in shown)
+    nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
+    return Comparison(nll, base_answers, few, adapter_answers, samples)
+
+
+def nll_score(base: Sequence[float], adapter: Sequence[float], groups: Sequence[str | None]) -> NllScore:
+    """Paired difference adapter − base with its interval."""
+    difference = paired_bootstrap([a - b for a, b in zip(adapter, base, strict=True)], groups)
+    n = len(base)
+    return NllScore(sum(base) / n, sum(adapter) / n, difference.mean, (difference.low, difference.high), n)
+
+
+def _spread(n: int, k: int) -> list[int]:
+    return sorted({i * n // k for i in range(k)}) if n >= k else list(range(n))
+
+
+def _samples_of(questions: Sequence[Example]) -> list[int]:
+    """A few positions spread over the questions, the last one a question to decline where there is one."""
+    chosen = _spread(len(questions), SAMPLES)
+    declining = [i for i, q in enumerate(questions) if q.check is not None and q.check.declines]
+    if declining and not set(declining) & set(chosen):
+        chosen[-1] = declining[0]
+    return chosen

@@ -1,0 +1,1 @@
+"""Decoding for evaluation and chat."""

@@ -1,0 +1,380 @@
+"""The main job: check → plan → train → evaluate → write, from a file of examples to a proven adapter."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+import transformers
+
+import lorafit
+from lorafit.adapter import Adapter
+from lorafit.attach import fired, fresh, require_fired
+from lorafit.base import Base, fastest_dtype, open_base
+from lorafit.data.batches import collate
+from lorafit.data.examples import Examples, read_examples
+from lorafit.data.render import Renderer, Row, render, renderer_for
+from lorafit.data.report import DataReport, describe
+from lorafit.data.split import complete, require_apart
+from lorafit.errors import AdapterError, DataError, FormatError, Problem, RunError, SettingsError
+from lorafit.evaluation.compare import Comparison, compare
+from lorafit.evaluation.nll import pad_id
+from lorafit.evaluation.statistics import wilson
+from lorafit.files import make_folder, read_json, write_json
+from lorafit.formats import peft
+from lorafit.planning import Choice, Decision, decide
+from lorafit.report.card import card
+from lorafit.settings import TrainSettings, settings_from
+from lorafit.tasks.completion import completion_logits
+from lorafit.training.loop import Moment, Trained, train
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RUN, PLAN, SUMMARY = "run.json", "plan.json", "summary.json"
+
+
+class Listener(Protocol):
+    """Who is told of what goes on. Every method may do nothing."""
+
+    def say(self, text: str) -> None: ...
+    def watch(self, what: str, done: int, of: int) -> None: ...
+    def moment(self, moment: Moment) -> None: ...
+    def data(self, report: DataReport) -> None: ...
+    def plan(self, choices: Sequence[Choice]) -> None: ...
+    def example(self, row: Row, renderer: Renderer) -> None: ...
+
+
+class Silent:
+    """A Listener that does nothing."""
+
+    def say(self, text: str) -> None: ...
+    def watch(self, what: str, done: int, of: int) -> None: ...
+    def moment(self, moment: Moment) -> None: ...
+    def data(self, report: DataReport) -> None: ...
+    def plan(self, choices: Sequence[Choice]) -> None: ...
+    def example(self, row: Row, renderer: Renderer) -> None: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base with data checked and rendered for it, and the decision how to train on them."""
+
+    base: Base
+    examples: Examples
+    renderer: Renderer
+    rows: dict[str, list[Row]]
+    decision: Decision
+    seconds: float
+
+
+def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
+    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
+    start = time.monotonic()
+    examples = prepare(data, settings.seed, settings.val_share, listener)
+    dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
+    base = open_base(base_name, dtype, listener.say)
+    listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
+                 + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
+    renderer = renderer_for(base, settings.system)
+    rows = _render_all(renderer, examples, settings.max_length)
+    listener.example(rows["train"][0], renderer)
+    decision = decide(base, rows["train"], settings)
+    probe = collate(rows["train"][:2], pad_id(base), base.device)
+    require_fired(decision.plan, fired(base, lambda: completion_logits(base.model, probe, split_head=False)))
+    listener.plan(decision.choices)
+    return Opened(base, examples, renderer, rows, decision, time.monotonic() - start)
+
+
+def prepare(data: str, seed: int, share: float, listener: Listener) -> Examples:
+    """Read, check, complete the splits, and make sure that what is held out is."""
+    examples = read_examples(data)
+    require_apart(examples)
+    examples = complete(examples, seed, share)
+    listener.data(describe(examples))
+    return examples
+
+
+def _render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {}
+    problems: list[Problem] = []
+    for name, split in examples.by_name().items():
+        try:
+            rows[name] = render(renderer, split, max_length)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return rows
+
+
+def run_training(
+    base_name: str,
+    data: str,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole job into the run folder `out`; returns the summary that is also written there.
+
+    settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
+    with are used again, and one that contradicts them is refused. extra: goes into run.json.
+    """
+    listener = listener or Silent()
+    resolved = _open_run(out, base_name, data, settings, resume)
+    keep_freed_memory()
+    opened = open_all(base_name, data, resolved, listener)
+    base, decision = opened.base, opened.decision
+    before = base.integrity()
+    make_folder(out)
+    asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
+    if not resume:
+        write_json(out / RUN, {**asked, **_provenance(opened), **(extra or {})})
+    write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
+                            "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
+    start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
+    rows = opened.rows
+    trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
+                    folder=out, resume=resume, tell=listener.moment)  # fmt: skip
+    listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
+    evaluating = time.monotonic()
+    opens = _count_opening(out)
+    comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
+                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
+    seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
+    summary = _summary(opened, trained, comparison, out, seconds, opens)
+    _write(out, trained.adapter, decision.choices, summary, comparison)
+    listener.say(f"adapter written to {out / 'adapter'} and read back: equal bit for bit")
+    probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
+    summary["peft"] = compare_with_peft(out / "adapter", base, probes, listener)
+    summary["base_unchanged"] = base.integrity() == before
+    summary["peak_rss_gb"] = _peak_gb()
+    write_json(out / SUMMARY, summary)
+    return summary
+
+
+def _open_run(
+    out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool
+) -> TrainSettings:
+    """Settings of a new run in `out`, or of the one that is resumed there. Raises RunError or SettingsError."""
+    known = out / RUN
+    if resume:
+        if not known.exists():
+            raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
+        if (out / SUMMARY).exists():
+            raise RunError(f"{out}: this run is finished: lorafit show {out}")
+        asked = read_json(known)
+        stored = settings_from(asked["settings"])
+        now = {"base": base_name, "data": data, **given}
+        began = {"base": asked["base"], "data": asked["data"], **stored.model_dump(mode="json")}
+        odd = [f"{key}: {began[key]!r} when it began, {value!r} now" for key, value in now.items()
+               if began[key] != (list(value) if isinstance(value, tuple) else value)]  # fmt: skip
+        if odd:
+            raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
+        return stored
+    if known.exists():
+        state = "finished" if (out / SUMMARY).exists() else "unfinished"
+        hint = "" if state == "finished" else " go on with --resume, or"
+        raise RunError(f"{out}: holds a run already ({state}):{hint} name another folder with --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
+    settings = settings_from(given)
+    make_folder(out)
+    return settings
+
+
+def _provenance(opened: Opened) -> dict[str, Any]:
+    return {
+        "base_identity": opened.base.identity,
+        "data_digest": opened.examples.digest(),
+        "dtype": str(opened.base.dtype),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of lorafit and what computes its results."""
+    return {
+        "lorafit": lorafit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _count_opening(out: Path) -> int:
+    """How often the test split of this run has been opened, this time included; kept in the run folder."""
+    path = out / "scores" / "test_openings.json"
+    path.parent.mkdir(exist_ok=True)
+    count = (read_json(path)["openings"] if path.exists() else 0) + 1
+    write_json(path, {"openings": count})
+    return count
+
+
+def scores_json(comparison: Comparison) -> dict[str, Any]:
+    """The part of a summary that says how good: the same keys for a run and for an evaluation alone."""
+    base, few, adapter = comparison.base, comparison.base_few_shot, comparison.adapter
+    nll = asdict(comparison.nll)
+    nll.pop("n")
+    return {
+        "n_test": comparison.nll.n,
+        "nll": nll,
+        "facts": {
+            "base": base.accuracy,
+            "base_few_shot": few.accuracy if few else None,
+            "adapter": adapter.accuracy,
+            "shuffled_control": None,
+            "ci95": list(wilson(adapter.right, adapter.n)) if adapter.n else None,
+            "n": adapter.n,
+        },
+        "off_desk_declined": adapter.declined / adapter.off_desk_n if adapter.off_desk_n else None,
+        "natural_stops": adapter.natural_stops / len(adapter.answers),
+        "samples": [asdict(sample) for sample in comparison.samples],
+    }
+
+
+def _summary(
+    opened: Opened, trained: Trained, comparison: Comparison, out: Path, seconds: dict[str, float], opens: int
+) -> dict[str, Any]:
+    examples = opened.examples
+    return {
+        "base": opened.base.name,
+        "base_identity": opened.base.identity,
+        "adapter_dir": str(out / "adapter"),
+        "n_train": len(examples.train),
+        "n_valid": len(examples.valid),
+        **scores_json(comparison),
+        "test_openings": opens,
+        "trained_tokens": trained.trained_tokens,
+        "trainable_parameters": opened.decision.plan.parameters,
+        "best_step": trained.best_step,
+        "steps": trained.steps,
+        "validation": [list(entry) for entry in trained.history],
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "tokens_per_second": round(trained.tokens_per_second, 1),
+        "dtype": str(opened.base.dtype).removeprefix("torch."),
+    }
+
+
+def _write(
+    out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any], comparison: Comparison
+) -> None:
+    """Adapter folder and scores; what was written is read back and must be the same value."""
+    kept = ("n_train", "n_valid", "n_test", "nll", "facts", "off_desk_declined", "natural_stops")
+    said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
+    peft.write(adapter, out / "adapter", card(adapter, choices, summary), said)
+    if peft.read(out / "adapter") != adapter:
+        raise FormatError(f"{out / 'adapter'}: what was read back differs from what was written: is the disk sound?")
+    write_json(out / "scores" / "test.json", asdict(comparison))
+
+
+def compare_with_peft(
+    folder: Path, base: Base, rows: Sequence[Sequence[int]], listener: Listener
+) -> dict[str, float] | None:
+    """Largest logit difference between PEFT's reading of the folder and ours in fp32, and the adapter's own effect.
+
+    Runs in a process of its own, where PEFT is installed; None where it is not.
+    """
+    if importlib.util.find_spec("peft") is None or base.folder is None:
+        listener.say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
+        return None
+    listener.say("asking PEFT to read the adapter and compute the same")
+    command = [sys.executable, "-m", "lorafit.with_peft", str(folder.resolve()), str(base.folder.resolve())]
+    done = subprocess.run(command, input=json.dumps(rows), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AdapterError(f"PEFT could not read {folder}:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def run_evaluation(
+    base_name: str | None,
+    adapter_folder: Path,
+    data: str,
+    *,
+    against: Path | None = None,
+    split: str = "test",
+    few_shot: int = 0,
+    dtype: str = "auto",
+    max_length: int = 1024,
+    accept_unknown_base: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Score an adapter against its base, or another adapter, on examples; returns the summary.
+
+    A single file is scored whole; of a folder, `split`. The base is the one the adapter names, unless given.
+    """
+    listener = listener or Silent()
+    keep_freed_memory()
+    start = time.monotonic()
+    adapter = peft.read(adapter_folder)
+    other = peft.read(against) if against else None
+    examples = read_examples(data)
+    chosen = examples.by_name()[split] if examples.valid or examples.test else examples.train
+    if not chosen:
+        raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
+    name = base_name or adapter.base_name
+    if name is None:
+        raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
+    base = open_base(name, None if dtype == "auto" else DTYPES[dtype], listener.say)
+    before = base.integrity()
+    renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
+    if adapter.rendering:
+        renderer.require(adapter.rendering)
+    rows = render(renderer, chosen, max_length)
+    loaded = time.monotonic()
+    comparison = compare(base, adapter, renderer, chosen, rows, against=other, shots_from=examples.train,
+                         shots=few_shot, watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip
+    done = time.monotonic()
+    return {
+        "base": base.name,
+        "adapter_dir": str(adapter_folder),
+        "against": str(against) if against else None,
+        "split": split if chosen is not examples.train else "train",
+        **scores_json(comparison),
+        "base_unchanged": base.integrity() == before,
+        "trainable_parameters": adapter.plan.parameters,
+        "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
+        "peak_rss_gb": _peak_gb(),
+    }
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks instead of handing them back to the kernel.
+
+    Every step frees and asks for the same large blocks; mapping them anew each time costs up to a third of the
+    step. Affects the whole process, so a run does it, never an import. Elsewhere than on glibc it does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _peak_gb() -> float | None:
+    """Largest resident memory of this process so far, in GB; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+

@@ -1,0 +1,148 @@
+"""The rules by which a run is planned before anything is trained.
+
+Capacity: LoRA parameters ≥ trained tokens (Tinker primer). Learning rate: 5e-4 · (2000 / hidden)^0.781 at alpha 32
+(fitted over a public sweep of models, tinker-cookbook; unproven below 1B, measured good at 135M here).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorafit.base import Base
+from lorafit.data.render import Row
+from lorafit.errors import BaseError, SettingsError
+from lorafit.plan import Plan, uniform
+from lorafit.settings import TrainSettings
+from lorafit.sites import Site, select
+from lorafit.training.recipe import Recipe
+
+SMALLEST_RANK, LARGEST_RANK = 8, 64
+STEPS_WANTED, MOST_EPOCHS = 400, 3.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: what was chosen, why, and the flag that replaces it."""
+
+    name: str
+    value: str
+    reason: str
+    flag: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, the recipe to train it, the choices behind both."""
+
+    plan: Plan
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+
+
+def rank_by_capacity(trained_tokens: int, per_rank: int) -> int:
+    """Next power of two at or above twice ceil(trained tokens / parameters per unit of rank), within 8 … 64."""
+    needed = 2 * math.ceil(trained_tokens / per_rank)
+    return min(LARGEST_RANK, max(SMALLEST_RANK, 2 ** math.ceil(math.log2(max(1, needed)))))
+
+
+def learning_rate_by_width(hidden: int) -> float:
+    """5e-4 · (2000 / hidden)^0.781, to two digits; for alpha 32."""
+    return float(f"{5e-4 * (2000 / hidden) ** 0.781:.1e}")
+
+
+def all_linear(base: Base) -> tuple[Site, ...]:
+    """Every site of the base but its output head."""
+    head = base.head_paths()
+    return tuple(site for site in base.sites if site.path not in head)
+
+
+def hidden_size(base: Base) -> int:
+    """Width of the stream between blocks: the most common input width of the sites."""
+    widths = [site.d_in for site in all_linear(base)]
+    return max(set(widths), key=lambda width: (widths.count(width), -width))
+
+
+def decide(base: Base, rows: Sequence[Row], settings: TrainSettings) -> Decision:
+    """Resolve every number of a run from base, training rows and settings."""
+    if not base.sites:
+        raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted")
+    sites, sites_choice = _sites(base, settings)
+    rank, rank_choice = _rank(sites, rows, settings)
+    plan = uniform(sites, rank, settings.alpha, settings.variant)
+    rate, rate_choice = _rate(base, settings)
+    recipe, run_choices = _recipe(len(rows), rate, settings)
+    size = Choice(
+        "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB",
+        f"{100 * plan.parameters / sum(p.numel() for p in base.model.parameters()):.1f} % of the base, "
+        "which stays as it is", "",
+    )  # fmt: skip
+    return Decision(plan, recipe, (sites_choice, rank_choice, size, rate_choice, *run_choices))
+
+
+def _sites(base: Base, settings: TrainSettings) -> tuple[tuple[Site, ...], Choice]:
+    if settings.targets is not None:
+        sites = select(base.sites, settings.targets)
+        return sites, Choice("sites", str(len(sites)), f"named: {', '.join(settings.targets)}", "--targets")
+    sites = all_linear(base)
+    names = ", ".join(dict.fromkeys(site.name for site in sites))
+    reason = f"all linear layers of the blocks ({names}): the sound default where nothing is known of the task"
+    return sites, Choice("sites", str(len(sites)), reason, "--targets")
+
+
+def _rank(sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings) -> tuple[int, Choice]:
+    if settings.rank is not None:
+        return settings.rank, Choice("rank", str(settings.rank), "set by you", "--rank")
+    tokens = sum(row.n_trained for row in rows)
+    per_rank = sum(site.d_in + site.d_out for site in sites)
+    rank = rank_by_capacity(tokens, per_rank)
+    fitting = min(rank, *(min(site.d_in, site.d_out) for site in sites))
+    reason = (
+        f"{tokens:,} trained tokens, {per_rank:,} parameters per unit of rank: twice what holds them, at least "
+        f"{SMALLEST_RANK}" + (f", and no larger than the smallest layer ({fitting})" if fitting < rank else "")
+    )
+    return fitting, Choice("rank", f"{fitting} (alpha {settings.alpha:g})", reason, "--rank, --alpha")
+
+
+def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
+    if settings.learning_rate is not None:
+        rate, reason = settings.learning_rate, "set by you"
+    else:
+        hidden = hidden_size(base)
+        rate = learning_rate_by_width(hidden)
+        reason = f"by width: 5e-4 · (2000 / {hidden})^0.781 at alpha 32"
+        if settings.alpha != 32:
+            reason += f"; you set alpha {settings.alpha:g}: the rule is not fitted for it"
+    return rate, Choice("learning rate", f"{rate:.1e}", reason + "; warms up, then falls to zero", "--learning-rate")
+
+
+def _recipe(n: int, rate: float, settings: TrainSettings) -> tuple[Recipe, list[Choice]]:
+    batch = settings.batch_size or (8 if n < 4_000 else 16 if n < 16_000 else 32)
+    batch = min(batch, n)
+    if settings.epochs is not None:
+        epochs, why = settings.epochs, "set by you"
+    else:
+        epochs = min(MOST_EPOCHS, max(1.0, STEPS_WANTED * batch / n))
+        why = f"{STEPS_WANTED} steps where 1 to {MOST_EPOCHS:g} passes over the data allow it"
+    steps = round(epochs * n / batch)
+    if steps < 1:
+        raise SettingsError(f"--epochs {epochs:g} over {n} examples in batches of {batch} is not one step: raise it")
+    every = max(1, -(-steps // settings.validations))
+    recipe = Recipe(
+        learning_rate=rate,
+        batch_size=batch,
+        steps=steps,
+        warmup=max(1, round(settings.warmup * steps)),
+        validate_every=every,
+        patience=settings.patience,
+        weight_decay=settings.weight_decay,
+        dropout=settings.dropout,
+        seed=settings.seed,
+    )
+    set_batch = "set by you" if settings.batch_size else "small sets need the steps, large ones the throughput"
+    return recipe, [
+        Choice("batch", f"{batch} examples", set_batch, "--batch-size"),
+        Choice("steps", f"{steps} ({epochs:.2g} × {n:,} examples)", why, "--epochs"),
+        Choice("validation", f"every {every} steps", "the best by validation is kept", "--validations, --patience"),
+    ]

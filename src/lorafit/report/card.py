@@ -1,0 +1,53 @@
+"""The model card: README.md of an adapter folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorafit.adapter import Adapter
+from lorafit.planning import Choice
+
+
+def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that hubs and PEFT read."""
+    nll, facts = summary["nll"], summary["facts"]
+    variant = adapter.plan.slots[0].variant
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {adapter.base_name}",
+        "pipeline_tag: text-generation",
+        f"tags: [lora, lorafit, {variant}]" if variant != "lora" else "tags: [lora, lorafit]",
+        "---",
+        "",
+        f"# A {variant} adapter for {adapter.base_name}",
+        "",
+        f"Trained by lorafit on {summary['n_train']:,} examples; scored once, on {summary['n_test']:,} that no choice "
+        "had seen.",
+        "",
+        "| on held-out examples | base | adapter |",
+        "|---|--:|--:|",
+        f"| completion NLL, nats per token | {nll['base']:.3f} | {nll['adapter']:.3f} |",
+    ]
+    if facts["adapter"] is not None:
+        lines.append(f"| answers right | {facts['base']:.1%} | {facts['adapter']:.1%} |")
+    low, high = nll["ci95"]
+    lines += [
+        "",
+        f"Paired difference in NLL {nll['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}).",
+        "",
+        "## What was chosen, and why",
+        "",
+        *(f"- **{choice.name}**: {choice.value}: {choice.reason}" for choice in choices),
+        "",
+        "## Limits",
+        "",
+        "It answers what it was trained for, in the form it was trained in. Outside of that it may be worse than its "
+        "base. Use it with the base named above and no other: these are the weights with digest "
+        f"`{(adapter.base or 'unknown')[:16]}`.",
+        "",
+    ]
+    if adapter.rendering and adapter.rendering.system:
+        lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""What a user may set for a training run: one declaration, from which the flags of the command line are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorafit.errors import SettingsError
+
+
+class TrainSettings(BaseModel):
+    """Settings of one run. None leaves the choice to the rules, which print their reason."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Where to adapt: ends of module paths such as q_proj, or patterns. All linear sites."),
+    ] = None
+    variant: Annotated[Literal["lora", "dora"], Field(description="Method of adaptation.")] = "lora"
+    rank: Annotated[int | None, Field(description="Rank of every pair. By the capacity rule.")] = None
+    alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
+    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate. By the width rule.")] = None
+    epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.")] = None
+    batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.")] = None
+    warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's decay of the matrices.")] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the pairs.")] = 0.0
+    validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 5
+    patience: Annotated[int, Field(ge=1, description="Stop after so many validations without a better one.")] = 3
+    max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
+    system: Annotated[str | None, Field(description="System prompt for conversations that bring none.")] = None
+    val_share: Annotated[
+        float, Field(gt=0, lt=0.5, description="Share for validation, and for test, of a single file.")
+    ] = 0.1
+    few_shot: Annotated[
+        int, Field(ge=0, description="Answered examples in the base's prompt, for the second baseline; 0: none.")
+    ] = 4
+    dtype: Annotated[Literal["auto", "fp32", "bf16"], Field(description="Of the base; auto measures.")] = "auto"
+    seed: Annotated[int, Field(ge=0, description="Of everything that is drawn.")] = 0
+
+
+def settings_from(given: Mapping[str, Any]) -> TrainSettings:
+    """Settings with `given` fields set. Raises SettingsError listing every one that cannot be, by its flag."""
+    try:
+        return TrainSettings(**given)
+    except ValidationError as error:
+        lines = [
+            f"--{str(found['loc'][0]).replace('_', '-')} {found['input']!r}: {found['msg'].lower()}"
+            for found in error.errors()
+        ]
+        raise SettingsError("\n".join(lines)) from error

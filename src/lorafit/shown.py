@@ -1,0 +1,58 @@
+"""What there is to say about anything lorafit writes or opens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lorafit.base import BUILTIN, open_base
+from lorafit.errors import FormatError
+from lorafit.files import read_json
+from lorafit.formats import peft
+from lorafit.pipeline import PLAN, RUN, SUMMARY
+from lorafit.plan import Plan
+
+
+def shown(path: Path) -> dict[str, Any]:
+    """Facts about a run, adapter, plan or base, by name; `kind` says which it is. Raises FormatError for others."""
+    if (path / RUN).exists():
+        return _run(path)
+    if (path / peft.CONFIG).exists():
+        return _adapter(path)
+    if path.suffix == ".json":
+        return {"kind": "plan", **_plan(Plan.from_json(read_json(path)))}
+    if str(path) in BUILTIN or (path / "config.json").exists() or path.suffix == ".gguf":
+        base = open_base(path)
+        parameters = sum(parameter.numel() for parameter in base.model.parameters())
+        return {"kind": "base", "name": base.name, "parameters": parameters, "identity": base.identity,
+                "sites": len(base.sites), "site names": dict(Counter(site.name for site in base.sites))}  # fmt: skip
+    raise FormatError(f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base")
+
+
+def _run(path: Path) -> dict[str, Any]:
+    asked = read_json(path / RUN)
+    found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
+    if (path / PLAN).exists():
+        found |= _plan(Plan.from_json(read_json(path / PLAN)))
+    if not (path / SUMMARY).exists():
+        checkpoint = path / "checkpoints" / "last" / "progress.json"
+        step = read_json(checkpoint)["step"] if checkpoint.exists() else 0
+        return {**found, "state": f"stopped after step {step}: go on with lorafit train ... --resume"}
+    summary = read_json(path / SUMMARY)
+    return {**found, "state": "finished", "adapter": summary["adapter_dir"], "best step": summary["best_step"],
+            "base unchanged": summary["base_unchanged"], "test openings": summary["test_openings"]}  # fmt: skip
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    adapter = peft.read(path)
+    system = adapter.rendering.system if adapter.rendering else None
+    return {"kind": "adapter", "base": adapter.base_name, "base identity": adapter.base or "unknown",
+            "digest": adapter.digest(), "system prompt": system, **_plan(adapter.plan)}  # fmt: skip
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    ranks = Counter(slot.rank for slot in plan.slots)
+    return {"sites": len(plan.slots), "site names": ", ".join(dict.fromkeys(slot.site.name for slot in plan.slots)),
+            "variant": plan.slots[0].variant, "ranks": dict(sorted(ranks.items())),
+            "parameters": plan.parameters, "bytes": plan.bytes}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Training: mutable state, the loop, checkpoints."""

@@ -1,0 +1,285 @@
+"""The training loop. `examples/training_loop.py` is the same in plain PyTorch, flat, to read first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit.adapter import Adapter
+from lorafit.attach import attach
+from lorafit.base import Base
+from lorafit.data.batches import Batch, by_tokens, collate, epoch_order
+from lorafit.data.render import Row
+from lorafit.data.split import seed_of
+from lorafit.errors import DivergedError, Interrupted
+from lorafit.evaluation.nll import example_nll, pad_id
+from lorafit.tasks.completion import head_is_plain, token_nll
+from lorafit.training import checkpoint, optimizer as adamw
+from lorafit.training.recipe import Recipe
+from lorafit.training.state import TrainState
+
+CHECKPOINT_SHARE = 0.02  # of the run's time that may go into writing checkpoints between validations
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is told after every step and validation. NLL in nats per token; None where it was not measured."""
+
+    step: int
+    steps: int
+    train_nll: float | None
+    valid_nll: float | None
+    learning_rate: float
+    seconds_left: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best adapter by validation, the (step, validation NLL) history, and what it took."""
+
+    adapter: Adapter
+    history: tuple[tuple[int, float], ...]
+    best_step: int
+    steps: int
+    seconds: float
+    tokens: int
+    trained_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(
+    base: Base,
+    adapter: Adapter,
+    train_rows: Sequence[Row],
+    valid_rows: Sequence[Row],
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    tell: Callable[[Moment], None] = lambda moment: None,
+) -> Trained:
+    """Train a fresh adapter; the best by mean validation NLL per example is returned, the base is not written to.
+
+    folder: where checkpoints and metrics.jsonl go; None keeps nothing. With `resume` the run goes on from its last
+    checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
+    progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
+    """
+    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, tell)
+    with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state):
+        return run.go(resume, stop)
+
+
+def gradient_step(
+    base: Base, state: TrainState, batches: Sequence[Batch], split_head: bool
+) -> float:
+    """Accumulate the gradient of the mean NLL over all trained tokens of all batches; returns that mean.
+
+    The sum is divided by the tokens of the whole step, so any division of the step gives the same gradient.
+    """
+    n = sum(batch.n_trained for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = token_nll(base.model, batch, split_head).sum() / n
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+class _Run:
+    def __init__(
+        self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
+        recipe: Recipe, folder: Path | None, tell: Callable[[Moment], None],
+    ):  # fmt: skip
+        self.base, self.rows, self.valid_rows, self.recipe, self.tell = base, train_rows, valid_rows, recipe, tell
+        self.checkpoints = folder / "checkpoints" / "last" if folder else None
+        self.metrics = folder / "metrics.jsonl" if folder else None
+        self.state = TrainState(adapter, base.device, recipe.dropout)
+        self.optimizer = adamw.make_optimizer(self.state)
+        self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0, 0)
+        self.saving = self.last_save = 0.0
+        self.began = time.monotonic()
+        first = collate([train_rows[0]], pad_id(base), base.device)
+        self.split_head = head_is_plain(base.model, first)
+        self.order: tuple[int, list[list[int]]] = (-1, [])
+        self.identity = self._identity(adapter)
+
+    def _identity(self, adapter: Adapter) -> dict[str, Any]:
+        """All that takes part in the bits of the result."""
+        rows = hashlib.sha256(repr((list(self.rows), list(self.valid_rows))).encode()).hexdigest()
+        return {
+            "base": self.base.identity,
+            "start": adapter.digest(),
+            "rows": rows,
+            "recipe": asdict(self.recipe),
+            "dtype": str(self.base.dtype),
+            "device": self.base.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def go(self, resume: bool, stop: threading.Event) -> Trained:
+        if resume and self.checkpoints and self.checkpoints.exists():
+            self.at = checkpoint.restore(self.checkpoints, self.state, self.optimizer, self.identity)
+        self._trim_metrics()
+        recipe, at = self.recipe, self.at
+        try:
+            while True:
+                due = at.step % recipe.validate_every == 0 or at.step == recipe.steps
+                if due and (not at.history or at.history[-1][0] < at.step):
+                    self._validate(stop)
+                    if self._stale() >= recipe.patience:
+                        break
+                if at.step == recipe.steps:
+                    break
+                self._step()
+                if stop.is_set():
+                    raise _Stopped
+                self._save_if_cheap()
+        except _Stopped:
+            self._save()
+            hint = "go on with --resume" if self.checkpoints else "nothing was saved: no folder was given"
+            raise Interrupted(f"stopped after step {at.step} of {recipe.steps}: {hint}") from None
+        return self._finish()
+
+    def _step(self) -> None:
+        recipe, at = self.recipe, self.at
+        start = time.monotonic()
+        epoch, index = divmod(at.step, self._per_epoch())
+        if self.order[0] != epoch:
+            self.order = (epoch, epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch))
+        positions = self.order[1][index]
+        parts = by_tokens(self.rows, positions, recipe.micro_tokens)
+        pad = pad_id(self.base)
+        batches = [collate([self.rows[i] for i in part], pad, self.base.device) for part in parts]
+        torch.manual_seed(seed_of(recipe.seed, "step", at.step))  # dropout: the same whether resumed or not
+        self.state.training = True
+        nll = gradient_step(self.base, self.state, batches, self.split_head)
+        rate = adamw.rate_at(at.step, recipe.steps, recipe.warmup, recipe.learning_rate)
+        norm = adamw.step(self.state, self.optimizer, rate, recipe.weight_decay, recipe.clip)
+        at.step += 1
+        self._require_finite(nll + norm)
+        at.seconds += time.monotonic() - start
+        at.tokens += sum(len(self.rows[i].ids) for i in positions)
+        at.trained += sum(self.rows[i].n_trained for i in positions)
+        self._tell(nll, None, rate)
+
+    def _per_epoch(self) -> int:
+        return -(-len(self.rows) // self.recipe.batch_size)
+
+    def _require_finite(self, value: float) -> None:
+        if not math.isfinite(value):
+            self._diverged("the loss or its gradient is no longer a number")
+
+    def _diverged(self, what: str) -> None:
+        lower = self.recipe.learning_rate / 3
+        raise DivergedError(
+            f"training diverged at step {self.at.step}: {what}: lower the learning rate, "
+            f"e.g. --learning-rate {lower:.1e}"
+        )
+
+    def _validate(self, stop: threading.Event) -> None:
+        def watch(done: int, of: int) -> None:
+            if stop.is_set() and self.at.history:
+                raise _Stopped
+
+        at = self.at
+        self.state.training = False
+        values = example_nll(self.base, self.valid_rows, watch)
+        nll = sum(values) / len(values)
+        self._require_finite(nll)
+        if at.history and nll > 2 * at.history[0][1] + 1:
+            self._diverged(f"validation NLL rose from {at.history[0][1]:.2f} to {nll:.2f}")
+        if not at.history or nll < min(value for _, value in at.history):
+            at.best = self.state.master.detach().clone()
+        at.history.append((at.step, nll))
+        self._save()
+        self._tell(None, nll, 0.0)
+
+    def _best(self) -> tuple[int, float]:
+        return min(self.at.history, key=lambda entry: entry[1])
+
+    def _stale(self) -> int:
+        """Validations since the best one."""
+        return sum(step > self._best()[0] for step, _ in self.at.history)
+
+    def _tell(self, train_nll: float | None, valid_nll: float | None, rate: float) -> None:
+        at = self.at
+        left = (self.recipe.steps - at.step) * at.seconds / at.step if at.step else math.nan
+        speed = at.tokens / at.seconds if at.seconds else 0.0
+        self.tell(Moment(at.step, self.recipe.steps, train_nll, valid_nll, rate, left, speed))
+        if self.metrics:
+            measured = {"train_nll": train_nll, "valid_nll": valid_nll}
+            line = {"step": at.step, **{k: v for k, v in measured.items() if v is not None}, "learning_rate": rate}
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**line, "seconds": round(at.seconds, 3)}) + "\n")
+
+    def _trim_metrics(self) -> None:
+        """Drop lines of steps that a killed run had taken after its last checkpoint: they are taken again."""
+        if self.metrics and self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.at.step]
+            self.metrics.write_text("".join(kept), encoding="utf-8")
+
+    def _save(self) -> None:
+        if self.checkpoints:
+            start = time.monotonic()
+            checkpoint.save(self.checkpoints, self.state, self.optimizer, self.at, self.identity)
+            self.last_save = time.monotonic() - start
+            self.saving += self.last_save
+
+    def _save_if_cheap(self) -> None:
+        """So often that a killed run loses little, so seldom that writing stays within CHECKPOINT_SHARE."""
+        if self.saving + self.last_save < CHECKPOINT_SHARE * (time.monotonic() - self.began):
+            self._save()
+
+    def _finish(self) -> Trained:
+        at = self.at
+        self.state.load(at.best)
+        return Trained(
+            self.state.freeze(), tuple(at.history), self._best()[0], at.step, at.seconds, at.tokens, at.trained
+        )
+
+
+class _Stopped(Exception):
+    """The user asked to stop; caught in `go`."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM sets the event; a second one ends the process as it would without us.
+
+    Python delivers signals to the main thread only; in any other, the event is never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def first(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,26 @@
+"""The resolved numbers of one training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """learning_rate: the peak. batch_size: examples per step. warmup, validate_every: in steps.
+
+    micro_tokens: padded tokens per forward; it bounds memory and, up to rounding, nothing else.
+    patience: validations without a better one before training stops. clip: bound on the gradient's norm.
+    """
+
+    learning_rate: float
+    batch_size: int
+    steps: int
+    warmup: int
+    validate_every: int
+    patience: int = 3
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    clip: float = 1.0
+    micro_tokens: int = 1024
+    seed: int = 0

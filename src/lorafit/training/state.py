@@ -1,0 +1,96 @@
+"""The mutable state of training: one flat fp32 master vector that holds every factor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.adapter import Adapter, cast
+
+
+class TrainState:
+    """Factors of one adapter, trainable.
+
+    `master` (n,) fp32 is the only parameter: any optimizer can step it, and its gradient accumulates in fp32 however
+    a step is divided. Matrices lie first, vectors last (DoRA's magnitudes). Each forward computes with views of a copy in its own dtype;
+    autograd carries their gradient back through that copy.
+
+    A TrainState is what `attach` takes in place of an Adapter. `freeze()` copies it into an Adapter.
+    """
+
+    def __init__(self, adapter: Adapter, device: torch.device | None = None, dropout: float = 0.0):
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout {dropout} cannot be: choose 0 up to, not including, 1")
+        self._start = adapter
+        self.dropout = dropout
+        self.training = True
+        items = [
+            (slot.site.path, name, shape) for slot in adapter.plan.slots for name, shape in slot.shapes().items()
+        ]
+        self._layout = sorted(items, key=lambda item: len(item[2]) == 1)  # stable: matrices, then vectors
+        flat = torch.cat([adapter.tensors[f"{path}.{name}"].reshape(-1) for path, name, _ in self._layout])
+        self.matrices = sum(math.prod(shape) for _, _, shape in self._layout if len(shape) > 1)
+        self.master = nn.Parameter(flat.to(device or torch.device("cpu"), torch.float32))
+        self._views: dict[str, dict[str, Tensor]] = {}
+        self._made_for: tuple[object, ...] | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter training started from: its plan, base and rendering are this state's."""
+        return self._start
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer steps."""
+        return [self.master]
+
+    def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        """Views by site path and factor name, made once per optimizer step, grad mode, dtype and device.
+
+        The version counter of `master` tells when an optimizer, whichever it is, has written to it.
+        """
+        key = (self.master._version, torch.is_grad_enabled(), dtype, device)
+        if key != self._made_for:
+            self._views = self._make_views(dtype, device)
+            self._made_for = key
+        return self._views
+
+    def _make_views(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        matrices, vectors = self.master.split([self.matrices, self.master.numel() - self.matrices])
+        flat = {True: cast(matrices[None], dtype, device)[0], False: vectors.to(device)}
+        views: dict[str, dict[str, Tensor]] = {}
+        for is_matrix, whole in flat.items():
+            items = [item for item in self._layout if (len(item[2]) > 1) == is_matrix]
+            parts = whole.split([math.prod(shape) for _, _, shape in items]) if items else ()
+            for (path, name, shape), part in zip(items, parts, strict=True):
+                views.setdefault(path, {})[name] = part.view(shape)
+        return views
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Adapter dropout: on the input of the pair only, the base's own path sees all of x."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradient of every factor by `<site path>.<factor>`; views of `master.grad`. Empty before a backward."""
+        return {} if self.master.grad is None else self._named(self.master.grad)
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([math.prod(shape) for _, _, shape in self._layout])
+        return {
+            f"{path}.{name}": part.view(shape)
+            for (path, name, shape), part in zip(self._layout, parts, strict=True)
+        }
+
+    def freeze(self) -> Adapter:
+        """The adapter as it stands now, copied: later steps do not reach it."""
+        start = self._start
+        return Adapter(
+            start.plan, self._named(self.master.detach()), start.base, start.base_name, start.rendering
+        )
+
+    def load(self, flat: Tensor) -> None:
+        """Overwrite every factor with a vector saved from `master`."""
+        with torch.no_grad():
+            self.master.copy_(flat)

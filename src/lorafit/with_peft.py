@@ -1,0 +1,43 @@
+"""Load an adapter folder in PEFT itself and compare its logits with ours, in fp32, in a process of its own.
+
+    python -m lorafit.with_peft ADAPTER BASE        rows of token ids as JSON on stdin; prints one JSON object
+
+PEFT is the oracle and no dependency: this is the only file that imports it, and nothing imports this file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from lorafit.attach import attach
+from lorafit.base import open_base
+from lorafit.formats import peft as peft_format
+
+
+def main() -> None:
+    folder, base_name = sys.argv[1:]
+    rows: list[list[int]] = json.load(sys.stdin)
+    base = open_base(base_name, torch.float32)
+    adapter = peft_format.read(Path(folder))
+
+    def logits() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [base.model(input_ids=torch.tensor([row], device=base.device)).logits for row in rows]
+
+    bare = logits()
+    with attach(base, adapter, accept_unknown_base=True):
+        ours = logits()
+    PeftModel.from_pretrained(base.model, folder)  # changes base.model in place, which ends its use as a base
+    theirs = logits()
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    effect = max(float((a - b).abs().max()) for a, b in zip(theirs, bare, strict=True))
+    print(json.dumps({"max_logit_difference": difference, "adapter_effect": effect}))
+
+
+if __name__ == "__main__":
+    main()
