@@ -46,9 +46,7 @@ class Adapter:
         if problems:
             shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
             raise AdapterError(f"tensors and plan do not match ({len(problems)})\n  " + "\n  ".join(shown))
-        copies = {
-            key: self.tensors[key].detach().to("cpu", torch.float32, copy=True).contiguous() for key in expected
-        }
+        copies = {key: self.tensors[key].detach().to("cpu", torch.float32, copy=True).contiguous() for key in expected}
         object.__setattr__(self, "tensors", MappingProxyType(copies))
 
     def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:

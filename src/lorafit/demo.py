@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lorafit.data.examples import BUILTIN
+from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError
 from lorafit.files import read_json, write_json
 from lorafit.pipeline import RUN, SUMMARY, Listener, run_training
@@ -27,7 +26,7 @@ def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
     if resume:
         listener.say(f"going on with the demo that was stopped in {out}")
     summary = run_training(BASE, BUILTIN, out, SETTINGS, resume=resume, listener=listener, extra={"demo": True})
-    control = read_json(Path(str(files("lorafit.data").joinpath("builtin", "control.json"))))
+    control = read_json(BUILTIN_FOLDER / "control.json")
     summary["facts"]["shuffled_control"] = control["facts"]
     write_json(out / SUMMARY, summary)
     return summary

@@ -15,19 +15,26 @@ from typing import Any
 from lorafit.errors import FormatError, RunError
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    building = Path(name)
+    try:
+        yield building
+        with building.open("rb+") as file:
+            os.fsync(file.fileno())
+        building.chmod(0o644)
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as building:
+        building.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,24 +56,29 @@ def read_json(path: Path) -> Any:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    An existing `target` is replaced only then.
+    An existing `target` is moved aside first, and put back if its replacement cannot take the name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = building.with_name(building.name + ".old")
     try:
         yield building
-        os.chmod(building, 0o755)
+        building.chmod(0o755)
         for path in building.rglob("*"):
-            os.chmod(path, 0o755 if path.is_dir() else 0o644)
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(building, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(building, target)
+            target.rename(old)
+        try:
+            building.rename(target)
+        except OSError:
+            if not target.exists():
+                old.rename(target)
+            elif target.is_dir():
+                return  # another process made the same folder at the same moment
+            raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:
@@ -75,7 +87,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe, name = tempfile.mkstemp(prefix=".probe.", dir=path)
         os.close(probe)
-        os.unlink(name)
+        Path(name).unlink()
     except OSError as error:
         reason = error.strerror or error
         raise RunError(f"{path}: cannot be written ({reason}): name another folder with --out") from error

@@ -166,9 +166,7 @@ def run_training(
     return summary
 
 
-def _open_run(
-    out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool
-) -> TrainSettings:
+def _open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool) -> TrainSettings:
     """Settings of a new run in `out`, or of the one that is resumed there. Raises RunError or SettingsError."""
     known = out / RUN
     if resume:
@@ -377,4 +375,3 @@ def _peak_gb() -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
-

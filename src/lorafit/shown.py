@@ -36,9 +36,7 @@ def _run(path: Path) -> dict[str, Any]:
     if (path / PLAN).exists():
         found |= _plan(Plan.from_json(read_json(path / PLAN)))
     if not (path / SUMMARY).exists():
-        checkpoint = path / "checkpoints" / "last" / "progress.json"
-        step = read_json(checkpoint)["step"] if checkpoint.exists() else 0
-        return {**found, "state": f"stopped after step {step}: go on with lorafit train ... --resume"}
+        return {**found, "state": "not finished: go on with lorafit train ... --resume"}
     summary = read_json(path / SUMMARY)
     return {**found, "state": "finished", "adapter": summary["adapter_dir"], "best step": summary["best_step"],
             "base unchanged": summary["base_unchanged"], "test openings": summary["test_openings"]}  # fmt: skip

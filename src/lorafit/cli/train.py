@@ -16,7 +16,9 @@ def train(
     data: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
     *,
     out: Annotated[Path, typer.Option(help="The run folder to write.")] = Path("runs/run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from where it stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from where it stopped.")
+    ] = False,
     json: JSON = False,
     settings: dict[str, Any],
 ) -> None:
@@ -39,8 +41,8 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path) -> None:
     peft = summary["peft"]
     if peft:
         terminal.say(
-            f"PEFT reads the adapter and computes the same: logits differ by at most {peft['max_logit_difference']:.1e} "
-            f"(fp32), the adapter itself moves them by up to {peft['adapter_effect']:.1f}"
+            "PEFT reads the adapter and computes the same: logits differ by at most "
+            f"{peft['max_logit_difference']:.1e} (fp32), the adapter moves them by up to {peft['adapter_effect']:.1f}"
         )
     seconds = summary["seconds"]
     terminal.say(

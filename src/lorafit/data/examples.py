@@ -15,6 +15,7 @@ from lorafit.errors import DataError, Problem
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "valid", "test")
 BUILTIN = "builtin"  # the help desk that comes with the package
+BUILTIN_FOLDER = Path(str(files("lorafit.data").joinpath("builtin")))
 _KNOWN = {"messages", "prompt", "completion", "check", "group"}
 
 
@@ -87,10 +88,7 @@ def read_examples(path: str | Path) -> Examples:
     `group`.
     Raises DataError with all problems of all files.
     """
-    if str(path) == BUILTIN:
-        folder = Path(str(files("lorafit.data").joinpath("builtin")))
-    else:
-        folder = Path(path)
+    folder = BUILTIN_FOLDER if str(path) == BUILTIN else Path(path)
     if not folder.is_dir():
         return Examples(train=_read_all([folder])[0])
     found = {split: folder / f"{split}.jsonl" for split in SPLITS}
@@ -127,8 +125,8 @@ def _read_file(path: Path, problems: list[Problem]) -> tuple[Example, ...]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        problems.append(Problem(f"{path}:{line}", "not UTF-8", "save the file as UTF-8"))
+        broken = raw[: error.start].count(b"\n") + 1
+        problems.append(Problem(f"{path}:{broken}", "not UTF-8", "save the file as UTF-8"))
         return ()
     lines = text.split("\n")  # not splitlines: JSON strings may hold other line separators
     examples = []

@@ -95,7 +95,7 @@ class Renderer:
         whole = self._ids(prompt + answer)
         ids = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else self._ids(answer)
         last = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=None)
-        return ids + [self.stop_ids[0]] if last is None else ids[: last + 1]
+        return [*ids, self.stop_ids[0]] if last is None else ids[: last + 1]
 
     def rows(self, example: Example, index: int) -> list[Row]:
         """One row with every answer trained; or one row per answer, where the template writes earlier turns

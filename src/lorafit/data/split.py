@@ -100,7 +100,9 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
         side = next((name for name in want if len(taken[name]) + len(members) <= want[name]), "train")
         taken[side] += members
     if not all(taken.values()):
-        what = f"{len(examples.train)} examples in {len(together)} groups of near-identical prompts are too few to split"
+        what = (
+            f"{len(examples.train)} examples in {len(together)} groups of near-identical prompts are too few to split"
+        )
         problem = Problem(examples.train[0].where, what,
                           "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
         raise DataError([problem])

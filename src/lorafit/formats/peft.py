@@ -162,9 +162,7 @@ def _read_ours(folder: Path, tensors: dict[str, Tensor]) -> Adapter:
     ours = read_json(folder / OURS)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"]), ours["rendering"], ours["digest"]
-        adapter = Adapter(
-            plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None
-        )
+        adapter = Adapter(plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None)
     except (KeyError, TypeError) as error:
         raise FormatError(f"{folder / OURS}: {error!r} is missing or odd: the file was edited or damaged") from error
     if adapter.digest() != digest:

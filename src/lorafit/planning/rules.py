@@ -44,7 +44,7 @@ class Decision:
 def rank_by_capacity(trained_tokens: int, per_rank: int) -> int:
     """Next power of two at or above twice ceil(trained tokens / parameters per unit of rank), within 8 … 64."""
     needed = 2 * math.ceil(trained_tokens / per_rank)
-    return min(LARGEST_RANK, max(SMALLEST_RANK, 2 ** math.ceil(math.log2(max(1, needed)))))
+    return min(LARGEST_RANK, max(SMALLEST_RANK, 1 << math.ceil(math.log2(max(1, needed)))))
 
 
 def learning_rate_by_width(hidden: int) -> float:

@@ -22,8 +22,8 @@ def completion_logits(model: nn.Module, batch: Batch, split_head: bool) -> Tenso
         return logits[predicts]
     assert isinstance(model, PreTrainedModel)
     hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[predicts])
-    return logits
+    chosen: Tensor = model.get_output_embeddings()(hidden[predicts])
+    return chosen
 
 
 def token_nll(model: nn.Module, batch: Batch, split_head: bool) -> Tensor:

@@ -25,7 +25,8 @@ from lorafit.data.split import seed_of
 from lorafit.errors import DivergedError, Interrupted
 from lorafit.evaluation.nll import example_nll, pad_id
 from lorafit.tasks.completion import head_is_plain, token_nll
-from lorafit.training import checkpoint, optimizer as adamw
+from lorafit.training import checkpoint
+from lorafit.training import optimizer as adamw
 from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
 
@@ -84,9 +85,7 @@ def train(
         return run.go(resume, stop)
 
 
-def gradient_step(
-    base: Base, state: TrainState, batches: Sequence[Batch], split_head: bool
-) -> float:
+def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], split_head: bool) -> float:
     """Accumulate the gradient of the mean NLL over all trained tokens of all batches; returns that mean.
 
     The sum is divided by the tokens of the whole step, so any division of the step gives the same gradient.
@@ -106,7 +105,7 @@ class _Run:
         recipe: Recipe, folder: Path | None, tell: Callable[[Moment], None],
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe, self.tell = base, train_rows, valid_rows, recipe, tell
-        self.checkpoints = folder / "checkpoints" / "last" if folder else None
+        self.checkpoint = folder / "checkpoints" / "last.safetensors" if folder else None
         self.metrics = folder / "metrics.jsonl" if folder else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
         self.optimizer = adamw.make_optimizer(self.state)
@@ -133,8 +132,8 @@ class _Run:
         }
 
     def go(self, resume: bool, stop: threading.Event) -> Trained:
-        if resume and self.checkpoints and self.checkpoints.exists():
-            self.at = checkpoint.restore(self.checkpoints, self.state, self.optimizer, self.identity)
+        if resume and self.checkpoint and self.checkpoint.exists():
+            self.at = checkpoint.restore(self.checkpoint, self.state, self.optimizer, self.identity)
         self._trim_metrics()
         recipe, at = self.recipe, self.at
         try:
@@ -152,7 +151,7 @@ class _Run:
                 self._save_if_cheap()
         except _Stopped:
             self._save()
-            hint = "go on with --resume" if self.checkpoints else "nothing was saved: no folder was given"
+            hint = "go on with --resume" if self.checkpoint else "nothing was saved: no folder was given"
             raise Interrupted(f"stopped after step {at.step} of {recipe.steps}: {hint}") from None
         return self._finish()
 
@@ -236,9 +235,9 @@ class _Run:
             self.metrics.write_text("".join(kept), encoding="utf-8")
 
     def _save(self) -> None:
-        if self.checkpoints:
+        if self.checkpoint:
             start = time.monotonic()
-            checkpoint.save(self.checkpoints, self.state, self.optimizer, self.at, self.identity)
+            checkpoint.save(self.checkpoint, self.state, self.optimizer, self.at, self.identity)
             self.last_save = time.monotonic() - start
             self.saving += self.last_save
 

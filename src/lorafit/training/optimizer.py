@@ -12,9 +12,7 @@ def make_optimizer(state: TrainState) -> torch.optim.Optimizer:
     return torch.optim.AdamW(state.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
-def step(
-    state: TrainState, optimizer: torch.optim.Optimizer, rate: float, weight_decay: float, clip: float
-) -> float:
+def step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float, weight_decay: float, clip: float) -> float:
     """One update from `state.master.grad`, which is cleared; returns the gradient's norm before clipping.
 
     The decay is AdamW's, on matrices only: pulled to zero, DoRA's magnitudes would switch their layers off.
@@ -30,7 +28,7 @@ def step(
 
 
 def rate_at(done: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of the step after `done` steps: up over `warmup` steps, then down, reaching zero just after the last."""
+    """Learning rate of the step after `done` steps: up over `warmup` steps, then down to zero just after the last."""
     if done < warmup:
         return peak * (done + 1) / warmup
     return peak * (steps - done) / max(1, steps - warmup)

@@ -14,9 +14,9 @@ from lorafit.adapter import Adapter, cast
 class TrainState:
     """Factors of one adapter, trainable.
 
-    `master` (n,) fp32 is the only parameter: any optimizer can step it, and its gradient accumulates in fp32 however
-    a step is divided. Matrices lie first, vectors last (DoRA's magnitudes). Each forward computes with views of a copy in its own dtype;
-    autograd carries their gradient back through that copy.
+    `master` (n,) fp32 is the only parameter: any optimizer can step it, and its gradient accumulates in fp32
+    however a step is divided. Matrices lie first, vectors (DoRA's magnitudes) last. Each forward computes with
+    views of a copy in its own dtype; autograd carries their gradient back through that copy.
 
     A TrainState is what `attach` takes in place of an Adapter. `freeze()` copies it into an Adapter.
     """
@@ -27,9 +27,7 @@ class TrainState:
         self._start = adapter
         self.dropout = dropout
         self.training = True
-        items = [
-            (slot.site.path, name, shape) for slot in adapter.plan.slots for name, shape in slot.shapes().items()
-        ]
+        items = [(slot.site.path, name, shape) for slot in adapter.plan.slots for name, shape in slot.shapes().items()]
         self._layout = sorted(items, key=lambda item: len(item[2]) == 1)  # stable: matrices, then vectors
         flat = torch.cat([adapter.tensors[f"{path}.{name}"].reshape(-1) for path, name, _ in self._layout])
         self.matrices = sum(math.prod(shape) for _, _, shape in self._layout if len(shape) > 1)
@@ -79,16 +77,13 @@ class TrainState:
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([math.prod(shape) for _, _, shape in self._layout])
         return {
-            f"{path}.{name}": part.view(shape)
-            for (path, name, shape), part in zip(self._layout, parts, strict=True)
+            f"{path}.{name}": part.view(shape) for (path, name, shape), part in zip(self._layout, parts, strict=True)
         }
 
     def freeze(self) -> Adapter:
         """The adapter as it stands now, copied: later steps do not reach it."""
         start = self._start
-        return Adapter(
-            start.plan, self._named(self.master.detach()), start.base, start.base_name, start.rendering
-        )
+        return Adapter(start.plan, self._named(self.master.detach()), start.base, start.base_name, start.rendering)
 
     def load(self, flat: Tensor) -> None:
         """Overwrite every factor with a vector saved from `master`."""

@@ -26,7 +26,8 @@ def init(site: Site, rank: int, weight: Tensor, generator: Generator) -> dict[st
 
 def _norms(weight: Tensor, factors: Factors, scaling: float) -> Tensor:
     """‖W + s·BA‖ of every output, (d_out,) in fp32."""
-    return torch.linalg.vector_norm(weight.float() + lora.delta(Frozen(weight, None), factors, scaling), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(weight.float() + lora.delta(Frozen(weight, None), factors, scaling), dim=1)
+    return norms
 
 
 def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: float) -> Tensor:

