@@ -112,7 +112,10 @@ def open_tokenizer(name: str | Path, report: Report = lambda _: None) -> Any:
 
     folder = _resolve(str(name), report)
     _check_folder(folder)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
+        raise BaseError(f"{folder}: its tokenizer cannot be opened: {error}") from error
 
 
 def is_at_hand(name: str) -> bool:
@@ -246,7 +249,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
         raise BaseError(f"{folder}: transformers cannot open it: {error}") from error
     model: PreTrainedModel = opened[0]
     info: dict[str, Any] = opened[1]

@@ -143,8 +143,9 @@ def run_training(
     asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
     if not resume:
         write_json(out / RUN, {**asked, **_provenance(opened), **(extra or {})})
-    write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
-                            "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
+    if not (out / PLAN).exists():
+        write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
+                                "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
     start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
     rows = opened.rows
     trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
@@ -176,13 +177,15 @@ def _open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], re
             raise RunError(f"{out}: this run is finished: lorafit show {out}")
         asked = read_json(known)
         stored = settings_from(asked["settings"])
+        settings_from(given)  # a name or value that cannot be is told as in a new run
         now = {"base": base_name, "data": data, **given}
         began = {"base": asked["base"], "data": asked["data"], **stored.model_dump(mode="json")}
         odd = [f"{key}: {began[key]!r} when it began, {value!r} now" for key, value in now.items()
                if began[key] != (list(value) if isinstance(value, tuple) else value)]  # fmt: skip
         if odd:
             raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
-        return stored
+        used = {str(dtype): name for name, dtype in DTYPES.items()}[asked["dtype"]]
+        return stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
         hint = "" if state == "finished" else " go on with --resume, or"

@@ -22,6 +22,10 @@ class LowRank:
     alpha: float
     variant: str = "lora"
 
+    def __post_init__(self) -> None:
+        if type(self.alpha) is int:  # 32 and 32.0 are one plan, and must have one digest
+            object.__setattr__(self, "alpha", float(self.alpha))
+
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank

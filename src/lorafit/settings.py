@@ -13,7 +13,7 @@ from lorafit.errors import SettingsError
 class TrainSettings(BaseModel):
     """Settings of one run. None leaves the choice to the rules, which print their reason."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     targets: Annotated[
         tuple[str, ...] | None,
@@ -28,7 +28,7 @@ class TrainSettings(BaseModel):
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's decay of the matrices.")] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the pairs.")] = 0.0
-    validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 5
+    validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 4
     patience: Annotated[int, Field(ge=1, description="Stop after so many validations without a better one.")] = 3
     max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
     system: Annotated[str | None, Field(description="System prompt for conversations that bring none.")] = None

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lorafit.cli.flags import JSON
+from lorafit.cli.flags import JSON, with_settings
 
 
+@with_settings("system", "seed", "val_share")
 def data(
     path: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
     base: Annotated[
         str, typer.Option(help="Show one example as this base sees it; 'none' for no base.")
     ] = "smollm2-135m",
-    system: Annotated[str | None, typer.Option(help="System prompt for conversations that bring none.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, where one file is given.")] = 0,
-    val_share: Annotated[float, typer.Option(help="Share for validation, and for test, of a single file.")] = 0.1,
+    *,
     json: JSON = False,
+    settings: dict[str, Any],
 ) -> None:
     """Check examples and describe them: counts, lengths, duplicates, overlap, one example as the model sees it."""
     from lorafit.base import is_at_hand, open_tokenizer
@@ -26,11 +26,12 @@ def data(
     from lorafit.data.render import Renderer
     from lorafit.data.report import describe
     from lorafit.pipeline import prepare
+    from lorafit.settings import settings_from
 
-    terminal = Terminal(json)
-    examples = prepare(path, seed, val_share, terminal)
+    terminal, chosen = Terminal(json), settings_from(settings)
+    examples = prepare(path, chosen.seed, chosen.val_share, terminal)
     if base != "none" and (base != "smollm2-135m" or is_at_hand(base)):
-        renderer = Renderer(open_tokenizer(base, terminal.say), system)
+        renderer = Renderer(open_tokenizer(base, terminal.say), chosen.system)
         terminal.example(renderer.rows(examples.train[0], 0)[0], renderer)
     terminal.say("the data are in order")
     terminal.finish(asdict(describe(examples)))

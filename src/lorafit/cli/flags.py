@@ -15,19 +15,24 @@ from lorafit.settings import TrainSettings
 JSON = Annotated[bool, typer.Option("--json", help="Make the last line of output one JSON object.")]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `settings` of a verb by one flag per setting; it receives those that were given."""
+def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace the parameter `settings` of a verb by one flag per setting (or per chosen one); it receives those that
+    were given."""
+    names = chosen or tuple(TrainSettings.model_fields)
 
-    @wraps(command)
-    def run(**kwargs: Any) -> None:
-        given = {name: kwargs.pop(name) for name in TrainSettings.model_fields}
-        command(**kwargs, settings={name: value for name, value in given.items() if value is not None})
+    def change(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**kwargs: Any) -> None:
+            given = {name: kwargs.pop(name) for name in names}
+            command(**kwargs, settings={name: value for name, value in given.items() if value is not None})
 
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
-    flags = [_flag(name) for name in TrainSettings.model_fields]
-    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
-    return run
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        flags = [_flag(name) for name in names]
+        run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
+        return run
+
+    return change
 
 
 def _flag(name: str) -> inspect.Parameter:

@@ -9,7 +9,7 @@ import typer
 from lorafit.cli.flags import JSON, with_settings
 
 
-@with_settings
+@with_settings()
 def plan(
     base: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2-135m.")],
     data: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],

@@ -27,9 +27,13 @@ class Batch:
         return int(self.trained.sum())
 
 
+def _width(row: Row) -> int:
+    return -(-len(row.ids) // LENGTH_STEP) * LENGTH_STEP
+
+
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
     """Pad rows to one width. Raises ValueError for a batch without a trained token: its loss would be 0/0."""
-    width = -(-max(len(row.ids) for row in rows) // LENGTH_STEP) * LENGTH_STEP
+    width = max(_width(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     trained = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -58,7 +62,7 @@ def by_tokens(rows: Sequence[Row], positions: Sequence[int], max_tokens: int) ->
     """Positions in micro-batches of at most `max_tokens` padded tokens (a longer row goes alone), by length."""
     parts: list[list[int]] = []
     for i in sorted(positions, key=lambda i: len(rows[i].ids), reverse=True):
-        if parts and (len(parts[-1]) + 1) * len(rows[parts[-1][0]].ids) <= max_tokens:
+        if parts and (len(parts[-1]) + 1) * _width(rows[parts[-1][0]]) <= max_tokens:
             parts[-1].append(i)
         else:
             parts.append([i])

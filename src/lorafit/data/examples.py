@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable
@@ -16,7 +17,6 @@ ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "valid", "test")
 BUILTIN = "builtin"  # the help desk that comes with the package
 BUILTIN_FOLDER = Path(str(files("lorafit.data").joinpath("builtin")))
-_KNOWN = {"messages", "prompt", "completion", "check", "group"}
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,7 @@ def _read_file(path: Path, problems: list[Problem]) -> tuple[Example, ...]:
     if b"\x00" in raw[:4096]:
         problems.append(Problem(str(path), "a binary file", "give text: one JSON object per line (jsonl)"))
         return ()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        broken = raw[: error.start].count(b"\n") + 1
-        problems.append(Problem(f"{path}:{broken}", "not UTF-8", "save the file as UTF-8"))
-        return ()
-    lines = text.split("\n")  # not splitlines: JSON strings may hold other line separators
+    lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")  # not splitlines: JSON strings may hold other separators
     examples = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -141,14 +135,17 @@ def _read_file(path: Path, problems: list[Problem]) -> tuple[Example, ...]:
     return tuple(examples)
 
 
-def _parse(line: str, where: str, problems: list[Problem], unfinished: bool) -> Example | None:
+def _parse(line: bytes, where: str, problems: list[Problem], unfinished: bool) -> Example | None:
     def wrong(what: str, fix: str, field: str = "") -> None:
         problems.append(Problem(f"{where}: {field}" if field else where, what, fix))
 
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        wrong("not UTF-8", "save the file as UTF-8")
+        return None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
         if unfinished:
             wrong(f"not JSON ({said}), and the file ends here", "half-written? write the last line again")
         else:
@@ -165,7 +162,7 @@ def _parse(line: str, where: str, problems: list[Problem], unfinished: bool) -> 
         wrong(f"not text but {type(group).__name__}", "write a string, or leave it out", "group")
     if len(problems) > before:
         return None
-    return Example(messages, where, check, group, tuple(sorted(set(row) - _KNOWN)))
+    return Example(messages, where, check, group, _passed_over(row))
 
 
 def _messages(row: dict[str, Any], wrong: Any) -> tuple[Message, ...]:
@@ -192,6 +189,8 @@ def _messages(row: dict[str, Any], wrong: Any) -> tuple[Message, ...]:
             wrong(f"unknown role {json.dumps(role)}", f"use {', '.join(ROLES)}", f"messages[{i}].role")
         elif not isinstance(content, str):
             wrong(f"not text but {type(content).__name__}", "write a string", name)
+        elif not _encodable(content):
+            wrong("holds half of a character (a lone surrogate, \\ud800 to \\udfff)", "write the whole character", name)
         elif not content.strip():
             what = "an empty answer: nothing to learn" if role == "assistant" else "empty"
             wrong(what, "fill it in, or remove the line", name)
@@ -200,6 +199,22 @@ def _messages(row: dict[str, Any], wrong: Any) -> tuple[Message, ...]:
     if len(found) == len(turns):
         _order(found, wrong)
     return tuple(found)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _passed_over(row: dict[str, Any]) -> tuple[str, ...]:
+    """Names of fields that nothing was read from."""
+    if "messages" not in row:
+        return tuple(sorted(set(row) - {"prompt", "completion", "check", "group"}))
+    inner = {f"messages[].{field}" for turn in row["messages"] for field in set(turn) - {"role", "content"}}
+    return tuple(sorted(set(row) - {"messages", "check", "group"} | inner))
 
 
 def _order(turns: list[Message], wrong: Any) -> None:

@@ -9,10 +9,12 @@ two texts, so they hold for any template, with or without markers for the assist
 from __future__ import annotations
 
 import hashlib
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import GenerationMixin
 
 from lorafit.base import Base
@@ -77,9 +79,13 @@ class Renderer:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
-        text: str = self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template, tokenize=False, add_generation_prompt=prompt,
+                eos_token=self.tokenizer.eos_token or self.tokenizer.decode(self.stop_ids[:1]),
+            )  # fmt: skip
+        except TemplateError as error:
+            raise BaseError(f"the chat template of this base refuses the conversation: {error}") from error
         return text
 
     def _ids(self, text: str) -> list[int]:
@@ -113,17 +119,19 @@ class Renderer:
         """Ids up to the end of answer i, and the mask that trains only that answer."""
         before = self.text(messages[:i], prompt=True)
         after = self.text(messages[: i + 1], prompt=False)
+        head = before
         if not after.startswith(before):
-            # A generation prompt that the finished turn does not repeat: train from where the texts part.
-            bare = self.text(messages[:i], prompt=False)
-            if not after.startswith(bare):
+            # A generation prompt that the finished turn does not repeat whole, as where it opens <think>: the answer
+            # begins where finished turns with other words begin to differ, and still follows the whole prompt.
+            others = [self.text([*messages[:i], Message("assistant", word)], prompt=False) for word in "xy"]
+            head = os.path.commonprefix(others)  # noqa: RUF071 (of text, not of paths)
+            if not (before.startswith(head) and after.startswith(head)):
                 raise BaseError(
                     "the chat template rewrites the conversation when an answer is added, so what is trained "
                     "cannot be told apart: give the base a template that only appends"
                 )
-            before = bare
         prompt_ids = self._ids(before)
-        answer_ids = self._answer_ids(before, prompt_ids, after[len(before) :])
+        answer_ids = self._answer_ids(before, prompt_ids, after[len(head) :])
         return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
 
 
@@ -140,7 +148,11 @@ def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> 
     rows: list[Row] = []
     problems = []
     for index, example in enumerate(examples):
-        for row in renderer.rows(example, index):
+        try:
+            built = renderer.rows(example, index)
+        except BaseError as error:
+            raise BaseError(f"{example.where}: {error}") from error
+        for row in built:
             if len(row.ids) > max_length:
                 fix = "shorten it, remove the line, or raise --max-length"
                 problems.append(Problem(example.where, f"{len(row.ids)} tokens, the limit is {max_length}", fix))

@@ -16,9 +16,14 @@ from lorafit.records import AnswerScore
 
 
 def occurs(phrase: str, text: str) -> bool:
-    """Whether the phrase occurs, whatever the case and the white space, from word boundary to word boundary."""
+    """Whether the phrase occurs, whatever the case and the white space, from word boundary to word boundary.
+
+    The point in 2.5 is no boundary: "5 years" does not occur in "2.5 years".
+    """
     inner = r"\s+".join(re.escape(word) for word in phrase.split())
-    return re.search(rf"(?<!\w){inner}(?!\w)", text, re.IGNORECASE) is not None
+    before = r"(?<!\w)(?<!\d[.,])" if phrase.strip()[0].isdigit() else r"(?<!\w)"
+    after = r"(?!\w)(?![.,]\d)" if phrase.strip()[-1].isdigit() else r"(?!\w)"
+    return re.search(before + inner + after, text, re.IGNORECASE) is not None
 
 
 def is_right(answer: str, check: Check) -> bool:
@@ -86,7 +91,8 @@ def shuffled_answers(examples: Sequence[Example], seed: int) -> list[Example]:
     What an adapter trained on these still gets right, it owes to the form of the answers alone.
     """
     order = np.random.default_rng(seed).permutation(len(examples))
+    answer_of = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))  # one ring: nobody keeps its own
     return [
-        replace(example, messages=(*example.messages[:-1], examples[k].messages[-1]))
-        for example, k in zip(examples, order, strict=True)
+        replace(example, messages=(*example.messages[:-1], examples[answer_of[i]].messages[-1]))
+        for i, example in enumerate(examples)
     ]

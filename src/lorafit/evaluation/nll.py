@@ -26,7 +26,8 @@ def example_nll(
 ) -> list[float]:
     """Mean NLL in nats per trained token, of each example in the order of their numbers.
 
-    Rows of one example (several answers in one conversation) are joined before the mean is taken.
+    Rows of one example (several answers in one conversation) are joined before the mean is taken. Numbers that no
+    row has are passed over.
     """
     count = max(row.example for row in rows) + 1
     sums, tokens = [0.0] * count, [0] * count
@@ -41,4 +42,4 @@ def example_nll(
             tokens[rows[i].example] += rows[i].n_trained
         done += len(part)
         progress(done, len(rows))
-    return [total / n for total, n in zip(sums, tokens, strict=True)]
+    return [total / n for total, n in zip(sums, tokens, strict=True) if n]

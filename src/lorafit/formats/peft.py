@@ -41,8 +41,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+
+_DEFAULT = 8  # PEFT's rank and alpha where the config names none
 
 
 def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None) -> None:
@@ -110,10 +115,10 @@ def read(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG}: not an adapter_config.json: expected a JSON object")
-    tensors = _read_tensors(folder / WEIGHTS)
     if (folder / OURS).exists():
-        return _read_ours(folder, tensors)
-    return _read_foreign(folder, config, tensors)
+        return _read_ours(folder, _read_tensors(folder / WEIGHTS))
+    _require_plain(folder / CONFIG, config)
+    return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
 
 
 def _refuse_other_formats(folder: Path) -> None:
@@ -173,13 +178,28 @@ def _read_ours(folder: Path, tensors: dict[str, Tensor]) -> Adapter:
     return adapter
 
 
-def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
-    where = folder / CONFIG
+def _require_plain(where: Path, config: dict[str, Any]) -> None:
+    """Raise FormatError naming every setting of PEFT that is not read here."""
     odd = [f"{key} = {config[key]!r}" for key, fine in _NEUTRAL.items() if key in config and config[key] not in fine]
     if config.get("peft_type") != "LORA":
         odd.insert(0, f"peft_type = {config.get('peft_type')!r}")
     if odd:
         raise FormatError(f"{where}: not a plain LoRA or DoRA adapter: {'; '.join(odd)}: merge or convert it first")
+
+
+def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    try:
+        slots, problems = _foreign_slots(config, tensors)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise FormatError(f"{folder / CONFIG}: a rank, alpha or pattern in it is odd: {error}") from error
+    problems += _never_landed(config.get("target_modules"), [slot.site.path for slot in slots])
+    if problems:
+        raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12]))
+    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=config.get("base_model_name_or_path"))
+
+
+def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[list[LowRank], list[str]]:
+    """Slots as tensors and config say together, and where the two disagree."""
     slots = []
     problems = []
     variant = "dora" if config.get("use_dora") else "lora"
@@ -189,18 +209,15 @@ def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
             problems.append(f"{path}: lora_A and lora_B are not a pair of matrices")
             continue
         rank = a.shape[0]
-        said = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+        said = _by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
         if said != rank:
             problems.append(f"{path}: rank {rank} in the tensors, {said} in the config")
-        alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", rank)))
+        alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
         if config.get("use_rslora"):
             alpha *= rank**0.5  # s = alpha / √rank (arXiv 2312.03732)
         kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
         slots.append(LowRank(Site(path, kind, a.shape[1], b.shape[0]), rank, alpha, variant))
-    problems += _never_landed(config.get("target_modules"), [slot.site.path for slot in slots])
-    if problems:
-        raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12]))
-    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=config.get("base_model_name_or_path"))
+    return slots, problems
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -57,12 +57,13 @@ def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of:
         with safe_open(path, framework="pt") as file:
             said = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        began, master, best = said["run"], tensors["master"], tensors["best"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: the checkpoint is damaged ({error}): start anew with another --out") from error
     differences = [
-        f"{key}: {said['run'].get(key)!r} when it was saved, {value!r} now"
+        f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
         for key, value in of.items()
-        if said["run"].get(key) != value
+        if began.get(key) != value
     ]
     if differences:
         raise RunError(
@@ -70,11 +71,11 @@ def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of:
             + "\n  ".join(differences)
             + "\nrepeat what it began with, or start anew with another --out"
         )
-    state.load(tensors["master"])
+    state.load(master)
     kept = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
     if kept:
         device = state.master.device
         optimizer.state[state.master] = {name: t.to(device) for name, t in kept.items()}
     history = [(int(step), float(nll)) for step, nll in said["history"]]
-    best = tensors["best"].to(state.master.device)
+    best = best.to(state.master.device)
     return Progress(said["step"], history, best, said["seconds"], said["tokens"], said["trained"])

@@ -24,6 +24,7 @@ from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.errors import DivergedError, Interrupted
 from lorafit.evaluation.nll import example_nll, pad_id
+from lorafit.files import write_text
 from lorafit.tasks.completion import head_is_plain, token_nll
 from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
@@ -141,9 +142,7 @@ class _Run:
                 due = at.step % recipe.validate_every == 0 or at.step == recipe.steps
                 if due and (not at.history or at.history[-1][0] < at.step):
                     self._validate(stop)
-                    if self._stale() >= recipe.patience:
-                        break
-                if at.step == recipe.steps:
+                if at.step == recipe.steps or self._stale() >= recipe.patience:
                     break
                 self._step()
                 if stop.is_set():
@@ -206,8 +205,8 @@ class _Run:
         if not at.history or nll < min(value for _, value in at.history):
             at.best = self.state.master.detach().clone()
         at.history.append((at.step, nll))
-        self._save()
         self._tell(None, nll, 0.0)
+        self._save()
 
     def _best(self) -> tuple[int, float]:
         return min(self.at.history, key=lambda entry: entry[1])
@@ -228,11 +227,17 @@ class _Run:
                 file.write(json.dumps({**line, "seconds": round(at.seconds, 3)}) + "\n")
 
     def _trim_metrics(self) -> None:
-        """Drop lines of steps that a killed run had taken after its last checkpoint: they are taken again."""
+        """Drop lines of what a killed run had done after its last checkpoint: it is done again."""
         if self.metrics and self.metrics.exists():
+            validated = {step for step, _ in self.at.history}
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.at.step]
-            self.metrics.write_text("".join(kept), encoding="utf-8")
+            told = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            kept = [
+                line
+                for line, said in told
+                if said["step"] <= self.at.step and ("valid_nll" not in said or said["step"] in validated)
+            ]
+            write_text(self.metrics, "".join(kept))
 
     def _save(self) -> None:
         if self.checkpoint:

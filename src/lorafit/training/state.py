@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorafit.adapter import Adapter, cast
 
@@ -34,6 +37,7 @@ class TrainState:
         self.master = nn.Parameter(flat.to(device or torch.device("cpu"), torch.float32))
         self._views: dict[str, dict[str, Tensor]] = {}
         self._made_for: tuple[object, ...] | None = None
+        _forget_after_steps(self)
 
     @property
     def adapter(self) -> Adapter:
@@ -47,7 +51,8 @@ class TrainState:
     def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
         """Views by site path and factor name, made once per optimizer step, grad mode, dtype and device.
 
-        The version counter of `master` tells when an optimizer, whichever it is, has written to it.
+        The version counter of `master` tells when it has been written to, and `_forget_after_steps` when a fused
+        optimizer has, which leaves the counter as it is (torch 2.13).
         """
         key = (self.master._version, torch.is_grad_enabled(), dtype, device)
         if key != self._made_for:
@@ -89,3 +94,15 @@ class TrainState:
         """Overwrite every factor with a vector saved from `master`."""
         with torch.no_grad():
             self.master.copy_(flat)
+
+
+def _forget_after_steps(state: TrainState) -> None:
+    """Have `state` make its views anew after every step of any torch optimizer that steps it."""
+    alive = weakref.ref(state)
+
+    def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        state = alive()
+        if state is not None and any(p is state.master for group in optimizer.param_groups for p in group["params"]):
+            state._made_for = None
+
+    weakref.finalize(state, register_optimizer_step_post_hook(stepped).remove)

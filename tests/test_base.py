@@ -1,0 +1,228 @@
+"""Bases: two fingerprints, and folders that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorafit.base import BUILTIN, Base, open_base
+from lorafit.errors import BaseError
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for, nothing is looked for elsewhere."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A base folder of one's own to spoil."""
+    return Path(copytree(tiny_folder, tmp_path / "base"))
+
+
+# Identity: the content, however it is opened and stored
+
+
+def test_identity_is_the_same_in_every_dtype(tiny_folder: Path) -> None:
+    wide, narrow = (open_base(tiny_folder, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert wide.identity == narrow.identity
+
+
+def test_identity_is_the_same_however_the_weights_are_sharded(tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    byte_tokenizer().save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert open_base(tmp_path / "shards", torch.float32).identity == open_base(tiny_folder, torch.float32).identity
+
+
+def test_identity_is_the_same_under_another_name(tiny_folder: Path, folder: Path) -> None:
+    assert open_base(folder, torch.float32).identity == open_base(tiny_folder, torch.float32).identity
+
+
+def test_identity_differs_when_one_weight_differs(tiny_folder: Path, folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].view(torch.int32)[3].bitwise_xor_(1))
+    assert open_base(folder, torch.float32).identity != open_base(tiny_folder, torch.float32).identity
+
+
+def test_opened_twice_a_base_has_the_same_bytes(tiny_folder: Path) -> None:
+    assert open_base(tiny_folder, torch.float32).integrity() == open_base(tiny_folder, torch.float32).integrity()
+
+
+# Integrity: every byte in memory
+
+PLACES = ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.rotary_emb.inv_freq"]
+
+
+def flip(tensor: Tensor) -> None:
+    """Flip the lowest bit of the last number."""
+    tensor.detach().view(-1).view(torch.uint8)[-4].bitwise_xor_(1)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_flipped_bit_changes_the_integrity(tiny_base: Base, place: str) -> None:
+    before = tiny_base.integrity()
+    held = dict([*tiny_base.model.named_parameters(), *tiny_base.model.named_buffers()])
+    flip(held[place])
+    assert tiny_base.integrity() != before
+    flip(held[place])
+    assert tiny_base.integrity() == before
+
+
+def test_every_parameter_and_buffer_counts(tiny_base: Base) -> None:
+    before = tiny_base.integrity()
+    for name, tensor in [*tiny_base.model.named_parameters(), *tiny_base.model.named_buffers()]:
+        flip(tensor)
+        assert tiny_base.integrity() != before, name
+        flip(tensor)
+
+
+def test_buffers_of_any_type_and_size_have_an_integrity() -> None:
+    model = nn.Linear(2, 2)
+    for name, tensor in {"flag": torch.tensor(True), "none": torch.empty(0), "count": torch.tensor([3])}.items():
+        model.register_buffer(name, tensor)
+    base = Base.of(model, "odd")
+    before = base.integrity()
+    model.flag.logical_not_()
+    assert base.integrity() != before
+
+
+def test_a_compiled_wrapper_is_no_base() -> None:
+    with pytest.raises(BaseError, match="compiled wrapper"):
+        Base.of(torch.compile(nn.Linear(2, 2), backend="eager"), "compiled")  # type: ignore[arg-type]
+
+
+def test_the_head_is_found_and_left_to_be_named(tiny_base: Base) -> None:
+    assert tiny_base.head_paths() == {"lm_head"}
+    assert Base.of(tiny_gpt2(), "gpt2").head_paths() == {"lm_head"}
+
+
+# Folders that cannot be used
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("token*"):
+        path.unlink()
+
+
+def shard_missing(folder: Path) -> None:
+    tiny_llama().save_pretrained(folder, max_shard_size="30KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    next(folder.glob("model-00002*")).unlink()
+
+
+def code_of_its_own(folder: Path) -> None:
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def more_layers_than_the_file(folder: Path) -> None:
+    edit(folder / "config.json", num_hidden_layers=3)
+
+
+def other_widths_than_the_file(folder: Path) -> None:
+    edit(folder / "config.json", intermediate_size=64)
+
+
+def config_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{'single': quotes}", encoding="utf-8")
+
+
+def config_a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def unknown_architecture(folder: Path) -> None:
+    edit(folder / "config.json", model_type="nobodys", architectures=["NobodysForCausalLM"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (no_tokenizer, "no tokenizer"),
+        (shard_missing, r"1 of \d+ shards missing: model-00002"),
+        (code_of_its_own, "auto_map"),
+        (pickle_only, r"pytorch_model\.bin is a pickle"),
+        (truncated, r"model\.safetensors: damaged"),
+        (more_layers_than_the_file, r"missing keys: model\.layers\.2\."),
+        (other_widths_than_the_file, r"mlp\."),
+        (config_no_json, r"config\.json cannot be read"),
+        (config_a_list, r"config\.json is not a JSON object"),
+        (no_config, r"config\.json is missing"),
+        (unknown_architecture, "nobodys"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_an_error_naming_why(
+    folder: Path, spoil: Callable[[Path], None], named: str
+) -> None:
+    spoil(folder)
+    with pytest.raises(BaseError, match=named) as caught:
+        open_base(folder, torch.float32)
+    assert str(folder) in str(caught.value)
+
+
+def test_all_problems_of_a_folder_are_told_at_once(folder: Path) -> None:
+    for spoil in (no_tokenizer, code_of_its_own, pickle_only):
+        spoil(folder)
+    with pytest.raises(BaseError) as caught:
+        open_base(folder, torch.float32)
+    assert all(word in str(caught.value) for word in ("no tokenizer", "auto_map", "is a pickle"))
+
+
+def test_a_text_file_named_gguf_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("not weights", encoding="utf-8")
+    with pytest.raises(BaseError, match=r"x\.gguf: not a GGUF file"):
+        open_base(tmp_path / "x.gguf")
+
+
+def test_a_half_copied_gguf_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(BaseError, match=r"x\.gguf: cannot be converted"):
+        open_base(tmp_path / "x.gguf")
+    assert not list((tmp_path / "cache" / "bases").iterdir())
+
+
+def test_an_unknown_name_is_an_error_that_says_what_there_is() -> None:
+    with pytest.raises(BaseError) as caught:
+        open_base("someone/some-model")
+    assert all(name in str(caught.value) for name in ("someone/some-model", "folder", ".gguf", *BUILTIN))

@@ -1,0 +1,314 @@
+"""The command line: what it promises on stdout, what it refuses and with which status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import capitals, write_rows
+
+from lorafit.cli import main
+from lorafit.settings import TrainSettings
+
+VERBS = ["data", "plan", "train", "eval", "show", "demo"]
+SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
+TRAINED = SCORES | {
+    "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
+    "trainable_parameters", "best_step", "steps", "validation", "seconds", "tokens_per_second", "dtype", "peft",
+    "peak_rss_gb",
+}  # fmt: skip
+EVALUATED = SCORES | {"base", "adapter_dir", "against", "split", "trainable_parameters", "seconds", "peak_rss_gb"}
+QUICK = ["--rank", "2", "--epochs", "1", "--validations", "1", "--dtype", "fp32", "--few-shot", "0"]
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def last_object(self) -> dict[str, Any]:
+        """The last line of stdout as JSON."""
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
+
+
+Lorafit = Callable[..., Done]
+
+
+@pytest.fixture
+def lorafit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lorafit:
+    """Call the entry point in this process, as the shell would in its own."""
+
+    def call(*words: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "capitals.jsonl", capitals())
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One training run on the tiny base, in a process of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    command = [sys.executable, "-m", "lorafit", "train", str(tiny_folder), str(rows), "--out", str(folder), "--json"]
+    threads = {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [*command, *QUICK], capture_output=True, text=True, check=False, env={**os.environ, **threads}
+    )
+    assert done.returncode == 0, done.stderr
+    return Run(folder, done)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(lorafit: Lorafit, verb: str) -> None:
+    done = lorafit(verb, "--help")
+    assert (done.status, re.match(rf"\s*Usage: \S+ {verb} ", done.out) is not None) == (0, True), done.out
+
+
+def test_the_help_names_every_verb(lorafit: Lorafit) -> None:
+    text = lorafit("--help").out
+    assert [verb for verb in VERBS if f"  {verb} " not in text] == []
+
+
+def test_help_opens_no_heavy_library() -> None:
+    code = (
+        "import sys\nfrom lorafit.cli import main\n"
+        f"for words in {[[], *([verb] for verb in VERBS)]}:\n"
+        "    sys.argv = ['lorafit', *words, '--help']\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize("name", TrainSettings.model_fields)
+def test_every_setting_is_a_flag_with_its_description(lorafit: Lorafit, verb: str, name: str) -> None:
+    text = " ".join(lorafit(verb, "--help").out.split())
+    flag = "--" + name.replace("_", "-")
+    description = TrainSettings.model_fields[name].description
+    assert description
+    assert f" {flag} <" in text
+    assert description in text
+
+
+def test_a_flag_arrives_as_its_setting(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
+    plan = lorafit("plan", tiny_folder, rows, "--json", "--rank", 3, "--alpha", 6, "--learning-rate", 0.25,
+                   "--targets", "q_proj", "--targets", "v_proj", "--seed", 9).last_object  # fmt: skip
+    found = {(slot["site"]["path"].split(".")[-1], slot["rank"], slot["alpha"]) for slot in plan["slots"]}
+    assert found == {("q_proj", 3, 6.0), ("v_proj", 3, 6.0)}
+    assert (plan["recipe"]["learning_rate"], plan["recipe"]["seed"]) == (0.25, 9)
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "missing data": (["plan", "BASE", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+    "unknown base": (["plan", "no-such-base", "ROWS"], "'no-such-base' is neither a model folder"),
+    "misspelt target": (["plan", "BASE", "ROWS", "--targets", "q_porj"], "did you mean q_proj"),
+    "rank zero": (["plan", "BASE", "ROWS", "--rank", "0"], "rank 0 cannot be: choose 1 to "),
+    "huge rank": (["plan", "BASE", "ROWS", "--rank", "9999"], "rank 9999 cannot be: choose 1 to "),
+    "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: "),
+    "epochs": (["plan", "BASE", "ROWS", "--epochs", "-1"], "--epochs -1.0: "),
+    "endless epochs": (["plan", "BASE", "ROWS", "--epochs", "inf"], "--epochs inf: "),
+    "not one step": (["plan", "BASE", "ROWS", "--epochs", "0.001"], "is not one step"),
+    "variant": (["plan", "BASE", "ROWS", "--variant", "lara"], "--variant"),
+    "text for a number": (["plan", "BASE", "ROWS", "--rank", "many"], "--rank"),
+    "unknown flag": (["plan", "BASE", "ROWS", "--rnk", "3"], "--rnk"),
+    "unknown verb": (["trian"], "trian"),
+    "too long": (["plan", "BASE", "ROWS", "--max-length", "8"], "tokens, the limit is 8"),
+    "share of data": (["data", "ROWS", "--val-share", "0.9"], "--val-share 0.9: "),
+    "seed of data": (["data", "ROWS", "--seed", "-1"], "--seed -1: "),
+    "base of data": (["data", "ROWS", "--base", "no-such-base"], "'no-such-base' is neither"),
+    "no adapter": (["eval", "BASE", "ROWS"], "adapter_config.json"),
+    "showing nothing": (["show", "nowhere"], "nowhere: neither a run, nor an adapter"),
+    "showing data": (["show", "ROWS"], "neither a run, nor an adapter"),
+    "showing another json": (["show", "BASE/config.json"], "not a plan"),
+    "resuming nothing": (["train", "BASE", "ROWS", "--resume", "--out", "OUT"], "no run to resume here"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_with_status_two_and_a_reason(
+    lorafit: Lorafit, tiny_folder: Path, rows: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    known = {"BASE": str(tiny_folder), "ROWS": str(rows), "OUT": str(tmp_path / "out")}
+    given = [known.get(word, word.replace("BASE/", f"{tiny_folder}/")) for word in words]
+    done = lorafit(*given)
+    assert (done.status, said in done.err) == (2, True), done.err
+
+
+def test_several_bad_settings_are_named_at_once(lorafit: Lorafit, rows: Path, tmp_path: Path) -> None:
+    done = lorafit("train", "x", rows, "--out", tmp_path / "out", "--dropout", 2, "--alpha", -1, "--seed", -5)
+    assert [flag for flag in ("--dropout", "--alpha", "--seed") if flag not in done.err] == []
+
+
+def test_a_refusal_shows_no_traceback(rows: Path) -> None:
+    command = [sys.executable, "-m", "lorafit", "data", "nowhere.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr, done.stderr.startswith("lorafit: ")) == (2, False, True)
+
+
+def test_a_refused_setting_leaves_no_folder(lorafit: Lorafit, tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+    lorafit("train", tiny_folder, rows, "--out", tmp_path / "out", "--dropout", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_tokenizer_is_a_base_that_cannot_be_opened(
+    lorafit: Lorafit, tiny_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("[]", encoding="utf-8")
+    statuses = [lorafit("data", rows, "--base", tmp_path).status, lorafit("plan", tmp_path, rows).status]
+    assert statuses == [2, 2]
+
+
+def test_data_describes_the_splits_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
+    found = lorafit("data", rows, "--base", tiny_folder, "--json").last_object
+    assert set(found) == {"splits", "passed_over", "digest"}
+    assert {name: split["examples"] for name, split in found["splits"].items()} == {"train": 20, "valid": 2, "test": 2}
+
+
+def test_data_needs_no_base(lorafit: Lorafit, rows: Path) -> None:
+    assert lorafit("data", rows, "--base", "none").status == 0
+
+
+def test_data_marks_what_is_trained(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
+    text = lorafit("data", rows, "--base", tiny_folder).out
+    assert text.count(">>>It is ") == text.count(".<|end|><<<") == 1
+
+
+def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{**row, "source": "atlas"} for row in capitals()])
+    assert "field 'source' is passed over (24 lines)" in lorafit("data", path, "--base", "none").out
+
+
+def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
+    found = lorafit("plan", tiny_folder, rows, "--json").last_object
+    assert set(found) == {
+        "base", "trainable_parameters", "bytes", "flops_per_token", "recipe", "choices", "slots",
+    }  # fmt: skip
+    assert all(type(slot["rank"]) is int for slot in found["slots"])
+
+
+def test_every_choice_of_a_plan_has_its_reason(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
+    choices = lorafit("plan", tiny_folder, rows, "--json").last_object["choices"]
+    assert len(choices) > 4
+    assert all(choice["reason"] for choice in choices)
+
+
+def test_plan_writes_nothing(
+    lorafit: Lorafit, tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lorafit("plan", tiny_folder, rows).status == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_ends_with_its_summary_as_json(run: Run) -> None:
+    assert set(json.loads(run.done.stdout.splitlines()[-1])) == TRAINED
+
+
+def test_train_keeps_stdout_for_the_one_object(run: Run) -> None:
+    assert len(run.done.stdout.splitlines()) == 1
+
+
+def test_the_summary_that_is_printed_is_the_one_that_is_written(run: Run) -> None:
+    assert json.loads(run.done.stdout) == json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_train_leaves_the_base_unchanged(run: Run) -> None:
+    assert json.loads(run.done.stdout)["base_unchanged"] is True
+
+
+def test_train_says_what_it_did_in_words(run: Run) -> None:
+    said = ("trained: best validation", "read back: equal bit for bit", "base unchanged", "lorafit show")
+    assert [words for words in said if words not in run.done.stderr] == []
+
+
+def test_eval_ends_with_its_scores_as_json(lorafit: Lorafit, run: Run, rows: Path) -> None:
+    found = lorafit("eval", run.folder / "adapter", rows, "--dtype", "fp32", "--json").last_object
+    assert set(found) == EVALUATED
+    assert (found["n_test"], found["base_unchanged"]) == (24, True)
+
+
+def test_an_adapter_equals_itself_in_eval(lorafit: Lorafit, run: Run, rows: Path) -> None:
+    adapter = run.folder / "adapter"
+    found = lorafit("eval", adapter, rows, "--against", adapter, "--dtype", "fp32", "--json").last_object
+    assert found["nll"]["difference"] == 0.0
+
+
+def test_eval_refuses_a_split_that_is_not_there(lorafit: Lorafit, run: Run, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", capitals())
+    write_rows(tmp_path / "valid.jsonl", capitals()[:2])
+    done = lorafit("eval", run.folder / "adapter", tmp_path)
+    assert (done.status, "no test split" in done.err) == (2, True)
+
+
+def test_show_knows_a_run(lorafit: Lorafit, run: Run) -> None:
+    found = lorafit("show", run.folder, "--json").last_object
+    assert (found["kind"], found["state"], found["ranks"]) == ("run", "finished", {"2": 14})
+
+
+def test_show_knows_an_adapter(lorafit: Lorafit, run: Run) -> None:
+    found = lorafit("show", run.folder / "adapter", "--json").last_object
+    assert (found["kind"], found["sites"], found["variant"]) == ("adapter", 14, "lora")
+
+
+def test_show_knows_a_plan(lorafit: Lorafit, run: Run) -> None:
+    found = lorafit("show", run.folder / "plan.json", "--json").last_object
+    assert (found["kind"], found["sites"]) == ("plan", 14)
+
+
+def test_show_knows_a_base(lorafit: Lorafit, tiny_folder: Path) -> None:
+    found = lorafit("show", tiny_folder, "--json").last_object
+    assert (found["kind"], found["site names"]["q_proj"]) == ("base", 2)
+
+
+def test_train_does_not_touch_a_finished_run(lorafit: Lorafit, run: Run, tiny_folder: Path, rows: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    done = lorafit("train", tiny_folder, rows, "--out", run.folder)
+    assert (done.status, "holds a run already (finished)" in done.err) == (2, True)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+
+
+def test_train_does_not_write_among_other_files(
+    lorafit: Lorafit, tiny_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("Ten years of work.", encoding="utf-8")
+    done = lorafit("train", tiny_folder, rows, "--out", tmp_path)
+    assert (done.status, "is not empty and not a run" in done.err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_is_not_resumed(lorafit: Lorafit, run: Run, tiny_folder: Path, rows: Path) -> None:
+    done = lorafit("train", tiny_folder, rows, "--out", run.folder, "--resume")
+    assert (done.status, "this run is finished" in done.err) == (2, True)

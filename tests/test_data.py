@@ -1,0 +1,294 @@
+"""Reading examples: what is taken, what is refused, and that everything wrong is named at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+
+from lorafit.data.examples import Check, Message, read_examples
+from lorafit.data.report import describe
+from lorafit.errors import DataError
+
+GOOD = {"prompt": "What is two and two?", "completion": "Four."}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def problems_of(path: Path) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def one_problem(tmp_path: Path, row: object, before: object = GOOD) -> str:
+    """The single problem of a row on line 2 of a file, without the path of the file."""
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps(before) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    (problem,) = problems_of(path)
+    assert problem.startswith(f"{path}:2: ")
+    return problem.removeprefix(f"{path}:")
+
+
+def one_raw_problem(tmp_path: Path, raw: bytes) -> str:
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(raw)
+    (problem,) = problems_of(path)
+    assert problem.startswith(str(path))
+    return problem.removeprefix(str(path))
+
+
+def test_messages_are_read_as_they_stand(tmp_path: Path) -> None:
+    turns = [system("Be short."), user("One?"), assistant("1"), user("Two?"), assistant("2")]
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{"messages": turns}])).train
+    assert example.messages == tuple(Message(turn["role"], turn["content"]) for turn in turns)
+
+
+def test_prompt_and_completion_become_a_question_and_an_answer(tmp_path: Path) -> None:
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [GOOD])).train
+    assert example.messages == (Message("user", "What is two and two?"), Message("assistant", "Four."))
+
+
+def test_prompt_and_answer_of_a_conversation_are_parted_before_the_last_answer(tmp_path: Path) -> None:
+    turns = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{"messages": turns}])).train
+    assert (example.prompt, example.answer) == ("One?\n1\nTwo?", "2")
+
+
+def test_check_and_group_are_read(tmp_path: Path) -> None:
+    check = {"contains": ["four"], "lacks": ["five"], "max_words": 7, "declines": True}
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{**GOOD, "check": check, "group": "sums"}])).train
+    assert (example.check, example.group) == (Check(("four",), ("five",), 7, True), "sums")
+
+
+def test_an_example_knows_its_file_and_line_blank_lines_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n" + json.dumps(GOOD) + "\n", encoding="utf-8")
+    assert [example.where for example in read_examples(path).train] == [f"{path}:3"]
+
+
+def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
+    for i, split in enumerate(("train", "valid", "test"), 1):
+        write_rows(tmp_path / f"{split}.jsonl", [GOOD] * i)
+    examples = read_examples(tmp_path)
+    assert [len(split) for split in examples.by_name().values()] == [1, 2, 3]
+
+
+def test_a_missing_split_of_a_folder_is_empty(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [GOOD])
+    write_rows(tmp_path / "test.jsonl", [GOOD])
+    assert read_examples(tmp_path).valid == ()
+
+
+def test_the_builtin_help_desk_has_three_splits() -> None:
+    assert all(len(split) > 100 for split in read_examples("builtin").by_name().values())
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
+    assert len(read_examples(path).train) == 1
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b"], ids=["LS", "PS", "NEL", "VT"])
+def test_a_separator_within_a_string_ends_no_line(tmp_path: Path, separator: str) -> None:
+    text = f"first{separator}second"
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"prompt": "?", "completion": text}, ensure_ascii=separator < " ")
+    path.write_text(line + "\n", encoding="utf-8")
+    assert read_examples(path).train[0].answer == text
+
+
+def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((json.dumps(GOOD) + "\r\n").encode() * 2)
+    assert len(read_examples(path).train) == 2
+
+
+def test_a_last_line_needs_no_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    assert len(read_examples(path).train) == 1
+
+
+def test_an_unknown_field_is_passed_over_and_reported(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{**GOOD, "source": "x"}, {**GOOD, "source": "y", "lang": "en"}])
+    assert describe(read_examples(path)).passed_over == {"source": 2, "lang": 1}
+
+
+def test_a_prompt_beside_messages_is_reported_as_passed_over(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"messages": [user("a"), assistant("b")], "prompt": "a"}
+    assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].extra == ("prompt",)
+
+
+def test_a_field_of_a_message_that_is_not_read_is_reported(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"messages": [user("a"), {**assistant("b"), "weight": 0}]}
+    assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].extra == ("messages[].weight",)
+
+
+def test_the_digest_tells_contents_apart_and_not_files(tmp_path: Path) -> None:
+    one, same = (read_examples(write_rows(tmp_path / name, [GOOD])) for name in ("a.jsonl", "b.jsonl"))
+    other = read_examples(write_rows(tmp_path / "c.jsonl", [{**GOOD, "completion": "Five."}]))
+    assert (one.digest() == same.digest(), one.digest() == other.digest()) == (True, False)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert problems_of(tmp_path / "none.jsonl") == [f"{tmp_path / 'none.jsonl'}: there is no such file: check the path"]
+
+
+def test_a_folder_without_train_says_what_it_holds(tmp_path: Path) -> None:
+    write_rows(tmp_path / "training.jsonl", [GOOD])
+    (problem,) = problems_of(tmp_path)
+    assert "no train.jsonl" in problem
+    assert "training.jsonl" in problem
+
+
+@pytest.mark.parametrize("raw", [b"", b"\n \n\t\n\n", b"\xef\xbb\xbf"], ids=["empty", "blank lines", "only a mark"])
+def test_a_file_without_examples_is_refused(tmp_path: Path, raw: bytes) -> None:
+    assert "no examples in it" in one_raw_problem(tmp_path, raw)
+
+
+def test_an_empty_split_of_a_folder_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [GOOD])
+    (tmp_path / "valid.jsonl").write_bytes(b"")
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(f"{tmp_path / 'valid.jsonl'}: no examples")
+
+
+def test_a_binary_file_is_refused_once(tmp_path: Path) -> None:
+    assert "a binary file" in one_raw_problem(tmp_path, b"PK\x03\x04\x00\x00\n\xff\n\xfe\n")
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    good = json.dumps(GOOD).encode()
+    raw = good + b"\n" + '{"prompt": "Käse?", "completion": "Ja."}'.encode("latin-1") + b"\n" + good + b"\n"
+    assert one_raw_problem(tmp_path, raw) == ":2: not UTF-8: save the file as UTF-8"
+
+
+def test_a_byte_order_mark_does_not_shift_the_line_of_an_error(tmp_path: Path) -> None:
+    raw = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\xff\n"
+    assert one_raw_problem(tmp_path, raw).startswith(":2: not UTF-8")
+
+
+def test_a_line_that_is_not_utf8_hides_no_other_problem(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xff\n[]\n\xfe\n")
+    found = problems_of(path)
+    assert [problem.split(": ")[0] for problem in found] == [f"{path}:{line}" for line in (1, 2, 3)]
+
+
+def test_a_half_written_last_line_is_called_that(tmp_path: Path) -> None:
+    raw = (json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-9]).encode()
+    problem = one_raw_problem(tmp_path, raw)
+    assert problem.startswith(":2: ")
+    assert "half-written" in problem
+
+
+def test_a_line_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    problem = one_raw_problem(tmp_path, b"{'prompt': 1}\n" + json.dumps(GOOD).encode() + b"\n")
+    assert problem.startswith(":1: not JSON")
+    assert "half-written" not in problem
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000], ids=["a huge number", "deep nesting"])
+def test_json_that_python_cannot_hold_is_a_problem_of_its_line(tmp_path: Path, value: str) -> None:
+    raw = f'{{"prompt": "a", "completion": "b", "n": {value}}}\n'.encode()
+    assert one_raw_problem(tmp_path, raw).startswith(":1: not JSON")
+
+
+@pytest.mark.parametrize("row", [["a", "b"], "text", 3, None], ids=["list", "text", "number", "null"])
+def test_a_line_that_is_no_object_is_refused(tmp_path: Path, row: object) -> None:
+    assert "not a JSON object" in one_problem(tmp_path, row)
+
+
+BAD = {
+    "fields of another kind": ({"question": "a", "answer": "b"}, "2: neither messages nor prompt and completion"),
+    "prompt alone": ({"prompt": "a"}, "2: neither messages nor prompt and completion"),
+    "no object": ({"messages": [user("a"), "b"]}, "2: messages[1]: not an object"),
+    "messages no list": ({"messages": "a"}, "2: messages: not a list"),
+    "no messages": ({"messages": []}, "2: messages: not a list"),
+    "unknown role": ({"messages": [user("a"), {"role": "bot", "content": "b"}]}, '2: messages[1].role: unknown'),
+    "no role": ({"messages": [user("a"), {"content": "b"}]}, "2: messages[1].role: unknown role null"),
+    "role no text": ({"messages": [user("a"), {"role": [], "content": "b"}]}, "2: messages[1].role: unknown role []"),
+    "content no text": ({"messages": [user("a"), {"role": "assistant", "content": [1]}]}, "2: messages[1].content: no"),
+    "completion no text": ({"prompt": "a", "completion": 4}, "2: completion: not text but int"),
+    "empty prompt": ({"prompt": " ", "completion": "b"}, "2: prompt: empty"),
+    "empty answer": ({"prompt": "a", "completion": ""}, "2: completion: an empty answer"),
+    "answer of white space": ({"messages": [user("a"), assistant(" \n")]}, "2: messages[1].content: an empty answer"),
+    "half a character": ({"prompt": "a", "completion": "\ud800"}, "2: completion: holds half of a character"),
+    "ends with user": ({"messages": [user("a"), assistant("b"), user("c")]}, "2: messages: ends with a user"),
+    "no answer": ({"messages": [user("a")]}, "2: messages: no assistant message"),
+    "two users": ({"messages": [user("a"), user("b"), assistant("c")]}, "2: messages: two user messages in a row"),
+    "two answers": ({"messages": [user("a"), assistant("b"), assistant("c")]}, "2: messages: two assistant messages"),
+    "begins with answer": ({"messages": [assistant("a"), user("b"), assistant("c")]}, "2: messages[0].role: begins"),
+    "system late": ({"messages": [user("a"), system("b"), assistant("c")]}, "2: messages[1].role: a system message"),
+    "two systems": ({"messages": [system("a"), system("b"), user("c"), assistant("d")]}, "2: messages[1].role: a sys"),
+    "group a number": ({**GOOD, "group": 3}, "2: group: not text but int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), BAD.values(), ids=BAD)
+def test_a_bad_example_is_refused_by_line_and_field(tmp_path: Path, row: object, said: str) -> None:
+    assert one_problem(tmp_path, row).startswith(said)
+
+
+CHECKS: dict[str, object] = {
+    "text": "21 days",
+    "empty": {},
+    "nothing contained": {"contains": []},
+    "contains text": {"contains": "21 days"},
+    "contains a number": {"contains": [21]},
+    "contains blank": {"contains": [" "]},
+    "lacks text": {"contains": ["a"], "lacks": "b"},
+    "no words allowed": {"contains": ["a"], "max_words": 0},
+    "words true": {"contains": ["a"], "max_words": True},
+    "declines a number": {"contains": ["a"], "declines": 1},
+    "misspelt key": {"contains": ["a"], "lack": ["b"]},
+}
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_a_bad_check_is_refused(tmp_path: Path, check: object) -> None:
+    assert one_problem(tmp_path, {**GOOD, "check": check}).startswith("2: check: not a check")
+
+
+def test_all_problems_of_a_line_are_named_at_once(tmp_path: Path) -> None:
+    row: dict[str, object] = {"prompt": "", "completion": 3, "check": 1, "group": 2}
+    found = problems_of(write_rows(tmp_path / "a.jsonl", [row]))
+    assert [problem.split(": ")[1] for problem in found] == ["prompt", "completion", "check", "group"]
+
+
+def test_all_problems_of_all_files_are_named_at_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [GOOD, {"prompt": "a", "completion": ""}, GOOD, {"prompt": "a"}])
+    write_rows(tmp_path / "valid.jsonl", [{**GOOD, "group": 1}])
+    (tmp_path / "test.jsonl").write_bytes(b"{}\n{")
+    found = [problem.removeprefix(str(tmp_path))[1:].split(": ")[0] for problem in problems_of(tmp_path)]
+    assert found == ["train.jsonl:2", "train.jsonl:4", "valid.jsonl:1", "test.jsonl:1", "test.jsonl:2"]
+
+
+def test_the_message_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a"}] * 23)
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith("23 problems in the data\n")
+    assert str(caught.value).endswith("\n  ... and 3 more")
+
+
+def test_every_problem_says_what_to_do(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [row for row, _ in BAD.values() if isinstance(row, dict)])
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert all(problem.fix for problem in caught.value.problems)

@@ -1,0 +1,142 @@
+"""The order of the rooms: a file imports only from lower floors, or from its own folder."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "lorafit"
+
+FLOORS = {
+    "errors": 0,
+    "records": 0,
+    "settings": 1,
+    "files": 1,
+    "sites": 1,
+    "layers": 2,
+    "variants": 2,
+    "plan": 3,
+    "adapter": 4,
+    "formats": 5,
+    "base": 6,
+    "attach": 7,
+    "data": 7,
+    "tasks": 8,
+    "generation": 8,
+    "evaluation": 9,
+    "training": 10,
+    "planning": 11,
+    "report": 12,
+    "pipeline": 13,
+    "demo": 14,
+    "shown": 14,
+    "cli": 15,
+    "testing": 15,
+    "with_peft": 15,
+    "__main__": 16,
+    "__init__": 17,
+}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    """The folder of src/lorafit a file is in, or its own name where it is in none."""
+    return file.relative_to(SRC).with_suffix("").parts[0]
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every module imported anywhere in a file, with the line; `from a import b` counts as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import: name the module in full"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def faults(tree: ast.AST, importer: str) -> list[str]:
+    """Imports of a file in the room `importer` that go up, or sideways into another room."""
+    found = []
+    for name, line in imports(tree):
+        parts = name.split(".")
+        if parts[0] != "lorafit" or parts[1:] in ([], ["__version__"]):
+            continue  # the bare package: see test_the_bare_package_is_imported_for_its_version_alone
+        if parts[1] != importer and FLOORS.get(parts[1], 99) >= FLOORS[importer]:
+            found.append(f"line {line}: {importer} ({FLOORS[importer]}) imports {name} ({FLOORS.get(parts[1])})")
+    return found
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_every_file_has_its_floor_and_every_floor_its_file() -> None:
+    assert {room(file) for file in FILES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SRC)))
+def test_a_file_imports_only_from_lower_floors(file: Path) -> None:
+    assert faults(parsed(file), room(file)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from lorafit.pipeline import run_training",
+        "import lorafit.attach",
+        "from lorafit import cli",
+        "from lorafit import base",
+        "def f():\n    from lorafit.evaluation.nll import example_nll",
+        "if TYPE_CHECKING:\n    from lorafit.training.loop import train",
+        "from lorafit.not_in_the_table import something",
+    ],
+)
+def test_an_import_from_above_is_noticed_wherever_it_stands(text: str) -> None:
+    assert len(faults(ast.parse(text), "formats")) == 1
+
+
+def test_imports_from_below_and_from_the_own_folder_are_allowed() -> None:
+    text = "from lorafit.formats import peft\nfrom lorafit.adapter import cast\nfrom lorafit import plan\nimport torch"
+    assert faults(ast.parse(text), "formats") == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SRC)))
+def test_the_bare_package_is_imported_for_its_version_alone(file: Path) -> None:
+    named = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.Name) and node.id == "lorafit"]
+    taken = [
+        node.value
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr == "__version__"
+    ]
+    assert len(named) == sum(isinstance(node, ast.Name) and node.id == "lorafit" for node in taken)
+
+
+def imported_by(wanted: str) -> set[str]:
+    """Files, relative to src/lorafit, that import a module or anything in it."""
+    return {
+        str(file.relative_to(SRC))
+        for file in FILES
+        for name, _ in imports(parsed(file))
+        if name == wanted or name.startswith(f"{wanted}.")
+    }
+
+
+def test_only_one_file_imports_peft() -> None:
+    assert imported_by("peft") == {"with_peft.py"}
+
+
+def test_nothing_imports_the_file_that_imports_peft() -> None:
+    assert imported_by("lorafit.with_peft") == set()
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama_cpp", "pickle", "accelerate", "datasets"])
+def test_what_lorafit_does_without_is_not_imported(name: str) -> None:
+    assert imported_by(name) == set()
+
+
+@pytest.mark.parametrize("words", ["trust_remote_code", "torch.load"])
+def test_no_file_runs_code_that_comes_with_a_model(words: str) -> None:
+    assert [str(file) for file in FILES if words in file.read_text(encoding="utf-8")] == []

@@ -1,0 +1,85 @@
+"""End to end on the real small base, through the command line, on a piece of the built-in data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafit.base import Base
+from lorafit.data.examples import BUILTIN_FOLDER
+from lorafit.planning.rules import all_linear, hidden_size, learning_rate_by_width, rank_by_capacity
+
+
+def lorafit(*words: str | Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def piece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One desk's first rows: 120 to train on, 8 to validate and 12 to test."""
+    folder = tmp_path_factory.mktemp("piece")
+    for split, count in (("train", 120), ("valid", 8), ("test", 12)):
+        lines = (BUILTIN_FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(real_base: Base, piece: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return lorafit("train", "smollm2-135m", piece, "--out", out, "--epochs", "1", "--system", "Help desk")
+
+
+def test_the_adapter_is_better_than_its_base(summary: dict[str, Any]) -> None:
+    assert summary["nll"]["ci95"][1] < 0
+
+
+def test_the_base_is_unchanged(summary: dict[str, Any]) -> None:
+    assert summary["base_unchanged"] is True
+
+
+def test_the_answers_end_by_themselves(summary: dict[str, Any]) -> None:
+    assert summary["natural_stops"] >= 0.95
+
+
+def test_peft_computes_the_same(summary: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    assert summary["peft"]["max_logit_difference"] <= 1e-4 * max(1.0, summary["peft"]["adapter_effect"] / 10)
+    assert summary["peft"]["adapter_effect"] >= 100 * summary["peft"]["max_logit_difference"]
+
+
+def test_evaluating_again_gives_the_same_numbers(summary: dict[str, Any], piece: Path) -> None:
+    again = lorafit("eval", summary["adapter_dir"], piece)
+    assert again["nll"]["adapter"] == pytest.approx(summary["nll"]["adapter"], rel=1e-6)
+    assert again["facts"]["adapter"] == summary["facts"]["adapter"]
+
+
+def test_the_rules_resolve_to_the_published_numbers(real_base: Base) -> None:
+    sites = all_linear(real_base)
+    assert len(sites) == 210
+    assert sum(site.d_in + site.d_out for site in sites) == 305_280
+    assert learning_rate_by_width(hidden_size(real_base)) == pytest.approx(1.3e-3)
+    assert rank_by_capacity(25_000, 305_280) == 8
+    assert rank_by_capacity(305_280 * 10, 305_280) == 32
+
+
+def test_flipping_any_one_bit_of_the_real_base_shows(real_base: Base) -> None:
+    before = real_base.integrity()
+    weight = dict(real_base.model.named_parameters())["model.layers.17.mlp.up_proj.weight"]
+    bits = weight.detach().view(torch.int32)
+    with torch.no_grad():
+        bits[5, 7] ^= 1
+        changed = real_base.integrity()
+        bits[5, 7] ^= 1
+    assert changed != before
+    assert real_base.integrity() == before

@@ -1,0 +1,231 @@
+"""What is held out is held out: near-identical prompts and groups stay on one side."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafit.data.examples import BUILTIN_FOLDER, SPLITS, Example, Examples, Message, read_examples
+from lorafit.data.split import SIMILAR, complete, largest_similarity, near_pairs, require_apart, shingles, similarity
+from lorafit.errors import DataError
+from lorafit.evaluation.answers import is_right
+
+LONG = "When does the night train from the coast to the capital leave on working days in winter"
+ROOT = Path(__file__).parents[1]
+
+
+def example(prompt: str, where: str = "x:1", group: str | None = None) -> Example:
+    return Example((Message("user", prompt), Message("assistant", "Yes.")), where, group=group)
+
+
+def words(rng: random.Random, n: int = 8) -> str:
+    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(n))
+
+
+def family(seed: int) -> list[Example]:
+    """Prompts of which many are near-identical and others share a group, in mixed order."""
+    rng = random.Random(seed)
+    found = []
+    for k in range(30):
+        text = words(rng)
+        found += [example(text + " please" * i, group=f"g{k % 5}" if k < 10 else None) for i in range(k % 3 + 1)]
+    rng.shuffle(found)
+    return [Example(e.messages, f"x:{i}", group=e.group) for i, e in enumerate(found, 1)]
+
+
+def sides(examples: Examples) -> dict[str, list[str]]:
+    return {name: [e.where for e in split] for name, split in examples.by_name().items()}
+
+
+@pytest.mark.parametrize(
+    "other", [LONG + "?", LONG.upper() + "!!", LONG.replace(" ", "  "), LONG.replace("the", "a", 1)]
+)
+def test_a_prompt_that_differs_in_form_alone_or_in_one_word_is_near_identical(other: str) -> None:
+    assert near_pairs([LONG, other]) == [(0, 1)]
+
+
+def test_an_unrelated_prompt_is_not_near_identical() -> None:
+    assert near_pairs([LONG, "How many eggs go into a sponge cake for twelve guests at a birthday party"]) == []
+
+
+def test_a_pair_just_below_the_bound_is_not_reported() -> None:
+    rng = random.Random(0)
+    shared, ends = words(rng, 20), [words(rng, 5), words(rng, 5)]
+    pair = [f"{shared} {end}" for end in ends]
+    assert 0.5 < similarity(*map(shingles, pair)) < SIMILAR
+    assert near_pairs(pair) == []
+
+
+def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
+    rng = random.Random(1)
+    texts = []
+    for _ in range(60):
+        whole = words(rng, 12).split()
+        texts += [" ".join(whole), " ".join(whole[: rng.randint(7, 12)])]
+    sets = [shingles(text) for text in texts]
+    exact = [(i, j) for i, j in combinations(range(len(texts)), 2) if similarity(sets[i], sets[j]) >= SIMILAR]
+    assert len(exact) > 20
+    assert near_pairs(texts) == exact
+
+
+def test_identical_prompts_are_all_tied_to_the_first() -> None:
+    assert near_pairs(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"]) == [(0, 2), (0, 3)]
+
+
+def test_prompts_in_other_scripts_are_told_apart() -> None:
+    assert near_pairs(["как пройти в библиотеку", "сколько стоит этот билет", "図書館はどこですか"]) == []
+
+
+def test_the_same_seed_gives_the_same_split() -> None:
+    assert complete(Examples(tuple(family(0))), 3) == complete(Examples(tuple(family(0))), 3)
+
+
+def test_another_seed_gives_another_split() -> None:
+    assert complete(Examples(tuple(family(0))), 3).test != complete(Examples(tuple(family(0))), 4).test
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_near_identical_prompts_are_never_on_two_sides(seed: int) -> None:
+    require_apart(complete(Examples(tuple(family(seed))), seed))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_group_is_never_on_two_sides(seed: int) -> None:
+    split = complete(Examples(tuple(family(seed))), seed, share=0.2).by_name()
+    groups = [{e.group for e in examples} - {None} for examples in split.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups)) > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_split_uses_every_example_once(seed: int) -> None:
+    every = family(seed)
+    split = complete(Examples(tuple(every)), seed)
+    assert sorted(e.where for side in split.by_name().values() for e in side) == sorted(e.where for e in every)
+
+
+def test_the_share_is_what_is_taken_for_validation_and_for_test() -> None:
+    rng = random.Random(0)
+    split = complete(Examples(tuple(example(words(rng)) for _ in range(50))), 0, share=0.2)
+    assert [len(side) for side in split.by_name().values()] == [30, 10, 10]
+
+
+def test_too_few_examples_are_refused() -> None:
+    with pytest.raises(DataError, match=r"2 examples in 2 groups .* too few to split"):
+        complete(Examples((example("alpha beta gamma"), example("one two three"))), 0)
+
+
+def test_examples_that_all_say_the_same_are_refused() -> None:
+    with pytest.raises(DataError, match="40 examples in 1 groups"):
+        complete(Examples(tuple(example(LONG + "?" * i) for i in range(40))), 0)
+
+
+def test_examples_of_one_group_are_refused() -> None:
+    rng = random.Random(0)
+    with pytest.raises(DataError, match="30 examples in 1 groups"):
+        complete(Examples(tuple(example(words(rng), group="one") for _ in range(30))), 0)
+
+
+def test_given_splits_stay_as_they_are() -> None:
+    rng = random.Random(0)
+    given = Examples(*(tuple(example(words(rng)) for _ in range(5)) for _ in SPLITS))
+    assert complete(given, 0) is given
+
+
+@pytest.mark.parametrize("missing", ["valid", "test"])
+def test_only_the_missing_split_is_taken_from_training(missing: str) -> None:
+    rng = random.Random(0)
+    train, held = (tuple(example(words(rng), f"{k}:{i}") for i in range(20)) for k in "ab")
+    kept = "test" if missing == "valid" else "valid"
+    split = complete(Examples(train, **{kept: held}), 0).by_name()
+    assert (split[kept], len(split[missing]), len(split["train"])) == (held, 2, 18)
+
+
+def refused(examples: Examples) -> list[tuple[str, str]]:
+    with pytest.raises(DataError) as caught:
+        require_apart(examples)
+    return [(problem.where, problem.what) for problem in caught.value.problems]
+
+
+def test_test_near_training_is_named_with_both_places() -> None:
+    given = Examples((example(LONG, "train:7"),), test=(example(LONG + "?", "test:3"),))
+    assert refused(given) == [("test:3", "near-identical to train:7 in train")]
+
+
+def test_validation_near_training_is_named_with_both_places() -> None:
+    given = Examples((example(LONG, "train:7"),), (example(LONG + "?", "valid:3"),))
+    assert refused(given) == [("valid:3", "near-identical to train:7 in train")]
+
+
+def test_test_near_validation_is_named_with_both_places() -> None:
+    given = Examples((example("other"),), (example(LONG, "valid:7"),), (example(LONG + " now", "test:3"),))
+    assert refused(given) == [("test:3", "near-identical to valid:7 in valid")]
+
+
+def test_every_one_of_identical_held_out_prompts_is_named() -> None:
+    held = tuple(example(LONG + " now", f"test:{i}") for i in range(3))
+    given = Examples((example(LONG, "train:1"),), test=held)
+    assert [where for where, _ in refused(given)] == ["test:0", "test:1", "test:2"]
+
+
+def test_near_identical_prompts_on_one_side_are_no_problem() -> None:
+    require_apart(Examples((example(LONG), example(LONG + "?")), (example("a b"),), (example("c d"),)))
+
+
+@pytest.fixture(scope="module")
+def builtin() -> Examples:
+    return read_examples("builtin")
+
+
+@pytest.fixture(scope="module")
+def raw() -> dict[str, list[dict[str, Any]]]:
+    lines = {name: (BUILTIN_FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in SPLITS}
+    return {name: [json.loads(line) for line in found] for name, found in lines.items()}
+
+
+def test_the_builtin_splits_are_apart(builtin: Examples) -> None:
+    require_apart(builtin)
+
+
+@pytest.mark.parametrize("side", ["valid", "test"])
+def test_no_builtin_question_is_near_a_training_question(builtin: Examples, side: str) -> None:
+    largest = largest_similarity(builtin.by_name()[side], builtin.train)
+    assert largest < SIMILAR, f"the largest similarity of {side} to training is {largest:.3f}"
+
+
+def test_the_largest_similarity_is_that_of_the_nearest_pair() -> None:
+    held, trained = [example("one two three"), example(LONG)], [example("four five six"), example(LONG + " or so")]
+    expected = similarity(shingles(LONG), shingles(LONG + " or so"))
+    assert largest_similarity(held, trained) == expected > 0.5
+
+
+@pytest.mark.parametrize("side", ["valid", "test"])
+def test_every_builtin_fact_that_is_asked_was_taught(builtin: Examples, side: str) -> None:
+    taught = {e.group for e in builtin.train}
+    asked = {e.group for e in builtin.by_name()[side]} - {None}
+    assert asked
+    assert asked <= taught
+
+
+def test_the_builtin_wordings_of_one_side_occur_on_no_other(raw: dict[str, list[dict[str, Any]]]) -> None:
+    families = {name: {row["wording"] for row in rows} - {"off_desk"} for name, rows in raw.items()}
+    assert all(families.values())
+    assert all(not families[one] & families[other] for one, other in combinations(SPLITS, 2)), families
+
+
+def test_every_builtin_answer_passes_its_own_check(builtin: Examples) -> None:
+    rows = [e for side in builtin.by_name().values() for e in side]
+    wrong = [e.where for e in rows if e.check is None or not is_right(e.answer, e.check)]
+    assert wrong == []
+
+
+def test_the_builtin_files_are_what_their_script_writes() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_builtin_data.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,545 @@
+"""Training: exact gradients, one seed, bit-identical resume, and what is kept of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import capitals, tiny_llama, write_rows
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from lorafit import pipeline
+from lorafit.adapter import Adapter
+from lorafit.attach import attach, fresh
+from lorafit.base import Base, open_base
+from lorafit.data.batches import collate, epoch_order
+from lorafit.data.examples import Example, Message
+from lorafit.data.render import Row, render, renderer_for
+from lorafit.errors import DivergedError, FormatError, RunError, SettingsError
+from lorafit.evaluation.nll import example_nll
+from lorafit.formats import peft
+from lorafit.generation.greedy import generate
+from lorafit.plan import uniform
+from lorafit.planning.rules import all_linear
+from lorafit.tasks.completion import head_is_plain, token_nll
+from lorafit.testing import random_adapter
+from lorafit.training import optimizer as adamw
+from lorafit.training.loop import gradient_step, train
+from lorafit.training.recipe import Recipe
+from lorafit.training.state import TrainState
+
+CPU = torch.device("cpu")
+SHORT = Recipe(learning_rate=1e-2, batch_size=4, steps=6, warmup=1, validate_every=3)
+
+
+def examples_of(rows: Sequence[dict[str, object]]) -> list[Example]:
+    turns = [(Message("user", str(r["prompt"])), Message("assistant", str(r["completion"]))) for r in rows]
+    return [Example(messages, f"test:{i}") for i, messages in enumerate(turns)]
+
+
+def rows_of(base: Base, n: int) -> list[Row]:
+    """Rows whose answers differ much in length, so that a mean of means would show."""
+    rows = capitals(n)
+    return render(
+        renderer_for(base), examples_of([{**r, "completion": "x" * (i * i)} for i, r in enumerate(rows, 1)]), 512
+    )
+
+
+def start_of(base: Base, rank: int = 4, seed: int = 0, variant: str = "lora") -> Adapter:
+    return fresh(base, uniform(base.sites, rank, 32.0, variant), seed)
+
+
+# Gradients
+
+
+def accumulated(base: Base, adapter: Adapter, parts: Sequence[Sequence[Row]]) -> torch.Tensor:
+    state = TrainState(adapter)
+    with attach(base, state):
+        gradient_step(base, state, [collate(part, 256, CPU) for part in parts], split_head=True)
+    assert state.master.grad is not None
+    return state.master.grad
+
+
+def plain_loss(base: Base, rows: Sequence[Row]) -> torch.Tensor:
+    """Mean cross entropy over the trained tokens of one full batch, by the textbook."""
+    batch = collate(rows, 256, CPU)
+    logits = base.model(input_ids=batch.ids, use_cache=False).logits
+    labels = batch.ids.masked_fill(~batch.trained, -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.fixture
+def uneven(tiny_base: Base) -> tuple[Base, Adapter, list[Row]]:
+    return tiny_base, random_adapter(tiny_base, uniform(tiny_base.sites, 4, 8.0)), rows_of(tiny_base, 6)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, within: float) -> None:
+    assert (found - expected).norm() <= within * expected.norm()
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5,), (2, 3), (1, 2, 3, 4, 5)], ids=str)
+def test_gradient_is_the_same_however_a_step_is_divided(
+    uneven: tuple[Base, Adapter, list[Row]], cuts: tuple[int, ...]
+) -> None:
+    base, adapter, rows = uneven
+    edges = [0, *cuts, len(rows)]
+    parts = [rows[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    assert_near(accumulated(base, adapter, parts), accumulated(base, adapter, [rows]), 1e-5)
+
+
+def test_gradient_is_that_of_plain_full_batch_cross_entropy(uneven: tuple[Base, Adapter, list[Row]]) -> None:
+    base, adapter, rows = uneven
+    state = TrainState(adapter)
+    with attach(base, state):
+        plain_loss(base, rows).backward()
+    assert state.master.grad is not None
+    assert_near(accumulated(base, adapter, [rows[:1], rows[1:]]), state.master.grad, 1e-5)
+
+
+def test_mean_of_means_would_have_been_noticed(uneven: tuple[Base, Adapter, list[Row]]) -> None:
+    base, adapter, rows = uneven
+    state = TrainState(adapter)
+    with attach(base, state):
+        for part in (rows[:1], rows[1:]):
+            (plain_loss(base, part) / 2).backward()
+    assert state.master.grad is not None
+    exact = accumulated(base, adapter, [rows[:1], rows[1:]])
+    assert (state.master.grad - exact).norm() > 0.05 * exact.norm()
+
+
+def test_loss_told_is_the_mean_over_all_trained_tokens(uneven: tuple[Base, Adapter, list[Row]]) -> None:
+    base, adapter, rows = uneven
+    state = TrainState(adapter)
+    with attach(base, state):
+        told = gradient_step(base, state, [collate([row], 256, CPU) for row in rows], split_head=True)
+        assert told == pytest.approx(float(plain_loss(base, rows).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_every_b_has_a_gradient_at_the_first_step_and_every_a_at_the_second(tiny_base: Base, variant: str) -> None:
+    rows = rows_of(tiny_base, 4)
+    state = TrainState(fresh(tiny_base, uniform(all_linear(tiny_base), 4, 32.0, variant), seed=0))
+    optimizer = adamw.make_optimizer(state)
+    moved = []
+    with attach(tiny_base, state):
+        for _ in range(2):
+            gradient_step(tiny_base, state, [collate(rows, 256, CPU)], split_head=True)
+            moved.append({key for key, gradient in state.gradients().items() if gradient.abs().sum() > 0})
+            adamw.step(state, optimizer, 1e-2, 0.0, 1.0)
+    every = set(state.adapter.tensors)
+    assert moved[0] == {key for key in every if not key.endswith(".A")}
+    assert moved[1] == every
+
+
+# The head
+
+
+def test_running_the_head_on_trained_positions_only_gives_the_same_nll(tiny_base: Base) -> None:
+    batch = collate(rows_of(tiny_base, 5), 256, CPU)
+    with torch.no_grad():
+        apart, whole = (token_nll(tiny_base.model, batch, split) for split in (True, False))
+    assert torch.allclose(apart, whole, rtol=1e-5, atol=1e-6)
+    assert len(apart) == batch.n_trained
+
+
+class ScalesItsLogits(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+
+def test_a_plain_head_is_known_as_plain(tiny_base: Base) -> None:
+    assert head_is_plain(tiny_base.model, collate(rows_of(tiny_base, 2), 256, CPU))
+
+
+def test_a_model_that_scales_its_logits_after_the_head_is_noticed(tiny_base: Base) -> None:
+    model = ScalesItsLogits(tiny_llama().config).eval()
+    assert not head_is_plain(model, collate(rows_of(tiny_base, 2), 256, CPU))
+
+
+# One seed
+
+
+def digest_of(base: Base, seed: int, recipe: Recipe = SHORT) -> str:
+    rows = rows_of(base, 9)
+    return train(base, start_of(base, seed=seed), rows[:6], rows[6:], replace(recipe, seed=seed)).adapter.digest()
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(tiny_base: Base) -> None:
+    recipe = replace(SHORT, dropout=0.2)
+    torch.manual_seed(1)
+    one = digest_of(tiny_base, 5, recipe)
+    torch.manual_seed(2)
+    assert digest_of(tiny_base, 5, recipe) == one
+
+
+def test_another_seed_gives_another_adapter(tiny_base: Base) -> None:
+    assert digest_of(tiny_base, 5) != digest_of(tiny_base, 6)
+
+
+def test_the_seed_covers_the_first_values_of_a(tiny_base: Base) -> None:
+    key = f"{tiny_base.sites[0].path}.A"
+    first, same, other = (start_of(tiny_base, seed=seed).tensors[key] for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_the_seed_covers_the_order_of_the_data(tiny_base: Base) -> None:
+    rows = rows_of(tiny_base, 9)
+    assert epoch_order(rows, 2, 1, 0) == epoch_order(rows, 2, 1, 0)
+    assert epoch_order(rows, 2, 1, 0) != epoch_order(rows, 2, 2, 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_seed_covers_dropout(tiny_base: Base, dropout: float) -> None:
+    """One row and one start leave nothing to draw but dropout."""
+    rows = rows_of(tiny_base, 2)
+    start, recipe = start_of(tiny_base), replace(SHORT, dropout=dropout)
+    one, other = (train(tiny_base, start, rows[:1], rows[1:], replace(recipe, seed=s)).adapter for s in (1, 2))
+    assert (one == other) == (dropout == 0.0)
+
+
+def test_training_leaves_the_global_generator_where_it_was(tiny_base: Base) -> None:
+    before = torch.random.get_rng_state()
+    digest_of(tiny_base, 5, replace(SHORT, dropout=0.2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Stopping and going on
+
+SETTINGS = {
+    "epochs": 40.0, "batch_size": 4, "rank": 4, "dropout": 0.1, "dtype": "fp32", "patience": 99, "validations": 8,
+}  # fmt: skip
+WITHOUT_PEFT = "import sys; sys.modules['peft'] = None\n"  # spares every run the check by PEFT
+COMMAND = WITHOUT_PEFT + "from lorafit.cli import main; main()"
+HANGS_AT_STEP_70 = """
+import sys, time
+from pathlib import Path
+from lorafit.training import loop
+hanging, real, calls = Path(sys.argv.pop()), loop.gradient_step, []
+def hangs(*given):
+    calls.append(1)
+    if len(calls) == 70:
+        hanging.touch()
+        time.sleep(120)
+    return real(*given)
+loop.gradient_step = hangs
+"""
+
+
+def flags() -> list[str]:
+    return [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+class Runs:
+    """The same run, in processes of their own that can be stopped, and in this one."""
+
+    def __init__(self, base: Path, folder: Path):
+        self.base, self.folder = base, folder
+        self.data = write_rows(folder / "rows.jsonl", capitals(24))
+
+    def begin(self, name: str, *extra: str, code: str = COMMAND, last: str | None = None) -> subprocess.Popen[str]:
+        out = str(self.folder / name)
+        command = [sys.executable, "-c", code, "train", str(self.base), str(self.data), "--out", out, *flags(), *extra]
+        return subprocess.Popen(
+            [*command, *([last] if last else [])], env={**os.environ, "OMP_NUM_THREADS": "2"}, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def here(self, name: str, resume: bool = False) -> str:
+        pipeline.run_training(str(self.base), str(self.data), self.folder / name, SETTINGS, resume=resume)
+        return self.digest(name)
+
+    def digest(self, name: str) -> str:
+        return peft.read(self.folder / name / "adapter").digest()
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def wait_for_lines(self, name: str, count: int, process: subprocess.Popen[str]) -> None:
+        wait_until(lambda: len(self.lines(name)) >= count, process)
+
+    def told(self, name: str) -> list[tuple[int, str]]:
+        """Step and kind of every line of metrics."""
+        return [(line["step"], "valid" if "valid_nll" in line else "train") for line in self.lines(name)]
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 90
+    while not is_so():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_folder, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_peft() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "compare_with_peft", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> str:
+    """Digest of the run that is never stopped."""
+    return runs.here("whole")
+
+
+def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_bit_identical(runs: Runs, whole: str) -> None:
+    process = runs.begin("stopped")
+    runs.wait_for_lines("stopped", 40, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, len(runs.lines("stopped")) < len(runs.lines("whole"))) == (130, True), said
+    assert "--resume" in said
+    again = runs.begin("stopped", "--resume")
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert runs.digest("stopped") == whole
+    assert runs.told("stopped") == runs.told("whole")
+
+
+def test_a_killed_run_goes_on_bit_identical_with_no_step_told_twice(runs: Runs, whole: str) -> None:
+    process = runs.begin("killed")
+    runs.wait_for_lines("killed", 50, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert len(runs.lines("killed")) < len(runs.lines("whole"))
+    assert runs.here("killed", resume=True) == whole
+    assert runs.told("killed") == runs.told("whole")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_what_resumes(runs: Runs, whole: str) -> None:
+    hanging = runs.folder / "hanging"
+    process = runs.begin("twice", code=HANGS_AT_STEP_70 + COMMAND, last=str(hanging))
+    wait_until(hanging.exists, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # the first one waits for the step in progress
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert runs.here("twice", resume=True) == whole
+
+
+def test_resuming_with_another_setting_is_refused_by_name(runs: Runs, whole: str) -> None:
+    (runs.folder / "whole" / "summary.json").rename(runs.folder / "whole" / "summary.away")
+    try:
+        with pytest.raises(SettingsError, match="rank: 4 when it began, 2 now"):
+            pipeline.run_training(
+                str(runs.base), str(runs.data), runs.folder / "whole", {**SETTINGS, "rank": 2}, resume=True
+            )
+    finally:
+        (runs.folder / "whole" / "summary.away").rename(runs.folder / "whole" / "summary.json")
+
+
+Begun = tuple[Base, Adapter, list[Row], Recipe]
+OTHERS: dict[str, Callable[[Base, Adapter, list[Row], Recipe], Begun]] = {
+    "base": lambda b, a, r, c: (replace(b, identity="f" * 64), replace(a, base="f" * 64), r, c),
+    "rows": lambda b, a, r, c: (b, a, r[1:], c),
+    "recipe": lambda b, a, r, c: (b, a, r, replace(c, learning_rate=2e-2)),
+    "start": lambda b, a, r, c: (b, start_of(b, rank=2), r, c),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(
+    tiny_base: Base, tmp_path: Path, what: str
+) -> None:
+    rows = rows_of(tiny_base, 6)
+    begun = (tiny_base, start_of(tiny_base), rows[:4], SHORT)
+    train(*begun[:3], rows[4:], SHORT, folder=tmp_path)
+    base, adapter, train_rows, recipe = OTHERS[what](*begun)
+    with pytest.raises(RunError) as caught:
+        train(base, adapter, train_rows, rows[4:], recipe, folder=tmp_path, resume=True)
+    named = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert what in named
+    assert set(named) <= {what, "start"}  # a start carries its base
+
+
+def damage_cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_other_file(path: Path) -> None:
+    path.write_bytes(b"not a checkpoint at all")
+
+
+def damage_no_header(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+def damage_no_best(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.pop("best")
+    save_file(tensors, path, {"progress": json.dumps({"run": {}})})
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_other_file, damage_no_header, damage_no_best])
+def test_a_damaged_checkpoint_is_refused(tiny_base: Base, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    rows = rows_of(tiny_base, 6)
+    train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path)
+    damage(tmp_path / "checkpoints" / "last.safetensors")
+    with pytest.raises(FormatError, match=r"last\.safetensors.*damaged"):
+        train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path, resume=True)
+
+
+# What is kept of a run
+
+OVERFITS = Recipe(learning_rate=2e-2, batch_size=4, steps=60, warmup=1, validate_every=4, patience=99)
+
+
+def capital_rows(base: Base, n: int) -> list[Row]:
+    return render(renderer_for(base), examples_of(capitals(n)), 512)
+
+
+def test_the_best_by_validation_is_the_adapter(tiny_base: Base) -> None:
+    rows = capital_rows(tiny_base, 12)
+    trained = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], OVERFITS)
+    curve = [nll for _, nll in trained.history]
+    with attach(tiny_base, trained.adapter):
+        values = example_nll(tiny_base, rows[4:])
+    assert curve[-1] > min(curve) + 0.1  # else this test shows nothing
+    assert sum(values) / len(values) == min(curve)
+
+
+def test_training_stops_after_patience_validations_without_a_better_one(tiny_base: Base) -> None:
+    rows = capital_rows(tiny_base, 12)
+    trained = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], replace(OVERFITS, patience=2))
+    best = [step for step, _ in trained.history].index(trained.best_step)
+    assert len(trained.history) == best + 1 + 2
+    assert trained.steps == trained.history[-1][0] < OVERFITS.steps
+
+
+def test_a_run_that_stopped_early_does_not_train_on_when_resumed(tiny_base: Base, tmp_path: Path) -> None:
+    rows = capital_rows(tiny_base, 12)
+    recipe = replace(OVERFITS, patience=2)
+    first, again = (
+        train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], recipe, folder=tmp_path, resume=resume)
+        for resume in (False, True)
+    )
+    assert again.history == first.history
+    assert again.adapter == first.adapter
+
+
+@pytest.mark.parametrize(
+    ("rate", "what"), [(1.0, "validation NLL rose"), (1e4, "no longer a number"), (1e30, "no longer a number")]
+)
+def test_divergence_is_an_error_that_proposes_a_rate(tiny_base: Base, rate: float, what: str) -> None:
+    rows = capital_rows(tiny_base, 8)
+    recipe = Recipe(learning_rate=rate, batch_size=4, steps=30, warmup=1, validate_every=5)
+    with pytest.raises(DivergedError, match=f"{what}.*--learning-rate {rate / 3:.1e}".replace("+", r"\+")):
+        train(tiny_base, start_of(tiny_base), rows[:5], rows[5:], recipe)
+
+
+def test_answers_end_by_themselves_and_a_batch_answers_as_each_alone(tiny_base: Base) -> None:
+    """The tokenizer's pad token is its end of turn: masked by pad, the end would never be learnt."""
+    assert tiny_base.tokenizer.pad_token_id == tiny_base.tokenizer.eos_token_id
+    examples, renderer = examples_of(capitals(12)), renderer_for(tiny_base)
+    rows = render(renderer, examples, 512)
+    recipe = Recipe(learning_rate=1e-2, batch_size=12, steps=200, warmup=5, validate_every=100)
+    trained = train(tiny_base, start_of(tiny_base, rank=16), rows, rows, recipe)
+    assert trained.history[-1][1] < 0.1
+    prompts = [renderer.prompt_ids(example.messages[:-1]) for example in examples]
+    with attach(tiny_base, trained.adapter):
+        together = generate(tiny_base, renderer, prompts, 40)
+        alone = [generate(tiny_base, renderer, [prompt], 40)[0] for prompt in prompts]
+    assert together == alone
+    assert all(answer.stopped for answer in together)
+    assert [answer.text for answer in together] == [example.answer for example in examples]
+
+
+# The state
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw for-loop": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_whichever_optimizer_steps_the_next_forward_uses_the_new_values(
+    tiny_folder: Path, name: str, dtype: torch.dtype
+) -> None:
+    base = open_base(tiny_folder, dtype)
+    state = TrainState(random_adapter(base, uniform(base.sites, 4, 8.0)))
+    optimizer = OPTIMIZERS[name](state.parameters())
+    batch = collate(rows_of(base, 3), 256, CPU)
+    with attach(base, state):
+        gradient_step(base, state, [batch], split_head=True)
+        with torch.no_grad():
+            before = token_nll(base.model, batch, split_head=True)
+        optimizer.step()
+        with torch.no_grad():
+            after = token_nll(base.model, batch, split_head=True)
+    with attach(base, state.freeze()), torch.no_grad():
+        expected = token_nll(base.model, batch, split_head=True)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+def test_later_steps_do_not_reach_a_frozen_adapter(tiny_base: Base) -> None:
+    state = TrainState(start_of(tiny_base))
+    frozen = state.freeze()
+    before = frozen.digest()
+    state.load(torch.ones_like(state.master))
+    assert frozen.digest() == before
+    assert state.freeze() != frozen
+
+
+def test_weight_decay_touches_matrices_and_no_vectors(tiny_base: Base) -> None:
+    state = TrainState(random_adapter(tiny_base, uniform(all_linear(tiny_base), 4, 8.0, "dora")))
+    before = state.freeze()
+    state.master.grad = torch.zeros_like(state.master)
+    adamw.step(state, adamw.make_optimizer(state), rate=0.1, weight_decay=0.5, clip=1.0)
+    for key, tensor in state.freeze().tensors.items():
+        old = before.tensors[key]
+        assert torch.equal(tensor, old) if key.endswith(".m") else torch.equal(tensor, old * (1 - 0.1 * 0.5)), key
+
+
+def test_under_a_bf16_base_the_master_and_its_gradient_are_fp32(tiny_folder: Path) -> None:
+    base = open_base(tiny_folder, torch.bfloat16)
+    state = TrainState(start_of(base))
+    with attach(base, state):
+        gradient_step(base, state, [collate(rows_of(base, 3), 256, CPU)], split_head=True)
+    assert state.master.grad is not None
+    assert (state.master.dtype, state.master.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_updates_too_small_for_bf16_add_up_in_the_master(tiny_folder: Path) -> None:
+    base = open_base(tiny_folder, torch.bfloat16)
+    state = TrainState(start_of(base))
+    state.load(torch.ones_like(state.master))
+    optimizer = torch.optim.SGD(state.parameters(), lr=1e-4)
+    state.master.grad = torch.ones_like(state.master)
+    for _ in range(100):
+        optimizer.step()
+    used = state.factors(torch.bfloat16, CPU)[base.sites[0].path]["B"]
+    assert torch.tensor(1.0, dtype=torch.bfloat16) - 1e-4 == 1  # what a bf16 master would have kept
+    assert used.dtype == torch.bfloat16
+    assert torch.all((used - 0.99).abs() < 0.004)
