@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorafit.attach import attach, fresh
+from lorafit.attachment import attach, fresh
 from lorafit.base import open_base
 from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for

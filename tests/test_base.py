@@ -183,7 +183,7 @@ def unknown_architecture(folder: Path) -> None:
         (pickle_only, r"pytorch_model\.bin is a pickle"),
         (truncated, r"model\.safetensors: damaged"),
         (more_layers_than_the_file, r"missing keys: model\.layers\.2\."),
-        (other_widths_than_the_file, r"mlp\."),
+        (other_widths_than_the_file, "transformers cannot open it|mismatched keys"),
         (config_no_json, r"config\.json cannot be read"),
         (config_a_list, r"config\.json is not a JSON object"),
         (no_config, r"config\.json is missing"),

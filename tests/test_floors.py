@@ -22,7 +22,7 @@ FLOORS = {
     "adapter": 4,
     "formats": 5,
     "base": 6,
-    "attach": 7,
+    "attachment": 7,
     "data": 7,
     "tasks": 8,
     "generation": 8,
@@ -86,7 +86,7 @@ def test_a_file_imports_only_from_lower_floors(file: Path) -> None:
     "text",
     [
         "from lorafit.pipeline import run_training",
-        "import lorafit.attach",
+        "import lorafit.attachment",
         "from lorafit import cli",
         "from lorafit import base",
         "def f():\n    from lorafit.evaluation.nll import example_nll",

@@ -40,10 +40,6 @@ def family(seed: int) -> list[Example]:
     return [Example(e.messages, f"x:{i}", group=e.group) for i, e in enumerate(found, 1)]
 
 
-def sides(examples: Examples) -> dict[str, list[str]]:
-    return {name: [e.where for e in split] for name, split in examples.by_name().items()}
-
-
 @pytest.mark.parametrize(
     "other", [LONG + "?", LONG.upper() + "!!", LONG.replace(" ", "  "), LONG.replace("the", "a", 1)]
 )
@@ -57,9 +53,9 @@ def test_an_unrelated_prompt_is_not_near_identical() -> None:
 
 def test_a_pair_just_below_the_bound_is_not_reported() -> None:
     rng = random.Random(0)
-    shared, ends = words(rng, 20), [words(rng, 5), words(rng, 5)]
+    shared, ends = words(rng, 20), [words(rng, 2), words(rng, 2)]
     pair = [f"{shared} {end}" for end in ends]
-    assert 0.5 < similarity(*map(shingles, pair)) < SIMILAR
+    assert SIMILAR - 0.05 < similarity(*map(shingles, pair)) < SIMILAR
     assert near_pairs(pair) == []
 
 

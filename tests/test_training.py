@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import LlamaForCausalLM
 
 from lorafit import pipeline
 from lorafit.adapter import Adapter
-from lorafit.attach import attach, fresh
+from lorafit.attachment import attach, fresh
 from lorafit.base import Base, open_base
 from lorafit.data.batches import collate, epoch_order
 from lorafit.data.examples import Example, Message
@@ -42,6 +43,15 @@ from lorafit.training.state import TrainState
 
 CPU = torch.device("cpu")
 SHORT = Recipe(learning_rate=1e-2, batch_size=4, steps=6, warmup=1, validate_every=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A tiny base gains nothing from a second thread, and on a busy machine the two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def examples_of(rows: Sequence[dict[str, object]]) -> list[Example]:
@@ -95,7 +105,7 @@ def test_gradient_is_the_same_however_a_step_is_divided(
 ) -> None:
     base, adapter, rows = uneven
     edges = [0, *cuts, len(rows)]
-    parts = [rows[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [rows[a:b] for a, b in pairwise(edges)]
     assert_near(accumulated(base, adapter, parts), accumulated(base, adapter, [rows]), 1e-5)
 
 
@@ -255,7 +265,7 @@ class Runs:
         out = str(self.folder / name)
         command = [sys.executable, "-c", code, "train", str(self.base), str(self.data), "--out", out, *flags(), *extra]
         return subprocess.Popen(
-            [*command, *([last] if last else [])], env={**os.environ, "OMP_NUM_THREADS": "2"}, text=True,
+            [*command, *([last] if last else [])], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -293,7 +303,7 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_peft() -> Any:
+def without_peft() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "compare_with_peft", lambda *_: None)
         yield
@@ -364,9 +374,7 @@ OTHERS: dict[str, Callable[[Base, Adapter, list[Row], Recipe], Begun]] = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(
-    tiny_base: Base, tmp_path: Path, what: str
-) -> None:
+def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(tiny_base: Base, tmp_path: Path, what: str) -> None:
     rows = rows_of(tiny_base, 6)
     begun = (tiny_base, start_of(tiny_base), rows[:4], SHORT)
     train(*begun[:3], rows[4:], SHORT, folder=tmp_path)

@@ -18,12 +18,12 @@ _PUBLIC = {
     "Site": "lorafit.sites",
     "TrainSettings": "lorafit.settings",
     "TrainState": "lorafit.training.state",
-    "attach": "lorafit.attach",
+    "attach": "lorafit.attachment",
     "compare": "lorafit.evaluation.compare",
     "decide": "lorafit.planning",
-    "fired": "lorafit.attach",
-    "fresh": "lorafit.attach",
-    "merged": "lorafit.attach",
+    "fired": "lorafit.attachment",
+    "fresh": "lorafit.attachment",
+    "merged": "lorafit.attachment",
     "open_base": "lorafit.base",
     "read_examples": "lorafit.data.examples",
     "render": "lorafit.data.render",
@@ -39,10 +39,10 @@ __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 (all of them strings)
 
 if TYPE_CHECKING:
     from lorafit.adapter import Adapter as Adapter
-    from lorafit.attach import attach as attach
-    from lorafit.attach import fired as fired
-    from lorafit.attach import fresh as fresh
-    from lorafit.attach import merged as merged
+    from lorafit.attachment import attach as attach
+    from lorafit.attachment import fired as fired
+    from lorafit.attachment import fresh as fresh
+    from lorafit.attachment import merged as merged
     from lorafit.base import Base as Base
     from lorafit.base import open_base as open_base
     from lorafit.data.examples import read_examples as read_examples

@@ -21,7 +21,7 @@ import transformers
 
 import lorafit
 from lorafit.adapter import Adapter
-from lorafit.attach import fired, fresh, require_fired
+from lorafit.attachment import fired, fresh, require_fired
 from lorafit.base import Base, fastest_dtype, open_base
 from lorafit.data.batches import collate
 from lorafit.data.examples import Examples, read_examples

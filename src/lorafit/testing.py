@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafit.adapter import Adapter
-from lorafit.attach import attach, fired, fresh, merged, require_fired
+from lorafit.attachment import attach, fired, fresh, merged, require_fired
 from lorafit.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
 from lorafit.formats import peft

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from lorafit.attach import attach
+from lorafit.attachment import attach
 from lorafit.base import open_base
 from lorafit.formats import peft as peft_format
 

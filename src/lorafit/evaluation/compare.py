@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorafit.adapter import Adapter
-from lorafit.attach import attach
+from lorafit.attachment import attach
 from lorafit.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attach import attach
+from lorafit.attachment import attach
 from lorafit.base import Base
 from lorafit.data.batches import Batch, by_tokens, collate, epoch_order
 from lorafit.data.render import Row

@@ -1,0 +1,428 @@
+"""The main job on a tiny base, and the statistics by which it is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import NotATransformer, capitals, write_rows
+from torch import nn
+
+from lorafit import pipeline
+from lorafit.attachment import fired, require_fired
+from lorafit.base import Base
+from lorafit.cli.console import Terminal
+from lorafit.cli.train import conclude
+from lorafit.data.examples import Check, Example, Message
+from lorafit.errors import BaseChangedError, FormatError, RunError, SettingsError, TargetError
+from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
+from lorafit.evaluation.statistics import paired_bootstrap, wilson
+from lorafit.formats import peft
+from lorafit.plan import Plan, uniform
+from lorafit.sites import select
+from lorafit.training.loop import Moment
+
+SETTINGS = {"epochs": 3.0, "rank": 4, "dtype": "fp32"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A tiny base gains nothing from a second thread, and on a busy machine the two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def checked_capitals() -> list[dict[str, object]]:
+    """Capitals with a check each, every second one a question to decline."""
+    rows = capitals(36)
+    for i, row in enumerate(rows):
+        row["check"] = {"contains": [str(row["completion"]).split()[-1].rstrip(".")], "declines": i % 2 == 0}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", checked_capitals())
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A whole run, with the check by PEFT."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, pipeline.run_training(str(tiny_folder), str(data), out, SETTINGS)
+
+
+@pytest.fixture
+def no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare a run the process in which PEFT checks it."""
+    monkeypatch.setattr(pipeline, "compare_with_peft", lambda *_: None)
+
+
+@pytest.fixture
+def unfinished(finished: tuple[Path, dict[str, Any]], tmp_path: Path, no_peft: None) -> Path:
+    """The same run, stopped after training and before its summary was written."""
+    out = Path(copytree(finished[0], tmp_path / "run"))
+    (out / "summary.json").unlink()
+    return out
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {
+        "run.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
+        "scores/test.json", "scores/test_openings.json", "adapter/README.md", "adapter/lorafit.json",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    }  # fmt: skip
+
+
+def test_the_summary_says_all_it_promises(finished: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
+    out, summary = finished
+    assert summary["base"] == str(tiny_folder)
+    assert summary["base_unchanged"] is True
+    assert summary["adapter_dir"] == str(out / "adapter")
+    assert summary["n_train"] + summary["n_valid"] + summary["n_test"] == 36
+    assert set(summary["nll"]) == {"base", "adapter", "difference", "ci95"}
+    assert {"base", "base_few_shot", "adapter", "shuffled_control", "ci95"} <= set(summary["facts"])
+    assert set(summary["seconds"]) == {"load", "train", "evaluate"}
+    for key in ("trained_tokens", "trainable_parameters", "tokens_per_second", "peak_rss_gb"):
+        assert summary[key] > 0, key
+    for key in ("off_desk_declined", "natural_stops"):
+        assert 0 <= summary[key] <= 1, key
+
+
+def test_the_summary_returned_is_the_one_written(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == json.loads(json.dumps(summary))
+
+
+def test_the_nll_difference_is_that_of_the_means_and_lies_in_its_interval(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    nll = finished[1]["nll"]
+    assert nll["difference"] == pytest.approx(nll["adapter"] - nll["base"])
+    assert nll["ci95"][0] <= nll["difference"] <= nll["ci95"][1] < 0
+
+
+def test_peft_computes_the_same_as_the_run(finished: tuple[Path, dict[str, Any]]) -> None:
+    found = finished[1]["peft"]
+    assert found["max_logit_difference"] <= 1e-4
+    assert found["adapter_effect"] >= 1e-2
+
+
+def test_the_adapter_that_is_written_is_of_this_base_and_this_plan(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    adapter = peft.read(out / "adapter")
+    assert adapter.base == summary["base_identity"]
+    assert adapter.plan == Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
+    assert adapter.plan.parameters == summary["trainable_parameters"]
+
+
+def test_the_card_carries_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    assert f"{summary['nll']['adapter']:.3f}" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_eval_gives_the_scores_of_the_run_again(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    out, summary = finished
+    examples = pipeline.prepare(str(data), 0, 0.1, pipeline.Silent())
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")
+    again = pipeline.run_evaluation(None, out / "adapter", str(test), dtype="fp32")
+    assert again["nll"]["adapter"] == pytest.approx(summary["nll"]["adapter"], rel=1e-5)
+    assert again["facts"]["adapter"] == summary["facts"]["adapter"]
+    assert again["base_unchanged"] is True
+
+
+# The base
+
+
+class FlipsOneBit(pipeline.Silent):
+    """A fault of memory in the middle of a run: the lowest bit of one weight."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        real = pipeline.open_base
+
+        def remembered(*given: Any) -> Base:
+            self.base = real(*given)
+            return self.base
+
+        monkeypatch.setattr(pipeline, "open_base", remembered)
+
+    def moment(self, moment: Moment) -> None:
+        if moment.step == 3 and moment.train_nll is not None:
+            weight = self.base.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+            weight.data.view(torch.int32)[5, 7].bitwise_xor_(1)
+
+
+def test_one_bit_flipped_in_mid_run_is_told_and_ends_the_command_with_an_error(
+    tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = FlipsOneBit(monkeypatch)
+    summary = pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS, listener=listener)
+    assert summary["base_unchanged"] is False
+    with pytest.raises(BaseChangedError, match="do not use"):
+        conclude(Terminal(as_json=False), summary, tmp_path / "run")
+
+
+class HasASpare(NotATransformer):
+    """A module with a layer that its forward passes over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(16, 16)
+
+
+def test_a_named_site_that_takes_no_part_is_an_error() -> None:
+    base = Base.of(HasASpare().eval(), "with a spare")
+    seen = fired(base, lambda: base.model(torch.ones(1, 16)))
+    require_fired(uniform(select(base.sites, ["blocks.*"]), 2, 4.0), seen)
+    with pytest.raises(TargetError, match=r"1 named sites take no part.*: spare"):
+        require_fired(uniform(select(base.sites, ["spare", "0"]), 2, 4.0), seen)
+
+
+def test_a_misspelt_target_is_an_error_before_anything_is_written(
+    tiny_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match="'q_prj' matches no site: did you mean q_proj"):
+        pipeline.run_training(
+            str(tiny_folder), str(data), tmp_path / "run", {**SETTINGS, "targets": ("q_prj", "v_proj")}
+        )
+    assert not list((tmp_path / "run").iterdir())
+
+
+# The run folder
+
+
+def begin(tiny_folder: Path, data: Path, out: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    return pipeline.run_training(str(tiny_folder), str(data), out, {**SETTINGS, **changes}, resume=resume)
+
+
+def test_a_folder_below_a_file_cannot_be_a_run(tiny_folder: Path, data: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot be written.*--out"):
+        begin(tiny_folder, data, data / "run")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_cannot_be_a_run(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(RunError, match=r"cannot be written.*--out"):
+            begin(tiny_folder, data, tmp_path / "run")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_folder_that_holds_a_finished_run_is_left_alone(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path
+) -> None:
+    with pytest.raises(RunError, match="holds a run already \\(finished\\)"):
+        begin(tiny_folder, data, finished[0])
+
+
+def test_a_folder_that_holds_an_unfinished_run_says_how_to_go_on(
+    unfinished: Path, tiny_folder: Path, data: Path
+) -> None:
+    with pytest.raises(RunError, match=r"unfinished.*--resume"):
+        begin(tiny_folder, data, unfinished)
+
+
+def test_a_folder_that_holds_anything_else_is_left_alone(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(RunError, match="not empty and not a run"):
+        begin(tiny_folder, data, tmp_path)
+
+
+def test_a_finished_run_is_not_resumed(finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path) -> None:
+    with pytest.raises(RunError, match="this run is finished"):
+        begin(tiny_folder, data, finished[0], resume=True)
+
+
+def test_where_no_run_is_there_is_none_to_resume(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run to resume"):
+        begin(tiny_folder, data, tmp_path, resume=True)
+
+
+def test_each_opening_of_the_test_split_is_counted(
+    finished: tuple[Path, dict[str, Any]], unfinished: Path, tiny_folder: Path, data: Path
+) -> None:
+    assert finished[1]["test_openings"] == 1
+    assert begin(tiny_folder, data, unfinished, resume=True)["test_openings"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": 2}, "rank: 4 when it began, 2 now"),
+        ({"seed": 1, "alpha": 8.0}, "seed: 0 .* 1 now; alpha: 32.0 .* 8.0 now"),
+        ({"rnk": 2}, "--rnk"),
+        ({"learning_rate": -1.0}, "--learning-rate"),
+    ],
+    ids=["another rank", "two at once", "an unknown name", "an impossible value"],
+)
+def test_resuming_with_another_setting_is_refused_by_name(
+    unfinished: Path, tiny_folder: Path, data: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        begin(tiny_folder, data, unfinished, resume=True, **changes)
+
+
+def test_resuming_on_changed_data_is_refused_and_changes_nothing(
+    unfinished: Path, tiny_folder: Path, data: Path
+) -> None:
+    before = (unfinished / "plan.json").read_bytes()
+    content = data.read_text(encoding="utf-8")
+    write_rows(data, checked_capitals()[:-3])
+    try:
+        with pytest.raises(RunError, match=r"rows: .* when it was saved"):
+            begin(tiny_folder, data, unfinished, resume=True)
+    finally:
+        data.write_text(content, encoding="utf-8")
+    assert (unfinished / "plan.json").read_bytes() == before
+
+
+def test_a_resumed_run_takes_the_dtype_it_began_with(
+    tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fastest is measured, and may be found otherwise on a busier day."""
+    monkeypatch.setattr(pipeline, "fastest_dtype", lambda: torch.float32)
+    first = begin(tiny_folder, data, tmp_path / "run", dtype="auto")
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr(pipeline, "fastest_dtype", lambda: torch.bfloat16)
+    again = begin(tiny_folder, data, tmp_path / "run", resume=True, dtype="auto")
+    assert again["dtype"] == first["dtype"] == "float32"
+
+
+def test_what_is_read_back_must_be_what_was_written(
+    finished: tuple[Path, dict[str, Any]], unfinished: Path, tiny_folder: Path, data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real = peft.read(finished[0] / "adapter")
+    stale = replace(real, tensors={key: torch.zeros_like(tensor) for key, tensor in real.tensors.items()})
+    monkeypatch.setattr(peft, "read", lambda folder: stale)
+    with pytest.raises(FormatError, match="differs from what was written"):
+        begin(tiny_folder, data, unfinished, resume=True)
+
+
+# Statistics
+
+
+def test_an_interval_of_noise_covers_zero() -> None:
+    found = paired_bootstrap(np.random.default_rng(1).normal(0, 1, 200).tolist())
+    assert found.low < 0 < found.high
+
+
+def test_an_interval_of_a_difference_is_the_textbooks() -> None:
+    values = np.random.default_rng(1).normal(0.5, 1, 400)
+    found = paired_bootstrap(values.tolist())
+    error = values.std(ddof=1) / np.sqrt(400)
+    assert found.mean == pytest.approx(values.mean())
+    expected = (values.mean() - 1.96 * error, values.mean() + 1.96 * error)
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.02)
+
+
+def test_examples_written_five_times_give_the_interval_of_one_when_grouped() -> None:
+    values = np.random.default_rng(1).normal(0, 1, 60)
+    five, groups = np.tile(values, 5).tolist(), [str(i) for i in range(60)] * 5
+    single, loose, grouped = paired_bootstrap(values.tolist()), paired_bootstrap(five), paired_bootstrap(five, groups)
+    width: Callable[[Any], float] = lambda interval: interval.high - interval.low  # noqa: E731
+    assert width(grouped) == pytest.approx(width(single), rel=0.05)
+    assert width(loose) < 0.55 * width(grouped)
+
+
+def test_an_example_without_a_group_is_a_group_of_its_own() -> None:
+    values = np.random.default_rng(1).normal(0, 1, 50).tolist()
+    assert paired_bootstrap(values, [None] * 50) == paired_bootstrap(values)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (0, 0, 0, 1)]
+)
+def test_wilson_gives_the_textbooks_interval(right: int, n: int, low: float, high: float) -> None:
+    assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "expected"),
+    [
+        ("2 years", "It lasts 2 years.", True),
+        ("2 years", "It lasts 12 years.", False),
+        ("5 years", "It lasts 2.5 years.", False),
+        ("2", "It lasts 2.5 years.", False),
+        ("2", "It lasts 2, or 3.", True),
+        ("2.5", "It lasts 2.5 years.", True),
+        ("2 years", "2\n  YEARS", True),
+        ("year", "years", False),
+        ("C++", "in C++.", True),
+        ("a.b", "axb", False),
+    ],
+)
+def test_a_phrase_occurs_between_word_boundaries(phrase: str, text: str, expected: bool) -> None:
+    assert occurs(phrase, text) is expected
+
+
+CHECK = Check(contains=("21 days", "receipt"), lacks=("14 days",), max_words=8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Within 21 days, with the receipt.", True),
+        ("Within 21 days.", False),
+        ("Within 21 days with receipt, not 14 days.", False),
+        ("Within 21 days, and do bring along the receipt.", False),
+        ("", False),
+    ],
+    ids=["right", "one is missing", "one is too many", "too long", "empty"],
+)
+def test_an_answer_is_right_when_it_contains_and_lacks_what_it_must(answer: str, expected: bool) -> None:
+    assert is_right(answer, CHECK) is expected
+
+
+def numbered(n: int, declining: tuple[int, ...] = ()) -> list[Example]:
+    return [
+        Example(
+            (Message("user", f"question {i}"), Message("assistant", f"answer {i}")), f"x:{i}",
+            Check((f"{i}",), (), 9, declines=i in declining),
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_answers_keep_questions_and_checks_and_give_each_the_answer_of_another(seed: int) -> None:
+    examples = numbered(12)
+    shuffled = shuffled_answers(examples, seed)
+    assert [e.prompt for e in shuffled] == [e.prompt for e in examples]
+    assert [e.check for e in shuffled] == [e.check for e in examples]
+    assert sorted(e.answer for e in shuffled) == sorted(e.answer for e in examples)
+    assert all(one.answer != other.answer for one, other in zip(shuffled, examples, strict=True))
+
+
+def test_few_shots_hold_one_that_declines() -> None:
+    chosen = few_shots(numbered(12, declining=(5,)), 4)
+    assert len({e.prompt for e in chosen}) == 4
+    assert chosen[-1].prompt == "question 5"
+
+
+def test_no_shots_asked_for_are_none() -> None:
+    assert few_shots(numbered(3), 0) == []
