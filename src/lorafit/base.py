@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.errors import BaseError
-from lorafit.files import sha256_file, whole_folder, write_json
+from lorafit.files import read_json, sha256_file, whole_folder, write_json
 from lorafit.layers import find_sites
 from lorafit.sites import Site
 
@@ -102,7 +102,7 @@ def open_base(name: str | Path, dtype: torch.dtype | None = None, report: Report
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
     ours = folder / _OURS
-    known_as = json.loads(ours.read_text(encoding="utf-8"))["name"] if ours.exists() else shown
+    known_as = read_json(ours).get("name", shown) if ours.exists() else shown
     return Base(known_as, model, identity, tokenizer, folder)
 
 
@@ -212,7 +212,7 @@ def _check_folder(folder: Path) -> None:
             missing = [shard for shard in shards if not (folder / shard).exists()]
             if missing:
                 problems.append(f"{len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{index.name} cannot be read ({error})")
     elif not list(folder.glob("*.safetensors")):
         pickles = " (pytorch_model.bin is a pickle and is never read)" if list(folder.glob("*.bin")) else ""
@@ -221,13 +221,23 @@ def _check_folder(folder: Path) -> None:
         raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems))
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files transformers opens, in order: those of the index, else model.safetensors, else all there are."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _folder_identity(folder: Path) -> str:
     """SHA-256 over every tensor in the safetensors files: names, dtypes, shapes, bytes; however it is sharded."""
     from safetensors import SafetensorError, safe_open
 
     total = hashlib.sha256()
     entries: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -247,7 +257,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
         raise BaseError(f"{folder}: transformers cannot open it: {error}") from error

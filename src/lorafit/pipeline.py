@@ -10,7 +10,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from lorafit.data.examples import Examples, read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
-from lorafit.errors import AdapterError, DataError, FormatError, Problem, RunError, SettingsError
+from lorafit.errors import AdapterError, DataError, FormatError, LorafitError, Problem, RunError, SettingsError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.evaluation.nll import pad_id
 from lorafit.evaluation.statistics import wilson
@@ -137,12 +138,21 @@ def run_training(
     resolved = _open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
+    make_folder(out)
+    with _room_to_write(out):
+        return _run(base_name, data, out, resolved, opened, resume, listener, extra or {})
+
+
+def _run(
+    base_name: str, data: str, out: Path, resolved: TrainSettings, opened: Opened, resume: bool,
+    listener: Listener, extra: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """From the plan on: everything here writes into the run folder."""
     base, decision = opened.base, opened.decision
     before = base.integrity()
-    make_folder(out)
     asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
     if not resume:
-        write_json(out / RUN, {**asked, **_provenance(opened), **(extra or {})})
+        write_json(out / RUN, {**asked, **_provenance(opened), **extra})
     if not (out / PLAN).exists():
         write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
@@ -165,6 +175,19 @@ def run_training(
     summary["peak_rss_gb"] = _peak_gb()
     write_json(out / SUMMARY, summary)
     return summary
+
+
+@contextmanager
+def _room_to_write(out: Path) -> Iterator[None]:
+    """Turn a full or vanished disk into a RunError: what was written before is whole, and the run can go on."""
+    try:
+        yield
+    except LorafitError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(
+            f"{out}: could not be written ({error}): make room there; what was saved is whole, --resume goes on"
+        ) from error
 
 
 def _open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool) -> TrainSettings:
@@ -327,9 +350,13 @@ def run_evaluation(
     adapter = peft.read(adapter_folder)
     other = peft.read(against) if against else None
     examples = read_examples(data)
-    chosen = examples.by_name()[split] if examples.valid or examples.test else examples.train
+    single = Path(data).is_file()
+    chosen = examples.train if single else examples.by_name()[split]
     if not chosen:
         raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
+    if few_shot and (single or split == "train"):
+        raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
+                            "--split train, or the base would be shown the questions it is asked")  # fmt: skip
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
@@ -347,7 +374,7 @@ def run_evaluation(
         "base": base.name,
         "adapter_dir": str(adapter_folder),
         "against": str(against) if against else None,
-        "split": split if chosen is not examples.train else "train",
+        "split": None if single else split,
         **scores_json(comparison),
         "base_unchanged": base.integrity() == before,
         "trainable_parameters": adapter.plan.parameters,

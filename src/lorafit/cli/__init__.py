@@ -4,6 +4,9 @@ verbs, so that --help answers at once."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import typer
 
@@ -18,23 +21,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("data")(data.data)
-app.command("plan")(plan.plan)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("show")(show.show)
-app.command("demo")(demo.demo)
+
+
+def _reported(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb, with errors told in words and by exit status: 2 bad input, 1 our fault, 130 interrupted."""
+
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except LorafitError as error:
+            print(f"lorafit: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, InputError) else 130 if isinstance(error, Interrupted) else 1)
+        except KeyboardInterrupt:
+            print("lorafit: interrupted; what was saved is kept, a run goes on with --resume", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+for _name, _verb in (
+    ("data", data.data),
+    ("plan", plan.plan),
+    ("train", train.train),
+    ("eval", evaluate.evaluate),
+    ("show", show.show),
+    ("demo", demo.demo),
+):
+    app.command(_name)(_reported(_verb))
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 good, 2 bad input, 1 our fault, 130 interrupted."""
-    try:
-        app()
-    except LorafitError as error:
-        print(f"lorafit: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 130 if isinstance(error, Interrupted) else 1)
-    except KeyboardInterrupt:
-        print("lorafit: interrupted; what was saved is kept, a training run goes on with --resume", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    """Entry point of the command."""
+    app()

@@ -97,6 +97,21 @@ def read_examples(path: str | Path) -> Examples:
         problem = Problem(str(folder), f"no train.jsonl in this folder (it holds {here})",
                           "name the files train.jsonl, valid.jsonl and test.jsonl, or give one jsonl file")  # fmt: skip
         raise DataError([problem])
+    other = {
+        "validation": "valid",
+        "val": "valid",
+        "dev": "valid",
+        "eval": "valid",
+        "training": "train",
+        "tests": "test",
+    }
+    misnamed = [
+        Problem(str(folder / f"{name}.jsonl"), "not a name that is read", f"rename it to {split}.jsonl")
+        for name, split in other.items()
+        if (folder / f"{name}.jsonl").exists()
+    ]
+    if misnamed:
+        raise DataError(misnamed)
     present = [split for split in SPLITS if found[split].exists()]
     return Examples(**dict(zip(present, _read_all(found[split] for split in present), strict=True)))
 

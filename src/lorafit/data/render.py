@@ -88,6 +88,11 @@ class Renderer:
             raise BaseError(f"the chat template of this base refuses the conversation: {error}") from error
         return text
 
+    def controls(self, example: Example) -> list[str]:
+        """Control tokens of the tokenizer that stand in the messages as if they were text."""
+        special: list[str] = self.tokenizer.all_special_tokens
+        return [token for token in special if any(token in message.content for message in example.messages)]
+
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -148,6 +153,9 @@ def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> 
     rows: list[Row] = []
     problems = []
     for index, example in enumerate(examples):
+        for control in renderer.controls(example):
+            fix = "remove it: the model would read it as the end or start of a turn"
+            problems.append(Problem(example.where, f"holds the control token {control!r} in a message", fix))
         try:
             built = renderer.rows(example, index)
         except BaseError as error:

@@ -26,7 +26,7 @@ _PRIME = (1 << 31) - 1
 
 def shingles(text: str) -> frozenset[int]:
     """Hashes of the character 5-grams of the normalised text."""
-    plain = re.sub(r"[\W_]+", " ", text.lower()).strip().encode()
+    plain = (re.sub(r"[\W_]+", " ", text.lower()).strip() or text).encode()  # of symbols alone: as it stands
     return frozenset(zlib.crc32(plain[i : i + 5]) for i in range(max(1, len(plain) - 4)))
 
 

@@ -29,6 +29,11 @@ CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
+# What in our adapter_config.json decides what PEFT computes.
+_COMPUTES = {
+    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+}  # fmt: skip
+
 # Settings of PEFT that change what an adapter computes and that are not read here, each with its neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -116,7 +121,7 @@ def read(folder: Path) -> Adapter:
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG}: not an adapter_config.json: expected a JSON object")
     if (folder / OURS).exists():
-        return _read_ours(folder, _read_tensors(folder / WEIGHTS))
+        return _read_ours(folder, config, _read_tensors(folder / WEIGHTS))
     _require_plain(folder / CONFIG, config)
     return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
 
@@ -163,7 +168,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _read_ours(folder: Path, tensors: dict[str, Tensor]) -> Adapter:
+def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
     ours = read_json(folder / OURS)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"]), ours["rendering"], ours["digest"]
@@ -174,6 +179,12 @@ def _read_ours(folder: Path, tensors: dict[str, Tensor]) -> Adapter:
         raise FormatError(
             f"{folder}: the tensors are not those that were saved: restore the folder, or delete "
             f"{OURS} to read it as an adapter of unknown origin"
+        )
+    edited = [key for key, value in _config(adapter).items() if key in _COMPUTES and config.get(key) != value]
+    if edited:
+        raise FormatError(
+            f"{folder / CONFIG}: {', '.join(edited)} differ from {OURS}: PEFT would compute something else than "
+            "was trained and scored: restore the folder"
         )
     return adapter
 

@@ -48,5 +48,6 @@ def head_is_plain(model: nn.Module, batch: Batch) -> bool:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None or model.base_model is model:
         return False
     one = Batch(batch.ids[:1], batch.trained[:1])
-    whole, apart = (completion_logits(model, one, split).float() for split in (False, True))
-    return torch.allclose(whole, apart, rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+    whole, apart = (completion_logits(model, one, split) for split in (False, True))
+    rounding = 1e-5 if whole.dtype == torch.float32 else 1e-2
+    return torch.allclose(whole.float(), apart.float(), rtol=rounding, atol=rounding * float(whole.abs().max()))

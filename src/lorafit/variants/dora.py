@@ -25,9 +25,9 @@ def init(site: Site, rank: int, weight: Tensor, generator: Generator) -> dict[st
 
 
 def _norms(weight: Tensor, factors: Factors, scaling: float) -> Tensor:
-    """‖W + s·BA‖ of every output, (d_out,) in fp32."""
+    """‖W + s·BA‖ of every output, (d_out,) in fp32; a row of zeros (a padding token's) counts as 1e-6, not as 0/0."""
     norms: Tensor = torch.linalg.vector_norm(weight.float() + lora.delta(Frozen(weight, None), factors, scaling), dim=1)
-    return norms
+    return norms.clamp_min(1e-6)
 
 
 def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
