@@ -123,6 +123,7 @@ class _Run:
         rows = hashlib.sha256(repr((list(self.rows), list(self.valid_rows))).encode()).hexdigest()
         return {
             "base": self.base.identity,
+            "trainable": f"{adapter.plan.parameters} parameters on {len(adapter.plan.slots)} sites",
             "start": adapter.digest(),
             "rows": rows,
             "recipe": asdict(self.recipe),
@@ -192,7 +193,7 @@ class _Run:
 
     def _validate(self, stop: threading.Event) -> None:
         def watch(done: int, of: int) -> None:
-            if stop.is_set() and self.at.history:
+            if stop.is_set():
                 raise _Stopped
 
         at = self.at
