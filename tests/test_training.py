@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capitals, tiny_llama, write_rows
+from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -476,6 +476,20 @@ def test_answers_end_by_themselves_and_a_batch_answers_as_each_alone(tiny_base: 
     assert together == alone
     assert all(answer.stopped for answer in together)
     assert [answer.text for answer in together] == [example.answer for example in examples]
+
+
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_no_answer(tmp_path: Path) -> None:
+    """Learnt positions too (GPT-2), and prompts of unequal length, one of them the beginning of another."""
+    tiny_gpt2().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = open_base(tmp_path, torch.float32)
+    renderer = renderer_for(base)
+    prompts = [list(b"What everyone is asked first: " + rest) for rest in (b"a", b"b, at length, twice", b"a?", b"cc")]
+    with attach(base, random_adapter(base, uniform(base.sites, 4, 32), size=0.3)):
+        together = generate(base, renderer, prompts, 24)
+        alone = [generate(base, renderer, [prompt], 24)[0] for prompt in prompts]
+    assert together == alone
+    assert len({answer.text for answer in together}) > 1
 
 
 # The state

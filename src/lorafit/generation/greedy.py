@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from lorafit.base import Base
 from lorafit.data.render import Renderer
 
-BATCH = 32
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class Answer:
 def generate(
     base: Base,
     renderer: Renderer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Answer]:
-    """Answers in the order of the prompts (token ids). Prompts of like length are decoded together."""
+    """Answers in the order of the prompts (token ids). Prompts of like length are decoded together.
+
+    What all prompts begin with (a system prompt, examples given) is computed once.
+    """
     pad = renderer.stop_ids[0]
     config = GenerationConfig(
         do_sample=False,
@@ -40,6 +44,10 @@ def generate(
         pad_token_id=pad,
         use_cache=True,
     )
+    shared = _common_start(prompts)
+    cache = _state_after(base, shared) if shared else None
+    if cache is None:
+        shared = []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), BATCH):
@@ -47,13 +55,17 @@ def generate(
         width = max(len(prompts[i]) for i in part)
         ids = torch.full((len(part), width), pad, dtype=torch.int64)
         seen = torch.zeros((len(part), width), dtype=torch.int64)
-        for k, i in enumerate(part):
-            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            seen[k, width - len(prompts[i]) :] = 1
-        model = cast(Any, base.model)
-        out = model.generate(
-            input_ids=ids.to(base.device), attention_mask=seen.to(base.device), generation_config=config
-        )
+        for k, i in enumerate(part):  # the shared start on the left, the prompt's own rest on the right
+            own = prompts[i][len(shared) :]
+            ids[k] = torch.tensor([*shared, *[pad] * (width - len(prompts[i])), *own])
+            seen[k, : len(shared)] = seen[k, width - len(own) :] = 1
+        past = copy.deepcopy(cache)
+        if past is not None:
+            past.batch_repeat_interleave(len(part))
+        out = cast(Any, base.model).generate(
+            input_ids=ids.to(base.device), attention_mask=seen.to(base.device), past_key_values=past,
+            generation_config=config,
+        )  # fmt: skip
         for k, i in enumerate(part):
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
@@ -61,3 +73,19 @@ def generate(
             answers[i] = Answer(text.strip(), end is not None)
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
+
+
+def _common_start(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens all prompts begin with, at least one left to each; nothing where there is but one prompt."""
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)  # whatever these two share, those between them in order share
+    n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: min(n, min(map(len, prompts)) - 1)]
+
+
+def _state_after(base: Base, ids: list[int]) -> DynamicCache | None:
+    """Keys and values of a prompt's start; None where a model's state is of another kind, or forgets by distance
+    (padding between the start and the rest would count as distance)."""
+    cache = base.model(input_ids=torch.tensor([ids], device=base.device), use_cache=True).get("past_key_values")
+    return cache if isinstance(cache, DynamicCache) and not any(cache.is_sliding) else None
