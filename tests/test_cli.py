@@ -193,7 +193,8 @@ def test_a_damaged_tokenizer_is_a_base_that_cannot_be_opened(
 
 def test_data_describes_the_splits_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
     found = lorafit("data", rows, "--base", tiny_folder, "--json").last_object
-    assert set(found) == {"splits", "passed_over", "digest"}
+    assert set(found) == {"splits", "passed_over", "digest", "tokens"}
+    assert all(0 < n["trained"] < n["all"] for n in found["tokens"].values())
     assert {name: split["examples"] for name, split in found["splits"].items()} == {"train": 20, "valid": 2, "test": 2}
 
 
@@ -204,6 +205,13 @@ def test_data_needs_no_base(lorafit: Lorafit, rows: Path) -> None:
 def test_data_marks_what_is_trained(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
     text = lorafit("data", rows, "--base", tiny_folder).out
     assert text.count(">>>It is ") == text.count(".<|end|><<<") == 1
+
+
+def test_data_refuses_what_is_too_long_for_training(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
+    done = lorafit("data", rows, "--base", tiny_folder, "--max-length", "12")
+    assert done.status == 2
+    assert "24 problems" in done.err
+    assert "tokens, the limit is 12" in done.err
 
 
 def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Path) -> None:

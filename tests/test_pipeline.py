@@ -140,7 +140,7 @@ def test_eval_gives_the_scores_of_the_run_again(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out, summary = finished
-    examples = pipeline.prepare(str(data), 0, 0.1, pipeline.Silent())
+    examples, _ = pipeline.prepare(str(data), 0, 0.1, pipeline.Silent())
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")

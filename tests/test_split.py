@@ -51,6 +51,11 @@ def test_an_unrelated_prompt_is_not_near_identical() -> None:
     assert near_pairs([LONG, "How many eggs go into a sponge cake for twelve guests at a birthday party"]) == []
 
 
+@pytest.mark.parametrize(("one", "other"), [("2+2?", "2-2?"), ("What is 12 + 5?", "What is 12 - 5?"), ("?", "!")])
+def test_signs_that_carry_the_meaning_keep_prompts_apart(one: str, other: str) -> None:
+    assert near_pairs([one, other]) == []
+
+
 def test_a_pair_just_below_the_bound_is_not_reported() -> None:
     rng = random.Random(0)
     shared, ends = words(rng, 20), [words(rng, 2), words(rng, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -169,6 +170,21 @@ class ScalesItsLogits(LlamaForCausalLM):
         out = super().forward(*args, **kwargs)
         out.logits = out.logits * 0.5
         return out
+
+
+def test_evaluation_keeps_no_logits(tiny_base: Base) -> None:
+    """Only sums outlive a batch: the memory of an evaluation does not grow with its examples."""
+    rows = capital_rows(tiny_base, 12)
+    vocabulary = tiny_base.model.config.vocab_size
+    seen = []
+
+    def look(done: int, of: int) -> None:
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]  # isinstance would wake lazy objects
+        seen.append([tuple(x.shape) for x in tensors if x.ndim > 1 and x.shape[-1] == vocabulary])
+
+    example_nll(tiny_base, [replace(row, ids=row.ids * 8, trained=row.trained * 8) for row in rows], look)
+    assert len(seen) > 1
+    assert not any(seen)
 
 
 def test_a_plain_head_is_known_as_plain(tiny_base: Base) -> None:
@@ -369,7 +385,8 @@ OTHERS: dict[str, Callable[[Base, Adapter, list[Row], Recipe], Begun]] = {
     "base": lambda b, a, r, c: (replace(b, identity="f" * 64), replace(a, base="f" * 64), r, c),
     "rows": lambda b, a, r, c: (b, a, r[1:], c),
     "recipe": lambda b, a, r, c: (b, a, r, replace(c, learning_rate=2e-2)),
-    "start": lambda b, a, r, c: (b, start_of(b, rank=2), r, c),
+    "start": lambda b, a, r, c: (b, random_adapter(b, a.plan), r, c),
+    "trainable": lambda b, a, r, c: (b, start_of(b, rank=2), r, c),
 }
 
 
@@ -383,7 +400,7 @@ def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(tiny_base: B
         train(base, adapter, train_rows, rows[4:], recipe, folder=tmp_path, resume=True)
     named = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
     assert what in named
-    assert set(named) <= {what, "start"}  # a start carries its base
+    assert set(named) <= {what, "start"}  # a start carries its base and its shapes
 
 
 def damage_cut(path: Path) -> None:

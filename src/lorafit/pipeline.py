@@ -82,13 +82,13 @@ class Opened:
 def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
     start = time.monotonic()
-    examples = prepare(data, settings.seed, settings.val_share, listener)
+    examples, _ = prepare(data, settings.seed, settings.val_share, listener)
     dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
     base = open_base(base_name, dtype, listener.say)
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
                  + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
     renderer = renderer_for(base, settings.system)
-    rows = _render_all(renderer, examples, settings.max_length)
+    rows = render_all(renderer, examples, settings.max_length)
     listener.example(rows["train"][0], renderer)
     decision = decide(base, rows["train"], settings)
     probe = collate(rows["train"][:2], pad_id(base), base.device)
@@ -97,16 +97,18 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     return Opened(base, examples, renderer, rows, decision, time.monotonic() - start)
 
 
-def prepare(data: str, seed: int, share: float, listener: Listener) -> Examples:
-    """Read, check, complete the splits, and make sure that what is held out is."""
+def prepare(data: str, seed: int, share: float, listener: Listener) -> tuple[Examples, DataReport]:
+    """Read, check, describe; make sure that what is held out is, and complete the splits."""
     examples = read_examples(data)
     require_apart(examples)
     examples = complete(examples, seed, share)
-    listener.data(describe(examples))
-    return examples
+    report = describe(examples)
+    listener.data(report)
+    return examples, report
 
 
-def _render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
+def render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
+    """The rows of every split. Raises DataError naming every example of every split that cannot be one."""
     rows: dict[str, list[Row]] = {}
     problems: list[Problem] = []
     for name, split in examples.by_name().items():

@@ -10,11 +10,11 @@ import typer
 from lorafit.cli.flags import JSON, with_settings
 
 
-@with_settings("system", "seed", "val_share")
+@with_settings("system", "seed", "val_share", "max_length")
 def data(
     path: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
     base: Annotated[
-        str, typer.Option(help="Show one example as this base sees it; 'none' for no base.")
+        str, typer.Option(help="Count tokens and show one example as this base sees them; 'none' for no base.")
     ] = "smollm2-135m",
     *,
     json: JSON = False,
@@ -24,14 +24,21 @@ def data(
     from lorafit.base import is_at_hand, open_tokenizer
     from lorafit.cli.console import Terminal
     from lorafit.data.render import Renderer
-    from lorafit.data.report import describe
-    from lorafit.pipeline import prepare
+    from lorafit.pipeline import prepare, render_all
     from lorafit.settings import settings_from
 
     terminal, chosen = Terminal(json), settings_from(settings)
-    examples = prepare(path, chosen.seed, chosen.val_share, terminal)
+    examples, report = prepare(path, chosen.seed, chosen.val_share, terminal)
+    tokens: dict[str, dict[str, int]] = {}
     if base != "none" and (base != "smollm2-135m" or is_at_hand(base)):
         renderer = Renderer(open_tokenizer(base, terminal.say), chosen.system)
-        terminal.example(renderer.rows(examples.train[0], 0)[0], renderer)
+        rows = render_all(renderer, examples, chosen.max_length)
+        terminal.example(rows["train"][0], renderer)
+        for name, split in rows.items():
+            lengths = [len(row.ids) for row in split]
+            tokens[name] = {"all": sum(lengths), "longest": max(lengths), "trained": sum(r.n_trained for r in split)}
+            terminal.say(
+                "{}: {:,} tokens, at most {:,} in an example, {:,} trained".format(name, *tokens[name].values())
+            )
     terminal.say("the data are in order")
-    terminal.finish(asdict(describe(examples)))
+    terminal.finish({**asdict(report), "tokens": tokens})

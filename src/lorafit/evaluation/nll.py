@@ -33,6 +33,7 @@ def example_nll(
     sums, tokens = [0.0] * count, [0] * count
     plain: bool | None = None
     done = 0
+    progress(0, len(rows))
     for part in by_tokens(rows, range(len(rows)), EVALUATION_TOKENS):
         batch = collate([rows[i] for i in part], pad_id(base), base.device)
         if plain is None:

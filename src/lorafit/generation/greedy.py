@@ -50,6 +50,7 @@ def generate(
         shared = []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
+    progress(0, len(prompts))
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
         width = max(len(prompts[i]) for i in part)
