@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from lorafit.data.split import largest_similarity, shingles
+from lorafit.evaluation.answers import occurs
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "src" / "lorafit" / "data" / "builtin"
 SPLITS = ("train", "valid", "test")
@@ -26,22 +28,6 @@ MAX_WORDS = 30
 MAX_SIMILARITY = 0.6  # a held-out question must stay below this against every training question
 
 Row = dict[str, Any]
-
-
-def occurs(phrase: str, text: str) -> bool:
-    """Whether the phrase occurs in the text, ignoring case, beginning and ending at word boundaries."""
-    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def normalised(text: str) -> str:
-    """Lower-case text with each run of other characters than letters and digits made one space."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
-
-
-def grams(text: str) -> frozenset[str]:
-    """The set of character 5-grams of the normalised text."""
-    text = normalised(text)
-    return frozenset(text[i : i + 5] for i in range(max(1, len(text) - 4)))
 
 
 def make_row(
@@ -103,17 +89,10 @@ def check_splits(rows: dict[str, list[Row]], wordings: dict[str, Any]) -> dict[s
     for labels in (families, topics):
         assert len(set().union(*labels.values())) == sum(map(len, labels.values())), labels
     questions = {split: [row["messages"][0]["content"] for row in rows[split]] for split in SPLITS}
-    everything = [normalised(question) for split in SPLITS for question in questions[split]]
-    assert len(set(everything)) == len(everything), sorted({q for q in everything if everything.count(q) > 1})
-    trained = [(question, grams(question)) for question in questions["train"]]
-    largest = dict.fromkeys(("valid", "test"), 0.0)
-    for split in largest:
-        for question in questions[split]:
-            held_out = grams(question)
-            for known, known_grams in trained:
-                similarity = len(held_out & known_grams) / len(held_out | known_grams)
-                assert similarity < MAX_SIMILARITY, (round(similarity, 3), known, question)
-                largest[split] = max(largest[split], similarity)
+    everything = [shingles(question) for split in SPLITS for question in questions[split]]
+    assert len(set(everything)) == len(everything)
+    largest = {split: largest_similarity(questions[split], questions["train"]) for split in ("valid", "test")}
+    assert max(largest.values()) < MAX_SIMILARITY, largest
     return largest
 
 

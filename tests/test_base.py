@@ -15,8 +15,11 @@ from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lorafit.attachment import attach, merged
 from lorafit.base import BUILTIN, Base, open_base
-from lorafit.errors import BaseError
+from lorafit.errors import AdapterError, BaseError
+from lorafit.plan import uniform
+from lorafit.testing import random_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +111,23 @@ def test_a_compiled_wrapper_is_no_base() -> None:
         Base.of(torch.compile(nn.Linear(2, 2), backend="eager"), "compiled")  # type: ignore[arg-type]
 
 
+def test_the_context_is_what_the_model_was_made_for(tiny_base: Base) -> None:
+    assert (tiny_base.context, Base.of(tiny_gpt2(), "gpt2").context) == (512, 512)
+    assert Base.of(nn.Linear(2, 2), "plain").context is None
+
+
+def test_a_tied_weight_is_known_and_not_merged(tiny_base: Base) -> None:
+    """Merged into the head it would change the embedding too (peft#2777, #2018)."""
+    assert tiny_base.tied("lm_head") == ("model.embed_tokens",)
+    assert tiny_base.tied(tiny_base.sites[0].path) == ()
+    head = tuple(site for site in tiny_base.sites if site.path == "lm_head")
+    adapter = random_adapter(tiny_base, uniform(head, 4, 32))
+    with attach(tiny_base, adapter):
+        pass  # attached it acts on the head alone
+    with pytest.raises(AdapterError, match=r"lm_head \(with model\.embed_tokens\)"):
+        merged(tiny_base, adapter)
+
+
 def test_the_head_is_found_and_left_to_be_named(tiny_base: Base) -> None:
     assert tiny_base.head_paths() == {"lm_head"}
     assert Base.of(tiny_gpt2(), "gpt2").head_paths() == {"lm_head"}
@@ -166,6 +186,15 @@ def config_a_list(folder: Path) -> None:
     (folder / "config.json").write_text("[]", encoding="utf-8")
 
 
+def tokenizer_with_code_of_its_own(folder: Path) -> None:
+    (folder / "mytok.py").write_text("raise SystemExit('code of the folder ran')", encoding="utf-8")
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mytok.T", None]}, tokenizer_class="T")
+
+
+def fewer_layers_than_the_file(folder: Path) -> None:
+    edit(folder / "config.json", num_hidden_layers=1)
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -180,6 +209,8 @@ def unknown_architecture(folder: Path) -> None:
         (no_tokenizer, "no tokenizer"),
         (shard_missing, r"1 of \d+ shards missing: model-00002"),
         (code_of_its_own, "auto_map"),
+        (tokenizer_with_code_of_its_own, "tokenizer_config.json names code of its own"),
+        (fewer_layers_than_the_file, r"unexpected keys: model\.layers\.1\."),
         (pickle_only, r"pytorch_model\.bin is a pickle"),
         (truncated, r"model\.safetensors: damaged"),
         (more_layers_than_the_file, r"missing keys: model\.layers\.2\."),

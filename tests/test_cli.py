@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown base": (["plan", "no-such-base", "ROWS"], "'no-such-base' is neither a model folder"),
     "misspelt target": (["plan", "BASE", "ROWS", "--targets", "q_porj"], "did you mean q_proj"),
     "rank zero": (["plan", "BASE", "ROWS", "--rank", "0"], "rank 0 cannot be: choose 1 to "),
-    "huge rank": (["plan", "BASE", "ROWS", "--rank", "9999"], "rank 9999 cannot be: choose 1 to "),
+    "huge rank": (["plan", "BASE", "ROWS", "--rank", "9999"], "--rank 9999: larger than every layer"),
     "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: "),
     "epochs": (["plan", "BASE", "ROWS", "--epochs", "-1"], "--epochs -1.0: "),
     "endless epochs": (["plan", "BASE", "ROWS", "--epochs", "inf"], "--epochs inf: "),

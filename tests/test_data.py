@@ -65,7 +65,7 @@ def test_prompt_and_completion_become_a_question_and_an_answer(tmp_path: Path) -
 def test_prompt_and_answer_of_a_conversation_are_parted_before_the_last_answer(tmp_path: Path) -> None:
     turns = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
     (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{"messages": turns}])).train
-    assert (example.prompt, example.answer) == ("One?\n1\nTwo?", "2")
+    assert (example.question, example.answer) == ("One?\n1\nTwo?", "2")
 
 
 def test_check_and_group_are_read(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +18,23 @@ import torch
 from conftest import NotATransformer, capitals, write_rows
 from torch import nn
 
-from lorafit import pipeline
+from lorafit import demo, pipeline
 from lorafit.attachment import fired, require_fired
 from lorafit.base import Base
-from lorafit.cli.console import Terminal
+from lorafit.cli.console import Terminal, verdict
 from lorafit.cli.train import conclude
 from lorafit.data.examples import Check, Example, Message
-from lorafit.errors import BaseChangedError, FormatError, RunError, SettingsError, TargetError
+from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError, SettingsError, TargetError
 from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
 from lorafit.evaluation.statistics import paired_bootstrap, wilson
+from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
+from lorafit.shown import shown
 from lorafit.sites import select
 from lorafit.training.loop import Moment
 
-SETTINGS = {"epochs": 3.0, "rank": 4, "dtype": "fp32"}
+SETTINGS: dict[str, Any] = {"epochs": 3.0, "rank": 4, "dtype": "fp32", "val_share": 0.3}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,7 +101,7 @@ def test_the_summary_says_all_it_promises(finished: tuple[Path, dict[str, Any]],
     assert summary["n_train"] + summary["n_valid"] + summary["n_test"] == 36
     assert set(summary["nll"]) == {"base", "adapter", "difference", "ci95"}
     assert {"base", "base_few_shot", "adapter", "shuffled_control", "ci95"} <= set(summary["facts"])
-    assert set(summary["seconds"]) == {"load", "train", "evaluate"}
+    assert set(summary["seconds"]) == {"load", "train", "evaluate", "check"}
     for key in ("trained_tokens", "trainable_parameters", "tokens_per_second", "peak_rss_gb"):
         assert summary[key] > 0, key
     for key in ("off_desk_declined", "natural_stops"):
@@ -140,7 +144,7 @@ def test_eval_gives_the_scores_of_the_run_again(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out, summary = finished
-    examples, _ = pipeline.prepare(str(data), 0, 0.1, pipeline.Silent())
+    examples, _ = pipeline.prepare(str(data), 0, SETTINGS["val_share"], pipeline.Silent())
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")
@@ -205,6 +209,30 @@ def test_a_misspelt_target_is_an_error_before_anything_is_written(
             str(tiny_folder), str(data), tmp_path / "run", {**SETTINGS, "targets": ("q_prj", "v_proj")}
         )
     assert not list((tmp_path / "run").iterdir())
+
+
+# PEFT's answer is judged
+
+
+@pytest.mark.parametrize(("difference", "same"), [(0.0, True), (9e-5, True), (2e-4, False), (7.3, False)])
+def test_only_what_computes_the_same_is_said_to(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], difference: float, same: bool
+) -> None:
+    out, summary = finished
+    summary = {**summary, "peft": {"max_logit_difference": difference, "adapter_effect": 9.9}}
+    try:
+        conclude(Terminal(False), summary, out)
+    except AdapterError as error:
+        assert not same
+        assert "PEFT computes something else" in str(error)
+    assert ("PEFT reads the adapter and computes the same" in capsys.readouterr().out) is same
+
+
+def test_a_peft_that_cannot_be_asked_is_told_and_costs_no_run(
+    tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline.compare_with_peft(tmp_path / "nothing", tiny_base, [[1, 2]], Terminal(False)) is None
+    assert "PEFT did not read the adapter: " in capsys.readouterr().out
 
 
 # The run folder
@@ -290,11 +318,81 @@ def test_resuming_on_changed_data_is_refused_and_changes_nothing(
     content = data.read_text(encoding="utf-8")
     write_rows(data, checked_capitals()[:-3])
     try:
-        with pytest.raises(RunError, match=r"rows: .* when it was saved"):
+        with pytest.raises(RunError, match=r"data_digest: .* when it began"):
             begin(tiny_folder, data, unfinished, resume=True)
     finally:
         data.write_text(content, encoding="utf-8")
     assert (unfinished / "plan.json").read_bytes() == before
+
+
+def test_resuming_on_another_test_split_is_refused(unfinished: Path, tiny_folder: Path, data: Path) -> None:
+    """A run scored on other questions than it began with could choose its exam."""
+    asked = json.loads((unfinished / "run.json").read_text(encoding="utf-8"))
+    write_json(unfinished / "run.json", {**asked, "data_digest": "0" * 64})
+    try:
+        with pytest.raises(RunError, match=r"data_digest: 000.* when it began"):
+            begin(tiny_folder, data, unfinished, resume=True)
+    finally:
+        write_json(unfinished / "run.json", asked)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"other": "tool"}'])
+def test_a_run_json_of_another_kind_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    for look in (lambda: pipeline.read_run(tmp_path), lambda: shown(tmp_path)):
+        with pytest.raises(FormatError, match=r"run\.json: not written by lorafit"):
+            look()
+
+
+def test_a_full_disk_is_told_and_what_was_saved_goes_on(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Files may not grow past a few kilobytes, as on a disk that has filled up; then they may again."""
+    arguments = ["train", str(tiny_folder), str(data), "--out", str(tmp_path / "run"), "--rank", "4", "--epochs", "1",
+                 "--dtype", "fp32"]  # fmt: skip
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)); "
+    code = limited + "from lorafit.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, "could not be written" in done.stderr) == (2, True), done.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
+    again = subprocess.run([sys.executable, "-m", "lorafit", *arguments, "--resume"],
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_what_is_written_is_as_private_as_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_json(tmp_path / "a.json", 1)
+        with whole_folder(tmp_path / "b") as building:
+            write_json(building / "c.json", 1)
+    finally:
+        os.umask(before)
+    modes = [
+        oct(path.stat().st_mode & 0o777) for path in (tmp_path / "a.json", tmp_path / "b", tmp_path / "b" / "c.json")
+    ]
+    assert modes == ["0o600", "0o700", "0o600"]
+
+
+def test_an_adapter_replaces_no_folder_that_holds_other_things(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    adapter = peft.read(finished[0] / "adapter")
+    peft.write(adapter, tmp_path / "a")
+    peft.write(adapter, tmp_path / "a")
+    (tmp_path / "a" / "thesis.txt").write_text("three years", encoding="utf-8")
+    with pytest.raises(FormatError, match=r"thesis\.txt, which no adapter folder does"):
+        peft.write(adapter, tmp_path / "a")
+    assert (tmp_path / "a" / "thesis.txt").exists()
+
+
+def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("run.json", "summary.json"):
+        write_json(tmp_path / name, {"demo": True, "base": "", "data": "", "settings": {}, "dtype": ""})
+    (tmp_path / "my_notes.txt").write_text("kept", encoding="utf-8")
+    with pytest.raises(RunError, match=r"my_notes\.txt beside an earlier demo"):
+        demo.run_demo(tmp_path, pipeline.Silent())
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_resumed_run_takes_the_dtype_it_began_with(
@@ -335,6 +433,22 @@ def test_an_interval_of_a_difference_is_the_textbooks() -> None:
     assert found.mean == pytest.approx(values.mean())
     expected = (values.mean() - 1.96 * error, values.mean() + 1.96 * error)
     assert (found.low, found.high) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("values", "groups"), [([-1.0], None), ([-1.0] * 9, None), ([-1.0, 2.0] * 9, ["a", "b"] * 9)])
+def test_too_few_independent_examples_have_no_interval(values: list[float], groups: list[str] | None) -> None:
+    """The bootstrap of one example has no width, and would call any difference proven."""
+    assert paired_bootstrap(values, groups) is None
+    assert verdict(None) == "too few examples to tell"
+
+
+@pytest.mark.parametrize(
+    ("ci95", "said"),
+    [((-2.0, -1.0), "better"), ((1.0, 2.0), "worse"), ((-1.0, 1.0), "not shown to differ"),
+     ((0.0, 0.0), "the same: it changes nothing")],
+)  # fmt: skip
+def test_the_verdict_is_what_the_interval_allows(ci95: tuple[float, float], said: str) -> None:
+    assert verdict(ci95) == said
 
 
 def test_examples_written_five_times_give_the_interval_of_one_when_grouped() -> None:
@@ -412,7 +526,7 @@ def numbered(n: int, declining: tuple[int, ...] = ()) -> list[Example]:
 def test_shuffled_answers_keep_questions_and_checks_and_give_each_the_answer_of_another(seed: int) -> None:
     examples = numbered(12)
     shuffled = shuffled_answers(examples, seed)
-    assert [e.prompt for e in shuffled] == [e.prompt for e in examples]
+    assert [e.question for e in shuffled] == [e.question for e in examples]
     assert [e.check for e in shuffled] == [e.check for e in examples]
     assert sorted(e.answer for e in shuffled) == sorted(e.answer for e in examples)
     assert all(one.answer != other.answer for one, other in zip(shuffled, examples, strict=True))
@@ -420,8 +534,8 @@ def test_shuffled_answers_keep_questions_and_checks_and_give_each_the_answer_of_
 
 def test_few_shots_hold_one_that_declines() -> None:
     chosen = few_shots(numbered(12, declining=(5,)), 4)
-    assert len({e.prompt for e in chosen}) == 4
-    assert chosen[-1].prompt == "question 5"
+    assert len({e.question for e in chosen}) == 4
+    assert chosen[-1].question == "question 5"
 
 
 def test_no_shots_asked_for_are_none() -> None:

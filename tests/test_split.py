@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ ROOT = Path(__file__).parents[1]
 
 def example(prompt: str, where: str = "x:1", group: str | None = None) -> Example:
     return Example((Message("user", prompt), Message("assistant", "Yes.")), where, group=group)
+
+
+def asked(examples: Sequence[Example]) -> list[str]:
+    return [one.question for one in examples]
 
 
 def words(rng: random.Random, n: int = 8) -> str:
@@ -44,16 +49,16 @@ def family(seed: int) -> list[Example]:
     "other", [LONG + "?", LONG.upper() + "!!", LONG.replace(" ", "  "), LONG.replace("the", "a", 1)]
 )
 def test_a_prompt_that_differs_in_form_alone_or_in_one_word_is_near_identical(other: str) -> None:
-    assert near_pairs([LONG, other]) == [(0, 1)]
+    assert list(near_pairs([LONG, other])) == [(0, 1)]
 
 
 def test_an_unrelated_prompt_is_not_near_identical() -> None:
-    assert near_pairs([LONG, "How many eggs go into a sponge cake for twelve guests at a birthday party"]) == []
+    assert list(near_pairs([LONG, "How many eggs go into a sponge cake for twelve guests at a birthday party"])) == []
 
 
 @pytest.mark.parametrize(("one", "other"), [("2+2?", "2-2?"), ("What is 12 + 5?", "What is 12 - 5?"), ("?", "!")])
 def test_signs_that_carry_the_meaning_keep_prompts_apart(one: str, other: str) -> None:
-    assert near_pairs([one, other]) == []
+    assert list(near_pairs([one, other])) == []
 
 
 def test_a_pair_just_below_the_bound_is_not_reported() -> None:
@@ -61,7 +66,7 @@ def test_a_pair_just_below_the_bound_is_not_reported() -> None:
     shared, ends = words(rng, 20), [words(rng, 2), words(rng, 2)]
     pair = [f"{shared} {end}" for end in ends]
     assert SIMILAR - 0.05 < similarity(*map(shingles, pair)) < SIMILAR
-    assert near_pairs(pair) == []
+    assert list(near_pairs(pair)) == []
 
 
 def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
@@ -73,15 +78,41 @@ def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
     sets = [shingles(text) for text in texts]
     exact = [(i, j) for i, j in combinations(range(len(texts)), 2) if similarity(sets[i], sets[j]) >= SIMILAR]
     assert len(exact) > 20
-    assert near_pairs(texts) == exact
+    assert sorted(near_pairs(texts)) == exact
 
 
 def test_identical_prompts_are_all_tied_to_the_first() -> None:
-    assert near_pairs(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"]) == [(0, 2), (0, 3)]
+    assert list(near_pairs(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"])) == [(0, 2), (0, 3)]
+
+
+def test_all_of_a_large_family_of_near_identical_prompts_are_named() -> None:
+    """None is passed over because its family is large: each is near to one of training."""
+    rng = random.Random(2)
+    families = [words(rng, 20) for _ in range(30)]
+    sides = {side: tuple(example(f"{families[i % 30]} {side}{i}", f"{side}:{i}") for i in range(n))
+             for side, n in (("train", 600), ("test", 300))}  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        require_apart(Examples(sides["train"], (), sides["test"]))
+    assert len(caught.value.problems) == 300
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_an_instruction_that_all_prompts_share_does_not_make_them_near_identical(role: str) -> None:
+    rng = random.Random(3)
+    shared = "You answer for the support desk. " + words(rng, 150)
+    examples = []
+    for i in range(60):
+        asked = words(rng, 6)
+        before = [Message("system", shared)] if role == "system" else []
+        question = asked if role == "system" else f"{shared}\n\n{asked}"
+        examples.append(Example((*before, Message("user", question), Message("assistant", "Yes.")), f"x:{i}"))
+    whole = complete(Examples(tuple(examples)), 0)
+    assert (len(whole.train), len(whole.valid), len(whole.test)) == (48, 6, 6)
+    require_apart(whole)
 
 
 def test_prompts_in_other_scripts_are_told_apart() -> None:
-    assert near_pairs(["как пройти в библиотеку", "сколько стоит этот билет", "図書館はどこですか"]) == []
+    assert list(near_pairs(["как пройти в библиотеку", "сколько стоит этот билет", "図書館はどこですか"])) == []
 
 
 def test_the_same_seed_gives_the_same_split() -> None:
@@ -196,12 +227,12 @@ def test_the_builtin_splits_are_apart(builtin: Examples) -> None:
 
 @pytest.mark.parametrize("side", ["valid", "test"])
 def test_no_builtin_question_is_near_a_training_question(builtin: Examples, side: str) -> None:
-    largest = largest_similarity(builtin.by_name()[side], builtin.train)
+    largest = largest_similarity(asked(builtin.by_name()[side]), asked(builtin.train))
     assert largest < SIMILAR, f"the largest similarity of {side} to training is {largest:.3f}"
 
 
 def test_the_largest_similarity_is_that_of_the_nearest_pair() -> None:
-    held, trained = [example("one two three"), example(LONG)], [example("four five six"), example(LONG + " or so")]
+    held, trained = ["one two three", LONG], ["four five six", LONG + " or so"]
     expected = similarity(shingles(LONG), shingles(LONG + " or so"))
     assert largest_similarity(held, trained) == expected > 0.5
 

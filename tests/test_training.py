@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama, write_rows
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from lorafit import pipeline
 from lorafit.adapter import Adapter
@@ -29,7 +29,7 @@ from lorafit.base import Base, open_base
 from lorafit.data.batches import collate, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
-from lorafit.errors import DivergedError, FormatError, RunError, SettingsError
+from lorafit.errors import AdapterError, DivergedError, FormatError, RunError, SettingsError
 from lorafit.evaluation.nll import example_nll
 from lorafit.formats import peft
 from lorafit.generation.greedy import generate
@@ -507,6 +507,46 @@ def test_what_all_prompts_begin_with_is_computed_once_and_changes_no_answer(tmp_
         alone = [generate(base, renderer, [prompt], 24)[0] for prompt in prompts]
     assert together == alone
     assert len({answer.text for answer in together}) > 1
+
+
+def test_decoding_is_greedy_whatever_the_base_is_used_to(tmp_path: Path) -> None:
+    """transformers mixes what generation_config.json says into every call (Qwen ships a penalty on repetition)."""
+    tiny_llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = open_base(tmp_path, torch.float32)
+    prompts = [list(b"one two one two one"), list(b"once upon a time, once")]
+    with attach(base, random_adapter(base, uniform(base.sites, 4, 32), size=0.3)):
+        plain = generate(base, renderer_for(base), prompts, 24)
+        habits = GenerationConfig(
+            repetition_penalty=1.5, no_repeat_ngram_size=2, num_beams=3, do_sample=True, eos_token_id=256,
+            suppress_tokens=list(range(120)),
+        )  # fmt: skip
+        base.model.generation_config = habits
+        assert generate(base, renderer_for(base), prompts, 24) == plain
+    assert base.model.generation_config is habits
+
+
+def test_a_loop_that_writes_past_the_version_counter_trains_all_the_same(tiny_folder: Path) -> None:
+    """`p.data -= ...` leaves the counter as it is: under bf16 the views must be made anew all the same."""
+    base = open_base(tiny_folder, torch.bfloat16)
+    state = TrainState(random_adapter(base, uniform(base.sites, 4, 32)), CPU)
+    rows = rows_of(base, 3)
+    losses = []
+    with attach(base, state):
+        for _ in range(4):
+            losses.append(gradient_step(base, state, [collate(rows, 256, CPU)], split_head=True))
+            state.master.data -= 0.05 * state.master.grad
+            state.master.grad = None
+    assert len(set(losses)) == 4
+
+
+def test_a_first_step_without_any_gradient_is_an_error(tiny_base: Base) -> None:
+    """Elsewhere such a training runs to its end and learns nothing (peft#282, trl#6700)."""
+    rows = rows_of(tiny_base, 4)
+    frozen = start_of(tiny_base)
+    silent = Adapter(frozen.plan, {k: torch.zeros_like(t) for k, t in frozen.tensors.items()}, frozen.base)
+    with pytest.raises(AdapterError, match="no factor receives a gradient"):
+        train(tiny_base, silent, rows, rows, SHORT)
 
 
 # The state

@@ -95,7 +95,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
         yield attachment
     finally:
         for module in shadowed:
-            del module.forward
+            vars(module).pop("forward", None)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -191,11 +191,18 @@ def require_fired(plan: Plan, seen: frozenset[str]) -> None:
 def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> dict[str, Tensor]:
     """New weight tensors, W + ΔW, computed in fp32 and rounded once to the dtype of the base; by state-dict key.
 
-    The base is only read. Where two modules share one weight (a head tied to the embedding), the key says which
-    of them is meant: the other keeps the old tensor, so whoever loads these must untie the two.
+    The base is only read. Raises AdapterError where a slot's weight is shared with another module (a head tied to the
+    embedding): attached, the adapter acts on that slot alone; merged, it would change both.
     """
     _check_identity(base, adapter, accept_unknown_base)
     modules = _landing(base, adapter.plan)
+    shared = [f"{slot.site.path} (with {', '.join(tied)})" for slot in adapter.plan.slots
+              if (tied := base.tied(slot.site.path))]  # fmt: skip
+    if shared:
+        raise AdapterError(
+            f"cannot be merged, for its weight is shared with another module: {'; '.join(shared)}: keep the adapter "
+            "attached, or open a base whose weights are apart (tie_word_embeddings: false)"
+        )
     new = {}
     with torch.no_grad():
         for slot in adapter.plan.slots:

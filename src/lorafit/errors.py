@@ -9,9 +9,9 @@
     │   ├── BaseError                        a base that cannot be opened
     │   ├── AdapterError                     an adapter that does not fit its plan or its base
     │   ├── FormatError                      a file that is not what its name says
-    │   └── RunError (FileExistsError)       a run folder that cannot be used
+    │   ├── RunError (FileExistsError)       a run folder that cannot be used
+    │   └── DivergedError (ArithmeticError)  a learning rate at which training left the numbers
     ├── AttachError (RuntimeError)           a model that cannot be adapted in its present state
-    ├── DivergedError (ArithmeticError)      training left the numbers
     ├── BaseChangedError (RuntimeError)      the base is not what it was: our fault, exit status 1
     └── Interrupted                          stopped by the user, state saved: exit status 130
 
@@ -87,12 +87,12 @@ class RunError(InputError, FileExistsError):
     """A run folder that cannot be written, or that holds another run."""
 
 
+class DivergedError(InputError, ArithmeticError):
+    """The loss is no longer a number, or far above where it began."""
+
+
 class AttachError(LorafitError, RuntimeError):
     """A model that cannot be adapted in its present state."""
-
-
-class DivergedError(LorafitError, ArithmeticError):
-    """The loss is no longer a number, or far above where it began."""
 
 
 class BaseChangedError(LorafitError, RuntimeError):

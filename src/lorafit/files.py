@@ -15,6 +15,12 @@ from typing import Any
 from lorafit.errors import FormatError, RunError
 
 
+def _umask() -> int:
+    """What the user keeps from others: temporary files are made private, and must end as plainly written ones would."""
+    os.umask(mask := os.umask(0o077))
+    return mask
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
@@ -25,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield building
         with building.open("rb+") as file:
             os.fsync(file.fileno())
-        building.chmod(0o644)
+        building.chmod(0o666 & ~_umask())
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
@@ -65,9 +71,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     old = building.with_name(building.name + ".old")
     try:
         yield building
-        building.chmod(0o755)
-        for path in building.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        for path in (building, *building.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if target.exists():
             target.rename(old)
         try:

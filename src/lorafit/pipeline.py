@@ -24,15 +24,14 @@ import lorafit
 from lorafit.adapter import Adapter
 from lorafit.attachment import fired, fresh, require_fired
 from lorafit.base import Base, fastest_dtype, open_base
-from lorafit.data.batches import collate
 from lorafit.data.examples import Examples, read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
 from lorafit.errors import AdapterError, DataError, FormatError, LorafitError, Problem, RunError, SettingsError
 from lorafit.evaluation.compare import Comparison, compare
-from lorafit.evaluation.nll import pad_id
-from lorafit.evaluation.statistics import wilson
+from lorafit.evaluation.nll import batch_of
+from lorafit.evaluation.statistics import FEWEST, groups_of, wilson
 from lorafit.files import make_folder, read_json, write_json
 from lorafit.formats import peft
 from lorafit.planning import Choice, Decision, decide
@@ -43,6 +42,7 @@ from lorafit.training.loop import Moment, Trained, train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RUN, PLAN, SUMMARY = "run.json", "plan.json", "summary.json"
+WRITTEN = {RUN, PLAN, SUMMARY, "metrics.jsonl", "scores", "checkpoints", "adapter"}  # all there is in a run folder
 
 
 class Listener(Protocol):
@@ -90,9 +90,10 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     renderer = renderer_for(base, settings.system)
     rows = render_all(renderer, examples, settings.max_length)
     listener.example(rows["train"][0], renderer)
-    decision = decide(base, rows["train"], settings)
-    probe = collate(rows["train"][:2], pad_id(base), base.device)
-    require_fired(decision.plan, fired(base, lambda: completion_logits(base.model, probe, split_head=False)))
+    probe = batch_of(base, rows["train"][:2])
+    seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
+    decision = decide(base, rows["train"], settings, seen)
+    require_fired(decision.plan, seen)
     listener.plan(decision.choices)
     return Opened(base, examples, renderer, rows, decision, time.monotonic() - start)
 
@@ -104,6 +105,12 @@ def prepare(data: str, seed: int, share: float, listener: Listener) -> tuple[Exa
     examples = complete(examples, seed, share)
     report = describe(examples)
     listener.data(report)
+    independent = len(set(groups_of([example.group for example in examples.test])))
+    if independent < FEWEST:
+        listener.say(
+            f"only {independent} independent test example{'s' * (independent != 1)}: too few to tell whether an "
+            f"adapter is better; at least {FEWEST} are needed, a hundred tell much (--val-share, or more data)"
+        )
     return examples, report
 
 
@@ -153,13 +160,16 @@ def _run(
     base, decision = opened.base, opened.decision
     before = base.integrity()
     asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
-    if not resume:
+    if resume:
+        _require_same(out, opened)
+    else:
         write_json(out / RUN, {**asked, **_provenance(opened), **extra})
     if not (out / PLAN).exists():
         write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
     start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
     rows = opened.rows
+    listener.say("training; Ctrl-C saves and stops")
     trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
                     folder=out, resume=resume, tell=listener.moment)  # fmt: skip
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
@@ -171,9 +181,11 @@ def _run(
     summary = _summary(opened, trained, comparison, out, seconds, opens)
     _write(out, trained.adapter, decision.choices, summary, comparison)
     listener.say(f"adapter written to {out / 'adapter'} and read back: equal bit for bit")
+    checking = time.monotonic()
     probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
-    summary["peft"] = compare_with_peft(out / "adapter", base, probes, listener)
     summary["base_unchanged"] = base.integrity() == before
+    summary["peft"] = compare_with_peft(out / "adapter", base, probes, listener)
+    summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
     summary["peak_rss_gb"] = _peak_gb()
     write_json(out / SUMMARY, summary)
     return summary
@@ -200,7 +212,7 @@ def _open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], re
             raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
         if (out / SUMMARY).exists():
             raise RunError(f"{out}: this run is finished: lorafit show {out}")
-        asked = read_json(known)
+        asked = read_run(out)
         stored = settings_from(asked["settings"])
         settings_from(given)  # a name or value that cannot be is told as in a new run
         now = {"base": base_name, "data": data, **given}
@@ -224,13 +236,39 @@ def _open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], re
 
 def _provenance(opened: Opened) -> dict[str, Any]:
     return {
+        **_decides(opened),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",
+        "versions": versions(),
+    }
+
+
+def _decides(opened: Opened) -> dict[str, Any]:
+    """What decides the results of a run beside its settings."""
+    return {
         "base_identity": opened.base.identity,
         "data_digest": opened.examples.digest(),
         "dtype": str(opened.base.dtype),
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",
-        "versions": versions(),
     }
+
+
+def _require_same(out: Path, opened: Opened) -> None:
+    """Raise RunError naming what differs from what the run in `out` began with."""
+    began, now = read_run(out), _decides(opened)
+    odd = [
+        f"{key}: {began.get(key)} when it began, {value} now" for key, value in now.items() if began.get(key) != value
+    ]
+    if odd:
+        raise RunError(f"{out}: cannot go on, for something has changed since\n  " + "\n  ".join(odd)
+                       + "\nrestore it, or start anew with another --out")  # fmt: skip
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json of a run folder. Raises FormatError where it is not one of ours."""
+    asked = read_json(out / RUN)
+    if not isinstance(asked, dict) or not {"base", "data", "settings", "dtype"} <= set(asked):
+        raise FormatError(f"{out / RUN}: not written by lorafit, or damaged: name another folder")
+    return asked
 
 
 def versions() -> dict[str, str]:
@@ -266,8 +304,9 @@ def scores_json(comparison: Comparison) -> dict[str, Any]:
             "base_few_shot": few.accuracy if few else None,
             "adapter": adapter.accuracy,
             "shuffled_control": None,
-            "ci95": list(wilson(adapter.right, adapter.n)) if adapter.n else None,
+            "ci95": list(wilson(adapter.right * adapter.groups / adapter.n, adapter.groups)) if adapter.n else None,
             "n": adapter.n,
+            "few_shot_examples": comparison.shots,
         },
         "off_desk_declined": adapter.declined / adapter.off_desk_n if adapter.off_desk_n else None,
         "natural_stops": adapter.natural_stops / len(adapter.answers),
@@ -315,7 +354,7 @@ def compare_with_peft(
 ) -> dict[str, float] | None:
     """Largest logit difference between PEFT's reading of the folder and ours in fp32, and the adapter's own effect.
 
-    Runs in a process of its own, where PEFT is installed; None where it is not.
+    Runs in a process of its own; None, with the reason told, where PEFT cannot be asked.
     """
     if importlib.util.find_spec("peft") is None or base.folder is None:
         listener.say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
@@ -324,9 +363,16 @@ def compare_with_peft(
     command = [sys.executable, "-m", "lorafit.with_peft", str(folder.resolve()), str(base.folder.resolve())]
     done = subprocess.run(command, input=json.dumps(rows), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise AdapterError(f"PEFT could not read {folder}:\n{done.stderr[-2000:]}")
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        listener.say(f"PEFT did not read the adapter: {reason}")
+        return None
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def same_as_peft(found: Mapping[str, float]) -> bool:
+    """Law 5: within 1e-4 in fp32, or a millionth of what the adapter moves where that is more."""
+    return found["max_logit_difference"] <= max(1e-4, 1e-6 * found["adapter_effect"])
 
 
 def run_evaluation(
@@ -368,6 +414,9 @@ def run_evaluation(
     if adapter.rendering:
         renderer.require(adapter.rendering)
     rows = render(renderer, chosen, max_length)
+    if other and other.rendering and other.rendering != adapter.rendering:
+        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
+                           "no one rendering is what both have learnt; evaluate each against the base")  # fmt: skip
     loaded = time.monotonic()
     comparison = compare(base, adapter, renderer, chosen, rows, against=other, shots_from=examples.train,
                          shots=few_shot, watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip

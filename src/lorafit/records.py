@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -28,38 +27,31 @@ class Interval:
 class NllScore:
     """Mean completion NLL (nats per trained token, averaged over examples), base against adapter.
 
-    `difference` is adapter − base, paired per example; below zero the adapter is better.
+    `difference` is adapter − base, paired per example; below zero the adapter is better. `ci95` is its interval, None
+    where there are too few independent examples for one.
     """
 
     base: float
     adapter: float
     difference: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     n: int
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Answers of one model to the same questions, decoded greedily. Every count is over `n` or `off_desk_n`."""
+    """Answers of one model to the same questions, decoded greedily: `right` of `n`, `declined` of `off_desk_n`.
+    `groups`: independent pieces of evidence among the `n`."""
 
     right: int
     n: int
     declined: int
     off_desk_n: int
     natural_stops: int
+    groups: int
     answers: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
         """Share of questions about facts that are answered right."""
         return self.right / self.n if self.n else None
-
-    @property
-    def stop_rate(self) -> float:
-        """Share of all answers that end by themselves within the length bound."""
-        return self.natural_stops / max(1, self.n + self.off_desk_n)
-
-
-def to_json(record: Any) -> dict[str, Any]:
-    """A record as a JSON object."""
-    return asdict(record)

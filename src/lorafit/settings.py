@@ -39,7 +39,7 @@ class TrainSettings(BaseModel):
         int, Field(ge=0, description="Answered examples in the base's prompt, for the second baseline; 0: none.")
     ] = 4
     dtype: Annotated[Literal["auto", "fp32", "bf16"], Field(description="Of the base; auto measures.")] = "auto"
-    seed: Annotated[int, Field(ge=0, description="Of everything that is drawn.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
 
 
 def settings_from(given: Mapping[str, Any]) -> TrainSettings:

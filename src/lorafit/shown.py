@@ -10,7 +10,7 @@ from lorafit.base import BUILTIN, open_base
 from lorafit.errors import FormatError
 from lorafit.files import read_json
 from lorafit.formats import peft
-from lorafit.pipeline import PLAN, RUN, SUMMARY
+from lorafit.pipeline import PLAN, RUN, SUMMARY, read_run
 from lorafit.plan import Plan
 
 
@@ -31,7 +31,7 @@ def shown(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    asked = read_json(path / RUN)
+    asked = read_run(path)
     found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
     if (path / PLAN).exists():
         found |= _plan(Plan.from_json(read_json(path / PLAN)))

@@ -3,6 +3,7 @@ verbs, so that --help answers at once."""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -33,6 +34,11 @@ def _reported(verb: Callable[..., None]) -> Callable[..., None]:
         except LorafitError as error:
             print(f"lorafit: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, InputError) else 130 if isinstance(error, Interrupted) else 1)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"lorafit: {error.filename}: {error.strerror}: check the path and its permissions", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             print("lorafit: interrupted; what was saved is kept, a run goes on with --resume", file=sys.stderr)
             sys.exit(130)
@@ -52,5 +58,8 @@ for _name, _verb in (
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command. A terminal or pipe that lacks a character shows another in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.report.card import interval
+
 if TYPE_CHECKING:
     from lorafit.data.render import Renderer, Row
     from lorafit.data.report import DataReport
@@ -119,7 +121,11 @@ class Terminal:
         """The table at the end, and sample answers side by side."""
         nll, facts = summary["nll"], summary["facts"]
         other = "other adapter" if summary.get("against") else "base"
-        table = Table(f"on {summary['n_test']} held-out examples", other, "base, few-shot", "adapter", "control")
+        shots = facts["few_shot_examples"]
+        given = f"base, {shots} examples given" if shots else "base, few-shot"
+        table = Table(
+            f"on {summary['n_test']} {summary.get('split') or ''} examples", other, given, "adapter", "control"
+        )
         table.add_row("completion NLL, nats/token", f"{nll['base']:.3f}", "", f"{nll['adapter']:.3f}", "")
         if facts["adapter"] is not None:
             keys = ("base", "base_few_shot", "adapter", "shuffled_control")
@@ -128,11 +134,9 @@ class Terminal:
             table.add_row("off-topic declined", "", "", percent(summary["off_desk_declined"]), "")
         table.add_row("answers that end by themselves", "", "", percent(summary["natural_stops"]), "")
         self.out.print(table)
-        low, high = nll["ci95"]
-        verdict = "better" if high < 0 else "worse" if low > 0 else "not shown to differ"
         self.out.print(
-            f"adapter against {other}: {verdict}; paired difference in NLL {nll['difference']:+.3f}, "
-            f"95 % interval {low:+.3f} to {high:+.3f}"
+            f"adapter against {other}: {verdict(nll['ci95'])}; paired difference in NLL {nll['difference']:+.3f}, "
+            + interval(nll["ci95"])
         )
         if facts["ci95"]:
             self.out.print(f"facts right, 95 % interval {facts['ci95'][0]:.1%} to {facts['ci95'][1]:.1%}")
@@ -145,7 +149,17 @@ class Terminal:
         """With --json, the one object."""
         self._end_bar()
         if self.as_json:
-            print(json.dumps(summary, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(summary, allow_nan=False))
+
+
+def verdict(ci95: Sequence[float] | None) -> str:
+    """What an interval of NLL differences, adapter − base, allows to say."""
+    if ci95 is None:
+        return "too few examples to tell"
+    low, high = ci95
+    if low == high == 0:
+        return "the same: it changes nothing"
+    return "better" if high < 0 else "worse" if low > 0 else "not shown to differ"
 
 
 def percent(share: float | None) -> str:

@@ -33,13 +33,14 @@ def train(
 
 def conclude(terminal: Any, summary: dict[str, Any], out: Path) -> None:
     """Table, proof that the base is untouched, what to type next. Raises BaseChangedError where it is not."""
-    from lorafit.errors import BaseChangedError
+    from lorafit.errors import AdapterError, BaseChangedError
+    from lorafit.pipeline import same_as_peft
 
     terminal.results(summary)
     if summary["base_unchanged"]:
         terminal.say(f"base unchanged: every byte of {summary['base']} in memory is what it was")
     peft = summary["peft"]
-    if peft:
+    if peft and same_as_peft(peft):
         terminal.say(
             "PEFT reads the adapter and computes the same: logits differ by at most "
             f"{peft['max_logit_difference']:.1e} (fp32), the adapter moves them by up to {peft['adapter_effect']:.1f}"
@@ -52,6 +53,11 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path) -> None:
     terminal.say(f"next:\n  lorafit show {out}\n  lorafit eval {out / 'adapter'} YOUR.jsonl\n"
                  f"  lorafit train {summary['base']} YOUR.jsonl --out runs/mine")  # fmt: skip
     terminal.finish(summary)
+    if peft and not same_as_peft(peft):
+        raise AdapterError(
+            f"PEFT computes something else with {summary['adapter_dir']} than lorafit: logits differ by up to "
+            f"{peft['max_logit_difference']:.1e}: do not use it outside of lorafit, and report this with the folder"
+        )
     if not summary["base_unchanged"]:
         raise BaseChangedError(
             f"the base in memory is not what it was when it was opened: do not use {summary['adapter_dir']}; "

@@ -31,9 +31,12 @@ def _width(row: Row) -> int:
     return -(-len(row.ids) // LENGTH_STEP) * LENGTH_STEP
 
 
-def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
-    """Pad rows to one width. Raises ValueError for a batch without a trained token: its loss would be 0/0."""
-    width = max(_width(row) for row in rows)
+def collate(rows: Sequence[Row], pad_id: int, device: torch.device, context: int | None = None) -> Batch:
+    """Pad rows to one width, within the `context` of a model whose positions end there. Raises ValueError for a batch
+    without a trained token: its loss would be 0/0."""
+    longest = max(len(row.ids) for row in rows)
+    stepped = max(_width(row) for row in rows)
+    width = stepped if context is None else max(longest, min(stepped, context))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     trained = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):

@@ -54,9 +54,9 @@ class Example:
     extra: tuple[str, ...] = ()
 
     @property
-    def prompt(self) -> str:
-        """All that comes before the last answer, as one text."""
-        return "\n".join(message.content for message in self.messages[:-1])
+    def question(self) -> str:
+        """All before the last answer as one text, without a system prompt: what examples are told apart by."""
+        return "\n".join(message.content for message in self.messages[:-1] if message.role != "system")
 
     @property
     def answer(self) -> str:

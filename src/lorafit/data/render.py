@@ -12,9 +12,9 @@ import hashlib
 import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import GenerationMixin
 
 from lorafit.base import Base
@@ -22,8 +22,10 @@ from lorafit.data.examples import Example, Message
 from lorafit.errors import BaseError, DataError, Problem
 from lorafit.records import Rendering
 
-# For bases without a chat template: "User: ...\nAssistant: ...<eos>\n", a system prompt first on lines of its own.
+# For bases without a chat template: "User: ...\nAssistant: ...<eos>\n", a system prompt first on lines of its own,
+# before all the token with which the tokenizer begins a text, if it does.
 PLAIN_TEMPLATE = (
+    "{{ begin }}"
     "{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
     "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n' }}"
@@ -49,13 +51,19 @@ class Row:
 class Renderer:
     """One tokenizer with one rendering. Training, evaluation and chat all go through it."""
 
-    def __init__(self, tokenizer: Any, system: str | None = None, stop_ids: Sequence[int] = ()):
+    def __init__(
+        self, tokenizer: Any, system: str | None = None, stop_ids: Sequence[int] = (), context: int | None = None
+    ):
+        """stop_ids: tokens that end a turn beside the tokenizer's own. context: the most tokens the model reads."""
         if tokenizer is None:
             raise BaseError("this base has no tokenizer: open it from a model folder to train on text")
         self.tokenizer = tokenizer
+        if isinstance(tokenizer.chat_template, dict):
+            names = ", ".join(tokenizer.chat_template)
+            raise BaseError(f"this base has several chat templates ({names}): leave one in its tokenizer_config.json")
         self.template: str = tokenizer.chat_template or PLAIN_TEMPLATE
-        self.is_plain = tokenizer.chat_template is None
         self.system = system
+        self.context = context
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos, *stop_ids]))
         if not self.stop_ids:
@@ -77,24 +85,38 @@ class Renderer:
     def text(self, messages: Sequence[Message], prompt: bool) -> str:
         """The template over the messages; with `prompt`, up to where an answer begins."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
+        begins = self._ids("x", whole=True)[:1] == [self.tokenizer.bos_token_id]
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
         try:
             text: str = self.tokenizer.apply_chat_template(
                 turns, chat_template=self.template, tokenize=False, add_generation_prompt=prompt,
                 eos_token=self.tokenizer.eos_token or self.tokenizer.decode(self.stop_ids[:1]),
+                begin=self.tokenizer.bos_token if begins else "",
             )  # fmt: skip
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may fail in any way
             raise BaseError(f"the chat template of this base refuses the conversation: {error}") from error
         return text
 
     def controls(self, example: Example) -> list[str]:
-        """Control tokens of the tokenizer that stand in the messages as if they were text."""
-        special: list[str] = self.tokenizer.all_special_tokens
-        return [token for token in special if any(token in message.content for message in example.messages)]
+        """Control tokens that stand in the messages as if they were text."""
+        return [token for token in self._control if any(token in message.content for message in example.messages)]
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    @cached_property
+    def _control(self) -> list[str]:
+        """The tokenizer's named special tokens, and those of the others that the template writes around messages."""
+        talk = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
+        try:
+            written = self.text(talk, prompt=False)
+        except BaseError:  # a template without a place for a system prompt
+            written = self.text(talk[1:], prompt=False)
+        marked = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        named: list[str] = self.tokenizer.all_special_tokens
+        return list(dict.fromkeys([*named, *(token for token in marked if token in written)]))
+
+    def _ids(self, text: str, whole: bool = False) -> list[int]:
+        """Token ids of a piece of text; of a `whole` one, with what the tokenizer puts around it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=whole)["input_ids"]
         return ids
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -135,35 +157,50 @@ class Renderer:
                     "the chat template rewrites the conversation when an answer is added, so what is trained "
                     "cannot be told apart: give the base a template that only appends"
                 )
+        answer = after[len(head) :]
+        for message in messages[: i + 1]:
+            said = answer if message is messages[i] else before
+            if (message.role != "assistant" or said is answer) and not _holds(said, message.content):
+                raise BaseError(
+                    f"the chat template of this base leaves out or changes what the {message.role} message says: give "
+                    "the base a template that renders messages whose content is text"
+                )
         prompt_ids = self._ids(before)
-        answer_ids = self._answer_ids(before, prompt_ids, after[len(head) :])
-        return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
+        answer_ids = self._answer_ids(before, prompt_ids, answer)
+        trained = [False] * len(prompt_ids) + [True] * len(answer_ids)
+        return prompt_ids + answer_ids, [False, *trained[1:]]  # nothing comes before the first token
+
+
+def _holds(text: str, content: str) -> bool:
+    return " ".join(content.split()) in " ".join(text.split())
 
 
 def renderer_for(base: Base, system: str | None = None) -> Renderer:
     """The renderer of a base: its template, and every token with which its model may end a turn."""
     said = base.model.generation_config.eos_token_id if isinstance(base.model, GenerationMixin) else None
     stops = [] if said is None else [said] if isinstance(said, int) else list(said)
-    return Renderer(base.tokenizer, system, stops)
+    return Renderer(base.tokenizer, system, stops, base.context)
 
 
 def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> list[Row]:
-    """Rows of all examples. Raises DataError naming every example that is longer than `max_length` tokens
-    (an answer is never cut), or has nothing to learn."""
+    """Rows of all examples. Raises DataError naming every example that is longer than `max_length` tokens or than
+    the base reads (an answer is never cut), or has nothing to learn."""
     rows: list[Row] = []
     problems = []
+    limit, fix_length = max_length, "shorten it, remove the line, or raise --max-length"
+    if renderer.context is not None and renderer.context < max_length:
+        limit, fix_length = renderer.context, "shorten it, or remove the line: this base reads no more"
     for index, example in enumerate(examples):
-        for control in renderer.controls(example):
-            fix = "remove it: the model would read it as the end or start of a turn"
-            problems.append(Problem(example.where, f"holds the control token {control!r} in a message", fix))
         try:
+            for control in renderer.controls(example):
+                fix = "remove it: the model would read it as the end or start of a turn"
+                problems.append(Problem(example.where, f"holds the control token {control!r} in a message", fix))
             built = renderer.rows(example, index)
         except BaseError as error:
             raise BaseError(f"{example.where}: {error}") from error
         for row in built:
-            if len(row.ids) > max_length:
-                fix = "shorten it, remove the line, or raise --max-length"
-                problems.append(Problem(example.where, f"{len(row.ids)} tokens, the limit is {max_length}", fix))
+            if len(row.ids) > limit:
+                problems.append(Problem(example.where, f"{len(row.ids)} tokens, the limit is {limit}", fix_length))
             elif row.n_trained == 0:
                 problems.append(Problem(example.where, "nothing to learn in it", "fill in the answer"))
             rows.append(row)

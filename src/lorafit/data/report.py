@@ -40,13 +40,16 @@ def describe(examples: Examples) -> DataReport:
 
 
 def _describe(split: Sequence[Example]) -> SplitReport:
+    near: set[int] = set()
+    for _, j in near_pairs([example.question for example in split], lambda i, j: j not in near):
+        near.add(j)
     answers = [m for example in split for m in example.messages if m.role == "assistant"]
     return SplitReport(
         examples=len(split),
         answers=len(answers),
         words=_spread([sum(len(m.content.split()) for m in example.messages) for example in split]),
         answer_words=_spread([len(m.content.split()) for m in answers]),
-        near_duplicates=len({j for _, j in near_pairs([example.prompt for example in split])}),
+        near_duplicates=len(near),
         checked=sum(example.check is not None for example in split),
         declining=sum(example.check is not None and example.check.declines for example in split),
     )

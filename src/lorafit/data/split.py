@@ -1,8 +1,9 @@
 """Near-duplicates: finding them, keeping them on one side of a split, and refusing them across splits.
 
 Two prompts are near-identical when the Jaccard similarity of their sets of character 5-grams is at least 0.85
-(text lower-cased, everything but letters, digits and the signs of sums and code one space). Candidates come from
-MinHash with banding (Broder 1997), each is then verified exactly: at 0.85 none is missed in a billion.
+(text lower-cased, everything but letters, digits and the signs of sums and code one space; what a tenth of all
+prompts share, such as an instruction put before each, is left out of account). Candidates come from MinHash with
+banding (Broder 1997), each is then verified exactly: at 0.85 none is missed in a billion.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,38 +37,51 @@ def similarity(one: frozenset[int], other: frozenset[int]) -> float:
     return len(one & other) / len(one | other)
 
 
-def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of positions i < j whose texts are near-identical. Identical texts are chained, not all paired."""
+def shingle_sets(texts: Sequence[str]) -> list[frozenset[int]]:
+    """Shingles of every text without those that a tenth of the distinct texts share (and at least 20 of them): they are
+    the form of the prompts, not what is asked. A text that holds nothing else keeps all of them."""
     sets = [shingles(text) for text in texts]
+    distinct = set(sets)
+    held = Counter(one for each in distinct for one in each)
+    form = {one for one, count in held.items() if count > max(20, len(distinct) // 10)}
+    return [each - form or each for each in sets] if form else sets
+
+
+def near_pairs(
+    texts: Sequence[str], wanted: Callable[[int, int], bool] = lambda i, j: True
+) -> Iterator[tuple[int, int]]:
+    """Pairs of positions i < j whose texts are near-identical. Identical texts are paired with the first of them only.
+
+    wanted: asked before a candidate is verified; a caller that knows enough of a pair already saves its cost.
+    """
+    sets = shingle_sets(texts)
     rng = np.random.default_rng(0)
     scale = rng.integers(1, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
     shift = rng.integers(0, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     first_of: dict[frozenset[int], int] = {}
-    pairs: set[tuple[int, int]] = set()
-    for i, one in enumerate(sets):
-        if one in first_of:
-            pairs.add((first_of[one], i))
+    for j, other in enumerate(sets):
+        if other in first_of:
+            yield first_of[other], j
             continue
-        first_of[one] = i
-        grams = np.fromiter(one, np.uint64, len(one)) % _PRIME
+        first_of[other] = j
+        grams = np.fromiter(other, np.uint64, len(other)) % _PRIME
         lowest = ((np.outer(grams, scale) + shift) % _PRIME).min(axis=0).reshape(_BANDS, _ROWS)
+        seen: set[int] = set()
         for band in range(_BANDS):
-            buckets[band, lowest[band].tobytes()].append(i)
-    candidates = {
-        (i, j) for bucket in buckets.values() for k, j in enumerate(bucket) for i in bucket[max(0, k - 200) : k]
-    }
-    pairs.update((i, j) for i, j in candidates if similarity(sets[i], sets[j]) >= SIMILAR)
-    return sorted(pairs)
+            bucket = buckets[band, lowest[band].tobytes()]
+            for i in bucket:
+                if i not in seen and wanted(i, j):
+                    seen.add(i)
+                    if similarity(sets[i], other) >= SIMILAR:
+                        yield i, j
+            bucket.append(j)
 
 
 def clusters(examples: Sequence[Example]) -> list[list[int]]:
     """Positions of examples that must stay together: near-identical prompts, chains of them, and those of one
     `group`; in order of first member."""
     parent = list(range(len(examples)))
-    named: dict[str, int] = {}
-    linked = [(named.setdefault(e.group, i), i) for i, e in enumerate(examples) if e.group is not None]
-    linked += near_pairs([example.prompt for example in examples])
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -75,9 +89,16 @@ def clusters(examples: Sequence[Example]) -> list[list[int]]:
             i = parent[i]
         return i
 
-    for i, j in linked:
+    def join(i: int, j: int) -> None:
         low, high = sorted((root(i), root(j)))
         parent[high] = low
+
+    named: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        if example.group is not None:
+            join(named.setdefault(example.group, i), i)
+    for i, j in near_pairs([example.question for example in examples], lambda i, j: root(i) != root(j)):
+        join(i, j)
     found: dict[int, list[int]] = defaultdict(list)
     for i in range(len(examples)):
         found[root(i)].append(i)
@@ -115,14 +136,21 @@ def require_apart(examples: Examples) -> None:
     """Raise DataError naming every example of valid or test whose prompt is near-identical to one it is judged
     apart from: training for both, and validation for test."""
     everything = [(side, example) for side, split in examples.by_name().items() for example in split]
-    problems = []
     near: dict[int, int] = {}  # an example, and the one it is reported for
-    for i, j in near_pairs([example.prompt for _, example in everything]):
-        (side_i, one), (side_j, other) = everything[i], everything[j]
-        if side_i == side_j and i in near and shingles(one.prompt) == shingles(other.prompt):
-            near.setdefault(j, near[i])  # near_pairs names only the first of several identical texts
-        elif side_i != side_j:
-            near.setdefault(j, i)
+    same: dict[int, list[int]] = defaultdict(list)  # those identical to an earlier one, which stands for them
+
+    def wanted(i: int, j: int) -> bool:
+        return everything[i][0] != everything[j][0] and j not in near
+
+    for i, j in near_pairs([example.question for _, example in everything], wanted):
+        if wanted(i, j):
+            near[j] = i
+        elif everything[i][0] == everything[j][0]:
+            same[i].append(j)
+    for i, twins in same.items():
+        if i in near:
+            near |= dict.fromkeys(twins, near[i])
+    problems = []
     for j, i in sorted(near.items()):
         (side_i, one), (side_j, other) = everything[i], everything[j]
         what = f"near-identical to {one.where} in {side_i}"
@@ -131,10 +159,10 @@ def require_apart(examples: Examples) -> None:
         raise DataError(problems)
 
 
-def largest_similarity(held_out: Iterable[Example], trained: Iterable[Example]) -> float:
+def largest_similarity(held_out: Iterable[str], trained: Iterable[str]) -> float:
     """The highest similarity between any prompt of one side and any of the other (exact, every pair)."""
-    known = [shingles(example.prompt) for example in trained]
-    asked = (shingles(example.prompt) for example in held_out)
+    known = [shingles(text) for text in trained]
+    asked = (shingles(text) for text in held_out)
     return max((similarity(one, other) for one in asked for other in known), default=0.0)
 
 

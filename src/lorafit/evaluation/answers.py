@@ -11,6 +11,7 @@ import numpy as np
 from lorafit.base import Base
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Renderer
+from lorafit.evaluation.statistics import groups_of
 from lorafit.generation.greedy import Answer, generate
 from lorafit.records import AnswerScore
 
@@ -47,6 +48,14 @@ def score_answers(
 
     `shots` are answered examples put before the question, as earlier turns of the conversation.
     """
+    prompts = prompts_of(renderer, examples, shots)
+    room = max_new_tokens if base.context is None else base.context - max(map(len, prompts))
+    answers = generate(base, renderer, prompts, max(1, min(max_new_tokens, room)), progress)
+    return _count(examples, answers)
+
+
+def prompts_of(renderer: Renderer, examples: Sequence[Example], shots: Sequence[Example] = ()) -> list[list[int]]:
+    """Token ids of every example's last question, after the `shots`."""
     before: list[Message] = []
     for shot in shots:
         before += [message for message in shot.messages if message.role != "system"]
@@ -55,8 +64,7 @@ def score_answers(
         own = list(example.messages[:-1])
         system = [message for message in own[:1] if message.role == "system"]
         prompts.append(renderer.prompt_ids([*system, *before, *own[len(system) :]]))
-    answers = generate(base, renderer, prompts, max_new_tokens, progress)
-    return _count(examples, answers)
+    return prompts
 
 
 def _count(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScore:
@@ -72,7 +80,9 @@ def _count(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScor
             n += 1
             right += good
     stops = sum(answer.stopped for answer in answers)
-    return AnswerScore(right, n, declined, off_desk, stops, tuple(answer.text for answer in answers))
+    names = [e.group for e in examples if e.check is not None and not e.check.declines]
+    groups = len(set(groups_of(names)))
+    return AnswerScore(right, n, declined, off_desk, stops, groups, tuple(answer.text for answer in answers))
 
 
 def few_shots(examples: Sequence[Example], k: int) -> list[Example]:

@@ -10,7 +10,7 @@ from lorafit.attachment import attach
 from lorafit.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
-from lorafit.evaluation.answers import few_shots, score_answers
+from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.records import AnswerScore, NllScore
@@ -34,7 +34,8 @@ class Sample:
 class Comparison:
     """`base` is what the adapter is compared with: the bare base, or another adapter attached to it.
 
-    Where no example carries a check, a few questions were answered for the samples and the natural stops.
+    Where no example carries a check, a few questions were answered for the samples and the natural stops. `shots`: how
+    many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its context.
     """
 
     nll: NllScore
@@ -42,6 +43,7 @@ class Comparison:
     base_few_shot: AnswerScore | None
     adapter: AnswerScore
     samples: tuple[Sample, ...]
+    shots: int = 0
 
 
 def compare(
@@ -59,10 +61,9 @@ def compare(
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Answers are decoded greedily, at most twice as long as the longest reference answer (plus 8 tokens).
+    Answers are decoded greedily, at most half as long again as the longest reference answer (plus 8 tokens).
     """
-    longest = max(row.n_trained for row in rows)
-    budget = min(512, 2 * longest + 8)
+    budget = 3 * max(row.n_trained for row in rows) // 2 + 8
     checked = [i for i, example in enumerate(examples) if example.check is not None]
     asked = checked or _spread(len(examples), UNCHECKED)
     questions = [examples[i] for i in asked]
@@ -83,8 +84,8 @@ def compare(
         with attach(base, against, accept_unknown_base=accept_unknown_base):
             base_nll, base_answers = one("other adapter")
     few = None
-    given = few_shots(shots_from, shots)
-    if given and checked:
+    given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if checked else []
+    if given:
         few = score_answers(base, renderer, questions, budget, given, told(f"base, {len(given)} examples given"))
     with attach(base, adapter, accept_unknown_base=accept_unknown_base):
         adapter_nll, adapter_answers = one("adapter")
@@ -92,14 +93,26 @@ def compare(
     asked_all = [Sample(q.messages[-2].content, q.answer, one, other) for q, one, other in answers]
     samples = tuple(asked_all[i] for i in shown)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
-    return Comparison(nll, base_answers, few, adapter_answers, samples)
+    return Comparison(nll, base_answers, few, adapter_answers, samples, len(given))
 
 
 def nll_score(base: Sequence[float], adapter: Sequence[float], groups: Sequence[str | None]) -> NllScore:
     """Paired difference adapter − base with its interval."""
-    difference = paired_bootstrap([a - b for a, b in zip(adapter, base, strict=True)], groups)
+    found = paired_bootstrap([a - b for a, b in zip(adapter, base, strict=True)], groups)
     n = len(base)
-    return NllScore(sum(base) / n, sum(adapter) / n, difference.mean, (difference.low, difference.high), n)
+    mean = (sum(adapter) - sum(base)) / n
+    return NllScore(sum(base) / n, sum(adapter) / n, mean, (found.low, found.high) if found else None, n)
+
+
+def _fitting(
+    base: Base, renderer: Renderer, questions: Sequence[Example], shots: list[Example], budget: int
+) -> list[Example]:
+    """As many of the shots, the last ones first, as fit into the base's context with every question and an answer."""
+    while shots and base.context is not None:
+        if max(map(len, prompts_of(renderer, questions, shots))) + budget <= base.context:
+            break
+        shots = shots[1:]
+    return shots
 
 
 def _spread(n: int, k: int) -> list[int]:

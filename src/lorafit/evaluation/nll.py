@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lorafit.base import Base
-from lorafit.data.batches import by_tokens, collate
+from lorafit.data.batches import Batch, by_tokens, collate
 from lorafit.data.render import Row
 from lorafit.tasks.completion import head_is_plain, row_sums, token_nll
 
 EVALUATION_TOKENS = 2048  # padded tokens per forward
 
 
-def pad_id(base: Base) -> int:
-    """Any valid token serves: nothing trained ever looks at padding on the right."""
+def batch_of(base: Base, rows: Sequence[Row]) -> Batch:
+    """Rows as one batch for this base. Any valid token serves as padding: nothing trained ever looks at it."""
     known = base.tokenizer.pad_token_id if base.tokenizer is not None else None
-    return 0 if known is None else int(known)
+    return collate(rows, 0 if known is None else int(known), base.device, base.context)
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def example_nll(
     done = 0
     progress(0, len(rows))
     for part in by_tokens(rows, range(len(rows)), EVALUATION_TOKENS):
-        batch = collate([rows[i] for i in part], pad_id(base), base.device)
+        batch = batch_of(base, [rows[i] for i in part])
         if plain is None:
             plain = head_is_plain(base.model, batch)
         for i, total in zip(part, row_sums(token_nll(base.model, batch, plain), batch).tolist(), strict=True):

@@ -10,17 +10,25 @@ import numpy as np
 from lorafit.records import Interval
 
 RESAMPLES = 10_000
+FEWEST = 10  # independent pieces of evidence below which no interval is given
 
 
-def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] | None = None) -> Interval:
+def groups_of(names: Sequence[str | None]) -> list[str]:
+    """The group of every example; one without a name is a group of its own."""
+    return [f"\0{i}" if name is None else name for i, name in enumerate(names)]
+
+
+def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] | None = None) -> Interval | None:
     """Mean of per-example differences with its percentile bootstrap interval (Efron 1979), seeded.
 
-    Examples that share a group are drawn together: they are not independent evidence. None is a group of its own.
+    Examples that share a group are drawn together: they are not independent evidence. None below `FEWEST` groups, where
+    the interval would be far too narrow (of one example it has no width at all).
     """
     values = np.asarray(differences, dtype=np.float64)
-    names = [f"\0{i}" if g is None else g for i, g in enumerate(groups or [None] * len(values))]
-    _, member = np.unique(names, return_inverse=True)
+    _, member = np.unique(groups_of(groups or [None] * len(values)), return_inverse=True)
     sums, counts = np.bincount(member, values), np.bincount(member)
+    if len(sums) < FEWEST:
+        return None
     rng = np.random.default_rng(0)
     means = []
     for _ in range(10):
@@ -30,8 +38,9 @@ def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] 
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Interval of a proportion (Wilson 1927); (0, 1) where n is 0."""
+def wilson(right: float, n: float) -> tuple[float, float]:
+    """Interval of a proportion (Wilson 1927); (0, 1) where n is 0. For grouped answers, n is the number of groups and
+    `right` the share of right answers times that: a group counts as one piece of evidence."""
     if n == 0:
         return 0.0, 1.0
     z = 1.959963984540054

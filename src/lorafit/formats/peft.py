@@ -6,7 +6,6 @@ for DoRA, `.lora_magnitude_vector` (d_out,). Written and read here without PEFT,
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from lorafit.records import Rendering
 from lorafit.sites import Site
 
 CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
+_FILES = {CONFIG, WEIGHTS, OURS, CARD}
 _PREFIX = "base_model.model."
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
@@ -58,8 +58,14 @@ _DEFAULT = 8  # PEFT's rank and alpha where the config names none
 def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None) -> None:
     """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance).
 
-    Raises FormatError for what PEFT has no words for: two variants in one adapter.
+    Replaces an adapter folder, and nothing else: raises FormatError where the folder holds other files, and for what
+    PEFT has no words for: two variants in one adapter.
     """
+    strange = sorted({path.name for path in folder.iterdir()} - _FILES) if folder.is_dir() else []
+    if strange:
+        raise FormatError(
+            f"{folder}: holds {', '.join(strange[:5])}, which no adapter folder does: name another folder"
+        )
     variants = {slot.variant for slot in adapter.plan.slots}
     if len(variants) > 1:
         raise FormatError(f"PEFT knows one variant per adapter, this one has {', '.join(sorted(variants))}")
@@ -248,9 +254,3 @@ def _never_landed(targets: Any, paths: list[str]) -> list[str]:
         for target in targets
         if not any(path == target or path.endswith(f".{target}") for path in paths)
     ]
-
-
-def scores(folder: Path) -> dict[str, Any]:
-    """What lorafit.json says beside the adapter: scores and provenance; empty for a foreign folder."""
-    path = folder / OURS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

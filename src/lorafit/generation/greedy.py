@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from lorafit.base import Base
 from lorafit.data.render import Renderer
@@ -37,12 +39,11 @@ def generate(
     What all prompts begin with (a system prompt, examples given) is computed once.
     """
     pad = renderer.stop_ids[0]
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(renderer.stop_ids),
-        pad_token_id=pad,
-        use_cache=True,
+    # A second handle on the same modules: generate would mix the base's own habits (a penalty on repetition, beams)
+    # into what it is asked for.
+    model: Any = copy.copy(base.model)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(renderer.stop_ids), pad_token_id=pad
     )
     shared = _common_start(prompts)
     cache = _state_after(base, shared) if shared else None
@@ -63,10 +64,7 @@ def generate(
         past = copy.deepcopy(cache)
         if past is not None:
             past.batch_repeat_interleave(len(part))
-        out = cast(Any, base.model).generate(
-            input_ids=ids.to(base.device), attention_mask=seen.to(base.device), past_key_values=past,
-            generation_config=config,
-        )  # fmt: skip
+        out = model.generate(input_ids=ids.to(base.device), attention_mask=seen.to(base.device), past_key_values=past)
         for k, i in enumerate(part):
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
@@ -86,7 +84,10 @@ def _common_start(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def _state_after(base: Base, ids: list[int]) -> DynamicCache | None:
-    """Keys and values of a prompt's start; None where a model's state is of another kind, or forgets by distance
-    (padding between the start and the rest would count as distance)."""
+    """Keys and values of a prompt's start; None where a model's state is of another kind, or where it takes its
+    positions from elsewhere than position ids, so that padding after the start would count as distance."""
+    if "position_ids" not in inspect.signature(base.model.forward).parameters:
+        return None
     cache = base.model(input_ids=torch.tensor([ids], device=base.device), use_cache=True).get("past_key_values")
-    return cache if isinstance(cache, DynamicCache) and not any(cache.is_sliding) else None
+    plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return cache if plain else None

@@ -67,12 +67,22 @@ def hidden_size(base: Base) -> int:
     return max(set(widths), key=lambda width: (widths.count(width), -width))
 
 
-def decide(base: Base, rows: Sequence[Row], settings: TrainSettings) -> Decision:
-    """Resolve every number of a run from base, training rows and settings."""
+def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: frozenset[str] | None = None) -> Decision:
+    """Resolve every number of a run from base, training rows and settings.
+
+    seen: paths of the sites that take part in a forward over the rows (`fired`); the rules choose only among them.
+    None takes all for granted.
+    """
     if not base.sites:
         raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted")
-    sites, sites_choice = _sites(base, settings)
-    rank, rank_choice = _rank(sites, rows, settings)
+    if settings.targets is not None:
+        candidates = select(base.sites, settings.targets)
+    else:
+        candidates = tuple(site for site in all_linear(base) if seen is None or site.path in seen)
+    if not candidates:
+        raise BaseError(f"no layer of '{base.name}' that can be adapted takes part in a forward over your rows")
+    rank, rank_choice = _rank(candidates, rows, settings)
+    sites, sites_choice = _sites(base, candidates, rank, settings)
     plan = uniform(sites, rank, settings.alpha, settings.variant)
     rate, rate_choice = _rate(base, settings)
     recipe, run_choices = _recipe(len(rows), rate, settings)
@@ -84,13 +94,21 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings) -> Decision
     return Decision(plan, recipe, (sites_choice, rank_choice, size, rate_choice, *run_choices))
 
 
-def _sites(base: Base, settings: TrainSettings) -> tuple[tuple[Site, ...], Choice]:
+def _sites(
+    base: Base, candidates: tuple[Site, ...], rank: int, settings: TrainSettings
+) -> tuple[tuple[Site, ...], Choice]:
     if settings.targets is not None:
-        sites = select(base.sites, settings.targets)
-        return sites, Choice("sites", str(len(sites)), f"named: {', '.join(settings.targets)}", "--targets")
-    sites = all_linear(base)
+        return candidates, Choice("sites", str(len(candidates)), f"named: {', '.join(settings.targets)}", "--targets")
+    sites = tuple(site for site in candidates if min(site.d_in, site.d_out) >= rank)
+    if not sites:
+        widest = max(min(site.d_in, site.d_out) for site in candidates)
+        raise SettingsError(f"--rank {rank}: larger than every layer of '{base.name}': choose 1 to {widest}")
     names = ", ".join(dict.fromkeys(site.name for site in sites))
     reason = f"all linear layers of the blocks ({names}): the sound default where nothing is known of the task"
+    if silent := len(all_linear(base)) - len(candidates):
+        reason += f"; {silent} more take no part in a forward over your rows"
+    if narrow := len(candidates) - len(sites):
+        reason += f"; {narrow} more are narrower than the rank"
     return sites, Choice("sites", str(len(sites)), reason, "--targets")
 
 
@@ -100,10 +118,12 @@ def _rank(sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings) -
     tokens = sum(row.n_trained for row in rows)
     per_rank = sum(site.d_in + site.d_out for site in sites)
     rank = rank_by_capacity(tokens, per_rank)
-    fitting = min(rank, *(min(site.d_in, site.d_out) for site in sites))
+    # A gate of one output is no reason to give every other layer rank 1: where no site is named, it stays out.
+    widths = sorted(min(site.d_in, site.d_out) for site in sites)
+    fitting = min(rank, widths[len(widths) // 2] if settings.targets is None else widths[0])
     reason = (
         f"{tokens:,} trained tokens, {per_rank:,} parameters per unit of rank: twice what holds them, at least "
-        f"{SMALLEST_RANK}" + (f", and no larger than the smallest layer ({fitting})" if fitting < rank else "")
+        f"{SMALLEST_RANK}" + (f", and no more than the layers hold ({fitting})" if fitting < rank else "")
     )
     return fitting, Choice("rank", f"{fitting} (alpha {settings.alpha:g})", reason, "--rank, --alpha")
 
@@ -121,14 +141,14 @@ def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
 
 
 def _recipe(n: int, rate: float, settings: TrainSettings) -> tuple[Recipe, list[Choice]]:
-    batch = settings.batch_size or next(size for size, below in BATCHES if n < below)
-    batch = min(batch, n)
+    asked = settings.batch_size or next(size for size, below in BATCHES if n < below)
+    batch = min(asked, n)
     if settings.epochs is not None:
         epochs, why = settings.epochs, "set by you"
     else:
         epochs = min(MOST_EPOCHS, max(1.0, STEPS_WANTED * batch / n))
         why = f"{STEPS_WANTED} steps where 1 to {MOST_EPOCHS:g} passes over the data allow it"
-    steps = round(epochs * n / batch)
+    steps = round(epochs * math.ceil(n / batch))
     if steps < 1:
         raise SettingsError(f"--epochs {epochs:g} over {n} examples in batches of {batch} is not one step: raise it")
     every = max(1, -(-steps // settings.validations))
@@ -144,6 +164,8 @@ def _recipe(n: int, rate: float, settings: TrainSettings) -> tuple[Recipe, list[
         seed=settings.seed,
     )
     set_batch = "set by you" if settings.batch_size else "small sets need the steps, large ones the throughput"
+    if batch < asked:
+        set_batch += f", and there are but {n}"
     return recipe, [
         Choice("batch", f"{batch} examples", set_batch, "--batch-size"),
         Choice("steps", f"{steps} ({epochs:.3g} × {n:,} examples)", why, "--epochs"),

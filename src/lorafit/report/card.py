@@ -9,6 +9,13 @@ from lorafit.adapter import Adapter
 from lorafit.planning import Choice
 
 
+def interval(ci95: Sequence[float] | None) -> str:
+    """An interval in words; None is one that too few examples allow."""
+    if ci95 is None:
+        return "too few examples for an interval"
+    return f"95 % interval {ci95[0]:+.3f} to {ci95[1]:+.3f}"
+
+
 def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:
     """Markdown with the front matter that hubs and PEFT read."""
     nll, facts = summary["nll"], summary["facts"]
@@ -23,8 +30,8 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "",
         f"# A {variant} adapter for {adapter.base_name}",
         "",
-        f"Trained by lorafit on {summary['n_train']:,} examples; scored once, on {summary['n_test']:,} that no choice "
-        "had seen.",
+        f"Trained by lorafit on {summary['n_train']:,} examples; scored on {summary['n_test']:,} that no choice "
+        f"had seen (opened {summary['test_openings']} time{'s' * (summary['test_openings'] != 1)}).",
         "",
         "| on held-out examples | base | adapter |",
         "|---|--:|--:|",
@@ -32,10 +39,9 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
     ]
     if facts["adapter"] is not None:
         lines.append(f"| answers right | {facts['base']:.1%} | {facts['adapter']:.1%} |")
-    low, high = nll["ci95"]
     lines += [
         "",
-        f"Paired difference in NLL {nll['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}).",
+        f"Paired difference in NLL {nll['difference']:+.3f} ({interval(nll['ci95'])}).",
         "",
         "## What was chosen, and why",
         "",

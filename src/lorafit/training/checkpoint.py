@@ -21,13 +21,15 @@ from lorafit.training.state import TrainState
 class Progress:
     """Where a run stands. `history` holds (step, validation NLL); `best` is the master at the best of them.
 
-    seconds, tokens, trained: of training alone; tokens without padding, and those of them that carry loss.
+    seconds: of the steps; beside: of validations and checkpoints. tokens: without padding; trained: those of them that
+    carry loss.
     """
 
     step: int
     history: list[tuple[int, float]]
     best: Tensor
     seconds: float
+    beside: float
     tokens: int
     trained: int
 
@@ -40,7 +42,7 @@ def save(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, at: Pr
     tensors = {"master": state.master.detach(), "best": at.best}
     for name, value in optimizer.state.get(state.master, {}).items():
         tensors[f"optimizer.{name}"] = value
-    said = {"step": at.step, "history": at.history, "seconds": at.seconds, "tokens": at.tokens,
+    said = {"step": at.step, "history": at.history, "seconds": at.seconds, "beside": at.beside, "tokens": at.tokens,
             "trained": at.trained, "run": of}  # fmt: skip
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as building:
@@ -78,4 +80,4 @@ def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of:
         optimizer.state[state.master] = {name: t.to(device) for name, t in kept.items()}
     history = [(int(step), float(nll)) for step, nll in said["history"]]
     best = best.to(state.master.device)
-    return Progress(said["step"], history, best, said["seconds"], said["tokens"], said["trained"])
+    return Progress(said["step"], history, best, said["seconds"], said["beside"], said["tokens"], said["trained"])

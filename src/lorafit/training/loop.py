@@ -19,11 +19,11 @@ import torch
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.base import Base
-from lorafit.data.batches import Batch, by_tokens, collate, epoch_order
+from lorafit.data.batches import Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.errors import DivergedError, Interrupted
-from lorafit.evaluation.nll import example_nll, pad_id
+from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted
+from lorafit.evaluation.nll import batch_of, example_nll
 from lorafit.files import write_text
 from lorafit.tasks.completion import head_is_plain, token_nll
 from lorafit.training import checkpoint
@@ -31,6 +31,7 @@ from lorafit.training import optimizer as adamw
 from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
 
+RESUME_HINT = "go on with --resume"
 CHECKPOINT_SHARE = 0.02  # of the run's time that may go into writing checkpoints between validations
 
 
@@ -49,7 +50,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Trained:
-    """The best adapter by validation, the (step, validation NLL) history, and what it took."""
+    """The best adapter by validation, the (step, validation NLL) history, and what it took.
+
+    seconds: all of it, validation and checkpoints included. tokens_per_second: of the steps alone.
+    """
 
     adapter: Adapter
     history: tuple[tuple[int, float], ...]
@@ -58,10 +62,7 @@ class Trained:
     seconds: float
     tokens: int
     trained_tokens: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    tokens_per_second: float
 
 
 def train(
@@ -110,11 +111,10 @@ class _Run:
         self.metrics = folder / "metrics.jsonl" if folder else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
         self.optimizer = adamw.make_optimizer(self.state)
-        self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0, 0)
-        self.saving = self.last_save = 0.0
+        self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)
+        self.saving = self.last_save = self.one_validation = 0.0
         self.began = time.monotonic()
-        first = collate([train_rows[0]], pad_id(base), base.device)
-        self.split_head = head_is_plain(base.model, first)
+        self.split_head = head_is_plain(base.model, batch_of(base, train_rows[:1]))
         self.order: tuple[int, list[list[int]]] = (-1, [])
         self.identity = self._identity(adapter)
 
@@ -151,7 +151,7 @@ class _Run:
                 self._save_if_cheap()
         except _Stopped:
             self._save()
-            hint = "go on with --resume" if self.checkpoint else "nothing was saved: no folder was given"
+            hint = RESUME_HINT if self.checkpoint else "nothing was saved: no folder was given"
             raise Interrupted(f"stopped after step {at.step} of {recipe.steps}: {hint}") from None
         return self._finish()
 
@@ -163,13 +163,15 @@ class _Run:
             self.order = (epoch, epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch))
         positions = self.order[1][index]
         parts = by_tokens(self.rows, positions, recipe.micro_tokens)
-        pad = pad_id(self.base)
-        batches = [collate([self.rows[i] for i in part], pad, self.base.device) for part in parts]
+        batches = [batch_of(self.base, [self.rows[i] for i in part]) for part in parts]
         torch.manual_seed(seed_of(recipe.seed, "step", at.step))  # dropout: the same whether resumed or not
         self.state.training = True
         nll = gradient_step(self.base, self.state, batches, self.split_head)
         rate = adamw.rate_at(at.step, recipe.steps, recipe.warmup, recipe.learning_rate)
         norm = adamw.step(self.state, self.optimizer, rate, recipe.weight_decay, recipe.clip)
+        if at.step == 0 and norm == 0:
+            raise AdapterError("no factor receives a gradient at the first step, the adapter would learn nothing: "
+                               "choose sites on which the answer depends")  # fmt: skip
         at.step += 1
         self._require_finite(nll + norm)
         at.seconds += time.monotonic() - start
@@ -188,7 +190,7 @@ class _Run:
         lower = self.recipe.learning_rate / 3
         raise DivergedError(
             f"training diverged at step {self.at.step}: {what}: lower the learning rate, "
-            f"e.g. --learning-rate {lower:.1e}"
+            f"e.g. --learning-rate {lower:.1e}, and name another --out"
         )
 
     def _validate(self, stop: threading.Event) -> None:
@@ -196,16 +198,21 @@ class _Run:
             if stop.is_set():
                 raise _Stopped
 
-        at = self.at
+        at, start = self.at, time.monotonic()
         self.state.training = False
         values = example_nll(self.base, self.valid_rows, watch)
         nll = sum(values) / len(values)
+        if not at.history and not math.isfinite(nll):
+            raise BaseError(f"'{self.base.name}' gives validation examples no finite NLL ({nll}): the fault is in the "
+                            "base or its dtype, not in the training; try --dtype fp32, or another base")  # fmt: skip
         self._require_finite(nll)
         if at.history and nll > 2 * at.history[0][1] + 1:
             self._diverged(f"validation NLL rose from {at.history[0][1]:.2f} to {nll:.2f}")
         if not at.history or nll < min(value for _, value in at.history):
             at.best = self.state.master.detach().clone()
         at.history.append((at.step, nll))
+        self.one_validation = time.monotonic() - start
+        at.beside += self.one_validation
         self._tell(None, nll, 0.0)
         self._save()
 
@@ -218,7 +225,9 @@ class _Run:
 
     def _tell(self, train_nll: float | None, valid_nll: float | None, rate: float) -> None:
         at = self.at
-        left = (self.recipe.steps - at.step) * at.seconds / at.step if at.step else math.nan
+        steps = self.recipe.steps - at.step
+        validations = math.ceil(steps / self.recipe.validate_every)
+        left = steps * at.seconds / at.step + validations * self.one_validation if at.step else math.nan
         speed = at.tokens / at.seconds if at.seconds else 0.0
         self.tell(Moment(at.step, self.recipe.steps, train_nll, valid_nll, rate, left, speed))
         if self.metrics:
@@ -246,6 +255,7 @@ class _Run:
             checkpoint.save(self.checkpoint, self.state, self.optimizer, self.at, self.identity)
             self.last_save = time.monotonic() - start
             self.saving += self.last_save
+            self.at.beside += self.last_save
 
     def _save_if_cheap(self) -> None:
         """So often that a killed run loses little, so seldom that writing stays within CHECKPOINT_SHARE."""
@@ -255,9 +265,9 @@ class _Run:
     def _finish(self) -> Trained:
         at = self.at
         self.state.load(at.best)
-        return Trained(
-            self.state.freeze(), tuple(at.history), self._best()[0], at.step, at.seconds, at.tokens, at.trained
-        )
+        speed = at.tokens / at.seconds if at.seconds else 0.0
+        return Trained(self.state.freeze(), tuple(at.history), self._best()[0], at.step, at.seconds + at.beside,
+                       at.tokens, at.trained, speed)  # fmt: skip
 
 
 class _Stopped(Exception):

@@ -21,7 +21,8 @@ class TrainState:
     however a step is divided. Matrices lie first, vectors (DoRA's magnitudes) last. Each forward computes with
     views of a copy in its own dtype; autograd carries their gradient back through that copy.
 
-    A TrainState is what `attach` takes in place of an Adapter. `freeze()` copies it into an Adapter.
+    A TrainState is what `attach` takes in place of an Adapter. `freeze()` copies it into an Adapter. Dropout acts while
+    `training` is True; set it to False to evaluate (`model.eval()` does not reach it: the factors are not the model's).
     """
 
     def __init__(self, adapter: Adapter, device: torch.device | None = None, dropout: float = 0.0):
@@ -38,6 +39,8 @@ class TrainState:
         self._views: dict[str, dict[str, Tensor]] = {}
         self._made_for: tuple[object, ...] | None = None
         _forget_after_steps(self)
+        alive = weakref.ref(self)
+        self.master.register_post_accumulate_grad_hook(lambda _: _forget(alive))
 
     @property
     def adapter(self) -> Adapter:
@@ -51,8 +54,9 @@ class TrainState:
     def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
         """Views by site path and factor name, made once per optimizer step, grad mode, dtype and device.
 
-        The version counter of `master` tells when it has been written to, and `_forget_after_steps` when a fused
-        optimizer has, which leaves the counter as it is (torch 2.13).
+        The version counter of `master` tells when it has been written to. Two writers leave the counter as it is
+        (torch 2.13): fused optimizers, which `_forget_after_steps` notices, and `master.data -= ...` in a loop of one's
+        own, which follows a backward, after which the views are made anew too.
         """
         key = (self.master._version, torch.is_grad_enabled(), dtype, device)
         if key != self._made_for:
@@ -94,6 +98,11 @@ class TrainState:
         """Overwrite every factor with a vector saved from `master`."""
         with torch.no_grad():
             self.master.copy_(flat)
+
+
+def _forget(alive: weakref.ref[TrainState]) -> None:
+    if (state := alive()) is not None:
+        state._made_for = None
 
 
 def _forget_after_steps(state: TrainState) -> None:
