@@ -38,6 +38,7 @@ arguments = TrainingArguments(
     remove_unused_columns=False,
     use_cpu=base.device.type == "cpu",
 )
+# The grad_norm it prints is that of the model's own parameters, which are frozen: 0 is right.
 trainer = Trainer(base.model, arguments, collate, data, optimizers=(optimizer, None))
 with attach(base, state):
     trainer.train()

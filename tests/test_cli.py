@@ -25,7 +25,16 @@ TRAINED = SCORES | {
     "trainable_parameters", "best_step", "steps", "validation", "seconds", "tokens_per_second", "dtype", "peft",
     "peak_rss_gb",
 }  # fmt: skip
-EVALUATED = SCORES | {"base", "adapter_dir", "against", "split", "trainable_parameters", "seconds", "peak_rss_gb"}
+EVALUATED = SCORES | {
+    "base",
+    "adapter_dir",
+    "seen_in_training",
+    "against",
+    "split",
+    "trainable_parameters",
+    "seconds",
+    "peak_rss_gb",
+}
 QUICK = ["--rank", "2", "--epochs", "1", "--validations", "1", "--dtype", "fp32", "--few-shot", "0"]
 
 
@@ -133,7 +142,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "missing data": (["plan", "BASE", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
     "unknown base": (["plan", "no-such-base", "ROWS"], "'no-such-base' is neither a model folder"),
     "misspelt target": (["plan", "BASE", "ROWS", "--targets", "q_porj"], "did you mean q_proj"),
-    "rank zero": (["plan", "BASE", "ROWS", "--rank", "0"], "rank 0 cannot be: choose 1 to "),
+    "rank zero": (["plan", "BASE", "ROWS", "--rank", "0"], "--rank 0: input should be greater than or equal to 1"),
     "huge rank": (["plan", "BASE", "ROWS", "--rank", "9999"], "--rank 9999: larger than every layer"),
     "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: "),
     "epochs": (["plan", "BASE", "ROWS", "--epochs", "-1"], "--epochs -1.0: "),
@@ -266,6 +275,36 @@ def test_eval_ends_with_its_scores_as_json(lorafit: Lorafit, run: Run, rows: Pat
     found = lorafit("eval", run.folder / "adapter", rows, "--dtype", "fp32", "--json").last_object
     assert set(found) == EVALUATED
     assert (found["n_test"], found["base_unchanged"]) == (24, True)
+
+
+def test_eval_tells_that_questions_were_trained_on(lorafit: Lorafit, run: Run, rows: Path) -> None:
+    """The first thing one tries is the file one trained on; what it shows is memory."""
+    done = lorafit("eval", run.folder, rows, "--dtype", "fp32")
+    assert "22 of these 24 questions were trained or validated on" in done.out
+
+
+def test_the_version_is_told(lorafit: Lorafit) -> None:
+    assert lorafit("--version").out.startswith("lorafit 0.")
+
+
+@pytest.mark.parametrize("given", [["q_proj,v_proj"], ["q_proj", "v_proj"], ["q_proj, v_proj"]])
+def test_targets_may_be_given_either_way(lorafit: Lorafit, tiny_folder: Path, rows: Path, given: list[str]) -> None:
+    flags = [word for one in given for word in ("--targets", one)]
+    found = lorafit("plan", tiny_folder, rows, *flags, "--json").last_object
+    assert {slot["site"]["path"].rpartition(".")[2] for slot in found["slots"]} == {"q_proj", "v_proj"}
+
+
+def test_a_check_that_its_own_answer_fails_is_refused(lorafit: Lorafit, tmp_path: Path) -> None:
+    data = capitals()
+    data[3]["check"] = {"contains": ["nowhere"]}
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", data), "--base", "none")
+    assert (done.status, "a.jsonl:4: check: its own answer does not pass it" in done.err) == (2, True)
+
+
+def test_contradictions_are_pointed_out(lorafit: Lorafit, tmp_path: Path) -> None:
+    data = [*capitals(), {"prompt": capitals()[0]["prompt"], "completion": "It is elsewhere."}]
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", data), "--base", "none")
+    assert "1 prompts occur with different answers" in done.out
 
 
 def test_an_adapter_equals_itself_in_eval(lorafit: Lorafit, run: Run, rows: Path) -> None:

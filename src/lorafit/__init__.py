@@ -12,6 +12,7 @@ _PUBLIC = {
     "Adapter": "lorafit.adapter",
     "Base": "lorafit.base",
     "LowRank": "lorafit.plan",
+    "Message": "lorafit.data.examples",
     "Plan": "lorafit.plan",
     "Recipe": "lorafit.training.recipe",
     "Renderer": "lorafit.data.render",
@@ -23,8 +24,10 @@ _PUBLIC = {
     "decide": "lorafit.planning",
     "fired": "lorafit.attachment",
     "fresh": "lorafit.attachment",
+    "generate": "lorafit.generation.greedy",
     "merged": "lorafit.attachment",
     "open_base": "lorafit.base",
+    "read_adapter": "lorafit.formats.peft:read",
     "read_examples": "lorafit.data.examples",
     "render": "lorafit.data.render",
     "renderer_for": "lorafit.data.render",
@@ -45,11 +48,14 @@ if TYPE_CHECKING:
     from lorafit.attachment import merged as merged
     from lorafit.base import Base as Base
     from lorafit.base import open_base as open_base
+    from lorafit.data.examples import Message as Message
     from lorafit.data.examples import read_examples as read_examples
     from lorafit.data.render import Renderer as Renderer
     from lorafit.data.render import render as render
     from lorafit.data.render import renderer_for as renderer_for
     from lorafit.evaluation.compare import compare as compare
+    from lorafit.formats.peft import read as read_adapter  # noqa: F401 (public under this name)
+    from lorafit.generation.greedy import generate as generate
     from lorafit.pipeline import run_evaluation as run_evaluation
     from lorafit.pipeline import run_training as run_training
     from lorafit.plan import LowRank as LowRank
@@ -67,4 +73,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lorafit' has no attribute '{name}'")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, _, other = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), other or name)

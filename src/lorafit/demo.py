@@ -22,7 +22,7 @@ def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
         "Tarnwick Supply, a company invented for this demo, has a help desk for IT support, returns and product "
         "advice. The base has never heard of it; the adapter learns its handbook."
     )
-    resume = _earlier(out)
+    resume = _earlier(out, listener)
     if resume:
         listener.say(f"going on with the demo that was stopped in {out}")
     try:
@@ -35,7 +35,7 @@ def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
     return summary
 
 
-def _earlier(out: Path) -> bool:
+def _earlier(out: Path, listener: Listener) -> bool:
     """Clear a finished demo from `out`, and nothing else; whether an unfinished one is there to go on with."""
     try:
         asked = read_json(out / RUN)
@@ -48,6 +48,7 @@ def _earlier(out: Path) -> bool:
     strange = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN)
     if strange:
         raise RunError(f"{out}: holds {', '.join(strange[:5])} beside an earlier demo: move it, or name another --out")
+    listener.say(f"replacing the earlier demo in {out}")
     for path in out.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return False

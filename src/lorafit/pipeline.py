@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +25,12 @@ import lorafit
 from lorafit.adapter import Adapter
 from lorafit.attachment import fired, fresh, require_fired
 from lorafit.base import Base, fastest_dtype, open_base
-from lorafit.data.examples import Examples, read_examples
+from lorafit.data.examples import Example, Examples, read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
 from lorafit.errors import AdapterError, DataError, FormatError, LorafitError, Problem, RunError, SettingsError
+from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.evaluation.nll import batch_of
 from lorafit.evaluation.statistics import FEWEST, groups_of, wilson
@@ -42,6 +44,7 @@ from lorafit.training.loop import Moment, Trained, train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RUN, PLAN, SUMMARY = "run.json", "plan.json", "summary.json"
+TRAINED_ON = Path("scores") / "trained_on.json"
 WRITTEN = {RUN, PLAN, SUMMARY, "metrics.jsonl", "scores", "checkpoints", "adapter"}  # all there is in a run folder
 
 
@@ -88,6 +91,8 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
                  + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
     renderer = renderer_for(base, settings.system)
+    if renderer.system is None and (added := renderer.preamble()):
+        listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
     rows = render_all(renderer, examples, settings.max_length)
     listener.example(rows["train"][0], renderer)
     probe = batch_of(base, rows["train"][:2])
@@ -101,6 +106,7 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
 def prepare(data: str, seed: int, share: float, listener: Listener) -> tuple[Examples, DataReport]:
     """Read, check, describe; make sure that what is held out is, and complete the splits."""
     examples = read_examples(data)
+    _require_passing(examples)
     require_apart(examples)
     examples = complete(examples, seed, share)
     report = describe(examples)
@@ -112,6 +118,19 @@ def prepare(data: str, seed: int, share: float, listener: Listener) -> tuple[Exa
             f"adapter is better; at least {FEWEST} are needed, a hundred tell much (--val-share, or more data)"
         )
     return examples, report
+
+
+def _require_passing(examples: Examples) -> None:
+    """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
+    problems = [
+        Problem(f"{example.where}: check", "its own answer does not pass it",
+                "correct the answer, or contains, lacks and max_words")
+        for split in examples.by_name().values()
+        for example in split
+        if example.check is not None and not is_right(example.answer, example.check)
+    ]  # fmt: skip
+    if problems:
+        raise DataError(problems)
 
 
 def render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
@@ -146,7 +165,13 @@ def run_training(
     listener = listener or Silent()
     resolved = _open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
-    opened = open_all(base_name, data, resolved, listener)
+    try:
+        opened = open_all(base_name, data, resolved, listener)
+    except BaseException:
+        if not resume:
+            with suppress(OSError):
+                out.rmdir()  # it was empty when this run took it
+        raise
     make_folder(out)
     with _room_to_write(out):
         return _run(base_name, data, out, resolved, opened, resume, listener, extra or {})
@@ -177,6 +202,7 @@ def _run(
     opens = _count_opening(out)
     comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
                          shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
+    write_json(out / TRAINED_ON, _prints([*opened.examples.train, *opened.examples.valid]))
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
     summary = _summary(opened, trained, comparison, out, seconds, opens)
     _write(out, trained.adapter, decision.choices, summary, comparison)
@@ -349,6 +375,20 @@ def _write(
     write_json(out / "scores" / "test.json", asdict(comparison))
 
 
+def _prints(examples: Sequence[Example]) -> list[str]:
+    """A fingerprint of each question, by which a later evaluation knows those that were trained on."""
+    return [hashlib.sha256(" ".join(e.question.lower().split()).encode()).hexdigest()[:16] for e in examples]
+
+
+def _seen_in_training(adapter_folder: Path, examples: Sequence[Example]) -> int | None:
+    """How many of the questions the run of this adapter was trained or validated on; None where there is no run."""
+    known = adapter_folder.parent / TRAINED_ON
+    if not known.exists():
+        return None
+    trained = set(read_json(known))
+    return sum(one in trained for one in _prints(examples))
+
+
 def compare_with_peft(
     folder: Path, base: Base, rows: Sequence[Sequence[int]], listener: Listener
 ) -> dict[str, float] | None:
@@ -395,6 +435,8 @@ def run_evaluation(
     listener = listener or Silent()
     keep_freed_memory()
     start = time.monotonic()
+    if (adapter_folder / RUN).exists():
+        adapter_folder = adapter_folder / "adapter"
     adapter = peft.read(adapter_folder)
     other = peft.read(against) if against else None
     examples = read_examples(data)
@@ -405,6 +447,9 @@ def run_evaluation(
     if few_shot and (single or split == "train"):
         raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
                             "--split train, or the base would be shown the questions it is asked")  # fmt: skip
+    seen = _seen_in_training(adapter_folder, chosen)
+    if seen:
+        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on: this measures memory")
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
@@ -426,6 +471,7 @@ def run_evaluation(
         "adapter_dir": str(adapter_folder),
         "against": str(against) if against else None,
         "split": None if single else split,
+        "seen_in_training": seen,
         **scores_json(comparison),
         "base_unchanged": base.integrity() == before,
         "trainable_parameters": adapter.plan.parameters,

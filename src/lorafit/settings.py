@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lorafit.errors import SettingsError
 
@@ -17,18 +17,19 @@ class TrainSettings(BaseModel):
 
     targets: Annotated[
         tuple[str, ...] | None,
-        Field(description="Where to adapt: ends of module paths such as q_proj, or patterns. All linear sites."),
-    ] = None
+        Field(description="Where to adapt: ends of module paths, as in q_proj,v_proj; * stands for any. By rule: all "
+              "linear layers of the blocks."),
+    ] = None  # fmt: skip
     variant: Annotated[Literal["lora", "dora"], Field(description="Method of adaptation.")] = "lora"
-    rank: Annotated[int | None, Field(description="Rank of every pair. By the capacity rule.")] = None
+    rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.")] = None
     alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
-    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate. By the width rule.")] = None
+    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.")] = None
     epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.")] = None
     batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.")] = None
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's decay of the matrices.")] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the pairs.")] = 0.0
-    validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 4
+    validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 3
     patience: Annotated[int, Field(ge=1, description="Stop after so many validations without a better one.")] = 3
     max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
     system: Annotated[str | None, Field(description="System prompt for conversations that bring none.")] = None
@@ -37,9 +38,14 @@ class TrainSettings(BaseModel):
     ] = 0.1
     few_shot: Annotated[
         int, Field(ge=0, description="Answered examples in the base's prompt, for the second baseline; 0: none.")
-    ] = 4
+    ] = 3
     dtype: Annotated[Literal["auto", "fp32", "bf16"], Field(description="Of the base; auto measures.")] = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
+
+    @field_validator("targets")
+    @classmethod
+    def _apart(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return given and tuple(name.strip() for part in given for name in part.split(",") if name.strip())
 
 
 def settings_from(given: Mapping[str, Any]) -> TrainSettings:

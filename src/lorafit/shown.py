@@ -25,8 +25,9 @@ def shown(path: Path) -> dict[str, Any]:
     if str(path) in BUILTIN or (path / "config.json").exists() or path.suffix == ".gguf":
         base = open_base(path)
         parameters = sum(parameter.numel() for parameter in base.model.parameters())
-        return {"kind": "base", "name": base.name, "parameters": parameters, "identity": base.identity,
-                "sites": len(base.sites), "site names": dict(Counter(site.name for site in base.sites))}  # fmt: skip
+        names = dict(Counter(site.name for site in base.sites))
+        return {"kind": "base", "name": base.name, "folder": str(base.folder), "parameters": parameters,
+                "identity": base.identity, "sites": len(base.sites), "site names": names}  # fmt: skip
     raise FormatError(f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base")
 
 
@@ -38,7 +39,7 @@ def _run(path: Path) -> dict[str, Any]:
     if not (path / SUMMARY).exists():
         return {**found, "state": "not finished: go on with lorafit train ... --resume"}
     summary = read_json(path / SUMMARY)
-    return {**found, "state": "finished", "adapter": summary["adapter_dir"], "best step": summary["best_step"],
+    return {**found, "state": "finished", "adapter": str(path / "adapter"), "best step": summary["best_step"],
             "base unchanged": summary["base_unchanged"], "test openings": summary["test_openings"]}  # fmt: skip
 
 

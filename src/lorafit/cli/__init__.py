@@ -7,10 +7,11 @@ import io
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import lorafit
 from lorafit.cli import data, demo, evaluate, plan, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
@@ -32,18 +33,39 @@ def _reported(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except LorafitError as error:
-            print(f"lorafit: {error}", file=sys.stderr)
+            _say(str(error))
             sys.exit(2 if isinstance(error, InputError) else 130 if isinstance(error, Interrupted) else 1)
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"lorafit: {error.filename}: {error.strerror}: check the path and its permissions", file=sys.stderr)
+            _say(f"{error.filename}: {error.strerror}: check the path and its permissions")
             sys.exit(2)
         except KeyboardInterrupt:
-            print("lorafit: interrupted; what was saved is kept, a run goes on with --resume", file=sys.stderr)
+            _say("interrupted")
             sys.exit(130)
 
     return run
+
+
+def _say(text: str) -> None:
+    from lorafit.cli.console import end_bars
+
+    end_bars()
+    print(f"lorafit: {text}", file=sys.stderr)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lorafit {lorafit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+    ] = False,
+) -> None: ...
 
 
 for _name, _verb in (

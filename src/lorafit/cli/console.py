@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from lorafit.training.loop import Moment
 
 SECONDS_BETWEEN_LINES = 10.0
+_drawn: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
 class Terminal:
@@ -75,6 +79,7 @@ class Terminal:
             self._end_bar()
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.err, transient=True)
+            _drawn.add(self._bar)
             self._task = (what, self._bar.add_task(text, total=of, completed=done))
             self._bar.start()
         elif self._bar is not None:
@@ -86,7 +91,7 @@ class Terminal:
         self._bar = self._task = None
 
     def data(self, report: DataReport) -> None:
-        table = Table("split", "examples", "answers", "words", "per answer", "near-duplicates", "checked")
+        table = Table("split", "examples", "answers", "words", "of answers", "alike", "checked")
         for name, split in report.splits.items():
             checked = f"{split.checked}" + (f" ({split.declining} to decline)" if split.declining else "")
             table.add_row(
@@ -94,9 +99,12 @@ class Terminal:
                 "{}-{}-{}".format(*split.answer_words), f"{split.near_duplicates:,}", checked if split.checked else "-",
             )  # fmt: skip
         self.out.print(table)
-        self.out.print("words: shortest-median-longest; no near-identical prompts on two sides of a split")
+        self.out.print("words: shortest-median-longest; alike: near-identical to an earlier prompt of the same split")
+        for name, split in report.splits.items():
+            if split.contradictions:
+                self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
         for field, count in report.passed_over.items():
-            self.out.print(Text(f"field '{field}' is passed over ({count:,} lines)"))
+            self.out.print(Text(f"field '{field}' is passed over ({count:,} line{'s' * (count != 1)})"))
 
     def plan(self, choices: Sequence[Choice]) -> None:
         table = Table("choice", "value", "reason", "change it with")
@@ -106,7 +114,8 @@ class Terminal:
 
     def example(self, row: Row, renderer: Renderer) -> None:
         """One example as the model sees it: trained tokens green and underlined, the others dim."""
-        text = Text("one example as the model sees it (trained: green, underlined): ")
+        marks = "green, underlined" if self.out.is_terminal else "between >>> and <<<"
+        text = Text(f"one example as the model sees it; what is trained is {marks}:\n")
         start = 0
         for i in range(1, len(row.ids) + 1):
             if i == len(row.ids) or row.trained[i] != row.trained[start]:
@@ -118,32 +127,52 @@ class Terminal:
         self.out.print(text)
 
     def results(self, summary: Mapping[str, Any]) -> None:
-        """The table at the end, and sample answers side by side."""
+        """Sample answers, the table, and what it allows to say."""
         nll, facts = summary["nll"], summary["facts"]
         other = "other adapter" if summary.get("against") else "base"
-        shots = facts["few_shot_examples"]
-        given = f"base, {shots} examples given" if shots else "base, few-shot"
-        table = Table(
-            f"on {summary['n_test']} {summary.get('split') or ''} examples", other, given, "adapter", "control"
-        )
-        table.add_row("completion NLL, nats/token", f"{nll['base']:.3f}", "", f"{nll['adapter']:.3f}", "")
+        self._samples(summary["samples"], other)
+        columns = {other: "base", "adapter": "adapter"}
+        if facts["base_few_shot"] is not None:
+            columns = {other: "base", f"base, {facts['few_shot_examples']} examples given": "base_few_shot", **columns}
+        if facts["shuffled_control"] is not None:
+            columns["control"] = "shuffled_control"
+        table = Table(f"on {summary['n_test']} {summary.get('split') or ''} examples", *columns)
+        scores = {"base": f"{nll['base']:.3f}", "adapter": f"{nll['adapter']:.3f}"}
+        table.add_row("NLL of the answers, nats per token", *(scores.get(key, "") for key in columns.values()))
         if facts["adapter"] is not None:
-            keys = ("base", "base_few_shot", "adapter", "shuffled_control")
-            table.add_row(f"facts right (of {facts['n']})", *(percent(facts[key]) for key in keys))
-        if summary["off_desk_declined"] is not None:
-            table.add_row("off-topic declined", "", "", percent(summary["off_desk_declined"]), "")
-        table.add_row("answers that end by themselves", "", "", percent(summary["natural_stops"]), "")
+            table.add_row(f"facts right (of {facts['n']})", *(percent(facts[key]) for key in columns.values()))
+        for what, share in (("off-topic declined", summary["off_desk_declined"]),
+                            ("answers that end by themselves", summary["natural_stops"])):  # fmt: skip
+            if share is not None:
+                table.add_row(what, *(percent(share) if key == "adapter" else "" for key in columns.values()))
         self.out.print(table)
+        self.out.print("NLL: how much the right answers surprise a model; lower is better, 0 is certainty")
+        if "control" in columns:
+            self.out.print("control: an adapter trained on shuffled answers, recorded beforehand (make control)")
         self.out.print(
-            f"adapter against {other}: {verdict(nll['ci95'])}; paired difference in NLL {nll['difference']:+.3f}, "
-            + interval(nll["ci95"])
+            f"adapter against {other}: {verdict(nll['ci95'])} at predicting the answers; paired difference in NLL "
+            f"{nll['difference']:+.3f}, {interval(nll['ci95'])}"
         )
         if facts["ci95"]:
-            self.out.print(f"facts right, 95 % interval {facts['ci95'][0]:.1%} to {facts['ci95'][1]:.1%}")
-        samples = Table("question", "reference", other, "adapter", show_lines=True)
-        for sample in summary["samples"]:
-            samples.add_row(*(Text(sample[key]) for key in ("question", "reference", "base", "adapter")))
-        self.out.print(samples)
+            low, high = facts["ci95"]
+            self.out.print(f"facts right: {percent(facts['adapter'])}, 95 % interval {low:.1%} to {high:.1%}")
+        else:
+            self.out.print("whether answers are right was not measured: give examples a check (docs/data.md)")
+
+    def _samples(self, samples: Sequence[Mapping[str, str]], other: str) -> None:
+        """Side by side where there is room, else one below the other."""
+        names = {"question": "question", "reference": "reference", other: "base", "adapter": "adapter"}
+        cut = [{name: clipped(sample[key]) for name, key in names.items()} for sample in samples]
+        if self.out.width >= 120:
+            table = Table(*names, show_lines=True)
+            for sample in cut:
+                table.add_row(*(Text(text) for text in sample.values()))
+            self.out.print(table)
+            return
+        for sample in cut:
+            for name, text in sample.items():
+                self.out.print(Text(f"{name:>13}  ", style="dim") + Text(text))
+            self.out.print()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """With --json, the one object."""
@@ -160,6 +189,24 @@ def verdict(ci95: Sequence[float] | None) -> str:
     if low == high == 0:
         return "the same: it changes nothing"
     return "better" if high < 0 else "worse" if low > 0 else "not shown to differ"
+
+
+def clipped(text: str, longest: int = 240) -> str:
+    """Long text cut at a word, and said so."""
+    return text if len(text) <= longest else text[:longest].rpartition(" ")[0] + " …"
+
+
+def program() -> str:
+    """What to type for lorafit in this shell."""
+    if shutil.which("lorafit"):
+        return "lorafit"
+    return sys.argv[0] if Path(sys.argv[0]).name == "lorafit" else "python -m lorafit"
+
+
+def end_bars() -> None:
+    """Stop what is being drawn, so that an error is the last thing on the screen."""
+    for bar in list(_drawn):
+        bar.stop()
 
 
 def percent(share: float | None) -> str:

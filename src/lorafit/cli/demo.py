@@ -19,4 +19,4 @@ def demo(
     from lorafit.demo import run_demo
 
     terminal = Terminal(json)
-    conclude(terminal, run_demo(out, terminal), out)
+    conclude(terminal, run_demo(out, terminal), out, ["train smollm2-135m YOUR.jsonl --out runs/mine"])

@@ -28,11 +28,12 @@ def train(
 
     terminal = Terminal(json)
     summary = run_training(base, data, out, settings, resume=resume, listener=terminal)
-    conclude(terminal, summary, out)
+    conclude(terminal, summary, out, [])
 
 
-def conclude(terminal: Any, summary: dict[str, Any], out: Path) -> None:
+def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str]) -> None:
     """Table, proof that the base is untouched, what to type next. Raises BaseChangedError where it is not."""
+    from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
     from lorafit.pipeline import same_as_peft
 
@@ -50,8 +51,8 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path) -> None:
         f"training {seconds['train']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s, evaluation "
         f"{seconds['evaluate']:.0f} s" + (f", at most {summary['peak_rss_gb']} GB" if summary["peak_rss_gb"] else "")
     )
-    terminal.say(f"next:\n  lorafit show {out}\n  lorafit eval {out / 'adapter'} YOUR.jsonl\n"
-                 f"  lorafit train {summary['base']} YOUR.jsonl --out runs/mine")  # fmt: skip
+    following = [f"show {out}", f"eval {out} QUESTIONS.jsonl    # that are not among those it was trained on", *more]
+    terminal.say("next:\n" + "\n".join(f"  {program()} {line}" for line in following))
     terminal.finish(summary)
     if peft and not same_as_peft(peft):
         raise AdapterError(

@@ -98,6 +98,14 @@ class Renderer:
             raise BaseError(f"the chat template of this base refuses the conversation: {error}") from error
         return text
 
+    def preamble(self) -> str:
+        """What the template says of its own accord before a first user message; "" where it says nothing in words."""
+        before = self.text([Message("user", "\0")], prompt=False).partition("\0")[0]
+        for token in self._control:
+            before = before.replace(token, " ")
+        words = before.split()
+        return " ".join(words) if len(words) > 3 else ""
+
     def controls(self, example: Example) -> list[str]:
         """Control tokens that stand in the messages as if they were text."""
         return [token for token in self._control if any(token in message.content for message in example.messages)]

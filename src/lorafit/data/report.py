@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +12,15 @@ from lorafit.data.split import near_pairs
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split. words: (shortest, median, longest) of whole examples, of answers alone."""
+    """Counts of one split. words: (shortest, median, longest) of whole examples, of answers alone.
+    contradictions: prompts that occur with more than one answer."""
 
     examples: int
     answers: int
     words: tuple[int, int, int]
     answer_words: tuple[int, int, int]
     near_duplicates: int
+    contradictions: int
     checked: int
     declining: int
 
@@ -43,6 +45,9 @@ def _describe(split: Sequence[Example]) -> SplitReport:
     near: set[int] = set()
     for _, j in near_pairs([example.question for example in split], lambda i, j: j not in near):
         near.add(j)
+    said: dict[str, set[str]] = defaultdict(set)
+    for example in split:
+        said[" ".join(example.question.lower().split())].add(" ".join(example.answer.lower().split()))
     answers = [m for example in split for m in example.messages if m.role == "assistant"]
     return SplitReport(
         examples=len(split),
@@ -50,6 +55,7 @@ def _describe(split: Sequence[Example]) -> SplitReport:
         words=_spread([sum(len(m.content.split()) for m in example.messages) for example in split]),
         answer_words=_spread([len(m.content.split()) for m in answers]),
         near_duplicates=len(near),
+        contradictions=sum(len(found) > 1 for found in said.values()),
         checked=sum(example.check is not None for example in split),
         declining=sum(example.check is not None and example.check.declines for example in split),
     )

@@ -61,9 +61,9 @@ def compare(
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Answers are decoded greedily, at most half as long again as the longest reference answer (plus 8 tokens).
+    Answers are decoded greedily, at most a quarter longer than the longest reference answer (plus 8 tokens).
     """
-    budget = 3 * max(row.n_trained for row in rows) // 2 + 8
+    budget = 5 * max(row.n_trained for row in rows) // 4 + 8
     checked = [i for i, example in enumerate(examples) if example.check is not None]
     asked = checked or _spread(len(examples), UNCHECKED)
     questions = [examples[i] for i in asked]

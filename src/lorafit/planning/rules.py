@@ -22,7 +22,7 @@ SMALLEST_RANK, LARGEST_RANK = 8, 64
 # Steps × rate decides how much is learnt, so small sets get small batches: at equal tokens batches of 4 instead
 # of 8 raised the accuracy on the built-in handbook from 85 to 92 %.
 BATCHES = ((4, 2_000), (8, 8_000), (16, 32_000), (32, math.inf))
-STEPS_WANTED, MOST_EPOCHS = 400, 3.0
+STEPS_WANTED, MOST_EPOCHS = 450, 3.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,11 @@ def _recipe(n: int, rate: float, settings: TrainSettings) -> tuple[Recipe, list[
         epochs, why = settings.epochs, "set by you"
     else:
         epochs = min(MOST_EPOCHS, max(1.0, STEPS_WANTED * batch / n))
-        why = f"{STEPS_WANTED} steps where 1 to {MOST_EPOCHS:g} passes over the data allow it"
+        why = f"as many passes as make {STEPS_WANTED} steps"
+        if epochs == MOST_EPOCHS:
+            why = f"{MOST_EPOCHS:g} passes, the most by rule; {n} examples are few for the {STEPS_WANTED} steps wanted"
+        elif epochs == 1:
+            why = f"one pass, the least by rule, is more than the {STEPS_WANTED} steps wanted"
     steps = round(epochs * math.ceil(n / batch))
     if steps < 1:
         raise SettingsError(f"--epochs {epochs:g} over {n} examples in batches of {batch} is not one step: raise it")
