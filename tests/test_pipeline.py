@@ -88,7 +88,8 @@ def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> 
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {
         "run.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
-        "scores/test.json", "scores/test_openings.json", "scores/trained_on.json", "adapter/README.md", "adapter/lorafit.json",
+        "scores/test.json", "scores/test_openings.json", "scores/trained_on.json",
+        "adapter/README.md", "adapter/lorafit.json",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
 

@@ -136,7 +136,8 @@ class Terminal:
             columns = {other: "base", f"base, {facts['few_shot_examples']} examples given": "base_few_shot", **columns}
         if facts["shuffled_control"] is not None:
             columns["control"] = "shuffled_control"
-        table = Table(f"on {summary['n_test']} {summary.get('split') or ''} examples", *columns)
+        kind = "held-out examples" if "split" not in summary else f"{summary['split'] or ''} examples".strip()
+        table = Table(f"on {summary['n_test']} {kind}", *columns)
         scores = {"base": f"{nll['base']:.3f}", "adapter": f"{nll['adapter']:.3f}"}
         table.add_row("NLL of the answers, nats per token", *(scores.get(key, "") for key in columns.values()))
         if facts["adapter"] is not None:
