@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from conftest import capitals, write_rows
 
+from lorafit import doctor
 from lorafit.cli import main
 from lorafit.settings import TrainSettings
 
-VERBS = ["data", "plan", "train", "eval", "show", "demo"]
+VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases"]
 SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
@@ -126,7 +127,8 @@ def test_every_setting_is_a_flag_with_its_description(lorafit: Lorafit, verb: st
     flag = "--" + name.replace("_", "-")
     description = TrainSettings.model_fields[name].description
     assert description
-    assert f" {flag} <" in text
+    switch = TrainSettings.model_fields[name].annotation is bool
+    assert (f" {flag} " if switch else f" {flag} <") in text
     assert description in text
 
 
@@ -359,3 +361,71 @@ def test_train_does_not_write_among_other_files(
 def test_a_finished_run_is_not_resumed(lorafit: Lorafit, run: Run, tiny_folder: Path, rows: Path) -> None:
     done = lorafit("train", tiny_folder, rows, "--out", run.folder, "--resume")
     assert (done.status, "this run is finished" in done.err) == (2, True)
+
+
+def test_doctor_looks_at_the_machine_and_fires_every_site(lorafit: Lorafit, tiny_folder: Path) -> None:
+    found = lorafit("doctor", tiny_folder, "--json").last_object
+    told = {one["what"]: one["value"] for one in found["findings"]}
+    assert found["ok"] is True
+    assert told["sites"] == "14 of 14 linear layers of the blocks take part"
+    assert {"processor", "memory", "disk", "GPU", "matrix products", "C++ compiler", "base", "context"} <= set(told)
+
+
+def test_doctor_refuses_a_base_that_cannot_be_opened(lorafit: Lorafit, tmp_path: Path) -> None:
+    done = lorafit("doctor", tmp_path)
+    assert (done.status, "cannot be used as a base" in done.err) == (2, True)
+
+
+def test_more_threads_than_cores_are_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_cores", lambda: 1)
+    monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 4)
+    finding = doctor._cores()
+    assert (finding.state, "OMP_NUM_THREADS=1" in finding.advice) == ("slow", True)
+
+
+def test_bases_lists_what_is_converted_with_its_size(
+    lorafit: Lorafit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
+    (tmp_path / "bases" / "mine-0123456789ab-1").mkdir(parents=True)
+    (tmp_path / "bases" / "mine-0123456789ab-1" / "model.safetensors").write_bytes(b"x" * 1000)
+    found = {one["name"]: one for one in lorafit("bases", "--json").last_object["bases"]}
+    assert found["mine.gguf"]["bytes"] == 1000
+    assert "smollm2-135m" in found
+
+
+def test_plain_text_trains_and_has_no_answers(lorafit: Lorafit, tiny_folder: Path, tmp_path: Path) -> None:
+    paragraphs = [str(row["prompt"]) * 12 + str(row["completion"]) * 60 for row in capitals(40)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    done = lorafit("train", tiny_folder, tmp_path / "a.txt", "--out", tmp_path / "run", *QUICK, "--max-length", "64")
+    assert done.status == 0, done.err
+    assert "answers that end by themselves" not in done.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["natural_stops"], summary["samples"], summary["facts"]["adapter"]) == (None, [], None)
+
+
+def test_a_table_of_labels_trains_and_counts_right_labels(lorafit: Lorafit, tiny_folder: Path, tmp_path: Path) -> None:
+    lines = [f"{row['prompt']},{'odd' if i % 2 else 'even'}" for i, row in enumerate(capitals(40))]
+    (tmp_path / "a.csv").write_text("\n".join(["says,kind", *lines]), encoding="utf-8")
+    flags = [*QUICK, "--columns", "text=says", "--columns", "label=kind", "--out", tmp_path / "run", "--json"]
+    summary = lorafit("train", tiny_folder, tmp_path / "a.csv", *flags).last_object
+    assert summary["facts"]["n"] == summary["n_test"] == 4
+    ours = json.loads((tmp_path / "run" / "adapter" / "lorafit.json").read_text(encoding="utf-8"))
+    assert ours["rendering"]["system"] == "Answer with the label alone: even, odd."
+    again = lorafit("eval", tmp_path / "run", tmp_path / "a.csv", "--columns", "text=says", "--columns", "label=kind")
+    assert again.status == 0, again.err
+
+
+def test_skip_bad_leaves_out_what_cannot_be_used_wherever_it_is_found(
+    lorafit: Lorafit, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Rows that cannot be read, rows that are too long, and checks that their own answers fail."""
+    data = capitals(40)
+    data[2]["completion"] = ""
+    data[3]["check"] = {"contains": ["nowhere"]}
+    data[4]["prompt"] = "long " * 100
+    path = write_rows(tmp_path / "a.jsonl", data)
+    assert lorafit("plan", tiny_folder, path, "--max-length", "128").status == 2
+    done = lorafit("plan", tiny_folder, path, "--max-length", "128", "--skip-bad")
+    assert done.status == 0, done.err
+    assert [done.out.count(f"left out: {path}:{line}") for line in (3, 4, 5)] == [1, 1, 1]

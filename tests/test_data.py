@@ -152,8 +152,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_train_says_what_it_holds(tmp_path: Path) -> None:
     write_rows(tmp_path / "training.jsonl", [GOOD])
     (problem,) = problems_of(tmp_path)
+    assert "training.jsonl: not a name that is read: rename it to train.jsonl" in problem
+    (tmp_path / "training.jsonl").rename(tmp_path / "lessons.jsonl")
+    (problem,) = problems_of(tmp_path)
     assert "no train.jsonl" in problem
-    assert "training.jsonl" in problem
+    assert "lessons.jsonl" in problem
 
 
 @pytest.mark.parametrize("raw", [b"", b"\n \n\t\n\n", b"\xef\xbb\xbf"], ids=["empty", "blank lines", "only a mark"])
@@ -215,8 +218,8 @@ def test_a_line_that_is_no_object_is_refused(tmp_path: Path, row: object) -> Non
 
 
 BAD = {
-    "fields of another kind": ({"question": "a", "answer": "b"}, "2: neither messages nor prompt and completion"),
-    "prompt alone": ({"prompt": "a"}, "2: neither messages nor prompt and completion"),
+    "fields of another kind": ({"question": "a", "answer": "b"}, "2: of no form that is known"),
+    "prompt alone": ({"prompt": "a"}, "2: of no form that is known"),
     "no object": ({"messages": [user("a"), "b"]}, "2: messages[1]: not an object"),
     "messages no list": ({"messages": "a"}, "2: messages: not a list"),
     "no messages": ({"messages": []}, "2: messages: not a list"),
@@ -280,7 +283,7 @@ def test_all_problems_of_all_files_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_the_message_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a"}] * 23)
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}] * 23)
     with pytest.raises(DataError) as caught:
         read_examples(path)
     assert str(caught.value).startswith("23 problems in the data\n")

@@ -30,6 +30,7 @@ from lorafit.evaluation.statistics import paired_bootstrap, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
+from lorafit.settings import settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
 from lorafit.training.loop import Moment
@@ -145,7 +146,7 @@ def test_eval_gives_the_scores_of_the_run_again(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out, summary = finished
-    examples, _ = pipeline.prepare(str(data), 0, SETTINGS["val_share"], pipeline.Silent())
+    examples, _ = pipeline.prepare(str(data), settings_from(SETTINGS), pipeline.Silent())
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,15 +85,17 @@ class Opened:
 def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
     start = time.monotonic()
-    examples, _ = prepare(data, settings.seed, settings.val_share, listener)
+    examples, _ = prepare(data, settings, listener)
     dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
     base = open_base(base_name, dtype, listener.say)
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
                  + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
-    renderer = renderer_for(base, settings.system)
+    renderer = renderer_for(base, examples.system if settings.system is None else settings.system)
     if renderer.system is None and (added := renderer.preamble()):
         listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
-    rows = render_all(renderer, examples, settings.max_length)
+    rows: dict[str, list[Row]] = {}
+    examples = _sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
+                       listener)  # fmt: skip
     listener.example(rows["train"][0], renderer)
     probe = batch_of(base, rows["train"][:2])
     seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
@@ -103,12 +105,14 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     return Opened(base, examples, renderer, rows, decision, time.monotonic() - start)
 
 
-def prepare(data: str, seed: int, share: float, listener: Listener) -> tuple[Examples, DataReport]:
+def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Examples, DataReport]:
     """Read, check, describe; make sure that what is held out is, and complete the splits."""
-    examples = read_examples(data)
-    _require_passing(examples)
-    require_apart(examples)
-    examples = complete(examples, seed, share)
+    examples = read_examples(data, settings.columns or (), settings.skip_bad)
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
+    for check in (_require_passing, require_apart):
+        examples = _sifted(examples, check, settings.skip_bad, listener)
+    examples = complete(examples, settings.seed, settings.val_share)
     report = describe(examples)
     listener.data(report)
     independent = len(set(groups_of([example.group for example in examples.test])))
@@ -118,6 +122,22 @@ def prepare(data: str, seed: int, share: float, listener: Listener) -> tuple[Exa
             f"adapter is better; at least {FEWEST} are needed, a hundred tell much (--val-share, or more data)"
         )
     return examples, report
+
+
+def _sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool, listener: Listener) -> Examples:
+    """The examples that pass the check: all of them, or with `skip_bad` what is left without the others, each told."""
+    try:
+        check(examples)
+        return examples
+    except DataError as error:
+        left = examples.without(error.problems)
+        emptied = any(split and not left.by_name()[name] for name, split in examples.by_name().items())
+        if not skip_bad or emptied:
+            raise
+        for problem in error.problems:
+            listener.say(f"left out: {problem}")
+        check(left)
+        return left
 
 
 def _require_passing(examples: Examples) -> None:
@@ -335,7 +355,7 @@ def scores_json(comparison: Comparison) -> dict[str, Any]:
             "few_shot_examples": comparison.shots,
         },
         "off_desk_declined": adapter.declined / adapter.off_desk_n if adapter.off_desk_n else None,
-        "natural_stops": adapter.natural_stops / len(adapter.answers),
+        "natural_stops": adapter.natural_stops / len(adapter.answers) if adapter.answers else None,
         "samples": [asdict(sample) for sample in comparison.samples],
     }
 
@@ -426,6 +446,8 @@ def run_evaluation(
     dtype: str = "auto",
     max_length: int = 1024,
     accept_unknown_base: bool = False,
+    columns: Sequence[str] = (),
+    skip_bad: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Score an adapter against its base, or another adapter, on examples; returns the summary.
@@ -439,7 +461,9 @@ def run_evaluation(
         adapter_folder = adapter_folder / "adapter"
     adapter = peft.read(adapter_folder)
     other = peft.read(against) if against else None
-    examples = read_examples(data)
+    examples = read_examples(data, columns, skip_bad)
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
     single = Path(data).is_file()
     chosen = examples.train if single else examples.by_name()[split]
     if not chosen:

@@ -32,6 +32,11 @@ class TrainSettings(BaseModel):
     validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 3
     patience: Annotated[int, Field(ge=1, description="Stop after so many validations without a better one.")] = 3
     max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
+    columns: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Columns of other names: FIELD=COLUMN, e.g. prompt=question. Once for each."),
+    ] = None
+    skip_bad: Annotated[bool, Field(description="Leave out rows that cannot be used, and name them.")] = False
     system: Annotated[str | None, Field(description="System prompt for conversations that bring none.")] = None
     val_share: Annotated[
         float, Field(gt=0, lt=0.5, description="Share for validation, and for test, of a single file.")

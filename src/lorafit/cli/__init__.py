@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import lorafit
-from lorafit.cli import data, demo, evaluate, plan, show, train
+from lorafit.cli import bases, data, demo, doctor, evaluate, plan, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
 app = typer.Typer(
@@ -75,6 +75,8 @@ for _name, _verb in (
     ("eval", evaluate.evaluate),
     ("show", show.show),
     ("demo", demo.demo),
+    ("doctor", doctor.doctor),
+    ("bases", bases.bases),
 ):
     app.command(_name)(_reported(_verb))
 

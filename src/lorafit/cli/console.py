@@ -164,7 +164,7 @@ class Terminal:
         """Side by side where there is room, else one below the other."""
         names = {"question": "question", "reference": "reference", other: "base", "adapter": "adapter"}
         cut = [{name: clipped(sample[key]) for name, key in names.items()} for sample in samples]
-        if self.out.width >= 120:
+        if samples and self.out.width >= 120:
             table = Table(*names, show_lines=True)
             for sample in cut:
                 table.add_row(*(Text(text) for text in sample.values()))

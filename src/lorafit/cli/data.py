@@ -10,9 +10,11 @@ import typer
 from lorafit.cli.flags import JSON, with_settings
 
 
-@with_settings("system", "seed", "val_share", "max_length")
+@with_settings("columns", "skip_bad", "system", "seed", "val_share", "max_length")
 def data(
-    path: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
+    path: Annotated[
+        str, typer.Argument(help="A file of examples, a folder with train, valid and test files, or 'builtin'.")
+    ],
     base: Annotated[
         str, typer.Option(help="Count tokens and show one example as this base sees them; 'none' for no base.")
     ] = "smollm2-135m",
@@ -28,10 +30,12 @@ def data(
     from lorafit.settings import settings_from
 
     terminal, chosen = Terminal(json), settings_from(settings)
-    examples, report = prepare(path, chosen.seed, chosen.val_share, terminal)
+    examples, report = prepare(path, chosen, terminal)
     tokens: dict[str, dict[str, int]] = {}
     if base != "none" and (base != "smollm2-135m" or is_at_hand(base)):
-        renderer = Renderer(open_tokenizer(base, terminal.say), chosen.system)
+        renderer = Renderer(
+            open_tokenizer(base, terminal.say), examples.system if chosen.system is None else chosen.system
+        )
         rows = render_all(renderer, examples, chosen.max_length)
         terminal.example(rows["train"][0], renderer)
         for name, split in rows.items():

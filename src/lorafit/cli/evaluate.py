@@ -12,7 +12,9 @@ from lorafit.cli.flags import JSON
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder (PEFT's layout).")],
-    data: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
+    data: Annotated[
+        str, typer.Argument(help="A file of examples, a folder with train, valid and test files, or 'builtin'.")
+    ],
     base: Annotated[str | None, typer.Option(help="The base; by default the one the adapter names.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another adapter to compare with, instead of the base.")] = None,
     split: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which split of a folder.")] = "test",
@@ -22,6 +24,10 @@ def evaluate(
     accept_unknown_base: Annotated[
         bool, typer.Option("--accept-unknown-base", help="Attach an adapter that does not say whose it is.")
     ] = False,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, e.g. prompt=question. Once for each.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")] = False,
     json: JSON = False,
 ) -> None:
     """Compare an adapter with its base, or with another adapter, example by example, with intervals."""
@@ -32,7 +38,7 @@ def evaluate(
     terminal = Terminal(json)
     summary = run_evaluation(
         base, adapter, data, against=against, split=split, few_shot=few_shot, dtype=dtype, max_length=max_length,
-        accept_unknown_base=accept_unknown_base, listener=terminal,
+        accept_unknown_base=accept_unknown_base, columns=columns or (), skip_bad=skip_bad, listener=terminal,
     )  # fmt: skip
     terminal.results(summary)
     terminal.finish(summary)

@@ -41,7 +41,9 @@ def _flag(name: str) -> inspect.Parameter:
     kind: Any = field.annotation if typing.get_origin(field.annotation) is typing.Literal else plain[0]
     if typing.get_origin(kind) is tuple:
         kind = list[str]
-    default = "by rule" if field.default is None and name not in {"system", "targets"} else field.default
+    default = "by rule" if field.default is None and name not in {"system", "targets", "columns"} else field.default
+    if kind is bool:
+        default = None  # off, as any switch
     text = f"{field.description}" + (f" [default: {default}]" if default is not None else "")
     option = typer.Option("--" + name.replace("_", "-"), help=text, show_default=False, rich_help_panel="Settings")
     return inspect.Parameter(

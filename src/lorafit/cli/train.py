@@ -13,7 +13,9 @@ from lorafit.cli.flags import JSON, with_settings
 @with_settings()
 def train(
     base: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2-135m.")],
-    data: Annotated[str, typer.Argument(help="A jsonl file, a folder with train/valid/test.jsonl, or 'builtin'.")],
+    data: Annotated[
+        str, typer.Argument(help="A file of examples, a folder with train, valid and test files, or 'builtin'.")
+    ],
     *,
     out: Annotated[Path, typer.Option(help="The run folder to write.")] = Path("runs/run"),
     resume: Annotated[

@@ -140,7 +140,12 @@ class Renderer:
 
     def rows(self, example: Example, index: int) -> list[Row]:
         """One row with every answer trained; or one row per answer, where the template writes earlier turns
-        differently once later ones follow (then no single text is what the model sees at each answer)."""
+        differently once later ones follow (then no single text is what the model sees at each answer).
+
+        Plain text is no conversation: no template, every token trained, the end of the text included."""
+        if example.is_text:
+            ids = [*self._ids(example.answer, whole=True), self.stop_ids[0]]
+            return [Row(tuple(ids), (False, *[True] * (len(ids) - 1)), index)]
         turns = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
         built = [self._turn(example.messages, i) for i in turns]
         ids, trained = built[0]
@@ -179,6 +184,13 @@ class Renderer:
         return prompt_ids + answer_ids, [False, *trained[1:]]  # nothing comes before the first token
 
 
+def _pieces(row: Row, longest: int) -> list[Row]:
+    """A long text in rows of at most `longest` tokens. Each begins with the last token of the one before, so that every
+    token but the first is predicted once."""
+    starts = range(0, max(1, len(row.ids) - 1), longest - 1)
+    return [Row(row.ids[i : i + longest], (False, *row.trained[i + 1 : i + longest]), row.example) for i in starts]
+
+
 def _holds(text: str, content: str) -> bool:
     return " ".join(content.split()) in " ".join(text.split())
 
@@ -206,6 +218,8 @@ def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> 
             built = renderer.rows(example, index)
         except BaseError as error:
             raise BaseError(f"{example.where}: {error}") from error
+        if example.is_text:
+            built = [piece for row in built for piece in _pieces(row, limit)]
         for row in built:
             if len(row.ids) > limit:
                 problems.append(Problem(example.where, f"{len(row.ids)} tokens, the limit is {limit}", fix_length))

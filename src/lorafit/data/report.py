@@ -62,5 +62,5 @@ def _describe(split: Sequence[Example]) -> SplitReport:
 
 
 def _spread(counts: list[int]) -> tuple[int, int, int]:
-    ordered = sorted(counts)
+    ordered = sorted(counts) or [0]
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]

@@ -13,7 +13,6 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -129,7 +128,7 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
                           "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
         raise DataError([problem])
     sides = {name: tuple(examples.train[i] for i in sorted(ids)) for name, ids in taken.items()}
-    return replace(examples, **sides)
+    return examples.with_splits(sides)
 
 
 def require_apart(examples: Examples) -> None:

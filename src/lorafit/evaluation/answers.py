@@ -48,6 +48,8 @@ def score_answers(
 
     `shots` are answered examples put before the question, as earlier turns of the conversation.
     """
+    if not examples:
+        return _count([], [])
     prompts = prompts_of(renderer, examples, shots)
     room = max_new_tokens if base.context is None else base.context - max(map(len, prompts))
     answers = generate(base, renderer, prompts, max(1, min(max_new_tokens, room)), progress)
@@ -87,6 +89,7 @@ def _count(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScor
 
 def few_shots(examples: Sequence[Example], k: int) -> list[Example]:
     """k examples spread evenly over a training set, the last of them one that declines where there is one."""
+    examples = [example for example in examples if not example.is_text]
     if k <= 0 or not examples:
         return []
     answering = [e for e in examples if e.check is None or not e.check.declines] or list(examples)

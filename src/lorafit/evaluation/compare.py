@@ -65,7 +65,8 @@ def compare(
     """
     budget = 5 * max(row.n_trained for row in rows) // 4 + 8
     checked = [i for i, example in enumerate(examples) if example.check is not None]
-    asked = checked or _spread(len(examples), UNCHECKED)
+    open_ended = [i for i, example in enumerate(examples) if not example.is_text]
+    asked = checked or [open_ended[i] for i in _spread(len(open_ended), UNCHECKED)]
     questions = [examples[i] for i in asked]
     shown = _samples_of(questions)
 

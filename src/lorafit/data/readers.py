@@ -1,0 +1,228 @@
+"""Files of examples become records, one reader per kind of file: jsonl, json, csv, tsv, parquet, plain text.
+
+A record is a mapping of fields with the place it came from. What cannot be a record goes to `problems`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import importlib.util
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import Problem
+
+PIECE = 2000  # characters of plain text that make one example, rounded up to whole paragraphs
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a file. `where` is `file:line`."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def kinds() -> tuple[str, ...]:
+    """Endings of the files that are read; each may be followed by .gz."""
+    return tuple(READERS)
+
+
+def read_records(path: Path, problems: list[Problem]) -> list[Record]:
+    """All records of one file, by its ending; one of another ending is read as jsonl."""
+    before = len(problems)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        problems.append(Problem(str(path), "there is no such file", "check the path"))
+        return []
+    except OSError as error:
+        problems.append(Problem(str(path), f"cannot be read ({error.strerror})", "check its permissions"))
+        return []
+    ending = path.suffix
+    if ending == ".gz":
+        ending = path.with_suffix("").suffix
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            problems.append(Problem(str(path), f"cannot be unpacked ({error})", "half-copied? copy it again"))
+            return []
+    if ending != ".parquet" and b"\x00" in raw[:4096]:
+        wide = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        fix = "save it as UTF-8" if wide else f"give one of {', '.join(READERS)}"
+        problems.append(Problem(str(path), "UTF-16, not UTF-8" if wide else "a binary file", fix))
+        return []
+    records = list(READERS.get(ending, _jsonl)(path, raw, problems))
+    if not records and len(problems) == before:
+        problems.append(Problem(str(path), "no examples in it", "write at least one"))
+    return records
+
+
+def _text(path: Path, raw: bytes, problems: list[Problem]) -> str | None:
+    """The file as text; the first line that is not UTF-8 is named."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.append(Problem(f"{path}:{line}", "not UTF-8", "save the file as UTF-8 (in Excel: 'CSV UTF-8')"))
+        return None
+
+
+def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
+    lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")  # not splitlines: JSON strings may hold other separators
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            problems.append(Problem(where, "not UTF-8", "save the file as UTF-8"))
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+            if number == len(lines):
+                fix = "half-written? write the last line again"
+                problems.append(Problem(where, f"not JSON ({said}), and the file ends here", fix))
+            else:
+                problems.append(Problem(where, f"not JSON ({said})", "write one JSON object per line"))
+        else:
+            yield from _object(where, row, problems)
+
+
+def _object(where: str, row: Any, problems: list[Problem]) -> Iterator[Record]:
+    if isinstance(row, dict):
+        yield Record(where, row)
+    else:
+        fix = 'write {"messages": [...]} or {"prompt": ..., "completion": ...}'
+        problems.append(Problem(where, "not a JSON object", fix))
+
+
+def _json(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
+    """A list of objects; each is named by the line on which it begins. Many files of this ending hold JSON lines."""
+    text = _text(path, raw, problems)
+    if text is None:
+        return
+    if not text.lstrip().startswith("["):
+        first = text.strip().partition("\n")[0]
+        if not first.endswith("}") and _is_json(text):
+            keys = ", ".join(list(json.loads(text))[:5])
+            what = f"one JSON object (its keys: {keys} ...), not a list of examples"
+            problems.append(Problem(str(path), what, "write a list of objects, [{...}, {...}], or one object per line"))
+        else:
+            yield from _jsonl(path, raw, problems)
+        return
+    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    gap = re.compile(r"[\s,]*")
+    while True:
+        position = gap.match(text, position).end()  # type: ignore[union-attr] # matches the empty string too
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+            what = "the list is cut off" if position >= len(text) else f"not JSON ({said})"
+            problems.append(Problem(f"{path}:{line}", what, "write a list of JSON objects: [{...}, {...}]"))
+            return
+        yield from _object(f"{path}:{line}", row, problems)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[Record]]:
+    def read(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
+        """A header, then rows; a cell may hold line breaks inside quotes."""
+        text = _text(path, raw, problems)
+        if not text or not text.strip():
+            return
+        head = text.partition("\n")[0]
+        delimiter = max(delimiters, key=head.count)  # a comma, or what spreadsheets of other countries write
+        csv.field_size_limit(1 << 30)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        started = 0
+        try:
+            header = [name.strip() for name in next(rows)]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice or "" in header:
+                what = f"two columns are named '{twice[0]}'" if twice and twice[0] else "a column without a name"
+                problems.append(Problem(f"{path}:1", what, "give every column a name of its own in the first line"))
+                return
+            started = rows.line_num
+            for cells in rows:
+                where, started = f"{path}:{started + 1}", rows.line_num
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(header):
+                    what = f"{len(cells)} cells under {len(header)} columns"
+                    problems.append(Problem(where, what, "put cells that hold a comma or line break in quotes"))
+                else:
+                    yield Record(where, dict(zip(header, cells, strict=True)))
+        except csv.Error as error:
+            fix = "a quote that is not closed? write a quote inside quotes twice"
+            problems.append(Problem(f"{path}:{started + 1}", f"not a table ({error})", fix))
+
+    return read
+
+
+def _parquet(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
+    if importlib.util.find_spec("pyarrow") is None:
+        problems.append(Problem(str(path), "parquet needs its reader", "pip install 'lorafit[data]'"))
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        problems.append(Problem(str(path), f"not parquet, or damaged ({error})", "half-copied? copy it again"))
+        return
+    for number, row in enumerate(rows, 1):
+        yield Record(f"{path}:row {number}", {key: value for key, value in row.items() if value is not None})
+
+
+def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
+    """Plain text in pieces of whole paragraphs, of about PIECE characters."""
+    text = _text(path, raw, problems)
+    if text is None:
+        return
+    piece, begins, line = "", 1, 1
+    for part in re.split(r"(\n[ \t]*\n\s*)", text.replace("\r\n", "\n")):
+        if not piece:
+            begins = line
+            if not part.strip():
+                line += part.count("\n")
+                continue
+        piece += part
+        line += part.count("\n")
+        if len(piece) >= PIECE and part.strip():
+            yield Record(f"{path}:{begins}", {"text": piece.strip()})
+            piece = ""
+    if piece.strip():
+        yield Record(f"{path}:{begins}", {"text": piece.strip()})
+
+
+READERS: dict[str, Callable[[Path, bytes, list[Problem]], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _table(",;\t"),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".txt": _paragraphs,
+}

@@ -1,0 +1,200 @@
+"""Every kind of file and every form of row becomes the same examples; what cannot is named with its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+
+from lorafit.base import Base
+from lorafit.data.examples import Examples, read_examples
+from lorafit.data.readers import PIECE
+from lorafit.data.render import Renderer, render
+from lorafit.data.split import require_apart
+from lorafit.errors import DataError, SettingsError
+from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.nll import example_nll
+
+ROWS = [
+    {"prompt": "Where, exactly?", "completion": 'In "Skerrow".'},
+    {"prompt": "Since\nwhen?", "completion": "1931; June."},
+]
+
+
+def asked(examples: Examples) -> list[tuple[str, str]]:
+    return [(example.question, example.answer) for example in examples.train]
+
+
+WANTED = [(str(row["prompt"]), str(row["completion"])) for row in ROWS]
+
+
+def csv_text(delimiter: str) -> str:
+    quoted = [['"' + value.replace('"', '""') + '"' for value in row.values()] for row in ROWS]
+    return "\n".join(delimiter.join(cells) for cells in (["prompt", "completion"], *quoted)) + "\n"
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    arrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tables.write_table(arrow.Table.from_pylist(rows), path)
+
+
+def write(path: Path) -> Path:
+    ending = path.name.partition(".")[2]
+    if ending == "parquet":
+        parquet(path, ROWS)
+        return path
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    text = {"jsonl": lines, "ndjson": lines, "json": json.dumps(ROWS, indent=2), "lines.json": lines,
+            "csv": csv_text(","), "excel.csv": csv_text(";").replace("\n", "\r\n"), "tabs.csv": csv_text("\t"),
+            "tsv": csv_text("\t")}[ending.removesuffix(".gz")]  # fmt: skip
+    raw = text.encode("utf-8-sig" if ending == "excel.csv" else "utf-8")
+    path.write_bytes(gzip.compress(raw) if ending.endswith(".gz") else raw)
+    return path
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["jsonl", "ndjson", "json", "lines.json", "csv", "excel.csv", "tabs.csv", "tsv", "parquet", "jsonl.gz", "csv.gz"],
+)
+def test_every_kind_of_file_gives_the_same_examples(tmp_path: Path, ending: str) -> None:
+    found = asked(read_examples(write(tmp_path / f"a.{ending}")))
+    assert [(q.replace("\r\n", "\n"), a) for q, a in found] == WANTED
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "pair": {"prompt": "Q", "completion": "A"},
+    "alpaca": {"instruction": "Q", "output": "A"},
+    "alpaca with an empty input": {"instruction": "Q", "input": "", "output": "A"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_row_gives_the_same_example(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(FORMS[form]), encoding="utf-8")
+    assert asked(read_examples(tmp_path / "a.jsonl")) == [("Q", "A")]
+
+
+def test_the_input_of_alpaca_follows_its_instruction(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"instruction": "Translate.", "input": "chat", "output": "cat"}', encoding="utf-8"
+    )
+    assert asked(read_examples(tmp_path / "a.jsonl")) == [("Translate.\n\nchat", "cat")]
+
+
+def test_columns_of_other_names_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Frage,Antwort,Nr\nWo?,Da.,7\n", encoding="utf-8")
+    examples = read_examples(tmp_path / "a.csv", ["prompt=Frage", "completion=Antwort"])
+    assert (asked(examples), examples.train[0].extra) == ([("Wo?", "Da.")], ("Nr",))
+    with pytest.raises(DataError, match=r"no column 'Fraga'.*may name: Antwort, Frage, Nr"):
+        read_examples(tmp_path / "a.csv", ["prompt=Fraga", "completion=Antwort"])
+    with pytest.raises(DataError, match=r"a\.csv:2: of no form that is known .*--columns prompt="):
+        read_examples(tmp_path / "a.csv")
+    with pytest.raises(SettingsError, match="write FIELD=COLUMN"):
+        read_examples(tmp_path / "a.csv", ["question=Frage"])
+
+
+BROKEN = {
+    "short row": ("a.csv", b"prompt,completion\nQ,A\nonly one\n", r"a\.csv:3: 1 cells under 2 columns"),
+    "after a long cell": ("a.csv", b'prompt,completion\n"Q\n\nQ",A\nx\n', r"a\.csv:5: 1 cells"),
+    "open quote": ("a.csv", b'prompt,completion\n"Q,A\n', r"a\.csv:2: not a table"),
+    "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:1: a column without a name"),
+    "names twice": ("a.csv", b"prompt,prompt\nQ,A\n", r"a\.csv:1: two columns are named 'prompt'"),
+    "latin-1": ("a.csv", "prompt,completion\nQ,A\nwär,B\n".encode("latin-1"), r"a\.csv:3: not UTF-8.*CSV UTF-8"),
+    "utf-16": ("a.csv", "prompt,completion\nQ,A\n".encode("utf-16"), r"a\.csv: UTF-16, not UTF-8"),
+    "header alone": ("a.csv", b"prompt,completion\n", r"a\.csv: no examples in it"),
+    "cut list": ("a.json", b'[{"prompt": "Q", "completion": "A"},\n', r"a\.json:2: the list is cut off"),
+    "one object": ("a.json", b'{\n "train": [["Q", "A"]]\n}', r"a\.json: one JSON object \(its keys: train"),
+    "odd list": ("a.json", b'[{"prompt": "Q", "completion": "A"},\n 7]', r"a\.json:2: not a JSON object"),
+    "damaged parquet": ("a.parquet", b"PAR1 and no more", r"a\.parquet: not parquet, or damaged"),
+    "damaged gz": ("a.jsonl.gz", b"\x1f\x8b no", r"a\.jsonl\.gz: cannot be unpacked"),
+    "unknown speaker": ("a.jsonl", b'{"conversations": [{"from": "bot", "value": "x"}]}', r"conversations\[0\]\.from"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, what: str) -> None:
+    name, raw, said = BROKEN[what]
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=said):
+        read_examples(tmp_path / name)
+
+
+def test_a_file_of_another_form_is_one_problem_and_not_one_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("utterance,intent\n" + "Hello,greet\n" * 50, encoding="utf-8")
+    with pytest.raises(DataError, match=r"1 problem in the data\n.*a\.csv: of no form .*utterance, intent") as caught:
+        read_examples(tmp_path / "a.csv")
+    assert len(caught.value.problems) == 1
+
+
+def test_bad_rows_are_left_out_when_asked_and_kept_by_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nQ,A\nQ2,\nQ3,C\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv:3: completion: an empty answer"):
+        read_examples(tmp_path / "a.csv")
+    examples = read_examples(tmp_path / "a.csv", skip_bad=True)
+    assert asked(examples) == [("Q", "A"), ("Q3", "C")]
+    assert [problem.where for problem in examples.skipped] == [f"{tmp_path / 'a.csv'}:3: completion"]
+    (tmp_path / "b.csv").write_text("prompt,completion\nQ2,\n", encoding="utf-8")
+    with pytest.raises(DataError):
+        read_examples(tmp_path / "b.csv", skip_bad=True)
+
+
+def test_a_folder_may_hold_any_kind_and_no_two_for_one_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv")
+    write(tmp_path / "test.jsonl.gz")
+    assert len(read_examples(tmp_path).test) == 2
+    write(tmp_path / "train.json")
+    with pytest.raises(DataError, match=r"two train files: train\.csv, train\.json"):
+        read_examples(tmp_path)
+
+
+def test_labels_are_answers_of_which_the_system_prompt_tells(tmp_path: Path) -> None:
+    rows = [{"text": "Lovely.", "label": "good"}, {"text": "Dull.", "label": "not good"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    examples = read_examples(tmp_path / "a.jsonl")
+    assert asked(examples) == [("Lovely.", "good"), ("Dull.", "not good")]
+    assert examples.system == "Answer with the label alone: good, not good."
+    good = examples.train[0].check
+    assert good is not None
+    assert [is_right(text, good) for text in ("good", "Good.", "not good", "It is good")] == [True, True, False, False]
+
+
+# Plain text
+
+
+def test_a_text_file_becomes_pieces_of_whole_paragraphs(tmp_path: Path) -> None:
+    paragraphs = [f"{i} " + "word " * 60 for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    examples = read_examples(tmp_path / "a.txt")
+    assert "\n\n".join(e.answer for e in examples.train).split() == " ".join(paragraphs).split()
+    assert all(len(e.answer) < 2 * PIECE for e in examples.train)
+    lines = (tmp_path / "a.txt").read_text(encoding="utf-8").split("\n")
+    assert all(e.answer.startswith(lines[int(e.where.rpartition(":")[2]) - 1].strip()) for e in examples.train)
+    require_apart(Examples(examples.train))
+
+
+def test_of_plain_text_every_token_is_predicted_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "abcdefghijklmnopqrstuvwxyz"}), encoding="utf-8")
+    renderer = Renderer(byte_tokenizer())
+    whole = render(renderer, read_examples(tmp_path / "a.jsonl").train, 100)[0]
+    rows = render(renderer, read_examples(tmp_path / "a.jsonl").train, 8)
+    assert len(rows) > 3
+    assert max(len(row.ids) for row in rows) == 8
+    predicted = [i for row in rows for i, trained in zip(row.ids, row.trained, strict=True) if trained]
+    assert predicted == list(whole.ids[1:])
+    assert whole.ids[-1] == renderer.stop_ids[0]
+
+
+def test_plain_text_has_a_mean_nll(tiny_base: Base, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Once upon a time there was a pair of matrices.", encoding="utf-8")
+    rows = render(Renderer(tiny_base.tokenizer), read_examples(tmp_path / "a.txt").train, 16)
+    (nll,) = example_nll(tiny_base, rows)
+    assert torch.isfinite(torch.tensor(nll))
