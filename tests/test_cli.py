@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from lorafit import doctor
 from lorafit.cli import main
 from lorafit.settings import TrainSettings
 
-VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases"]
+VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat"]
 SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
@@ -429,3 +430,29 @@ def test_skip_bad_leaves_out_what_cannot_be_used_wherever_it_is_found(
     done = lorafit("plan", tiny_folder, path, "--max-length", "128", "--skip-bad")
     assert done.status == 0, done.err
     assert [done.out.count(f"left out: {path}:{line}") for line in (3, 4, 5)] == [1, 1, 1]
+
+
+def talk(lorafit: Lorafit, monkeypatch: pytest.MonkeyPatch, lines: list[str], *words: str | Path) -> Done:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return lorafit("chat", *words, "--max-new-tokens", "6")
+
+
+def test_chat_answers_as_adapter_as_base_and_as_both(
+    lorafit: Lorafit, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["/both", "Where?", "/base", "Where?", "/nonsense", "/adapter", "/new", "Where?", "/quit", "never read"]
+    done = talk(lorafit, monkeypatch, asked, run.folder)
+    assert done.status == 0, done.err
+    name = run.folder.name
+    both, unknown = f"answering: base and {name}", "/nonsense: no such command"
+    for said in (both, "base: ", f"{name}: ", "answering: base\n", unknown, f"answering: {name}\n", "forgotten"):
+        assert said in done.out
+
+
+def test_chat_without_an_adapter_says_how_to_open_one(
+    lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = talk(lorafit, monkeypatch, ["/both", "/adapter nowhere", "Where?"], "--base", str(tiny_folder))
+    assert done.status == 0, done.err
+    assert "no adapter is open: /adapter FOLDER opens one" in done.out
+    assert "nowhere: there is no such adapter folder" in done.out

@@ -32,6 +32,7 @@ FLOORS = {
     "report": 12,
     "pipeline": 13,
     "demo": 14,
+    "chat": 14,
     "doctor": 14,
     "shown": 14,
     "cli": 15,

@@ -457,10 +457,9 @@ def run_evaluation(
     listener = listener or Silent()
     keep_freed_memory()
     start = time.monotonic()
-    if (adapter_folder / RUN).exists():
-        adapter_folder = adapter_folder / "adapter"
+    adapter_folder = peft.adapter_folder(adapter_folder)
     adapter = peft.read(adapter_folder)
-    other = peft.read(against) if against else None
+    other = peft.read(peft.adapter_folder(against)) if against else None
     examples = read_examples(data, columns, skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")

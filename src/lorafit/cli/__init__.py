@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import lorafit
-from lorafit.cli import bases, data, demo, doctor, evaluate, plan, show, train
+from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
 app = typer.Typer(
@@ -73,6 +73,7 @@ for _name, _verb in (
     ("plan", plan.plan),
     ("train", train.train),
     ("eval", evaluate.evaluate),
+    ("chat", chat.chat),
     ("show", show.show),
     ("demo", demo.demo),
     ("doctor", doctor.doctor),

@@ -117,6 +117,11 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder itself, or the one inside a run folder."""
+    return path / "adapter" if (path / "run.json").exists() else path
+
+
 def read(folder: Path) -> Adapter:
     """The adapter in a PEFT folder, ours or another's. Raises FormatError, naming the file, or AdapterError.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from lorafit.base import Base
@@ -39,12 +39,7 @@ def generate(
     What all prompts begin with (a system prompt, examples given) is computed once.
     """
     pad = renderer.stop_ids[0]
-    # A second handle on the same modules: generate would mix the base's own habits (a penalty on repetition, beams)
-    # into what it is asked for.
-    model: Any = copy.copy(base.model)
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(renderer.stop_ids), pad_token_id=pad
-    )
+    model = _greedy(base, renderer, max_new_tokens)
     shared = _common_start(prompts)
     cache = _state_after(base, shared) if shared else None
     if cache is None:
@@ -72,6 +67,39 @@ def generate(
             answers[i] = Answer(text.strip(), end is not None)
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: int, emit: Callable[[str], None]) -> None:
+    """Answer one prompt; `emit` is called with each piece of text as soon as its words are certain."""
+    ids = torch.tensor([prompt], device=base.device)
+    streamer = _Streamer(renderer.tokenizer, emit)
+    _greedy(base, renderer, max_new_tokens).generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer
+    )
+
+
+class _Streamer(TextStreamer):
+    """Hands on whole words; what looks like the beginning of a longer character waits."""
+
+    def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._emit(text)
+
+
+def _greedy(base: Base, renderer: Renderer, max_new_tokens: int) -> Any:
+    """A second handle on the model's modules, without the base's own habits: generate would mix them (a penalty on
+    repetition, beams) into what it is asked for."""
+    model: Any = copy.copy(base.model)
+    stops = list(renderer.stop_ids)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0]
+    )
+    return model
 
 
 def _common_start(prompts: Sequence[list[int]]) -> list[int]:

@@ -1,0 +1,130 @@
+"""A conversation with a base and its adapters, rendered as they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import attach
+from lorafit.base import Base
+from lorafit.data.examples import Message
+from lorafit.data.render import Renderer, renderer_for
+from lorafit.errors import SettingsError
+from lorafit.formats import peft
+from lorafit.generation.greedy import stream
+
+BASE = "base"
+HELP = """/base            only the bare base answers
+/adapter [NAME]  only that adapter answers; NAME may be the folder of another one
+/both            base and adapter answer, one after the other
+/new             forget the conversation
+/quit            leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+Emit = Callable[[str], None]
+
+
+@dataclass
+class Chat:
+    """Who answers, and what each has said. Every speaker keeps a history of its own: its answers, not another's.
+
+    accept_unknown_base: attach adapters that do not say which base they belong to.
+    """
+
+    base: Base
+    system: str | None = None
+    max_new_tokens: int = 256
+    accept_unknown_base: bool = False
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    speaking: tuple[str, ...] = (BASE,)
+    histories: dict[str, list[Message]] = field(default_factory=dict)
+
+    def add(self, folder: Path) -> str:
+        """Read an adapter, or a run's, and let it speak; returns the name it got. Raises what reading and attaching
+        raise: an adapter that does not fit is never half there."""
+        folder = peft.adapter_folder(folder)
+        adapter = peft.read(folder)
+        name = folder.parent.name if folder.name == "adapter" else folder.name
+        if adapter.rendering:
+            self._renderer(adapter).require(adapter.rendering)
+        with attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base):
+            pass
+        self.adapters[name], self.speaking = adapter, (name,)
+        return name
+
+    def _renderer(self, adapter: Adapter | None) -> Renderer:
+        trained = adapter.rendering.system if adapter and adapter.rendering else None
+        return renderer_for(self.base, trained if self.system is None else self.system)
+
+    def command(self, line: str) -> str:
+        """Obey a line that begins with a slash; returns what there is to say. Raises SettingsError for others."""
+        word, _, name = line.strip().partition(" ")
+        name = name.strip()
+        if word == "/new":
+            self.histories.clear()
+            return "forgotten"
+        if word == "/help":
+            return HELP
+        if word == "/base":
+            self.speaking = (BASE,)
+        elif word in {"/adapter", "/both"}:
+            self._choose(name)
+            if word == "/both":
+                self.speaking = (BASE, *self.speaking)
+        else:
+            raise SettingsError(f"{word}: no such command\n{HELP}")
+        return f"answering: {' and '.join(self.speaking)}"
+
+    def _choose(self, name: str) -> None:
+        if name and name not in self.adapters:
+            self.add(Path(name))
+            return
+        known = [name] if name else [*(one for one in self.speaking if one != BASE), *self.adapters][:1]
+        if not known:
+            raise SettingsError("no adapter is open: /adapter FOLDER opens one")
+        self.speaking = (known[0],)
+
+    def ask(
+        self, text: str, emit: Emit, begin: Emit = lambda name: None, end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Let everyone who speaks answer. emit: called with each piece of text; begin: with the name of who begins to
+        speak; end: when it has spoken."""
+        for name in self.speaking:
+            begin(name)
+            adapter = self.adapters.get(name)
+            renderer = self._renderer(adapter)
+            history = self.histories.setdefault(name, [])
+            history.append(Message("user", text))
+            try:
+                prompt = self._fitting(renderer, history)
+            except SettingsError:
+                history.pop()
+                raise
+            said: list[str] = []
+
+            def told(piece: str, said: list[str] = said) -> None:
+                said.append(piece)
+                emit(piece)
+
+            on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
+            try:
+                with on:
+                    stream(self.base, renderer, prompt, self.max_new_tokens, told)
+            finally:  # an answer that was stopped stays, as far as it came
+                history.append(Message("assistant", "".join(said).strip() or "..."))
+            end()
+
+    def _fitting(self, renderer: Renderer, history: list[Message]) -> list[int]:
+        """The conversation as a prompt; its oldest turns are forgotten where it would not fit the base's context."""
+        while True:
+            prompt = renderer.prompt_ids(history)
+            if self.base.context is None or len(prompt) + self.max_new_tokens <= self.base.context:
+                return prompt
+            if len(history) < 3:
+                raise SettingsError(
+                    f"{len(prompt)} tokens and an answer of {self.max_new_tokens} do not fit the base's "
+                    f"{self.base.context}: ask shorter, or lower --max-new-tokens"
+                )
+            del history[:2]

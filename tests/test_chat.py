@@ -1,0 +1,103 @@
+"""Chat: it says what evaluation would say, remembers each speaker's own words, and forgets before it overflows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorafit.attachment import attach
+from lorafit.base import Base
+from lorafit.chat import BASE, Chat
+from lorafit.data.examples import Message
+from lorafit.data.render import renderer_for
+from lorafit.errors import AdapterError, BaseError, SettingsError
+from lorafit.formats import peft
+from lorafit.generation.greedy import generate
+from lorafit.plan import uniform
+from lorafit.records import Rendering
+from lorafit.testing import random_adapter
+
+
+def written(base: Base, folder: Path, system: str | None = "Be brief.", template: str | None = None) -> Path:
+    """An adapter with a rendering of its own, in a folder."""
+    adapter = random_adapter(base, uniform(base.sites[:14], 4, 32), size=0.3)
+    rendering = renderer_for(base, system).rendering
+    rendering = Rendering(template or rendering.template_hash, system)
+    peft.write(type(adapter)(adapter.plan, dict(adapter.tensors), adapter.base, adapter.base_name, rendering), folder)
+    return folder
+
+
+def test_an_answer_is_what_evaluation_decodes_with_the_rendering_of_training(tiny_base: Base, tmp_path: Path) -> None:
+    chat = Chat(tiny_base, max_new_tokens=12)
+    name = chat.add(written(tiny_base, tmp_path / "mine"))
+    pieces: list[str] = []
+    chat.ask("Where is it?", pieces.append)
+    renderer = renderer_for(tiny_base, "Be brief.")
+    prompt = renderer.prompt_ids([Message("user", "Where is it?")])
+    with attach(tiny_base, chat.adapters[name]):
+        (wanted,) = generate(tiny_base, renderer, [prompt], 12)
+    assert "".join(pieces).strip() == wanted.text
+
+
+def test_every_speaker_remembers_its_own_answers(tiny_base: Base, tmp_path: Path) -> None:
+    chat = Chat(tiny_base, max_new_tokens=8)
+    name = chat.add(written(tiny_base, tmp_path / "mine"))
+    chat.command("/both")
+    heard: dict[str, str] = {}
+    current = ""
+
+    def begin(who: str) -> None:
+        nonlocal current
+        current = who
+        heard[who] = ""
+
+    def emit(piece: str) -> None:
+        heard[current] += piece
+
+    chat.ask("Where is it?", emit, begin)
+    assert list(heard) == [BASE, name]
+    assert heard[BASE] != heard[name]
+    for who in heard:
+        assert [m.role for m in chat.histories[who]] == ["user", "assistant"]
+        assert chat.histories[who][1].content == (heard[who].strip() or "...")
+
+
+def test_the_oldest_turns_are_forgotten_before_the_context_overflows(tiny_base: Base) -> None:
+    chat = Chat(tiny_base, max_new_tokens=8)
+    for i in range(8):
+        chat.ask(f"{i} " + "word " * 20, lambda piece: None)
+    left = chat.histories[BASE]
+    assert left[-2].content.startswith("7 ")
+    assert left[0].role == "user"
+    assert not left[0].content.startswith("0 ")
+
+
+def test_a_question_longer_than_the_context_is_refused_and_not_remembered(tiny_base: Base) -> None:
+    chat = Chat(tiny_base, max_new_tokens=8)
+    with pytest.raises(SettingsError, match="do not fit the base's 512"):
+        chat.ask("word " * 200, lambda piece: None)
+    assert chat.histories[BASE] == []
+
+
+def test_an_answer_that_was_stopped_stays_as_far_as_it_came(tiny_base: Base, tmp_path: Path) -> None:
+    chat = Chat(tiny_base, max_new_tokens=40)
+    name = chat.add(written(tiny_base, tmp_path / "mine"))
+
+    def stop(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("Where is it?", stop)
+    assert [m.role for m in chat.histories[name]] == ["user", "assistant"]
+    assert "forward" not in vars(tiny_base.model.get_submodule(tiny_base.sites[0].path))
+
+
+def test_an_adapter_that_does_not_belong_does_not_speak(tiny_base: Base, tmp_path: Path) -> None:
+    chat = Chat(tiny_base)
+    with pytest.raises(BaseError, match="chat template"):
+        chat.add(written(tiny_base, tmp_path / "other", template="0" * 64))
+    (written(tiny_base, tmp_path / "foreign") / "lorafit.json").unlink()
+    with pytest.raises(AdapterError, match="does not say which base"):
+        chat.add(tmp_path / "foreign")
+    assert (chat.adapters, chat.speaking) == ({}, (BASE,))
