@@ -432,6 +432,19 @@ def test_skip_bad_leaves_out_what_cannot_be_used_wherever_it_is_found(
     assert [done.out.count(f"left out: {path}:{line}") for line in (3, 4, 5)] == [1, 1, 1]
 
 
+def test_eval_leaves_out_what_training_would(lorafit: Lorafit, run: Run, tmp_path: Path) -> None:
+    data = capitals(40)[24:]
+    data[1]["check"] = {"contains": ["nowhere"]}
+    data[2]["prompt"] = "long " * 100
+    path = write_rows(tmp_path / "a.jsonl", data)
+    flags = ["--dtype", "fp32", "--max-length", "128"]
+    assert lorafit("eval", run.folder, path, *flags).status == 2
+    done = lorafit("eval", run.folder, path, *flags, "--skip-bad")
+    assert done.status == 0, done.err
+    assert [done.out.count(f"left out: {path}:{line}") for line in (2, 3)] == [1, 1]
+    assert "on 14 examples" in done.out
+
+
 def talk(lorafit: Lorafit, monkeypatch: pytest.MonkeyPatch, lines: list[str], *words: str | Path) -> Done:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     return lorafit("chat", *words, "--max-new-tokens", "6")

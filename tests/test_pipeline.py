@@ -24,13 +24,15 @@ from lorafit.base import Base
 from lorafit.cli.console import Terminal, verdict
 from lorafit.cli.train import conclude
 from lorafit.data.examples import Check, Example, Message
+from lorafit.data.render import Row
 from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError, SettingsError, TargetError
 from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
 from lorafit.evaluation.statistics import paired_bootstrap, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
-from lorafit.settings import settings_from
+from lorafit.planning import decide
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
 from lorafit.training.loop import Moment
@@ -211,6 +213,32 @@ def test_a_misspelt_target_is_an_error_before_anything_is_written(
             str(tiny_folder), str(data), tmp_path / "run", {**SETTINGS, "targets": ("q_prj", "v_proj")}
         )
     assert not (tmp_path / "run").exists()
+
+
+# The rules choose only among sites that take part and hold the rank
+
+
+ROWS = [Row((1, 2, 3), (False, True, True), i) for i in range(40)]
+
+
+def test_the_rules_pass_over_sites_that_take_no_part(tiny_base: Base) -> None:
+    """A tower that text never passes through is no reason to refuse a base; a site named by the user is."""
+    used = frozenset(site.path for site in tiny_base.sites if ".0." in site.path)
+    decision = decide(tiny_base, ROWS, TrainSettings(), used)
+    assert {slot.site.path for slot in decision.plan.slots} == used
+    assert "7 more take no part" in decision.choices[0].reason
+    named = decide(tiny_base, ROWS, TrainSettings(targets=("layers.1.*",)), used)
+    with pytest.raises(TargetError, match="7 named sites take no part"):
+        require_fired(named.plan, used)
+
+
+def test_one_narrow_layer_does_not_cap_the_rank_of_all() -> None:
+    """A gate of one output, as mixtures of experts have."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)), nn.Linear(32, 1))
+    for asked in (None, 8):
+        decision = decide(Base.of(model, "gated"), ROWS, TrainSettings(rank=asked))
+        assert [(slot.site.path, slot.rank) for slot in decision.plan.slots] == [(str(i), 8) for i in range(4)]
+        assert "1 more are narrower than the rank" in decision.choices[0].reason
 
 
 # PEFT's answer is judged

@@ -481,12 +481,14 @@ def run_evaluation(
     renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
     if adapter.rendering:
         renderer.require(adapter.rendering)
-    rows = render(renderer, chosen, max_length)
+    rows: dict[str, list[Row]] = {}
+    picked = _sifted(Examples(chosen), _require_passing, skip_bad, listener)
+    picked = _sifted(picked, lambda e: rows.update(render_all(renderer, e, max_length)), skip_bad, listener)
     if other and other.rendering and other.rendering != adapter.rendering:
         raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
                            "no one rendering is what both have learnt; evaluate each against the base")  # fmt: skip
     loaded = time.monotonic()
-    comparison = compare(base, adapter, renderer, chosen, rows, against=other, shots_from=examples.train,
+    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
                          shots=few_shot, watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip
     done = time.monotonic()
     return {
