@@ -21,8 +21,9 @@ from lorafit.data.render import render, renderer_for
 from lorafit.demo import BASE, SETTINGS
 from lorafit.evaluation.answers import score_answers, shuffled_answers
 from lorafit.files import write_json
-from lorafit.pipeline import keep_freed_memory, versions
+from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.planning import decide
+from lorafit.run import versions
 from lorafit.settings import settings_from
 from lorafit.training.loop import Moment, train
 

@@ -30,6 +30,8 @@ FLOORS = {
     "training": 10,
     "planning": 11,
     "report": 12,
+    "run": 2,
+    "oracle": 8,
     "pipeline": 13,
     "demo": 14,
     "chat": 14,

@@ -20,7 +20,7 @@ from torch import nn
 
 from lorafit import demo, pipeline
 from lorafit.attachment import fired, require_fired
-from lorafit.base import Base
+from lorafit.base import Base, open_base
 from lorafit.cli.console import Terminal, verdict
 from lorafit.cli.train import conclude
 from lorafit.data.examples import Check, Example, Message
@@ -30,8 +30,10 @@ from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_ans
 from lorafit.evaluation.statistics import paired_bootstrap, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
+from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
+from lorafit.run import read_run
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
@@ -72,7 +74,7 @@ def finished(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the process in which PEFT checks it."""
-    monkeypatch.setattr(pipeline, "compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
 
 
 @pytest.fixture
@@ -158,6 +160,22 @@ def test_eval_gives_the_scores_of_the_run_again(
     assert again["base_unchanged"] is True
 
 
+def test_eval_answers_every_question_in_order_when_asked_for_them(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": str(n), "group": f"g{n % 3}"} for n in range(40)]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", [{**row, "prompt": row["prompt"] + split} for row in rows])
+    written = tmp_path / "new" / "answers.jsonl"
+    pipeline.run_evaluation(None, finished[0] / "adapter", str(tmp_path / "data"), few_shot=2, answers=written)
+    lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    assert [(line["question"], line["reference"], line["group"]) for line in lines] == [
+        (row["prompt"] + "test", row["completion"], row["group"]) for row in rows
+    ]
+    assert all(isinstance(line[who], str) for line in lines for who in ("base", "base_few_shot", "adapter"))
+    assert len({line["nll"]["base"] for line in lines}) > 1
+
+
 # The base
 
 
@@ -165,13 +183,13 @@ class FlipsOneBit(pipeline.Silent):
     """A fault of memory in the middle of a run: the lowest bit of one weight."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        real = pipeline.open_base
+        real = open_base
 
         def remembered(*given: Any) -> Base:
             self.base = real(*given)
             return self.base
 
-        monkeypatch.setattr(pipeline, "open_base", remembered)
+        monkeypatch.setattr("lorafit.pipeline.preparing.open_base", remembered)
 
     def moment(self, moment: Moment) -> None:
         if moment.step == 3 and moment.train_nll is not None:
@@ -261,7 +279,7 @@ def test_only_what_computes_the_same_is_said_to(
 def test_a_peft_that_cannot_be_asked_is_told_and_costs_no_run(
     tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pipeline.compare_with_peft(tmp_path / "nothing", tiny_base, [[1, 2]], Terminal(False)) is None
+    assert compare_with_peft(tmp_path / "nothing", tiny_base, [[1, 2]], Terminal(False).say) is None
     assert "PEFT did not read the adapter: " in capsys.readouterr().out
 
 
@@ -369,7 +387,7 @@ def test_resuming_on_another_test_split_is_refused(unfinished: Path, tiny_folder
 @pytest.mark.parametrize("content", ["[]", "{}", '{"other": "tool"}'])
 def test_a_run_json_of_another_kind_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content, encoding="utf-8")
-    for look in (lambda: pipeline.read_run(tmp_path), lambda: shown(tmp_path)):
+    for look in (lambda: read_run(tmp_path), lambda: shown(tmp_path)):
         with pytest.raises(FormatError, match=r"run\.json: not written by lorafit"):
             look()
 
@@ -429,10 +447,10 @@ def test_a_resumed_run_takes_the_dtype_it_began_with(
     tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is fastest is measured, and may be found otherwise on a busier day."""
-    monkeypatch.setattr(pipeline, "fastest_dtype", lambda: torch.float32)
+    monkeypatch.setattr("lorafit.pipeline.preparing.fastest_dtype", lambda: torch.float32)
     first = begin(tiny_folder, data, tmp_path / "run", dtype="auto")
     (tmp_path / "run" / "summary.json").unlink()
-    monkeypatch.setattr(pipeline, "fastest_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("lorafit.pipeline.preparing.fastest_dtype", lambda: torch.bfloat16)
     again = begin(tiny_folder, data, tmp_path / "run", resume=True, dtype="auto")
     assert again["dtype"] == first["dtype"] == "float32"
 

@@ -321,7 +321,7 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(autouse=True, scope="module")
 def without_peft() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_with_peft", lambda *_: None)
+        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
         yield
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
-from lorafit.pipeline import RUN, SUMMARY, WRITTEN, Listener, run_training
+from lorafit.pipeline import Listener, run_training
+from lorafit.run import RUN, SUMMARY, WRITTEN
 from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"

@@ -10,8 +10,8 @@ from lorafit.base import BUILTIN, open_base
 from lorafit.errors import FormatError
 from lorafit.files import read_json
 from lorafit.formats import peft
-from lorafit.pipeline import PLAN, RUN, SUMMARY, read_run
 from lorafit.plan import Plan
+from lorafit.run import PLAN, RUN, SUMMARY, read_run
 
 
 def shown(path: Path) -> dict[str, Any]:

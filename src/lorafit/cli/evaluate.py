@@ -19,6 +19,9 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="Another adapter to compare with, instead of the base.")] = None,
     split: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which split of a folder.")] = "test",
     few_shot: Annotated[int, typer.Option(min=0, help="Examples in the base's prompt, as a second baseline.")] = 0,
+    answers: Annotated[
+        Path | None, typer.Option(help="Answer every question, and write the answers to this file (JSON lines).")
+    ] = None,
     dtype: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Of the base; auto measures.")] = "auto",
     max_length: Annotated[int, typer.Option(min=8, help="Longest example, in tokens.")] = 1024,
     accept_unknown_base: Annotated[
@@ -37,8 +40,9 @@ def evaluate(
 
     terminal = Terminal(json)
     summary = run_evaluation(
-        base, adapter, data, against=against, split=split, few_shot=few_shot, dtype=dtype, max_length=max_length,
-        accept_unknown_base=accept_unknown_base, columns=columns or (), skip_bad=skip_bad, listener=terminal,
+        base, adapter, data, against=against, split=split, few_shot=few_shot, answers=answers, dtype=dtype,
+        max_length=max_length, accept_unknown_base=accept_unknown_base, columns=columns or (),
+        skip_bad=skip_bad, listener=terminal,
     )  # fmt: skip
     terminal.results(summary)
     terminal.finish(summary)

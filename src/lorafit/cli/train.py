@@ -37,7 +37,7 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
     """Table, proof that the base is untouched, what to type next. Raises BaseChangedError where it is not."""
     from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
-    from lorafit.pipeline import same_as_peft
+    from lorafit.oracle import same_as_peft
 
     terminal.results(summary)
     if summary["base_unchanged"]:

@@ -36,6 +36,7 @@ class Comparison:
 
     Where no example carries a check, a few questions were answered for the samples and the natural stops. `shots`: how
     many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its context.
+    `asked`: the positions of the examples that were answered; `nll_of_each`: (base, adapter) of every example.
     """
 
     nll: NllScore
@@ -43,6 +44,8 @@ class Comparison:
     base_few_shot: AnswerScore | None
     adapter: AnswerScore
     samples: tuple[Sample, ...]
+    asked: tuple[int, ...]
+    nll_of_each: tuple[tuple[float, float], ...]
     shots: int = 0
 
 
@@ -56,17 +59,19 @@ def compare(
     against: Adapter | None = None,
     shots_from: Sequence[Example] = (),
     shots: int = 0,
+    answer_all: bool = False,
     watch: Watch = lambda what, done, of: None,
     accept_unknown_base: bool = False,
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Answers are decoded greedily, at most a quarter longer than the longest reference answer (plus 8 tokens).
+    Those that carry a check are answered, else a few, or with `answer_all` every question there is. Answers are decoded
+    greedily, at most a quarter longer than the longest reference answer (plus 8 tokens).
     """
     budget = 5 * max(row.n_trained for row in rows) // 4 + 8
     checked = [i for i, example in enumerate(examples) if example.check is not None]
     open_ended = [i for i, example in enumerate(examples) if not example.is_text]
-    asked = checked or [open_ended[i] for i in _spread(len(open_ended), UNCHECKED)]
+    asked = open_ended if answer_all else checked or [open_ended[i] for i in _spread(len(open_ended), UNCHECKED)]
     questions = [examples[i] for i in asked]
     shown = _samples_of(questions)
 
@@ -85,7 +90,7 @@ def compare(
         with attach(base, against, accept_unknown_base=accept_unknown_base):
             base_nll, base_answers = one("other adapter")
     few = None
-    given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if checked else []
+    given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if checked or answer_all else []
     if given:
         few = score_answers(base, renderer, questions, budget, given, told(f"base, {len(given)} examples given"))
     with attach(base, adapter, accept_unknown_base=accept_unknown_base):
@@ -94,7 +99,8 @@ def compare(
     asked_all = [Sample(q.messages[-2].content, q.answer, one, other) for q, one, other in answers]
     samples = tuple(asked_all[i] for i in shown)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
-    return Comparison(nll, base_answers, few, adapter_answers, samples, len(given))
+    each = tuple(zip(base_nll, adapter_nll, strict=True))
+    return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, len(given))
 
 
 def nll_score(base: Sequence[float], adapter: Sequence[float], groups: Sequence[str | None]) -> NllScore:

@@ -25,6 +25,7 @@ from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted
 from lorafit.evaluation.nll import batch_of, example_nll
 from lorafit.files import write_text
+from lorafit.run import CHECKPOINTS, METRICS
 from lorafit.tasks.completion import head_is_plain, token_nll
 from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
@@ -107,8 +108,8 @@ class _Run:
         recipe: Recipe, folder: Path | None, tell: Callable[[Moment], None],
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe, self.tell = base, train_rows, valid_rows, recipe, tell
-        self.checkpoint = folder / "checkpoints" / "last.safetensors" if folder else None
-        self.metrics = folder / "metrics.jsonl" if folder else None
+        self.checkpoint = folder / CHECKPOINTS / "last.safetensors" if folder else None
+        self.metrics = folder / METRICS if folder else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
         self.optimizer = adamw.make_optimizer(self.state)
         self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)

@@ -1,0 +1,38 @@
+"""PEFT, asked to read what was written and to compute the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lorafit.base import Base
+
+
+def compare_with_peft(
+    folder: Path, base: Base, rows: Sequence[Sequence[int]], say: Callable[[str], None]
+) -> dict[str, float] | None:
+    """Largest logit difference between PEFT's reading of the folder and ours in fp32, and the adapter's own effect.
+
+    Runs in a process of its own; None, with the reason told, where PEFT cannot be asked.
+    """
+    if importlib.util.find_spec("peft") is None or base.folder is None:
+        say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
+        return None
+    say("asking PEFT to read the adapter and compute the same")
+    command = [sys.executable, "-m", "lorafit.with_peft", str(folder.resolve()), str(base.folder.resolve())]
+    done = subprocess.run(command, input=json.dumps(rows), capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        say(f"PEFT did not read the adapter: {reason}")
+        return None
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def same_as_peft(found: Mapping[str, float]) -> bool:
+    """Law 5: within 1e-4 in fp32, or within a hundred-thousandth of what the adapter moves where that is more."""
+    return found["max_logit_difference"] <= max(1e-4, 1e-5 * found["adapter_effect"])

@@ -1,0 +1,9 @@
+"""The jobs: preparing, training, evaluating. Its doors are named here."""
+
+from lorafit.pipeline.evaluating import run_evaluation as run_evaluation
+from lorafit.pipeline.listener import Listener as Listener
+from lorafit.pipeline.listener import Silent as Silent
+from lorafit.pipeline.preparing import open_all as open_all
+from lorafit.pipeline.preparing import prepare as prepare
+from lorafit.pipeline.preparing import render_all as render_all
+from lorafit.pipeline.training import run_training as run_training

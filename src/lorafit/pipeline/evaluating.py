@@ -1,0 +1,114 @@
+"""An adapter and its base, or two adapters, compared on examples given later."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafit.base import open_base
+from lorafit.data.examples import Example, Examples, read_examples
+from lorafit.data.render import Row, renderer_for
+from lorafit.errors import AdapterError, DataError, Problem, SettingsError
+from lorafit.evaluation.compare import Comparison, compare
+from lorafit.files import make_folder, write_text
+from lorafit.formats import peft
+from lorafit.pipeline.listener import Listener, Silent
+from lorafit.pipeline.memory import keep_freed_memory, peak_gb
+from lorafit.pipeline.preparing import render_all, require_passing, sifted
+from lorafit.pipeline.scores import scores_json
+from lorafit.run import DTYPES, remembered
+
+
+def run_evaluation(
+    base_name: str | None,
+    adapter_folder: Path,
+    data: str,
+    *,
+    against: Path | None = None,
+    split: str = "test",
+    few_shot: int = 0,
+    answers: Path | None = None,
+    dtype: str = "auto",
+    max_length: int = 1024,
+    accept_unknown_base: bool = False,
+    columns: Sequence[str] = (),
+    skip_bad: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Score an adapter against its base, or another adapter, on examples; returns the summary.
+
+    A single file is scored whole; of a folder, `split`. The base is the one the adapter names, unless given. With
+    `answers` every question is answered, and the answers go there, one JSON object a line.
+    """
+    listener = listener or Silent()
+    if answers is not None:
+        make_folder(answers.parent)
+    keep_freed_memory()
+    start = time.monotonic()
+    adapter_folder = peft.adapter_folder(adapter_folder)
+    adapter = peft.read(adapter_folder)
+    other = peft.read(peft.adapter_folder(against)) if against else None
+    examples = read_examples(data, columns, skip_bad)
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
+    single = Path(data).is_file()
+    chosen = examples.train if single else examples.by_name()[split]
+    if not chosen:
+        raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
+    if few_shot and (single or split == "train"):
+        raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
+                            "--split train, or the base would be shown the questions it is asked")  # fmt: skip
+    seen = remembered(adapter_folder.parent, [e.question for e in chosen])
+    if seen:
+        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on: this measures memory")
+    name = base_name or adapter.base_name
+    if name is None:
+        raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
+    base = open_base(name, None if dtype == "auto" else DTYPES[dtype], listener.say)
+    before = base.integrity()
+    renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
+    if adapter.rendering:
+        renderer.require(adapter.rendering)
+    rows: dict[str, list[Row]] = {}
+    picked = sifted(Examples(chosen), require_passing, skip_bad, listener)
+    picked = sifted(picked, lambda e: rows.update(render_all(renderer, e, max_length)), skip_bad, listener)
+    if other and other.rendering and other.rendering != adapter.rendering:
+        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
+                           "no one rendering is what both have learnt; evaluate each against the base")  # fmt: skip
+    loaded = time.monotonic()
+    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
+                         shots=few_shot, answer_all=answers is not None, watch=listener.watch,
+                         accept_unknown_base=accept_unknown_base)  # fmt: skip
+    if answers is not None:
+        write_text(answers, _lines(picked.train, comparison))
+        listener.say(f"{len(comparison.asked)} answers written to {answers}")
+    done = time.monotonic()
+    return {
+        "base": base.name,
+        "adapter_dir": str(adapter_folder),
+        "against": str(against) if against else None,
+        "split": None if single else split,
+        "seen_in_training": seen,
+        **scores_json(comparison),
+        "base_unchanged": base.integrity() == before,
+        "trainable_parameters": adapter.plan.parameters,
+        "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
+        "peak_rss_gb": peak_gb(),
+    }
+
+
+def _lines(examples: Sequence[Example], comparison: Comparison) -> str:
+    """Questions, answers and the NLL of each, as JSON lines."""
+    few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
+    answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
+    lines = []
+    for i, base, base_few_shot, adapter in answered:
+        nll = dict(zip(("base", "adapter"), comparison.nll_of_each[i], strict=True))
+        one = {"question": examples[i].messages[-2].content, "reference": examples[i].answer,
+               "group": examples[i].group, "base": base, "base_few_shot": base_few_shot, "adapter": adapter,
+               "nll": nll}  # fmt: skip
+        lines.append(json.dumps(one, ensure_ascii=False) + "\n")
+    return "".join(lines)

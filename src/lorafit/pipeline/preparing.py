@@ -1,0 +1,120 @@
+"""From what was named to what is ready: data checked, base opened, examples rendered, the way to train decided."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorafit.attachment import fired, require_fired
+from lorafit.base import Base, fastest_dtype, open_base
+from lorafit.data.examples import Examples, read_examples
+from lorafit.data.render import Renderer, Row, render, renderer_for
+from lorafit.data.report import DataReport, describe
+from lorafit.data.split import complete, require_apart
+from lorafit.errors import DataError, Problem
+from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.nll import batch_of
+from lorafit.evaluation.statistics import FEWEST, groups_of
+from lorafit.pipeline.listener import Listener
+from lorafit.planning import Decision, decide
+from lorafit.run import DTYPES
+from lorafit.settings import TrainSettings
+from lorafit.tasks.completion import completion_logits
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base with data checked and rendered for it, and the decision how to train on them."""
+
+    base: Base
+    examples: Examples
+    renderer: Renderer
+    rows: dict[str, list[Row]]
+    decision: Decision
+    seconds: float
+
+
+def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
+    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
+    start = time.monotonic()
+    examples, _ = prepare(data, settings, listener)
+    dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
+    base = open_base(base_name, dtype, listener.say)
+    listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
+                 + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
+    renderer = renderer_for(base, examples.system if settings.system is None else settings.system)
+    if renderer.system is None and (added := renderer.preamble()):
+        listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
+    rows: dict[str, list[Row]] = {}
+    examples = sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
+                       listener)  # fmt: skip
+    listener.example(rows["train"][0], renderer)
+    probe = batch_of(base, rows["train"][:2])
+    seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
+    decision = decide(base, rows["train"], settings, seen)
+    require_fired(decision.plan, seen)
+    listener.plan(decision.choices)
+    return Opened(base, examples, renderer, rows, decision, time.monotonic() - start)
+
+
+def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Examples, DataReport]:
+    """Read, check, describe; make sure that what is held out is, and complete the splits."""
+    examples = read_examples(data, settings.columns or (), settings.skip_bad)
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
+    for check in (require_passing, require_apart):
+        examples = sifted(examples, check, settings.skip_bad, listener)
+    examples = complete(examples, settings.seed, settings.val_share)
+    report = describe(examples)
+    listener.data(report)
+    independent = len(set(groups_of([example.group for example in examples.test])))
+    if independent < FEWEST:
+        listener.say(
+            f"only {independent} independent test example{'s' * (independent != 1)}: too few to tell whether an "
+            f"adapter is better; at least {FEWEST} are needed, a hundred tell much (--val-share, or more data)"
+        )
+    return examples, report
+
+
+def sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool, listener: Listener) -> Examples:
+    """The examples that pass the check: all of them, or with `skip_bad` what is left without the others, each told."""
+    try:
+        check(examples)
+        return examples
+    except DataError as error:
+        left = examples.without(error.problems)
+        emptied = any(split and not left.by_name()[name] for name, split in examples.by_name().items())
+        if not skip_bad or emptied:
+            raise
+        for problem in error.problems:
+            listener.say(f"left out: {problem}")
+        check(left)
+        return left
+
+
+def require_passing(examples: Examples) -> None:
+    """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
+    problems = [
+        Problem(f"{example.where}: check", "its own answer does not pass it",
+                "correct the answer, or contains, lacks and max_words")
+        for split in examples.by_name().values()
+        for example in split
+        if example.check is not None and not is_right(example.answer, example.check)
+    ]  # fmt: skip
+    if problems:
+        raise DataError(problems)
+
+
+def render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
+    """The rows of every split. Raises DataError naming every example of every split that cannot be one."""
+    rows: dict[str, list[Row]] = {}
+    problems: list[Problem] = []
+    for name, split in examples.by_name().items():
+        try:
+            rows[name] = render(renderer, split, max_length)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return rows

@@ -1,0 +1,166 @@
+"""The main job: check → plan → train → evaluate → write, from a file of examples to a proven adapter."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import fresh
+from lorafit.errors import FormatError
+from lorafit.evaluation.compare import Comparison, compare
+from lorafit.files import make_folder, write_json
+from lorafit.formats import peft
+from lorafit.oracle import compare_with_peft
+from lorafit.pipeline.listener import Listener, Silent
+from lorafit.pipeline.memory import keep_freed_memory, peak_gb
+from lorafit.pipeline.preparing import Opened, open_all
+from lorafit.pipeline.scores import scores_json
+from lorafit.planning import Choice
+from lorafit.report.card import card
+from lorafit.run import (
+    ADAPTER,
+    PLAN,
+    RUN,
+    SCORES,
+    SUMMARY,
+    count_opening,
+    open_run,
+    remember_questions,
+    require_same,
+    room_to_write,
+    versions,
+)
+from lorafit.settings import TrainSettings
+from lorafit.training.loop import Trained, train
+
+
+def run_training(
+    base_name: str,
+    data: str,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole job into the run folder `out`; returns the summary that is also written there.
+
+    settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
+    with are used again, and one that contradicts them is refused. extra: goes into run.json.
+    """
+    listener = listener or Silent()
+    resolved = open_run(out, base_name, data, settings, resume)
+    keep_freed_memory()
+    try:
+        opened = open_all(base_name, data, resolved, listener)
+    except BaseException:
+        if not resume:
+            with suppress(OSError):
+                out.rmdir()  # it was empty when this run took it
+        raise
+    make_folder(out)
+    with room_to_write(out):
+        return _run(base_name, data, out, resolved, opened, resume, listener, extra or {})
+
+
+def _run(
+    base_name: str, data: str, out: Path, resolved: TrainSettings, opened: Opened, resume: bool,
+    listener: Listener, extra: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """From the plan on: everything here writes into the run folder."""
+    base, decision = opened.base, opened.decision
+    before = base.integrity()
+    asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
+    if resume:
+        require_same(out, _decides(opened))
+    else:
+        write_json(out / RUN, {**asked, **_provenance(opened), **extra})
+    if not (out / PLAN).exists():
+        write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
+                                "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
+    start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
+    rows = opened.rows
+    listener.say("training; Ctrl-C saves and stops")
+    trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
+                    folder=out, resume=resume, tell=listener.moment)  # fmt: skip
+    listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
+    evaluating = time.monotonic()
+    opens = count_opening(out)
+    comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
+                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
+    remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
+    seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
+    summary = _summary(opened, trained, comparison, out, seconds, opens)
+    _write(out, trained.adapter, decision.choices, summary, comparison)
+    listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
+    checking = time.monotonic()
+    probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
+    summary["base_unchanged"] = base.integrity() == before
+    summary["peft"] = compare_with_peft(out / ADAPTER, base, probes, listener.say)
+    summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
+    summary["peak_rss_gb"] = peak_gb()
+    write_json(out / SUMMARY, summary)
+    return summary
+
+
+def _decides(opened: Opened) -> dict[str, Any]:
+    """What decides the results of a run beside its settings."""
+    return {
+        "base_identity": opened.base.identity,
+        "data_digest": opened.examples.digest(),
+        "dtype": str(opened.base.dtype),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _provenance(opened: Opened) -> dict[str, Any]:
+    return {
+        **_decides(opened),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",
+        "versions": versions(),
+    }
+
+
+def _summary(
+    opened: Opened, trained: Trained, comparison: Comparison, out: Path, seconds: dict[str, float], opens: int
+) -> dict[str, Any]:
+    examples = opened.examples
+    return {
+        "base": opened.base.name,
+        "base_identity": opened.base.identity,
+        "adapter_dir": str(out / ADAPTER),
+        "n_train": len(examples.train),
+        "n_valid": len(examples.valid),
+        **scores_json(comparison),
+        "test_openings": opens,
+        "trained_tokens": trained.trained_tokens,
+        "trainable_parameters": opened.decision.plan.parameters,
+        "best_step": trained.best_step,
+        "steps": trained.steps,
+        "validation": [list(entry) for entry in trained.history],
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "tokens_per_second": round(trained.tokens_per_second, 1),
+        "dtype": str(opened.base.dtype).removeprefix("torch."),
+    }
+
+
+def _write(
+    out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any], comparison: Comparison
+) -> None:
+    """Adapter folder and scores; what was written is read back and must be the same value."""
+    kept = ("n_train", "n_valid", "n_test", "nll", "facts", "off_desk_declined", "natural_stops")
+    said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
+    peft.write(adapter, out / ADAPTER, card(adapter, choices, summary), said)
+    if peft.read(out / ADAPTER) != adapter:
+        raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: is the disk sound?")
+    write_json(out / SCORES / "test.json", asdict(comparison))

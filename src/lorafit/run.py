@@ -1,0 +1,125 @@
+"""The run folder: what is in it, who may write there, and what is asked of it later."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+import lorafit
+from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
+from lorafit.files import make_folder, read_json, write_json
+from lorafit.settings import TrainSettings, settings_from
+
+RUN, PLAN, SUMMARY = "run.json", "plan.json", "summary.json"
+METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
+WRITTEN = {RUN, PLAN, SUMMARY, METRICS, SCORES, CHECKPOINTS, ADAPTER}  # all there is in a run folder
+TRAINED_ON = "trained_on.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool) -> TrainSettings:
+    """Settings of a new run in `out`, or of the one that is resumed there. Raises RunError or SettingsError."""
+    known = out / RUN
+    if resume:
+        if not known.exists():
+            raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
+        if (out / SUMMARY).exists():
+            raise RunError(f"{out}: this run is finished: lorafit show {out}")
+        asked = read_run(out)
+        stored = settings_from(asked["settings"])
+        settings_from(given)  # a name or value that cannot be is told as in a new run
+        now = {"base": base_name, "data": data, **given}
+        began = {"base": asked["base"], "data": asked["data"], **stored.model_dump(mode="json")}
+        odd = [f"{key}: {began[key]!r} when it began, {value!r} now" for key, value in now.items()
+               if began[key] != (list(value) if isinstance(value, tuple) else value)]  # fmt: skip
+        if odd:
+            raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
+        used = {str(dtype): name for name, dtype in DTYPES.items()}[asked["dtype"]]
+        return stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
+    if known.exists():
+        state = "finished" if (out / SUMMARY).exists() else "unfinished"
+        hint = "" if state == "finished" else " go on with --resume, or"
+        raise RunError(f"{out}: holds a run already ({state}):{hint} name another folder with --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
+    settings = settings_from(given)
+    make_folder(out)
+    return settings
+
+
+def require_same(out: Path, now: Mapping[str, Any]) -> None:
+    """Raise RunError naming what differs from what the run in `out` began with."""
+    began = read_run(out)
+    odd = [
+        f"{key}: {began.get(key)} when it began, {value} now" for key, value in now.items() if began.get(key) != value
+    ]
+    if odd:
+        raise RunError(f"{out}: cannot go on, for something has changed since\n  " + "\n  ".join(odd)
+                       + "\nrestore it, or start anew with another --out")  # fmt: skip
+
+
+@contextmanager
+def room_to_write(out: Path) -> Iterator[None]:
+    """Turn a full or vanished disk into a RunError: what was written before is whole, and the run can go on."""
+    try:
+        yield
+    except LorafitError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(
+            f"{out}: could not be written ({error}): make room there; what was saved is whole, --resume goes on"
+        ) from error
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json of a run folder. Raises FormatError where it is not one of ours."""
+    asked = read_json(out / RUN)
+    if not isinstance(asked, dict) or not {"base", "data", "settings", "dtype"} <= set(asked):
+        raise FormatError(f"{out / RUN}: not written by lorafit, or damaged: name another folder")
+    return asked
+
+
+def versions() -> dict[str, str]:
+    """Of lorafit and what computes its results."""
+    return {
+        "lorafit": lorafit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def count_opening(out: Path) -> int:
+    """How often the test split of this run has been opened, this time included; kept in the run folder."""
+    path = out / SCORES / "test_openings.json"
+    path.parent.mkdir(exist_ok=True)
+    count = (read_json(path)["openings"] if path.exists() else 0) + 1
+    write_json(path, {"openings": count})
+    return count
+
+
+def remember_questions(out: Path, questions: Sequence[str]) -> None:
+    """Keep a fingerprint of each question a run was trained or validated on."""
+    write_json(out / SCORES / TRAINED_ON, [_print(question) for question in questions])
+
+
+def remembered(out: Path, questions: Sequence[str]) -> int | None:
+    """How many of the questions the run was trained or validated on; None where there is no run."""
+    known = out / SCORES / TRAINED_ON
+    if not known.exists():
+        return None
+    trained = set(read_json(known))
+    return sum(_print(question) in trained for question in questions)
+
+
+def _print(question: str) -> str:
+    return hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
