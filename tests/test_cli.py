@@ -20,7 +20,7 @@ from lorafit import doctor
 from lorafit.cli import main
 from lorafit.settings import TrainSettings
 
-VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat"]
+VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat", "settings"]
 SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
@@ -234,7 +234,8 @@ def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Pa
 def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
     found = lorafit("plan", tiny_folder, rows, "--json").last_object
     assert set(found) == {
-        "base", "trainable_parameters", "bytes", "flops_per_token", "recipe", "choices", "slots",
+        "base", "trainable_parameters", "bytes", "flops_per_token", "recipe", "choices", "slots", "forecast",
+        "settings",
     }  # fmt: skip
     assert all(type(slot["rank"]) is int for slot in found["slots"])
 

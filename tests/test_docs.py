@@ -53,6 +53,12 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_pages_made_from_the_code_say_what_it_says() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_map_names_every_file_and_folder() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     source = ROOT / "src" / "lorafit"

@@ -154,7 +154,7 @@ def test_eval_gives_the_scores_of_the_run_again(
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")
-    again = pipeline.run_evaluation(None, out / "adapter", str(test), dtype="fp32")
+    again = pipeline.run_evaluation(None, out / "adapter", str(test), {"dtype": "fp32"})
     assert again["nll"]["adapter"] == pytest.approx(summary["nll"]["adapter"], rel=1e-5)
     assert again["facts"]["adapter"] == summary["facts"]["adapter"]
     assert again["base_unchanged"] is True
@@ -167,7 +167,7 @@ def test_eval_answers_every_question_in_order_when_asked_for_them(
     for split in ("train", "test"):
         write_rows(tmp_path / "data" / f"{split}.jsonl", [{**row, "prompt": row["prompt"] + split} for row in rows])
     written = tmp_path / "new" / "answers.jsonl"
-    pipeline.run_evaluation(None, finished[0] / "adapter", str(tmp_path / "data"), few_shot=2, answers=written)
+    pipeline.run_evaluation(None, finished[0] / "adapter", str(tmp_path / "data"), answers=written)
     lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
     assert [(line["question"], line["reference"], line["group"]) for line in lines] == [
         (row["prompt"] + "test", row["completion"], row["group"]) for row in rows

@@ -1,13 +1,22 @@
-"""What a user may set for a training run: one declaration, from which the flags of the command line are made."""
+"""What a user may set for a training run: one declaration, from which flags, files, schema and docs are made."""
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
+import textwrap
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from lorafit.errors import SettingsError
+
+BY_RULE = {"targets", "rank", "learning_rate", "epochs", "batch_size"}  # chosen from the data where nothing is set
 
 
 class TrainSettings(BaseModel):
@@ -17,15 +26,14 @@ class TrainSettings(BaseModel):
 
     targets: Annotated[
         tuple[str, ...] | None,
-        Field(description="Where to adapt: ends of module paths, as in q_proj,v_proj; * stands for any. By rule: all "
-              "linear layers of the blocks."),
+        Field(description="Where to adapt: ends of module paths, as in q_proj,v_proj; * stands for any.", examples=[["q_proj", "v_proj"]]),
     ] = None  # fmt: skip
     variant: Annotated[Literal["lora", "dora"], Field(description="Method of adaptation.")] = "lora"
-    rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.")] = None
+    rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.", examples=[16])] = None
     alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
-    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.")] = None
-    epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.")] = None
-    batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.")] = None
+    learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None
+    epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.", examples=[2])] = None
+    batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.", examples=[8])] = None
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's decay of the matrices.")] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the pairs.")] = 0.0
@@ -34,10 +42,16 @@ class TrainSettings(BaseModel):
     max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
     columns: Annotated[
         tuple[str, ...] | None,
-        Field(description="Columns of other names: FIELD=COLUMN, e.g. prompt=question. Once for each."),
+        Field(
+            description="Columns of other names: FIELD=COLUMN, e.g. prompt=question. Once for each.",
+            examples=[["prompt=question", "completion=answer"]],
+        ),
     ] = None
     skip_bad: Annotated[bool, Field(description="Leave out rows that cannot be used, and name them.")] = False
-    system: Annotated[str | None, Field(description="System prompt for conversations that bring none.")] = None
+    system: Annotated[
+        str | None,
+        Field(description="System prompt for conversations that bring none.", examples=["You answer for ..."]),
+    ] = None
     val_share: Annotated[
         float, Field(gt=0, lt=0.5, description="Share for validation, and for test, of a single file.")
     ] = 0.1
@@ -53,13 +67,79 @@ class TrainSettings(BaseModel):
         return given and tuple(name.strip() for part in given for name in part.split(",") if name.strip())
 
 
+class RunFile(TrainSettings):
+    """A TOML file given with -c: any setting, and what to train on what, and where to write it."""
+
+    base: Annotated[
+        str | None,
+        Field(
+            description="A model folder, a .gguf file, a hub id (org/name@revision), or smollm2-135m.",
+            examples=["smollm2-135m"],
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        Field(
+            description="A file of examples, a folder with train, valid and test files, or 'builtin'.",
+            examples=["my.jsonl"],
+        ),
+    ] = None
+    out: Annotated[str, Field(description="The run folder to write.")] = "runs/run"
+
+
 def settings_from(given: Mapping[str, Any]) -> TrainSettings:
     """Settings with `given` fields set. Raises SettingsError listing every one that cannot be, by its flag."""
     try:
         return TrainSettings(**given)
     except ValidationError as error:
-        lines = [
-            f"--{str(found['loc'][0]).replace('_', '-')} {found['input']!r}: {found['msg'].lower()}"
-            for found in error.errors()
-        ]
-        raise SettingsError("\n".join(lines)) from error
+        wrong = [_told("--" + str(found["loc"][0]).replace("_", "-"), found) for found in error.errors()]
+        raise SettingsError("\n".join(wrong)) from error
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The settings a TOML file gives, by name. Raises SettingsError listing every one that cannot be, by its line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = {key.replace("-", "_"): value for key, value in tomllib.loads(text).items()}
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: there is no such file: 'lorafit settings' prints one to start from") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: not TOML ({error}): 'lorafit settings' prints a file to start from") from error
+    try:
+        RunFile(**found)
+    except ValidationError as error:
+        wrong = [_told(f"{path}:{_line_of(str(each['loc'][0]), text)}: {each['loc'][0]}", each)
+                 for each in error.errors()]  # fmt: skip
+        raise SettingsError("\n".join(wrong)) from error
+    return found
+
+
+def _line_of(key: str, text: str) -> int:
+    """The line a key stands on, whichever way it is written there."""
+    written = re.compile(rf"\s*[\"']?\[*{re.escape(key).replace('_', '[-_]')}\b")
+    return next((number for number, line in enumerate(text.splitlines(), 1) if written.match(line)), 1)
+
+
+def _told(where: str, found: Mapping[str, Any]) -> str:
+    """One complaint of pydantic's as a line: where, what was given, what is wanted."""
+    if found["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(found["loc"][0]), RunFile.model_fields, 1)
+        meant = f"did you mean {near[0]}?" if near else "'lorafit settings' lists them all"
+        return f"{where}: no such setting: {meant}"
+    return f"{where} {found['input']!r}: {found['msg'].lower()}"
+
+
+def template() -> str:
+    """A TOML file that sets nothing: every setting with its default and what it means, commented out."""
+    lines = ["# Take the # away from what you want to set. Flags beat this file: lorafit train -c FILE", ""]
+    for name, field in (*_first(), *TrainSettings.model_fields.items()):
+        value = (field.examples or [None])[0] if field.default is None else field.default
+        note = " By rule where nothing is set." if name in BY_RULE else ""
+        lines += [f"# {line}" for line in textwrap.wrap(f"{field.description}{note}", 100)]
+        lines += [f"# {name} = {json.dumps(value)}", ""]
+    return "\n".join(lines)
+
+
+def _first() -> list[tuple[str, FieldInfo]]:
+    own = set(RunFile.model_fields) - set(TrainSettings.model_fields)
+    return [(name, field) for name, field in RunFile.model_fields.items() if name in own]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import lorafit
-from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, show, train
+from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, settings, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
 app = typer.Typer(
@@ -68,18 +68,19 @@ def _start(
 ) -> None: ...
 
 
-for _name, _verb in (
-    ("data", data.data),
-    ("plan", plan.plan),
-    ("train", train.train),
-    ("eval", evaluate.evaluate),
-    ("chat", chat.chat),
-    ("show", show.show),
-    ("demo", demo.demo),
-    ("doctor", doctor.doctor),
-    ("bases", bases.bases),
+for _name, _verb, _summary in (
+    ("demo", demo.demo, "The whole story on built-in data, in eight minutes."),
+    ("doctor", doctor.doctor, "What this machine has, what will be slow."),
+    ("bases", bases.bases, "The bases at hand, and what they take on disk."),
+    ("data", data.data, "Check and describe your examples."),
+    ("plan", plan.plan, "What a run would do and cost, with reasons."),
+    ("train", train.train, "The main job: examples to a proven adapter."),
+    ("eval", evaluate.evaluate, "Compare an adapter on other examples."),
+    ("chat", chat.chat, "Ask an adapter and its base."),
+    ("show", show.show, "What is in a run, adapter, plan or base."),
+    ("settings", settings.settings, "Everything that can be set, as a file."),
 ):
-    app.command(_name)(_reported(_verb))
+    app.command(_name, short_help=_summary)(_reported(_verb))
 
 
 def main() -> None:

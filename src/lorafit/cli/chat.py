@@ -18,7 +18,11 @@ def chat(
         bool, typer.Option("--accept-unknown-base", help="Attach an adapter that does not say whose it is.")
     ] = False,
 ) -> None:
-    """Talk to an adapter and its base, rendered as it was trained. /help says what else can be typed."""
+    """Talk to an adapter and its base, rendered as it was trained. /help says what else can be typed.
+
+    \b
+    lorafit chat runs/mine
+    """
     from lorafit.base import open_base
     from lorafit.chat import HELP, Chat
     from lorafit.cli.console import Terminal

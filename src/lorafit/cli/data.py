@@ -7,30 +7,38 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafit.cli.flags import JSON, with_settings
+from lorafit.cli.flags import DATA, JSON, with_settings
 
 
 @with_settings("columns", "skip_bad", "system", "seed", "val_share", "max_length")
 def data(
-    path: Annotated[
-        str, typer.Argument(help="A file of examples, a folder with train, valid and test files, or 'builtin'.")
-    ],
+    data: DATA = None,
     base: Annotated[
-        str, typer.Option(help="Count tokens and show one example as this base sees them; 'none' for no base.")
-    ] = "smollm2-135m",
+        str | None,
+        typer.Option(
+            help="Count tokens and show one example as this base sees them; 'none' for no base. [default: smollm2-135m]"
+        ),
+    ] = None,
     *,
     json: JSON = False,
     settings: dict[str, Any],
 ) -> None:
-    """Check examples and describe them: counts, lengths, duplicates, overlap, one example as the model sees it."""
+    """Check examples and describe them: counts, lengths, duplicates, overlap, one example as the model sees it.
+
+    \b
+    lorafit data my.jsonl
+    lorafit data folder --base none --skip-bad
+    """
     from lorafit.base import is_at_hand, open_tokenizer
     from lorafit.cli.console import Terminal
     from lorafit.data.render import Renderer
     from lorafit.pipeline import prepare, render_all
     from lorafit.settings import settings_from
 
+    assert data is not None  # with_settings sees to it
+    base = base or "smollm2-135m"
     terminal, chosen = Terminal(json), settings_from(settings)
-    examples, report = prepare(path, chosen, terminal)
+    examples, report = prepare(data, chosen, terminal)
     tokens: dict[str, dict[str, int]] = {}
     if base != "none" and (base != "smollm2-135m" or is_at_hand(base)):
         renderer = Renderer(

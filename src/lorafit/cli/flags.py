@@ -1,4 +1,4 @@
-"""Flags made from TrainSettings, so that a setting is declared once."""
+"""Flags made from the settings, so that a setting is declared once."""
 
 from __future__ import annotations
 
@@ -6,42 +6,70 @@ import inspect
 import typing
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorafit.settings import TrainSettings
+from lorafit.errors import SettingsError
+from lorafit.settings import BY_RULE, RunFile, read_run_file
 
 JSON = Annotated[bool, typer.Option("--json", help="Make the last line of output one JSON object.")]
+BASE = Annotated[str | None, typer.Argument(metavar="BASE", help=RunFile.model_fields["base"].description)]
+DATA = Annotated[str | None, typer.Argument(metavar="DATA", help=RunFile.model_fields["data"].description)]
+OUT = Annotated[
+    str | None,
+    typer.Option(help=f"{RunFile.model_fields['out'].description} [default: {RunFile.model_fields['out'].default}]"),
+]
+CONFIG = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A TOML file of settings ('lorafit settings'); flags beat it.")
+]
 
 
 def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the parameter `settings` of a verb by one flag per setting (or per chosen one); it receives those that
-    were given."""
-    names = chosen or tuple(TrainSettings.model_fields)
+    were given, there or in the file named by its parameter `config`. `base`, `data` and `out`, where the verb has
+    them, may come from the file as well."""
+    names = chosen or tuple(name for name in RunFile.model_fields if name not in {"base", "data", "out"})
 
     def change(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def run(**kwargs: Any) -> None:
-            given = {name: kwargs.pop(name) for name in names}
-            command(**kwargs, settings={name: value for name, value in given.items() if value is not None})
-
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
         flags = [_flag(name) for name in names]
-        run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
+
+        @wraps(command)
+        def run(**kwargs: Any) -> None:
+            config = kwargs.pop("config", None)
+            named = read_run_file(config) if config else {}
+            for name in ("base", "data", "out"):
+                default = named.pop(name, RunFile.model_fields[name].default)
+                if name in kwargs and kwargs[name] is None:
+                    kwargs[name] = default
+            missing = [p.name for p in own if p.annotation in (BASE, DATA) and kwargs[p.name] is None]
+            if missing:
+                raise SettingsError(" and ".join(name.upper() for name in missing) + ": missing: name "
+                                    + ("it" if len(missing) == 1 else "them") + " on the command line, or in a file "
+                                    "given with -c")  # fmt: skip
+            given = {name: kwargs.pop(name) for name in names}
+            command(**kwargs, settings=named | {name: value for name, value in given.items() if value is not None})
+
+        taken = [*own, _CONFIG, *flags]
+        run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in taken}
         return run
 
     return change
 
 
+_CONFIG = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG)
+
+
 def _flag(name: str) -> inspect.Parameter:
-    field = TrainSettings.model_fields[name]
+    field = RunFile.model_fields[name]
     plain = [kind for kind in typing.get_args(field.annotation) if kind is not type(None)] or [field.annotation]
     kind: Any = field.annotation if typing.get_origin(field.annotation) is typing.Literal else plain[0]
     if typing.get_origin(kind) is tuple:
         kind = list[str]
-    default = "by rule" if field.default is None and name not in {"system", "targets", "columns"} else field.default
+    default = "by rule" if name in BY_RULE else field.default
     if kind is bool:
         default = None  # off, as any switch
     text = f"{field.description}" + (f" [default: {default}]" if default is not None else "")

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from lorafit.cli.flags import JSON, with_settings
+from lorafit.cli.flags import BASE, DATA, JSON, with_settings
 
 
 @with_settings()
-def plan(
-    base: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2-135m.")],
-    data: Annotated[
-        str, typer.Argument(help="A file of examples, a folder with train, valid and test files, or 'builtin'.")
-    ],
-    *,
-    json: JSON = False,
-    settings: dict[str, Any],
-) -> None:
-    """Print the plan of a run with its reasons: sites, rank, learning rate, steps. Trains nothing."""
-    from dataclasses import asdict
+def plan(base: BASE = None, data: DATA = None, *, json: JSON = False, settings: dict[str, Any]) -> None:
+    """Print the plan of a run with its reasons: sites, rank, learning rate, steps, time, memory. Trains nothing.
 
+    \b
+    lorafit plan smollm2-135m my.jsonl
+    lorafit plan -c my.toml
+    """
     from lorafit.cli.console import Terminal
-    from lorafit.pipeline import open_all
-    from lorafit.settings import settings_from
 
-    terminal = Terminal(json)
-    opened = open_all(base, data, settings_from(settings), terminal)
-    decision = opened.decision
-    terminal.finish({
-        "base": opened.base.name,
-        "trainable_parameters": decision.plan.parameters,
-        "bytes": decision.plan.bytes,
-        "flops_per_token": decision.plan.flops_per_token,
-        "recipe": asdict(decision.recipe),
-        "choices": [asdict(choice) for choice in decision.choices],
-        **decision.plan.to_json(),
-    })  # fmt: skip
+    assert base is not None and data is not None  # with_settings sees to it
+    show_plan(Terminal(json), base, data, settings)
+
+
+def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any]) -> None:
+    """The plan and what it costs."""
+    from lorafit.cli.console import clock
+    from lorafit.pipeline import run_planning
+
+    found = run_planning(base, data, settings, terminal)
+    cost, steps = found["forecast"], found["recipe"]["steps"]
+    terminal.say(
+        f"training takes about {clock(cost['seconds'])} here: {steps} steps of {cost['step']:.2f} s, validations of "
+        f"{cost['validation']:.1f} s (a few were tried); the evaluation comes on top"
+    )
+    memory = f"at most about {cost['peak_gb']:.1f} GB of memory, " if cost["peak_gb"] else ""
+    terminal.say(f"{memory}{cost['disk'] / 1e6:.0f} MB in the run folder")
+    terminal.finish(found)

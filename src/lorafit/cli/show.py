@@ -13,7 +13,12 @@ from lorafit.cli.flags import JSON
 def show(
     path: Annotated[Path, typer.Argument(help="A run, an adapter folder, a plan.json, or a base.")], json: JSON = False
 ) -> None:
-    """Print a run, an adapter, a plan or a base in a few lines."""
+    """Print a run, an adapter, a plan or a base in a few lines.
+
+    \b
+    lorafit show runs/mine
+    lorafit show smollm2-135m
+    """
     from lorafit.cli.console import Terminal
     from lorafit.shown import shown
 

@@ -7,30 +7,42 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafit.cli.flags import JSON, with_settings
+from lorafit.cli.flags import BASE, DATA, JSON, OUT, with_settings
 
 
 @with_settings()
 def train(
-    base: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2-135m.")],
-    data: Annotated[
-        str, typer.Argument(help="A file of examples, a folder with train, valid and test files, or 'builtin'.")
-    ],
+    base: BASE = None,
+    data: DATA = None,
     *,
-    out: Annotated[Path, typer.Option(help="The run folder to write.")] = Path("runs/run"),
+    out: OUT = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from where it stopped.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it costs; train and write nothing.")
     ] = False,
     json: JSON = False,
     settings: dict[str, Any],
 ) -> None:
-    """Check the data, plan, train, evaluate against the base on held-out data, write the adapter."""
+    """Check the data, plan, train, evaluate against the base on held-out data, write the adapter.
+
+    \b
+    lorafit train smollm2-135m my.jsonl --out runs/mine
+    lorafit train smollm2-135m my.csv --columns prompt=question --columns completion=answer
+    lorafit train -c my.toml --rank 16 --dry-run
+    """
     from lorafit.cli.console import Terminal
+    from lorafit.cli.plan import show_plan
     from lorafit.pipeline import run_training
 
+    assert base is not None and data is not None and out is not None  # with_settings sees to it
     terminal = Terminal(json)
-    summary = run_training(base, data, out, settings, resume=resume, listener=terminal)
-    conclude(terminal, summary, out, [])
+    if dry_run:
+        show_plan(terminal, base, data, settings)
+        return
+    summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal)
+    conclude(terminal, summary, Path(out), [])
 
 
 def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str]) -> None:

@@ -3,6 +3,7 @@
 from lorafit.pipeline.evaluating import run_evaluation as run_evaluation
 from lorafit.pipeline.listener import Listener as Listener
 from lorafit.pipeline.listener import Silent as Silent
+from lorafit.pipeline.planning import run_planning as run_planning
 from lorafit.pipeline.preparing import open_all as open_all
 from lorafit.pipeline.preparing import prepare as prepare
 from lorafit.pipeline.preparing import render_all as render_all

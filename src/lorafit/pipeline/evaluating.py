@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lorafit.base import open_base
@@ -20,45 +21,46 @@ from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import render_all, require_passing, sifted
 from lorafit.pipeline.scores import scores_json
 from lorafit.run import DTYPES, remembered
+from lorafit.settings import settings_from
 
 
 def run_evaluation(
     base_name: str | None,
     adapter_folder: Path,
     data: str,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     *,
     against: Path | None = None,
     split: str = "test",
-    few_shot: int = 0,
     answers: Path | None = None,
-    dtype: str = "auto",
-    max_length: int = 1024,
     accept_unknown_base: bool = False,
-    columns: Sequence[str] = (),
-    skip_bad: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Score an adapter against its base, or another adapter, on examples; returns the summary.
 
-    A single file is scored whole; of a folder, `split`. The base is the one the adapter names, unless given. With
-    `answers` every question is answered, and the answers go there, one JSON object a line.
+    settings: fields of TrainSettings that bear on an evaluation: few_shot (by default as many as in a run, where the
+    folder has training examples), dtype, max_length, columns, skip_bad. A single file is scored whole; of a folder,
+    `split`. The base is the one the adapter names, unless given. With `answers` every question is answered, and the
+    answers go there, one JSON object a line.
     """
     listener = listener or Silent()
     if answers is not None:
         make_folder(answers.parent)
     keep_freed_memory()
     start = time.monotonic()
+    resolved = settings_from(settings)
     adapter_folder = peft.adapter_folder(adapter_folder)
     adapter = peft.read(adapter_folder)
     other = peft.read(peft.adapter_folder(against)) if against else None
-    examples = read_examples(data, columns, skip_bad)
+    examples = read_examples(data, resolved.columns or (), resolved.skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
     single = Path(data).is_file()
     chosen = examples.train if single else examples.by_name()[split]
     if not chosen:
         raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
-    if few_shot and (single or split == "train"):
+    may_show = not single and split != "train"
+    if settings.get("few_shot") and not may_show:
         raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
                             "--split train, or the base would be shown the questions it is asked")  # fmt: skip
     seen = remembered(adapter_folder.parent, [e.question for e in chosen])
@@ -67,21 +69,22 @@ def run_evaluation(
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
-    base = open_base(name, None if dtype == "auto" else DTYPES[dtype], listener.say)
+    base = open_base(name, None if resolved.dtype == "auto" else DTYPES[resolved.dtype], listener.say)
     before = base.integrity()
     renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
     if adapter.rendering:
         renderer.require(adapter.rendering)
     rows: dict[str, list[Row]] = {}
-    picked = sifted(Examples(chosen), require_passing, skip_bad, listener)
-    picked = sifted(picked, lambda e: rows.update(render_all(renderer, e, max_length)), skip_bad, listener)
+    picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
+    picked = sifted(picked, lambda e: rows.update(render_all(renderer, e, resolved.max_length)), resolved.skip_bad,
+                    listener)  # fmt: skip
     if other and other.rendering and other.rendering != adapter.rendering:
         raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
                            "no one rendering is what both have learnt; evaluate each against the base")  # fmt: skip
     loaded = time.monotonic()
     comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
-                         shots=few_shot, answer_all=answers is not None, watch=listener.watch,
-                         accept_unknown_base=accept_unknown_base)  # fmt: skip
+                         shots=resolved.few_shot if may_show else 0, answer_all=answers is not None,
+                         watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip
     if answers is not None:
         write_text(answers, _lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
