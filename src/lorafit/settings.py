@@ -26,8 +26,11 @@ class TrainSettings(BaseModel):
 
     targets: Annotated[
         tuple[str, ...] | None,
-        Field(description="Where to adapt: ends of module paths, as in q_proj,v_proj; * stands for any.", examples=[["q_proj", "v_proj"]]),
-    ] = None  # fmt: skip
+        Field(
+            description="Where to adapt: ends of module paths, as in q_proj,v_proj; * stands for any.",
+            examples=[["q_proj", "v_proj"]],
+        ),
+    ] = None
     variant: Annotated[Literal["lora", "dora"], Field(description="Method of adaptation.")] = "lora"
     rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.", examples=[16])] = None
     alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
