@@ -18,10 +18,11 @@ from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import make_folder, read_json, write_json
 from lorafit.settings import TrainSettings, settings_from
 
-RUN, PLAN, SUMMARY = "run.json", "plan.json", "summary.json"
+RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
-WRITTEN = {RUN, PLAN, SUMMARY, METRICS, SCORES, CHECKPOINTS, ADAPTER}  # all there is in a run folder
-TRAINED_ON = "trained_on.json"
+PICTURES = tuple(f"report-{name}.png" for name in ("curves", "scores", "examples"))
+WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, *PICTURES}  # all in a run folder
+ANSWERS, TRAINED_ON = "answers.jsonl", "trained_on.json"  # below SCORES
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

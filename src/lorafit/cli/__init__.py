@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import lorafit
-from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, settings, show, train
+from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, report, settings, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
 app = typer.Typer(
@@ -77,6 +77,7 @@ for _name, _verb, _summary in (
     ("train", train.train, "The main job: examples to a proven adapter."),
     ("eval", evaluate.evaluate, "Compare an adapter on other examples."),
     ("chat", chat.chat, "Ask an adapter and its base."),
+    ("report", report.report, "A page about a run, or several compared."),
     ("show", show.show, "What is in a run, adapter, plan or base."),
     ("settings", settings.settings, "Everything that can be set, as a file."),
 ):

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.report.card import interval
+from lorafit.report.words import clock, interval, percent, verdict
 
 if TYPE_CHECKING:
     from lorafit.data.render import Renderer, Row
@@ -116,14 +116,9 @@ class Terminal:
         """One example as the model sees it: trained tokens green and underlined, the others dim."""
         marks = "green, underlined" if self.out.is_terminal else "between >>> and <<<"
         text = Text(f"one example as the model sees it; what is trained is {marks}:\n")
-        start = 0
-        for i in range(1, len(row.ids) + 1):
-            if i == len(row.ids) or row.trained[i] != row.trained[start]:
-                piece = renderer.tokenizer.decode(row.ids[start:i])
-                if not self.out.is_terminal and row.trained[start]:
-                    piece = f">>>{piece}<<<"  # colours do not survive a pipe
-                text.append(piece, style="green underline" if row.trained[start] else "dim")
-                start = i
+        for piece, trained in renderer.pieces(row):
+            shown = f">>>{piece}<<<" if trained and not self.out.is_terminal else piece  # colours do not survive a pipe
+            text.append(shown, style="green underline" if trained else "dim")
         self.out.print(text)
 
     def results(self, summary: Mapping[str, Any]) -> None:
@@ -182,16 +177,6 @@ class Terminal:
             print(json.dumps(summary, allow_nan=False))
 
 
-def verdict(ci95: Sequence[float] | None) -> str:
-    """What an interval of NLL differences, adapter − base, allows to say."""
-    if ci95 is None:
-        return "too few examples to tell"
-    low, high = ci95
-    if low == high == 0:
-        return "the same: it changes nothing"
-    return "better" if high < 0 else "worse" if low > 0 else "not shown to differ"
-
-
 def clipped(text: str, longest: int = 240) -> str:
     """Long text cut at a word, and said so."""
     return text if len(text) <= longest else text[:longest].rpartition(" ")[0] + " …"
@@ -208,15 +193,6 @@ def end_bars() -> None:
     """Stop what is being drawn, so that an error is the last thing on the screen."""
     for bar in list(_drawn):
         bar.stop()
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds; a question mark before the first measurement."""
-    return "?" if math.isnan(seconds) else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def quiet_libraries() -> None:

@@ -23,8 +23,8 @@ def plan(base: BASE = None, data: DATA = None, *, json: JSON = False, settings: 
 
 def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any]) -> None:
     """The plan and what it costs."""
-    from lorafit.cli.console import clock
     from lorafit.pipeline import run_planning
+    from lorafit.report.words import clock
 
     found = run_planning(base, data, settings, terminal)
     cost, steps = found["forecast"], found["recipe"]["steps"]

@@ -74,6 +74,12 @@ class Renderer:
         digest = hashlib.sha256(self.template.encode()).hexdigest()
         return Rendering(digest, self.system)
 
+    def pieces(self, row: Row) -> list[tuple[str, bool]]:
+        """The text of a row as the model sees it, in pieces, each with whether it is trained."""
+        cuts = [i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]]
+        spans = zip([0, *cuts], [*cuts, len(row.ids)], strict=True)
+        return [(self.tokenizer.decode(row.ids[start:end]), row.trained[start]) for start, end in spans]
+
     def require(self, rendering: Rendering) -> None:
         """Raise BaseError where an adapter was trained with another template than this one."""
         if rendering.template_hash != self.rendering.template_hash:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lorafit.base import open_base
-from lorafit.data.examples import Example, Examples, read_examples
+from lorafit.data.examples import Examples, read_examples
 from lorafit.data.render import Row, renderer_for
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
-from lorafit.evaluation.compare import Comparison, compare
+from lorafit.evaluation.compare import compare
 from lorafit.files import make_folder, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import render_all, require_passing, sifted
-from lorafit.pipeline.scores import scores_json
+from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.run import DTYPES, remembered
 from lorafit.settings import settings_from
 
@@ -86,7 +85,7 @@ def run_evaluation(
                          shots=resolved.few_shot if may_show else 0, answer_all=answers is not None,
                          watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip
     if answers is not None:
-        write_text(answers, _lines(picked.train, comparison))
+        write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
     done = time.monotonic()
     return {
@@ -101,17 +100,3 @@ def run_evaluation(
         "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
         "peak_rss_gb": peak_gb(),
     }
-
-
-def _lines(examples: Sequence[Example], comparison: Comparison) -> str:
-    """Questions, answers and the NLL of each, as JSON lines."""
-    few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
-    answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
-    lines = []
-    for i, base, base_few_shot, adapter in answered:
-        nll = dict(zip(("base", "adapter"), comparison.nll_of_each[i], strict=True))
-        one = {"question": examples[i].messages[-2].content, "reference": examples[i].answer,
-               "group": examples[i].group, "base": base, "base_few_shot": base_few_shot, "adapter": adapter,
-               "nll": nll}  # fmt: skip
-        lines.append(json.dumps(one, ensure_ascii=False) + "\n")
-    return "".join(lines)

@@ -29,6 +29,7 @@ class Opened:
 
     base: Base
     examples: Examples
+    report: DataReport
     renderer: Renderer
     rows: dict[str, list[Row]]
     decision: Decision
@@ -38,7 +39,7 @@ class Opened:
 def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
     start = time.monotonic()
-    examples, _ = prepare(data, settings, listener)
+    examples, report = prepare(data, settings, listener)
     dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
     base = open_base(base_name, dtype, listener.say)
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
@@ -55,7 +56,7 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
     listener.plan(decision.choices)
-    return Opened(base, examples, renderer, rows, decision, time.monotonic() - start)
+    return Opened(base, examples, report, renderer, rows, decision, time.monotonic() - start)
 
 
 def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Examples, DataReport]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lorafit.data.examples import Example
+from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.compare import Comparison
 from lorafit.evaluation.statistics import wilson
+from lorafit.records import AnswerScore
 
 
 def scores_json(comparison: Comparison) -> dict[str, Any]:
@@ -22,7 +27,9 @@ def scores_json(comparison: Comparison) -> dict[str, Any]:
             "base_few_shot": few.accuracy if few else None,
             "adapter": adapter.accuracy,
             "shuffled_control": None,
-            "ci95": list(wilson(adapter.right * adapter.groups / adapter.n, adapter.groups)) if adapter.n else None,
+            "ci95": _interval(adapter),
+            "ci95_base": _interval(base),
+            "ci95_base_few_shot": _interval(few) if few else None,
             "n": adapter.n,
             "few_shot_examples": comparison.shots,
         },
@@ -30,3 +37,30 @@ def scores_json(comparison: Comparison) -> dict[str, Any]:
         "natural_stops": adapter.natural_stops / len(adapter.answers) if adapter.answers else None,
         "samples": [asdict(sample) for sample in comparison.samples],
     }
+
+
+def _interval(score: AnswerScore) -> list[float] | None:
+    """Of the share of right answers; a group counts as one piece of evidence."""
+    return list(wilson(score.right * score.groups / score.n, score.groups)) if score.n else None
+
+
+def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
+    """Every test example as a JSON line: question, reference, NLL; its answers and whether they pass its check, where
+    it was answered."""
+    few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
+    answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
+    given = {i: dict(zip(("base", "base_few_shot", "adapter"), answers, strict=True)) for i, *answers in answered}
+    lines = []
+    for i, example in enumerate(examples):
+        said = given.get(i, {"base": None, "base_few_shot": None, "adapter": None})
+        one = {
+            "question": example.messages[-2].content if len(example.messages) > 1 else "",
+            "reference": example.answer,
+            "group": example.group,
+            "nll": dict(zip(("base", "adapter"), comparison.nll_of_each[i], strict=True)),
+            **said,
+        }
+        if example.check is not None:
+            one["right"] = {who: is_right(text, example.check) for who, text in said.items() if text is not None}
+        lines.append(json.dumps(one, ensure_ascii=False) + "\n")
+    return "".join(lines)

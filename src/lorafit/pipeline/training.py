@@ -17,18 +17,22 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import fresh
 from lorafit.errors import FormatError
 from lorafit.evaluation.compare import Comparison, compare
-from lorafit.files import make_folder, write_json
+from lorafit.files import make_folder, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.scores import scores_json
+from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.planning import Choice
 from lorafit.report.card import card
+from lorafit.report.page import write_report
 from lorafit.run import (
     ADAPTER,
+    ANSWERS,
+    DATA,
     PLAN,
+    REPORT,
     RUN,
     SCORES,
     SUMMARY,
@@ -85,6 +89,8 @@ def _run(
         require_same(out, _decides(opened))
     else:
         write_json(out / RUN, {**asked, **_provenance(opened), **extra})
+    if not (out / DATA).exists():
+        write_json(out / DATA, _about_data(opened))
     if not (out / PLAN).exists():
         write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
@@ -101,7 +107,8 @@ def _run(
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
     summary = _summary(opened, trained, comparison, out, seconds, opens)
-    _write(out, trained.adapter, decision.choices, summary, comparison)
+    _write(out, trained.adapter, decision.choices, summary)
+    write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
     checking = time.monotonic()
     probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
@@ -110,7 +117,15 @@ def _run(
     summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
     summary["peak_rss_gb"] = peak_gb()
     write_json(out / SUMMARY, summary)
+    write_report([out], out / REPORT)
+    listener.say(f"report: {out / REPORT}")
     return summary
+
+
+def _about_data(opened: Opened) -> dict[str, Any]:
+    """The data report, and one example as the model sees it: pieces of text, each with whether it is trained."""
+    skipped = [str(problem) for problem in opened.examples.skipped]
+    return {**asdict(opened.report), "skipped": skipped, "example": opened.renderer.pieces(opened.rows["train"][0])}
 
 
 def _decides(opened: Opened) -> dict[str, Any]:
@@ -154,13 +169,10 @@ def _summary(
     }
 
 
-def _write(
-    out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any], comparison: Comparison
-) -> None:
-    """Adapter folder and scores; what was written is read back and must be the same value."""
+def _write(out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any]) -> None:
+    """The adapter folder; what was written is read back and must be the same value."""
     kept = ("n_train", "n_valid", "n_test", "nll", "facts", "off_desk_declined", "natural_stops")
     said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
     peft.write(adapter, out / ADAPTER, card(adapter, choices, summary), said)
     if peft.read(out / ADAPTER) != adapter:
         raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: is the disk sound?")
-    write_json(out / SCORES / "test.json", asdict(comparison))

@@ -7,13 +7,7 @@ from typing import Any
 
 from lorafit.adapter import Adapter
 from lorafit.planning import Choice
-
-
-def interval(ci95: Sequence[float] | None) -> str:
-    """An interval in words; None is one that too few examples allow."""
-    if ci95 is None:
-        return "too few examples for an interval"
-    return f"95 % interval {ci95[0]:+.3f} to {ci95[1]:+.3f}"
+from lorafit.report.words import interval
 
 
 def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:

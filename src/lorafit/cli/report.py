@@ -1,0 +1,35 @@
+"""lorafit report: a page about one run, or several compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.flags import JSON
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write. [default: report.html in the run; of several, comparison.html]"),
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Write a page with scores, curves, answers, reasons and data of a run, or a comparison of several.
+
+    \b
+    lorafit report runs/mine
+    lorafit report runs/mine runs/other --out both.html
+    """
+    from lorafit.cli.console import Terminal
+    from lorafit.report.page import write_report
+    from lorafit.run import REPORT
+
+    terminal = Terminal(json)
+    chosen = out or (runs[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
+    write_report(runs, chosen)
+    terminal.say(f"written to {chosen}: open it in a browser; it needs nothing beside it")
+    terminal.finish({"report": str(chosen), "runs": [str(run) for run in runs]})

@@ -1,0 +1,161 @@
+"""The pictures of a report, drawn by matplotlib: inline SVG that follows the page's light or dark, and PNG files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lorafit.report.story import Story
+
+# Drawn in these colours; in the SVG each becomes the page's variable of that name, which differs by light and dark.
+COLOURS = {
+    "ink": "#1b1f27", "muted": "#646c79", "line": "#d9dce2", "paper": "#fefefe",
+    "base": "#b4540a", "few": "#7a4fc4", "adapter": "#0b7a6d",
+    "run1": "#0b7a6c", "run2": "#b4540b", "run3": "#7a4fc5", "run4": "#2463b0", "run5": "#a8326b", "run6": "#5d6b1a",
+}  # fmt: skip
+WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
+
+
+def curves(stories: Sequence[Story]) -> Figure | None:
+    """NLL over the steps: of one run training and validation, of several their validation. None before any step."""
+    if not any(story.training or story.validation for story in stories):
+        return None
+    figure, axes = _canvas(3.0)
+    if len(stories) == 1:
+        story = stories[0]
+        steps, smooth = _smoothed(story.training)
+        axes.plot(steps, smooth, color=COLOURS["muted"], linewidth=1, label="training (running mean)")
+    for i, story in enumerate(stories):
+        colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
+        label = "validation" if len(stories) == 1 else story.name
+        points = story.validation
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
+        best = min(points, key=lambda point: point[1])
+        axes.plot(*best, color=colour, marker="*", markersize=13, linestyle="none")
+    axes.set_xlabel("step (★ the best by validation: this is the adapter)")
+    axes.set_ylabel("NLL, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=COLOURS["ink"])
+    return figure
+
+
+def examples(story: Story) -> Figure | None:
+    """Each test example by its NLL under the base (x) and under the adapter (y)."""
+    if not story.answers:
+        return None
+    figure, axes = _canvas(3.8)
+    base = [answer["nll"]["base"] for answer in story.answers]
+    adapter = [answer["nll"]["adapter"] for answer in story.answers]
+    top = max([*base, *adapter, 1e-3]) * 1.05
+    axes.plot([0, top], [0, top], color=COLOURS["muted"], linewidth=1)
+    axes.scatter(base, adapter, s=14, color=COLOURS["adapter"], alpha=0.6, linewidths=0)
+    axes.annotate("better with the adapter", (0.97, 0.05), xycoords="axes fraction", ha="right", color=COLOURS["muted"])
+    axes.annotate("worse", (0.03, 0.92), xycoords="axes fraction", color=COLOURS["muted"])
+    axes.set_xlim(0, top)
+    axes.set_ylim(0, top)
+    axes.set_xlabel("NLL under the base")
+    axes.set_ylabel("NLL with the adapter")
+    return figure
+
+
+def scores(stories: Sequence[Story]) -> Figure | None:
+    """Share of right answers with its interval, or, where none was checked, the difference in NLL of each run."""
+    finished = [story for story in stories if story.summary is not None]
+    checked = [story for story in finished if story.summary and story.summary["facts"]["adapter"] is not None]
+    bars: list[tuple[str, float, Sequence[float] | None, str]] = []
+    if checked:
+        facts = checked[0].summary["facts"] if checked[0].summary else {}
+        if len(stories) == 1:
+            bars.append(("base", facts["base"], facts.get("ci95_base"), COLOURS["base"]))
+            if facts["base_few_shot"] is not None:
+                given = f"base, {facts['few_shot_examples']} examples"
+                bars.append((given, facts["base_few_shot"], facts.get("ci95_base_few_shot"), COLOURS["few"]))
+        for i, story in enumerate(stories):
+            if story in checked and story.summary:
+                facts = story.summary["facts"]
+                colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
+                bars.append(("adapter" if len(stories) == 1 else story.name, facts["adapter"], facts["ci95"], colour))
+    else:
+        for i, story in enumerate(stories):
+            if story.summary:
+                nll = story.summary["nll"]
+                colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
+                bars.append(("adapter" if len(stories) == 1 else story.name, nll["difference"], nll["ci95"], colour))
+    if not bars:
+        return None
+    figure, axes = _canvas(0.9 + 0.42 * len(bars))
+    for place, (_, value, interval, colour) in enumerate(reversed(bars)):
+        if interval is not None:
+            axes.plot(interval, [place, place], color=colour, linewidth=2, solid_capstyle="round")
+        axes.plot(value, place, color=colour, marker="o", markersize=8)
+    axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    if checked:
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.set_xlabel("answers right, 95 % interval")
+    else:
+        axes.axvline(0, color=COLOURS["muted"], linewidth=1)
+        axes.set_xlabel("difference in NLL to the base, 95 % interval (below 0 is better)")
+    return figure
+
+
+def run_colour(i: int) -> str:
+    """The colour of the i-th of several runs."""
+    return COLOURS[f"run{i % 6 + 1}"]
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for a page: scalable, its colours the page's variables. `name` keeps ids apart."""
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+                  count=1)  # fmt: skip
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a picture file, on white paper."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, facecolor=COLOURS["paper"], metadata={"Software": None})
+    return file.getvalue()
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(COLOURS["line"])
+    axes.grid(color=COLOURS["line"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=COLOURS["ink"], length=0)
+    axes.xaxis.label.set_color(COLOURS["ink"])
+    axes.yaxis.label.set_color(COLOURS["ink"])
+    return figure, axes
+
+
+def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Running mean over a fiftieth of the run: single steps of few examples jump about."""
+    width = max(1, len(points) // 50)
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - width) : i + width + 1]
+        means.append(sum(window) / len(window))
+    return steps, means

@@ -1,0 +1,112 @@
+"""The report: one self-contained HTML file about one run or several, its pictures as PNG files beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+import lorafit
+from lorafit.errors import RunError
+from lorafit.evaluation.statistics import paired_bootstrap
+from lorafit.files import make_folder, whole_file, write_text
+from lorafit.report import charts
+from lorafit.report.story import Story, read_story
+from lorafit.report.words import clock, interval, percent, verdict
+
+SHOWN = 6  # answers shown before the fold
+FOLDED = 60  # answers in the fold
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same test examples: mean of NLL b − a, paired, with its interval."""
+
+    a: str
+    b: str
+    difference: float
+    ci95: tuple[float, float] | None
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write the report about the runs in `folders` to `out`, pictures beside it; returns `out`.
+
+    Raises FormatError for a folder without a run, RunError where two of the names are one run.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
+    if twice:
+        raise RunError(f"{', '.join(twice)}: named more than once: name each run once")
+    stories = [read_story(folder) for folder in folders]
+    drawn = {
+        "curves": charts.curves(stories),
+        "scores": charts.scores(stories),
+        "examples": charts.examples(stories[0]) if len(stories) == 1 else None,
+    }
+    make_folder(out.parent)
+    for name, figure in drawn.items():
+        if figure is not None:
+            with whole_file(out.with_name(f"{out.stem}-{name}.png")) as file:
+                file.write_bytes(charts.png(figure))
+    pictures = {name: charts.svg(figure, name) if figure else None for name, figure in drawn.items()}
+    write_text(out, _page(stories, pictures))
+    return out
+
+
+def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict)
+    text = files("lorafit.report").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(
+        stories=stories,
+        pictures=pictures,
+        one=_one(stories[0]) if len(stories) == 1 else None,
+        pairs=pairs(stories),
+        apart=_apart(stories),
+        colours=[charts.run_colour(i) for i in range(len(stories))],
+        version=lorafit.__version__,
+    )
+
+
+def _one(story: Story) -> dict[str, Any]:
+    """What the page says about a single run beyond what its files say."""
+    answered = [answer for answer in story.answers if answer["adapter"] is not None]
+    asked = answered or [answer for answer in story.answers if answer["question"]]
+    shown = asked[:: max(1, len(asked) // SHOWN)][:SHOWN]
+    worst = sorted(story.answers, key=lambda answer: answer["nll"]["base"] - answer["nll"]["adapter"])
+    worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in story.answers)
+    sites = Counter(slot["site"]["path"].rpartition(".")[2] for slot in story.plan["slots"]) if story.plan else {}
+    return {"shown": shown, "folded": [a for a in answered if a not in shown][:FOLDED], "answered": len(answered),
+            "worst": worst[:3], "worse": worse, "sites": sites}  # fmt: skip
+
+
+def _apart(stories: Sequence[Story]) -> list[str]:
+    """What keeps the runs from being compared."""
+    found = []
+    if len({story.asked.get("base_identity") for story in stories}) > 1:
+        found.append("they stand on different bases")
+    if len({_tested(story) for story in stories if story.answers}) > 1:
+        found.append("they were tested on different examples")
+    return found
+
+
+def pairs(stories: Sequence[Story]) -> list[Pair]:
+    """Every later run against the first, where both were tested on the same examples."""
+    first, found = stories[0], []
+    for other in stories[1:]:
+        if first.answers and _tested(first) == _tested(other):
+            differences = [b["nll"]["adapter"] - a["nll"]["adapter"]
+                           for a, b in zip(first.answers, other.answers, strict=True)]  # fmt: skip
+            drawn = paired_bootstrap(differences, [answer["group"] for answer in first.answers])
+            mean = sum(differences) / len(differences)
+            found.append(Pair(first.name, other.name, mean, (drawn.low, drawn.high) if drawn else None))
+    return found
+
+
+def _tested(story: Story) -> tuple[tuple[str, str], ...]:
+    return tuple((answer["question"], answer["reference"]) for answer in story.answers)

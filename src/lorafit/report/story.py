@@ -1,0 +1,73 @@
+"""What a run folder has to tell, read for the report. An unfinished run tells what there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import FormatError
+from lorafit.files import read_json
+from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, SUMMARY, read_run
+
+
+@dataclass(frozen=True)
+class Story:
+    """The files of one run, as they are. `answers`: one record per test example; `steps`: one per step and validation.
+    `plan`, `data` and `summary` are None where the run has not come so far."""
+
+    name: str
+    folder: Path
+    asked: Mapping[str, Any]
+    plan: Mapping[str, Any] | None
+    data: Mapping[str, Any] | None
+    steps: tuple[Mapping[str, Any], ...]
+    answers: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any] | None
+
+    @property
+    def training(self) -> list[tuple[int, float]]:
+        """(step, NLL of the step's examples)."""
+        return [(line["step"], line["train_nll"]) for line in self.steps if "train_nll" in line]
+
+    @property
+    def validation(self) -> list[tuple[int, float]]:
+        """(step, mean validation NLL per example)."""
+        return [(line["step"], line["valid_nll"]) for line in self.steps if "valid_nll" in line]
+
+
+def read_story(folder: Path) -> Story:
+    """Raises FormatError where the folder holds no run, or a damaged one."""
+    if not (folder / RUN).exists():
+        raise FormatError(f"{folder}: holds no run: name a folder that 'lorafit train' or 'lorafit demo' wrote")
+    resolved = folder.resolve()
+    return Story(
+        name=f"{resolved.parent.name}/{resolved.name}",
+        folder=folder,
+        asked=read_run(folder),
+        plan=_read(folder / PLAN),
+        data=_read(folder / DATA),
+        steps=_lines(folder / METRICS),
+        answers=_lines(folder / SCORES / ANSWERS),
+        summary=_read(folder / SUMMARY),
+    )
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    found = read_json(path) if path.exists() else None
+    if found is not None and not isinstance(found, dict):
+        raise FormatError(f"{path}: not written by lorafit, or damaged: train again into another folder")
+    return found
+
+
+def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The records of a file of JSON lines; the last line of one that is being written may be half."""
+    if not path.exists():
+        return ()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return tuple(json.loads(line) for line in lines if line.endswith("\n"))
+    except ValueError as error:
+        raise FormatError(f"{path}: damaged ({error}): train again into another folder") from error
