@@ -92,8 +92,9 @@ def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> 
     out, _ = finished
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {
-        "run.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
-        "scores/test.json", "scores/test_openings.json", "scores/trained_on.json",
+        "run.json", "data.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
+        "report.html", "report-curves.png", "report-examples.png", "report-scores.png",
+        "scores/answers.jsonl", "scores/test_openings.json", "scores/trained_on.json",
         "adapter/README.md", "adapter/lorafit.json",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip

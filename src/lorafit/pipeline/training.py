@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def _decides(opened: Opened) -> dict[str, Any]:
 def _provenance(opened: Opened) -> dict[str, Any]:
     return {
         **_decides(opened),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",
         "versions": versions(),
     }

@@ -56,8 +56,6 @@ def examples(story: Story) -> Figure | None:
     top = max([*base, *adapter, 1e-3]) * 1.05
     axes.plot([0, top], [0, top], color=COLOURS["muted"], linewidth=1)
     axes.scatter(base, adapter, s=14, color=COLOURS["adapter"], alpha=0.6, linewidths=0)
-    axes.annotate("better with the adapter", (0.97, 0.05), xycoords="axes fraction", ha="right", color=COLOURS["muted"])
-    axes.annotate("worse", (0.03, 0.92), xycoords="axes fraction", color=COLOURS["muted"])
     axes.set_xlim(0, top)
     axes.set_ylim(0, top)
     axes.set_xlabel("NLL under the base")

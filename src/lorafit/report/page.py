@@ -82,7 +82,41 @@ def _one(story: Story) -> dict[str, Any]:
     worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in story.answers)
     sites = Counter(slot["site"]["path"].rpartition(".")[2] for slot in story.plan["slots"]) if story.plan else {}
     return {"shown": shown, "folded": [a for a in answered if a not in shown][:FOLDED], "answered": len(answered),
-            "worst": worst[:3], "worse": worse, "sites": sites}  # fmt: skip
+            "worst": worst[:3], "worse": worse, "sites": sites, **_scored(story.summary)}  # fmt: skip
+
+
+def _scored(summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The headline; the models a run compares, as (name, key); the interval of each one's share of right answers."""
+    if summary is None:
+        return {}
+    facts = summary["facts"]
+    models = [("base", "base")]
+    if facts["base_few_shot"] is not None:
+        models.append((f"base, {facts['few_shot_examples']} examples in its prompt", "base_few_shot"))
+    models.append(("adapter", "adapter"))
+    if facts["shuffled_control"] is not None:
+        models.append(("control: trained on shuffled answers", "shuffled_control"))
+    ends = {"base": facts.get("ci95_base"), "base_few_shot": facts.get("ci95_base_few_shot"), "adapter": facts["ci95"],
+            "shuffled_control": None}  # fmt: skip
+    return {"models": models, "ends": ends, "headline": headline(summary)}
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What a run has shown, in a sentence: about right answers where they were checked, else about their NLL."""
+    nll, facts = summary["nll"], summary["facts"]
+    if nll["ci95"] is None:
+        return "Too few test examples to tell whether the adapter helps"
+    says = verdict(nll["ci95"])
+    if facts["ci95"] is None:
+        return {"better": "The adapter predicts the answers better than its base",
+                "worse": "The adapter predicts the answers worse than its base"}.get(
+                    says, "No difference between the adapter and its base has been shown")  # fmt: skip
+    others = [ends[1] for ends in (facts.get("ci95_base"), facts.get("ci95_base_few_shot")) if ends]
+    if facts["ci95"][0] > max(others, default=1.0):
+        return "The adapter answers more questions right than its base"
+    if says == "better":
+        return "The adapter predicts the answers better than its base, but is not shown to answer more of them right"
+    return "The adapter is not shown to answer more questions right than its base"
 
 
 def _apart(stories: Sequence[Story]) -> list[str]:

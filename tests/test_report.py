@@ -1,0 +1,160 @@
+"""The report: whole in one file, true to the run, for any reader."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+from conftest import capitals, write_rows
+
+from lorafit import pipeline
+from lorafit.errors import FormatError, RunError
+from lorafit.files import read_json, write_json
+from lorafit.report import charts
+from lorafit.report.page import headline, pairs, write_report
+from lorafit.report.story import read_story
+
+PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    rows = [{**row, "note": "x"} for row in capitals(80)]
+    rows[0]["prompt"] = "What of <script>alert(1)</script> & co?"
+    data = write_rows(folder / "rows.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+        settings = {"rank": 2, "epochs": 0.5, "validations": 2, "dtype": "fp32"}
+        pipeline.run_training(str(tiny_folder), str(data), folder / "run", settings)
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(copytree(run, tmp_path / "copy"))
+
+
+def test_the_page_needs_nothing_beside_it(run: Path) -> None:
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<(?:script|link|img|iframe)\b|@import|url\((?!#)", text) == []
+    assert re.findall(r'(?:src|href)="(?!#)[^"]*"', text) == []
+    assert text.count("<svg") == 3
+
+
+def test_the_pictures_lie_beside_it(run: Path) -> None:
+    for name in ("curves", "scores", "examples"):
+        assert (run / f"report-{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_the_data_hold_is_text_and_not_markup(copy: Path) -> None:
+    data = read_json(copy / "data.json")
+    data["example"] = [["<script>alert(1)</script>", True]]
+    write_json(copy / "data.json", data)
+    answers = (copy / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    first = {**json.loads(answers[0]), "question": "<b onclick=x>", "adapter": "</dd><script>", "reference": "<i>"}
+    (copy / "scores" / "answers.jsonl").write_text("\n".join([json.dumps(first), *answers[1:], ""]), encoding="utf-8")
+    text = write_report([copy], copy / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text and "<b onclick" not in text and "<i>" not in text
+    assert "&lt;b onclick=x&gt;" in text
+
+
+def test_the_page_says_what_the_summary_says(run: Path) -> None:
+    text, summary = (run / "report.html").read_text(encoding="utf-8"), read_json(run / "summary.json")
+    said = (f"{summary['nll']['base']:.3f}", f"{summary['nll']['adapter']:.3f}", f"{summary['nll']['difference']:+.3f}",
+            "Fields that were passed over: note", "set by you", summary["base_identity"])  # fmt: skip
+    assert [one for one in said if one not in text] == []
+
+
+def test_every_test_example_is_kept_with_its_nll(run: Path) -> None:
+    story = read_story(run)
+    assert story.summary is not None
+    assert len(story.answers) == story.summary["n_test"]
+    mean = sum(answer["nll"]["adapter"] for answer in story.answers) / len(story.answers)
+    assert mean == pytest.approx(story.summary["nll"]["adapter"])
+
+
+def test_an_unfinished_run_tells_what_there_is(copy: Path) -> None:
+    for name in ("summary.json", "scores/answers.jsonl", "data.json"):
+        (copy / name).unlink()
+    with (copy / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 9')  # being written
+    text = write_report([copy], copy / "report.html").read_text(encoding="utf-8")
+    assert "This run is not finished" in text
+    assert text.count("<svg") == 1
+
+
+def test_runs_on_the_same_test_are_paired_by_example(run: Path, copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["nll"]["adapter"] -= 0.25
+    write_rows(copy / "scores" / "answers.jsonl", lines)
+    (pair,) = pairs([read_story(run), read_story(copy)])
+    assert pair.difference == pytest.approx(-0.25)
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert "Read with care" not in text
+    assert "-0.250" in text
+
+
+def test_runs_on_other_tests_are_not_paired_and_that_is_said(run: Path, copy: Path) -> None:
+    lines = (copy / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (copy / "scores" / "answers.jsonl").write_text("".join(lines[1:]), encoding="utf-8")
+    assert pairs([read_story(run), read_story(copy)]) == []
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert "tested on different examples" in text
+
+
+def test_one_run_named_twice_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="named more than once: name each run once"):
+        write_report([run, run / ".." / run.name], tmp_path / "both.html")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="holds no run: name a folder"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_is_the_same_when_it_is_written_again(copy: Path) -> None:
+    write_report([copy], copy / "report.html")
+    before = {path.name: path.read_bytes() for path in copy.glob("report*")}
+    write_report([copy], copy / "report.html")
+    assert {path.name: path.read_bytes() for path in copy.glob("report*")} == before
+
+
+@pytest.mark.parametrize("theme", [PAGE[: PAGE.index("@media (prefers")], PAGE[PAGE.index("@media (prefers") :]])
+def test_every_colour_of_the_pictures_is_known_by_light_and_dark(theme: str) -> None:
+    assert [name for name in charts.COLOURS if f"--{name}: #" not in theme] == []
+
+
+def test_no_two_colours_of_the_pictures_are_one() -> None:
+    """They are told apart by their value when the page's variables take their place."""
+    assert len(set(charts.COLOURS.values())) == len(charts.COLOURS)
+
+
+def summary(nll: list[float] | None, facts: list[float] | None, few: list[float] | None = None) -> dict[str, Any]:
+    return {
+        "nll": {"ci95": nll},
+        "facts": {"ci95": facts, "ci95_base": facts and [0.0, 0.1], "ci95_base_few_shot": few},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (summary(None, None), "Too few"),
+        (summary([-2, -1], None), "predicts the answers better than its base"),
+        (summary([1, 2], None), "predicts the answers worse"),
+        (summary([-1, 1], None), "No difference"),
+        (summary([-2, -1], [0.5, 0.9]), "answers more questions right"),
+        (summary([-2, -1], [0.5, 0.9], [0.3, 0.6]), "but is not shown to answer more"),
+        (summary([-2, -1], [0.05, 0.9]), "but is not shown to answer more"),
+        (summary([-1, 1], [0.05, 0.9]), "is not shown to answer more"),
+    ],
+)
+def test_the_headline_claims_no_more_than_was_shown(given: dict[str, Any], says: str) -> None:
+    assert says in headline(given)
