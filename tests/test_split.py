@@ -22,8 +22,8 @@ LONG = "When does the night train from the coast to the capital leave on working
 ROOT = Path(__file__).parents[1]
 
 
-def example(prompt: str, where: str = "x:1", group: str | None = None) -> Example:
-    return Example((Message("user", prompt), Message("assistant", "Yes.")), where, group=group)
+def example(prompt: str, where: str = "x:1", answer: str = "Yes.", group: str | None = None) -> Example:
+    return Example((Message("user", prompt), Message("assistant", answer)), where, group=group)
 
 
 def asked(examples: Sequence[Example]) -> list[str]:
@@ -204,6 +204,28 @@ def test_every_one_of_identical_held_out_prompts_is_named() -> None:
     held = tuple(example(LONG + " now", f"test:{i}") for i in range(3))
     given = Examples((example(LONG, "train:1"),), test=held)
     assert [where for where, _ in refused(given)] == ["test:0", "test:1", "test:2"]
+
+
+def test_near_identical_prompts_with_answers_of_their_own_are_counted_and_let_pass() -> None:
+    """ "open[yes]" and "open[no]" ask for two answers."""
+    said = "name[The Vaults], food[Italian], area[riverside], near[The Old Post Office], open[{}]".format
+    train = example(
+        said("yes"), answer="The Vaults, by the river near the post office, is an Italian place that is open."
+    )
+    other = example(said("no"), answer="Sadly closed: that riverside pasta house.")
+    assert require_apart(Examples((train,), (), (other,))) == 1
+    alike = example(
+        said("no"), answer="The Vaults, by the river near the post office, is an Italian place that is shut."
+    )
+    with pytest.raises(DataError, match="near-identical"):
+        require_apart(Examples((train,), (), (alike,)))
+
+
+def test_one_prompt_on_two_sides_is_refused_whatever_its_answers() -> None:
+    with pytest.raises(DataError, match="near-identical"):
+        require_apart(
+            Examples((example(LONG, answer="yes"),), (), (example(LONG + "?", answer="quite another thing"),))
+        )
 
 
 def test_near_identical_prompts_on_one_side_are_no_problem() -> None:

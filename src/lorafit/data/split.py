@@ -20,6 +20,7 @@ from lorafit.data.examples import Example, Examples
 from lorafit.errors import DataError, Problem
 
 SIMILAR = 0.85
+ALIKE = 0.5  # of answers
 _FORM = r"[^\w+*/%=<>^~|&#@$€£°-]+|_+"  # how a thing is written, not what: "12+5?" and "12-5?" stay two questions
 _BANDS, _ROWS = 32, 4  # a pair at 0.85 shares a band with probability 1 - (1 - 0.85⁴)³² = 1 - 1e-10
 _PRIME = (1 << 31) - 1
@@ -131,21 +132,29 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
     return examples.with_splits(sides)
 
 
-def require_apart(examples: Examples) -> None:
-    """Raise DataError naming every example of valid or test whose prompt is near-identical to one it is judged
-    apart from: training for both, and validation for test."""
+def require_apart(examples: Examples) -> int:
+    """Raise DataError naming every example of valid or test that is near-identical to one it is judged apart from:
+    training for both, and validation for test.
+
+    Near-identical are examples whose prompts are, unless the prompts differ at all and their answers are different
+    (similarity below 0.5): "open[yes]" and "open[no]" ask for two answers. Returns how many of those there are.
+    """
     everything = [(side, example) for side, split in examples.by_name().items() for example in split]
     near: dict[int, int] = {}  # an example, and the one it is reported for
     same: dict[int, list[int]] = defaultdict(list)  # those identical to an earlier one, which stands for them
+    different: set[int] = set()
 
-    def wanted(i: int, j: int) -> bool:
+    def apart(i: int, j: int) -> bool:
         return everything[i][0] != everything[j][0] and j not in near
 
-    for i, j in near_pairs([example.question for _, example in everything], wanted):
-        if wanted(i, j):
+    for i, j in near_pairs([example.question for _, example in everything], apart):
+        if not apart(i, j):
+            if everything[i][0] == everything[j][0]:
+                same[i].append(j)
+        elif _alike(everything[i][1], everything[j][1]):
             near[j] = i
-        elif everything[i][0] == everything[j][0]:
-            same[i].append(j)
+        else:
+            different.add(j)
     for i, twins in same.items():
         if i in near:
             near |= dict.fromkeys(twins, near[i])
@@ -156,6 +165,14 @@ def require_apart(examples: Examples) -> None:
         problems.append(Problem(other.where, what, f"remove one of the two: {side_j} would not be held out"))
     if problems:
         raise DataError(problems)
+    return len(different)
+
+
+def _alike(one: Example, other: Example) -> bool:
+    """Of two examples with near-identical prompts: whether knowing one is knowing the other."""
+    if shingles(one.question) == shingles(other.question):
+        return True
+    return similarity(shingles(one.answer), shingles(other.answer)) >= ALIKE
 
 
 def largest_similarity(held_out: Iterable[str], trained: Iterable[str]) -> float:

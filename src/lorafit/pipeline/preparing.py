@@ -64,8 +64,14 @@ def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Exa
     examples = read_examples(data, settings.columns or (), settings.skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
-    for check in (require_passing, require_apart):
-        examples = sifted(examples, check, settings.skip_bad, listener)
+    different: list[int] = []
+    examples = sifted(examples, require_passing, settings.skip_bad, listener)
+    examples = sifted(examples, lambda e: different.append(require_apart(e)), settings.skip_bad, listener)
+    if different[-1]:
+        listener.say(
+            f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own: as "
+            "it must be in data to text; elsewhere such a test may be easier than life"
+        )
     examples = complete(examples, settings.seed, settings.val_share)
     report = describe(examples)
     listener.data(report)
