@@ -69,8 +69,8 @@ def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Exa
     examples = sifted(examples, lambda e: different.append(require_apart(e)), settings.skip_bad, listener)
     if different[-1]:
         listener.say(
-            f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own: as "
-            "it must be in data to text; elsewhere such a test may be easier than life"
+            f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own, "
+            "as it must be in data to text; elsewhere such a test may be easier than life"
         )
     examples = complete(examples, settings.seed, settings.val_share)
     report = describe(examples)
