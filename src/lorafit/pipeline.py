@@ -24,7 +24,7 @@ import transformers
 import lorafit
 from lorafit.adapter import Adapter
 from lorafit.attachment import fired, fresh, require_fired
-from lorafit.base import Base, fastest_dtype, open_base
+from lorafit.base import Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Example, Examples, read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
@@ -85,6 +85,7 @@ class Opened:
 def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
     start = time.monotonic()
+    require_base(base_name)
     examples, _ = prepare(data, settings, listener)
     dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
     base = open_base(base_name, dtype, listener.say)
@@ -257,7 +258,7 @@ def _open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], re
         if not known.exists():
             raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
         if (out / SUMMARY).exists():
-            raise RunError(f"{out}: this run is finished: lorafit show {out}")
+            raise RunError(f"{out}: this run is finished: see lorafit show {out}")
         asked = read_run(out)
         stored = settings_from(asked["settings"])
         settings_from(given)  # a name or value that cannot be is told as in a new run
@@ -391,7 +392,8 @@ def _write(
     said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
     peft.write(adapter, out / "adapter", card(adapter, choices, summary), said)
     if peft.read(out / "adapter") != adapter:
-        raise FormatError(f"{out / 'adapter'}: what was read back differs from what was written: is the disk sound?")
+        raise FormatError(f"{out / 'adapter'}: what was read back differs from what was written: check the disk, "
+                          "and train again")  # fmt: skip
     write_json(out / "scores" / "test.json", asdict(comparison))
 
 
@@ -460,6 +462,9 @@ def run_evaluation(
     adapter_folder = peft.adapter_folder(adapter_folder)
     adapter = peft.read(adapter_folder)
     other = peft.read(peft.adapter_folder(against)) if against else None
+    if other and other.rendering and other.rendering != adapter.rendering:
+        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
+                           "evaluate each against the base, no one rendering is what both have learnt")  # fmt: skip
     examples = read_examples(data, columns, skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
@@ -476,17 +481,14 @@ def run_evaluation(
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
+    picked = _sifted(Examples(chosen), _require_passing, skip_bad, listener)
     base = open_base(name, None if dtype == "auto" else DTYPES[dtype], listener.say)
     before = base.integrity()
     renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
     if adapter.rendering:
         renderer.require(adapter.rendering)
     rows: dict[str, list[Row]] = {}
-    picked = _sifted(Examples(chosen), _require_passing, skip_bad, listener)
     picked = _sifted(picked, lambda e: rows.update(render_all(renderer, e, max_length)), skip_bad, listener)
-    if other and other.rendering and other.rendering != adapter.rendering:
-        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
-                           "no one rendering is what both have learnt; evaluate each against the base")  # fmt: skip
     loaded = time.monotonic()
     comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
                          shots=few_shot, watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip

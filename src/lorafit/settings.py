@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -58,8 +59,25 @@ def settings_from(given: Mapping[str, Any]) -> TrainSettings:
     try:
         return TrainSettings(**given)
     except ValidationError as error:
-        lines = [
-            f"--{str(found['loc'][0]).replace('_', '-')} {found['input']!r}: {found['msg'].lower()}"
-            for found in error.errors()
-        ]
-        raise SettingsError("\n".join(lines)) from error
+        raise SettingsError("\n".join(_said(dict(found)) for found in error.errors())) from error
+
+
+BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
+         "string": "text", "tuple": "a list"}  # fmt: skip
+
+
+def _said(found: dict[str, Any]) -> str:
+    """One fault that pydantic found, in words: the flag, what was given, what to choose instead."""
+    name, kind = str(found["loc"][0]), found["type"]
+    given = f"--{name.replace('_', '-')} {found['input']!r}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, TrainSettings.model_fields, n=1)
+        fix = f"did you mean --{near[0].replace('_', '-')}?" if near else "see lorafit train --help"
+        return f"{given}: no such setting: {fix}"
+    if kind == "literal_error":
+        return f"{given}: unknown: choose {found['ctx']['expected'].replace(chr(39), '')}"
+    limits = [text.format(value) for rule in TrainSettings.model_fields[name].metadata
+              for key, text in BOUNDS.items() if (value := getattr(rule, key, None)) is not None]  # fmt: skip
+    wanted = KINDS.get(kind.partition("_")[0], "")
+    return f"{given}: {'out of range' if not wanted else f'not {wanted}'}: choose {' and '.join(limits) or wanted}"

@@ -23,16 +23,19 @@ def data(
     settings: dict[str, Any],
 ) -> None:
     """Check examples and describe them: counts, lengths, duplicates, overlap, one example as the model sees it."""
-    from lorafit.base import is_at_hand, open_tokenizer
+    from lorafit.base import is_at_hand, open_tokenizer, require_base
     from lorafit.cli.console import Terminal
     from lorafit.data.render import Renderer
     from lorafit.pipeline import prepare, render_all
     from lorafit.settings import settings_from
 
     terminal, chosen = Terminal(json), settings_from(settings)
+    shows = base != "none" and (base != "smollm2-135m" or is_at_hand(base))
+    if shows:
+        require_base(base)
     examples, report = prepare(path, chosen, terminal)
     tokens: dict[str, dict[str, int]] = {}
-    if base != "none" and (base != "smollm2-135m" or is_at_hand(base)):
+    if shows:
         renderer = Renderer(
             open_tokenizer(base, terminal.say), examples.system if chosen.system is None else chosen.system
         )
