@@ -227,7 +227,7 @@ def _check_folder(folder: Path) -> None:
         if not isinstance(described, dict):
             problems.append("config.json is not a JSON object")
     except FileNotFoundError:
-        problems.append("config.json is missing: this is not a model folder")
+        problems.append("config.json is missing: name a model folder, or copy it")
     except (OSError, ValueError) as error:
         problems.append(f"config.json cannot be read ({error})")
     for name in sorted(path.name for path in folder.glob("*.json")):
@@ -247,7 +247,7 @@ def _check_folder(folder: Path) -> None:
             problems.append(f"{index.name} cannot be read ({error})")
     elif not list(folder.glob("*.safetensors")):
         pickles = " (pytorch_model.bin is a pickle and is never read)" if list(folder.glob("*.bin")) else ""
-        problems.append(f"no weights as safetensors{pickles}")
+        problems.append(f"no weights as safetensors{pickles}: copy them, too")
     if problems:
         raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems)
                         + "\nname the folder of a whole model; lorafit bases lists some")  # fmt: skip

@@ -89,6 +89,8 @@ class Plan:
         """A plan as `to_json` gives it. `where` names it in errors: PlanError, or FormatError for what is no plan."""
         try:
             return Plan(tuple(LowRank(**{**slot, "site": Site(**slot["site"])}) for slot in value["slots"]))
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from error
         except (KeyError, TypeError) as error:
             what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else error
             raise FormatError(f"{where}: not a plan of this version ({what}): name a plan.json of a run") from error

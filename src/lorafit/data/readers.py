@@ -106,7 +106,7 @@ def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             problems.append(_not_utf8(where, line[error.start]))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+            said = _why(error)
             if number == len(lines):
                 fix = "write the last line again"
                 problems.append(Problem(where, f"not JSON ({said}), and the file ends here: half-written?", fix))
@@ -114,6 +114,12 @@ def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
                 problems.append(Problem(where, f"not JSON ({said})", "write one JSON object per line"))
         else:
             yield from _object(where, row, problems)
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error).partition(";")[0]
 
 
 def _object(where: str, row: Any, problems: list[Problem]) -> Iterator[Record]:
@@ -148,7 +154,7 @@ def _json(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
         try:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+            said = _why(error)
             what = "the list is cut off" if position >= len(text) else f"not JSON ({said})"
             problems.append(Problem(f"{path}:{line}", what, "write a list of JSON objects: [{...}, {...}]"))
             return

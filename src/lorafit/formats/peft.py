@@ -190,7 +190,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
     ours = read_json(folder / OURS)
     try:
-        plan, rendering, digest = Plan.from_json(ours["plan"]), ours["rendering"], ours["digest"]
+        plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
         adapter = Adapter(plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None)
     except (KeyError, TypeError) as error:
         raise FormatError(
