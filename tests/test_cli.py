@@ -143,24 +143,24 @@ def test_a_flag_arrives_as_its_setting(lorafit: Lorafit, tiny_folder: Path, rows
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "missing data": (["plan", "BASE", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
-    "unknown base": (["plan", "no-such-base", "ROWS"], "'no-such-base' is neither a model folder"),
+    "unknown base": (["plan", "no-such-base", "ROWS"], "'no-such-base': neither a model folder"),
     "misspelt target": (["plan", "BASE", "ROWS", "--targets", "q_porj"], "did you mean q_proj"),
-    "rank zero": (["plan", "BASE", "ROWS", "--rank", "0"], "--rank 0: input should be greater than or equal to 1"),
+    "rank zero": (["plan", "BASE", "ROWS", "--rank", "0"], "--rank 0: out of range: choose at least 1"),
     "huge rank": (["plan", "BASE", "ROWS", "--rank", "9999"], "--rank 9999: larger than every layer"),
-    "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: "),
+    "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: out of range: choose at least 0 and less"),
     "epochs": (["plan", "BASE", "ROWS", "--epochs", "-1"], "--epochs -1.0: "),
     "endless epochs": (["plan", "BASE", "ROWS", "--epochs", "inf"], "--epochs inf: "),
     "not one step": (["plan", "BASE", "ROWS", "--epochs", "0.001"], "is not one step"),
     "variant": (["plan", "BASE", "ROWS", "--variant", "lara"], "--variant"),
-    "text for a number": (["plan", "BASE", "ROWS", "--rank", "many"], "--rank"),
+    "text for a number": (["plan", "BASE", "ROWS", "--rank", "many"], "'--rank': not a whole number"),
     "unknown flag": (["plan", "BASE", "ROWS", "--rnk", "3"], "--rnk"),
     "unknown verb": (["trian"], "trian"),
     "too long": (["plan", "BASE", "ROWS", "--max-length", "8"], "tokens, the limit is 8"),
     "share of data": (["data", "ROWS", "--val-share", "0.9"], "--val-share 0.9: "),
     "seed of data": (["data", "ROWS", "--seed", "-1"], "--seed -1: "),
-    "base of data": (["data", "ROWS", "--base", "no-such-base"], "'no-such-base' is neither"),
+    "base of data": (["data", "ROWS", "--base", "no-such-base"], "'no-such-base': neither"),
     "no adapter": (["eval", "BASE", "ROWS"], "adapter_config.json"),
-    "showing nothing": (["show", "nowhere"], "nowhere: neither a run, nor an adapter"),
+    "showing nothing": (["show", "nowhere"], "nowhere: there is no such path: check the path"),
     "showing data": (["show", "ROWS"], "neither a run, nor an adapter"),
     "showing another json": (["show", "BASE/config.json"], "not a plan"),
     "resuming nothing": (["train", "BASE", "ROWS", "--resume", "--out", "OUT"], "no run to resume here"),
@@ -205,7 +205,7 @@ def test_a_damaged_tokenizer_is_a_base_that_cannot_be_opened(
 
 def test_data_describes_the_splits_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
     found = lorafit("data", rows, "--base", tiny_folder, "--json").last_object
-    assert set(found) == {"splits", "passed_over", "digest", "tokens"}
+    assert set(found) == {"splits", "passed_over", "remarks", "digest", "tokens"}
     assert all(0 < n["trained"] < n["all"] for n in found["tokens"].values())
     assert {name: split["examples"] for name, split in found["splits"].items()} == {"train": 20, "valid": 2, "test": 2}
 
@@ -468,5 +468,5 @@ def test_chat_without_an_adapter_says_how_to_open_one(
 ) -> None:
     done = talk(lorafit, monkeypatch, ["/both", "/adapter nowhere", "Where?"], "--base", str(tiny_folder))
     assert done.status == 0, done.err
-    assert "no adapter is open: /adapter FOLDER opens one" in done.out
+    assert "no adapter is open: open one with /adapter FOLDER" in done.out
     assert "nowhere: there is no such adapter folder" in done.out

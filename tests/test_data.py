@@ -172,13 +172,14 @@ def test_an_empty_split_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_binary_file_is_refused_once(tmp_path: Path) -> None:
-    assert "a binary file" in one_raw_problem(tmp_path, b"PK\x03\x04\x00\x00\n\xff\n\xfe\n")
+    assert "a binary file" in one_raw_problem(tmp_path, b"\x7fELF\x00\x00\n\xff\n\xfe\n")
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     good = json.dumps(GOOD).encode()
     raw = good + b"\n" + '{"prompt": "Käse?", "completion": "Ja."}'.encode("latin-1") + b"\n" + good + b"\n"
-    assert one_raw_problem(tmp_path, raw) == ":2: not UTF-8: save the file as UTF-8"
+    said = ":2: not UTF-8 (byte 0xe4, which is ä in Windows-1252): save the file as UTF-8"
+    assert one_raw_problem(tmp_path, raw).startswith(said)
 
 
 def test_a_byte_order_mark_does_not_shift_the_line_of_an_error(tmp_path: Path) -> None:
@@ -261,6 +262,41 @@ CHECKS: dict[str, object] = {
     "declines a number": {"contains": ["a"], "declines": 1},
     "misspelt key": {"contains": ["a"], "lack": ["b"]},
 }
+
+
+def test_a_misspelt_key_of_a_check_is_told_with_the_right_one(tmp_path: Path) -> None:
+    row = {**GOOD, "check": {"contain": ["four"]}}
+    assert one_problem(tmp_path, row) == "2: check: not a check, for it has 'contain': did you mean contains?"
+
+
+ODDITIES = {
+    "a quotation mark that lost its upper byte": ("It\x19s four.", "control characters"),
+    "UTF-8 read as Windows-1252": ("Itâ€™s four.", "wrong encoding"),
+    "UTF-8 read as Latin-1": ("CafÃ\xa9 Four.", "wrong encoding"),
+    "a tag": ("Four.<br />", "HTML"),
+    "an entity": ("Four &amp; more.", "HTML"),
+    "an address": ("Ask ann@example.com.", "e-mail"),
+    "a number to call": ("Call 718-659-0200.", "telephone"),
+    "an echo": (GOOD["prompt"], "the question itself"),
+}
+
+
+@pytest.mark.parametrize(("answer", "said"), ODDITIES.values(), ids=ODDITIES)
+def test_what_is_odd_and_stops_nothing_is_remarked_with_its_first_line(tmp_path: Path, answer: str, said: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [GOOD, {**GOOD, "completion": answer}])
+    (remark,) = describe(read_examples(path)).remarks
+    assert (said in remark.what, remark.examples, remark.first) == (True, 1, f"{path}:2")
+
+
+def test_what_only_looks_odd_is_not_remarked(tmp_path: Path) -> None:
+    rows = [{**GOOD, "completion": text} for text in ("AÇÃO, São João", "x < b > c", "2024-11-24", "a @ b", "1\t2\n3")]
+    assert describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks == ()
+
+
+def test_one_answer_to_everything_is_remarked(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}?", "completion": "A number."} for i in range(12)]
+    (remark,) = describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks
+    assert (remark.what, remark.examples) == ("have the same answer", 12)
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ BROKEN = {
     "one object": ("a.json", b'{\n "train": [["Q", "A"]]\n}', r"a\.json: one JSON object \(its keys: train"),
     "odd list": ("a.json", b'[{"prompt": "Q", "completion": "A"},\n 7]', r"a\.json:2: not a JSON object"),
     "damaged parquet": ("a.parquet", b"PAR1 and no more", r"a\.parquet: not parquet, or damaged"),
+    "workbook": (
+        "a.xlsx",
+        b"PK\x03\x04\x14\x00",
+        r"a\.xlsx: a workbook, not a csv file: save the sheet as",
+    ),
+    "archive": ("a.zip", b"PK\x03\x04\x14\x00", r"a\.zip: a zip archive: unpack it"),
+    "unknown ending": ("a.neg", b"dull .\nflat .\n", r"a\.neg: of no kind that is read \(\.neg\): copy it to a\.txt"),
     "damaged gz": ("a.jsonl.gz", b"\x1f\x8b no", r"a\.jsonl\.gz: cannot be unpacked"),
     "unknown speaker": ("a.jsonl", b'{"conversations": [{"from": "bot", "value": "x"}]}', r"conversations\[0\]\.from"),
 }
@@ -135,6 +143,36 @@ def test_a_file_of_another_form_is_one_problem_and_not_one_a_line(tmp_path: Path
     assert len(caught.value.problems) == 1
 
 
+SAID = {
+    "misspelt": ("promt,completion", "--columns prompt=promt"),
+    "plural": ("prompt,completions", "--columns completion=completions"),
+    "other names": ("id,Question,Answer", "--columns prompt=Question --columns completion=Answer"),
+    "labels": ("utterance,intent,category", "--columns text=utterance --columns label=intent"),
+    "another language": (
+        "Frage,Antwort",
+        "--columns completion=Antwort if Frage is what is asked",
+    ),
+    "half": ("prompt,id,source", "add completion"),
+}
+
+
+@pytest.mark.parametrize(("header", "said"), SAID.values(), ids=SAID)
+def test_columns_of_other_names_are_answered_with_the_flags_to_type(tmp_path: Path, header: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(header + "\n" + ",".join("abc"[: header.count(",") + 1]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(tmp_path / "a.csv")
+    assert said in caught.value.problems[0].fix
+
+
+def test_the_flags_that_are_proposed_work(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("my question,response\nWhere?,Here.\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(tmp_path / "a.csv")
+    words = shlex.split(caught.value.problems[0].fix.partition(" if ")[0])
+    columns = [words[i + 1] for i, word in enumerate(words) if word == "--columns"]
+    assert asked(read_examples(tmp_path / "a.csv", columns)) == [("Where?", "Here.")]
+
+
 def test_bad_rows_are_left_out_when_asked_and_kept_by_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,completion\nQ,A\nQ2,\nQ3,C\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.csv:3: completion: an empty answer"):
@@ -154,6 +192,49 @@ def test_a_folder_may_hold_any_kind_and_no_two_for_one_split(tmp_path: Path) -> 
     write(tmp_path / "train.json")
     with pytest.raises(DataError, match=r"two train files: train\.csv, train\.json"):
         read_examples(tmp_path)
+
+
+def test_a_folder_of_text_files_is_read_whole_and_each_text_is_a_group(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt", "README.txt"):
+        (tmp_path / name).write_text(f"{name}\n\n" + "word " * PIECE, encoding="utf-8")
+    examples = read_examples(tmp_path)
+    assert {example.group for example in examples.train} == {"one.txt", "two.txt"}
+    (tmp_path / "valid.txt").write_text("held out", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no train\.jsonl .*: name the files train, valid and test"):
+        read_examples(tmp_path)
+
+
+NO_DATA = {
+    "a base": ({"config.json": "{}"}, "a base, not examples: give the base first"),
+    "an adapter": ({"adapter_config.json": "{}"}, "an adapter, not examples"),
+    "a run": ({"run.json": "{}"}, "a run, not examples"),
+    "one file": ({"input.txt": "x", "LICENSE.txt": "y"}, r"give that file, .*input\.txt, or call it train\.txt"),
+    "an archive": ({"set.zip": "PK"}, "unpack set.zip"),
+    "nothing": ({}, "it holds nothing"),
+    "misnamed, packed": ({"dev.jsonl.gz": "x"}, r"rename it to valid\.jsonl\.gz"),
+}
+
+
+@pytest.mark.parametrize(("held", "said"), NO_DATA.values(), ids=NO_DATA)
+def test_a_folder_that_is_no_data_is_told_what_it_is(tmp_path: Path, held: dict[str, str], said: str) -> None:
+    for name, text in held.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        read_examples(tmp_path)
+
+
+def test_a_near_name_is_proposed_for_a_path_that_is_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "questions.jsonl")
+    with pytest.raises(DataError, match=f"there is no such file: did you mean {path}"):
+        read_examples(tmp_path / "question.jsonl")
+
+
+def test_a_text_without_blank_lines_is_cut_at_lines(tmp_path: Path) -> None:
+    lines = [f"{i} " + "word " * 20 for i in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    examples = read_examples(tmp_path / "a.txt").train
+    assert max(len(example.answer) for example in examples) < 2.2 * PIECE
+    assert "\n".join(example.answer for example in examples).split() == " ".join(lines).split()
 
 
 def test_labels_are_answers_of_which_the_system_prompt_tells(tmp_path: Path) -> None:

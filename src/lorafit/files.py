@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -13,6 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import FormatError, RunError
+
+
+def did_you_mean(path: Path, otherwise: str) -> str:
+    """What to do about a path that is not there: the nearest names of its folder, or `otherwise`."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"check the path, there is no folder {folder} either"
+    try:
+        near = difflib.get_close_matches(path.name, [one.name for one in folder.iterdir()], 2, 0.7)
+    except OSError:  # a folder that cannot be listed
+        near = []
+    return f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else otherwise
 
 
 def _umask() -> int:
@@ -53,11 +66,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FormatError(f"{path}: there is no such file") from error
+        raise FormatError(f"{path}: there is no such file: {did_you_mean(path, 'check the path')}") from error
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+        raise FormatError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: not JSON ({error}): the file is damaged, write it again") from error
+        raise FormatError(f"{path}: not JSON ({error}): write the file again, it is damaged") from error
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Plan:
     def __post_init__(self) -> None:
         problems = [problem for slot in self.slots for problem in slot.problems()]
         counts = Counter(slot.site.path for slot in self.slots)
-        problems += [f"{path}: {n} slots on one site" for path, n in counts.items() if n > 1]
+        problems += [f"{path}: {n} slots on one site: leave one of them" for path, n in counts.items() if n > 1]
         if not self.slots:
             problems.append("a plan without sites adapts nothing: name at least one target")
         if problems:
@@ -85,11 +85,15 @@ class Plan:
         return {"slots": [asdict(slot) for slot in self.slots]}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Plan:
+    def from_json(value: Mapping[str, Any], where: str = "plan") -> Plan:
+        """A plan as `to_json` gives it. `where` names it in errors: PlanError, or FormatError for what is no plan."""
         try:
             return Plan(tuple(LowRank(**{**slot, "site": Site(**slot["site"])}) for slot in value["slots"]))
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from error
         except (KeyError, TypeError) as error:
-            raise FormatError(f"not a plan ({error!r}): it was written by another version or edited") from error
+            what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else error
+            raise FormatError(f"{where}: not a plan of this version ({what}): name a plan.json of a run") from error
 
 
 def uniform(sites: Sequence[Site], rank: int, alpha: float, variant: str = "lora") -> Plan:

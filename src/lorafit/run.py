@@ -33,7 +33,7 @@ def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], res
         if not known.exists():
             raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
         if (out / SUMMARY).exists():
-            raise RunError(f"{out}: this run is finished: lorafit show {out}")
+            raise RunError(f"{out}: this run is finished: see lorafit show {out}")
         asked = read_run(out)
         stored = settings_from(asked["settings"])
         settings_from(given)  # a name or value that cannot be is told as in a new run

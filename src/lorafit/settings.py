@@ -16,6 +16,9 @@ from pydantic.fields import FieldInfo
 
 from lorafit.errors import SettingsError
 
+BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
+         "string": "text", "tuple": "a list"}  # fmt: skip
 BY_RULE = {"targets", "rank", "learning_rate", "epochs", "batch_size"}  # chosen from the data where nothing is set
 
 
@@ -105,9 +108,11 @@ def read_run_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         found = {key.replace("-", "_"): value for key, value in tomllib.loads(text).items()}
     except FileNotFoundError as error:
-        raise SettingsError(f"{path}: there is no such file: 'lorafit settings' prints one to start from") from error
+        raise SettingsError(f"{path}: there is no such file: lorafit settings prints one to start from") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{path}: not TOML ({error}): 'lorafit settings' prints a file to start from") from error
+        raise SettingsError(
+            f"{path}: not TOML ({error}): correct it, or begin with what lorafit settings prints"
+        ) from error
     try:
         RunFile(**found)
     except ValidationError as error:
@@ -124,12 +129,20 @@ def _line_of(key: str, text: str) -> int:
 
 
 def _told(where: str, found: Mapping[str, Any]) -> str:
-    """One complaint of pydantic's as a line: where, what was given, what is wanted."""
-    if found["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(found["loc"][0]), RunFile.model_fields, 1)
-        meant = f"did you mean {near[0]}?" if near else "'lorafit settings' lists them all"
+    """One fault that pydantic found, in words: where, what was given, what to choose instead."""
+    name, kind = str(found["loc"][0]), found["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, RunFile.model_fields, n=1)
+        close = "--" + near[0].replace("_", "-") if near and where.startswith("--") else "".join(near)
+        meant = f"did you mean {close}?" if near else "'lorafit settings' lists them all"
         return f"{where}: no such setting: {meant}"
-    return f"{where} {found['input']!r}: {found['msg'].lower()}"
+    given = f"{where} {found['input']!r}"
+    if kind == "literal_error":
+        return f"{given}: unknown: choose {found['ctx']['expected'].replace(chr(39), '')}"
+    limits = [text.format(value) for rule in RunFile.model_fields[name].metadata
+              for key, text in BOUNDS.items() if (value := getattr(rule, key, None)) is not None]  # fmt: skip
+    wanted = KINDS.get(kind.partition("_")[0], "")
+    return f"{given}: {'out of range' if not wanted else f'not {wanted}'}: choose {' and '.join(limits) or wanted}"
 
 
 def template() -> str:

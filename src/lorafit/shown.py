@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.base import BUILTIN, open_base
 from lorafit.errors import FormatError
-from lorafit.files import read_json
+from lorafit.files import did_you_mean, read_json
 from lorafit.formats import peft
 from lorafit.plan import Plan
 from lorafit.run import PLAN, RUN, SUMMARY, read_run
@@ -21,21 +21,23 @@ def shown(path: Path) -> dict[str, Any]:
     if (path / peft.CONFIG).exists():
         return _adapter(path)
     if path.suffix == ".json":
-        return {"kind": "plan", **_plan(Plan.from_json(read_json(path)))}
+        return {"kind": "plan", **_plan(Plan.from_json(read_json(path), str(path)))}
     if str(path) in BUILTIN or (path / "config.json").exists() or path.suffix == ".gguf":
         base = open_base(path)
         parameters = sum(parameter.numel() for parameter in base.model.parameters())
         names = dict(Counter(site.name for site in base.sites))
         return {"kind": "base", "name": base.name, "folder": str(base.folder), "parameters": parameters,
                 "identity": base.identity, "sites": len(base.sites), "site names": names}  # fmt: skip
-    raise FormatError(f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base")
+    fix = "name one of these; lorafit data shows a file of examples"
+    what = "neither a run, nor an adapter, nor a plan.json, nor a base" if path.exists() else "there is no such path"
+    raise FormatError(f"{path}: {what}: {fix if path.exists() else did_you_mean(path, 'check the path')}")
 
 
 def _run(path: Path) -> dict[str, Any]:
     asked = read_run(path)
     found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
     if (path / PLAN).exists():
-        found |= _plan(Plan.from_json(read_json(path / PLAN)))
+        found |= _plan(Plan.from_json(read_json(path / PLAN), str(path / PLAN)))
     if not (path / SUMMARY).exists():
         return {**found, "state": "not finished: go on with lorafit train ... --resume"}
     summary = read_json(path / SUMMARY)

@@ -45,7 +45,8 @@ def select(sites: Sequence[Site], targets: Sequence[str]) -> tuple[Site, ...]:
         lines = []
         for target in unmatched:
             near = difflib.get_close_matches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
-            lines.append(f"target '{target}' matches no site" + (f": did you mean {', '.join(near)}?" if near else ""))
+            fix = f"did you mean {', '.join(near)}?" if near else "choose from the sites below"
+            lines.append(f"target '{target}' matches no site: {fix}")
         known = ", ".join(names) or "none"
         raise TargetError("\n".join([*lines, f"sites of this model end in: {known}"]))
     return tuple(site for site in sites if any(_matches(site, target) for target in targets))

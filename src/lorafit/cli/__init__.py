@@ -4,19 +4,40 @@ verbs, so that --help answers at once."""
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import lorafit
 from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, report, settings, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
+WORDS = {  # of the library that reads the flags, and ours
+    r"Input should be a valid integer.*": "not a whole number",
+    r"Input should be a valid number.*": "not a number",
+    r"Input should be greater than or equal to (.*)": r"choose at least \1",
+    r"Value error, (.*)": r"\1",
+}
+
+
+class _Verbs(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            for theirs, ours in WORDS.items():
+                error.message = re.sub(theirs, ours, error.message)
+            raise
+
+
 app = typer.Typer(
     name="lorafit",
+    cls=_Verbs,
     help="Fit low-rank adapters to your task, prove that they help, leave the base untouched.\n\nFirst: lorafit demo",
     no_args_is_help=True,
     add_completion=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lorafit.planning import Choice
     from lorafit.training.loop import Moment
 
+OPTIONAL_FIELDS = ("check", "group", "input")  # of a row; a misspelt one is passed over
 SECONDS_BETWEEN_LINES = 10.0
 _drawn: weakref.WeakSet[Progress] = weakref.WeakSet()
 
@@ -104,7 +106,11 @@ class Terminal:
             if split.contradictions:
                 self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
         for field, count in report.passed_over.items():
-            self.out.print(Text(f"field '{field}' is passed over ({count:,} line{'s' * (count != 1)})"))
+            near = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.75)
+            meant = f": did you mean {near[0]}?" if near else ""
+            self.out.print(Text(f"field '{field}' is passed over ({count:,} line{'s' * (count != 1)}){meant}"))
+        for one in report.remarks:
+            self.out.print(Text(f"{one.examples:,} {one.what}, first {one.first}: {one.advice}"))
 
     def plan(self, choices: Sequence[Choice]) -> None:
         table = Table("choice", "value", "reason", "change it with")

@@ -29,7 +29,7 @@ def data(
     lorafit data my.jsonl
     lorafit data folder --base none --skip-bad
     """
-    from lorafit.base import is_at_hand, open_tokenizer
+    from lorafit.base import is_at_hand, open_tokenizer, require_base
     from lorafit.cli.console import Terminal
     from lorafit.data.render import Renderer
     from lorafit.pipeline import prepare, render_all
@@ -38,9 +38,12 @@ def data(
     assert data is not None  # with_settings sees to it
     base = base or "smollm2-135m"
     terminal, chosen = Terminal(json), settings_from(settings)
+    shows = base != "none" and (base != "smollm2-135m" or is_at_hand(base))
+    if shows:
+        require_base(base)
     examples, report = prepare(data, chosen, terminal)
     tokens: dict[str, dict[str, int]] = {}
-    if base != "none" and (base != "smollm2-135m" or is_at_hand(base)):
+    if shows:
         renderer = Renderer(
             open_tokenizer(base, terminal.say), examples.system if chosen.system is None else chosen.system
         )

@@ -47,4 +47,7 @@ def evaluate(
     terminal.results(summary)
     terminal.finish(summary)
     if not summary["base_unchanged"]:
-        raise BaseChangedError("the base in memory changed while it was evaluated: these scores count for nothing")
+        raise BaseChangedError(
+            "the base in memory changed while it was evaluated: do not use these scores; check the memory of this "
+            "machine, and that nothing else in the process writes to the model"
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ MISNAMED = {
     "training": "train",
     "tests": "test",
 }
+NOT_EXAMPLES = {"readme", "license", "licence", "copying", "notice"}  # names of files that come with data
 TEXT = "text"  # the role of plain text, which answers nothing and is learnt whole
 MOST_LABELS = 30  # named in the system prompt
 BUILTIN = "builtin"  # the help desk that comes with the package
@@ -121,7 +124,8 @@ class Examples:
 def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool = False) -> Examples:
     """Read one file, a folder with train, valid and test files, or the built-in help desk (`builtin`).
 
-    Files may be jsonl, json, csv, tsv, parquet or plain text. Each row is of one form, told by its fields:
+    Files may be jsonl, json, csv, tsv, parquet or plain text; a folder of text files alone is read whole, each file a
+    group. Each row is of one form, told by its fields:
     `messages`; `conversations` (sharegpt); `prompt`, `completion`; `instruction`, `input`, `output` (alpaca); `text`,
     `label` (classification); `text`. It may carry a `check` and a `group`.
 
@@ -132,13 +136,14 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     renamed = _renamed(columns)
     splits = {}
     problems: list[Problem] = []
-    for split, file in _files(BUILTIN_FOLDER if str(path) == BUILTIN else Path(path)).items():
-        before = len(problems)
-        records = read_records(file, problems)
+    for split, parts in _files(BUILTIN_FOLDER if str(path) == BUILTIN else Path(path)).items():
+        before, file = len(problems), parts[0]
+        records = read_records(file, problems) if len(parts) == 1 else _texts(parts, problems)
         lost = [name for name in renamed if records and not any(name in record.fields for record in records)]
         if lost:
-            there = ", ".join(sorted({name for record in records[:100] for name in record.fields})[:12])
-            problems += [Problem(str(file), f"no column '{name}'", f"--columns may name: {there}") for name in lost]
+            there = sorted({name for record in records[:100] for name in record.fields})[:12]
+            fix = f"name another, --columns may name: {', '.join(there)}"
+            problems += [Problem(str(file), f"no column '{name}'", fix) for name in lost]
             continue
         if len(records) > 1 and not any(_form(_fields(record, renamed)) for record in records):
             problems.append(_formless(str(file), records[0].fields))
@@ -174,31 +179,63 @@ def _renamed(columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """The file of each split. Raises DataError for a folder without a training file, or with two for one split."""
+def _is_base(path: Path) -> bool:
+    if path.exists():
+        return path.suffix == ".gguf" or (path / "config.json").exists()
+    from lorafit.base import BUILTIN as BASES  # of weight, and seldom needed
+
+    return str(path) in BASES
+
+
+def _texts(files: Sequence[Path], problems: list[Problem]) -> list[Record]:
+    """The pieces of many texts; those of one text are a group."""
+    found = [(file, record) for file in files for record in read_records(file, problems)]
+    return [replace(record, fields={**record.fields, "group": file.name}) for file, record in found]
+
+
+def _files(path: Path) -> dict[str, list[Path]]:
+    """The file of each split, or many texts to train on. Raises DataError for a folder without a training file, or with
+    two for one split, and for what is no data at all."""
+    if _is_base(path):
+        raise DataError([Problem(str(path), "a base, not examples", "give the base first, then the data")])
+    for name, what in (("adapter_config.json", "an adapter"), ("run.json", "a run")):
+        if (path / name).exists():
+            raise DataError([Problem(str(path), f"{what}, not examples", "give a file or folder of examples here")])
     if not path.is_dir():
-        return {"train": path}
+        return {"train": [path]}
     named: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(path.iterdir()):
         stem, _, ending = file.name.partition(".")
         if f".{ending.removesuffix('.gz')}" in kinds():
             named[stem].append(file)
-    problems = [Problem(str(file), "not a name that is read", f"rename it to {MISNAMED[stem]}{file.suffix}")
+    problems = [Problem(str(file), "not a name that is read",
+                        f"rename it to {MISNAMED[stem]}{file.name.removeprefix(stem)}")
                 for stem in MISNAMED for file in named[stem]]  # fmt: skip
     problems += [
         Problem(str(path), f"two {split} files: {', '.join(file.name for file in named[split])}", "leave one of them")
         for split in SPLITS
         if len(named[split]) > 1
     ]
-    if not named["train"] and not problems:
-        here = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        fix = "name the files train, valid and test (jsonl, json, csv, tsv, parquet or txt), or give one file"
-        problems.append(
-            Problem(str(path), f"no train.jsonl or other training file in this folder (it holds {here})", fix)
-        )
     if problems:
         raise DataError(problems)
-    return {split: named[split][0] for split in SPLITS if named[split]}
+    if named["train"]:
+        return {split: named[split] for split in SPLITS if named[split]}
+    readable = [file for held in named.values() for file in held if file.stem.lower() not in NOT_EXAMPLES]
+    if len(readable) > 1 and all(file.suffix == ".txt" for file in readable) and not (named["valid"] or named["test"]):
+        return {"train": readable}
+    names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    here = ", ".join(names[:8]) + (" ..." if names[8:] else "") or "nothing"
+    packed = next((name for name in names if name.endswith(".zip")), None)
+    if len(readable) == 1:
+        fix = f"give that file, {readable[0]}, or call it train{readable[0].suffix}"
+    elif readable:
+        fix = "name the files train, valid and test, or give one of them"
+    elif packed or any(file.is_dir() for file in path.iterdir()):
+        fix = f"unpack {packed}" if packed else "give a folder or file further down"
+    else:
+        fix = "give files named train, valid and test (jsonl, json, csv, tsv, parquet or txt), or one file"
+    what = f"no train.jsonl or other training file in this folder (it holds {here})"
+    raise DataError([Problem(str(path), what, fix)])
 
 
 def _fields(record: Record, renamed: dict[str, str]) -> dict[str, Any]:
@@ -212,9 +249,38 @@ def _form(row: dict[str, Any]) -> str | None:
 def _formless(where: str, row: dict[str, Any]) -> Problem:
     """A problem of one row, or of a whole file in which no row has a form."""
     fields = ", ".join(list(row)[:8]) or "none"
-    return Problem(where, f"of no form that is known (fields: {fields})",
-                   "give prompt and completion, or messages; name columns of other names: --columns prompt=QUESTION "
-                   "--columns completion=ANSWER")  # fmt: skip
+    return Problem(where, f"of no form that is known (fields: {fields})", _reform(row))
+
+
+def _reform(row: dict[str, Any]) -> str:
+    """What makes a known form of the row: flags ready to type, where its names tell what is meant."""
+    meant = {name: _meant(name) for name in row}
+    for needed, _ in FORMS.values():
+        if needed <= set(meant.values()):
+            named: dict[str, str] = {}
+            for name, field in meant.items():
+                if field in needed and field not in row:
+                    named.setdefault(field, name)
+            return f"rename what is called otherwise, or add {_flags(named)}"
+    for needed, _ in FORMS.values():
+        if needed & set(row):
+            return f"add {' and '.join(sorted(needed - set(row)))}"
+    if len(row) == 2:
+        asked, answered = row
+        fix = f"add {_flags({'prompt': asked, 'completion': answered})}"
+        return f"{fix} if {asked} is what is asked and {answered} the answer"
+    return f"say which column is what, as in {_flags({'prompt': 'QUESTION', 'completion': 'ANSWER'})}"
+
+
+def _meant(name: str) -> str | None:
+    """The field that a column of another name or spelling most likely is."""
+    plain = name.strip().lower()
+    near = difflib.get_close_matches(plain, FIELDS, n=1, cutoff=0.8)
+    return near[0] if near else next((field for field, names in ALSO.items() if plain in names), None)
+
+
+def _flags(named: Mapping[str, str]) -> str:
+    return " ".join(f"--columns {shlex.quote(f'{field}={name}')}" for field, name in named.items())
 
 
 Wrong = Callable[..., None]
@@ -318,6 +384,13 @@ FORMS: dict[str, tuple[frozenset[str], Callable[[dict[str, Any], Wrong], tuple[M
     LABELLED: (frozenset({"text", "label"}), _labelled),
     "text": (frozenset({"text"}), _plain),
 }
+ALSO = {  # what others call these fields, in the public data sets met so far
+    "prompt": ("question", "query", "source", "mr", "problem", "document", "original_text", "ask", "user"),
+    "completion": ("answer", "response", "reply", "target", "ref", "reference", "summary", "reference_summary",
+                   "solution", "assistant"),
+    "text": ("sentence", "utterance", "review", "content", "body", "comment"),
+    "label": ("intent", "category", "class", "sentiment", "topic"),
+}  # fmt: skip
 FIELDS = frozenset({"input", "check", "group"}).union(*(needed for needed, _ in FORMS.values()))
 
 
@@ -372,14 +445,20 @@ def _order(turns: list[Message], name: str, by: str, wrong: Wrong) -> None:
 def _check(value: Any, wrong: Wrong) -> Check | None:
     if value is None:
         return None
-    fix = '{"contains": ["21 days"], "lacks": ["14 days"], "max_words": 30}'
-    if not isinstance(value, dict) or set(value) - {"contains", "lacks", "max_words", "declines"}:
-        wrong("not a check", f"write {fix}", "check")
+    fix = 'write {"contains": ["21 days"], "lacks": ["14 days"], "max_words": 30}'
+    keys = ("contains", "lacks", "max_words", "declines")
+    strange = [name for name in value if name not in keys] if isinstance(value, dict) else []
+    if strange:
+        near = difflib.get_close_matches(strange[0], keys, n=1)
+        wrong(f"not a check, for it has '{strange[0]}'", f"did you mean {near[0]}?" if near else fix, "check")
+        return None
+    if not isinstance(value, dict):
+        wrong("not a check", fix, "check")
         return None
     lists = [value.get("contains", []), value.get("lacks", [])]
     words, declines = value.get("max_words", 100), value.get("declines", False)
     texts = all(isinstance(one, list) and all(isinstance(t, str) and t.strip() for t in one) for one in lists)
     if not texts or not lists[0] or type(words) is not int or words < 1 or not isinstance(declines, bool):
-        wrong("not a check", f"write {fix}", "check")
+        wrong("not a check", fix, "check")
         return None
     return Check(tuple(lists[0]), tuple(lists[1]), words, declines)

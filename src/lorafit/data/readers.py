@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import Problem
+from lorafit.files import did_you_mean
 
 PIECE = 2000  # characters of plain text that make one example, rounded up to whole paragraphs
 
@@ -42,7 +43,7 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        problems.append(Problem(str(path), "there is no such file", "check the path"))
+        problems.append(Problem(str(path), "there is no such file", did_you_mean(path, "check the path")))
         return []
     except OSError as error:
         problems.append(Problem(str(path), f"cannot be read ({error.strerror})", "check its permissions"))
@@ -53,12 +54,21 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
-            problems.append(Problem(str(path), f"cannot be unpacked ({error})", "half-copied? copy it again"))
+            problems.append(Problem(str(path), f"cannot be unpacked ({error})", "copy it again, it may be half a copy"))
             return []
+    if raw[:4] == b"PK\x03\x04":  # so do workbooks begin
+        workbook = ending.startswith((".xls", ".ods"))
+        fix = "save the sheet as 'CSV UTF-8'" if workbook else "unpack it, and give what is in it"
+        problems.append(Problem(str(path), "a workbook, not a csv file" if workbook else "a zip archive", fix))
+        return []
     if ending != ".parquet" and b"\x00" in raw[:4096]:
         wide = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         fix = "save it as UTF-8" if wide else f"give one of {', '.join(READERS)}"
         problems.append(Problem(str(path), "UTF-16, not UTF-8" if wide else "a binary file", fix))
+        return []
+    if ending not in READERS and not raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        fix = f"copy it to {path.stem}.txt if it is plain text to be learnt whole, or give one of {', '.join(READERS)}"
+        problems.append(Problem(str(path), f"of no kind that is read ({ending or 'its name has no ending'})", fix))
         return []
     records = list(READERS.get(ending, _jsonl)(path, raw, problems))
     if not records and len(problems) == before:
@@ -73,8 +83,16 @@ def _text(path: Path, raw: bytes, problems: list[Problem]) -> str | None:
         return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.append(Problem(f"{path}:{line}", "not UTF-8", "save the file as UTF-8 (in Excel: 'CSV UTF-8')"))
+        problems.append(_not_utf8(f"{path}:{line}", raw[error.start]))
         return None
+
+
+def _not_utf8(where: str, byte: int) -> Problem:
+    """The first byte that cannot be, and what it would be in the encoding that most such files have."""
+    letter = bytes([byte]).decode("cp1252", errors="ignore")
+    meant = f", which is {letter} in Windows-1252" if letter else ""
+    fix = "save the file as UTF-8 (Excel: 'CSV UTF-8'; a shell: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
+    return Problem(where, f"not UTF-8 (byte 0x{byte:02x}{meant})", fix)
 
 
 def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
@@ -85,17 +103,23 @@ def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            problems.append(Problem(where, "not UTF-8", "save the file as UTF-8"))
+        except UnicodeDecodeError as error:
+            problems.append(_not_utf8(where, line[error.start]))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+            said = _why(error)
             if number == len(lines):
-                fix = "half-written? write the last line again"
-                problems.append(Problem(where, f"not JSON ({said}), and the file ends here", fix))
+                fix = "write the last line again"
+                problems.append(Problem(where, f"not JSON ({said}), and the file ends here: half-written?", fix))
             else:
                 problems.append(Problem(where, f"not JSON ({said})", "write one JSON object per line"))
         else:
             yield from _object(where, row, problems)
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error).partition(";")[0]
 
 
 def _object(where: str, row: Any, problems: list[Problem]) -> Iterator[Record]:
@@ -130,7 +154,7 @@ def _json(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
         try:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+            said = _why(error)
             what = "the list is cut off" if position >= len(text) else f"not JSON ({said})"
             problems.append(Problem(f"{path}:{line}", what, "write a list of JSON objects: [{...}, {...}]"))
             return
@@ -174,8 +198,9 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
                 else:
                     yield Record(where, dict(zip(header, cells, strict=True)))
         except csv.Error as error:
-            fix = "a quote that is not closed? write a quote inside quotes twice"
-            problems.append(Problem(f"{path}:{started + 1}", f"not a table ({error})", fix))
+            fix = "write a quote inside quotes twice"
+            what = f"not a table ({error}), perhaps a quote that is not closed"
+            problems.append(Problem(f"{path}:{started + 1}", what, fix))
 
     return read
 
@@ -190,30 +215,28 @@ def _parquet(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record
     try:
         rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        problems.append(Problem(str(path), f"not parquet, or damaged ({error})", "half-copied? copy it again"))
+        problems.append(Problem(str(path), f"not parquet, or damaged ({error})", "copy it again"))
         return
     for number, row in enumerate(rows, 1):
         yield Record(f"{path}:row {number}", {key: value for key, value in row.items() if value is not None})
 
 
 def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
-    """Plain text in pieces of whole paragraphs, of about PIECE characters."""
+    """Plain text in pieces of whole paragraphs, of about PIECE characters; of whole lines, where paragraphs are
+    longer than that."""
     text = _text(path, raw, problems)
     if text is None:
         return
-    piece, begins, line = "", 1, 1
-    for part in re.split(r"(\n[ \t]*\n\s*)", text.replace("\r\n", "\n")):
-        if not piece:
-            begins = line
-            if not part.strip():
-                line += part.count("\n")
-                continue
-        piece += part
-        line += part.count("\n")
-        if len(piece) >= PIECE and part.strip():
+    piece, begins = "", 1
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if len(piece) >= (2 * PIECE if line.strip() else PIECE):
             yield Record(f"{path}:{begins}", {"text": piece.strip()})
             piece = ""
-    if piece.strip():
+        if not piece:
+            begins = number
+        if piece or line.strip():
+            piece += line + "\n"
+    if piece:
         yield Record(f"{path}:{begins}", {"text": piece.strip()})
 
 

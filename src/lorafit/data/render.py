@@ -67,7 +67,10 @@ class Renderer:
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos, *stop_ids]))
         if not self.stop_ids:
-            raise BaseError("this base names no end-of-turn token (eos_token): an adapter could never learn to stop")
+            raise BaseError(
+                "this base names no end-of-turn token, without which an adapter never learns to stop: name one as "
+                "eos_token in its tokenizer_config.json"
+            )
 
     @property
     def rendering(self) -> Rendering:
@@ -101,7 +104,9 @@ class Renderer:
                 begin=self.tokenizer.bos_token if begins else "",
             )  # fmt: skip
         except Exception as error:  # a template is a program: it may fail in any way
-            raise BaseError(f"the chat template of this base refuses the conversation: {error}") from error
+            raise BaseError(
+                f"the chat template of this base refuses the conversation ({error}): change one of the two"
+            ) from error
         return text
 
     def preamble(self) -> str:
@@ -223,7 +228,7 @@ def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> 
                 problems.append(Problem(example.where, f"holds the control token {control!r} in a message", fix))
             built = renderer.rows(example, index)
         except BaseError as error:
-            raise BaseError(f"{example.where}: {error}") from error
+            raise BaseError(f"{example.where}: {error}") from error  # which says what to do
         if example.is_text:
             built = [piece for row in built for piece in _pieces(row, limit)]
         for row in built:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import FormatError
-from lorafit.files import read_json, whole_folder, write_json, write_text
+from lorafit.files import did_you_mean, read_json, whole_folder, write_json, write_text
 from lorafit.plan import LowRank, Plan
 from lorafit.records import Rendering
 from lorafit.sites import Site
@@ -68,7 +68,9 @@ def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, An
         )
     variants = {slot.variant for slot in adapter.plan.slots}
     if len(variants) > 1:
-        raise FormatError(f"PEFT knows one variant per adapter, this one has {', '.join(sorted(variants))}")
+        raise FormatError(
+            f"PEFT knows one variant per adapter, this one has {', '.join(sorted(variants))}: train one of them"
+        )
     ours = {
         "format": 1,
         "plan": adapter.plan.to_json(),
@@ -130,7 +132,7 @@ def read(folder: Path) -> Adapter:
     _refuse_other_formats(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
-        raise FormatError(f"{folder / CONFIG}: not an adapter_config.json: expected a JSON object")
+        raise FormatError(f"{folder / CONFIG}: not a JSON object: save the adapter again")
     if (folder / OURS).exists():
         return _read_ours(folder, config, _read_tensors(folder / WEIGHTS))
     _require_plain(folder / CONFIG, config)
@@ -138,8 +140,10 @@ def read(folder: Path) -> Adapter:
 
 
 def _refuse_other_formats(folder: Path) -> None:
+    if folder.is_file():
+        raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
     if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such adapter folder")
+        raise FormatError(f"{folder}: there is no such adapter folder: {did_you_mean(folder, 'check the path')}")
     if (folder / "adapters.safetensors").exists():
         raise FormatError(f"{folder}: this is an mlx-lm adapter: convert it to PEFT's layout first")
     if not (folder / WEIGHTS).exists():
@@ -151,7 +155,9 @@ def _refuse_other_formats(folder: Path) -> None:
             )
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
     if missing:
-        raise FormatError(f"{folder}: not an adapter folder: {' and '.join(missing)} missing")
+        raise FormatError(
+            f"{folder}: not an adapter folder: {' and '.join(missing)} missing: name a run, or the adapter folder in it"
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -161,7 +167,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: damaged or not safetensors ({error}): copy it again") from error
     if not tensors:
-        raise FormatError(f"{path}: holds no tensors: an empty adapter would change nothing")
+        raise FormatError(f"{path}: holds no tensors, and would change nothing: save the adapter again")
     found: dict[str, Tensor] = {}
     strange = []
     for name, tensor in tensors.items():
@@ -175,17 +181,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             strange.append(name)
     if strange:
         shown = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
-        raise FormatError(f"{path}: {len(strange)} tensors that no low-rank adapter has: {shown}")
+        raise FormatError(
+            f"{path}: {len(strange)} tensors that no low-rank adapter has ({shown}): save the adapter without them"
+        )
     return found
 
 
 def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
     ours = read_json(folder / OURS)
     try:
-        plan, rendering, digest = Plan.from_json(ours["plan"]), ours["rendering"], ours["digest"]
+        plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
         adapter = Adapter(plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None)
     except (KeyError, TypeError) as error:
-        raise FormatError(f"{folder / OURS}: {error!r} is missing or odd: the file was edited or damaged") from error
+        raise FormatError(
+            f"{folder / OURS}: {error!r} is missing or odd: restore the file, it was edited or damaged"
+        ) from error
     if adapter.digest() != digest:
         raise FormatError(
             f"{folder}: the tensors are not those that were saved: restore the folder, or delete "
@@ -213,10 +223,13 @@ def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
     try:
         slots, problems = _foreign_slots(config, tensors)
     except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise FormatError(f"{folder / CONFIG}: a rank, alpha or pattern in it is odd: {error}") from error
+        raise FormatError(
+            f"{folder / CONFIG}: a rank, alpha or pattern in it is odd ({error}): save the adapter again"
+        ) from error
     problems += _never_landed(config.get("target_modules"), [slot.site.path for slot in slots])
     if problems:
-        raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12]))
+        raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12])
+                          + "\nsave the adapter again, or restore the folder")  # fmt: skip
     return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=config.get("base_model_name_or_path"))
 
 

@@ -51,6 +51,9 @@ def run_evaluation(
     adapter_folder = peft.adapter_folder(adapter_folder)
     adapter = peft.read(adapter_folder)
     other = peft.read(peft.adapter_folder(against)) if against else None
+    if other and other.rendering and other.rendering != adapter.rendering:
+        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
+                           "evaluate each against the base, no one rendering is what both have learnt")  # fmt: skip
     examples = read_examples(data, resolved.columns or (), resolved.skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
@@ -68,18 +71,15 @@ def run_evaluation(
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
+    picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
     base = open_base(name, None if resolved.dtype == "auto" else DTYPES[resolved.dtype], listener.say)
     before = base.integrity()
     renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
     if adapter.rendering:
         renderer.require(adapter.rendering)
     rows: dict[str, list[Row]] = {}
-    picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
     picked = sifted(picked, lambda e: rows.update(render_all(renderer, e, resolved.max_length)), resolved.skip_bad,
                     listener)  # fmt: skip
-    if other and other.rendering and other.rendering != adapter.rendering:
-        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
-                           "no one rendering is what both have learnt; evaluate each against the base")  # fmt: skip
     loaded = time.monotonic()
     comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
                          shots=resolved.few_shot if may_show else 0, answer_all=answers is not None,

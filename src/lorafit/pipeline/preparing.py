@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorafit.attachment import fired, require_fired
-from lorafit.base import Base, fastest_dtype, open_base
+from lorafit.base import Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples, read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
@@ -39,6 +39,7 @@ class Opened:
 def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
     start = time.monotonic()
+    require_base(base_name)
     examples, report = prepare(data, settings, listener)
     dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
     base = open_base(base_name, dtype, listener.say)

@@ -177,4 +177,5 @@ def _write(out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict
     said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
     peft.write(adapter, out / ADAPTER, card(adapter, choices, summary), said)
     if peft.read(out / ADAPTER) != adapter:
-        raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: is the disk sound?")
+        raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: check the disk, and "
+                          "train again")  # fmt: skip

@@ -74,13 +74,14 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
     None takes all for granted.
     """
     if not base.sites:
-        raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted")
+        raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted: choose another base")
     if settings.targets is not None:
         candidates = select(base.sites, settings.targets)
     else:
         candidates = tuple(site for site in all_linear(base) if seen is None or site.path in seen)
     if not candidates:
-        raise BaseError(f"no layer of '{base.name}' that can be adapted takes part in a forward over your rows")
+        raise BaseError(f"no layer of '{base.name}' that can be adapted takes part in a forward over your rows: "
+                        "choose another base")  # fmt: skip
     rank, rank_choice = _rank(candidates, rows, settings)
     sites, sites_choice = _sites(base, candidates, rank, settings)
     plan = uniform(sites, rank, settings.alpha, settings.variant)

@@ -152,8 +152,10 @@ class _Run:
                 self._save_if_cheap()
         except _Stopped:
             self._save()
-            hint = RESUME_HINT if self.checkpoint else "nothing was saved: no folder was given"
-            raise Interrupted(f"stopped after step {at.step} of {recipe.steps}: {hint}") from None
+            where = f"stopped after step {at.step} of {recipe.steps}"
+            if self.checkpoint is None:
+                raise Interrupted(f"{where}, nothing saved: give train a folder, and it can go on") from None
+            raise Interrupted(f"{where}: {RESUME_HINT}") from None
         return self._finish()
 
     def _step(self) -> None:
