@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import lorafit
-from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, show, train
+from lorafit.cli import bases, chat, data, demo, doctor, evaluate, explain, plan, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
 app = typer.Typer(
@@ -78,6 +78,7 @@ for _name, _verb in (
     ("demo", demo.demo),
     ("doctor", doctor.doctor),
     ("bases", bases.bases),
+    ("explain", explain.explain),
 ):
     app.command(_name)(_reported(_verb))
 
