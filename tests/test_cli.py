@@ -20,7 +20,7 @@ from lorafit import doctor
 from lorafit.cli import main
 from lorafit.settings import TrainSettings
 
-VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat", "settings", "report"]
+VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat", "settings", "report", "explain"]
 SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",

@@ -17,7 +17,8 @@ from lorafit.base import is_at_hand
 from lorafit.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+GUIDE = ROOT / "src" / "lorafit" / "guide"  # docs/guide leads there: it is in the package, for lorafit explain
+PAGES = sorted({path.resolve() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *GUIDE.glob("*.md")]})
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -191,7 +191,7 @@ def _converted(file: Path, name: str, report: Report) -> Path:
     target = cache_folder() / "bases" / f"{name}-{digest[:12]}-{_CONVERSION}"
     if (target / _OURS).exists():
         return target
-    if importlib.util.find_spec("gguf") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")):
         raise BaseError("opening a GGUF file needs its reader: pip install 'lorafit[gguf]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 import lorafit
-from lorafit.cli import bases, chat, data, demo, doctor, evaluate, plan, report, settings, show, train
+from lorafit.cli import bases, chat, data, demo, doctor, evaluate, explain, plan, report, settings, show, train
 from lorafit.errors import InputError, Interrupted, LorafitError
 
 WORDS = {  # of the library that reads the flags, and ours
@@ -101,6 +101,7 @@ for _name, _verb, _summary in (
     ("report", report.report, "A page about a run, or several compared."),
     ("show", show.show, "What is in a run, adapter, plan or base."),
     ("settings", settings.settings, "Everything that can be set, as a file."),
+    ("explain", explain.explain, "Ask the guide: what LoRA is, what to choose."),
 ):
     app.command(_name, short_help=_summary)(_reported(_verb))
 

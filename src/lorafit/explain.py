@@ -1,0 +1,166 @@
+"""Questions answered from the guide, by search: the section that fits best, or that the guide does not know.
+
+Sections are ranked by BM25 (Robertson and Zaragoza 2009) over stemmed words, and by their headings. One answers when
+it holds enough of the question: words weigh by their rarity in the guide, and one that the guide does not have weighs
+most. So a question about something else is told from one in other words.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+PAGES = ("lora", "choosing", "data", "report", "when-not", "glossary")  # in the order in which they are read
+ENOUGH = 0.4  # share of a question's weight that a section must hold; calibrated on tests/test_explain.py
+BESIDE = 0.6  # what a word counts towards it that stands in the text and not in the heading
+HEADING = 3.0  # how much more a heading tells than a text
+ASIDE = 0.5  # what the opening of a page counts against its sections, and a definition where more is asked than a word
+NEAREST = 3
+_K, _B = 1.2, 0.6  # BM25: how soon a repeated word counts no more, and how much length counts
+
+ENDINGS = (("ings", "ing", "ies", "ied", "ed", "es", "s"), ("ation", "ion", "iz", "at", "er", "ity", "ly", "e", "y"))
+_SAYS_NOTHING = """
+a about actually am an and any are as at bad be been being between but by can could did difference do does doing else
+exactly explain for from get give given go goes going good had happen happens has have having help her here his how i
+if in into is it its just kind let like lorafit make may me mean means might my need no now of off ok on one or our
+please prove s say says see shall she should show so some still than that the their them then there these they thing
+this those to us use used using very want was way we were what when where which why will with work works would you
+your
+"""
+STOP = frozenset(_SAYS_NOTHING.split())
+# What the guide calls a thing, and what others call it.
+_NAMES = {
+    "learning rate": "lr", "fast": "speed", "data": "dataset", "example": "sample row",
+    "nll": "loss perplexity likelihood", "diverge": "explode nan", "interval": "confidence significant significance",
+    "paired": "statistically", "retrieval": "rag", "model": "llm", "layer": "module", "weight": "matrix matrices",
+    "memory": "ram vram", "train": "finetune finetuning tune tuning", "learn": "teach", "find": "found",
+    "overfit": "memorise memorize", "bf16": "bfloat16", "fp32": "float32", "leak": "contamination",
+    "label": "classification classify classifier category class", "legal": "lawyer contract", "medical": "doctor",
+    "invent": "hallucinate hallucination", "right": "correct accuracy", "large": "bigger big higher high",
+    "few": "small little", "many": "enough much", "curve": "chart plot graph", "choose": "pick set select best",
+    "level": "student pupil", "private": "privacy confidential", "written": "synthetic", "unbalanced": "imbalanced",
+    "repeat": "reproducible", "cut": "truncated",
+}  # fmt: skip
+SAME = {said: name for name, others in _NAMES.items() for said in others.split()}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A piece of the guide under one heading, up to the next. `text` is Markdown without the heading."""
+
+    page: str
+    title: str
+    heading: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the guide says to a question. `section` is None where it does not know; `see_also` holds what is near."""
+
+    question: str
+    section: Section | None
+    see_also: tuple[Section, ...]
+
+
+@cache
+def sections() -> tuple[Section, ...]:
+    """Every section of the guide that comes with the package, in order."""
+    return tuple(section for page in PAGES for section in _split(page))
+
+
+def _split(page: str) -> list[Section]:
+    """Sections in order; a `#` within a block of code is no heading. What comes before the first is under the title."""
+    text = files("lorafit").joinpath("guide", f"{page}.md").read_text(encoding="utf-8")
+    headed: list[tuple[str, list[str]]] = []
+    fenced = False
+    for line in text.splitlines():
+        fenced ^= line.startswith("```")
+        heading = None if fenced else re.match(r"#{1,3} (.+)", line)
+        if heading:
+            headed.append((heading[1], []))
+        else:
+            headed[-1][1].append(line)
+    said = [(heading, "\n".join(lines).strip()) for heading, lines in headed]
+    return [Section(f"{page}.md", said[0][0], heading, text) for heading, text in said if text and heading != "Sources"]
+
+
+def words(text: str) -> list[str]:
+    """The words that carry meaning, made alike: lower case, without endings, by the guide's own name for the thing."""
+    plain = re.sub(r"https?://\S+|[`*_|]", " ", text.lower()).replace("-", " ").replace("fine tun", "finetun")
+    found = []
+    for word in re.findall(r"[a-z]+\d*|\d+(?:\.\d+)?", plain):
+        for said in SAME.get(word, SAME.get(word.removesuffix("s"), word)).split():
+            if said not in STOP and (len(said) > 1 or said.isdigit()):
+                found.append(_stem(said))
+    return found
+
+
+def _stem(word: str) -> str:
+    """The word without the endings of number and tense, then of kind; British and American spelling made one."""
+    if not word.isalpha():
+        return word
+    word = word.replace("ise", "ize").replace("isa", "iza").replace("learnt", "learn").replace("chosen", "choose")
+    for endings in ENDINGS:
+        ending = next((end for end in endings if word.endswith(end) and len(word) - len(end) >= 3), "")
+        word = word.removesuffix(ending)
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls" else word
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Words of every section, with the heading's; of every heading; and the weight of each word (BM25's idf)."""
+
+    texts: tuple[Counter[str], ...]
+    headings: tuple[frozenset[str], ...]
+    weight: dict[str, float]
+
+    def of(self, found: Iterable[str]) -> float:
+        """Weight of the words together; one that the guide does not have weighs as the rarest."""
+        rarest = max(self.weight.values())
+        return sum(self.weight.get(word, rarest) for word in found)
+
+    def score(self, i: int, asked: Sequence[str]) -> float:
+        """BM25 of section i, and more where its heading holds what is asked and little else."""
+        text, heading = self.texts[i], self.headings[i]
+        mean = sum(one.total() for one in self.texts) / len(self.texts)
+        room = _K * (1 - _B + _B * text.total() / mean)
+        said = sum(self.weight[w] * text[w] * (_K + 1) / (text[w] + room) for w in asked if w in text)
+        named = self.of(w for w in asked if w in heading)
+        score = said + (HEADING * named * named / self.of(heading) if heading else 0.0)
+        section = sections()[i]
+        aside = section.heading == section.title or (section.page == "glossary.md" and not heading.issuperset(asked))
+        return ASIDE * score if aside else score
+
+    def holds(self, i: int, asked: Sequence[str]) -> float:
+        """Share of the question, by weight, that section i holds; what its heading lacks counts less."""
+        text, heading = self.texts[i], self.headings[i]
+        held = self.of(w for w in asked if w in heading) + BESIDE * self.of(
+            w for w in asked if w in text and w not in heading
+        )
+        return held / self.of(asked)
+
+
+@cache
+def _index() -> _Index:
+    headings = tuple(frozenset(words(section.heading)) for section in sections())
+    texts = tuple(Counter(words(f"{section.heading}\n{section.text}")) for section in sections())
+    held = Counter(word for text in texts for word in text)
+    n = len(texts)
+    return _Index(texts, headings, {word: math.log(1 + (n - k + 0.5) / (k + 0.5)) for word, k in held.items()})
+
+
+def answer(question: str) -> Answer:
+    """The section of the guide that fits the question best, and those nearest to it; no section where none fits."""
+    index = _index()
+    asked = [w for w in dict.fromkeys(words(question)) if w in index.weight or not w.isdigit()]
+    scores = [index.score(i, asked) for i in range(len(index.texts))]
+    near = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: -scores[i])[: NEAREST + 1]
+    best = next((i for i in near if index.holds(i, asked) >= ENOUGH), None)
+    others = tuple(sections()[i] for i in near if i != best)[:NEAREST]
+    return Answer(question, None if best is None else sections()[best], others)

@@ -1,0 +1,199 @@
+"""The guide answers what it holds, and says so where it does not. Beside each question, a word of the heading that must
+be found for it; several where either is an answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorafit import explain
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "src" / "lorafit" / "guide"
+
+ANSWERED = {
+    "What is LoRA?": "lora.md: What LoRA is|LoRA",
+    "how does lora work": "What LoRA is|The method|LoRA",
+    "what did the paper find": "What the paper found",
+    "what are the limits of LoRA?": "Limits",
+    "Show me a worked example": "A worked example",
+    "what is DoRA": "LoRA or DoRA|What has been learnt since",
+    "should I use lora or dora": "LoRA or DoRA",
+    "which layers should I adapt?": "Which layers",
+    "how do I choose the rank": "choosing.md: Rank|Choosing layers",
+    "what rank should I use for 5000 examples": "Rank",
+    "what is alpha": "Alpha",
+    "how do I set the learning rate": "Learning rate|Choosing layers",
+    "which lr is best": "Learning rate|What to change first",
+    "my loss explodes": "When the loss rises",
+    "training diverged, what now?": "When the loss rises",
+    "how many epochs": "Epochs, steps and batch size",
+    "what batch size should I take?": "Epochs, steps and batch size",
+    "when does training stop": "When training stops",
+    "should I use dropout": "Dropout and weight decay",
+    "bf16 or fp32?": "bf16",
+    "how can I adapt only q_proj and v_proj": "Naming layers|Which layers",
+    "How many examples do I need?": "How many examples",
+    "how much data is enough": "How many examples|Too little data",
+    "what makes good training data": "What makes examples good",
+    "why do I need a validation set": "Training, validation and test|Validation set",
+    "what is data leakage": "Leakage",
+    "are duplicates bad?": "Duplicates",
+    "how do I do sentiment classification with labels": "Labels and classification",
+    "I am a teacher and want texts for three reading levels": "Texts at several levels",
+    "is my data private?": "Private and personal data",
+    "can I train on answers written by GPT or another model": "Examples written by another model",
+    "my example is too long": "Long examples",
+    "What does NLL mean?": "NLL",
+    "how do I read the confidence interval": "The paired difference|Interval",
+    "is the difference statistically significant": "The paired difference",
+    "it says too few to tell": "Too few to tell",
+    "what is the few-shot baseline": "The base with examples",
+    "what is the control with shuffled answers": "The control",
+    "how do I see overfitting": "Overfitting|The curves",
+    "validation goes up while training falls": "The curves|Overfitting",
+    "what does base unchanged prove": "Base unchanged",
+    "when should I not use LoRA?": "when-not.md",
+    "RAG or fine-tuning?": "Facts that change|Retrieval|First ask",
+    "our prices change every week": "Facts that change|First ask",
+    "can it learn a new language": "New language",
+    "can I use it for medical advice": "Legal, medical",
+    "does an adapter make the model faster": "smaller or faster",
+    "is a 135 million parameter model too weak": "The base is too weak",
+    "what is a token": "Token",
+    "what is GGUF?": "GGUF",
+    "what is merging": "Merging",
+    "what is warmup": "Learning rate|Warm-up",
+    "what files does a run write": "What a run leaves",
+    "do I need a GPU": "How long it takes",
+    "how long does training take": "How long it takes",
+    "how do I stop it from inventing facts": "When it invents",
+    "customer data and privacy": "Private and personal data",
+    "is it ok to train on synthetic data": "Examples written by another model",
+    "are the results reproducible?": "Can a run be repeated",
+    "catastrophic forgetting": "Forgetting",
+    "imbalanced classes": "Labels and classification",
+    "what is quantization": "Quantisation",
+    "what does the seed do": "Seed",
+    "what is PEFT": "PEFT",
+}  # fmt: skip
+UNKNOWN = [
+    "What is the capital of France?",
+    "How do I bake bread?",
+    "Who won the world cup in 2022?",
+    "how much does an H200 cost",
+    "how do I deploy to Kubernetes",
+    "does it support Apple watches",
+    "how do I install Docker",
+    "what is the weather tomorrow",
+    "can I generate images with stable diffusion",
+    "how do I write a React component",
+    "who is the president of Germany",
+    "what is the square root of 144",
+    "how do I open an account",
+    "what does a subscription cost",
+    "how do I change my password",
+    "which tax forms do I file",
+    "what is reinforcement learning from human feedback",
+    "how do I set up a webhook",
+    "how to speak Spanish fluently",
+    "is there a mobile app",
+    "how do I connect to Slack",
+    "what is blockchain",
+    "recommend a good restaurant",
+    "how tall is Mount Everest",
+    "how do transistors amplify",
+    "what is the meaning of life",
+    "who invented the telephone",
+    "latest iPhone price",
+    "how do I train my dog",
+    "how do I lose weight",
+    "best data plan for my phone",
+    "what is the interest rate of the central bank",
+    "how do I learn French",
+    "does it run on Android",
+    "python list comprehension",
+    "stock market prediction",
+    "what is a transformer in electrical engineering",
+    "",
+    "what is it?",
+    "qwertz uiop",
+]
+
+
+@pytest.mark.parametrize("question", ANSWERED)
+def test_a_question_finds_its_section(question: str) -> None:
+    found = explain.answer(question).section
+    assert found is not None
+    assert any(part in f"{found.page}: {found.heading}" for part in ANSWERED[question].split("|")), found.heading
+
+
+@pytest.mark.parametrize("question", UNKNOWN)
+def test_what_the_guide_does_not_hold_it_does_not_answer(question: str) -> None:
+    assert explain.answer(question).section is None
+
+
+def test_the_list_of_pages_is_what_the_folder_holds() -> None:
+    assert {f"{page}.md" for page in explain.PAGES} == {path.name for path in GUIDE.glob("*.md")}
+
+
+def test_a_heading_names_one_section_of_its_page() -> None:
+    named = [(section.page, section.heading) for section in explain.sections()]
+    assert len(named) == len(set(named))
+
+
+def test_a_comment_in_a_block_of_code_is_no_heading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "guide" / "one.md").write_text("# One\n\n## Code\n\n```python\n# no heading\nx = 1\n```\n")
+    monkeypatch.setattr(explain, "files", lambda package: tmp_path)
+    assert [section.heading for section in explain._split("one")] == ["Code"]
+
+
+def test_the_folder_of_the_docs_leads_to_the_guide_of_the_package() -> None:
+    link = ROOT / "docs" / "guide"
+    where = link if link.is_dir() else link.parent / link.read_text().strip()  # git without links writes a file
+    assert where.resolve() == GUIDE
+
+
+def explained(*words: str, cwd: Path) -> tuple[str, list[str]]:
+    """What the command prints, and which heavy libraries it opened."""
+    code = (
+        "import sys\nfrom lorafit.cli import main\n"
+        f"sys.argv = {['lorafit', 'explain', *words]}\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
+    return done.stdout, json.loads(done.stderr.splitlines()[-1].replace("'", '"'))
+
+
+def test_an_answer_opens_no_heavy_library_and_needs_no_repository(tmp_path: Path) -> None:
+    said, heavy = explained("what", "is", "overfitting", cwd=tmp_path)
+    assert said.startswith("glossary.md: Overfitting\n")
+    assert "see also:\n  report.md: Overfitting\n" in said
+    assert heavy == []
+
+
+def test_as_json_an_answer_names_page_and_section(tmp_path: Path) -> None:
+    found = json.loads(explained("how many examples do I need", "--json", cwd=tmp_path)[0])
+    assert (found["answered"], found["page"], found["section"]) == (True, "data.md", "How many examples")
+    assert "independent test examples" in found["text"]
+    assert 1 <= len(found["see_also"]) <= 3
+
+
+def test_what_is_not_known_is_said_with_what_comes_nearest(tmp_path: Path) -> None:
+    said, _ = explained("how much does an H200 cost", cwd=tmp_path)
+    assert said.startswith("The guide does not know. What comes nearest:\n  ")
+    assert json.loads(explained("what", "is", "it", "--json", cwd=tmp_path)[0])["answered"] is False
+
+
+def test_without_a_question_the_guide_is_listed(tmp_path: Path) -> None:
+    said, _ = explained(cwd=tmp_path)
+    assert "when-not.md: When not to use LoRA\n  First ask\n" in said
+    pages = json.loads(explained("--json", cwd=tmp_path)[0])["pages"]
+    assert [page["page"] for page in pages] == [f"{page}.md" for page in explain.PAGES]
