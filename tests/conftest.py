@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from lorafit.base import Base, is_at_hand, open_base
+from lorafit.base import Base, open_base
+from lorafit.sources.builtin import is_at_hand
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

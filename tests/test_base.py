@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorafit.attachment import attach, merged
-from lorafit.base import BUILTIN, Base, open_base
+from lorafit.base import Base, open_base
 from lorafit.errors import AdapterError, BaseError
 from lorafit.plan import uniform
+from lorafit.sources.builtin import BUILTIN
 from lorafit.testing import random_adapter
 
 
@@ -250,10 +251,25 @@ def test_a_half_copied_gguf_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     with pytest.raises(BaseError, match=r"x\.gguf: cannot be converted"):
         open_base(tmp_path / "x.gguf")
-    assert not list((tmp_path / "cache" / "bases").iterdir())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_unknown_name_is_an_error_that_says_what_there_is() -> None:
     with pytest.raises(BaseError) as caught:
-        open_base("someone/some-model")
-    assert all(name in str(caught.value) for name in ("someone/some-model", "folder", ".gguf", *BUILTIN))
+        open_base("some-model")
+    assert all(name in str(caught.value) for name in ("some-model", "folder", ".gguf", *BUILTIN, "ORG/NAME"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("smolm2-135m", "did you mean smollm2-135m"),
+        ("./no/such", "there is no such folder"),
+        ("questions.jsonl", "is data, not a base: give the base first, then the data"),
+        ("builtin", "is data, not a base: give the base first, then the data"),
+        ("no.gguf", "there is no such file"),
+    ],
+)
+def test_a_name_that_is_no_base_is_told_what_it_may_have_meant(name: str, said: str) -> None:
+    with pytest.raises(BaseError, match=said):
+        open_base(name)

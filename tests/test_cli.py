@@ -389,11 +389,17 @@ def test_bases_lists_what_is_converted_with_its_size(
     lorafit: Lorafit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
-    (tmp_path / "bases" / "mine-0123456789ab-1").mkdir(parents=True)
-    (tmp_path / "bases" / "mine-0123456789ab-1" / "model.safetensors").write_bytes(b"x" * 1000)
-    found = {one["name"]: one for one in lorafit("bases", "--json").last_object["bases"]}
-    assert found["mine.gguf"]["bytes"] == 1000
+    copy = tmp_path / "bases" / "mine-0123456789ab-1"
+    copy.mkdir(parents=True)
+    (copy / "model.safetensors").write_bytes(b"x" * 1000)
+    (copy / "lorafit-base.json").write_text('{"name": "mine"}', encoding="utf-8")
+    listed = lorafit("bases", "--json").last_object
+    found = {one["name"]: one for one in listed["bases"]}
+    assert found["mine.gguf"]["bytes"] == listed["cache_bytes"] == 1016
     assert "smollm2-135m" in found
+    assert lorafit("bases", "--remove", "nobodys").status == 2
+    assert lorafit("bases", "--remove", "mine", "--json").last_object["removed"] == [str(copy)]
+    assert not copy.exists()
 
 
 def test_plain_text_trains_and_has_no_answers(lorafit: Lorafit, tiny_folder: Path, tmp_path: Path) -> None:

@@ -46,10 +46,12 @@ STEPS = {
     "convert", "change", "do",
 }  # fmt: skip
 PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b"  # where no path or flag that was typed is at fault
-COMPUTED = {  # the next step is written elsewhere: by _reform, by the error that is passed on, beside the limit
+COMPUTED = {  # the next step is written elsewhere: by _reform, the error passed on, beside the limit, what the hub says
     "…: of no form that is known (fields: …): …",
     "…: …",
     "…: … tokens, the limit is …: …",
+    "'…': there is no such path, and …: …",
+    "…: …: …",
 }
 AS_GOOD = ("did you mean ", "pip install ", "lorafit ", "if you know ")
 

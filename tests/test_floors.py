@@ -18,6 +18,7 @@ FLOORS = {
     "files": 1,
     "sites": 1,
     "layers": 2,
+    "sources": 2,
     "variants": 2,
     "plan": 3,
     "adapter": 4,

@@ -12,12 +12,13 @@ import torch
 from conftest import TEMPLATE, byte_tokenizer, tiny_llama
 from tokenizers.processors import TemplateProcessing
 
-from lorafit.base import Base, is_at_hand, open_tokenizer
+from lorafit.base import Base, open_tokenizer
 from lorafit.data.batches import LENGTH_STEP, by_tokens, collate, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import PLAIN_TEMPLATE, Renderer, Row, render, renderer_for
 from lorafit.errors import BaseError, DataError
 from lorafit.records import Rendering
+from lorafit.sources.builtin import is_at_hand
 
 LLAMA = (
     "{{ '<|begin|>' }}{% for m in messages %}"

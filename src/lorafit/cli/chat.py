@@ -31,7 +31,7 @@ def chat(
 
     terminal = Terminal(False)
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
-    talk = Chat(open_base(name, None, terminal.say), system, max_new_tokens, accept_unknown_base)
+    talk = Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base)
     if adapter is not None:
         talk.add(adapter)
     asked = sys.stdin.isatty()

@@ -40,7 +40,7 @@ class Terminal:
         self.err = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: tuple[str, TaskID] | None = None
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
         self._last_line = 0.0
         quiet_libraries()
 
@@ -48,15 +48,18 @@ class Terminal:
         self._end_bar()
         self.out.print(Text(text))
 
-    def watch(self, what: str, done: int, of: int) -> None:
-        """Progress of one named piece of work."""
+    def watch(self, what: str, done: int, of: int, unit: str = "examples") -> None:
+        """Progress of one named piece of work; bytes are shown as people read them."""
         now = time.monotonic()
-        began = self._began.setdefault(what, now)
-        left = (now - began) / done * (of - done) if done else math.nan
-        self._draw(what, done, of, f"{what} {done}/{of}", left)
+        began, first = self._began.setdefault(what, (now, done))
+        left = (now - began) / (done - first) * (of - done) if done > first else math.nan
+        in_bytes = unit == "bytes"
+        so_far, all_of_it = (f"{n / 1e6:,.1f}" if in_bytes else str(n) for n in (done, of))
+        self._draw(what, done, of, f"{what} {so_far}/{all_of_it}{' MB' if in_bytes else ''}", left)
         if done == of:
             self._end_bar()
-            self.out.print(Text(f"{what}: {of} examples in {now - began:.0f} s"))
+            del self._began[what]
+            self.out.print(Text(f"{what}: {all_of_it} {'MB' if in_bytes else unit} in {now - began:.0f} s"))
 
     def moment(self, moment: Moment) -> None:
         if moment.valid_nll is not None:

@@ -29,11 +29,12 @@ def data(
     lorafit data my.jsonl
     lorafit data folder --base none --skip-bad
     """
-    from lorafit.base import is_at_hand, open_tokenizer, require_base
+    from lorafit.base import open_tokenizer, require_base
     from lorafit.cli.console import Terminal
     from lorafit.data.render import Renderer
     from lorafit.pipeline import prepare, render_all
     from lorafit.settings import settings_from
+    from lorafit.sources.builtin import is_at_hand
 
     assert data is not None  # with_settings sees to it
     base = base or "smollm2-135m"
@@ -44,9 +45,8 @@ def data(
     examples, report = prepare(data, chosen, terminal)
     tokens: dict[str, dict[str, int]] = {}
     if shows:
-        renderer = Renderer(
-            open_tokenizer(base, terminal.say), examples.system if chosen.system is None else chosen.system
-        )
+        tokenizer = open_tokenizer(base, terminal.say, terminal.watch)
+        renderer = Renderer(tokenizer, examples.system if chosen.system is None else chosen.system)
         rows = render_all(renderer, examples, chosen.max_length)
         terminal.example(rows["train"][0], renderer)
         for name, split in rows.items():

@@ -18,7 +18,7 @@ def doctor(
     from lorafit.doctor import BROKEN, SLOW, examine
 
     terminal = Terminal(json)
-    findings = examine(base, terminal.say)
+    findings = examine(base, terminal.say, terminal.watch)
     for one in findings:
         mark = {SLOW: "slow", BROKEN: "broken"}.get(one.state, "")
         terminal.say(f"{one.what:>16}  {one.value}" + (f"\n{mark:>16}  {one.advice}" if one.advice else ""))

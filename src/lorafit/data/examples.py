@@ -182,7 +182,7 @@ def _renamed(columns: Sequence[str]) -> dict[str, str]:
 def _is_base(path: Path) -> bool:
     if path.exists():
         return path.suffix == ".gguf" or (path / "config.json").exists()
-    from lorafit.base import BUILTIN as BASES  # of weight, and seldom needed
+    from lorafit.sources.builtin import BUILTIN as BASES  # of weight, and seldom needed
 
     return str(path) in BASES
 

@@ -23,6 +23,7 @@ from lorafit.files import did_you_mean, read_json, whole_folder, write_json, wri
 from lorafit.plan import LowRank, Plan
 from lorafit.records import Rendering
 from lorafit.sites import Site
+from lorafit.sources import hub
 
 CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
 _FILES = {CONFIG, WEIGHTS, OURS, CARD}
@@ -88,17 +89,19 @@ def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, An
         save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         write_json(building / CONFIG, _config(adapter))
         write_json(building / OURS, ours)
-        write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {adapter.base_name}\n---\n")
+        write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {_base_of(adapter)[0]}\n---\n")
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
     slots = adapter.plan.slots
     rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
     alpha = Counter(slot.alpha for slot in slots).most_common(1)[0][0]
+    base, revision = _base_of(adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if adapter.rendering else None,
-        "base_model_name_or_path": adapter.base_name,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": _number(alpha),
         # Whole paths: a bare name could also match a module that the plan leaves alone.
@@ -113,6 +116,19 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _base_of(adapter: Adapter) -> tuple[str | None, str | None]:
+    """The base's name as PEFT has it, and the revision apart: a commit of the hub, or None."""
+    wanted = hub.parse(adapter.base_name or "")
+    return (wanted.id, wanted.revision) if wanted and wanted.is_commit else (adapter.base_name, None)
+
+
+def _named_base(config: Mapping[str, Any]) -> str | None:
+    """The base an adapter of elsewhere names, with its revision where it names one of the hub's."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    known = isinstance(name, str) and isinstance(revision, str) and hub.parse(f"{name}@{revision}") is not None
+    return f"{name}@{revision}" if known else name
 
 
 def _number(value: float) -> float | int:
@@ -230,7 +246,7 @@ def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
     if problems:
         raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12])
                           + "\nsave the adapter again, or restore the folder")  # fmt: skip
-    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=config.get("base_model_name_or_path"))
+    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=_named_base(config))
 
 
 def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[list[LowRank], list[str]]:

@@ -72,7 +72,7 @@ def run_evaluation(
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
     picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
-    base = open_base(name, None if resolved.dtype == "auto" else DTYPES[resolved.dtype], listener.say)
+    base = open_base(name, None if resolved.dtype == "auto" else DTYPES[resolved.dtype], listener.say, listener.watch)
     before = base.integrity()
     renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
     if adapter.rendering:

@@ -42,7 +42,7 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     require_base(base_name)
     examples, report = prepare(data, settings, listener)
     dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
-    base = open_base(base_name, dtype, listener.say)
+    base = open_base(base_name, dtype, listener.say, listener.watch)
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
                  + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
     renderer = renderer_for(base, examples.system if settings.system is None else settings.system)

@@ -8,16 +8,24 @@ from typing import Any
 from lorafit.adapter import Adapter
 from lorafit.planning import Choice
 from lorafit.report.words import interval
+from lorafit.sources import hub
 
 
 def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:
     """Markdown with the front matter that hubs and PEFT read."""
     nll, facts = summary["nll"], summary["facts"]
     variant = adapter.plan.slots[0].variant
+    wanted = hub.parse(adapter.base_name or "")
+    wanted = wanted if wanted and wanted.is_commit else None
+    opened = (
+        f'with `AutoModelForCausalLM.from_pretrained("{wanted.id}", revision="{wanted.revision}")`'
+        if wanted
+        else f"from its folder (`lorafit show {adapter.base_name}` prints it)"
+    )
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {adapter.base_name}",
+        f"base_model: {wanted.id if wanted else adapter.base_name}",
         "pipeline_tag: text-generation",
         f"tags: [lora, lorafit, {variant}]" if variant != "lora" else "tags: [lora, lorafit]",
         "---",
@@ -50,8 +58,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "    print(generate(base, renderer, [prompt], max_new_tokens=100)[0].text)",
         "```",
         "",
-        f"In PEFT, open the base from its folder (`lorafit show {adapter.base_name}` prints it), then "
-        "`PeftModel.from_pretrained(model, folder)`.",
+        f"In PEFT, open the base {opened}, then `PeftModel.from_pretrained(model, folder)`.",
         "",
         "## What was chosen, and why",
         "",

@@ -1,0 +1,268 @@
+"""GGUF files: converted once, by transformers, into a folder of fp32 safetensors in lorafit's cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit.errors import BaseError
+from lorafit.files import read_json, sha256_file, whole_folder, write_json
+from lorafit.sources.progress import Report, Watch, free_bytes, require_room, shown
+
+_CONVERSION = 1  # raise it when converting changes what is written
+_OURS = "lorafit-base.json"
+_SHARD = "2GB"
+# Tensors that say how positions turn, beside those the model learnt. transformers passes over them.
+_ROPE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+
+
+# What a file says and some of transformers' readers leave at a default, with its name in the config.
+_SAID = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "context_length": "max_position_embeddings",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_TURNS_IN_PART = {"nemotron", "phi3", "stablelm"}
+# Models of these many layers scale attention by hidden size / heads, which no file says; the others of their families
+# by the head's width (configurations of gemma-2-27b and gemma-3-27b).
+_SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself. numbers: how many there are in each tensor, by its name in the file; says:
+    single values under the architecture's name."""
+
+    architecture: str
+    numbers: dict[str, int]
+    rope: dict[str, torch.Tensor]
+    says: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights in fp32."""
+        return 4 * sum(self.numbers.values())
+
+
+def cache_folder() -> Path:
+    """Where converted bases are kept: LORAFIT_CACHE, or lorafit under the user's cache folder."""
+    if os.environ.get("LORAFIT_CACHE"):
+        return Path(os.environ["LORAFIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
+
+
+def copies() -> dict[Path, str]:
+    """The converted folders in the cache, each with the name it was converted under."""
+    bases = cache_folder() / "bases"
+    found = sorted(bases.iterdir()) if bases.is_dir() else []
+    return {folder: name for folder in found if (name := name_of(folder))}
+
+
+def remove(name: str) -> list[Path]:
+    """Delete the converted copies of this name, or the one folder of this name in the cache; returns what is gone.
+
+    Nothing else is ever deleted: neither GGUF files, nor the hub's cache, nor folders of the user.
+    """
+    gone = [folder for folder, known_as in copies().items() if name in {known_as, f"{known_as}.gguf", folder.name}]
+    if not gone:
+        raise BaseError(f"'{name}': there is no converted copy of this name in {cache_folder()}: lorafit bases lists "
+                        "those there are; what the hub's cache holds is removed with: hf cache rm")  # fmt: skip
+    for folder in gone:
+        shutil.rmtree(folder)
+    return gone
+
+
+def name_of(folder: Path) -> str | None:
+    """The name a folder was converted under; None for folders that were not."""
+    return str(read_json(folder / _OURS)["name"]) if (folder / _OURS).exists() else None
+
+
+def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
+    """The folder in the cache that a GGUF file was converted into; converts it at the first use.
+
+    Raises BaseError for a file that is damaged, that transformers cannot open or would open as something else, and
+    where the disk has no room.
+    """
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise BaseError(f"{file}: not a GGUF file: copy it again")
+    digest = sha256_file(file)
+    target = cache_folder() / "bases" / f"{name}-{digest[:12]}-{_CONVERSION}"
+    if (target / _OURS).exists():
+        return target
+    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
+        raise BaseError("opening a GGUF file needs gguf and accelerate: pip install 'lorafit[gguf]'")
+    try:
+        header = _header(file)
+        _require_known(file, header.architecture)
+        report(f"converting {file.name} ({header.architecture}) once: {shown(header.bytes)} as fp32 into {target}, "
+               f"where {shown(free_bytes(target))} are free")  # fmt: skip
+        require_room(header.bytes, target, f"{file.name} does not fit", "LORAFIT_CACHE")
+        with whole_folder(target) as building, _watched(watch):
+            _convert(file, header, building)
+            write_json(building / _OURS, {"name": name, "source": file.name, "source_sha256": digest})
+    except BaseError:
+        raise
+    # A damaged file, or one made otherwise than transformers expects, raises from the depths of three libraries.
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise BaseError(f"{file}: cannot be converted ({why}): try another file of the model") from error
+    return target
+
+
+def _header(file: Path) -> Header:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except (ValueError, KeyError, IndexError, struct.error) as error:
+        raise BaseError(f"{file}: cannot be converted: its header cannot be read ({error}): copy it again") from error
+    rope = {t.name: torch.tensor(t.data, dtype=torch.float32) for t in reader.tensors if t.name in _ROPE}
+    prefix = f"{architecture}."
+    says = {key.removeprefix(prefix): value for key, field in reader.fields.items() if key.startswith(prefix)
+            and not isinstance(value := field.contents(), list)}  # fmt: skip
+    return Header(architecture, {t.name: int(t.n_elements) for t in reader.tensors}, rope, says)
+
+
+def _require_known(file: Path, architecture: str) -> None:
+    """Raise BaseError for an architecture that transformers reads no GGUF of, naming those it does."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
+
+    known = {*GGUF_SUPPORTED_ARCHITECTURES, *TENSOR_PROCESSORS} - {"general", "tokenizer"}
+    try:
+        from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+
+        known |= set(GGUF_CONFIG_ARCHS)
+    except ImportError:
+        pass  # before it had a second reader
+    if architecture not in known:
+        raise BaseError(f"{file}: is of architecture '{architecture}', of which transformers reads no GGUF files; it "
+                        f"reads {', '.join(sorted(known))}: name the model's folder or hub id instead")  # fmt: skip
+
+
+def _convert(file: Path, header: Header, building: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(file.parent, trust_remote_code=False, **where)
+    take_over(header, config)
+    _set_rope(file, header, config)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True, **where,
+    )  # fmt: skip
+    model, info = opened
+    _require_all(file, header, model, info)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
+    # The weights are plain fp32 from here on; transformers would refuse to save what it opened as GGUF.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(building, max_shard_size=_SHARD)
+    tokenizer.save_pretrained(building)
+
+
+def _require_all(file: Path, header: Header, model: Any, info: dict[str, Any]) -> None:
+    """Raise BaseError where a weight of the model is not in the file, or a tensor of the file in no weight.
+
+    transformers draws the former at random and passes over the latter.
+    """
+    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if wrong:
+        raise BaseError(f"{file}: cannot be converted: transformers finds no values, or of another shape, for "
+                        f"{len(wrong)} weights: {', '.join(wrong[:3])}: name the model's folder or hub id")  # fmt: skip
+    inside = sum(count for name, count in header.numbers.items() if name not in _ROPE)
+    weights = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    taken = sum(weights.values()) + sum(buffer.numel() for buffer in buffers.values())
+    if inside != taken:
+        raise BaseError(f"{file}: cannot be converted: it holds {inside:,} numbers, and transformers makes of it a "
+                        f"model of {taken:,}: name the model's folder or hub id instead")  # fmt: skip
+
+
+def take_over(header: Header, config: Any) -> None:
+    """Put into the config what the file says, or its size tells, and transformers' readers left at a default."""
+    for said, name in _SAID.items():
+        if said in header.says and hasattr(config, name):
+            setattr(config, name, header.says[said])
+    if (header.architecture, header.says.get("block_count")) in _SCALED_BY_WIDTH:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+
+
+def _set_rope(file: Path, header: Header, config: Any) -> None:
+    """Put into the config how positions are stretched, which the file says in a tensor of factors.
+
+    Llama 3.1 and later: frequency f of wavelength w turns at f / factor, where w is longer than the context it was
+    first trained with, at f where w is shorter than a quarter of it, and between them in between (arXiv 2407.21783
+    names the base of the frequencies; the rule is that of Meta's code). Raises BaseError for factors of another rule.
+    """
+    factors = header.rope.get("rope_freqs.weight")
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    theta = rope.get("rope_theta")
+    stretched = sorted(header.rope)
+    width, turned = getattr(config, "head_dim", None), header.says.get("rope.dimension_count")
+    width = width or config.hidden_size // config.num_attention_heads if turned else None
+    if width and turned != width and header.architecture in _TURNS_IN_PART:
+        config.rope_parameters = rope = {**rope, "partial_rotary_factor": turned / width}
+    factor = header.says.get("rope.scaling.factor", 1)
+    if factor != 1 and f"'factor': {factor}" not in str(rope):
+        stretched.append(f"rope.scaling.factor = {factor}")
+    if not stretched:
+        return
+    if factors is not None and len(stretched) == 1 and theta and header.architecture == "llama":
+        if bool((factors == 1).all()):
+            return
+        said: dict[str, Any] = {"factor": round(float(factors.max()), 4), "low_freq_factor": 1.0,
+                                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+        if torch.allclose(llama3_factors(theta, 2 * len(factors), **said), factors, rtol=1e-3):
+            config.rope_parameters = {**rope, "rope_type": "llama3", **said}
+            return
+    raise BaseError(f"{file}: cannot be converted: positions are stretched by {', '.join(stretched)}, "
+                    "which transformers does not take from a GGUF file: name the model's folder or hub id")  # fmt: skip
+
+
+def llama3_factors(
+    theta: float, width: int, factor: float, low_freq_factor: float, high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> torch.Tensor:  # fmt: skip
+    """What each frequency is divided by: (width / 2,). width: of a head. The other names are those of the config."""
+    wavelength = 2 * math.pi * theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    turns = original_max_position_embeddings / wavelength
+    share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return (1 / ((1 - share) / factor + share)).float()
+
+
+@contextmanager
+def _watched(watch: Watch) -> Iterator[None]:
+    """Tell of the loops that take long, which transformers wraps in bars of tqdm."""
+    from transformers import modeling_gguf_pytorch_utils as legacy
+    from transformers.utils import logging
+
+    def told(items: Collection[Any], desc: str = "", **_: Any) -> Iterator[Any]:
+        first = desc.partition(" ")[0].lower()  # converting, loading or writing
+        what, unit = ("writing safetensors", "files") if first == "writing" else (f"{first} weights", "tensors")
+        for done, item in enumerate(items, 1):
+            yield item
+            watch(what, done, len(items), unit)
+
+    def hook(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return told(*args, **kwargs)
+
+    before, tqdm = logging.set_tqdm_hook(hook), legacy.tqdm  # type: ignore[attr-defined]
+    legacy.tqdm = told  # type: ignore[attr-defined] # one of its loops takes no hook
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+        legacy.tqdm = tqdm  # type: ignore[attr-defined]

@@ -1,0 +1,212 @@
+"""Models of the hub, fetched once into the hub's own cache, which other tools share.
+
+HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to every user of the hub. Pickles
+and code are never asked for. Small files come first, weights after them and the branch last: where the weights are
+whole, so is the rest, and a branch names nothing half.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EACCES, ENOSPC, EROFS
+from fnmatch import fnmatch
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from lorafit.errors import BaseError
+from lorafit.sources import folder
+from lorafit.sources.progress import Report, Watch, free_bytes, require_room, shown
+
+_NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SMALL = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json",
+    "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", folder.INDEX,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model of the hub. revision: a branch, a tag, or a whole commit hash."""
+
+    id: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return self.id if self.revision == "main" else f"{self.id}@{self.revision}"
+
+    @property
+    def is_commit(self) -> bool:
+        return _COMMIT.fullmatch(self.revision) is not None
+
+
+def parse(name: str) -> Wanted | None:
+    """ORG/NAME or ORG/NAME@REVISION; None for what cannot be one."""
+    match = _NAME.fullmatch(name)
+    return Wanted(match["id"], match["revision"] or "main") if match else None
+
+
+def at_hand(wanted: Wanted, *, weights: bool = True) -> Path | None:
+    """The folder in the hub's cache where it is whole; None elsewhere. Asks no one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(wanted.id, "config.json", revision=wanted.revision)
+    if not isinstance(config, str) or not folder.is_whole(Path(config).parent, weights=weights):
+        return None
+    return Path(config).parent
+
+
+def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = True) -> tuple[Path, str]:
+    """The folder of the model's commit in the hub's cache, and ORG/NAME@COMMIT. Fetches what is missing of it.
+
+    Raises BaseError where the hub or the disk says no, before the weights are fetched.
+    """
+    from huggingface_hub import HfApi, constants
+
+    here = at_hand(wanted, weights=weights)
+    if here is not None and (wanted.is_commit or constants.HF_HUB_OFFLINE):
+        return here, f"{wanted.id}@{here.name}"
+    try:
+        with _explained(wanted):
+            info = HfApi().model_info(wanted.id, revision=wanted.revision, files_metadata=True)
+    except _Unreachable as error:
+        if here is None:
+            raise BaseError(f"'{wanted}': there is no such path, and {error.why}: {error.step}") from error
+        report(f"{error.why}: opening {wanted} as it was when it was fetched ({here.name[:12]})")
+        return here, f"{wanted.id}@{here.name}"
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    commit = Wanted(wanted.id, str(info.sha))
+    small, large = _chosen(wanted, sizes)
+    missing = {name: sizes[name] for name in [*small, *(large if weights else [])] if not _cached(commit, name)}
+    cache = Path(constants.HF_HUB_CACHE)
+    if missing:
+        total = sum(missing.values())
+        report(f"downloading {wanted} ({info.sha}): {len(missing)} file{'s' * (len(missing) != 1)}, {shown(total)}, "
+               f"into {cache}, where {shown(free_bytes(cache))} are free")  # fmt: skip
+        require_room(total, cache, f"{wanted} does not fit", "HF_HOME")
+    bar = _bar(f"downloading {wanted.id}", sum(missing.values()), watch)
+    try:
+        with _explained(wanted):
+            path = _fetch(commit, [name for name in small if name in missing], bar)
+            if not (path and folder.code(path)):  # told by the check of the folder, before gigabytes are fetched for it
+                path = _fetch(commit, [name for name in large if name in missing], bar) or path
+            if not wanted.is_commit and (here is None or here.name != info.sha):
+                _fetch(wanted, ["config.json"], bar)  # now the branch may name this commit
+    except _Unreachable as error:
+        raise BaseError(f"{wanted}: {error.why}: {error.step}") from error
+    return path or cache_of(commit), f"{wanted.id}@{info.sha}"
+
+
+def cache_of(commit: Wanted) -> Path:
+    """Where the hub's cache keeps the files of a commit."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{commit.id.replace('/', '--')}" / "snapshots" / commit.revision
+
+
+def _chosen(wanted: Wanted, sizes: dict[str, int]) -> tuple[list[str], list[str]]:
+    """Small files, and the files of weights that transformers opens. Raises BaseError where it could open none."""
+    small = [name for name in sizes if any(fnmatch(name, pattern) for pattern in _SMALL)]
+    tensors = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
+    shards = [name for name in tensors if fnmatch(name, "*-of-*")]
+    large = [folder.SINGLE] if folder.SINGLE in tensors else shards if folder.INDEX in sizes else tensors
+    if "adapter_config.json" in sizes and "config.json" not in sizes:
+        raise BaseError(f"{wanted}: this is an adapter, not a base: name the base it belongs to")
+    if large and "config.json" in sizes:
+        return small, large
+    if any(name.endswith(".gguf") for name in sizes):
+        raise BaseError(f"{wanted}: holds GGUF files, which open from a path only: save one here and give its path")
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in sizes):
+        raise BaseError(f"{wanted}: holds its weights as pickles only, which can run any code when opened and are "
+                        "never fetched: choose a model or a revision with safetensors")  # fmt: skip
+    raise BaseError(f"{wanted}: holds no model in transformers' layout (config.json and safetensors): choose another")
+
+
+def _cached(commit: Wanted, name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(commit.id, name, revision=commit.revision), str)
+
+
+def _fetch(wanted: Wanted, names: list[str], bar: type) -> Path | None:
+    """Fetch the files one after the other; the folder they are in, None where there was nothing to fetch."""
+    from huggingface_hub import hf_hub_download
+
+    for name in names:
+        file = Path(hf_hub_download(wanted.id, name, revision=wanted.revision, tqdm_class=bar))
+    return file.parents[name.count("/")] if names else None
+
+
+def _bar(what: str, total: int, watch: Watch) -> type:
+    """What the hub's client takes for a bar of its own: it draws nothing, and tells the bytes of all files together."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    lock, done = Lock(), 0
+
+    class Told(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.update(kwargs.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal done
+            with lock:
+                before, done = min(done, total), done + int(n or 0)
+                if min(done, total) != before:
+                    watch(what, min(done, total), total, "bytes")
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Bytes on the wire, where they are counted apart: those on the disk count here."""
+
+        def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None: ...
+
+    return Told
+
+
+class _Unreachable(Exception):
+    """No answer from the hub. why: in short; step: what to do."""
+
+    def __init__(self, why: str, step: str):
+        self.why, self.step = why, step
+        super().__init__(why)
+
+
+@contextmanager
+def _explained(wanted: Wanted) -> Iterator[None]:
+    """What the hub's client raises, as a BaseError that says what to do."""
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise BaseError(f"{wanted}: is gated: accept its terms at {hub}/{wanted.id}, then put a token of that account "
+                        "into HF_TOKEN") from error  # fmt: skip
+    except errors.RepositoryNotFoundError as error:
+        raise BaseError(f"'{wanted}': there is no such path, and the hub ({hub}) knows no such model: check the "
+                        "spelling; for a private one put a token that may read it in HF_TOKEN") from error  # fmt: skip
+    except errors.RevisionNotFoundError as error:
+        raise BaseError(f"{wanted.id}: has no branch, tag or commit '{wanted.revision}': choose one that "
+                        f"{hub}/{wanted.id}/commits lists; give a commit in full") from error  # fmt: skip
+    except errors.OfflineModeIsEnabled as error:
+        raise _Unreachable(f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold it whole",
+                           "remove HF_HUB_OFFLINE once, to fetch it") from error  # fmt: skip
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in {401, 403}:
+            raise BaseError(f"{wanted}: the hub ({hub}) refuses it ({status}): check HF_TOKEN") from error
+        raise _Unreachable(f"the hub ({hub}) answers with status {status}", "try again later") from error
+    except BaseError:
+        raise
+    except Exception as error:  # the client lets through what its network library raises, whichever that is
+        if isinstance(error, OSError) and error.errno in {EACCES, ENOSPC, EROFS}:
+            raise BaseError(f"{constants.HF_HUB_CACHE}: cannot be written ({error.strerror}): make room, or name "
+                            "another folder in HF_HOME") from error  # fmt: skip
+        step = "check the network and HF_ENDPOINT, then try again; what was fetched is kept"
+        raise _Unreachable(f"the hub ({hub}) cannot be reached ({error})", step) from error
