@@ -18,6 +18,7 @@ from conftest import capitals, write_rows
 
 from lorafit import doctor
 from lorafit.cli import main
+from lorafit.cli.console import Terminal
 from lorafit.settings import TrainSettings
 
 VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat", "settings", "report", "explain"]
@@ -228,7 +229,7 @@ def test_data_refuses_what_is_too_long_for_training(lorafit: Lorafit, tiny_folde
 
 def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{**row, "source": "atlas"} for row in capitals()])
-    assert "field 'source' is passed over (24 lines)" in lorafit("data", path, "--base", "none").out
+    assert "field passed over: 'source' (24 lines)" in lorafit("data", path, "--base", "none").out
 
 
 def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
@@ -476,3 +477,26 @@ def test_chat_without_an_adapter_says_how_to_open_one(
     assert done.status == 0, done.err
     assert "no adapter is open: open one with /adapter FOLDER" in done.out
     assert "nowhere: there is no such adapter folder" in done.out
+
+
+def test_a_plan_reads_well_on_a_narrow_screen_and_is_a_table_on_a_wide_one(
+    lorafit: Lorafit, tiny_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, wide = [
+        (monkeypatch.setenv("COLUMNS", columns), lorafit("plan", tiny_folder, rows).out)[1] for columns in ("80", "160")
+    ]
+    assert re.search(r"^rank: 8 \(alpha \d+\)\n  \S.*$", narrow, re.MULTILINE)
+    assert "change it with" in wide
+    assert max(len(line) for line in narrow.splitlines() if "(--rank" in line) <= 80
+
+
+def test_a_validation_is_one_line_and_the_next_one_counts_from_its_own_beginning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 0.0, 10.0, 10.0, 1000.0, 1000.0, 1020.0, 1020.0])
+    monkeypatch.setattr("lorafit.cli.console.time.monotonic", lambda: next(now))
+    terminal = Terminal()
+    for done in (0, 50, 0, 50):  # two validations of 100 examples; the end of each is told with its result
+        terminal.watch("validation", done, 100)
+    told = capsys.readouterr()
+    assert (told.out, told.err.splitlines()[-1]) == ("", "validation 50/100  0:20 left")

@@ -430,6 +430,13 @@ def test_a_damaged_checkpoint_is_refused(tiny_base: Base, tmp_path: Path, damage
         train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path, resume=True)
 
 
+def test_validations_are_told_of_while_they_go_on(tiny_base: Base) -> None:
+    rows = rows_of(tiny_base, 6)
+    told: list[tuple[int, int]] = []
+    train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, watch=lambda done, of: told.append((done, of)))
+    assert told == [(0, 2)] * 3  # three validations of two rows in one batch, whose end comes with the result
+
+
 # What is kept of a run
 
 OVERFITS = Recipe(learning_rate=2e-2, batch_size=4, steps=60, warmup=1, validate_every=4, patience=99)

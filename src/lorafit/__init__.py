@@ -17,6 +17,7 @@ _PUBLIC = {
     "Recipe": "lorafit.training.recipe",
     "Renderer": "lorafit.data.render",
     "Site": "lorafit.sites",
+    "Terminal": "lorafit.cli.console",
     "TrainSettings": "lorafit.settings",
     "TrainState": "lorafit.training.state",
     "attach": "lorafit.attachment",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lorafit.attachment import merged as merged
     from lorafit.base import Base as Base
     from lorafit.base import open_base as open_base
+    from lorafit.cli.console import Terminal as Terminal
     from lorafit.data.examples import Message as Message
     from lorafit.data.examples import read_examples as read_examples
     from lorafit.data.render import Renderer as Renderer

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 
 OPTIONAL_FIELDS = ("check", "group", "input")  # of a row; a misspelt one is passed over
 SECONDS_BETWEEN_LINES = 10.0
+WIDTH_OF_REASONS = 100  # columns below which a table of reasons is a pillar of single words
 _drawn: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
 class Terminal:
-    """A Listener that draws. With `as_json`, stdout is kept for the one JSON object."""
+    """A Listener that draws, in a terminal, a notebook or a pipe. With `as_json`, stdout is for the JSON object."""
 
-    def __init__(self, as_json: bool):
+    def __init__(self, as_json: bool = False):
         self.as_json = as_json
         self.out = Console(stderr=as_json, highlight=False, soft_wrap=as_json or not sys.stdout.isatty())
         self.err = Console(stderr=True, highlight=False)
@@ -51,6 +53,8 @@ class Terminal:
     def watch(self, what: str, done: int, of: int, unit: str = "examples") -> None:
         """Progress of one named piece of work; bytes are shown as people read them."""
         now = time.monotonic()
+        if done == 0:
+            self._began[what] = now, 0  # an earlier one of the name may have been left unfinished
         began, first = self._began.setdefault(what, (now, done))
         left = (now - began) / (done - first) * (of - done) if done > first else math.nan
         in_bytes = unit == "bytes"
@@ -78,7 +82,7 @@ class Terminal:
             now = time.monotonic()
             if now - self._last_line >= SECONDS_BETWEEN_LINES:
                 self._last_line = now
-                self.err.print(Text(f"{text}  {clock(left)} left"))
+                self.err.print(Text(text if math.isnan(left) else f"{text}  {clock(left)} left"))
             return
         if self._task is None or self._task[0] != what:
             self._end_bar()
@@ -108,14 +112,21 @@ class Terminal:
         for name, split in report.splits.items():
             if split.contradictions:
                 self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
-        for field, count in report.passed_over.items():
-            near = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.75)
-            meant = f": did you mean {near[0]}?" if near else ""
-            self.out.print(Text(f"field '{field}' is passed over ({count:,} line{'s' * (count != 1)}){meant}"))
+        passed_over = [f"'{field}' ({count:,} line{'s' * (count != 1)}{_meant(field)})"
+                       for field, count in report.passed_over.items()]  # fmt: skip
+        if passed_over:
+            self.out.print(Text(f"field{'s' * (len(passed_over) > 1)} passed over: {', '.join(passed_over)}"))
         for one in report.remarks:
             self.out.print(Text(f"{one.examples:,} {one.what}, first {one.first}: {one.advice}"))
 
     def plan(self, choices: Sequence[Choice]) -> None:
+        """A table where there is room, else one choice below the other."""
+        if self.out.width < WIDTH_OF_REASONS:
+            for choice in choices:
+                self.out.print(Text(f"{choice.name}: ", style="bold") + Text(choice.value, style="cyan"))
+                change = f" ({choice.flag})" if choice.flag else ""
+                self.out.print(Padding(Text(choice.reason + change), (0, 0, 0, 2)), soft_wrap=False)
+            return
         table = Table("choice", "value", "reason", "change it with")
         for choice in choices:
             table.add_row(*(Text(cell) for cell in (choice.name, choice.value, choice.reason, choice.flag)))
@@ -184,6 +195,11 @@ class Terminal:
         self._end_bar()
         if self.as_json:
             print(json.dumps(summary, allow_nan=False))
+
+
+def _meant(field: str) -> str:
+    near = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.75)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def clipped(text: str, longest: int = 240) -> str:

@@ -99,7 +99,8 @@ def _run(
     rows = opened.rows
     listener.say("training; Ctrl-C saves and stops")
     trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
-                    folder=out, resume=resume, tell=listener.moment)  # fmt: skip
+                    folder=out, resume=resume, tell=listener.moment,
+                    watch=lambda done, of: listener.watch("validation", done, of))  # fmt: skip
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
     evaluating = time.monotonic()
     opens = count_opening(out)

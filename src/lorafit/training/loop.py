@@ -76,14 +76,16 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     tell: Callable[[Moment], None] = lambda moment: None,
+    watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Trained:
     """Train a fresh adapter; the best by mean validation NLL per example is returned, the base is not written to.
 
     folder: where checkpoints and metrics.jsonl go; None keeps nothing. With `resume` the run goes on from its last
     checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
     progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
+    tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     """
-    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, tell)
+    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, tell, watch)
     with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state):
         return run.go(resume, stop)
 
@@ -105,9 +107,10 @@ def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], split
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, tell: Callable[[Moment], None],
+        recipe: Recipe, folder: Path | None, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
     ):  # fmt: skip
-        self.base, self.rows, self.valid_rows, self.recipe, self.tell = base, train_rows, valid_rows, recipe, tell
+        self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
+        self.tell, self.watch = tell, watch
         self.checkpoint = folder / CHECKPOINTS / "last.safetensors" if folder else None
         self.metrics = folder / METRICS if folder else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
@@ -200,6 +203,8 @@ class _Run:
         def watch(done: int, of: int) -> None:
             if stop.is_set():
                 raise _Stopped
+            if done < of:  # the end is told with its result
+                self.watch(done, of)
 
         at, start = self.at, time.monotonic()
         self.state.training = False
