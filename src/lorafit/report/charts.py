@@ -55,7 +55,7 @@ def examples(story: Story) -> Figure | None:
     adapter = [answer["nll"]["adapter"] for answer in story.answers]
     top = max([*base, *adapter, 1e-3]) * 1.05
     axes.plot([0, top], [0, top], color=COLOURS["muted"], linewidth=1)
-    axes.scatter(base, adapter, s=14, color=COLOURS["adapter"], alpha=0.6, linewidths=0)
+    axes.scatter(base, adapter, s=14, color=COLOURS["adapter"], alpha=0.6, linewidths=0, clip_on=False)
     axes.set_xlim(0, top)
     axes.set_ylim(0, top)
     axes.set_xlabel("NLL under the base")

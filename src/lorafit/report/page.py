@@ -82,7 +82,8 @@ def _one(story: Story) -> dict[str, Any]:
     worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in story.answers)
     sites = Counter(slot["site"]["path"].rpartition(".")[2] for slot in story.plan["slots"]) if story.plan else {}
     return {"shown": shown, "folded": [a for a in answered if a not in shown][:FOLDED], "answered": len(answered),
-            "worst": worst[:3], "worse": worse, "sites": sites, **_scored(story.summary)}  # fmt: skip
+            "worst": worst[:3] if len(worst) > SHOWN else [], "worse": worse, "sites": sites,
+            **_scored(story.summary)}  # fmt: skip
 
 
 def _scored(summary: Mapping[str, Any] | None) -> dict[str, Any]:
