@@ -149,19 +149,27 @@ def test_the_share_is_what_is_taken_for_validation_and_for_test() -> None:
 
 
 def test_too_few_examples_are_refused() -> None:
-    with pytest.raises(DataError, match=r"2 examples in 2 groups .* too few to split"):
+    with pytest.raises(DataError, match=r"too few to split: 2 examples, 2 of them .* 3 are needed"):
         complete(Examples((example("alpha beta gamma"), example("one two three"))), 0)
 
 
 def test_examples_that_all_say_the_same_are_refused() -> None:
-    with pytest.raises(DataError, match="40 examples in 1 groups"):
+    with pytest.raises(DataError, match="40 examples, 1 of them independent"):
         complete(Examples(tuple(example(LONG + "?" * i) for i in range(40))), 0)
 
 
 def test_examples_of_one_group_are_refused() -> None:
     rng = random.Random(0)
-    with pytest.raises(DataError, match="30 examples in 1 groups"):
+    with pytest.raises(DataError, match="30 examples, 1 of them independent"):
         complete(Examples(tuple(example(words(rng), group="one") for _ in range(30))), 0)
+
+
+def test_three_groups_are_enough_however_large_they_are() -> None:
+    rng = random.Random(0)
+    split = complete(Examples(tuple(example(words(rng), group="abc"[i % 3]) for i in range(30))), 0)
+    groups = [{e.group for e in side} for side in split.by_name().values()]
+    assert [len(one) for one in groups] == [1, 1, 1]
+    assert len(set.union(*groups)) == 3
 
 
 def test_given_splits_stay_as_they_are() -> None:

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -116,19 +117,26 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
     if not want:
         return examples
     together = clusters(examples.train)
-    taken: dict[str, list[int]] = {"train": [], **{name: [] for name in want}}
+    taken: dict[str, list[list[int]]] = {"train": [], **{name: [] for name in want}}
     for k in np.random.default_rng(seed_of(seed, "split")).permutation(len(together)):
         members = together[k]
-        side = next((name for name in want if len(taken[name]) + len(members) <= want[name]), "train")
-        taken[side] += members
+        side = next((name for name in want if sum(map(len, taken[name])) + len(members) <= want[name]), "train")
+        taken[side].append(members)
+    for name in want:
+        if not taken[name] and len(taken["train"]) > 1:  # each group is larger than the share: the smallest is taken
+            smallest = min(taken["train"], key=len)
+            taken["train"].remove(smallest)
+            taken[name].append(smallest)
     if not all(taken.values()):
-        what = (
-            f"{len(examples.train)} examples in {len(together)} groups of near-identical prompts are too few to split"
-        )
+        n, apart = len(examples.train), len(together)
+        what = (f"too few to split: {n} example{'s' * (n != 1)}, {apart} of them independent (of different groups, with "
+                f"prompts that differ), where {1 + len(want)} are needed")  # fmt: skip
         problem = Problem(examples.train[0].where, what,
                           "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
         raise DataError([problem])
-    sides = {name: tuple(examples.train[i] for i in sorted(ids)) for name, ids in taken.items()}
+    sides = {
+        name: tuple(examples.train[i] for i in sorted(chain.from_iterable(groups))) for name, groups in taken.items()
+    }
     return examples.with_splits(sides)
 
 
