@@ -129,14 +129,15 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
             taken[name].append(smallest)
     if not all(taken.values()):
         n, apart = len(examples.train), len(together)
-        what = (f"too few to split: {n} example{'s' * (n != 1)}, {apart} of them independent (of different groups, with "
-                f"prompts that differ), where {1 + len(want)} are needed")  # fmt: skip
+        what = (
+            f"too few to split: {n} example{'s' * (n != 1)}, {apart} of them independent (of different groups, "
+            f"with prompts that differ), where {1 + len(want)} are needed"
+        )
         problem = Problem(examples.train[0].where, what,
                           "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
         raise DataError([problem])
-    sides = {
-        name: tuple(examples.train[i] for i in sorted(chain.from_iterable(groups))) for name, groups in taken.items()
-    }
+    order = {name: sorted(chain.from_iterable(groups)) for name, groups in taken.items()}
+    sides = {name: tuple(examples.train[i] for i in numbers) for name, numbers in order.items()}
     return examples.with_splits(sides)
 
 
