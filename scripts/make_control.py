@@ -16,7 +16,7 @@ import torch
 
 from lorafit.attachment import attach, fresh
 from lorafit.base import open_base
-from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER, read_examples
+from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
 from lorafit.demo import BASE, SETTINGS
 from lorafit.evaluation.answers import score_answers, shuffled_answers

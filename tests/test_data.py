@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from lorafit.data.examples import Check, Message, read_examples
+from lorafit.data.examples import Check, Message
+from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
 from lorafit.errors import DataError
 

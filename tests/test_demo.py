@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorafit.base import Base
-from lorafit.data.examples import BUILTIN_FOLDER
+from lorafit.data.reading import BUILTIN_FOLDER
 
 pytestmark = pytest.mark.slow
 

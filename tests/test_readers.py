@@ -13,8 +13,9 @@ import torch
 from conftest import byte_tokenizer
 
 from lorafit.base import Base
-from lorafit.data.examples import Examples, read_examples
+from lorafit.data.examples import Examples
 from lorafit.data.readers import PIECE
+from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, render
 from lorafit.data.split import require_apart
 from lorafit.errors import DataError, SettingsError
@@ -162,6 +163,12 @@ def test_columns_of_other_names_are_answered_with_the_flags_to_type(tmp_path: Pa
     with pytest.raises(DataError) as caught:
         read_examples(tmp_path / "a.csv")
     assert said in caught.value.problems[0].fix
+
+
+def test_fields_one_level_down_are_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "data": {"question": "Q", "answer": "A"}}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="write the fields of 'data' into the row itself"):
+        read_examples(tmp_path / "a.jsonl")
 
 
 def test_the_flags_that_are_proposed_work(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorafit.base import Base
-from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER, read_examples
+from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
 from lorafit.demo import SETTINGS
 from lorafit.files import read_json

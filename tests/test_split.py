@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lorafit.data.examples import BUILTIN_FOLDER, SPLITS, Example, Examples, Message, read_examples
+from lorafit.data.examples import SPLITS, Example, Examples, Message
+from lorafit.data.reading import BUILTIN_FOLDER, read_examples
 from lorafit.data.split import SIMILAR, complete, largest_similarity, near_pairs, require_apart, shingles, similarity
 from lorafit.errors import DataError
 from lorafit.evaluation.answers import is_right

@@ -29,7 +29,7 @@ _PUBLIC = {
     "merged": "lorafit.attachment",
     "open_base": "lorafit.base",
     "read_adapter": "lorafit.formats.peft:read",
-    "read_examples": "lorafit.data.examples",
+    "read_examples": "lorafit.data.reading",
     "render": "lorafit.data.render",
     "renderer_for": "lorafit.data.render",
     "run_evaluation": "lorafit.pipeline",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lorafit.base import open_base as open_base
     from lorafit.cli.console import Terminal as Terminal
     from lorafit.data.examples import Message as Message
-    from lorafit.data.examples import read_examples as read_examples
+    from lorafit.data.reading import read_examples as read_examples
     from lorafit.data.render import Renderer as Renderer
     from lorafit.data.render import render as render
     from lorafit.data.render import renderer_for as renderer_for

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lorafit.data.examples import BUILTIN, BUILTIN_FOLDER
+from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
 from lorafit.pipeline import Listener, run_training

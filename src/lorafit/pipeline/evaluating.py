@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lorafit.base import open_base
-from lorafit.data.examples import Examples, read_examples
+from lorafit.data.examples import Examples
+from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
 from lorafit.evaluation.compare import compare

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from lorafit.attachment import fired, require_fired
 from lorafit.base import Base, fastest_dtype, open_base, require_base
-from lorafit.data.examples import Examples, read_examples
+from lorafit.data.examples import Examples
+from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
