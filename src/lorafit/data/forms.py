@@ -85,6 +85,7 @@ Wrong = Callable[..., None]
 
 def parsed(record: Record, renamed: dict[str, str], problems: list[Problem]) -> Example | None:
     """The example a record holds; None, with its problems told, where it holds none."""
+
     def wrong(what: str, fix: str, field: str = "") -> None:
         problems.append(Problem(f"{record.where}: {field}" if field else record.where, what, fix))
 
