@@ -136,8 +136,8 @@ def test_a_prompt_beside_messages_is_reported_as_passed_over(tmp_path: Path) -> 
 
 
 def test_a_field_of_a_message_that_is_not_read_is_reported(tmp_path: Path) -> None:
-    row: dict[str, Any] = {"messages": [user("a"), {**assistant("b"), "weight": 0}]}
-    assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].extra == ("messages[].weight",)
+    row: dict[str, Any] = {"messages": [user("a"), {**assistant("b"), "name": "Ann"}]}
+    assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].extra == ("messages[].name",)
 
 
 def test_the_digest_tells_contents_apart_and_not_files(tmp_path: Path) -> None:
@@ -226,10 +226,11 @@ BAD = {
     "messages no list": ({"messages": "a"}, "2: messages: not a list"),
     "no messages": ({"messages": []}, "2: messages: not a list"),
     "unknown role": ({"messages": [user("a"), {"role": "bot", "content": "b"}]}, '2: messages[1].role: unknown'),
-    "no role": ({"messages": [user("a"), {"content": "b"}]}, "2: messages[1].role: unknown role null"),
+    "no role": ({"messages": [user("a"), {"content": "b"}]}, "2: messages: a turn without 'role' (it has content)"),
+    "not learnt": ({"messages": [user("a"), {**assistant("b"), "weight": 0}]}, "2: messages[1].weight: an answer not"),
     "role no text": ({"messages": [user("a"), {"role": [], "content": "b"}]}, "2: messages[1].role: unknown role []"),
     "content no text": ({"messages": [user("a"), {"role": "assistant", "content": [1]}]}, "2: messages[1].content: no"),
-    "completion no text": ({"prompt": "a", "completion": 4}, "2: completion: not text but int"),
+    "completion no text": ({"prompt": "a", "completion": 4}, "2: completion: not text but a number"),
     "empty prompt": ({"prompt": " ", "completion": "b"}, "2: prompt: empty"),
     "empty answer": ({"prompt": "a", "completion": ""}, "2: completion: an empty answer"),
     "answer of white space": ({"messages": [user("a"), assistant(" \n")]}, "2: messages[1].content: an empty answer"),
@@ -241,7 +242,8 @@ BAD = {
     "begins with answer": ({"messages": [assistant("a"), user("b"), assistant("c")]}, "2: messages[0].role: begins"),
     "system late": ({"messages": [user("a"), system("b"), assistant("c")]}, "2: messages[1].role: a system message"),
     "two systems": ({"messages": [system("a"), system("b"), user("c"), assistant("d")]}, "2: messages[1].role: a sys"),
-    "group a number": ({**GOOD, "group": 3}, "2: group: not text but int"),
+    "group a list": ({**GOOD, "group": [3]}, "2: group: not text but a list"),
+    "text and answer": ({"text": "a", "completion": "b"}, "2: both text and completion"),
 }  # fmt: skip
 
 
@@ -306,25 +308,36 @@ def test_a_bad_check_is_refused(tmp_path: Path, check: object) -> None:
 
 
 def test_all_problems_of_a_line_are_named_at_once(tmp_path: Path) -> None:
-    row: dict[str, object] = {"prompt": "", "completion": 3, "check": 1, "group": 2}
+    row: dict[str, object] = {"prompt": "", "completion": 3, "check": 1, "group": [2]}
     found = problems_of(write_rows(tmp_path / "a.jsonl", [row]))
     assert [problem.split(": ")[1] for problem in found] == ["prompt", "completion", "check", "group"]
 
 
 def test_all_problems_of_all_files_are_named_at_once(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [GOOD, {"prompt": "a", "completion": ""}, GOOD, {"prompt": "a"}])
-    write_rows(tmp_path / "valid.jsonl", [{**GOOD, "group": 1}])
+    write_rows(tmp_path / "valid.jsonl", [{**GOOD, "group": [1]}])
     (tmp_path / "test.jsonl").write_bytes(b"{}\n{")
     found = [problem.removeprefix(str(tmp_path))[1:].split(": ")[0] for problem in problems_of(tmp_path)]
     assert found == ["train.jsonl:2", "train.jsonl:4", "valid.jsonl:1", "test.jsonl:1", "test.jsonl:2"]
 
 
-def test_the_message_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> None:
+def test_what_is_wrong_again_and_again_is_one_line_with_its_places(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}] * 23)
     with pytest.raises(DataError) as caught:
         read_examples(path)
     assert str(caught.value).startswith("23 problems in the data\n")
-    assert str(caught.value).endswith("\n  ... and 3 more")
+    assert str(caught.value).endswith("(also at 2, 3, 4, 5, 6, 7, 8, 9 and 14 more)")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_the_message_shows_twenty_kinds_of_problems_and_counts_the_rest(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": "a", "completion": {}, f"x{i}": 1, "check": {f"y{i}": 1}} for i in range(23)]
+    )
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith("46 problems in the data\n")
+    assert str(caught.value).endswith("\n  ... and 4 other kinds")
 
 
 def test_every_problem_says_what_to_do(tmp_path: Path) -> None:

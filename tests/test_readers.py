@@ -106,14 +106,14 @@ BROKEN = {
     "short row": ("a.csv", b"prompt,completion\nQ,A\nonly one\n", r"a\.csv:3: 1 cells under 2 columns"),
     "after a long cell": ("a.csv", b'prompt,completion\n"Q\n\nQ",A\nx\n', r"a\.csv:5: 1 cells"),
     "open quote": ("a.csv", b'prompt,completion\n"Q,A\n', r"a\.csv:2: not a table"),
-    "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:1: a column without a name"),
+    "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:2: of no form .*prompt, column 2\): add completion"),
     "names twice": ("a.csv", b"prompt,prompt\nQ,A\n", r"a\.csv:1: two columns are named 'prompt'"),
     "latin-1": ("a.csv", "prompt,completion\nQ,A\nwär,B\n".encode("latin-1"), r"a\.csv:3: not UTF-8.*CSV UTF-8"),
     "utf-16": ("a.csv", "prompt,completion\nQ,A\n".encode("utf-16"), r"a\.csv: UTF-16, not UTF-8"),
     "header alone": ("a.csv", b"prompt,completion\n", r"a\.csv: no examples in it"),
     "cut list": ("a.json", b'[{"prompt": "Q", "completion": "A"},\n', r"a\.json:2: the list is cut off"),
     "one object": ("a.json", b'{\n "train": [["Q", "A"]]\n}', r"a\.json: one JSON object \(its keys: train"),
-    "odd list": ("a.json", b'[{"prompt": "Q", "completion": "A"},\n 7]', r"a\.json:2: not a JSON object"),
+    "odd list": ("a.json", b'[{"prompt": "Q", "completion": "A"},\n 7]', r"a\.json:row 2: not a JSON object"),
     "damaged parquet": ("a.parquet", b"PAR1 and no more", r"a\.parquet: not parquet, or damaged"),
     "workbook": (
         "a.xlsx",
@@ -286,3 +286,128 @@ def test_plain_text_has_a_mean_nll(tiny_base: Base, tmp_path: Path) -> None:
     rows = render(Renderer(tiny_base.tokenizer), read_examples(tmp_path / "a.txt").train, 16)
     (nll,) = example_nll(tiny_base, rows)
     assert torch.isfinite(torch.tensor(nll))
+
+
+FOUND = [{"prompt": "Where?", "completion": "Here."}]
+
+
+def test_a_column_that_is_named_stands_before_one_that_has_the_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,a,prompt\nWhere?,Here.,x0\n", encoding="utf-8")
+    assert asked(read_examples(tmp_path / "a.csv", ["prompt=q", "completion=a"])) == [("Where?", "Here.")]
+
+
+@pytest.mark.parametrize("columns", [["prompt=q", "prompt=a"], ["prompt=q", "completion=q"]])
+def test_columns_named_twice_are_refused(tmp_path: Path, columns: list[str]) -> None:
+    with pytest.raises(SettingsError, match="is named twice"):
+        read_examples(tmp_path / "a.csv", columns)
+
+
+def test_names_of_splits_may_be_written_large_and_files_that_are_no_split_are_told(tmp_path: Path) -> None:
+    for name in ("Train.jsonl", "TEST.JSONL", "train_extra.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name, "completion": "Here."}), encoding="utf-8")
+    found = read_examples(tmp_path)
+    assert [[e.question for e in split] for split in found.by_name().values()] == [["Train.jsonl"], [], ["TEST.JSONL"]]
+    assert found.unread == ("train_extra.jsonl",)
+
+
+def test_parts_of_a_split_are_one(tmp_path: Path) -> None:
+    for i in range(2):
+        name = f"train-0000{i}-of-00002.jsonl"
+        (tmp_path / name).write_text(json.dumps({"prompt": f"{i}", "completion": "Here."}), encoding="utf-8")
+    assert [e.question for e in read_examples(tmp_path).train] == ["0", "1"]
+
+
+BAD_FILES = {
+    "another form": ("test.csv", "q,a\n" + "Where?,Here.\n" * 3),
+    "an open quote": ("test.csv", 'prompt,completion\na,b\n"Where?,Here.\n'),
+    "a list cut off": ("test.json", json.dumps(FOUND * 3)[:-2]),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_not_a_bad_row_that_can_be_skipped(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps(FOUND[0]), encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError):
+        read_examples(tmp_path, skip_bad=True)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_every_row_of_a_list_has_a_place_of_its_own(tmp_path: Path, indent: int | None) -> None:
+    rows = [*FOUND * 3, {"prompt": "Where?", "completion": ""}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent), encoding="utf-8")
+    found = read_examples(tmp_path / "a.json", skip_bad=True)
+    assert len(found.train) == len({e.where for e in found.train}) == 3
+    assert [problem.where.rpartition("/")[2] for problem in found.skipped] == ["a.json:row 4: completion"]
+
+
+ODD_JSON = {
+    "two lists": ("[{}]\n[{}]", "not JSON"), "no comma": ('[{"a": 1} {"a": 2}]', "not JSON"),
+    "a number": ("5", "no list of examples but 5"), "null": ("null", "no list of examples but null"),
+    "objects by name": ('{\n"a": {"b": 1}}', "write the objects under its keys as a list"),
+    "a list by name": ('{\n"data": [], "v": 1}', "give 'data', the list in it"),
+    "twice": ('[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said"), ODD_JSON.values(), ids=ODD_JSON)
+def test_json_that_is_no_list_of_examples_is_refused_whole(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        read_examples(tmp_path / "a.json")
+
+
+ODD_TABLES = {
+    "capitals": ("a.CSV", "prompt,completion\nWhere?,Here.\n"),
+    "a spreadsheet's line": ("a.csv", "sep=;\nprompt;completion\nWhere?;Here.\n"),
+    "a column of numbers without a name": ("a.csv", ",prompt,completion\n0,Where?,Here.\n"),
+    "quotes that are none": ("a.tsv", 'prompt\tcompletion\tby\nWhere?\tHere.\t"Ann" B\n'),
+    "empty cells": ("a.csv", "prompt,completion,group,check\nWhere?,Here.,,\n"),
+    "a check in a cell": ("a.csv", 'prompt,completion,check\nWhere?,Here.,"{""contains"": [""here""]}"\n'),
+    "line ends of an old machine": ("a.jsonl", json.dumps(FOUND[0]) + "\r" + "\r"),
+    "a list in a file of lines": ("a.jsonl", json.dumps(FOUND)),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), ODD_TABLES.values(), ids=ODD_TABLES)
+def test_files_as_programs_write_them_are_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert asked(read_examples(tmp_path / name)) == [("Where?", "Here.")]
+
+
+def test_a_system_prompt_of_a_row_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**FOUND[0], "system": "Be brief."}), encoding="utf-8")
+    assert [m.role for m in read_examples(tmp_path / "a.jsonl").train[0].messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(("label", "learnt"), [(True, "true"), (1.0, "1"), (2.5, "2.5"), (3, "3"), (" yes ", "yes")])
+def test_labels_of_any_kind_are_learnt_as_text(tmp_path: Path, label: object, learnt: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Well.", "label": label}), encoding="utf-8")
+    assert read_examples(tmp_path / "a.jsonl").train[0].answer == learnt
+
+
+def test_columns_of_times_and_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    good = {"prompt": ["Where?"], "completion": ["Here."]}
+    pq.write_table(pa.table({**good, "at": pa.array([1], pa.timestamp("ns"))}), tmp_path / "a.parquet")
+    assert asked(read_examples(tmp_path / "a.parquet")) == [("Where?", "Here.")]
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["prompt", "prompt"]), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="two columns are named 'prompt'"):
+        read_examples(tmp_path / "b.parquet")
+
+
+def test_a_text_without_line_breaks_is_cut_where_sentences_end(tmp_path: Path) -> None:
+    text = " ".join(f"This is sentence number {i} of a long line." for i in range(400))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = [e.answer for e in read_examples(tmp_path / "a.txt").train]
+    assert len(pieces) > 3
+    assert all(piece.endswith("line.") for piece in pieces)
+    assert " ".join(pieces) == text
+
+
+def test_json_lines_are_not_learnt_as_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(json.dumps(FOUND[0]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rename it to a\.jsonl"):
+        read_examples(tmp_path / "a.txt")

@@ -15,12 +15,29 @@ import pytest
 
 from lorafit.data.examples import SPLITS, Example, Examples, Message
 from lorafit.data.reading import BUILTIN_FOLDER, read_examples
-from lorafit.data.split import SIMILAR, complete, largest_similarity, near_pairs, require_apart, shingles, similarity
+from lorafit.data.split import (
+    SIMILAR,
+    complete,
+    identical,
+    largest_similarity,
+    near_pairs,
+    require_apart,
+    shingle_sets,
+    shingles,
+    similarity,
+)
 from lorafit.errors import DataError
 from lorafit.evaluation.answers import is_right
 
 LONG = "When does the night train from the coast to the capital leave on working days in winter"
 ROOT = Path(__file__).parents[1]
+
+
+def pairs_of(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """The first of every distinct text with those near-identical to it."""
+    sets = shingle_sets(texts)
+    same = identical(sets)
+    return sorted([*near_pairs(sets, same), *((first, i) for first, all_of in same.items() for i in all_of[1:])])
 
 
 def example(prompt: str, where: str = "x:1", answer: str = "Yes.", group: str | None = None) -> Example:
@@ -50,16 +67,16 @@ def family(seed: int) -> list[Example]:
     "other", [LONG + "?", LONG.upper() + "!!", LONG.replace(" ", "  "), LONG.replace("the", "a", 1)]
 )
 def test_a_prompt_that_differs_in_form_alone_or_in_one_word_is_near_identical(other: str) -> None:
-    assert list(near_pairs([LONG, other])) == [(0, 1)]
+    assert pairs_of([LONG, other]) == [(0, 1)]
 
 
 def test_an_unrelated_prompt_is_not_near_identical() -> None:
-    assert list(near_pairs([LONG, "How many eggs go into a sponge cake for twelve guests at a birthday party"])) == []
+    assert pairs_of([LONG, "How many eggs go into a sponge cake for twelve guests at a birthday party"]) == []
 
 
 @pytest.mark.parametrize(("one", "other"), [("2+2?", "2-2?"), ("What is 12 + 5?", "What is 12 - 5?"), ("?", "!")])
 def test_signs_that_carry_the_meaning_keep_prompts_apart(one: str, other: str) -> None:
-    assert list(near_pairs([one, other])) == []
+    assert pairs_of([one, other]) == []
 
 
 def test_a_pair_just_below_the_bound_is_not_reported() -> None:
@@ -67,7 +84,7 @@ def test_a_pair_just_below_the_bound_is_not_reported() -> None:
     shared, ends = words(rng, 20), [words(rng, 2), words(rng, 2)]
     pair = [f"{shared} {end}" for end in ends]
     assert SIMILAR - 0.05 < similarity(*map(shingles, pair)) < SIMILAR
-    assert list(near_pairs(pair)) == []
+    assert pairs_of(pair) == []
 
 
 def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
@@ -79,11 +96,27 @@ def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
     sets = [shingles(text) for text in texts]
     exact = [(i, j) for i, j in combinations(range(len(texts)), 2) if similarity(sets[i], sets[j]) >= SIMILAR]
     assert len(exact) > 20
-    assert sorted(near_pairs(texts)) == exact
+    assert pairs_of(texts) == exact
 
 
 def test_identical_prompts_are_all_tied_to_the_first() -> None:
-    assert list(near_pairs(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"])) == [(0, 2), (0, 3)]
+    assert pairs_of(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"]) == [(0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize(("one", "other"), [("In C, when is a = b taken?", "In C, when is a != b taken?"),
+                                              ("लड़का कहाँ है?", "लड़की कहाँ है?")])  # fmt: skip
+def test_signs_and_vowels_that_tell_prompts_apart_are_letters_of_them(one: str, other: str) -> None:
+    assert shingles(one) != shingles(other)
+
+
+@pytest.mark.parametrize("answers", ["AB", "BA"])
+def test_one_of_several_answers_to_a_prompt_is_a_leak_in_whatever_order_they_stand(answers: str) -> None:
+    said = {"A": "The first floor is closed for repairs.", "B": "Turn left behind the fountain."}
+    train = tuple(example(LONG + " one", f"train:{i}", said[which]) for i, which in enumerate(answers))
+    test = tuple(example(LONG + " two", f"test:{i}", text) for i, text in enumerate(("Nobody knows that.", said["B"])))
+    with pytest.raises(DataError) as caught:
+        require_apart(Examples(train, (), test))
+    assert [problem.where for problem in caught.value.problems] == ["test:1"]
 
 
 def test_all_of_a_large_family_of_near_identical_prompts_are_named() -> None:
@@ -113,7 +146,7 @@ def test_an_instruction_that_all_prompts_share_does_not_make_them_near_identical
 
 
 def test_prompts_in_other_scripts_are_told_apart() -> None:
-    assert list(near_pairs(["как пройти в библиотеку", "сколько стоит этот билет", "図書館はどこですか"])) == []
+    assert pairs_of(["как пройти в библиотеку", "сколько стоит этот билет", "図書館はどこですか"]) == []
 
 
 def test_the_same_seed_gives_the_same_split() -> None:

@@ -34,29 +34,46 @@ class InputError(LorafitError, ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with one place: `where` is `file:line` (and a field), `fix` says what to do."""
+    """One thing wrong with one place: `where` is `file:line` (and a field), `fix` says what to do.
+
+    whole: it is wrong with a file, or with all that follows in it: there is no row that could be left out instead.
+    """
 
     where: str
     what: str
     fix: str
+    whole: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}: {self.fix}"
 
 
 class DataError(InputError):
-    """Examples that cannot be used. `problems` lists all of them, the message the first `SHOWN`."""
+    """Examples that cannot be used. `problems` lists all of them; the message has a line for each of the first `SHOWN`
+    kinds, with its places."""
 
     SHOWN = 20
+    PLACES = 8
 
     def __init__(self, problems: Sequence[Problem]):
         self.problems = tuple(problems)
-        more = len(self.problems) - self.SHOWN
-        lines = [str(problem) for problem in self.problems[: self.SHOWN]]
-        if more > 0:
-            lines.append(f"... and {more} more")
+        kinds: dict[tuple[str, ...], list[Problem]] = {}
+        for problem in self.problems:
+            place, _, field = problem.where.partition(": ")
+            kinds.setdefault((place.rpartition(":")[0], field, problem.what, problem.fix), []).append(problem)
+        lines = [f"{one}{self._also(more)}" for one, *more in kinds.values()]
+        if len(lines) > self.SHOWN:
+            lines[self.SHOWN :] = [f"... and {len(lines) - self.SHOWN} other kinds"]
         count = len(self.problems)
         super().__init__(f"{count} problem{'s' * (count != 1)} in the data\n  " + "\n  ".join(lines))
+
+    def _also(self, more: Sequence[Problem]) -> str:
+        """Where else the same is wrong."""
+        if not more:
+            return ""
+        places = [problem.where.partition(": ")[0].rpartition(":")[2] for problem in more[: self.PLACES]]
+        rest = f" and {len(more) - self.PLACES:,} more" if len(more) > self.PLACES else ""
+        return f" (also at {', '.join(places)}{rest})"
 
 
 class SettingsError(InputError):

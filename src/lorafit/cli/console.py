@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from lorafit.planning import Choice
     from lorafit.training.loop import Moment
 
-OPTIONAL_FIELDS = ("check", "group", "input")  # of a row; a misspelt one is passed over
+OPTIONAL_FIELDS = ("check", "group", "input", "system")  # of a row; a misspelt one is passed over
 SECONDS_BETWEEN_LINES = 10.0
+MOST_LABELS = 12  # shown of a split
 WIDTH_OF_REASONS = 100  # columns below which a table of reasons is a pillar of single words
 _drawn: weakref.WeakSet[Progress] = weakref.WeakSet()
 
@@ -109,6 +110,11 @@ class Terminal:
             )  # fmt: skip
         self.out.print(table)
         self.out.print("words: shortest-median-longest; alike: near-identical to an earlier prompt of the same split")
+        for name, split in report.splits.items():
+            if split.labels:
+                most = list(split.labels.items())[:MOST_LABELS]
+                rest = f", {len(split.labels) - len(most)} more" if len(split.labels) > len(most) else ""
+                self.out.print(Text(f"{name}: {', '.join(f'{label} {n:,}' for label, n in most)}{rest}"))
         for name, split in report.splits.items():
             if split.contradictions:
                 self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
@@ -198,7 +204,7 @@ class Terminal:
 
 
 def _meant(field: str) -> str:
-    near = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.75)
+    near = [one for one in difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.75) if one != field]
     return f": did you mean {near[0]}?" if near else ""
 
 

@@ -71,6 +71,7 @@ class Examples:
     """Examples by split; a split that was not given is empty.
 
     system: a system prompt that the form of the data calls for. skipped: problems of rows that were left out.
+    unread: files of the folder that are no split of it.
     """
 
     train: tuple[Example, ...]
@@ -78,6 +79,7 @@ class Examples:
     test: tuple[Example, ...] = ()
     system: str | None = None
     skipped: tuple[Problem, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def by_name(self) -> dict[str, tuple[Example, ...]]:
         return {"train": self.train, "valid": self.valid, "test": self.test}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
+import string
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lorafit.data.examples import TEXT, Check, Example, Message
@@ -17,7 +19,7 @@ ROLES = ("system", "user", "assistant")
 
 def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
     """Field by column name."""
-    found = {}
+    found: dict[str, str] = {}
     for given in columns:
         field, _, column = given.partition("=")
         if field not in FIELDS or not column:
@@ -25,13 +27,20 @@ def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
             raise SettingsError(
                 f"--columns {given}: write FIELD=COLUMN, such as prompt=question; FIELD is one of {known}"
             )
+        if column in found or field in found.values():
+            twice = column if column in found else field
+            raise SettingsError(f"--columns {given}: '{twice}' is named twice: leave one of them")
         found[column] = field
     return found
 
 
 def fields_of(record: Record, renamed: dict[str, str]) -> dict[str, Any]:
-    """The fields of a record under the names that the forms know."""
-    return {renamed.get(name, name): value for name, value in record.fields.items()} if renamed else record.fields
+    """The fields of a record under the names that the forms know. What is named by a flag stands before a column that
+    has the name by itself."""
+    if not renamed:
+        return record.fields
+    named = {name: value for name, value in record.fields.items() if name in renamed or name not in renamed.values()}
+    return {renamed.get(name, name): value for name, value in named.items()}
 
 
 def form_of(row: dict[str, Any]) -> str | None:
@@ -55,12 +64,13 @@ def _reform(row: dict[str, Any]) -> str:
                 if field in needed and field not in row:
                     named.setdefault(field, name)
             return f"rename what is called otherwise, or add {_flags(named)}"
+    for name, value in row.items():
+        inside = value[0] if isinstance(value, list) and value else value
+        if isinstance(inside, dict) and any(_meant(field) for field in inside):
+            return f"write the fields of '{name}' into the row itself"
     for needed, _ in FORMS.values():
         if needed & set(row):
             return f"add {' and '.join(sorted(needed - set(row)))}"
-    nested = next((name for name, value in row.items() if isinstance(value, dict)), None)
-    if nested:
-        return f"write the fields of '{nested}' into the row itself"
     if len(row) == 2:
         asked, answered = row
         fix = f"add {_flags({'prompt': asked, 'completion': answered})}"
@@ -95,16 +105,38 @@ def parsed(record: Record, renamed: dict[str, str], problems: list[Problem]) -> 
     if form is None:
         problems.append(formless(record.where, row))
         return None
+    row = {**row, **{name: _unpacked(row[name]) for name in PACKED & set(row)}}
+    beside = sorted(set(row) & ANSWERING) if form == "text" else []
+    if beside:
+        wrong(f"both text and {beside[0]}: plain text has no question and no answer",
+              f"leave {beside[0]} out, or add --columns prompt=text if text is what is asked")  # fmt: skip
     messages = FORMS[form][1](row, wrong)
-    check = _check(row.get("check"), wrong)
-    group = row.get("group")
+    system = row.get("system")
+    if system and form != "text" and messages and messages[0].role != "system":
+        messages = (*_said("system", system, "system", wrong), *messages)
+    check, group = (None if row.get(name) == "" else row.get(name) for name in ("check", "group"))  # an empty cell
+    check = _check(check, wrong)
+    if type(group) is int:
+        group = str(group)
     if group is not None and not isinstance(group, str):
-        wrong(f"not text but {type(group).__name__}", "write a string, or leave it out", "group")
+        wrong(f"not text but {_kind(group)}", "write a string, or leave it out", "group")
     if len(problems) > before:
         return None
-    return Example(
-        messages, record.where, check, group, _passed_over(row, form), row["label"] if form == LABELLED else None
-    )
+    label = messages[-1].content if form == LABELLED else None
+    return Example(messages, record.where, check, group, _passed_over(row, form), label)
+
+
+def _unpacked(value: Any) -> Any:
+    """What a cell of a table holds as JSON; anything else as it is."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value of this type."""
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def _messages(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
@@ -124,6 +156,12 @@ def _turns(turns: Any, name: str, by: str, says: str, roles: dict[str, str], wro
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
             wrong("not an object", f'write {{"{by}": "user", "{says}": "..."}}', f"{name}[{i}]")
+        elif by not in turn:
+            there = ", ".join(list(turn)[:6])
+            wrong(f"a turn without '{by}' (it has {there})", f"rename its fields to {by} and {says}", name)
+        elif turn.get("weight") == 0:
+            wrong("an answer not to be learnt (weight 0): all are", "end the conversation before it, or remove weight",
+                  f"{name}[{i}].weight")  # fmt: skip
         elif not isinstance(turn.get(by), str) or turn[by] not in roles:
             said = json.dumps(turn.get(by), default=str)
             wrong(f"unknown role {said}", f"use {', '.join(roles)}", f"{name}[{i}].{by}")
@@ -137,10 +175,10 @@ def _turns(turns: Any, name: str, by: str, says: str, roles: dict[str, str], wro
 def _said(role: str, content: Any, field: str, wrong: Wrong) -> list[Message]:
     """The message, or none with the problem told."""
     if not isinstance(content, str):
-        wrong(f"not text but {type(content).__name__}", "write a string", field)
+        wrong(f"not text but {_kind(content)}", "write a string", field)
     elif not _encodable(content):
         wrong("holds half of a character (a lone surrogate, \\ud800 to \\udfff)", "write the whole character", field)
-    elif not content.strip():
+    elif not content.strip(BLANK):
         what = "an empty answer: nothing to learn" if role == "assistant" else "empty"
         wrong(what, "fill it in, or remove the line", field)
     else:
@@ -156,7 +194,7 @@ def _pair(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
 def _alpaca(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
     asked, more = _said("user", row["instruction"], "instruction", wrong), row.get("input")
     if more is not None and not isinstance(more, str):
-        wrong(f"not text but {type(more).__name__}", "write a string, or leave it out", "input")
+        wrong(f"not text but {_kind(more)}", "write a string, or leave it out", "input")
     elif more and more.strip() and asked and _encodable(more):
         asked = [Message("user", f"{asked[0].content}\n\n{more}")]
     return (*asked, *_said("assistant", row["output"], "output", wrong))
@@ -164,8 +202,10 @@ def _alpaca(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
 
 def _labelled(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
     label = row["label"]
-    if type(label) is int:  # as parquet files keep them
-        label = row["label"] = str(label)
+    if isinstance(label, (int, float)):  # as parquet files and JSON keep them
+        label = json.dumps(int(label) if label == int(label) and not isinstance(label, bool) else label)
+    elif isinstance(label, str):
+        label = label.strip()
     return (*_said("user", row["text"], "text", wrong), *_said("assistant", label, "label", wrong))
 
 
@@ -189,7 +229,12 @@ ALSO = {  # what others call these fields, in the public data sets met so far
     "text": ("sentence", "utterance", "review", "content", "body", "comment"),
     "label": ("intent", "category", "class", "sentiment", "topic"),
 }  # fmt: skip
-FIELDS = frozenset({"input", "check", "group"}).union(*(needed for needed, _ in FORMS.values()))
+ANSWERING = frozenset().union(*(needed for needed, _ in FORMS.values())) - {"text", "label"}
+FIELDS = frozenset({"input", "system", "check", "group", "text", "label"}) | ANSWERING
+PACKED = frozenset({"messages", "conversations", "check"})  # may stand as JSON in the cell of a table
+KINDS: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", int: "a number",
+                          float: "a number"}  # fmt: skip
+BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"  # what shows nothing
 
 
 def _encodable(text: str) -> bool:
@@ -203,6 +248,7 @@ def _encodable(text: str) -> bool:
 def _passed_over(row: dict[str, Any], form: str) -> tuple[str, ...]:
     """Names of fields that nothing was read from."""
     used = FORMS[form][0] | {"check", "group"} | ({"input"} if form == "alpaca" else set())
+    used |= {"system"} if form != "text" else set()
     inner = {f"messages[].{field}" for turn in row["messages"] for field in set(turn) - {"role", "content"}
              } if form == "messages" else set()  # fmt: skip
     return tuple(sorted(set(row) - used | inner))

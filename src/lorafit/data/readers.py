@@ -16,12 +16,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorafit.errors import Problem
 from lorafit.files import did_you_mean
 
 PIECE = 2000  # characters of plain text that make one example, rounded up to whole paragraphs
+PACKED = (".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
 
 
 @dataclass(frozen=True)
@@ -40,40 +41,58 @@ def kinds() -> tuple[str, ...]:
 def read_records(path: Path, problems: list[Problem]) -> list[Record]:
     """All records of one file, by its ending; one of another ending is read as jsonl."""
     before = len(problems)
+
+    def refuse(what: str, fix: str) -> list[Record]:
+        problems.append(Problem(str(path), what, fix, whole=True))
+        return []
+
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        problems.append(Problem(str(path), "there is no such file", did_you_mean(path, "check the path")))
-        return []
+        if path.is_symlink():
+            return refuse(f"a link to {path.readlink()}, which is not there", "correct the link, or remove it")
+        return refuse("there is no such file", did_you_mean(path, "check the path"))
+    except IsADirectoryError:
+        return refuse("a folder, where a file is meant", "move what is in it one level up, or rename it")
     except OSError as error:
-        problems.append(Problem(str(path), f"cannot be read ({error.strerror})", "check its permissions"))
-        return []
-    ending = path.suffix
+        return refuse(f"cannot be read ({error.strerror})", "check its permissions")
+    ending = path.suffix.lower()
     if ending == ".gz":
-        ending = path.with_suffix("").suffix
+        ending = path.with_suffix("").suffix.lower()
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
-            problems.append(Problem(str(path), f"cannot be unpacked ({error})", "copy it again, it may be half a copy"))
-            return []
+            return refuse(f"cannot be unpacked ({error})", "copy it again, it may be half a copy")
+    if raw[:2] == b"\x1f\x8b":
+        return refuse("packed by gzip, which its name does not say", f"rename it to {path.name}.gz")
+    if ending in PACKED:
+        return refuse("a packed file", "unpack it, and give what is in it")
     if raw[:4] == b"PK\x03\x04":  # so do workbooks begin
         workbook = ending.startswith((".xls", ".ods"))
         fix = "save the sheet as 'CSV UTF-8'" if workbook else "unpack it, and give what is in it"
-        problems.append(Problem(str(path), "a workbook, not a csv file" if workbook else "a zip archive", fix))
-        return []
+        return refuse("a workbook, not a csv file" if workbook else "a zip archive", fix)
     if ending != ".parquet" and b"\x00" in raw[:4096]:
-        wide = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        wide = next((name for mark, name in WIDE.items() if raw.startswith(mark)), None)
         fix = "save it as UTF-8" if wide else f"give one of {', '.join(READERS)}"
-        problems.append(Problem(str(path), "UTF-16, not UTF-8" if wide else "a binary file", fix))
-        return []
-    if ending not in READERS and not raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        return refuse(f"{wide}, not UTF-8" if wide else "a binary file", fix)
+    begins = raw.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if ending not in READERS and begins != b"{":
         fix = f"copy it to {path.stem}.txt if it is plain text to be learnt whole, or give one of {', '.join(READERS)}"
-        problems.append(Problem(str(path), f"of no kind that is read ({ending or 'its name has no ending'})", fix))
-        return []
+        return refuse(f"of no kind that is read ({ending or 'its name has no ending'})", fix)
+    if ending == ".txt" and begins == b"{" and _is_object(raw):
+        return refuse("JSON lines in a file of plain text", f"rename it to {path.stem}.jsonl")
     records = list(READERS.get(ending, _jsonl)(path, raw, problems))
     if not records and len(problems) == before:
-        problems.append(Problem(str(path), "no examples in it", "write at least one"))
+        return refuse("no examples in it", "write at least one")
     return records
+
+
+def _is_object(raw: bytes) -> bool:
+    """Whether the first line is a JSON object."""
+    try:
+        return isinstance(json.loads(raw.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _text(path: Path, raw: bytes, problems: list[Problem]) -> str | None:
@@ -83,26 +102,30 @@ def _text(path: Path, raw: bytes, problems: list[Problem]) -> str | None:
         return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.append(_not_utf8(f"{path}:{line}", raw[error.start]))
+        problems.append(_not_utf8(f"{path}:{line}", raw[error.start], whole=True))
         return None
 
 
-def _not_utf8(where: str, byte: int) -> Problem:
+def _not_utf8(where: str, byte: int, whole: bool = False) -> Problem:
     """The first byte that cannot be, and what it would be in the encoding that most such files have."""
     letter = bytes([byte]).decode("cp1252", errors="ignore")
     meant = f", which is {letter} in Windows-1252" if letter else ""
     fix = "save the file as UTF-8 (Excel: 'CSV UTF-8'; a shell: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW)"
-    return Problem(where, f"not UTF-8 (byte 0x{byte:02x}{meant})", fix)
+    return Problem(where, f"not UTF-8 (byte 0x{byte:02x}{meant})", fix, whole)
 
 
 def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
-    lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")  # not splitlines: JSON strings may hold other separators
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if raw.lstrip()[:1] == b"[":
+        yield from _json(path, raw, problems)
+        return
+    lines = re.split(rb"\r\n|\n|\r", raw)  # not splitlines: JSON strings may hold other separators
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line.decode())
+            row = _loaded(line.decode())
         except UnicodeDecodeError as error:
             problems.append(_not_utf8(where, line[error.start]))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
@@ -114,6 +137,19 @@ def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
                 problems.append(Problem(where, f"not JSON ({said})", "write one JSON object per line"))
         else:
             yield from _object(where, row, problems)
+
+
+def _loaded(text: str) -> Any:
+    """JSON, where a field that stands twice in an object is an error and not the second one."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the field '{next(n for n in names if names.count(n) > 1)}' stands twice in one object")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _why(error: ValueError | RecursionError) -> str:
@@ -131,42 +167,38 @@ def _object(where: str, row: Any, problems: list[Problem]) -> Iterator[Record]:
 
 
 def _json(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
-    """A list of objects; each is named by the line on which it begins. Many files of this ending hold JSON lines."""
+    """A list of objects, each named by its number. Many files of this ending hold JSON lines."""
     text = _text(path, raw, problems)
     if text is None:
         return
-    if not text.lstrip().startswith("["):
-        first = text.strip().partition("\n")[0]
-        if not first.endswith("}") and _is_json(text):
-            keys = ", ".join(list(json.loads(text))[:5])
-            what = f"one JSON object (its keys: {keys} ...), not a list of examples"
-            problems.append(Problem(str(path), what, "write a list of objects, [{...}, {...}], or one object per line"))
-        else:
-            yield from _jsonl(path, raw, problems)
-        return
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    gap = re.compile(r"[\s,]*")
-    while True:
-        position = gap.match(text, position).end()  # type: ignore[union-attr] # matches the empty string too
-        line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
-            return
-        try:
-            row, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            said = _why(error)
-            what = "the list is cut off" if position >= len(text) else f"not JSON ({said})"
-            problems.append(Problem(f"{path}:{line}", what, "write a list of JSON objects: [{...}, {...}]"))
-            return
-        yield from _object(f"{path}:{line}", row, problems)
-
-
-def _is_json(text: str) -> bool:
+    fix = "write a list of objects, [{...}, {...}], or one object per line"
+    listed = text.lstrip().startswith("[")
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        found = _loaded(text)
+    except (ValueError, RecursionError) as error:
+        if not listed:
+            yield from _jsonl(path, raw, problems)
+            return
+        cut = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        what = "the list is cut off" if cut else f"not JSON ({_why(error)})"
+        problems.append(Problem(f"{path}{line}", what, fix, whole=True))
+        return
+    if isinstance(found, list):
+        for number, row in enumerate(found, 1):
+            yield from _object(f"{path}:row {number}", row, problems)
+    elif isinstance(found, dict) and "\n" not in text.strip():
+        yield Record(f"{path}:1", found)
+    elif isinstance(found, dict):
+        keys = ", ".join(list(found)[:5])
+        lists = [name for name, held in found.items() if isinstance(held, list)]
+        inside = f"give '{lists[0]}', the list in it, as a file of its own" if lists else fix
+        if found and all(isinstance(held, dict) for held in found.values()):
+            inside = "write the objects under its keys as a list, [{...}, {...}]"
+        what = f"one JSON object (its keys: {keys} ...), not a list of examples"
+        problems.append(Problem(str(path), what, inside, whole=True))
+    else:
+        problems.append(Problem(str(path), f"no list of examples but {json.dumps(found)[:40]}", fix, whole=True))
 
 
 def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[Record]]:
@@ -175,50 +207,84 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
         text = _text(path, raw, problems)
         if not text or not text.strip():
             return
-        head = text.partition("\n")[0]
+        head, above = text.partition("\n")[0], 0
         delimiter = max(delimiters, key=head.count)  # a comma, or what spreadsheets of other countries write
-        csv.field_size_limit(1 << 30)
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        started = 0
-        try:
-            header = [name.strip() for name in next(rows)]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice or "" in header:
-                what = f"two columns are named '{twice[0]}'" if twice and twice[0] else "a column without a name"
-                problems.append(Problem(f"{path}:1", what, "give every column a name of its own in the first line"))
-                return
-            started = rows.line_num
-            for cells in rows:
-                where, started = f"{path}:{started + 1}", rows.line_num
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) != len(header):
-                    what = f"{len(cells)} cells under {len(header)} columns"
-                    problems.append(Problem(where, what, "put cells that hold a comma or line break in quotes"))
-                else:
-                    yield Record(where, dict(zip(header, cells, strict=True)))
-        except csv.Error as error:
-            fix = "write a quote inside quotes twice"
-            what = f"not a table ({error}), perhaps a quote that is not closed"
-            problems.append(Problem(f"{path}:{started + 1}", what, fix))
+        if re.fullmatch(r"sep=.\s*", head):  # a spreadsheet's own first line
+            delimiter, text, above = head[4], text.partition("\n")[2], 1
+        found: list[Problem] = []
+        records = list(_rows(path, text, above, delimiter, csv.QUOTE_MINIMAL, found))
+        if found and delimiter == "\t":  # most of these files quote nothing
+            bare: list[Problem] = []
+            again = list(_rows(path, text, above, delimiter, csv.QUOTE_NONE, bare))
+            records, found = (again, bare) if len(bare) < len(found) else (records, found)
+        problems += found
+        yield from records
 
     return read
 
 
+def _rows(
+    path: Path, text: str, above: int, delimiter: str, quoting: Literal[0, 3], problems: list[Problem]
+) -> Iterator[Record]:
+    """The records of a table. above: lines of the file before the header."""
+    csv.field_size_limit(1 << 30)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    started = above
+    try:
+        header = [name.strip() or f"column {i}" for i, name in enumerate(next(rows), 1)]
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            what = f"two columns are named '{twice[0]}'"
+            fix = "give every column a name of its own in the first line"
+            problems.append(Problem(f"{path}:{above + 1}", what, fix, whole=True))
+            return
+        started = above + rows.line_num
+        for cells in rows:
+            where, started = f"{path}:{started + 1}", above + rows.line_num
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(header):
+                what = f"{len(cells)} cells under {len(header)} columns"
+                problems.append(Problem(where, what, "put cells that hold a comma or line break in quotes"))
+            else:
+                yield Record(where, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        fix = "write a quote inside quotes twice"
+        what = f"not a table ({error}), perhaps a quote that is not closed"
+        problems.append(Problem(f"{path}:{started + 1}", what, fix, whole=True))
+
+
 def _parquet(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
     if importlib.util.find_spec("pyarrow") is None:
-        problems.append(Problem(str(path), "parquet needs its reader", "pip install pyarrow"))
+        problems.append(Problem(str(path), "parquet needs its reader", "pip install pyarrow", whole=True))
         return
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(raw)).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        problems.append(Problem(str(path), f"not parquet, or damaged ({error})", "copy it again"))
+        problems.append(Problem(str(path), f"not parquet, or damaged ({error})", "copy it again", whole=True))
         return
-    for number, row in enumerate(rows, 1):
-        yield Record(f"{path}:row {number}", {key: value for key, value in row.items() if value is not None})
+    names = table.column_names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        what, fix = f"two columns are named '{twice[0]}'", "give every column a name of its own"
+        problems.append(Problem(str(path), what, fix, whole=True))
+        return
+    columns = [_values(column) for column in table.columns]
+    for number, cells in enumerate(zip(*columns, strict=True), 1):
+        row = {name: value for name, value in zip(names, cells, strict=True) if value is not None}
+        yield Record(f"{path}:row {number}", row)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; those that Python has no type for, such as times to the nanosecond, as text."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):
+        values = column.cast("string").to_pylist()
+    return values
 
 
 def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
@@ -228,7 +294,7 @@ def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Rec
     if text is None:
         return
     piece, begins = "", 1
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+    for number, line in _lines(text):
         if len(piece) >= (2 * PIECE if line.strip() else PIECE):
             yield Record(f"{path}:{begins}", {"text": piece.strip()})
             piece = ""
@@ -240,6 +306,24 @@ def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Rec
         yield Record(f"{path}:{begins}", {"text": piece.strip()})
 
 
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines; one longer than two pieces in parts that end where sentences do."""
+    for number, line in enumerate(re.sub(r"\r\n?", "\n", text).split("\n"), 1):
+        part = ""
+        for sentence in re.split(r"(?<=[.!?…]\s)|(?<=[。！？])", line) if len(line) > 2 * PIECE else [line]:
+            if len(part) >= 2 * PIECE:
+                yield number, part
+                part = ""
+            part += sentence
+        yield number, part
+
+
+WIDE = {  # marks at the beginning of a file, the longer first
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 READERS: dict[str, Callable[[Path, bytes, list[Problem]], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,

@@ -23,6 +23,8 @@ MISNAMED = {
     "tests": "test",
 }
 NOT_EXAMPLES = {"readme", "license", "licence", "copying", "notice"}  # names of files that come with data
+TEXTS = "texts"  # of a folder that holds nothing else: all are trained on, each a group
+SHARD = r"-\d+-of-\d+$"  # what ends the names of files that are parts of one
 MOST_LABELS = 30  # named in the system prompt
 BUILTIN = "builtin"  # the help desk that comes with the package
 BUILTIN_FOLDER = Path(str(files("lorafit.data").joinpath("builtin")))
@@ -43,27 +45,26 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     renamed = renamed_columns(columns)
     splits = {}
     problems: list[Problem] = []
-    for split, parts in _files(BUILTIN_FOLDER if str(path) == BUILTIN else Path(path)).items():
+    given, unread = _files(BUILTIN_FOLDER if str(path) == BUILTIN else Path(path).expanduser())
+    for split, parts in given.items():
         before, file = len(problems), parts[0]
-        records = read_records(file, problems) if len(parts) == 1 else _texts(parts, problems)
+        records = [record for part in parts for record in _records(part, problems, file_is_group=split == TEXTS)]
         lost = [name for name in renamed if records and not any(name in record.fields for record in records)]
         if lost:
             there = sorted({name for record in records[:100] for name in record.fields})[:12]
             fix = f"name another, --columns may name: {', '.join(there)}"
-            problems += [Problem(str(file), f"no column '{name}'", fix) for name in lost]
+            problems += [Problem(str(file), f"no column '{name}'", fix, whole=True) for name in lost]
             continue
         if len(records) > 1 and not any(form_of(fields_of(record, renamed)) for record in records):
-            problems.append(formless(str(file), records[0].fields))
+            problems.append(replace(formless(str(file), records[0].fields), whole=True))
             continue
         found = [parsed(record, renamed, problems) for record in records]
         problems[before:] = sorted(problems[before:], key=_line)
-        splits[split] = tuple(example for example in found if example is not None)
-        if not splits[split] and len(problems) == before:
-            problems.append(Problem(str(file), "no examples in it", "write at least one"))
-    skippable = skip_bad and all(splits.get(split) for split in splits) and "train" in splits
+        splits["train" if split == TEXTS else split] = tuple(example for example in found if example is not None)
+    skippable = skip_bad and not any(problem.whole for problem in problems) and all(splits.values())
     if problems and not skippable:
         raise DataError(problems)
-    return _with_labels(Examples((), skipped=tuple(problems)).with_splits(splits))
+    return _with_labels(Examples((), skipped=tuple(problems), unread=unread).with_splits(splits))
 
 
 def _line(problem: Problem) -> int:
@@ -80,42 +81,44 @@ def _is_base(path: Path) -> bool:
     return str(path) in BASES
 
 
-def _texts(files: Sequence[Path], problems: list[Problem]) -> list[Record]:
-    """The pieces of many texts; those of one text are a group."""
-    found = [(file, record) for file in files for record in read_records(file, problems)]
-    return [replace(record, fields={**record.fields, "group": file.name}) for file, record in found]
+def _records(file: Path, problems: list[Problem], file_is_group: bool) -> list[Record]:
+    found = read_records(file, problems)
+    return [replace(one, fields={**one.fields, "group": file.name}) for one in found] if file_is_group else found
 
 
-def _files(path: Path) -> dict[str, list[Path]]:
-    """The file of each split, or many texts to train on. Raises DataError for a folder without a training file, or with
-    two for one split, and for what is no data at all."""
+def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """The files of each split, or of TEXTS to train on; and names of files of the folder that are not among them.
+
+    Raises DataError for a folder without a training file, or with two for one split, and for what is no data at all.
+    """
     if _is_base(path):
         raise DataError([Problem(str(path), "a base, not examples", "give the base first, then the data")])
     for name, what in (("adapter_config.json", "an adapter"), ("run.json", "a run")):
         if (path / name).exists():
             raise DataError([Problem(str(path), f"{what}, not examples", "give a file or folder of examples here")])
     if not path.is_dir():
-        return {"train": [path]}
+        return {"train": [path]}, ()
     named: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(path.iterdir()):
-        stem, _, ending = file.name.partition(".")
-        if f".{ending.removesuffix('.gz')}" in kinds():
-            named[stem].append(file)
+        stem, _, ending = file.name.lower().partition(".")
+        if f".{ending.removesuffix('.gz')}" in kinds() and stem not in NOT_EXAMPLES:
+            named[re.sub(SHARD, "", stem)].append(file)
     problems = [Problem(str(file), "not a name that is read",
-                        f"rename it to {MISNAMED[stem]}{file.name.removeprefix(stem)}")
+                        f"rename it to {MISNAMED[stem]}{file.name[len(stem):]}")
                 for stem in MISNAMED for file in named[stem]]  # fmt: skip
     problems += [
         Problem(str(path), f"two {split} files: {', '.join(file.name for file in named[split])}", "leave one of them")
         for split in SPLITS
-        if len(named[split]) > 1
+        if len(named[split]) > 1 and not all(re.search(SHARD, file.name.partition(".")[0]) for file in named[split])
     ]
     if problems:
         raise DataError(problems)
+    readable = [file for held in named.values() for file in held]
     if named["train"]:
-        return {split: named[split] for split in SPLITS if named[split]}
-    readable = [file for held in named.values() for file in held if file.stem.lower() not in NOT_EXAMPLES]
+        given = {split: named[split] for split in SPLITS if named[split]}
+        return given, tuple(file.name for file in readable if not any(file in parts for parts in given.values()))
     if len(readable) > 1 and all(file.suffix == ".txt" for file in readable) and not (named["valid"] or named["test"]):
-        return {"train": readable}
+        return {TEXTS: readable}, ()
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     here = ", ".join(names[:8]) + (" ..." if names[8:] else "") or "nothing"
     packed = next((name for name in names if name.endswith(".zip")), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,15 +23,18 @@ from lorafit.errors import DataError, Problem
 
 SIMILAR = 0.85
 ALIKE = 0.5  # of answers
-_FORM = r"[^\w+*/%=<>^~|&#@$€£°-]+|_+"  # how a thing is written, not what: "12+5?" and "12-5?" stay two questions
+# Signs that stand for sounds in scripts that write vowels above and below the line; re does not count them to words.
+_MARKS = "".join(one for one in map(chr, range(0x10000)) if unicodedata.category(one)[0] == "M")
+# How a thing is written, not what: "12+5?" and "12-5?" stay two questions, and so do "a = b?" and "a != b?".
+_FORM = re.compile(rf"(?:[^\w{_MARKS}+*/%=<>^~|&#@$€£°!-]|!(?!=))+|_+")
 _BANDS, _ROWS = 32, 4  # a pair at 0.85 shares a band with probability 1 - (1 - 0.85⁴)³² = 1 - 1e-10
 _PRIME = (1 << 31) - 1
 
 
 def shingles(text: str) -> frozenset[int]:
     """Hashes of the character 5-grams of the normalised text."""
-    plain = (re.sub(_FORM, " ", text.lower()).strip() or text).encode()  # of punctuation alone: as it stands
-    return frozenset(zlib.crc32(plain[i : i + 5]) for i in range(max(1, len(plain) - 4)))
+    plain = (_FORM.sub(" ", text.lower()).strip() or text).encode("utf-32-le")  # of punctuation alone: as it stands
+    return frozenset(zlib.crc32(plain[i : i + 20]) for i in range(0, max(1, len(plain) - 16), 4))
 
 
 def similarity(one: frozenset[int], other: frozenset[int]) -> float:
@@ -48,24 +52,28 @@ def shingle_sets(texts: Sequence[str]) -> list[frozenset[int]]:
     return [each - form or each for each in sets] if form else sets
 
 
+def identical(sets: Sequence[frozenset[int]]) -> dict[int, list[int]]:
+    """The first position of every distinct set, with all positions that hold it."""
+    first_of: dict[frozenset[int], int] = {}
+    found: dict[int, list[int]] = defaultdict(list)
+    for j, each in enumerate(sets):
+        found[first_of.setdefault(each, j)].append(j)
+    return dict(found)
+
+
 def near_pairs(
-    texts: Sequence[str], wanted: Callable[[int, int], bool] = lambda i, j: True
+    sets: Sequence[frozenset[int]], among: Iterable[int], wanted: Callable[[int, int], bool] = lambda i, j: True
 ) -> Iterator[tuple[int, int]]:
-    """Pairs of positions i < j whose texts are near-identical. Identical texts are paired with the first of them only.
+    """Pairs of positions i < j of `among` (ascending, of distinct sets) whose sets of shingles are near-identical.
 
     wanted: asked before a candidate is verified; a caller that knows enough of a pair already saves its cost.
     """
-    sets = shingle_sets(texts)
     rng = np.random.default_rng(0)
     scale = rng.integers(1, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
     shift = rng.integers(0, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    first_of: dict[frozenset[int], int] = {}
-    for j, other in enumerate(sets):
-        if other in first_of:
-            yield first_of[other], j
-            continue
-        first_of[other] = j
+    for j in among:
+        other = sets[j]
         grams = np.fromiter(other, np.uint64, len(other)) % _PRIME
         lowest = ((np.outer(grams, scale) + shift) % _PRIME).min(axis=0).reshape(_BANDS, _ROWS)
         seen: set[int] = set()
@@ -98,7 +106,12 @@ def clusters(examples: Sequence[Example]) -> list[list[int]]:
     for i, example in enumerate(examples):
         if example.group is not None:
             join(named.setdefault(example.group, i), i)
-    for i, j in near_pairs([example.question for example in examples], lambda i, j: root(i) != root(j)):
+    sets = shingle_sets([example.question for example in examples])
+    same = identical(sets)
+    for first, positions in same.items():
+        for i in positions:
+            join(first, i)
+    for i, j in near_pairs(sets, same, lambda i, j: root(i) != root(j)):
         join(i, j)
     found: dict[int, list[int]] = defaultdict(list)
     for i in range(len(examples)):
@@ -142,44 +155,37 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
 
 
 def require_apart(examples: Examples) -> int:
-    """Raise DataError naming every example of valid or test that is near-identical to one it is judged apart from:
-    training for both, and validation for test.
+    """Raise DataError naming every example of valid or test that is near-identical to one it is judged apart from
+    (training for both, and validation for test).
 
     Near-identical are examples whose prompts are, unless the prompts differ at all and their answers are different
     (similarity below 0.5): "open[yes]" and "open[no]" ask for two answers. Returns how many of those there are.
     """
     everything = [(side, example) for side, split in examples.by_name().items() for example in split]
-    near: dict[int, int] = {}  # an example, and the one it is reported for
-    same: dict[int, list[int]] = defaultdict(list)  # those identical to an earlier one, which stands for them
-    different: set[int] = set()
-
-    def apart(i: int, j: int) -> bool:
-        return everything[i][0] != everything[j][0] and j not in near
-
-    for i, j in near_pairs([example.question for _, example in everything], apart):
-        if not apart(i, j):
-            if everything[i][0] == everything[j][0]:
-                same[i].append(j)
-        elif _alike(everything[i][1], everything[j][1]):
-            near[j] = i
-        else:
-            different.add(j)
-    for i, twins in same.items():
-        if i in near:
-            near |= dict.fromkeys(twins, near[i])
-    problems = []
-    for j, i in sorted(near.items()):
-        (side_i, one), (side_j, other) = everything[i], everything[j]
-        what = f"near-identical to {one.where} in {side_i}"
-        problems.append(Problem(other.where, what, f"remove one of the two: {side_j} would not be held out"))
+    sets = shingle_sets([example.question for _, example in everything])
+    same = identical(sets)
+    sides = {first: {everything[i][0] for i in positions} for first, positions in same.items()}
+    beside: dict[int, list[int]] = defaultdict(list)  # an example, and the near-identical ones of earlier splits
+    pairs = near_pairs(sets, same, lambda i, j: len(sides[i] | sides[j]) > 1)
+    for met in chain(same.values(), (sorted(same[i] + same[j]) for i, j in pairs)):
+        for k, j in enumerate(met):
+            beside[j] += [i for i in met[:k] if everything[i][0] != everything[j][0]]
+    problems, different = [], 0
+    for j, (side, example) in enumerate(everything):
+        leak = next((i for i in beside[j] if _alike(everything[i][1], example)), None)
+        if leak is not None:
+            what = f"near-identical to {everything[leak][1].where} in {everything[leak][0]}"
+            problems.append(Problem(example.where, what, f"remove one of the two: {side} would not be held out"))
+        elif beside[j]:
+            different += 1
     if problems:
         raise DataError(problems)
-    return len(different)
+    return different
 
 
 def _alike(one: Example, other: Example) -> bool:
     """Of two examples with near-identical prompts: whether knowing one is knowing the other."""
-    if shingles(one.question) == shingles(other.question):
+    if one.question == other.question or shingles(one.question) == shingles(other.question):
         return True
     return similarity(shingles(one.answer), shingles(other.answer)) >= ALIKE
 

@@ -66,6 +66,8 @@ def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Exa
     examples = read_examples(data, settings.columns or (), settings.skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
+    if examples.unread:
+        listener.say(f"not read: {', '.join(examples.unread)}: the files of a folder are train, valid and test")
     different: list[int] = []
     examples = sifted(examples, require_passing, settings.skip_bad, listener)
     examples = sifted(examples, lambda e: different.append(require_apart(e)), settings.skip_bad, listener)
