@@ -500,3 +500,19 @@ def test_a_validation_is_one_line_and_the_next_one_counts_from_its_own_beginning
         terminal.watch("validation", done, 100)
     told = capsys.readouterr()
     assert (told.out, told.err.splitlines()[-1]) == ("", "validation 50/100  0:20 left")
+
+
+def test_data_refuses_what_the_base_cannot_read(lorafit: Lorafit, tiny_folder: Path, tmp_path: Path) -> None:
+    long = [{"prompt": f"Number {i}? " + "word " * 400, "completion": "Yes."} for i in range(12)]
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", long), "--base", tiny_folder, "--max-length", "4000")
+    assert done.status == 2
+    assert "this base reads no more" in done.err
+
+
+def test_data_leaves_out_what_is_too_long_as_training_would(
+    lorafit: Lorafit, tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = [*capitals(), {"prompt": "word " * 400, "completion": "Yes."}]
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", rows), "--base", tiny_folder, "--skip-bad")
+    assert done.status == 0
+    assert "left out" in done.out

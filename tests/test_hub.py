@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 from lorafit import doctor
 from lorafit.attachment import fresh
-from lorafit.base import open_base, open_tokenizer
+from lorafit.base import open_base, open_outline
 from lorafit.cli import main
 from lorafit.errors import BaseError
 from lorafit.formats import peft
@@ -214,7 +214,7 @@ def test_the_command_line_shows_bytes_and_the_time_left(
 
 
 def test_the_tokenizer_comes_without_the_weights(hub: Hub) -> None:
-    assert open_tokenizer(TINY)("a")["input_ids"]
+    assert open_outline(TINY).tokenizer("a")["input_ids"]
     assert "model.safetensors" not in hub.files_asked()
     assert opened(TINY).name == f"{TINY}@{NEW}"  # which are fetched when they are needed
 
@@ -321,7 +321,7 @@ def test_what_is_at_hand_is_listed_and_shown_without_a_download(hub: Hub) -> Non
 def test_the_variables_every_user_of_the_hub_knows_are_heeded(hub: Hub, tmp_path: Path) -> None:
     """In a process of its own, as they are read when the hub's client is imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_mine"}
-    code = f"from lorafit.base import open_tokenizer; open_tokenizer('{TINY}')"
+    code = f"from lorafit.base import open_outline; open_outline('{TINY}')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "home" / "hub").glob("models--*/snapshots/*/config.json"))

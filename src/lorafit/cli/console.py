@@ -81,9 +81,9 @@ class Terminal:
     def _draw(self, what: str, done: int, of: int, text: str, left: float) -> None:
         if not self.err.is_terminal:
             now = time.monotonic()
-            if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            if now - self._last_line >= SECONDS_BETWEEN_LINES and not math.isnan(left):
                 self._last_line = now
-                self.err.print(Text(text if math.isnan(left) else f"{text}  {clock(left)} left"))
+                self.err.print(Text(f"{text}  {clock(left)} left"))
             return
         if self._task is None or self._task[0] != what:
             self._end_bar()

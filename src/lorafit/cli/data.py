@@ -29,10 +29,9 @@ def data(
     lorafit data my.jsonl
     lorafit data folder --base none --skip-bad
     """
-    from lorafit.base import open_tokenizer, require_base
+    from lorafit.base import open_outline, require_base
     from lorafit.cli.console import Terminal
-    from lorafit.data.render import Renderer
-    from lorafit.pipeline import prepare, render_all
+    from lorafit.pipeline import prepare, rendered
     from lorafit.settings import settings_from
     from lorafit.sources.builtin import is_at_hand
 
@@ -45,10 +44,7 @@ def data(
     examples, report = prepare(data, chosen, terminal)
     tokens: dict[str, dict[str, int]] = {}
     if shows:
-        tokenizer = open_tokenizer(base, terminal.say, terminal.watch)
-        renderer = Renderer(tokenizer, examples.system if chosen.system is None else chosen.system)
-        rows = render_all(renderer, examples, chosen.max_length)
-        terminal.example(rows["train"][0], renderer)
+        rows = rendered(open_outline(base, terminal.say, terminal.watch), examples, chosen, terminal)[2]
         for name, split in rows.items():
             lengths = [len(row.ids) for row in split]
             tokens[name] = {"all": sum(lengths), "longest": max(lengths), "trained": sum(r.n_trained for r in split)}

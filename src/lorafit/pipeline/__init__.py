@@ -6,5 +6,5 @@ from lorafit.pipeline.listener import Silent as Silent
 from lorafit.pipeline.planning import run_planning as run_planning
 from lorafit.pipeline.preparing import open_all as open_all
 from lorafit.pipeline.preparing import prepare as prepare
-from lorafit.pipeline.preparing import render_all as render_all
+from lorafit.pipeline.preparing import rendered as rendered
 from lorafit.pipeline.training import run_training as run_training

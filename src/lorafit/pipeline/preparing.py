@@ -46,6 +46,19 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     base = open_base(base_name, dtype, listener.say, listener.watch)
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
                  + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
+    examples, renderer, rows = rendered(base, examples, settings, listener)
+    probe = batch_of(base, rows["train"][:2])
+    seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
+    decision = decide(base, rows["train"], settings, seen)
+    require_fired(decision.plan, seen)
+    listener.plan(decision.choices)
+    return Opened(base, examples, report, renderer, rows, decision, time.monotonic() - start)
+
+
+def rendered(
+    base: Base, examples: Examples, settings: TrainSettings, listener: Listener
+) -> tuple[Examples, Renderer, dict[str, list[Row]]]:
+    """The examples that this base can take, with their renderer and their rows; the first row is shown."""
     renderer = renderer_for(base, examples.system if settings.system is None else settings.system)
     if renderer.system is None and (added := renderer.preamble()):
         listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
@@ -53,12 +66,7 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     examples = sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
                        listener)  # fmt: skip
     listener.example(rows["train"][0], renderer)
-    probe = batch_of(base, rows["train"][:2])
-    seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
-    decision = decide(base, rows["train"], settings, seen)
-    require_fired(decision.plan, seen)
-    listener.plan(decision.choices)
-    return Opened(base, examples, report, renderer, rows, decision, time.monotonic() - start)
+    return examples, renderer, rows
 
 
 def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Examples, DataReport]:
