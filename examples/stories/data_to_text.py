@@ -25,9 +25,8 @@ ARMS = {"values": "the values, joined", "base": "base", "base_few_shot": "base, 
 
 def read(path: Path) -> dict[str, list[str]]:
     """Each list of facts (meaning representation) with the sentences people wrote for it."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     texts: dict[str, list[str]] = defaultdict(list)
-    with opened as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             texts[row["mr"]].append(row["ref"])
     return texts
@@ -58,7 +57,7 @@ def main(at: Story) -> None:
     # --skip-bad: lists of dev and test that differ from a training list in one field, with a like answer, are left out
     # of the training run; the evaluation below answers the whole official test.
     trained = at.train("restaurants", "run", "--system", SYSTEM, "--skip-bad")
-    evaluated, answers = at.answers("run", "restaurants", 3)
+    evaluated, answers = at.answers("run", "restaurants", "run-answers", "--few-shot", "3")
 
     mrs = [one["question"] for one in answers]
     said = {arm: [one[arm] for one in answers] for arm in ARMS if arm != "values"}
@@ -79,10 +78,9 @@ def main(at: Story) -> None:
         f"{len(mrs)} lists of the official test, none of which training has seen; intervals over lists:",
         table(["", "BLEU", "ROUGE-L", "names said, %", "words"], rows),
         f"Adapter over the base with examples: {ahead} ROUGE-L, paired. NLL of a reference, nats per token: "
-        f"{nll['base']:.3f} → {nll['adapter']:.3f}, paired difference {change.value:+.3f}"
-        + (" ({:+.3f} to {:+.3f})".format(*change.interval) if change.interval else "") + ".",
-        f"Training: {train['n_train']} sentences, {train['steps']} steps, {train['trainable_parameters']:,} parameters, "
-        f"{took['train']:.0f} s. Base unchanged: {'yes' if evaluated.summary['base_unchanged'] else 'NO'}.",
+        f"{nll['base']:.3f} → {nll['adapter']:.3f}, paired difference {change.signed(3)}.",
+        f"Training: {train['n_train']} sentences, {train['steps']} steps, {train['trainable_parameters']:,} parameters"
+        f", {took['train']:.0f} s. Base unchanged: {'yes' if evaluated.summary['base_unchanged'] else 'NO'}.",
         f"```text\n{sample['question']}\nbase:     {sample['base']}\nexamples: {sample['base_few_shot']}\n"
         f"adapter:  {sample['adapter']}\n```",
     ]))  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import textstat
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from lorafit.evaluation.statistics import FEWEST, paired_bootstrap
 
@@ -26,14 +26,19 @@ class Scored:
     def __str__(self) -> str:
         return f"{self.value:.1f}" + ("" if self.interval is None else " ({:.1f} to {:.1f})".format(*self.interval))
 
+    def signed(self, digits: int) -> str:
+        """As a difference is written."""
+        ends = () if self.interval is None else tuple(f"{end:+.{digits}f}" for end in self.interval)
+        return f"{self.value:+.{digits}f}" + (f" ({' to '.join(ends)})" if ends else "")
 
-def mean(values: Sequence[float], groups: Sequence[str | None]) -> Scored:
-    """Mean of one number per answer; answers to one source are drawn together."""
+
+def mean(values: Sequence[float], groups: Sequence[str | None] | None) -> Scored:
+    """Mean of one number per answer; answers to one source are drawn together (None: each its own)."""
     found = paired_bootstrap(values, groups)
     return Scored(float(np.mean(values)), (found.low, found.high) if found else None)
 
 
-def gain(values: Sequence[float], over: Sequence[float], groups: Sequence[str | None]) -> Scored:
+def gain(values: Sequence[float], over: Sequence[float], groups: Sequence[str | None] | None) -> Scored:
     """Mean paired difference of two answers to the same question."""
     return mean([a - b for a, b in zip(values, over, strict=True)], groups)
 
@@ -90,7 +95,7 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scored:
 
 
 def grade(text: str) -> float:
-    """Flesch-Kincaid grade: years of schooling in the US that a text asks for, from its sentences' and words' lengths."""
+    """Flesch-Kincaid grade: years of schooling in the US that the lengths of its sentences and words ask for."""
     return float(textstat.textstat.flesch_kincaid_grade(text))
 
 

@@ -49,21 +49,16 @@ class Story:
         (self.out / path).parent.mkdir(parents=True, exist_ok=True)
         write_text(self.out / path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def train(self, data: str, run: str, *flags: str) -> Stage:
-        """lorafit train, in at most three steps when the story is tiny."""
-        short = ("--epochs", "0.5", "--validations", "1") if self.tiny else ()
+    def train(self, data: str, run: str, *flags: str, epochs: str | None = None) -> Stage:
+        """lorafit train; `epochs` by the rules where none are given, a half of one when the story is tiny."""
+        short = ("--epochs", "0.5", "--validations", "1") if self.tiny else ("--epochs", epochs) if epochs else ()
         begun = ("--resume",) if (self.out / run / "run.json").exists() else ()
         return self._verb(run, ("train", BASE, data, "--out", run, *flags, *short), begun)
 
-    def evaluate(self, run: str, data: str, *flags: str, name: str) -> Stage:
-        """lorafit eval; `name` tells evaluations of one run apart."""
-        return self._verb(name, ("eval", run, data, *flags))
-
-    def answers(self, run: str, data: str, shots: int) -> tuple[Stage, list[dict[str, Any]]]:
-        """lorafit eval with an answer to every question, by the base, the base shown examples, and the adapter."""
-        file = f"{run}-answers.jsonl"
-        stage = self.evaluate(run, data, "--answers", file, "--few-shot", str(shots), name=f"{run}-answers")
-        return stage, [json.loads(line) for line in (self.out / file).read_text(encoding="utf-8").splitlines()]
+    def answers(self, run: str, data: str, name: str, *flags: str) -> tuple[Stage, list[dict[str, Any]]]:
+        """lorafit eval with an answer to every question; returns the lines of NAME.jsonl, where they are kept."""
+        stage = self._verb(name, ("eval", run, data, "--answers", f"{name}.jsonl", *flags))
+        return stage, [json.loads(line) for line in (self.out / f"{name}.jsonl").open(encoding="utf-8")]
 
     def report(self, *runs: str) -> Stage:
         """lorafit report over several runs, as one page."""
