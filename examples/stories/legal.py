@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from scores import Scored, gain, grade, mean, rouge_1, rouge_l, share_from, words
+from sklearn.feature_extraction.text import TfidfVectorizer
 from verbs import Stage, Story, story, table
 
 from lorafit.files import read_json
@@ -24,8 +25,9 @@ from lorafit.files import read_json
 SYSTEM = "Say in one short plain sentence what this clause of a contract means for the user."
 LONGEST = 100  # words of a clause
 FOLDS = 3
-ARMS = {"first": "first sentence of the clause", "base": "base", "base_few_shot": "base, 3 examples in its prompt",
-        "adapter": "adapter", "reference": "what people wrote"}  # fmt: skip
+MODELLESS = {"first": "first sentence of the clause", "nearest": "summary of the most similar training clause"}
+BASES = {"base": "base", "base_few_shot": "base, 3 examples in its prompt"}
+ARMS = {**MODELLESS, **BASES, "adapter": "adapter", "reference": "what people wrote"}
 
 
 def read(folder: Path) -> dict[str, list[dict[str, str]]]:
@@ -54,6 +56,13 @@ def first_sentence(clause: str) -> str:
     return re.split(r"(?<=[.!?])\s", clause, maxsplit=1)[0]
 
 
+def nearest(known: Sequence[dict[str, str]], clauses: Sequence[str]) -> list[dict[str, str]]:
+    """For each clause the one of training that shares most of its rare words (cosine of TF-IDF)."""
+    words_of = TfidfVectorizer(sublinear_tf=True)
+    table_of = words_of.fit_transform([one["prompt"] for one in known])
+    return [known[int(i)] for i in (words_of.transform(clauses) @ table_of.T).toarray().argmax(axis=1)]
+
+
 def main(at: Story) -> None:
     documents = read(at.data)
     folds = fold_of(documents)
@@ -71,8 +80,10 @@ def main(at: Story) -> None:
         stage, lines = at.answers(f"run{k}", f"fold{k}", f"answers{k}", "--few-shot", "3")
         stages.append(stage)
         seen = {one["completion"] for one in sides[False]}
-        for one in lines:
-            asked.append({**one, "first": first_sentence(one["question"]), "seen": one["reference"] in seen})
+        near = nearest(sides[False], [one["question"] for one in lines])
+        for one, known in zip(lines, near, strict=True):
+            asked.append({**one, "first": first_sentence(one["question"]), "nearest": known["completion"],
+                          "seen": one["reference"] in seen})  # fmt: skip
     stages.append(at.report(*(f"run{k}" for k in range(FOLDS))))
     at.tell(stages, told(asked, stages))
 
@@ -114,7 +125,7 @@ def told(asked: Sequence[dict[str, Any]], stages: Sequence[Stage]) -> str:
               [row(arm) for arm in ARMS]),
         "The adapter's gain in ROUGE-L, paired:",
         table(["over", "all", "unseen summaries"],
-              [[ARMS[arm], ahead(asked, arm), ahead(unseen, arm)] for arm in ("first", "base", "base_few_shot")]),
+              [[ARMS[arm], ahead(asked, arm), ahead(unseen, arm)] for arm in (*MODELLESS, *BASES)]),
         "NLL of the summaries in each fold, base → adapter, paired difference: " + "; ".join(nlls) + ".",
         f"Training: {trained[0].summary['steps']} steps a fold, {seconds:.0f} s in all. Base unchanged: "
         f"{'yes' if unchanged else 'NO'}.",
