@@ -85,7 +85,7 @@ def main(at: Story) -> None:
     at.tell([trained, evaluated], "\n\n".join([
         f"{len(mrs)} lists of the official test, none of which training has seen; intervals over lists:",
         table(["", "BLEU", "ROUGE-L", "names said, %", "words"], rows),
-        f"Adapter over the base with examples: {ahead} ROUGE-L, paired. NLL of a reference, nats per token: "
+        f"Adapter over the base with examples: {ahead.signed(1)} ROUGE-L, paired. NLL of a reference, nats per token: "
         f"{nll['base']:.3f} → {nll['adapter']:.3f}, paired difference {change.signed(3)}.",
         "Said word for word, per cent of the lists that have the field:",
         table(["", *FIELDS], [[label, *(said_of(field, mrs, texts) for field in FIELDS)] for label, texts in
