@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ ALIGNED = {"ADV-ELE": (2, 0), "ADV-INT": (2, 1), "ELE-INT": (0, 1)}
 MOST_ALIKE = 0.75  # of their words; pairs that share more are left out: there is too little to change
 PIECE = 4  # sentences a level is recognised by in training
 
+WRITERS = {"the sentence given": "source", "what people wrote": "reference", "base": "base",
+           "base, 3 examples": "examples", "the level's adapter": None}  # fmt: skip
+
 Rows = list[dict[str, str]]
+Asked = Sequence[Mapping[str, Any]]  # each held-out pair with all answers to it
 
 
 def squeezed(text: str) -> str:
@@ -108,12 +112,17 @@ def measures(texts: Sequence[str]) -> Any:
     return np.array(rows)
 
 
-def pooled(texts: Sequence[str], articles: Sequence[str]) -> dict[str, str]:
-    """The texts of each article as one: single sentences say too little of a level."""
+def pooled(some: Asked, who: str) -> dict[str, str]:
+    """What one has written for each article, as one text: single sentences say too little of a level."""
     of: dict[str, list[str]] = defaultdict(list)
-    for text, article in zip(texts, articles, strict=True):
-        of[article].append(text)
+    for one in some:
+        of[one["article"]].append(one[who])
     return {article: " ".join(own) for article, own in of.items()}
+
+
+def grades(some: Asked, who: str) -> list[float]:
+    """Of each article's text."""
+    return [grade(text) for text in pooled(some, who).values()]
 
 
 def main(at: Story) -> None:
@@ -127,7 +136,7 @@ def main(at: Story) -> None:
             at.rows(f"{level}/{split}.jsonl", pick(pairs[level], chosen, n))
 
     trained = [at.train(level, f"to-{level}", "--system", SYSTEM, epochs="1") for level in LEVELS]
-    stages, asked = list(trained), []
+    stages, asked = list(trained), list[dict[str, Any]]()
     for level in LEVELS:  # its held-out pairs are answered, and their references scored, by all three and by the base
         other, third = (f"to-{name}" for name in LEVELS if name != level)
         own, by_own = at.answers(f"to-{level}", level, f"{level}-own", "--few-shot", "3")
@@ -144,91 +153,103 @@ def main(at: Story) -> None:
             asked.append({"level": level, "article": one["group"], "source": one["question"],
                           "reference": one["reference"], "examples": one["base_few_shot"],
                           "nll": {name: line["nll"][key] for name, (line, key) in who.items()},
-                          "said": {name: line[key] for name, (line, key) in who.items()}})  # fmt: skip
+                          **{name: line[key] for name, (line, key) in who.items()}})  # fmt: skip
     stages.append(at.report(*(f"to-{level}" for level in LEVELS)))
     at.tell(stages, told(asked, recogniser(sentences, train), trained))
 
 
-def told(asked: list[dict[str, Any]], model: Any, trained: Sequence[Stage]) -> str:
-    """The results in tables: NLL of every adapter on every level, level of all answers, nearness to the references."""
+def told(asked: Asked, model: Any, trained: Sequence[Stage]) -> str:
+    """The results in tables."""
     of = {level: [one for one in asked if one["level"] == level] for level in LEVELS}
-    names = {level: [one["article"] for one in of[level]] for level in LEVELS}
-    everyone = [one["article"] for one in asked]
-
-    def nll(who: str, level: str) -> list[float]:
-        return [one["nll"][who] for one in of[level]]
-
-    def cell(who: str, level: str) -> str:
-        if who == level:
-            return f"**{np.mean(nll(who, level)):.3f}**"
-        worse = gain(nll(who, level), nll(level, level), names[level])
-        return f"{np.mean(nll(who, level)):.3f}: " + worse.signed(3)
-
-    def line(label: str, texts: Sequence[str], articles: Sequence[str]) -> list[object]:
-        own = pooled(texts, articles)
-        seen = model.predict(list(own.values())).tolist()
-        shares = [f"{100 * seen.count(level) / len(seen):.0f}" for level in LEVELS]
-        return [label, mean([grade(text) for text in own.values()], list(own)), *shares]
-
-    rows = [line("the sentences given", [one["source"] for one in asked], everyone)]
-    rows += [line(f"what people wrote, {level}", [one["reference"] for one in of[level]], names[level])
-             for level in LEVELS]  # fmt: skip
-    rows += [line(f"base, 3 {level} examples in its prompt", [one["examples"] for one in of[level]], names[level])
-             for level in LEVELS]  # fmt: skip
-    rows += [line(f"adapter, {level}", [one["said"][level] for one in asked], everyone) for level in LEVELS]
-    true = [(text, level) for level in LEVELS
-            for text in pooled([one["reference"] for one in of[level]], names[level]).values()]  # fmt: skip
-    right = 100 * np.mean([seen == level for seen, (_, level) in
-                           zip(model.predict([text for text, _ in true]), true, strict=True)])  # fmt: skip
-
-    def grades(texts: Sequence[str]) -> list[float]:
-        return [grade(text) for text in pooled(texts, everyone).values()]
-
-    given = grades([one["source"] for one in asked])
-    answered = {level: grades([one["said"][level] for one in asked]) for level in LEVELS}
-    moved = "; ".join(f"{level} {gain(answered[level], given, None).signed(1)}" for level in LEVELS)
-    apart = gain(answered["advanced"], answered["elementary"], None).signed(1)
-    near = []
-    for level in LEVELS:
-        arms = {"the sentence given": [one["source"] for one in of[level]],
-                "base": [one["said"]["base"] for one in of[level]],
-                "base, 3 examples": [one["examples"] for one in of[level]],
-                "adapter": [one["said"][level] for one in of[level]]}  # fmt: skip
-        for label, texts in arms.items():
-            copied = 100 * np.mean(
-                [tokens(a) == tokens(one["source"]) for a, one in zip(texts, of[level], strict=True)]
-            )
-            like = [rouge_l(text, one["reference"]) for text, one in zip(texts, of[level], strict=True)]
-            near.append([f"{level}: {label}", mean(like, names[level]), f"{copied:.0f}",
-                         f"{np.mean([words(text) for text in texts]):.0f}"])  # fmt: skip
-    differ = [one for one in asked if len(set(one["said"].values())) == len(one["said"])]
-    one = (differ or asked)[len(differ) // 2]
+    true = [(text, level) for level in LEVELS for text in pooled(of[level], "reference").values()]
+    right = 100 * model.score(*map(list, zip(*true, strict=True)))
+    apart = gain(grades(asked, "advanced"), grades(asked, "elementary"), None)
+    differ = [one for one in asked if len({one[who] for who in ("base", *LEVELS)}) == 1 + len(LEVELS)]
+    shown = (differ or asked)[len(differ) // 2]
     same = {stage.summary["base_identity"] for stage in trained}
     unchanged = all(stage.summary["base_unchanged"] for stage in trained)
+
+    def each(what: str) -> str:
+        return ", ".join(f"{stage.summary[what]:,}" for stage in trained)
+
     seconds = " + ".join(f"{stage.summary['seconds']['train']:.0f}" for stage in trained)
+    articles = {one["article"] for one in asked}
     return "\n\n".join([
-        f"{len(asked)} pairs of {len(set(everyone))} articles that training has not seen; intervals over articles. "
+        f"{len(asked)} pairs of {len(articles)} articles that training has not seen; intervals over articles. "
         "NLL of what people wrote at a level, nats per token, and how much worse than the level's own adapter (bold), "
         "paired:",
-        table(["", *(f"{level} texts" for level in LEVELS)],
-              [[f"adapter, {who}" if who != "base" else who, *(cell(who, level) for level in LEVELS)]
-               for who in ("base", *LEVELS)]),
+        nll_matrix(of),
         f"The level of the texts, those of one article taken together. The recogniser is right for {right:.0f} % of "
         f"the {len(true)} texts people wrote for articles it has not seen (by chance 33 %):",
-        table(["", "grade", *(f"taken for {level}, %" for level in LEVELS)], rows),
-        f"Grade of the answers over that of the sentences given, paired: {moved}. The advanced adapter's over the "
-        f"elementary one's, to the same sentences: {apart}.",
+        recognised(asked, of, model),
+        "Grade over that of the sentences given, on the pairs that end in a level, paired:",
+        steps(of),
+        "To the same sentences, the grade of the advanced adapter's answers over the elementary one's is "
+        f"{apart.signed(1)}.",
         "How near the answers are to what people wrote:",
-        table(["", "ROUGE-L", "copied, %", "words"], near),
-        f"Training: {trained[0].summary['n_train']} pairs a level, {trained[0].summary['steps']} steps, "
+        nearness(of),
+        f"Training: {each('n_train')} pairs, {each('steps')} steps, "
         f"{trained[0].summary['trainable_parameters']:,} parameters each, {seconds} s. "
         f"One base, {'the same' if len(same) == 1 else 'NOT the same'} in all three runs (SHA-256 "
         f"{sorted(same)[0][:16]}…); unchanged after each: {'yes' if unchanged else 'NO'}.",
         f"To {100 * len(differ) / len(asked):.0f} % of the sentences base and adapters give four different answers; "
         "one of them:",
-        "```text\ngiven:         " + one["source"]
-        + "".join(f"\n{level + ':':<14} {one['said'][level]}" for level in LEVELS) + "\n```",
+        f"```text\ngiven:         {shown['source']}\n"
+        + "\n".join(f"{level + ':':<14} {shown[level]}" for level in LEVELS) + "\n```",
     ])  # fmt: skip
+
+
+def nll_matrix(of: Mapping[str, Asked]) -> str:
+    """Base and every adapter on what people wrote at every level."""
+
+    def cell(who: str, level: str) -> str:
+        own, found = ([one["nll"][name] for one in of[level]] for name in (level, who))
+        if who == level:
+            return f"**{np.mean(own):.3f}**"
+        return f"{np.mean(found):.3f}: " + gain(found, own, [one["article"] for one in of[level]]).signed(3)
+
+    rows = [[f"adapter, {who}" if who in LEVELS else who, *(cell(who, level) for level in LEVELS)]
+            for who in ("base", *LEVELS)]  # fmt: skip
+    return table(["", *(f"{level} texts" for level in LEVELS)], rows)
+
+
+def recognised(asked: Asked, of: Mapping[str, Asked], model: Any) -> str:
+    """Grade, and what the recogniser takes the texts for."""
+    lines = [("the sentences given", asked, "source")]
+    lines += [(f"what people wrote, {level}", of[level], "reference") for level in LEVELS]
+    lines += [(f"base, 3 {level} examples in its prompt", of[level], "examples") for level in LEVELS]
+    lines += [(f"adapter, {level}", asked, level) for level in LEVELS]
+    rows: list[list[object]] = []
+    for label, some, who in lines:
+        seen = model.predict(list(pooled(some, who).values())).tolist()
+        shares = [f"{100 * seen.count(level) / len(seen):.0f}" for level in LEVELS]
+        rows.append([label, mean(grades(some, who), None), *shares])
+    return table(["", "grade", *(f"taken for {level}, %" for level in LEVELS)], rows)
+
+
+def steps(of: Mapping[str, Asked]) -> str:
+    """How far everyone moves the grade of the sentences given."""
+
+    def moved(who: str, level: str) -> str:
+        return gain(grades(of[level], who), grades(of[level], "source"), None).signed(1)
+
+    return table(["", *LEVELS], [[label, *(moved(who or level, level) for level in LEVELS)]
+                                 for label, who in WRITERS.items() if who != "source"])  # fmt: skip
+
+
+def nearness(of: Mapping[str, Asked]) -> str:
+    """ROUGE-L against what people wrote, and how many answers are the sentence given."""
+    rows = []
+    for level, some in of.items():
+        for label, who in WRITERS.items():
+            if who == "reference":
+                continue
+            texts = [one[who or level] for one in some]
+            copied = [tokens(text) == tokens(one["source"]) for text, one in zip(texts, some, strict=True)]
+            like = [rouge_l(text, one["reference"]) for text, one in zip(texts, some, strict=True)]
+            rows.append([f"{level}: {label}", mean(like, [one["article"] for one in some]),
+                         f"{100 * np.mean(copied):.0f}", f"{np.mean([*map(words, texts)]):.0f}"])  # fmt: skip
+    return table(["", "ROUGE-L", "copied, %", "words"], rows)
 
 
 if __name__ == "__main__":
