@@ -35,6 +35,7 @@ EVALUATED = SCORES | {
     "against",
     "split",
     "trainable_parameters",
+    "dtype",
     "seconds",
     "peak_rss_gb",
 }
@@ -279,7 +280,7 @@ def test_train_says_what_it_did_in_words(run: Run) -> None:
 def test_eval_ends_with_its_scores_as_json(lorafit: Lorafit, run: Run, rows: Path) -> None:
     found = lorafit("eval", run.folder / "adapter", rows, "--dtype", "fp32", "--json").last_object
     assert set(found) == EVALUATED
-    assert (found["n_test"], found["base_unchanged"]) == (24, True)
+    assert (found["n_test"], found["base_unchanged"], found["dtype"]) == (24, True, "float32")
 
 
 def test_eval_tells_that_questions_were_trained_on(lorafit: Lorafit, run: Run, rows: Path) -> None:

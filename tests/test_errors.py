@@ -217,7 +217,7 @@ def circumstance(kind: str) -> Iterator[None]:
         if kind == "Interrupted":
             patch.setattr(Terminal, "moment", stop)
         if kind == "BaseChangedError":
-            patch.setattr("lorafit.pipeline.evaluating.open_base", remembering)
+            patch.setattr("lorafit.pipeline.preparing.open_base", remembering)
             patch.setattr(Terminal, "watch", lambda *_: models[0].model.norm.weight.data.mul_(1.01))
         yield
 

@@ -120,13 +120,15 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder, known_as = sources.found(str(name), report, watch, weights=False)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **local))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # a damaged file may raise anything; tokenizers raises bare Exceptions
         raise BaseError(f"{folder}: its config or tokenizer cannot be opened ({error}): copy it again") from error
     return Base(known_as, model, "", tokenizer, folder)

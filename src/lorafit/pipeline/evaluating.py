@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lorafit.base import open_base
 from lorafit.data.examples import Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
@@ -18,9 +17,9 @@ from lorafit.files import make_folder, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
-from lorafit.pipeline.preparing import render_all, require_passing, sifted
+from lorafit.pipeline.preparing import opened_base, render_all, require_passing, sifted
 from lorafit.pipeline.scores import answer_lines, scores_json
-from lorafit.run import DTYPES, remembered
+from lorafit.run import remembered
 from lorafit.settings import settings_from
 
 
@@ -73,7 +72,7 @@ def run_evaluation(
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
     picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
-    base = open_base(name, None if resolved.dtype == "auto" else DTYPES[resolved.dtype], listener.say, listener.watch)
+    base = opened_base(name, resolved, listener)
     before = base.integrity()
     renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
     if adapter.rendering:
@@ -98,6 +97,7 @@ def run_evaluation(
         **scores_json(comparison),
         "base_unchanged": base.integrity() == before,
         "trainable_parameters": adapter.plan.parameters,
+        "dtype": str(base.dtype).removeprefix("torch."),
         "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
         "peak_rss_gb": peak_gb(),
     }

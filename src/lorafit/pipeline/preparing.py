@@ -42,10 +42,7 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     start = time.monotonic()
     require_base(base_name)
     examples, report = prepare(data, settings, listener)
-    dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
-    base = open_base(base_name, dtype, listener.say, listener.watch)
-    listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
-                 + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
+    base = opened_base(base_name, settings, listener)
     examples, renderer, rows = rendered(base, examples, settings, listener)
     probe = batch_of(base, rows["train"][:2])
     seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
@@ -53,6 +50,15 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     require_fired(decision.plan, seen)
     listener.plan(decision.choices)
     return Opened(base, examples, report, renderer, rows, decision, time.monotonic() - start)
+
+
+def opened_base(name: str, settings: TrainSettings, listener: Listener) -> Base:
+    """The base in the dtype that is set, or in the one measured to be faster; told, for the scores depend on it."""
+    dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
+    base = open_base(name, dtype, listener.say, listener.watch)
+    listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
+                 + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
+    return base
 
 
 def rendered(
