@@ -14,7 +14,7 @@ from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
 from lorafit.evaluation.compare import compare
-from lorafit.files import make_folder, write_text
+from lorafit.files import require_new, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
@@ -41,11 +41,11 @@ def run_evaluation(
     settings: fields of TrainSettings that bear on an evaluation: few_shot (by default as many as in a run, where the
     folder has training examples), dtype, max_length, columns, skip_bad. A single file is scored whole; of a folder,
     `split`. The base is the one the adapter names, unless given. With `answers` every question is answered, and the
-    answers go there, one JSON object a line.
+    answers go there, one JSON object a line; a file that is there already is refused.
     """
     listener = listener or Silent()
     if answers is not None:
-        make_folder(answers.parent)
+        require_new(answers, "--answers")
     keep_freed_memory()
     start = time.monotonic()
     resolved = settings_from(settings)

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 import lorafit
 from lorafit.errors import RunError
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.files import make_folder, whole_file, write_text
+from lorafit.files import require_new, whole_file, write_text
 from lorafit.report import charts
 from lorafit.report.story import Story, read_story
 from lorafit.report.words import clock, interval, percent, verdict
@@ -36,19 +36,20 @@ class Pair:
 def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Write the report about the runs in `folders` to `out`, pictures beside it; returns `out`.
 
-    Raises FormatError for a folder without a run, RunError where two of the names are one run.
+    Raises FormatError for a folder without a run, RunError where two of the names are one run, and where `out` is
+    anything else than a page of ours.
     """
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     if twice:
         raise RunError(f"{', '.join(twice)}: named more than once: name each run once")
+    _require_replaceable(out)
     stories = [read_story(folder) for folder in folders]
     drawn = {
         "curves": charts.curves(stories),
         "scores": charts.scores(stories),
         "examples": charts.examples(stories[0]) if len(stories) == 1 else None,
     }
-    make_folder(out.parent)
     for name, figure in drawn.items():
         if figure is not None:
             with whole_file(out.with_name(f"{out.stem}-{name}.png")) as file:
@@ -56,6 +57,12 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     pictures = {name: charts.svg(figure, name) if figure else None for name, figure in drawn.items()}
     write_text(out, _page(stories, pictures))
     return out
+
+
+def _require_replaceable(out: Path) -> None:
+    """A page of ours may be written anew; anything else is not written over."""
+    if not out.is_file() or 'content="lorafit ' not in out.read_text(encoding="utf-8", errors="replace")[:1000]:
+        require_new(out, "--out")
 
 
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
