@@ -21,7 +21,7 @@ from torch import nn
 from lorafit import demo, pipeline
 from lorafit.attachment import fired, require_fired
 from lorafit.base import Base, open_base
-from lorafit.cli.console import Terminal, verdict
+from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Row
@@ -33,6 +33,7 @@ from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
+from lorafit.report.words import verdict
 from lorafit.run import read_run
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown

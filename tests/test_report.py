@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 from conftest import capitals, write_rows
 
 from lorafit import pipeline
+from lorafit.cli.console import Terminal
 from lorafit.errors import FormatError, RunError
 from lorafit.files import read_json, write_json
 from lorafit.report import charts
-from lorafit.report.page import headline, pairs, write_report
+from lorafit.report.page import pairs, write_report
 from lorafit.report.story import read_story
+from lorafit.report.words import headline
 
 PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -136,11 +139,33 @@ def test_no_two_colours_of_the_pictures_are_one() -> None:
     assert len(set(charts.COLOURS.values())) == len(charts.COLOURS)
 
 
-def summary(nll: list[float] | None, facts: list[float] | None, few: list[float] | None = None) -> dict[str, Any]:
-    return {
-        "nll": {"ci95": nll},
-        "facts": {"ci95": facts, "ci95_base": facts and [0.0, 0.1], "ci95_base_few_shot": few},
-    }
+def summary(
+    nll: list[float] | None,
+    facts: list[float] | None,
+    few: list[float] | None = None,
+    base: Sequence[float] = (0.0, 0.1),
+) -> dict[str, Any]:
+    return {"nll": {"ci95": nll}, "facts": {"ci95": facts, "ci95_base": facts and base, "ci95_base_few_shot": few}}
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    write_json(path, read_json(path) | changes)
+
+
+def test_terminal_page_and_card_say_the_same_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = headline(read_json(run / "summary.json"))
+    Terminal().results(read_json(run / "summary.json"))
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert [said in text for text in (capsys.readouterr().out, card, page)] == [True] * 3
+
+
+def test_a_base_that_changed_heads_the_page_and_warns_in_a_comparison(run: Path, copy: Path) -> None:
+    rewrite(copy / "summary.json", base_unchanged=False)
+    one = write_report([copy], copy / "report.html").read_text(encoding="utf-8")
+    both = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert "<h1>Do not use this adapter" in one
+    assert f"{read_story(copy).name}: do not use" in both
 
 
 @pytest.mark.parametrize(
@@ -148,12 +173,24 @@ def summary(nll: list[float] | None, facts: list[float] | None, few: list[float]
     [
         (summary(None, None), "Too few"),
         (summary([-2, -1], None), "predicts the answers better than its base"),
-        (summary([1, 2], None), "predicts the answers worse"),
+        (summary([1, 2], None), "The adapter is worse than its base"),
+        (summary([0, 0], None), "it changes nothing"),
         (summary([-1, 1], None), "No difference"),
         (summary([-2, -1], [0.5, 0.9]), "answers more questions right"),
         (summary([-2, -1], [0.5, 0.9], [0.3, 0.6]), "but is not shown to answer more"),
         (summary([-2, -1], [0.05, 0.9]), "but is not shown to answer more"),
         (summary([-1, 1], [0.05, 0.9]), "is not shown to answer more"),
+        (summary([1, 2], [0.05, 0.9]), "The adapter is worse than its base"),
+        (summary([1, 2], [0.5, 0.9]), "The adapter is worse than its base"),
+        (summary([-1, 1], [0.0, 0.1], base=[0.3, 0.6]), "The adapter is worse than its base"),
+        (summary([-2, -1], [0.0, 0.1], base=[0.3, 0.6]), "The adapter is worse than its base"),
+        (summary([-2, -1], [0.5, 0.9]) | {"base_unchanged": False}, "Do not use this adapter"),
+        (summary([-2, -1], [0.5, 0.9]) | {"peft": {"max_logit_difference": 7.3, "adapter_effect": 9.9}}, "Do not use"),
+        (
+            summary([-2, -1], [0.5, 0.9]) | {"peft": {"max_logit_difference": 0.0, "adapter_effect": 9.9}},
+            "answers more",
+        ),
+        (summary([1, 2], None) | {"against": "runs/other"}, "The adapter is worse than the other adapter"),
     ],
 )
 def test_the_headline_claims_no_more_than_was_shown(given: dict[str, Any], says: str) -> None:

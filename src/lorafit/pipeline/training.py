@@ -28,6 +28,7 @@ from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.planning import Choice
 from lorafit.report.card import card
 from lorafit.report.page import write_report
+from lorafit.report.words import doubt
 from lorafit.run import (
     ADAPTER,
     ANSWERS,
@@ -107,15 +108,17 @@ def _run(
     comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
                          shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
+    unchanged = base.integrity() == before
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
-    summary = _summary(opened, trained, comparison, out, seconds, opens)
+    summary = {**_summary(opened, trained, comparison, out, seconds, opens), "base_unchanged": unchanged}
     _write(out, trained.adapter, decision.choices, summary)
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
     checking = time.monotonic()
     probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
-    summary["base_unchanged"] = base.integrity() == before
     summary["peft"] = compare_with_peft(out / ADAPTER, base, probes, listener.say)
+    if doubt(summary):
+        write_text(out / ADAPTER / "README.md", card(trained.adapter, decision.choices, summary))
     summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
     summary["peak_rss_gb"] = peak_gb()
     write_json(out / SUMMARY, summary)

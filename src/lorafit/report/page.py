@@ -17,7 +17,7 @@ from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import require_new, whole_file, write_text
 from lorafit.report import charts
 from lorafit.report.story import Story, read_story
-from lorafit.report.words import clock, interval, percent, verdict
+from lorafit.report.words import clock, doubt, headline, interval, percent, verdict
 
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
@@ -67,7 +67,7 @@ def _require_replaceable(out: Path) -> None:
 
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict)
+    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict, doubt=doubt)
     text = files("lorafit.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         stories=stories,
@@ -107,24 +107,6 @@ def _scored(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     ends = {"base": facts.get("ci95_base"), "base_few_shot": facts.get("ci95_base_few_shot"), "adapter": facts["ci95"],
             "shuffled_control": None}  # fmt: skip
     return {"models": models, "ends": ends, "headline": headline(summary)}
-
-
-def headline(summary: Mapping[str, Any]) -> str:
-    """What a run has shown, in a sentence: about right answers where they were checked, else about their NLL."""
-    nll, facts = summary["nll"], summary["facts"]
-    if nll["ci95"] is None:
-        return "Too few test examples to tell whether the adapter helps"
-    says = verdict(nll["ci95"])
-    if facts["ci95"] is None:
-        return {"better": "The adapter predicts the answers better than its base",
-                "worse": "The adapter predicts the answers worse than its base"}.get(
-                    says, "No difference between the adapter and its base has been shown")  # fmt: skip
-    others = [ends[1] for ends in (facts.get("ci95_base"), facts.get("ci95_base_few_shot")) if ends]
-    if facts["ci95"][0] > max(others, default=1.0):
-        return "The adapter answers more questions right than its base"
-    if says == "better":
-        return "The adapter predicts the answers better than its base, but is not shown to answer more of them right"
-    return "The adapter is not shown to answer more questions right than its base"
 
 
 def _apart(stories: Sequence[Story]) -> list[str]:
