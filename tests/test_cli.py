@@ -32,6 +32,7 @@ EVALUATED = SCORES | {
     "base",
     "adapter_dir",
     "seen_in_training",
+    "seen_by_other",
     "against",
     "split",
     "trainable_parameters",

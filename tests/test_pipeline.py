@@ -33,8 +33,9 @@ from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
+from lorafit.report.page import write_report
 from lorafit.report.words import verdict
-from lorafit.run import read_run
+from lorafit.run import openings, read_run, remember_questions
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
@@ -84,6 +85,18 @@ def unfinished(finished: tuple[Path, dict[str, Any]], tmp_path: Path, no_peft: N
     out = Path(copytree(finished[0], tmp_path / "run"))
     (out / "summary.json").unlink()
     return out
+
+
+def new_rows() -> list[dict[str, object]]:
+    return [{"prompt": f"What follows {n}?", "completion": str(n + 1)} for n in range(12)]
+
+
+class Hears(pipeline.Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 # What a run leaves
@@ -176,6 +189,34 @@ def test_eval_answers_every_question_in_order_when_asked_for_them(
     ]
     assert all(isinstance(line[who], str) for line in lines for who in ("base", "base_few_shot", "adapter"))
     assert len({line["nll"]["base"] for line in lines}) > 1
+
+
+def test_eval_on_the_tests_own_examples_opens_the_test_once_more(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, data: Path
+) -> None:
+    run = Path(copytree(finished[0], tmp_path / "run"))
+    before = openings(run)
+    pipeline.run_evaluation(None, run, str(write_rows(tmp_path / "new.jsonl", new_rows())))
+    assert openings(run) == before
+    heard = Hears()
+    pipeline.run_evaluation(None, run, str(data), listener=heard)
+    assert openings(run) == before + 1
+    assert any("of the test of" in text and f"opened {before + 1} times" in text for text in heard.said)
+    assert f"opened {before + 1} times" in write_report([run], run / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_the_other_adapter_was_trained_on_is_remarked_too(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The other one would win by memory."""
+    rows = new_rows()
+    other = Path(copytree(finished[0], tmp_path / "other"))
+    remember_questions(other, [str(row["prompt"]) for row in rows[:3]])
+    heard = Hears()
+    found = pipeline.run_evaluation(None, finished[0], str(write_rows(tmp_path / "new.jsonl", rows)), against=other,
+                                    listener=heard)  # fmt: skip
+    assert (found["seen_in_training"], found["seen_by_other"]) == (0, 3)
+    assert any("3 of these 12 questions" in text and str(other) in text for text in heard.said)
 
 
 # The base
@@ -340,8 +381,9 @@ def test_where_no_run_is_there_is_none_to_resume(tiny_folder: Path, data: Path, 
 def test_each_opening_of_the_test_split_is_counted(
     finished: tuple[Path, dict[str, Any]], unfinished: Path, tiny_folder: Path, data: Path
 ) -> None:
+    before = openings(unfinished)
     assert finished[1]["test_openings"] == 1
-    assert begin(tiny_folder, data, unfinished, resume=True)["test_openings"] == 2
+    assert begin(tiny_folder, data, unfinished, resume=True)["test_openings"] == before + 1
 
 
 @pytest.mark.parametrize(

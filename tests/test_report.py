@@ -14,8 +14,10 @@ from conftest import capitals, write_rows
 
 from lorafit import pipeline
 from lorafit.cli.console import Terminal
+from lorafit.data.examples import Example, Message
 from lorafit.errors import FormatError, RunError
 from lorafit.files import read_json, write_json
+from lorafit.pipeline.scores import example_digest
 from lorafit.report import charts
 from lorafit.report.page import pairs, write_report
 from lorafit.report.story import read_story
@@ -109,6 +111,39 @@ def test_runs_on_other_tests_are_not_paired_and_that_is_said(run: Path, copy: Pa
     assert pairs([read_story(run), read_story(copy)]) == []
     text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
     assert "tested on different examples" in text
+    assert not (copy.parent / "both-scores.png").exists()
+
+
+def test_the_same_test_in_another_order_is_the_same_test(run: Path, copy: Path) -> None:
+    lines = (copy / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (copy / "scores" / "answers.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    (pair,) = pairs([read_story(run), read_story(copy)])
+    assert (pair.difference, pair.a != pair.b) == (0.0, True)
+
+
+def test_a_question_after_other_turns_is_another_example() -> None:
+    def asked(*before: Message) -> Example:
+        return Example((*before, Message("user", "Why?"), Message("assistant", "So.")), "x:1")
+
+    told = (Message("user", "It rains."), Message("assistant", "Yes."))
+    kinds = [asked(), asked(Message("system", "Be brief.")), asked(*told)]
+    assert len({example_digest(kind) for kind in kinds}) == 3
+
+
+def test_runs_on_different_bases_are_not_compared(run: Path, copy: Path) -> None:
+    rewrite(copy / "run.json", base_identity="0" * 64)
+    assert pairs([read_story(run), read_story(copy)]) == []
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert "they stand on different bases" in text
+    assert text.count("<svg") == 1  # the curves
+
+
+def test_a_run_without_checks_stands_in_the_chart_beside_one_with_them(run: Path, copy: Path) -> None:
+    facts = read_json(copy / "summary.json")["facts"]
+    rewrite(copy / "summary.json", facts={**facts, "adapter": 0.5, "ci95": [0.4, 0.6], "base": 0.1})
+    figure = charts.scores([read_story(copy), read_story(run)])
+    assert figure is not None
+    assert len(figure.axes[0].get_yticklabels()) == 2
 
 
 def test_one_run_named_twice_is_refused(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summar
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "scores", "examples"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, *PICTURES}  # all in a run folder
-ANSWERS, TRAINED_ON = "answers.jsonl", "trained_on.json"  # below SCORES
+ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -101,11 +102,23 @@ def versions() -> dict[str, str]:
 
 def count_opening(out: Path) -> int:
     """How often the test split of this run has been opened, this time included; kept in the run folder."""
-    path = out / SCORES / "test_openings.json"
-    path.parent.mkdir(exist_ok=True)
-    count = (read_json(path)["openings"] if path.exists() else 0) + 1
-    write_json(path, {"openings": count})
+    count = openings(out) + 1
+    (out / SCORES).mkdir(exist_ok=True)
+    write_json(out / SCORES / OPENINGS, {"openings": count})
     return count
+
+
+def openings(out: Path) -> int:
+    """How often the test split of this run has been opened so far."""
+    path = out / SCORES / OPENINGS
+    return int(read_json(path)["openings"]) if path.exists() else 0
+
+
+def tested(out: Path) -> frozenset[str]:
+    """Fingerprints of the test examples of this run; none where there is no run, or it has not been tested."""
+    path = out / SCORES / ANSWERS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return frozenset(json.loads(line).get("example") for line in lines)
 
 
 def remember_questions(out: Path, questions: Sequence[str]) -> None:

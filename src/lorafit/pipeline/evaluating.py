@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lorafit.base import open_base
-from lorafit.data.examples import Examples
+from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
@@ -19,8 +19,8 @@ from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import render_all, require_passing, sifted
-from lorafit.pipeline.scores import answer_lines, scores_json
-from lorafit.run import DTYPES, remembered
+from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
+from lorafit.run import DTYPES, count_opening, remembered, tested
 from lorafit.settings import settings_from
 
 
@@ -66,9 +66,8 @@ def run_evaluation(
     if settings.get("few_shot") and not may_show:
         raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
                             "--split train, or the base would be shown the questions it is asked")  # fmt: skip
-    seen = remembered(adapter_folder.parent, [e.question for e in chosen])
-    if seen:
-        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on: this measures memory")
+    runs = [adapter_folder.parent, *([peft.adapter_folder(against).parent] if against else [])]
+    seen = [_remarked(run, chosen, listener) for run in runs]
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
@@ -94,10 +93,26 @@ def run_evaluation(
         "adapter_dir": str(adapter_folder),
         "against": str(against) if against else None,
         "split": None if single else split,
-        "seen_in_training": seen,
+        "seen_in_training": seen[0],
+        "seen_by_other": seen[1] if against else None,
         **scores_json(comparison),
         "base_unchanged": base.integrity() == before,
         "trainable_parameters": adapter.plan.parameters,
         "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
         "peak_rss_gb": peak_gb(),
     }
+
+
+def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:
+    """Say what of the examples the run knows already, and count a look at its test; how many it was trained or
+    validated on, None where there is no run."""
+    seen = remembered(run, [example.question for example in chosen])
+    if seen:
+        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on in {run}: this measures "
+                     "memory")  # fmt: skip
+    known = tested(run)
+    again = sum(example_digest(example) in known for example in chosen)
+    if again:
+        listener.say(f"{again} of these {len(chosen)} examples are of the test of {run}, now opened "
+                     f"{count_opening(run)} times: choose by other examples, or it is no test any more")  # fmt: skip
+    return seen

@@ -64,28 +64,23 @@ def examples(story: Story) -> Figure | None:
 
 
 def scores(stories: Sequence[Story]) -> Figure | None:
-    """Share of right answers with its interval, or, where none was checked, the difference in NLL of each run."""
-    finished = [story for story in stories if story.summary is not None]
-    checked = [story for story in finished if story.summary and story.summary["facts"]["adapter"] is not None]
+    """Share of right answers with its interval, or, where a run has none, the difference in NLL of each."""
+    alone = len(stories) == 1
+    finished = [("adapter" if alone else story.name, COLOURS["adapter"] if alone else run_colour(i), story.summary)
+                for i, story in enumerate(stories) if story.summary is not None]  # fmt: skip
+    checked = all(summary["facts"]["adapter"] is not None for *_, summary in finished)
     bars: list[tuple[str, float, Sequence[float] | None, str]] = []
-    if checked:
-        facts = checked[0].summary["facts"] if checked[0].summary else {}
-        if len(stories) == 1:
+    for name, colour, summary in finished:
+        nll, facts = summary["nll"], summary["facts"]
+        if not checked:
+            bars.append((name, nll["difference"], nll["ci95"], colour))
+            continue
+        if alone:
             bars.append(("base", facts["base"], facts.get("ci95_base"), COLOURS["base"]))
-            if facts["base_few_shot"] is not None:
-                given = f"base, {facts['few_shot_examples']} examples"
-                bars.append((given, facts["base_few_shot"], facts.get("ci95_base_few_shot"), COLOURS["few"]))
-        for i, story in enumerate(stories):
-            if story in checked and story.summary:
-                facts = story.summary["facts"]
-                colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
-                bars.append(("adapter" if len(stories) == 1 else story.name, facts["adapter"], facts["ci95"], colour))
-    else:
-        for i, story in enumerate(stories):
-            if story.summary:
-                nll = story.summary["nll"]
-                colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
-                bars.append(("adapter" if len(stories) == 1 else story.name, nll["difference"], nll["ci95"], colour))
+        if alone and facts["base_few_shot"] is not None:
+            given = f"base, {facts['few_shot_examples']} examples"
+            bars.append((given, facts["base_few_shot"], facts.get("ci95_base_few_shot"), COLOURS["few"]))
+        bars.append((name, facts["adapter"], facts["ci95"], colour))
     if not bars:
         return None
     figure, axes = _canvas(0.9 + 0.42 * len(bars))

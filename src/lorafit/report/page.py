@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     stories = [read_story(folder) for folder in folders]
     drawn = {
         "curves": charts.curves(stories),
-        "scores": charts.scores(stories),
+        "scores": None if _apart(stories) else charts.scores(stories),
         "examples": charts.examples(stories[0]) if len(stories) == 1 else None,
     }
     for name, figure in drawn.items():
@@ -112,25 +112,40 @@ def _scored(summary: Mapping[str, Any] | None) -> dict[str, Any]:
 def _apart(stories: Sequence[Story]) -> list[str]:
     """What keeps the runs from being compared."""
     found = []
-    if len({story.asked.get("base_identity") for story in stories}) > 1:
+    if len({_base(story) for story in stories}) > 1:
         found.append("they stand on different bases")
-    if len({_tested(story) for story in stories if story.answers}) > 1:
+    if len({tuple(_tested(story)) for story in stories if story.answers}) > 1:
         found.append("they were tested on different examples")
     return found
 
 
 def pairs(stories: Sequence[Story]) -> list[Pair]:
-    """Every later run against the first, where both were tested on the same examples."""
+    """Every later run against the first, where both stand on one base and were tested on the same examples."""
     first, found = stories[0], []
     for other in stories[1:]:
-        if first.answers and _tested(first) == _tested(other):
-            differences = [b["nll"]["adapter"] - a["nll"]["adapter"]
-                           for a, b in zip(first.answers, other.answers, strict=True)]  # fmt: skip
-            drawn = paired_bootstrap(differences, [answer["group"] for answer in first.answers])
+        ours, theirs = _tested(first), _tested(other)
+        if ours and ours.keys() == theirs.keys() and _base(first) == _base(other):
+            differences = [theirs[key]["nll"]["adapter"] - ours[key]["nll"]["adapter"] for key in ours]
+            drawn = paired_bootstrap(differences, [answer["group"] for answer in ours.values()])
             mean = sum(differences) / len(differences)
             found.append(Pair(first.name, other.name, mean, (drawn.low, drawn.high) if drawn else None))
     return found
 
 
-def _tested(story: Story) -> tuple[tuple[str, str], ...]:
-    return tuple((answer["question"], answer["reference"]) for answer in story.answers)
+def _base(story: Story) -> str:
+    return story.asked.get("base_identity") or story.asked["base"]
+
+
+def _tested(story: Story) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """The records of the test in one order, whatever the file's: by fingerprint, and how many of it came before."""
+    ranked = sorted((_fingerprint(answer), i) for i, answer in enumerate(story.answers))
+    before: Counter[str] = Counter()
+    found = {}
+    for fingerprint, i in ranked:
+        found[fingerprint, before[fingerprint]] = story.answers[i]
+        before[fingerprint] += 1
+    return found
+
+
+def _fingerprint(answer: Mapping[str, Any]) -> str:
+    return answer.get("example") or f"{answer['question']}\0{answer['reference']}"  # before runs kept one

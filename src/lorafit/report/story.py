@@ -10,13 +10,13 @@ from typing import Any
 
 from lorafit.errors import FormatError
 from lorafit.files import read_json
-from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, SUMMARY, read_run
+from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, SUMMARY, openings, read_run
 
 
 @dataclass(frozen=True)
 class Story:
     """The files of one run, as they are. `answers`: one record per test example; `steps`: one per step and validation.
-    `plan`, `data` and `summary` are None where the run has not come so far."""
+    `plan`, `data` and `summary` are None where the run has not come so far. `openings`: looks at its test until now."""
 
     name: str
     folder: Path
@@ -26,6 +26,7 @@ class Story:
     steps: tuple[Mapping[str, Any], ...]
     answers: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any] | None
+    openings: int
 
     @property
     def training(self) -> list[tuple[int, float]]:
@@ -52,6 +53,7 @@ def read_story(folder: Path) -> Story:
         steps=_lines(folder / METRICS),
         answers=_lines(folder / SCORES / ANSWERS),
         summary=_read(folder / SUMMARY),
+        openings=openings(folder),
     )
 
 
