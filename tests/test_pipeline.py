@@ -27,7 +27,7 @@ from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Row
 from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError, SettingsError, TargetError
 from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
-from lorafit.evaluation.statistics import paired_bootstrap, wilson
+from lorafit.evaluation.statistics import paired_bootstrap, student, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
@@ -525,6 +525,21 @@ def test_an_interval_of_a_difference_is_the_textbooks() -> None:
     assert found.mean == pytest.approx(values.mean())
     expected = (values.mean() - 1.96 * error, values.mean() + 1.96 * error)
     assert (found.low, found.high) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("df", "expected"), [(9, 2.262157), (14, 2.144787), (29, 2.045230), (99, 1.984217), (10**9, 1.959964)]
+)
+def test_the_quantile_of_student_is_the_tables(df: int, expected: float) -> None:
+    assert student(df) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(("n", "at_least"), [(10, 0.92), (30, 0.92)])
+def test_intervals_of_few_examples_cover_nearly_as_often_as_those_of_many(n: int, at_least: float) -> None:
+    """The plain percentile interval of 10 covers in 91 of 100."""
+    rng = np.random.default_rng(3)
+    drawn = [paired_bootstrap(rng.normal(0, 1, n).tolist()) for _ in range(300)]
+    assert np.mean([one is not None and one.low <= 0 <= one.high for one in drawn]) > at_least
 
 
 @pytest.mark.parametrize(("values", "groups"), [([-1.0], None), ([-1.0] * 9, None), ([-1.0, 2.0] * 9, ["a", "b"] * 9)])

@@ -52,8 +52,8 @@ def example_digest(example: Example) -> str:
 
 
 def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
-    """Every test example as a JSON line: fingerprint, question, reference, NLL; its answers and whether they pass its check,
-    where it was answered."""
+    """Every test example as a JSON line: fingerprint, question, reference, NLL; where it was answered, its answers and
+    whether they pass its check."""
     few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
     answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
     given = {i: dict(zip(("base", "base_few_shot", "adapter"), answers, strict=True)) for i, *answers in answered}

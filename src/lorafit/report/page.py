@@ -133,7 +133,7 @@ def pairs(stories: Sequence[Story]) -> list[Pair]:
 
 
 def _base(story: Story) -> str:
-    return story.asked.get("base_identity") or story.asked["base"]
+    return str(story.asked.get("base_identity") or story.asked["base"])
 
 
 def _tested(story: Story) -> dict[tuple[str, int], Mapping[str, Any]]:
