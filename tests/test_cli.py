@@ -306,6 +306,13 @@ def test_report_writes_over_a_page_of_its_own_and_nothing_else(lorafit: Lorafit,
         assert lorafit("report", run.folder, "--out", tmp_path / "mine.html").status == 0
 
 
+def test_a_file_made_for_training_serves_eval_too(lorafit: Lorafit, run: Run, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("few_shot = 3\nrank = 8\n", encoding="utf-8")
+    given = ["eval", run.folder, rows, "--dtype", "fp32"]
+    assert lorafit(*given, "-c", tmp_path / "a.toml").status == 0
+    assert "--few-shot takes its examples from" in lorafit(*given, "--few-shot", 3).err
+
+
 def test_eval_tells_that_questions_were_trained_on(lorafit: Lorafit, run: Run, rows: Path) -> None:
     """The first thing one tries is the file one trained on; what it shows is memory."""
     done = lorafit("eval", run.folder, rows, "--dtype", "fp32")

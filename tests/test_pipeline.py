@@ -35,7 +35,7 @@ from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
-from lorafit.run import openings, read_run, remember_questions
+from lorafit.run import open_run, openings, read_run, remember_questions
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
@@ -401,6 +401,29 @@ def test_resuming_with_another_setting_is_refused_by_name(
 ) -> None:
     with pytest.raises(SettingsError, match=said):
         begin(tiny_folder, data, unfinished, resume=True, **changes)
+
+
+def test_what_is_stored_may_be_typed_again_in_any_way(
+    unfinished: Path, tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on; so does none of it, and the same data by another path."""
+    asked = read_run(unfinished)
+    write_json(unfinished / "run.json", asked | {"settings": asked["settings"] | {"targets": ["q_proj", "v_proj"]}})
+    _, _, found = open_run(unfinished, str(tiny_folder), str(data), {"targets": ["q_proj,v_proj"]}, True)
+    assert found.targets == ("q_proj", "v_proj")
+    write_json(unfinished / "run.json", asked)
+    monkeypatch.chdir(data.parent)
+    pipeline.run_training(None, f"./{data.name}", unfinished, {}, resume=True)
+    (unfinished / "summary.json").unlink()
+    assert pipeline.run_training(None, None, unfinished, {}, resume=True)["n_test"] > 0
+
+
+def test_a_share_for_data_with_splits_of_its_own_is_refused(tmp_path: Path) -> None:
+    rows = capitals(36)
+    for i, name in enumerate(("train", "valid", "test")):
+        write_rows(tmp_path / f"{name}.jsonl", rows[12 * i : 12 * i + 12])
+    with pytest.raises(SettingsError, match=r"--val-share 0\.3: does nothing"):
+        pipeline.prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
 
 
 def test_resuming_on_changed_data_is_refused_and_changes_nothing(

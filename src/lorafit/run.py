@@ -27,8 +27,11 @@ ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openin
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool) -> TrainSettings:
-    """Settings of a new run in `out`, or of the one that is resumed there. Raises RunError or SettingsError."""
+def open_run(
+    out: Path, base_name: str | None, data: str | None, given: Mapping[str, Any], resume: bool
+) -> tuple[str, str, TrainSettings]:
+    """Base, data and settings of a new run in `out`, or of the one that is resumed there. Raises RunError or
+    SettingsError. That base and data hold what they held is for `require_same`: their names may be others."""
     known = out / RUN
     if resume:
         if not known.exists():
@@ -37,15 +40,15 @@ def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], res
             raise RunError(f"{out}: this run is finished: see lorafit show {out}")
         asked = read_run(out)
         stored = settings_from(asked["settings"])
-        settings_from(given)  # a name or value that cannot be is told as in a new run
-        now = {"base": base_name, "data": data, **given}
-        began = {"base": asked["base"], "data": asked["data"], **stored.model_dump(mode="json")}
-        odd = [f"{key}: {began[key]!r} when it began, {value!r} now" for key, value in now.items()
-               if began[key] != (list(value) if isinstance(value, tuple) else value)]  # fmt: skip
+        now, began = settings_from(given).model_dump(mode="json"), stored.model_dump(mode="json")
+        odd = [f"{key}: {began[key]!r} when it began, {now[key]!r} now" for key in given if began[key] != now[key]]
         if odd:
             raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
         used = {str(dtype): name for name, dtype in DTYPES.items()}[asked["dtype"]]
-        return stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
+        settings = stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
+        return base_name or asked["base"], data or asked["data"], settings
+    if base_name is None or data is None:
+        raise SettingsError("a new run needs a base and data: name both")
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
         hint = "" if state == "finished" else " go on with --resume, or"
@@ -54,7 +57,7 @@ def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], res
         raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
     settings = settings_from(given)
     make_folder(out)
-    return settings
+    return base_name, data, settings
 
 
 def require_same(out: Path, now: Mapping[str, Any]) -> None:

@@ -34,11 +34,17 @@ def train(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.plan import show_plan
+    from lorafit.errors import SettingsError
     from lorafit.pipeline import run_training
 
-    assert base is not None and data is not None and out is not None  # with_settings sees to it
+    assert out is not None  # with_settings sees to it
+    if dry_run and resume:
+        raise SettingsError(
+            "--dry-run --resume: a run that is gone on with has its plan already: leave one of them out"
+        )
     terminal = Terminal(json)
     if dry_run:
+        assert base is not None and data is not None
         show_plan(terminal, base, data, settings)
         return
     summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal)

@@ -50,8 +50,8 @@ from lorafit.training.loop import Trained, train
 
 
 def run_training(
-    base_name: str,
-    data: str,
+    base_name: str | None,
+    data: str | None,
     out: Path,
     settings: Mapping[str, Any],
     *,
@@ -62,10 +62,10 @@ def run_training(
     """The whole job into the run folder `out`; returns the summary that is also written there.
 
     settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
-    with are used again, and one that contradicts them is refused. extra: goes into run.json.
+    with are used again, and one that contradicts them is refused; base and data may be None. extra: goes into run.json.
     """
     listener = listener or Silent()
-    resolved = open_run(out, base_name, data, settings, resume)
+    base_name, data, resolved = open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
     try:
         opened = open_all(base_name, data, resolved, listener)
