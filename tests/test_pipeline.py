@@ -219,6 +219,23 @@ def test_what_the_other_adapter_was_trained_on_is_remarked_too(
     assert any("3 of these 12 questions" in text and str(other) in text for text in heard.said)
 
 
+def test_the_forecast_of_disk_is_what_a_run_takes_at_its_peak(
+    tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new checkpoint is written whole before the old one goes."""
+    settings = {**SETTINGS, "rank": 32}  # so that tensors outweigh the text beside them
+    taken, real = [], os.fsync
+
+    def looked(file: int) -> None:
+        taken.append(sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()))
+        real(file)
+
+    monkeypatch.setattr("lorafit.files.os.fsync", looked)
+    pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", settings)
+    forecast = pipeline.run_planning(str(tiny_folder), str(data), settings)["forecast"]["disk"]
+    assert max(taken) == pytest.approx(forecast, rel=0.05)
+
+
 # The base
 
 

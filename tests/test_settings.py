@@ -174,5 +174,5 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
     assert end.value.code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
     assert found["forecast"]["seconds"] > found["forecast"]["step"] > 0
-    assert found["forecast"]["disk"] == 5 * found["bytes"]
+    assert found["forecast"]["disk"] > found["bytes"] > 0
     assert TrainSettings(**found["settings"]) == TrainSettings(rank=2)
