@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NotATransformer, capitals, write_rows
+from rich.console import Console
 from torch import nn
 
 from lorafit import demo, pipeline
@@ -334,6 +335,33 @@ def test_only_what_computes_the_same_is_said_to(
         assert not same
         assert "PEFT computes something else" in str(error)
     assert ("PEFT reads the adapter and computes the same" in capsys.readouterr().out) is same
+
+
+def test_what_to_type_next_can_be_typed(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conclude(Terminal(False), finished[1], Path("my runs/first"), [])
+    assert "chat 'my runs/first'\n" in capsys.readouterr().out
+
+
+def test_an_answer_longer_than_the_screen_goes_on_below_itself(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sample = dict.fromkeys(("question", "reference", "base", "adapter"), "word " * 40)
+    terminal = Terminal()
+    terminal.out = Console(width=80)
+    terminal.results({**finished[1], "samples": [sample]})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "word" in line]
+    assert len(lines) > 8
+    assert {line.index("word") for line in lines} == {15}
+
+
+def test_a_base_without_a_folder_is_not_taken_for_a_missing_peft(
+    tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare_with_peft(tmp_path, replace(tiny_base, folder=None), [[1]], Terminal().say) is None
+    assert "not installed" not in capsys.readouterr().out
 
 
 def test_a_peft_that_cannot_be_asked_is_told_and_costs_no_run(

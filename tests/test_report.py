@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import capitals, write_rows
+from matplotlib import image
 
 from lorafit import pipeline
 from lorafit.cli.console import Terminal
@@ -22,6 +23,7 @@ from lorafit.report import charts
 from lorafit.report.page import pairs, write_report
 from lorafit.report.story import read_story
 from lorafit.report.words import headline
+from lorafit.shown import shown
 
 PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -144,6 +146,46 @@ def test_a_run_without_checks_stands_in_the_chart_beside_one_with_them(run: Path
     figure = charts.scores([read_story(copy), read_story(run)])
     assert figure is not None
     assert len(figure.axes[0].get_yticklabels()) == 2
+
+
+@pytest.mark.parametrize("name", ["price$x^{2$", "_mine", "模型"])
+def test_any_name_of_a_folder_is_drawn_as_it_is(run: Path, tmp_path: Path, name: str) -> None:
+    folders = [Path(copytree(run, tmp_path / name / one)) for one in ("_a", "b")]
+    text = write_report(folders, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert all(text[text.index("<svg") :].count(read_story(folder).name) >= 2 for folder in folders)  # scores, legend
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    folders = [Path(copytree(run, tmp_path / one / "runs" / "mine")) for one in ("monday", "friday")]
+    text = write_report(folders, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "monday/runs/mine" in text and "friday/runs/mine" in text
+
+
+@pytest.mark.parametrize("damage", [{}, {"nll": {}}, {"facts": None}])
+def test_a_damaged_summary_is_named(copy: Path, damage: dict[str, Any]) -> None:
+    write_json(copy / "summary.json", damage and read_json(copy / "summary.json") | damage)
+    for look in (lambda: write_report([copy], copy / "report.html"), lambda: shown(copy)):
+        with pytest.raises(FormatError, match=r"summary\.json: not written by lorafit, or damaged: "):
+            look()
+
+
+@pytest.mark.parametrize("name", ["curves", "scores", "examples"])
+def test_the_pictures_show_the_adapter_in_its_colour_and_words_beside_it(run: Path, name: str) -> None:
+    """A blank picture, or bare axes, have none of it."""
+    pixels = (image.imread(run / f"report-{name}.png")[..., :3] * 255).round().astype(int)
+    counts = []
+    for colour in ("adapter", "ink"):
+        wanted = [int(charts.COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5)]
+        counts.append(int((abs(pixels - wanted).max(axis=-1) < 40).sum()))
+    assert min(counts) > 50, counts
+
+
+def test_what_differs_holds_what_does_and_nothing_else(run: Path, copy: Path) -> None:
+    rewrite(copy / "run.json", data="elsewhere.jsonl")
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    differs = text[text.index("What differs") :]
+    assert "elsewhere.jsonl" in differs
+    assert re.findall(r"<td>(sites|ranks|base|seed)</td>", differs) == []
 
 
 def test_one_run_named_twice_is_refused(run: Path, tmp_path: Path) -> None:

@@ -24,6 +24,14 @@ METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "scores", "examples"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, *PICTURES}  # all in a run folder
 ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
+SCORED = {  # what a summary says at least, with the parts it has
+    "nll": {"base", "adapter", "difference", "ci95"},
+    "facts": {"base", "base_few_shot", "adapter", "shuffled_control", "ci95", "ci95_base", "ci95_base_few_shot", "n",
+              "few_shot_examples"},
+    "seconds": {"train"},
+}  # fmt: skip
+SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "trainable_parameters", "best_step",
+        "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,6 +98,19 @@ def read_run(out: Path) -> dict[str, Any]:
     if not isinstance(asked, dict) or not {"base", "data", "settings", "dtype"} <= set(asked):
         raise FormatError(f"{out / RUN}: not written by lorafit, or damaged: name another folder")
     return asked
+
+
+def read_summary(out: Path) -> dict[str, Any] | None:
+    """summary.json of a run folder, None before the run has come so far. Raises FormatError for a damaged one."""
+    path = out / SUMMARY
+    if not path.exists():
+        return None
+    found = read_json(path)
+    whole = isinstance(found, dict) and set(found) >= SAID
+    if not whole or not all(isinstance(found[key], dict) and set(found[key]) >= parts for key, parts in SCORED.items()):
+        raise FormatError(f"{path}: not written by lorafit, or damaged: remove it, and lorafit train --resume "
+                          f"--out {out} makes it anew")  # fmt: skip
+    return dict(found)
 
 
 def versions() -> dict[str, str]:

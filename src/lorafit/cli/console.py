@@ -185,8 +185,11 @@ class Terminal:
             self.out.print(table)
             return
         for sample in cut:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(justify="right", style="dim", min_width=13)
             for name, text in sample.items():
-                self.out.print(Text(f"{name:>13}  ", style="dim") + Text(text))
+                table.add_row(name, Text(text))
+            self.out.print(table)
             self.out.print()
 
     def finish(self, summary: Mapping[str, Any]) -> None:

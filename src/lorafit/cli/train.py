@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,10 +72,11 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
         f"training {seconds['train']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s, evaluation "
         f"{seconds['evaluate']:.0f} s" + (f", at most {summary['peak_rss_gb']} GB" if summary["peak_rss_gb"] else "")
     )
+    folder = shlex.quote(str(out))
     following = [
-        f"chat {out}",
-        f"show {out}",
-        f"eval {out} QUESTIONS.jsonl    # that are not among those it was trained on",
+        f"chat {folder}",
+        f"show {folder}",
+        f"eval {folder} QUESTIONS.jsonl    # that are not among those it was trained on",
         *more,
     ]
     terminal.say("next:\n" + "\n".join(f"  {program()} {line}" for line in following))

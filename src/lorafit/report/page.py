@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lorafit.files import require_new, whole_file, write_text
 from lorafit.report import charts
 from lorafit.report.story import Story, read_story
 from lorafit.report.words import clock, doubt, headline, interval, percent, verdict
+from lorafit.settings import BY_RULE
 
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
@@ -44,7 +46,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     if twice:
         raise RunError(f"{', '.join(twice)}: named more than once: name each run once")
     _require_replaceable(out)
-    stories = [read_story(folder) for folder in folders]
+    stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, _names(resolved), strict=True)]
     drawn = {
         "curves": charts.curves(stories),
         "scores": None if _apart(stories) else charts.scores(stories),
@@ -59,6 +61,13 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The end of each path, as long as it takes to tell them apart."""
+    longest = max(len(folder.parts) for folder in folders)
+    ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in range(2, longest + 1))
+    return next(names for names in ends if len(set(names)) == len(names))
+
+
 def _require_replaceable(out: Path) -> None:
     """A page of ours may be written anew; anything else is not written over."""
     if not out.is_file() or 'content="lorafit ' not in out.read_text(encoding="utf-8", errors="replace")[:1000]:
@@ -68,6 +77,7 @@ def _require_replaceable(out: Path) -> None:
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict, doubt=doubt)
+    environment.filters["quoted"] = lambda path: shlex.quote(str(path))
     text = files("lorafit.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         stories=stories,
@@ -75,6 +85,7 @@ def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
         one=_one(stories[0]) if len(stories) == 1 else None,
         pairs=pairs(stories),
         apart=_apart(stories),
+        differing=_differing(stories) if len(stories) > 1 else [],
         colours=[charts.run_colour(i) for i in range(len(stories))],
         version=lorafit.__version__,
     )
@@ -117,6 +128,23 @@ def _apart(stories: Sequence[Story]) -> list[str]:
     if len({tuple(_tested(story)) for story in stories if story.answers}) > 1:
         found.append("they were tested on different examples")
     return found
+
+
+def _differing(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
+    """What was not the same in all runs, with its value in each: what was asked for, and what the rules made of it."""
+    told: list[dict[str, Any]] = []
+    for story in stories:
+        one = {"base": story.asked["base"], "data": story.asked["data"]}
+        one |= {name: "by rule" if value is None and name in BY_RULE else value
+                for name, value in story.asked["settings"].items()}  # fmt: skip
+        if story.plan:
+            one |= {f"{name} (resolved)": value for name, value in story.plan["recipe"].items()}
+            one["sites"] = len(story.plan["slots"])
+            one["ranks"] = ", ".join(map(str, sorted({slot["rank"] for slot in story.plan["slots"]})))
+        told.append(one)
+    names = dict.fromkeys(name for one in told for name in one)
+    values = {name: [str(one.get(name, "-")) for one in told] for name in names}
+    return [(name, each) for name, each in values.items() if len(set(each)) > 1]
 
 
 def pairs(stories: Sequence[Story]) -> list[Pair]:

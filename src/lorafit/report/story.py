@@ -10,7 +10,7 @@ from typing import Any
 
 from lorafit.errors import FormatError
 from lorafit.files import read_json
-from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, SUMMARY, openings, read_run
+from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, openings, read_run, read_summary
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_story(folder: Path) -> Story:
         data=_read(folder / DATA),
         steps=_lines(folder / METRICS),
         answers=_lines(folder / SCORES / ANSWERS),
-        summary=_read(folder / SUMMARY),
+        summary=read_summary(folder),
         openings=openings(folder),
     )
 
