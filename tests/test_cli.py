@@ -32,6 +32,7 @@ EVALUATED = SCORES | {
     "base",
     "adapter_dir",
     "seen_in_training",
+    "seen_by_other",
     "against",
     "split",
     "trainable_parameters",
@@ -281,6 +282,36 @@ def test_eval_ends_with_its_scores_as_json(lorafit: Lorafit, run: Run, rows: Pat
     found = lorafit("eval", run.folder / "adapter", rows, "--dtype", "fp32", "--json").last_object
     assert set(found) == EVALUATED
     assert (found["n_test"], found["base_unchanged"], found["dtype"]) == (24, True, "float32")
+
+
+def test_eval_writes_answers_over_nothing_and_says_so_before_a_model_opens(
+    lorafit: Lorafit, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = write_rows(tmp_path / "mine.jsonl", capitals(12))
+    before = mine.read_bytes()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("lorafit.pipeline.evaluating.open_base", lambda *_: pytest.fail("a base was opened"))
+    for name, said in (("mine.jsonl", "is there already"), ("folder", "a folder"), ("mine.jsonl/x", "--answers")):
+        done = lorafit("eval", run.folder, mine, "--answers", tmp_path / name)
+        assert (done.status, said in done.err, "--out" in done.err) == (2, True, False), done.err
+    assert mine.read_bytes() == before
+
+
+def test_report_writes_over_a_page_of_its_own_and_nothing_else(lorafit: Lorafit, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "thesis.html").write_text("<p>Ten years of work", encoding="utf-8")
+    for name, said in (("thesis.html", "is there already"), ("", "a folder")):
+        done = lorafit("report", run.folder, "--out", tmp_path / name)
+        assert (done.status, said in done.err) == (2, True), done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.html"]
+    for _ in range(2):
+        assert lorafit("report", run.folder, "--out", tmp_path / "mine.html").status == 0
+
+
+def test_a_file_made_for_training_serves_eval_too(lorafit: Lorafit, run: Run, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("few_shot = 3\nrank = 8\n", encoding="utf-8")
+    given = ["eval", run.folder, rows, "--dtype", "fp32"]
+    assert lorafit(*given, "-c", tmp_path / "a.toml").status == 0
+    assert "--few-shot takes its examples from" in lorafit(*given, "--few-shot", 3).err
 
 
 def test_eval_tells_that_questions_were_trained_on(lorafit: Lorafit, run: Run, rows: Path) -> None:

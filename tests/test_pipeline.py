@@ -16,24 +16,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import NotATransformer, capitals, write_rows
+from rich.console import Console
 from torch import nn
 
 from lorafit import demo, pipeline
 from lorafit.attachment import fired, require_fired
 from lorafit.base import Base, open_base
-from lorafit.cli.console import Terminal, verdict
+from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Row
 from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError, SettingsError, TargetError
 from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
-from lorafit.evaluation.statistics import paired_bootstrap, wilson
+from lorafit.evaluation.statistics import paired_bootstrap, student, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
-from lorafit.run import read_run
+from lorafit.report.page import write_report
+from lorafit.report.words import verdict
+from lorafit.run import open_run, openings, read_run, remember_questions
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
@@ -83,6 +86,18 @@ def unfinished(finished: tuple[Path, dict[str, Any]], tmp_path: Path, no_peft: N
     out = Path(copytree(finished[0], tmp_path / "run"))
     (out / "summary.json").unlink()
     return out
+
+
+def new_rows() -> list[dict[str, object]]:
+    return [{"prompt": f"What follows {n}?", "completion": str(n + 1)} for n in range(12)]
+
+
+class Hears(pipeline.Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 # What a run leaves
@@ -175,6 +190,51 @@ def test_eval_answers_every_question_in_order_when_asked_for_them(
     ]
     assert all(isinstance(line[who], str) for line in lines for who in ("base", "base_few_shot", "adapter"))
     assert len({line["nll"]["base"] for line in lines}) > 1
+
+
+def test_eval_on_the_tests_own_examples_opens_the_test_once_more(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, data: Path
+) -> None:
+    run = Path(copytree(finished[0], tmp_path / "run"))
+    before = openings(run)
+    pipeline.run_evaluation(None, run, str(write_rows(tmp_path / "new.jsonl", new_rows())))
+    assert openings(run) == before
+    heard = Hears()
+    pipeline.run_evaluation(None, run, str(data), listener=heard)
+    assert openings(run) == before + 1
+    assert any("of the test of" in text and f"opened {before + 1} times" in text for text in heard.said)
+    assert f"opened {before + 1} times" in write_report([run], run / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_the_other_adapter_was_trained_on_is_remarked_too(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The other one would win by memory."""
+    rows = new_rows()
+    other = Path(copytree(finished[0], tmp_path / "other"))
+    remember_questions(other, [str(row["prompt"]) for row in rows[:3]])
+    heard = Hears()
+    found = pipeline.run_evaluation(None, finished[0], str(write_rows(tmp_path / "new.jsonl", rows)), against=other,
+                                    listener=heard)  # fmt: skip
+    assert (found["seen_in_training"], found["seen_by_other"]) == (0, 3)
+    assert any("3 of these 12 questions" in text and str(other) in text for text in heard.said)
+
+
+def test_the_forecast_of_disk_is_what_a_run_takes_at_its_peak(
+    tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new checkpoint is written whole before the old one goes."""
+    settings = {**SETTINGS, "rank": 32}  # so that tensors outweigh the text beside them
+    taken, real = [], os.fsync
+
+    def looked(file: int) -> None:
+        taken.append(sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()))
+        real(file)
+
+    monkeypatch.setattr("lorafit.files.os.fsync", looked)
+    pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", settings)
+    forecast = pipeline.run_planning(str(tiny_folder), str(data), settings)["forecast"]["disk"]
+    assert max(taken) == pytest.approx(forecast, rel=0.05)
 
 
 # The base
@@ -277,6 +337,33 @@ def test_only_what_computes_the_same_is_said_to(
     assert ("PEFT reads the adapter and computes the same" in capsys.readouterr().out) is same
 
 
+def test_what_to_type_next_can_be_typed(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conclude(Terminal(False), finished[1], Path("my runs/first"), [])
+    assert "chat 'my runs/first'\n" in capsys.readouterr().out
+
+
+def test_an_answer_longer_than_the_screen_goes_on_below_itself(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sample = dict.fromkeys(("question", "reference", "base", "adapter"), "word " * 40)
+    terminal = Terminal()
+    terminal.out = Console(width=80)
+    terminal.results({**finished[1], "samples": [sample]})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "word" in line]
+    assert len(lines) > 8
+    assert {line.index("word") for line in lines} == {15}
+
+
+def test_a_base_without_a_folder_is_not_taken_for_a_missing_peft(
+    tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare_with_peft(tmp_path, replace(tiny_base, folder=None), [[1]], Terminal().say) is None
+    assert "not installed" not in capsys.readouterr().out
+
+
 def test_a_peft_that_cannot_be_asked_is_told_and_costs_no_run(
     tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,8 +426,9 @@ def test_where_no_run_is_there_is_none_to_resume(tiny_folder: Path, data: Path, 
 def test_each_opening_of_the_test_split_is_counted(
     finished: tuple[Path, dict[str, Any]], unfinished: Path, tiny_folder: Path, data: Path
 ) -> None:
+    before = openings(unfinished)
     assert finished[1]["test_openings"] == 1
-    assert begin(tiny_folder, data, unfinished, resume=True)["test_openings"] == 2
+    assert begin(tiny_folder, data, unfinished, resume=True)["test_openings"] == before + 1
 
 
 @pytest.mark.parametrize(
@@ -358,6 +446,29 @@ def test_resuming_with_another_setting_is_refused_by_name(
 ) -> None:
     with pytest.raises(SettingsError, match=said):
         begin(tiny_folder, data, unfinished, resume=True, **changes)
+
+
+def test_what_is_stored_may_be_typed_again_in_any_way(
+    unfinished: Path, tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on; so does none of it, and the same data by another path."""
+    asked = read_run(unfinished)
+    write_json(unfinished / "run.json", asked | {"settings": asked["settings"] | {"targets": ["q_proj", "v_proj"]}})
+    _, _, found = open_run(unfinished, str(tiny_folder), str(data), {"targets": ["q_proj,v_proj"]}, True)
+    assert found.targets == ("q_proj", "v_proj")
+    write_json(unfinished / "run.json", asked)
+    monkeypatch.chdir(data.parent)
+    pipeline.run_training(None, f"./{data.name}", unfinished, {}, resume=True)
+    (unfinished / "summary.json").unlink()
+    assert pipeline.run_training(None, None, unfinished, {}, resume=True)["n_test"] > 0
+
+
+def test_a_share_for_data_with_splits_of_its_own_is_refused(tmp_path: Path) -> None:
+    rows = capitals(36)
+    for i, name in enumerate(("train", "valid", "test")):
+        write_rows(tmp_path / f"{name}.jsonl", rows[12 * i : 12 * i + 12])
+    with pytest.raises(SettingsError, match=r"--val-share 0\.3: does nothing"):
+        pipeline.prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
 
 
 def test_resuming_on_changed_data_is_refused_and_changes_nothing(
@@ -482,6 +593,21 @@ def test_an_interval_of_a_difference_is_the_textbooks() -> None:
     assert found.mean == pytest.approx(values.mean())
     expected = (values.mean() - 1.96 * error, values.mean() + 1.96 * error)
     assert (found.low, found.high) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("df", "expected"), [(9, 2.262157), (14, 2.144787), (29, 2.045230), (99, 1.984217), (10**9, 1.959964)]
+)
+def test_the_quantile_of_student_is_the_tables(df: int, expected: float) -> None:
+    assert student(df) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(("n", "at_least"), [(10, 0.92), (30, 0.92)])
+def test_intervals_of_few_examples_cover_nearly_as_often_as_those_of_many(n: int, at_least: float) -> None:
+    """The plain percentile interval of 10 covers in 91 of 100."""
+    rng = np.random.default_rng(3)
+    drawn = [paired_bootstrap(rng.normal(0, 1, n).tolist()) for _ in range(300)]
+    assert np.mean([one is not None and one.low <= 0 <= one.high for one in drawn]) > at_least
 
 
 @pytest.mark.parametrize(("values", "groups"), [([-1.0], None), ([-1.0] * 9, None), ([-1.0, 2.0] * 9, ["a", "b"] * 9)])

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
 from conftest import capitals, write_rows
+from matplotlib import image
 
 from lorafit import pipeline
+from lorafit.cli.console import Terminal
+from lorafit.data.examples import Example, Message
 from lorafit.errors import FormatError, RunError
 from lorafit.files import read_json, write_json
+from lorafit.pipeline.scores import example_digest
 from lorafit.report import charts
-from lorafit.report.page import headline, pairs, write_report
+from lorafit.report.page import pairs, write_report
 from lorafit.report.story import read_story
+from lorafit.report.words import headline
+from lorafit.shown import shown
 
 PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -106,6 +113,79 @@ def test_runs_on_other_tests_are_not_paired_and_that_is_said(run: Path, copy: Pa
     assert pairs([read_story(run), read_story(copy)]) == []
     text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
     assert "tested on different examples" in text
+    assert not (copy.parent / "both-scores.png").exists()
+
+
+def test_the_same_test_in_another_order_is_the_same_test(run: Path, copy: Path) -> None:
+    lines = (copy / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (copy / "scores" / "answers.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    (pair,) = pairs([read_story(run), read_story(copy)])
+    assert (pair.difference, pair.a != pair.b) == (0.0, True)
+
+
+def test_a_question_after_other_turns_is_another_example() -> None:
+    def asked(*before: Message) -> Example:
+        return Example((*before, Message("user", "Why?"), Message("assistant", "So.")), "x:1")
+
+    told = (Message("user", "It rains."), Message("assistant", "Yes."))
+    kinds = [asked(), asked(Message("system", "Be brief.")), asked(*told)]
+    assert len({example_digest(kind) for kind in kinds}) == 3
+
+
+def test_runs_on_different_bases_are_not_compared(run: Path, copy: Path) -> None:
+    rewrite(copy / "run.json", base_identity="0" * 64)
+    assert pairs([read_story(run), read_story(copy)]) == []
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert "they stand on different bases" in text
+    assert text.count("<svg") == 1  # the curves
+
+
+def test_a_run_without_checks_stands_in_the_chart_beside_one_with_them(run: Path, copy: Path) -> None:
+    facts = read_json(copy / "summary.json")["facts"]
+    rewrite(copy / "summary.json", facts={**facts, "adapter": 0.5, "ci95": [0.4, 0.6], "base": 0.1})
+    figure = charts.scores([read_story(copy), read_story(run)])
+    assert figure is not None
+    assert len(figure.axes[0].get_yticklabels()) == 2
+
+
+@pytest.mark.parametrize("name", ["price$x^{2$", "_mine", "模型"])
+def test_any_name_of_a_folder_is_drawn_as_it_is(run: Path, tmp_path: Path, name: str) -> None:
+    folders = [Path(copytree(run, tmp_path / name / one)) for one in ("_a", "b")]
+    text = write_report(folders, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert all(text[text.index("<svg") :].count(read_story(folder).name) >= 2 for folder in folders)  # scores, legend
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    folders = [Path(copytree(run, tmp_path / one / "runs" / "mine")) for one in ("monday", "friday")]
+    text = write_report(folders, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "monday/runs/mine" in text and "friday/runs/mine" in text
+
+
+@pytest.mark.parametrize("damage", [{}, {"nll": {}}, {"facts": None}])
+def test_a_damaged_summary_is_named(copy: Path, damage: dict[str, Any]) -> None:
+    write_json(copy / "summary.json", damage and read_json(copy / "summary.json") | damage)
+    for look in (lambda: write_report([copy], copy / "report.html"), lambda: shown(copy)):
+        with pytest.raises(FormatError, match=r"summary\.json: not written by lorafit, or damaged: "):
+            look()
+
+
+@pytest.mark.parametrize("name", ["curves", "scores", "examples"])
+def test_the_pictures_show_the_adapter_in_its_colour_and_words_beside_it(run: Path, name: str) -> None:
+    """A blank picture, or bare axes, have none of it."""
+    pixels = (image.imread(run / f"report-{name}.png")[..., :3] * 255).round().astype(int)
+    counts = []
+    for colour in ("adapter", "ink"):
+        wanted = [int(charts.COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5)]
+        counts.append(int((abs(pixels - wanted).max(axis=-1) < 40).sum()))
+    assert min(counts) > 50, counts
+
+
+def test_what_differs_holds_what_does_and_nothing_else(run: Path, copy: Path) -> None:
+    rewrite(copy / "run.json", data="elsewhere.jsonl")
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    differs = text[text.index("What differs") :]
+    assert "elsewhere.jsonl" in differs
+    assert re.findall(r"<td>(sites|ranks|base|seed)</td>", differs) == []
 
 
 def test_one_run_named_twice_is_refused(run: Path, tmp_path: Path) -> None:
@@ -136,11 +216,33 @@ def test_no_two_colours_of_the_pictures_are_one() -> None:
     assert len(set(charts.COLOURS.values())) == len(charts.COLOURS)
 
 
-def summary(nll: list[float] | None, facts: list[float] | None, few: list[float] | None = None) -> dict[str, Any]:
-    return {
-        "nll": {"ci95": nll},
-        "facts": {"ci95": facts, "ci95_base": facts and [0.0, 0.1], "ci95_base_few_shot": few},
-    }
+def summary(
+    nll: list[float] | None,
+    facts: list[float] | None,
+    few: list[float] | None = None,
+    base: Sequence[float] = (0.0, 0.1),
+) -> dict[str, Any]:
+    return {"nll": {"ci95": nll}, "facts": {"ci95": facts, "ci95_base": facts and base, "ci95_base_few_shot": few}}
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    write_json(path, read_json(path) | changes)
+
+
+def test_terminal_page_and_card_say_the_same_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = headline(read_json(run / "summary.json"))
+    Terminal().results(read_json(run / "summary.json"))
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert [said in text for text in (capsys.readouterr().out, card, page)] == [True] * 3
+
+
+def test_a_base_that_changed_heads_the_page_and_warns_in_a_comparison(run: Path, copy: Path) -> None:
+    rewrite(copy / "summary.json", base_unchanged=False)
+    one = write_report([copy], copy / "report.html").read_text(encoding="utf-8")
+    both = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert "<h1>Do not use this adapter" in one
+    assert f"{read_story(copy).name}: do not use" in both
 
 
 @pytest.mark.parametrize(
@@ -148,12 +250,24 @@ def summary(nll: list[float] | None, facts: list[float] | None, few: list[float]
     [
         (summary(None, None), "Too few"),
         (summary([-2, -1], None), "predicts the answers better than its base"),
-        (summary([1, 2], None), "predicts the answers worse"),
+        (summary([1, 2], None), "The adapter is worse than its base"),
+        (summary([0, 0], None), "it changes nothing"),
         (summary([-1, 1], None), "No difference"),
         (summary([-2, -1], [0.5, 0.9]), "answers more questions right"),
         (summary([-2, -1], [0.5, 0.9], [0.3, 0.6]), "but is not shown to answer more"),
         (summary([-2, -1], [0.05, 0.9]), "but is not shown to answer more"),
         (summary([-1, 1], [0.05, 0.9]), "is not shown to answer more"),
+        (summary([1, 2], [0.05, 0.9]), "The adapter is worse than its base"),
+        (summary([1, 2], [0.5, 0.9]), "The adapter is worse than its base"),
+        (summary([-1, 1], [0.0, 0.1], base=[0.3, 0.6]), "The adapter is worse than its base"),
+        (summary([-2, -1], [0.0, 0.1], base=[0.3, 0.6]), "The adapter is worse than its base"),
+        (summary([-2, -1], [0.5, 0.9]) | {"base_unchanged": False}, "Do not use this adapter"),
+        (summary([-2, -1], [0.5, 0.9]) | {"peft": {"max_logit_difference": 7.3, "adapter_effect": 9.9}}, "Do not use"),
+        (
+            summary([-2, -1], [0.5, 0.9]) | {"peft": {"max_logit_difference": 0.0, "adapter_effect": 9.9}},
+            "answers more",
+        ),
+        (summary([1, 2], None) | {"against": "runs/other"}, "The adapter is worse than the other adapter"),
     ],
 )
 def test_the_headline_claims_no_more_than_was_shown(given: dict[str, Any], says: str) -> None:

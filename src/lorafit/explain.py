@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-PAGES = ("lora", "choosing", "data", "report", "when-not", "glossary")  # in the order in which they are read
+PAGES = ("lora", "using", "choosing", "data", "report", "when-not", "glossary")  # in the order in which they are read
 ENOUGH = 0.4  # share of a question's weight that a section must hold; calibrated on tests/test_explain.py
 BESIDE = 0.6  # what a word counts towards it that stands in the text and not in the heading
 HEADING = 3.0  # how much more a heading tells than a text
@@ -28,21 +28,22 @@ _SAYS_NOTHING = """
 a about actually am an and any are as at bad be been being between but by can could did difference do does doing else
 exactly explain for from get give given go goes going good had happen happens has have having help her here his how i
 if in into is it its just kind let like lorafit make may me mean means might my need no now of off ok on one or our
-please prove s say says see shall she should show so some still than that the their them then there these they thing
-this those to us use used using very want was way we were what when where which why will with work works would you
+please prove s say says see set shall she should show sit so some still than that the their them then there these they
+thing this those to us use used using very want was way we were what when where which why will with work works would you
 your
 """
 STOP = frozenset(_SAYS_NOTHING.split())
 # What the guide calls a thing, and what others call it.
 _NAMES = {
-    "learning rate": "lr", "fast": "speed", "data": "dataset", "example": "sample row",
-    "nll": "loss perplexity likelihood", "diverge": "explode nan", "interval": "confidence significant significance",
+    "learning rate": "lr", "data": "dataset", "example": "sample row",
+    "nll": "loss perplexity likelihood", "diverge": "explode nan", 
+    "interval": "confidence significant significance pvalue",
     "paired": "statistically", "retrieval": "rag", "model": "llm", "layer": "module", "weight": "matrix matrices",
-    "memory": "ram vram", "train": "finetune finetuning tune tuning", "learn": "teach", "find": "found",
+    "memory": "ram vram", "train": "finetune finetuning tune tuning", "learn": "teach",
     "overfit": "memorise memorize", "bf16": "bfloat16", "fp32": "float32", "leak": "contamination",
     "label": "classification classify classifier category class", "legal": "lawyer contract", "medical": "doctor",
-    "invent": "hallucinate hallucination", "right": "correct accuracy", "large": "bigger big higher high",
-    "few": "small little", "many": "enough much", "curve": "chart plot graph", "choose": "pick set select best",
+    "invent": "hallucinate hallucination", "right": "accuracy", "forget": "catastrophic",
+    "many": "enough much", "curve": "chart plot graph",
     "level": "student pupil", "private": "privacy confidential", "written": "synthetic", "unbalanced": "imbalanced",
     "repeat": "reproducible", "cut": "truncated",
 }  # fmt: skip
@@ -92,7 +93,13 @@ def _split(page: str) -> list[Section]:
 
 def words(text: str) -> list[str]:
     """The words that carry meaning, made alike: lower case, without endings, by the guide's own name for the thing."""
-    plain = re.sub(r"https?://\S+|[`*_|]", " ", text.lower()).replace("-", " ").replace("fine tun", "finetun")
+    plain = (
+        re.sub(r"https?://\S+|[`*_|]", " ", text.lower())
+        .replace("-", " ")
+        .replace("fine tun", "finetun")
+        .replace("p value", "pvalue")
+        .replace("warm up", "warmup")
+    )
     found = []
     for word in re.findall(r"[a-z]+\d*|\d+(?:\.\d+)?", plain):
         for said in SAME.get(word, SAME.get(word.removesuffix("s"), word)).split():
@@ -137,6 +144,13 @@ class _Index:
         aside = section.heading == section.title or (section.page == "glossary.md" and not heading.issuperset(asked))
         return ASIDE * score if aside else score
 
+    def knows(self, asked: Sequence[str]) -> bool:
+        """Whether the guide has more than half of the words ("install Docker" is not about lorafit); a word that is
+        asked alone, in a heading ("set the table")."""
+        if len(asked) == 1:
+            return any(asked[0] in heading for heading in self.headings)
+        return 2 * sum(word in self.weight for word in asked) > len(asked)
+
     def holds(self, i: int, asked: Sequence[str]) -> float:
         """Share of the question, by weight, that section i holds; what its heading lacks counts less."""
         text, heading = self.texts[i], self.headings[i]
@@ -159,8 +173,10 @@ def answer(question: str) -> Answer:
     """The section of the guide that fits the question best, and those nearest to it; no section where none fits."""
     index = _index()
     asked = [w for w in dict.fromkeys(words(question)) if w in index.weight or not w.isdigit()]
+    if all(word.replace(".", "").isdigit() for word in asked):
+        asked = []  # a number alone asks nothing
     scores = [index.score(i, asked) for i in range(len(index.texts))]
     near = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: -scores[i])[: NEAREST + 1]
-    best = next((i for i in near if index.holds(i, asked) >= ENOUGH), None)
+    best = next((i for i in near if index.knows(asked) and index.holds(i, asked) >= ENOUGH), None)
     others = tuple(sections()[i] for i in near if i != best)[:NEAREST]
     return Answer(question, None if best is None else sections()[best], others)

@@ -101,8 +101,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def make_folder(path: Path) -> None:
-    """Make `path` and prove that it can be written; a RunError says why it cannot."""
+def make_folder(path: Path, flag: str = "--out") -> None:
+    """Make `path` and prove that it can be written; a RunError says why it cannot, and which flag names another."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe, name = tempfile.mkstemp(prefix=".probe.", dir=path)
@@ -110,7 +110,16 @@ def make_folder(path: Path) -> None:
         Path(name).unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(f"{path}: cannot be written ({reason}): name another folder with --out") from error
+        raise RunError(f"{path}: cannot be written ({reason}): name another folder with {flag}") from error
+
+
+def require_new(path: Path, flag: str) -> None:
+    """Prove that a file can be written to `path`, where nothing may be yet; a RunError says why it cannot."""
+    if path.is_dir():
+        raise RunError(f"{path}: a folder: name a file in it with {flag}")
+    if path.exists():
+        raise RunError(f"{path}: is there already, and would be lost: name another file with {flag}")
+    make_folder(path.parent, flag)
 
 
 def sha256_file(path: Path) -> str:

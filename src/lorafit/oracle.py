@@ -19,7 +19,10 @@ def compare_with_peft(
 
     Runs in a process of its own; None, with the reason told, where PEFT cannot be asked.
     """
-    if importlib.util.find_spec("peft") is None or base.folder is None:
+    if base.folder is None:
+        say("the base is open in this process alone, so PEFT was not asked to read the adapter: open it from a folder")
+        return None
+    if importlib.util.find_spec("peft") is None:
         say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
         return None
     say("asking PEFT to read the adapter and compute the same")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,23 @@ RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summar
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "scores", "examples"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, *PICTURES}  # all in a run folder
-ANSWERS, TRAINED_ON = "answers.jsonl", "trained_on.json"  # below SCORES
+ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
+SCORED = {  # what a summary says at least, with the parts it has
+    "nll": {"base", "adapter", "difference", "ci95"},
+    "facts": {"base", "base_few_shot", "adapter", "shuffled_control", "ci95", "ci95_base", "ci95_base_few_shot", "n",
+              "few_shot_examples"},
+    "seconds": {"train"},
+}  # fmt: skip
+SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "trainable_parameters", "best_step",
+        "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], resume: bool) -> TrainSettings:
-    """Settings of a new run in `out`, or of the one that is resumed there. Raises RunError or SettingsError."""
+def open_run(
+    out: Path, base_name: str | None, data: str | None, given: Mapping[str, Any], resume: bool
+) -> tuple[str, str, TrainSettings]:
+    """Base, data and settings of a new run in `out`, or of the one that is resumed there. Raises RunError or
+    SettingsError. That base and data hold what they held is for `require_same`: their names may be others."""
     known = out / RUN
     if resume:
         if not known.exists():
@@ -36,15 +48,15 @@ def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], res
             raise RunError(f"{out}: this run is finished: see lorafit show {out}")
         asked = read_run(out)
         stored = settings_from(asked["settings"])
-        settings_from(given)  # a name or value that cannot be is told as in a new run
-        now = {"base": base_name, "data": data, **given}
-        began = {"base": asked["base"], "data": asked["data"], **stored.model_dump(mode="json")}
-        odd = [f"{key}: {began[key]!r} when it began, {value!r} now" for key, value in now.items()
-               if began[key] != (list(value) if isinstance(value, tuple) else value)]  # fmt: skip
+        now, began = settings_from(given).model_dump(mode="json"), stored.model_dump(mode="json")
+        odd = [f"{key}: {began[key]!r} when it began, {now[key]!r} now" for key in given if began[key] != now[key]]
         if odd:
             raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
         used = {str(dtype): name for name, dtype in DTYPES.items()}[asked["dtype"]]
-        return stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
+        settings = stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
+        return base_name or asked["base"], data or asked["data"], settings
+    if base_name is None or data is None:
+        raise SettingsError("a new run needs a base and data: name both")
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
         hint = "" if state == "finished" else " go on with --resume, or"
@@ -53,7 +65,7 @@ def open_run(out: Path, base_name: str, data: str, given: Mapping[str, Any], res
         raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
     settings = settings_from(given)
     make_folder(out)
-    return settings
+    return base_name, data, settings
 
 
 def require_same(out: Path, now: Mapping[str, Any]) -> None:
@@ -88,6 +100,19 @@ def read_run(out: Path) -> dict[str, Any]:
     return asked
 
 
+def read_summary(out: Path) -> dict[str, Any] | None:
+    """summary.json of a run folder, None before the run has come so far. Raises FormatError for a damaged one."""
+    path = out / SUMMARY
+    if not path.exists():
+        return None
+    found = read_json(path)
+    whole = isinstance(found, dict) and set(found) >= SAID
+    if not whole or not all(isinstance(found[key], dict) and set(found[key]) >= parts for key, parts in SCORED.items()):
+        raise FormatError(f"{path}: not written by lorafit, or damaged: remove it, and lorafit train --resume "
+                          f"--out {out} makes it anew")  # fmt: skip
+    return dict(found)
+
+
 def versions() -> dict[str, str]:
     """Of lorafit and what computes its results."""
     return {
@@ -101,11 +126,23 @@ def versions() -> dict[str, str]:
 
 def count_opening(out: Path) -> int:
     """How often the test split of this run has been opened, this time included; kept in the run folder."""
-    path = out / SCORES / "test_openings.json"
-    path.parent.mkdir(exist_ok=True)
-    count = (read_json(path)["openings"] if path.exists() else 0) + 1
-    write_json(path, {"openings": count})
+    count = openings(out) + 1
+    (out / SCORES).mkdir(exist_ok=True)
+    write_json(out / SCORES / OPENINGS, {"openings": count})
     return count
+
+
+def openings(out: Path) -> int:
+    """How often the test split of this run has been opened so far."""
+    path = out / SCORES / OPENINGS
+    return int(read_json(path)["openings"]) if path.exists() else 0
+
+
+def tested(out: Path) -> frozenset[str]:
+    """Fingerprints of the test examples of this run; none where there is no run, or it has not been tested."""
+    path = out / SCORES / ANSWERS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return frozenset(json.loads(line).get("example") for line in lines)
 
 
 def remember_questions(out: Path, questions: Sequence[str]) -> None:

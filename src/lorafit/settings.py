@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
@@ -70,7 +71,10 @@ class TrainSettings(BaseModel):
     @field_validator("targets")
     @classmethod
     def _apart(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return given and tuple(name.strip() for part in given for name in part.split(",") if name.strip())
+        names = given and tuple(name.strip() for part in given for name in part.split(",") if name.strip())
+        if names == ():
+            raise ValueError("names nothing: name at least one, such as q_proj, or leave it out")
+        return names
 
 
 class RunFile(TrainSettings):
@@ -103,23 +107,37 @@ def settings_from(given: Mapping[str, Any]) -> TrainSettings:
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """The settings a TOML file gives, by name. Raises SettingsError listing every one that cannot be, by its line."""
+    """The settings a TOML file gives, by name, its paths counted from its folder; 16 is a number there, "16" is text.
+    Raises SettingsError listing every one that cannot be, by its line."""
     try:
-        text = path.read_text(encoding="utf-8")
-        found = {key.replace("-", "_"): value for key, value in tomllib.loads(text).items()}
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise SettingsError(f"{path}: saved as UTF-16, as PowerShell's > does: save it as UTF-8 "
+                                "(lorafit settings | Out-File -Encoding utf8 FILE)")  # fmt: skip
+        text = content.decode("utf-8-sig")
+        written = tomllib.loads(text)
     except FileNotFoundError as error:
         raise SettingsError(f"{path}: there is no such file: lorafit settings prints one to start from") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(
             f"{path}: not TOML ({error}): correct it, or begin with what lorafit settings prints"
         ) from error
+    found = {key.replace("-", "_"): value for key, value in written.items()}
+    twice = [key for key in found if "_" in key and {key, key.replace("_", "-")} <= set(written)]
+    if twice:
+        raise SettingsError(f"{path}: {', '.join(twice)}: given with - and with _: remove one of the two")
     try:
-        RunFile(**found)
+        given = RunFile.model_validate_json(json.dumps(found, default=str), strict=True).model_dump(exclude_unset=True)
     except ValidationError as error:
         wrong = [_told(f"{path}:{_line_of(str(each['loc'][0]), text)}: {each['loc'][0]}", each)
                  for each in error.errors()]  # fmt: skip
         raise SettingsError("\n".join(wrong)) from error
-    return found
+    beside = {name: str(path.parent / given[name]) for name in ("base", "data", "out") if given.get(name)}
+    if given.get("data") == "builtin":
+        del beside["data"]
+    if "base" in beside and not Path(beside["base"]).exists():
+        del beside["base"]  # a name, not a path
+    return given | beside
 
 
 def _line_of(key: str, text: str) -> int:
@@ -137,6 +155,8 @@ def _told(where: str, found: Mapping[str, Any]) -> str:
         meant = f"did you mean {close}?" if near else "'lorafit settings' lists them all"
         return f"{where}: no such setting: {meant}"
     given = f"{where} {found['input']!r}"
+    if kind == "value_error":
+        return f"{given}: {found['ctx']['error']}"
     if kind == "literal_error":
         return f"{given}: unknown: choose {found['ctx']['expected'].replace(chr(39), '')}"
     limits = [text.format(value) for rule in RunFile.model_fields[name].metadata
@@ -147,7 +167,8 @@ def _told(where: str, found: Mapping[str, Any]) -> str:
 
 def template() -> str:
     """A TOML file that sets nothing: every setting with its default and what it means, commented out."""
-    lines = ["# Take the # away from what you want to set. Flags beat this file: lorafit train -c FILE", ""]
+    lines = ["# Take the # away from what you want to set. Flags beat this file: lorafit train -c FILE",
+             "# Paths (base, data, out) count from the folder of this file.", ""]  # fmt: skip
     for name, field in (*_first(), *TrainSettings.model_fields.items()):
         value = (field.examples or [None])[0] if field.default is None else field.default
         note = " By rule where nothing is set." if name in BY_RULE else ""

@@ -11,7 +11,7 @@ from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json
 from lorafit.formats import peft
 from lorafit.plan import Plan
-from lorafit.run import PLAN, RUN, SUMMARY, read_run
+from lorafit.run import PLAN, RUN, openings, read_run, read_summary
 from lorafit.sources import hub
 from lorafit.sources.builtin import BUILTIN
 
@@ -43,11 +43,11 @@ def _run(path: Path) -> dict[str, Any]:
     found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
     if (path / PLAN).exists():
         found |= _plan(Plan.from_json(read_json(path / PLAN), str(path / PLAN)))
-    if not (path / SUMMARY).exists():
+    summary = read_summary(path)
+    if summary is None:
         return {**found, "state": "not finished: go on with lorafit train ... --resume"}
-    summary = read_json(path / SUMMARY)
     return {**found, "state": "finished", "adapter": str(path / "adapter"), "best step": summary["best_step"],
-            "base unchanged": summary["base_unchanged"], "test openings": summary["test_openings"]}  # fmt: skip
+            "base unchanged": summary["base_unchanged"], "test openings": openings(path)}  # fmt: skip
 
 
 def _adapter(path: Path) -> dict[str, Any]:

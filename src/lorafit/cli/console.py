@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.report.words import clock, interval, percent, verdict
+from lorafit.report.words import clock, headline, interval, percent
 
 if TYPE_CHECKING:
     from lorafit.data.render import Renderer, Row
@@ -172,8 +172,7 @@ class Terminal:
         if "control" in columns:
             self.out.print("control: an adapter trained on shuffled answers, recorded beforehand (make control)")
         self.out.print(
-            f"adapter against {other}: {verdict(nll['ci95'])} at predicting the answers; paired difference in NLL "
-            f"{nll['difference']:+.3f}, {interval(nll['ci95'])}"
+            f"{headline(summary)}; paired difference in NLL {nll['difference']:+.3f}, {interval(nll['ci95'])}"
         )
         if facts["ci95"]:
             low, high = facts["ci95"]
@@ -192,8 +191,11 @@ class Terminal:
             self.out.print(table)
             return
         for sample in cut:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(justify="right", style="dim", min_width=13)
             for name, text in sample.items():
-                self.out.print(Text(f"{name:>13}  ", style="dim") + Text(text))
+                table.add_row(name, Text(text))
+            self.out.print(table)
             self.out.print()
 
     def finish(self, summary: Mapping[str, Any]) -> None:

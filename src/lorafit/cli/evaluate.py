@@ -26,6 +26,7 @@ def evaluate(
     ] = False,
     json: JSON = False,
     settings: dict[str, Any],
+    typed: frozenset[str],
 ) -> None:
     """Compare an adapter with its base, or with another adapter, example by example, with intervals.
 
@@ -39,6 +40,8 @@ def evaluate(
     from lorafit.pipeline import run_evaluation
 
     assert data is not None  # with_settings sees to it
+    if "few_shot" not in typed and (split == "train" or Path(data).is_file()):
+        settings = {**settings, "few_shot": 0}  # a file made for training may ask for examples that are not there
     terminal = Terminal(json)
     summary = run_evaluation(
         base, adapter, data, settings, against=against, split=split, answers=answers,

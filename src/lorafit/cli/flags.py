@@ -28,12 +28,14 @@ CONFIG = Annotated[
 
 def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the parameter `settings` of a verb by one flag per setting (or per chosen one); it receives those that
-    were given, there or in the file named by its parameter `config`. `base`, `data` and `out`, where the verb has
+    were given, there or in the file named by its parameter `config`; one called `typed` receives
+    the names of the former. `base`, `data` and `out`, where the verb has
     them, may come from the file as well."""
     names = chosen or tuple(name for name in RunFile.model_fields if name not in {"base", "data", "out"})
 
     def change(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values()
+               if p.name not in {"settings", "typed"}]  # fmt: skip
         flags = [_flag(name) for name in names]
 
         @wraps(command)
@@ -45,12 +47,15 @@ def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[...,
                 if name in kwargs and kwargs[name] is None:
                     kwargs[name] = default
             missing = [p.name for p in own if p.annotation in (BASE, DATA) and kwargs[p.name] is None]
-            if missing:
+            if missing and not kwargs.get("resume"):  # a run that is gone on with knows both
                 raise SettingsError(" and ".join(name.upper() for name in missing) + ": missing: name "
                                     + ("it" if len(missing) == 1 else "them") + " on the command line, or in a file "
                                     "given with -c")  # fmt: skip
             given = {name: kwargs.pop(name) for name in names}
-            command(**kwargs, settings=named | {name: value for name, value in given.items() if value is not None})
+            typed = {name: value for name, value in given.items() if value is not None}
+            if "typed" in inspect.signature(command).parameters:
+                kwargs["typed"] = frozenset(typed)
+            command(**kwargs, settings=named | typed)
 
         taken = [*own, _CONFIG, *flags]
         run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
@@ -73,7 +78,9 @@ def _flag(name: str) -> inspect.Parameter:
     if kind is bool:
         default = None  # off, as any switch
     text = f"{field.description}" + (f" [default: {default}]" if default is not None else "")
-    option = typer.Option("--" + name.replace("_", "-"), help=text, show_default=False, rich_help_panel="Settings")
+    flag = "--" + name.replace("_", "-")
+    flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    option = typer.Option(flag, help=text, show_default=False, rich_help_panel="Settings")
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -27,7 +27,7 @@ def show(
     for key, value in found.items():
         terminal.say(f"{key:>22}  {value}")
     if found["kind"] == "run" and found["state"] == "finished":
-        from lorafit.files import read_json
+        from lorafit.run import read_summary
 
-        terminal.results(read_json(path / "summary.json"))
+        terminal.results(read_summary(path) or {})
     terminal.finish(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,11 +35,17 @@ def train(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.plan import show_plan
+    from lorafit.errors import SettingsError
     from lorafit.pipeline import run_training
 
-    assert base is not None and data is not None and out is not None  # with_settings sees to it
+    assert out is not None  # with_settings sees to it
+    if dry_run and resume:
+        raise SettingsError(
+            "--dry-run --resume: a run that is gone on with has its plan already: leave one of them out"
+        )
     terminal = Terminal(json)
     if dry_run:
+        assert base is not None and data is not None
         show_plan(terminal, base, data, settings)
         return
     summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal)
@@ -65,10 +72,11 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
         f"training {seconds['train']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s, evaluation "
         f"{seconds['evaluate']:.0f} s" + (f", at most {summary['peak_rss_gb']} GB" if summary["peak_rss_gb"] else "")
     )
+    folder = shlex.quote(str(out))
     following = [
-        f"chat {out}",
-        f"show {out}",
-        f"eval {out} QUESTIONS.jsonl    # that are not among those it was trained on",
+        f"chat {folder}",
+        f"show {folder}",
+        f"eval {folder} QUESTIONS.jsonl    # that are not among those it was trained on",
         *more,
     ]
     terminal.say("next:\n" + "\n".join(f"  {program()} {line}" for line in following))

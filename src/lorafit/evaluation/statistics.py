@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -19,10 +20,11 @@ def groups_of(names: Sequence[str | None]) -> list[str]:
 
 
 def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] | None = None) -> Interval | None:
-    """Mean of per-example differences with its percentile bootstrap interval (Efron 1979), seeded.
+    """Mean of per-example differences with its bootstrap interval (Efron 1979), seeded: percentiles, farther apart for
+    few examples (Hesterberg 2015, "What Teachers Should Know about the Bootstrap", section 4.1: "expanded percentile").
 
     Examples that share a group are drawn together: they are not independent evidence. None below `FEWEST` groups, where
-    the interval would be far too narrow (of one example it has no width at all).
+    the interval would be far too narrow (of one example it has no width at all). How often it covers: docs/log.md.
     """
     values = np.asarray(differences, dtype=np.float64)
     _, member = np.unique(groups_of(groups or [None] * len(values)), return_inverse=True)
@@ -34,8 +36,22 @@ def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] 
     for _ in range(10):
         drawn = rng.integers(0, len(sums), (RESAMPLES // 10, len(sums)))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    n = len(sums)
+    beyond = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(n - 1))
+    low, high = np.quantile(np.concatenate(means), [beyond, 1 - beyond])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def student(df: int) -> float:
+    """The 97.5 % quantile of Student's t, to 2e-5 from 9 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / float(df) ** k for k, term in enumerate(terms, 1))
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:

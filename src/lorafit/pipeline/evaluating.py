@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lorafit.data.examples import Examples
+from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
 from lorafit.evaluation.compare import compare
-from lorafit.files import make_folder, write_text
+from lorafit.files import require_new, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import opened_base, render_all, require_passing, sifted
-from lorafit.pipeline.scores import answer_lines, scores_json
-from lorafit.run import remembered
+from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
+from lorafit.run import count_opening, remembered, tested
 from lorafit.settings import settings_from
 
 
@@ -40,11 +40,11 @@ def run_evaluation(
     settings: fields of TrainSettings that bear on an evaluation: few_shot (by default as many as in a run, where the
     folder has training examples), dtype, max_length, columns, skip_bad. A single file is scored whole; of a folder,
     `split`. The base is the one the adapter names, unless given. With `answers` every question is answered, and the
-    answers go there, one JSON object a line.
+    answers go there, one JSON object a line; a file that is there already is refused.
     """
     listener = listener or Silent()
     if answers is not None:
-        make_folder(answers.parent)
+        require_new(answers, "--answers")
     keep_freed_memory()
     start = time.monotonic()
     resolved = settings_from(settings)
@@ -65,9 +65,8 @@ def run_evaluation(
     if settings.get("few_shot") and not may_show:
         raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
                             "--split train, or the base would be shown the questions it is asked")  # fmt: skip
-    seen = remembered(adapter_folder.parent, [e.question for e in chosen])
-    if seen:
-        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on: this measures memory")
+    runs = [adapter_folder.parent, *([peft.adapter_folder(against).parent] if against else [])]
+    seen = [_remarked(run, chosen, listener) for run in runs]
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
@@ -93,7 +92,8 @@ def run_evaluation(
         "adapter_dir": str(adapter_folder),
         "against": str(against) if against else None,
         "split": None if single else split,
-        "seen_in_training": seen,
+        "seen_in_training": seen[0],
+        "seen_by_other": seen[1] if against else None,
         **scores_json(comparison),
         "base_unchanged": base.integrity() == before,
         "trainable_parameters": adapter.plan.parameters,
@@ -101,3 +101,18 @@ def run_evaluation(
         "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
         "peak_rss_gb": peak_gb(),
     }
+
+
+def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:
+    """Say what of the examples the run knows already, and count a look at its test; how many it was trained or
+    validated on, None where there is no run."""
+    seen = remembered(run, [example.question for example in chosen])
+    if seen:
+        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on in {run}: this measures "
+                     "memory")  # fmt: skip
+    known = tested(run)
+    again = sum(example_digest(example) in known for example in chosen)
+    if again:
+        listener.say(f"{again} of these {len(chosen)} examples are of the test of {run}, now opened "
+                     f"{count_opening(run)} times: choose by other examples, or it is no test any more")  # fmt: skip
+    return seen

@@ -29,7 +29,7 @@ VALIDATED = 16  # examples whose NLL is timed
 @dataclass(frozen=True)
 class Forecast:
     """Seconds of training, of one step and of one validation among them; peak memory in GB (None where the system does
-    not tell); bytes the run folder will take. The evaluation that follows comes on top."""
+    not tell); bytes of the run folder at its largest. The evaluation that follows comes on top."""
 
     seconds: float
     step: float
@@ -84,7 +84,7 @@ def forecast(opened: Opened, seed: int) -> Forecast:
     step = took / sum(sizes[i] for i in tried) * sum(sizes) / len(sizes)
     count = -(-recipe.steps // recipe.validate_every) + 1
     peak = torch.cuda.max_memory_allocated() / 1e9 if base.device.type == "cuda" else peak_gb()
-    disk = (1 + 4) * plan.bytes  # the adapter; a checkpoint: master, best and AdamW's two moments
+    disk = 2 * 4 * plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
     return Forecast(recipe.steps * step + count * validation, step, validation, peak, disk)
 
 

@@ -13,7 +13,7 @@ from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
-from lorafit.errors import DataError, Problem
+from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.nll import batch_of
 from lorafit.evaluation.statistics import FEWEST, groups_of
@@ -78,6 +78,9 @@ def rendered(
 def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Examples, DataReport]:
     """Read, check, describe; make sure that what is held out is, and complete the splits."""
     examples = read_examples(data, settings.columns or (), settings.skip_bad)
+    if all(examples.by_name().values()) and settings.val_share != TrainSettings().val_share:
+        raise SettingsError(f"--val-share {settings.val_share}: does nothing, for {data} brings train, valid and test "
+                            "of its own: leave it out")  # fmt: skip
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
     if examples.unread:

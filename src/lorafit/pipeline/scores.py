@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -44,9 +45,15 @@ def _interval(score: AnswerScore) -> list[float] | None:
     return list(wilson(score.right * score.groups / score.n, score.groups)) if score.n else None
 
 
+def example_digest(example: Example) -> str:
+    """Fingerprint of all that was said in an example: system prompt, earlier turns, question, answer."""
+    said = [(message.role, message.content) for message in example.messages]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
 def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
-    """Every test example as a JSON line: question, reference, NLL; its answers and whether they pass its check, where
-    it was answered."""
+    """Every test example as a JSON line: fingerprint, question, reference, NLL; where it was answered, its answers and
+    whether they pass its check."""
     few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
     answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
     given = {i: dict(zip(("base", "base_few_shot", "adapter"), answers, strict=True)) for i, *answers in answered}
@@ -54,6 +61,7 @@ def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
     for i, example in enumerate(examples):
         said = given.get(i, {"base": None, "base_few_shot": None, "adapter": None})
         one = {
+            "example": example_digest(example),
             "question": example.messages[-2].content if len(example.messages) > 1 else "",
             "reference": example.answer,
             "group": example.group,

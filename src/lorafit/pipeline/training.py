@@ -28,6 +28,7 @@ from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.planning import Choice
 from lorafit.report.card import card
 from lorafit.report.page import write_report
+from lorafit.report.words import doubt
 from lorafit.run import (
     ADAPTER,
     ANSWERS,
@@ -49,8 +50,8 @@ from lorafit.training.loop import Trained, train
 
 
 def run_training(
-    base_name: str,
-    data: str,
+    base_name: str | None,
+    data: str | None,
     out: Path,
     settings: Mapping[str, Any],
     *,
@@ -61,10 +62,10 @@ def run_training(
     """The whole job into the run folder `out`; returns the summary that is also written there.
 
     settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
-    with are used again, and one that contradicts them is refused. extra: goes into run.json.
+    with are used again, and one that contradicts them is refused; base and data may be None. extra: goes into run.json.
     """
     listener = listener or Silent()
-    resolved = open_run(out, base_name, data, settings, resume)
+    base_name, data, resolved = open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
     try:
         opened = open_all(base_name, data, resolved, listener)
@@ -107,15 +108,17 @@ def _run(
     comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
                          shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
+    unchanged = base.integrity() == before
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
-    summary = _summary(opened, trained, comparison, out, seconds, opens)
+    summary = {**_summary(opened, trained, comparison, out, seconds, opens), "base_unchanged": unchanged}
     _write(out, trained.adapter, decision.choices, summary)
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
     checking = time.monotonic()
     probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
-    summary["base_unchanged"] = base.integrity() == before
     summary["peft"] = compare_with_peft(out / ADAPTER, base, probes, listener.say)
+    if doubt(summary):
+        write_text(out / ADAPTER / "README.md", card(trained.adapter, decision.choices, summary))
     summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
     summary["peak_rss_gb"] = peak_gb()
     write_json(out / SUMMARY, summary)

@@ -1,1 +1,1 @@
-"""What people read of a run: the model card (the html report comes on top of the same records)."""
+"""What people read of a run, made from its folder: the page with its pictures, the model card, numbers in words."""

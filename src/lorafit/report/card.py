@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafit.adapter import Adapter
 from lorafit.planning import Choice
-from lorafit.report.words import interval
+from lorafit.report.words import headline, interval
 from lorafit.sources import hub
 
 
@@ -32,8 +32,10 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "",
         f"# A {variant} adapter for {adapter.base_name}",
         "",
-        f"Trained by lorafit on {summary['n_train']:,} examples; scored on {summary['n_test']:,} that no choice "
-        f"had seen (opened {summary['test_openings']} time{'s' * (summary['test_openings'] != 1)}).",
+        f"Trained by lorafit on {summary['n_train']:,} examples; scored on {summary['n_test']:,} that this "
+        f"run did not use to choose (opened {summary['test_openings']} time{'s' * (summary['test_openings'] != 1)}).",
+        "",
+        f"**{headline(summary)}.**",
         "",
         "| on held-out examples | base | adapter |",
         "|---|--:|--:|",

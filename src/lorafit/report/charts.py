@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -18,6 +20,7 @@ COLOURS = {
     "base": "#b4540a", "few": "#7a4fc4", "adapter": "#0b7a6d",
     "run1": "#0b7a6c", "run2": "#b4540b", "run3": "#7a4fc5", "run4": "#2463b0", "run5": "#a8326b", "run6": "#5d6b1a",
 }  # fmt: skip
+_SHOWN = "run "  # before a name in a legend, which leaves out those that begin with _
 WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
 
 
@@ -32,7 +35,7 @@ def curves(stories: Sequence[Story]) -> Figure | None:
         axes.plot(steps, smooth, color=COLOURS["muted"], linewidth=1, label="training (running mean)")
     for i, story in enumerate(stories):
         colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
-        label = "validation" if len(stories) == 1 else story.name
+        label = "validation" if len(stories) == 1 else _SHOWN + story.name
         points = story.validation
         if not points:
             continue
@@ -42,7 +45,7 @@ def curves(stories: Sequence[Story]) -> Figure | None:
     axes.set_xlabel("step (★ the best by validation: this is the adapter)")
     axes.set_ylabel("NLL, nats per token")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, labelcolor=COLOURS["ink"])
+    _legend(axes)
     return figure
 
 
@@ -64,28 +67,23 @@ def examples(story: Story) -> Figure | None:
 
 
 def scores(stories: Sequence[Story]) -> Figure | None:
-    """Share of right answers with its interval, or, where none was checked, the difference in NLL of each run."""
-    finished = [story for story in stories if story.summary is not None]
-    checked = [story for story in finished if story.summary and story.summary["facts"]["adapter"] is not None]
+    """Share of right answers with its interval, or, where a run has none, the difference in NLL of each."""
+    alone = len(stories) == 1
+    finished = [("adapter" if alone else story.name, COLOURS["adapter"] if alone else run_colour(i), story.summary)
+                for i, story in enumerate(stories) if story.summary is not None]  # fmt: skip
+    checked = all(summary["facts"]["adapter"] is not None for *_, summary in finished)
     bars: list[tuple[str, float, Sequence[float] | None, str]] = []
-    if checked:
-        facts = checked[0].summary["facts"] if checked[0].summary else {}
-        if len(stories) == 1:
+    for name, colour, summary in finished:
+        nll, facts = summary["nll"], summary["facts"]
+        if not checked:
+            bars.append((name, nll["difference"], nll["ci95"], colour))
+            continue
+        if alone:
             bars.append(("base", facts["base"], facts.get("ci95_base"), COLOURS["base"]))
-            if facts["base_few_shot"] is not None:
-                given = f"base, {facts['few_shot_examples']} examples"
-                bars.append((given, facts["base_few_shot"], facts.get("ci95_base_few_shot"), COLOURS["few"]))
-        for i, story in enumerate(stories):
-            if story in checked and story.summary:
-                facts = story.summary["facts"]
-                colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
-                bars.append(("adapter" if len(stories) == 1 else story.name, facts["adapter"], facts["ci95"], colour))
-    else:
-        for i, story in enumerate(stories):
-            if story.summary:
-                nll = story.summary["nll"]
-                colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
-                bars.append(("adapter" if len(stories) == 1 else story.name, nll["difference"], nll["ci95"], colour))
+        if alone and facts["base_few_shot"] is not None:
+            given = f"base, {facts['few_shot_examples']} examples"
+            bars.append((given, facts["base_few_shot"], facts.get("ci95_base_few_shot"), COLOURS["few"]))
+        bars.append((name, facts["adapter"], facts["ci95"], colour))
     if not bars:
         return None
     figure, axes = _canvas(0.9 + 0.42 * len(bars))
@@ -93,7 +91,7 @@ def scores(stories: Sequence[Story]) -> Figure | None:
         if interval is not None:
             axes.plot(interval, [place, place], color=colour, linewidth=2, solid_capstyle="round")
         axes.plot(value, place, color=colour, marker="o", markersize=8)
-    axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
+    axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], parse_math=False)
     axes.set_ylim(-0.6, len(bars) - 0.4)
     if checked:
         axes.set_xlim(-0.02, 1.02)
@@ -114,7 +112,7 @@ def svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element for a page: scalable, its colours the page's variables. `name` keeps ids apart."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        _save(figure, file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
@@ -128,8 +126,21 @@ def svg(figure: Figure, name: str) -> str:
 def png(figure: Figure) -> bytes:
     """The figure as a picture file, on white paper."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, facecolor=COLOURS["paper"], metadata={"Software": None})
+    _save(figure, file, format="png", dpi=DPI, facecolor=COLOURS["paper"], metadata={"Software": None})
     return file.getvalue()
+
+
+def _save(figure: Figure, file: Any, **how: Any) -> None:
+    """A character that the font lacks is a box in the PNG, and no reason to warn; in the SVG the browser draws it."""
+    with catch_warnings():
+        filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, **how)
+
+
+def _legend(axes: Axes) -> None:
+    """The names as they are: no formulas between $, and none left out that begins with _."""
+    for text in axes.legend(frameon=False, labelcolor=COLOURS["ink"]).get_texts():
+        text.set(text=text.get_text().removeprefix(_SHOWN), parse_math=False)
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:

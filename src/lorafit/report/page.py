@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from jinja2 import Environment, StrictUndefined
 import lorafit
 from lorafit.errors import RunError
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.files import make_folder, whole_file, write_text
+from lorafit.files import require_new, whole_file, write_text
 from lorafit.report import charts
 from lorafit.report.story import Story, read_story
-from lorafit.report.words import clock, interval, percent, verdict
+from lorafit.report.words import clock, doubt, headline, interval, percent, verdict
+from lorafit.settings import BY_RULE
 
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
@@ -36,19 +38,20 @@ class Pair:
 def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Write the report about the runs in `folders` to `out`, pictures beside it; returns `out`.
 
-    Raises FormatError for a folder without a run, RunError where two of the names are one run.
+    Raises FormatError for a folder without a run, RunError where two of the names are one run, and where `out` is
+    anything else than a page of ours.
     """
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     if twice:
         raise RunError(f"{', '.join(twice)}: named more than once: name each run once")
-    stories = [read_story(folder) for folder in folders]
+    _require_replaceable(out)
+    stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, _names(resolved), strict=True)]
     drawn = {
         "curves": charts.curves(stories),
-        "scores": charts.scores(stories),
+        "scores": None if _apart(stories) else charts.scores(stories),
         "examples": charts.examples(stories[0]) if len(stories) == 1 else None,
     }
-    make_folder(out.parent)
     for name, figure in drawn.items():
         if figure is not None:
             with whole_file(out.with_name(f"{out.stem}-{name}.png")) as file:
@@ -58,9 +61,23 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The end of each path, as long as it takes to tell them apart."""
+    longest = max(len(folder.parts) for folder in folders)
+    ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in range(2, longest + 1))
+    return next(names for names in ends if len(set(names)) == len(names))
+
+
+def _require_replaceable(out: Path) -> None:
+    """A page of ours may be written anew; anything else is not written over."""
+    if not out.is_file() or 'content="lorafit ' not in out.read_text(encoding="utf-8", errors="replace")[:1000]:
+        require_new(out, "--out")
+
+
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict)
+    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict, doubt=doubt)
+    environment.filters["quoted"] = lambda path: shlex.quote(str(path))
     text = files("lorafit.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         stories=stories,
@@ -68,6 +85,7 @@ def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
         one=_one(stories[0]) if len(stories) == 1 else None,
         pairs=pairs(stories),
         apart=_apart(stories),
+        differing=_differing(stories) if len(stories) > 1 else [],
         colours=[charts.run_colour(i) for i in range(len(stories))],
         version=lorafit.__version__,
     )
@@ -102,46 +120,60 @@ def _scored(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"models": models, "ends": ends, "headline": headline(summary)}
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    """What a run has shown, in a sentence: about right answers where they were checked, else about their NLL."""
-    nll, facts = summary["nll"], summary["facts"]
-    if nll["ci95"] is None:
-        return "Too few test examples to tell whether the adapter helps"
-    says = verdict(nll["ci95"])
-    if facts["ci95"] is None:
-        return {"better": "The adapter predicts the answers better than its base",
-                "worse": "The adapter predicts the answers worse than its base"}.get(
-                    says, "No difference between the adapter and its base has been shown")  # fmt: skip
-    others = [ends[1] for ends in (facts.get("ci95_base"), facts.get("ci95_base_few_shot")) if ends]
-    if facts["ci95"][0] > max(others, default=1.0):
-        return "The adapter answers more questions right than its base"
-    if says == "better":
-        return "The adapter predicts the answers better than its base, but is not shown to answer more of them right"
-    return "The adapter is not shown to answer more questions right than its base"
-
-
 def _apart(stories: Sequence[Story]) -> list[str]:
     """What keeps the runs from being compared."""
     found = []
-    if len({story.asked.get("base_identity") for story in stories}) > 1:
+    if len({_base(story) for story in stories}) > 1:
         found.append("they stand on different bases")
-    if len({_tested(story) for story in stories if story.answers}) > 1:
+    if len({tuple(_tested(story)) for story in stories if story.answers}) > 1:
         found.append("they were tested on different examples")
     return found
 
 
+def _differing(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
+    """What was not the same in all runs, with its value in each: what was asked for, and what the rules made of it."""
+    told: list[dict[str, Any]] = []
+    for story in stories:
+        one = {"base": story.asked["base"], "data": story.asked["data"]}
+        one |= {name: "by rule" if value is None and name in BY_RULE else value
+                for name, value in story.asked["settings"].items()}  # fmt: skip
+        if story.plan:
+            one |= {f"{name} (resolved)": value for name, value in story.plan["recipe"].items()}
+            one["sites"] = len(story.plan["slots"])
+            one["ranks"] = ", ".join(map(str, sorted({slot["rank"] for slot in story.plan["slots"]})))
+        told.append(one)
+    names = dict.fromkeys(name for one in told for name in one)
+    values = {name: [str(one.get(name, "-")) for one in told] for name in names}
+    return [(name, each) for name, each in values.items() if len(set(each)) > 1]
+
+
 def pairs(stories: Sequence[Story]) -> list[Pair]:
-    """Every later run against the first, where both were tested on the same examples."""
+    """Every later run against the first, where both stand on one base and were tested on the same examples."""
     first, found = stories[0], []
     for other in stories[1:]:
-        if first.answers and _tested(first) == _tested(other):
-            differences = [b["nll"]["adapter"] - a["nll"]["adapter"]
-                           for a, b in zip(first.answers, other.answers, strict=True)]  # fmt: skip
-            drawn = paired_bootstrap(differences, [answer["group"] for answer in first.answers])
+        ours, theirs = _tested(first), _tested(other)
+        if ours and ours.keys() == theirs.keys() and _base(first) == _base(other):
+            differences = [theirs[key]["nll"]["adapter"] - ours[key]["nll"]["adapter"] for key in ours]
+            drawn = paired_bootstrap(differences, [answer["group"] for answer in ours.values()])
             mean = sum(differences) / len(differences)
             found.append(Pair(first.name, other.name, mean, (drawn.low, drawn.high) if drawn else None))
     return found
 
 
-def _tested(story: Story) -> tuple[tuple[str, str], ...]:
-    return tuple((answer["question"], answer["reference"]) for answer in story.answers)
+def _base(story: Story) -> str:
+    return str(story.asked.get("base_identity") or story.asked["base"])
+
+
+def _tested(story: Story) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """The records of the test in one order, whatever the file's: by fingerprint, and how many of it came before."""
+    ranked = sorted((_fingerprint(answer), i) for i, answer in enumerate(story.answers))
+    before: Counter[str] = Counter()
+    found = {}
+    for fingerprint, i in ranked:
+        found[fingerprint, before[fingerprint]] = story.answers[i]
+        before[fingerprint] += 1
+    return found
+
+
+def _fingerprint(answer: Mapping[str, Any]) -> str:
+    return answer.get("example") or f"{answer['question']}\0{answer['reference']}"  # before runs kept one

@@ -10,13 +10,13 @@ from typing import Any
 
 from lorafit.errors import FormatError
 from lorafit.files import read_json
-from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, SUMMARY, read_run
+from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, openings, read_run, read_summary
 
 
 @dataclass(frozen=True)
 class Story:
     """The files of one run, as they are. `answers`: one record per test example; `steps`: one per step and validation.
-    `plan`, `data` and `summary` are None where the run has not come so far."""
+    `plan`, `data` and `summary` are None where the run has not come so far. `openings`: looks at its test until now."""
 
     name: str
     folder: Path
@@ -26,6 +26,7 @@ class Story:
     steps: tuple[Mapping[str, Any], ...]
     answers: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any] | None
+    openings: int
 
     @property
     def training(self) -> list[tuple[int, float]]:
@@ -51,7 +52,8 @@ def read_story(folder: Path) -> Story:
         data=_read(folder / DATA),
         steps=_lines(folder / METRICS),
         answers=_lines(folder / SCORES / ANSWERS),
-        summary=_read(folder / SUMMARY),
+        summary=read_summary(folder),
+        openings=openings(folder),
     )
 
 
