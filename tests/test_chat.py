@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,35 @@ def test_an_adapter_that_does_not_belong_does_not_speak(tiny_base: Base, tmp_pat
     with pytest.raises(AdapterError, match="does not say which base"):
         chat.add(tmp_path / "foreign")
     assert (chat.adapters, chat.speaking) == ({}, (BASE,))
+
+
+def test_an_adapter_in_a_folder_called_base_is_not_the_base(tiny_base: Base, tmp_path: Path) -> None:
+    chat = Chat(tiny_base, max_new_tokens=8)
+    said = chat.command(f"/both {written(tiny_base, tmp_path / BASE)}")
+    assert said == f"answering: base and {tmp_path.name}/base (base is another)"
+    chat.ask("Where is it?", lambda piece: None)
+    base, adapter = (chat.histories[name][1].content for name in chat.speaking)
+    assert base != adapter
+
+
+def test_adapters_of_one_folder_name_keep_apart_and_say_so(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("a/mine", "b/mine", "mine"):
+        written(tiny_base, tmp_path / place)
+    chat = Chat(tiny_base, max_new_tokens=4)
+    assert chat.command("/adapter a/mine").startswith("answering: mine")
+    chat.ask("Where is it?", lambda piece: None)
+    assert chat.command("/adapter b/mine") == "answering: b/mine (mine is another)"
+    assert "b/mine" not in chat.histories
+    assert chat.command("/adapter mine") == f"answering: mine (from {tmp_path / 'a' / 'mine'})"
+    assert chat.command("/adapter ./mine") == f"answering: {tmp_path.name}/mine (mine is another)"
+    assert chat.command("/adapter a/mine").startswith("answering: mine")
+    assert [*chat.adapters] == ["mine", "b/mine", f"{tmp_path.name}/mine"]
+
+
+def test_an_adapter_of_another_base_is_told_by_its_base(tiny_base: Base, tmp_path: Path) -> None:
+    folder = written(tiny_base, tmp_path / "mine", template="0" * 64)
+    with pytest.raises(AdapterError, match="belongs to base .* not to 'another'"):
+        Chat(replace(tiny_base, name="another", identity="f" * 64)).add(folder)

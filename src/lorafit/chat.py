@@ -38,6 +38,7 @@ class Chat:
     max_new_tokens: int = 256
     accept_unknown_base: bool = False
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
     speaking: tuple[str, ...] = (BASE,)
     histories: dict[str, list[Message]] = field(default_factory=dict)
 
@@ -46,13 +47,20 @@ class Chat:
         raise: an adapter that does not fit is never half there."""
         folder = peft.adapter_folder(folder)
         adapter = peft.read(folder)
-        name = folder.parent.name if folder.name == "adapter" else folder.name
-        if adapter.rendering:
-            self._renderer(adapter).require(adapter.rendering)
         with attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base):
             pass
-        self.adapters[name], self.speaking = adapter, (name,)
+        if adapter.rendering:
+            self._renderer(adapter).require(adapter.rendering)
+        folder = folder.resolve()
+        folder = folder.parent if folder.name == "adapter" else folder
+        name = self._name(folder)
+        self.adapters[name], self.folders[name], self.speaking = adapter, folder, (name,)
         return name
+
+    def _name(self, folder: Path) -> str:
+        """The end of the folder's path, as much of it as no other speaker is called by."""
+        ends = (str(Path(*folder.parts[-n:])) for n in range(1, len(folder.parts) + 1))
+        return next(name for name in ends if name != BASE and self.folders.get(name, folder) == folder)
 
     def _renderer(self, adapter: Adapter | None) -> Renderer:
         trained = adapter.rendering.system if adapter and adapter.rendering else None
@@ -70,21 +78,28 @@ class Chat:
         if word == "/base":
             self.speaking = (BASE,)
         elif word in {"/adapter", "/both"}:
-            self._choose(name)
-            if word == "/both":
-                self.speaking = (BASE, *self.speaking)
+            chosen = self._choose(name)
+            self.speaking = (BASE, chosen) if word == "/both" else (chosen,)
+            return f"answering: {' and '.join(self.speaking)}{self._told_apart(chosen)}"
         else:
             raise SettingsError(f"{word}: no such command: type one of\n{HELP}")
         return f"answering: {' and '.join(self.speaking)}"
 
-    def _choose(self, name: str) -> None:
+    def _choose(self, name: str) -> str:
         if name and name not in self.adapters:
-            self.add(Path(name))
-            return
+            return self.add(Path(name))
         known = [name] if name else [*(one for one in self.speaking if one != BASE), *self.adapters][:1]
         if not known:
             raise SettingsError("no adapter is open: open one with /adapter FOLDER")
-        self.speaking = (known[0],)
+        return known[0]
+
+    def _told_apart(self, name: str) -> str:
+        """Which one a name means, where it could mean another."""
+        folder = self.folders[name]
+        if name != folder.name:
+            return f" ({folder.name} is another)"
+        alike = any(other.name == name for other in self.folders.values() if other != folder)
+        return f" (from {folder})" if alike or Path(name).is_dir() else ""
 
     def ask(
         self, text: str, emit: Emit, begin: Emit = lambda name: None, end: Callable[[], None] = lambda: None
