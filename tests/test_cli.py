@@ -18,6 +18,7 @@ from conftest import capitals, write_rows
 
 from lorafit import doctor
 from lorafit.cli import main
+from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
 from lorafit.settings import TrainSettings
 
@@ -477,6 +478,49 @@ def test_chat_without_an_adapter_says_how_to_open_one(
     assert done.status == 0, done.err
     assert "no adapter is open: open one with /adapter FOLDER" in done.out
     assert "nowhere: there is no such adapter folder" in done.out
+
+
+def test_chat_goes_on_after_a_line_that_is_no_text(
+    lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad bytes\n/new\nWhere?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    done = lorafit("chat", "--base", tiny_folder, "--max-new-tokens", "6")
+    assert done.status == 0, done.err
+    assert re.search(r"not UTF-8 \(byte 0xff\): .*\nforgotten\n", done.out)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"), [(["word " * 200], 2), (["/nonsense", "/new"], 2), (["/new"], 0), ([], 0)]
+)
+def test_a_script_sees_that_chat_answered_nothing(
+    lines: list[str], status: int, lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert talk(lorafit, monkeypatch, lines, "--base", tiny_folder).status == status
+
+
+def test_chat_is_told_its_system_prompt(lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr("lorafit.chat.stream", lambda base, renderer, *_: seen.append(renderer.system))
+    talk(lorafit, monkeypatch, ["Where?"], "--base", tiny_folder, "--system", "Be long.")
+    assert seen == ["Be long."]
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    readline = pytest.importorskip("readline")
+    at_prompt = iter(["half a line", ""])  # at the second and third Ctrl-C in a row
+    keys = iter(["^C", "Where?", "^C", "^C", "^C", "never read"])
+
+    def typed(prompt: str) -> str:
+        key = next(keys)
+        if key == "^C":
+            raise KeyboardInterrupt
+        return key
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(readline, "get_line_buffer", lambda: next(at_prompt))
+    assert list(_typed()) == ["Where?"]
+    assert list(keys) == ["never read"]
 
 
 def test_a_plan_reads_well_on_a_narrow_screen_and_is_a_table_on_a_wide_one(

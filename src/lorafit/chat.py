@@ -21,7 +21,8 @@ HELP = """/base            only the bare base answers
 /adapter [NAME]  only that adapter answers; NAME may be the folder of another one
 /both            base and adapter answer, one after the other
 /new             forget the conversation
-/quit            leave (also Ctrl-D); Ctrl-C stops an answer"""
+/quit            leave (also Ctrl-D)
+Ctrl-C           stop an answer, or drop the line; twice at an empty line: leave"""
 
 Emit = Callable[[str], None]
 
@@ -105,19 +106,17 @@ class Chat:
         self, text: str, emit: Emit, begin: Emit = lambda name: None, end: Callable[[], None] = lambda: None
     ) -> None:
         """Let everyone who speaks answer. emit: called with each piece of text; begin: with the name of who begins to
-        speak; end: when it has spoken."""
+        speak; end: when it has spoken. Raises SettingsError for what cannot be asked. A turn that is refused, or
+        stopped before its first word, is not remembered."""
+        _require_unicode(text)
         for name in self.speaking:
             begin(name)
             adapter = self.adapters.get(name)
             renderer = self._renderer(adapter)
             history = self.histories.setdefault(name, [])
             history.append(Message("user", text))
-            try:
-                prompt = self._fitting(renderer, history)
-            except SettingsError:
-                history.pop()
-                raise
             said: list[str] = []
+            ended = False
 
             def told(piece: str, said: list[str] = said) -> None:
                 said.append(piece)
@@ -125,21 +124,40 @@ class Chat:
 
             on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
             try:
+                prompt = self._fitting(renderer, history)
                 with on:
-                    stream(self.base, renderer, prompt, self.max_new_tokens, told)
-            finally:  # an answer that was stopped stays, as far as it came
-                history.append(Message("assistant", "".join(said).strip() or "..."))
+                    stream(self.base, renderer, prompt, self._room(len(prompt)), told)
+                ended = True
+            finally:
+                answer = "".join(said).strip()
+                if answer or ended:  # one that was stopped stays, as far as it came
+                    history.append(Message("assistant", answer))
+                else:
+                    history.pop()
             end()
 
+    def _room(self, taken: int) -> int:
+        """The longest answer, in tokens, after a prompt of `taken` tokens."""
+        return min(self.max_new_tokens, self.base.context - taken) if self.base.context else self.max_new_tokens
+
     def _fitting(self, renderer: Renderer, history: list[Message]) -> list[int]:
-        """The conversation as a prompt; its oldest turns are forgotten where it would not fit the base's context."""
+        """The conversation as a prompt. Its oldest turns are forgotten where they would leave an answer less than it
+        may have, or than half of the base's context; the last one may leave it less."""
         while True:
             prompt = renderer.prompt_ids(history)
-            if self.base.context is None or len(prompt) + self.max_new_tokens <= self.base.context:
+            room, context = self._room(len(prompt)), self.base.context
+            if context is None or room >= min(self.max_new_tokens, context // 2) or (len(history) < 3 and room > 0):
                 return prompt
             if len(history) < 3:
-                raise SettingsError(
-                    f"{len(prompt)} tokens and an answer of {self.max_new_tokens} do not fit the base's "
-                    f"{self.base.context}: ask shorter, or lower --max-new-tokens"
-                )
+                raise SettingsError(f"{len(prompt)} tokens do not fit the base's {context}: ask shorter")
             del history[:2]
+
+
+def _require_unicode(text: str) -> None:
+    """Raise SettingsError for bytes that were no text, which Python keeps as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        fix = "type it again, or convert the file: iconv -f WINDOWS-1252 -t UTF-8"
+        raise SettingsError(f"the line is not UTF-8 (byte 0x{byte:02x}): {fix}") from error
