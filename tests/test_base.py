@@ -265,11 +265,18 @@ def test_an_unknown_name_is_an_error_that_says_what_there_is() -> None:
     [
         ("smolm2-135m", "did you mean smollm2-135m"),
         ("./no/such", "there is no such folder"),
-        ("questions.jsonl", "is data, not a base: give the base first, then the data"),
+        ("mine/questions.ndjson", "is data, not a base: give the base first, then the data"),
+        ("mine/model.safetensors", "is a file of weights, not a base: name the folder it is in"),
         ("builtin", "is data, not a base: give the base first, then the data"),
         ("no.gguf", "there is no such file"),
     ],
 )
-def test_a_name_that_is_no_base_is_told_what_it_may_have_meant(name: str, said: str) -> None:
+def test_a_name_that_is_no_base_is_told_what_it_may_have_meant(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for file in ("questions.ndjson", "model.safetensors"):
+        (tmp_path / "mine" / file).touch()
     with pytest.raises(BaseError, match=said):
         open_base(name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import byte_tokenizer
 
 from lorafit.attachment import attach
 from lorafit.base import Base
-from lorafit.chat import BASE, Chat
+from lorafit.chat import BASE, Chat, Emit
 from lorafit.data.examples import Message
-from lorafit.data.render import renderer_for
+from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import AdapterError, BaseError, SettingsError
 from lorafit.formats import peft
-from lorafit.generation.greedy import generate
+from lorafit.generation.greedy import _Streamer, generate
 from lorafit.plan import uniform
 from lorafit.records import Rendering
 from lorafit.testing import random_adapter
@@ -60,7 +63,7 @@ def test_every_speaker_remembers_its_own_answers(tiny_base: Base, tmp_path: Path
     assert heard[BASE] != heard[name]
     for who in heard:
         assert [m.role for m in chat.histories[who]] == ["user", "assistant"]
-        assert chat.histories[who][1].content == (heard[who].strip() or "...")
+        assert chat.histories[who][1].content == heard[who].strip()
 
 
 def test_the_oldest_turns_are_forgotten_before_the_context_overflows(tiny_base: Base) -> None:
@@ -101,3 +104,117 @@ def test_an_adapter_that_does_not_belong_does_not_speak(tiny_base: Base, tmp_pat
     with pytest.raises(AdapterError, match="does not say which base"):
         chat.add(tmp_path / "foreign")
     assert (chat.adapters, chat.speaking) == ({}, (BASE,))
+
+
+def test_an_adapter_in_a_folder_called_base_is_not_the_base(tiny_base: Base, tmp_path: Path) -> None:
+    chat = Chat(tiny_base, max_new_tokens=8)
+    said = chat.command(f"/both {written(tiny_base, tmp_path / BASE)}")
+    assert said == f"answering: base and {tmp_path.name}/base (base is another)"
+    chat.ask("Where is it?", lambda piece: None)
+    base, adapter = (chat.histories[name][1].content for name in chat.speaking)
+    assert base != adapter
+
+
+def test_adapters_of_one_folder_name_keep_apart_and_say_so(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("a/mine", "b/mine", "mine"):
+        written(tiny_base, tmp_path / place)
+    chat = Chat(tiny_base, max_new_tokens=4)
+    assert chat.command("/adapter a/mine").startswith("answering: mine")
+    chat.ask("Where is it?", lambda piece: None)
+    assert chat.command("/adapter b/mine") == "answering: b/mine (mine is another)"
+    assert "b/mine" not in chat.histories
+    assert chat.command("/adapter mine") == f"answering: mine (from {tmp_path / 'a' / 'mine'})"
+    assert chat.command("/adapter ./mine") == f"answering: {tmp_path.name}/mine (mine is another)"
+    assert chat.command("/adapter a/mine").startswith("answering: mine")
+    assert [*chat.adapters] == ["mine", "b/mine", f"{tmp_path.name}/mine"]
+
+
+def test_an_adapter_of_another_base_is_told_by_its_base(tiny_base: Base, tmp_path: Path) -> None:
+    folder = written(tiny_base, tmp_path / "mine", template="0" * 64)
+    with pytest.raises(AdapterError, match=r"belongs to base .* not to 'another'"):
+        Chat(replace(tiny_base, name="another", identity="f" * 64)).add(folder)
+
+
+def test_an_answer_that_was_stopped_before_its_first_word_leaves_no_turn(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorafit.chat.stream", stopped)
+    chat = Chat(tiny_base, max_new_tokens=8)
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("Where is it?", lambda piece: None)
+    assert chat.histories[BASE] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "pieces"), [("a😀\né😀<|end|>", 13, ["a", "😀", "\n", "é", "😀"]), ("a😀", 3, ["a", "\ufffd"])]
+)
+def test_every_character_is_told_as_soon_as_it_is_whole(text: str, tokens: int, pieces: list[str]) -> None:
+    """One token per byte; what the last character lacks at the end is told as it is."""
+    told: list[str] = []
+    tokenizer = byte_tokenizer()
+    streamer = _Streamer(tokenizer, told.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in tokenizer(text)["input_ids"][:tokens]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert told == pieces
+
+
+def test_an_answer_may_take_what_the_context_leaves(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the base reads no more tokens in all than an answer may have by default."""
+    asked: list[tuple[int, int]] = []
+
+    def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: int, emit: Emit) -> None:
+        asked.append((len(prompt), max_new_tokens))
+        emit("word " * 20)
+
+    monkeypatch.setattr("lorafit.chat.stream", stream)
+    chat = Chat(tiny_base, max_new_tokens=512)
+    for i in range(4):
+        chat.ask(f"{i} " + "word " * 10, lambda piece: None)
+    chat.ask("word " * 70, lambda piece: None)
+    assert all(256 <= room == 512 - prompt for prompt, room in asked[:-1])
+    assert asked[1][0] > asked[0][0]  # half of the context is for what was said before
+    assert 0 < asked[-1][1] == 512 - asked[-1][0] < 256
+
+
+def test_a_line_that_is_no_text_is_refused_and_not_remembered(tiny_base: Base) -> None:
+    chat = Chat(tiny_base, max_new_tokens=4)
+    with pytest.raises(SettingsError, match=r"not UTF-8 \(byte 0xff\): type it again"):
+        chat.ask(b"\xff bad".decode(errors="surrogateescape"), lambda piece: None)
+    chat.ask("Where is it?", lambda piece: None)
+    assert [m.role for m in chat.histories[BASE]] == ["user", "assistant"]
+
+
+def test_new_forgets_what_was_said(tiny_base: Base, tmp_path: Path) -> None:
+    folder = written(tiny_base, tmp_path / "mine")
+
+    def last_answer(*lines: str) -> str:
+        chat, pieces = Chat(tiny_base, max_new_tokens=8), [""]
+        chat.add(folder)
+        for line in lines:
+            pieces.clear()
+            chat.command(line) if line.startswith("/") else chat.ask(line, pieces.append)
+        return "".join(pieces)
+
+    assert last_answer("Where is it?", "/new", "Who has it?") == last_answer("Who has it?") != ""
+    assert last_answer("Where is it?", "Who has it?") != last_answer("Who has it?")
+
+
+@pytest.mark.parametrize("trained", [None, "Be brief."])
+def test_a_system_prompt_that_is_given_stands_before_the_conversation(
+    trained: str | None, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[int]] = []
+    monkeypatch.setattr("lorafit.chat.stream", lambda base, renderer, prompt, *_: prompts.append(prompt))
+    chat = Chat(tiny_base, system="Be long.")
+    if trained:
+        chat.add(written(tiny_base, tmp_path / "mine", trained))
+    chat.ask("Where is it?", lambda piece: None)
+    assert tiny_base.tokenizer.decode(prompts[0]).startswith("<|system|>Be long.<|end|>\n<|user|>Where")

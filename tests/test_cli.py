@@ -18,7 +18,9 @@ from conftest import capitals, write_rows
 
 from lorafit import doctor
 from lorafit.cli import main
+from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
+from lorafit.files import whole_folder
 from lorafit.settings import TrainSettings
 
 VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat", "settings", "report", "explain"]
@@ -411,6 +413,56 @@ def test_doctor_refuses_a_base_that_cannot_be_opened(lorafit: Lorafit, tmp_path:
     assert (done.status, "cannot be used as a base" in done.err) == (2, True)
 
 
+def test_doctor_keeps_what_it_found_where_the_base_cannot_be_opened(lorafit: Lorafit, tmp_path: Path) -> None:
+    done = lorafit("doctor", tmp_path, "--json")
+    found = {one["what"]: one for one in done.last_object["findings"]}
+    assert (done.status, done.last_object["ok"]) == (2, False)
+    assert (found["base"]["state"], "cannot be used as a base" in found["base"]["advice"]) == ("broken", True)
+    assert {"processor", "memory", "disk", "GPU"} <= set(found)
+    plain = lorafit("doctor", tmp_path)
+    assert ("matrix products" in plain.out, plain.err.count("cannot be used as a base")) == (True, 1)
+
+
+def test_doctor_ends_with_status_two_where_nothing_can_be_adapted(
+    lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "fired", lambda *_: frozenset())
+    done = lorafit("doctor", tiny_folder, "--json")
+    (sites,) = (one for one in done.last_object["findings"] if one["what"] == "sites")
+    assert (done.status, done.last_object["ok"], sites["state"]) == (2, False, "broken")
+    assert "broken  nothing here can be adapted" in lorafit("doctor", tiny_folder).out
+
+
+@pytest.mark.parametrize(("free", "state"), [(1.9e9, "slow"), (2.1e9, "good")])
+def test_a_disk_without_room_for_a_conversion_is_called_slow(
+    free: float, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "free_bytes", lambda folder: free)
+    assert doctor._disk().state == state
+
+
+def test_the_forecast_is_of_four_operations_per_parameter_and_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "matrix_speed", lambda dtype: 54.0)
+    assert doctor._speeds()[1].value.startswith("trains at up to 100 tokens/s")  # 54e9 / (4 x 135 million)
+
+
+@pytest.mark.parametrize(
+    ("threads", "usable", "named", "state"),
+    [(1, 2, "1", "slow"), (1, 2, None, "good"), (1, 4, None, "slow"), (2, 2, "2", "good")],
+)
+def test_cores_that_stand_idle_are_called_slow(
+    threads: int, usable: int, named: str | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two cores that torch takes one of by itself, one may be the second thread of the other."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if named:
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+    monkeypatch.setattr(doctor, "available_cores", lambda: usable)
+    monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: threads)
+    finding = doctor._cores()
+    assert (finding.state, f"OMP_NUM_THREADS={usable}" in finding.advice) == (state, state == "slow")
+
+
 def test_more_threads_than_cores_are_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "available_cores", lambda: 1)
     monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 4)
@@ -433,6 +485,39 @@ def test_bases_lists_what_is_converted_with_its_size(
     assert lorafit("bases", "--remove", "nobodys").status == 2
     assert lorafit("bases", "--remove", "mine", "--json").last_object["removed"] == [str(copy)]
     assert not copy.exists()
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"name": 3}', '{"name": ""}'])
+def test_a_broken_copy_is_listed_and_can_be_removed(
+    record: str, lorafit: Lorafit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
+    broken = tmp_path / "bases" / "mine-0123456789ab-1"
+    broken.mkdir(parents=True)
+    (broken / "lorafit-base.json").write_text(record, encoding="utf-8")
+    (listed,) = (one for one in lorafit("bases", "--json").last_object["bases"] if one["name"] == broken.name)
+    assert (listed["kind"], listed["bytes"]) == ("broken", len(record))
+    assert f"lorafit bases --remove {broken.name}" in lorafit("bases").out
+    assert f"lorafit bases --remove {broken.name}" in lorafit("chat", "--base", broken).err
+    assert lorafit("bases", "--remove", broken.name, "--json").last_object["removed"] == [str(broken)]
+    assert not broken.exists()
+
+
+def test_what_a_killed_conversion_left_is_listed_and_can_be_removed(
+    lorafit: Lorafit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
+    with whole_folder(tmp_path / "bases" / "mine-0123456789ab-1") as building:
+        (building / "model.safetensors").write_bytes(b"x" * 1000)
+        (tmp_path / "bases" / ".thesis").mkdir()
+        listed = lorafit("bases", "--json").last_object
+        (left,) = (one for one in listed["bases"] if one["where"].startswith(str(tmp_path)))
+        assert (left["name"], left["kind"], left["bytes"]) == (building.name, "unfinished", listed["cache_bytes"])
+        assert f"lorafit bases --remove {building.name}" in lorafit("bases").out
+        assert lorafit("bases", "--remove", ".thesis").status == 2
+        assert lorafit("bases", "--remove", building.name, "--json").last_object["removed"] == [str(building)]
+        assert not building.exists()
+        building.mkdir()  # the block ends as if nothing had happened
 
 
 def test_plain_text_trains_and_has_no_answers(lorafit: Lorafit, tiny_folder: Path, tmp_path: Path) -> None:
@@ -509,6 +594,49 @@ def test_chat_without_an_adapter_says_how_to_open_one(
     assert done.status == 0, done.err
     assert "no adapter is open: open one with /adapter FOLDER" in done.out
     assert "nowhere: there is no such adapter folder" in done.out
+
+
+def test_chat_goes_on_after_a_line_that_is_no_text(
+    lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad bytes\n/new\nWhere?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    done = lorafit("chat", "--base", tiny_folder, "--max-new-tokens", "6")
+    assert done.status == 0, done.err
+    assert re.search(r"not UTF-8 \(byte 0xff\): .*\nforgotten\n", done.out)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"), [(["word " * 200], 2), (["/nonsense", "/new"], 2), (["/new"], 0), ([], 0)]
+)
+def test_a_script_sees_that_chat_answered_nothing(
+    lines: list[str], status: int, lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert talk(lorafit, monkeypatch, lines, "--base", tiny_folder).status == status
+
+
+def test_chat_is_told_its_system_prompt(lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr("lorafit.chat.stream", lambda base, renderer, *_: seen.append(renderer.system))
+    talk(lorafit, monkeypatch, ["Where?"], "--base", tiny_folder, "--system", "Be long.")
+    assert seen == ["Be long."]
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    readline = pytest.importorskip("readline")
+    at_prompt = iter(["half a line", ""])  # at the second and third Ctrl-C in a row
+    keys = iter(["^C", "Where?", "^C", "^C", "^C", "never read"])
+
+    def typed(prompt: str) -> str:
+        key = next(keys)
+        if key == "^C":
+            raise KeyboardInterrupt
+        return key
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(readline, "get_line_buffer", lambda: next(at_prompt))
+    assert list(_typed()) == ["Where?"]
+    assert list(keys) == ["never read"]
 
 
 def test_a_plan_reads_well_on_a_narrow_screen_and_is_a_table_on_a_wide_one(

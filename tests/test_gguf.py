@@ -254,6 +254,15 @@ def test_what_does_not_fit_the_disk_is_not_begun(tmp_path: Path, cache: Path, mo
     assert not cache.exists()
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "file" / "x"))
+    with pytest.raises(BaseError, match=r"file/x/bases: converted bases cannot be written there.*LORAFIT_CACHE"):
+        converted(written(tiny("llama"), "llama", tmp_path / "x.gguf"))
+
+
 def test_size_and_progress_of_a_conversion_are_told(tmp_path: Path, cache: Path) -> None:
     told: list[str] = []
     seen: list[tuple[Any, ...]] = []

@@ -21,7 +21,8 @@ HELP = """/base            only the bare base answers
 /adapter [NAME]  only that adapter answers; NAME may be the folder of another one
 /both            base and adapter answer, one after the other
 /new             forget the conversation
-/quit            leave (also Ctrl-D); Ctrl-C stops an answer"""
+/quit            leave (also Ctrl-D)
+Ctrl-C           stop an answer, or drop the line; twice at an empty line: leave"""
 
 Emit = Callable[[str], None]
 
@@ -38,6 +39,7 @@ class Chat:
     max_new_tokens: int = 256
     accept_unknown_base: bool = False
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
     speaking: tuple[str, ...] = (BASE,)
     histories: dict[str, list[Message]] = field(default_factory=dict)
 
@@ -46,13 +48,20 @@ class Chat:
         raise: an adapter that does not fit is never half there."""
         folder = peft.adapter_folder(folder)
         adapter = peft.read(folder)
-        name = folder.parent.name if folder.name == "adapter" else folder.name
-        if adapter.rendering:
-            self._renderer(adapter).require(adapter.rendering)
         with attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base):
             pass
-        self.adapters[name], self.speaking = adapter, (name,)
+        if adapter.rendering:
+            self._renderer(adapter).require(adapter.rendering)
+        folder = folder.resolve()
+        folder = folder.parent if folder.name == "adapter" else folder
+        name = self._name(folder)
+        self.adapters[name], self.folders[name], self.speaking = adapter, folder, (name,)
         return name
+
+    def _name(self, folder: Path) -> str:
+        """The end of the folder's path, as much of it as no other speaker is called by."""
+        ends = (str(Path(*folder.parts[-n:])) for n in range(1, len(folder.parts) + 1))
+        return next(name for name in ends if name != BASE and self.folders.get(name, folder) == folder)
 
     def _renderer(self, adapter: Adapter | None) -> Renderer:
         trained = adapter.rendering.system if adapter and adapter.rendering else None
@@ -70,39 +79,44 @@ class Chat:
         if word == "/base":
             self.speaking = (BASE,)
         elif word in {"/adapter", "/both"}:
-            self._choose(name)
-            if word == "/both":
-                self.speaking = (BASE, *self.speaking)
+            chosen = self._choose(name)
+            self.speaking = (BASE, chosen) if word == "/both" else (chosen,)
+            return f"answering: {' and '.join(self.speaking)}{self._told_apart(chosen)}"
         else:
             raise SettingsError(f"{word}: no such command: type one of\n{HELP}")
         return f"answering: {' and '.join(self.speaking)}"
 
-    def _choose(self, name: str) -> None:
+    def _choose(self, name: str) -> str:
         if name and name not in self.adapters:
-            self.add(Path(name))
-            return
+            return self.add(Path(name))
         known = [name] if name else [*(one for one in self.speaking if one != BASE), *self.adapters][:1]
         if not known:
             raise SettingsError("no adapter is open: open one with /adapter FOLDER")
-        self.speaking = (known[0],)
+        return known[0]
+
+    def _told_apart(self, name: str) -> str:
+        """Which one a name means, where it could mean another."""
+        folder = self.folders[name]
+        if name != folder.name:
+            return f" ({folder.name} is another)"
+        alike = any(other.name == name for other in self.folders.values() if other != folder)
+        return f" (from {folder})" if alike or Path(name).is_dir() else ""
 
     def ask(
         self, text: str, emit: Emit, begin: Emit = lambda name: None, end: Callable[[], None] = lambda: None
     ) -> None:
         """Let everyone who speaks answer. emit: called with each piece of text; begin: with the name of who begins to
-        speak; end: when it has spoken."""
+        speak; end: when it has spoken. Raises SettingsError for what cannot be asked. A turn that is refused, or
+        stopped before its first word, is not remembered."""
+        _require_unicode(text)
         for name in self.speaking:
             begin(name)
             adapter = self.adapters.get(name)
             renderer = self._renderer(adapter)
             history = self.histories.setdefault(name, [])
             history.append(Message("user", text))
-            try:
-                prompt = self._fitting(renderer, history)
-            except SettingsError:
-                history.pop()
-                raise
             said: list[str] = []
+            ended = False
 
             def told(piece: str, said: list[str] = said) -> None:
                 said.append(piece)
@@ -110,21 +124,40 @@ class Chat:
 
             on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
             try:
+                prompt = self._fitting(renderer, history)
                 with on:
-                    stream(self.base, renderer, prompt, self.max_new_tokens, told)
-            finally:  # an answer that was stopped stays, as far as it came
-                history.append(Message("assistant", "".join(said).strip() or "..."))
+                    stream(self.base, renderer, prompt, self._room(len(prompt)), told)
+                ended = True
+            finally:
+                answer = "".join(said).strip()
+                if answer or ended:  # one that was stopped stays, as far as it came
+                    history.append(Message("assistant", answer))
+                else:
+                    history.pop()
             end()
 
+    def _room(self, taken: int) -> int:
+        """The longest answer, in tokens, after a prompt of `taken` tokens."""
+        return min(self.max_new_tokens, self.base.context - taken) if self.base.context else self.max_new_tokens
+
     def _fitting(self, renderer: Renderer, history: list[Message]) -> list[int]:
-        """The conversation as a prompt; its oldest turns are forgotten where it would not fit the base's context."""
+        """The conversation as a prompt. Its oldest turns are forgotten where they would leave an answer less than it
+        may have, or than half of the base's context; the last one may leave it less."""
         while True:
             prompt = renderer.prompt_ids(history)
-            if self.base.context is None or len(prompt) + self.max_new_tokens <= self.base.context:
+            room, context = self._room(len(prompt)), self.base.context
+            if context is None or room >= min(self.max_new_tokens, context // 2) or (len(history) < 3 and room > 0):
                 return prompt
             if len(history) < 3:
-                raise SettingsError(
-                    f"{len(prompt)} tokens and an answer of {self.max_new_tokens} do not fit the base's "
-                    f"{self.base.context}: ask shorter, or lower --max-new-tokens"
-                )
+                raise SettingsError(f"{len(prompt)} tokens do not fit the base's {context}: ask shorter")
             del history[:2]
+
+
+def _require_unicode(text: str) -> None:
+    """Raise SettingsError for bytes that were no text, which Python keeps as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        fix = "type it again, or convert the file: iconv -f WINDOWS-1252 -t UTF-8"
+        raise SettingsError(f"the line is not UTF-8 (byte 0x{byte:02x}): {fix}") from error

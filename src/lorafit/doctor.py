@@ -31,21 +31,21 @@ class Finding:
     advice: str = ""
 
 
-def examine(base_name: str | None, report: Report = silent, watch: Watch = unwatched) -> list[Finding]:
-    """Look at the machine, and open and run the base where one is named. Raises BaseError where it cannot be opened."""
-    found = [_cores(), _memory(), _disk(), _accelerator(), *_speeds(), _compiler()]
-    if base_name is not None:
-        found += _base(base_name, report, watch)
-    return found
+def machine() -> list[Finding]:
+    """Look at the machine."""
+    return [_cores(), _memory(), _disk(), _accelerator(), *_speeds(), _compiler()]
 
 
 def _cores() -> Finding:
     usable, threads = available_cores(), torch.get_num_threads()
-    value = f"{usable} of {os.cpu_count()} cores, torch uses {threads} threads"
+    value = f"{usable} of {os.cpu_count()} cores, torch uses {threads} thread{'s' * (threads != 1)}"
     if threads > usable:
         return Finding(
             "processor", value, SLOW, f"more threads than cores wait for each other: OMP_NUM_THREADS={usable}"
         )
+    # Left alone, torch takes one thread per core of its own; half of the cores may be second threads of these.
+    if threads < usable and ("OMP_NUM_THREADS" in os.environ or 2 * threads < usable):
+        return Finding("processor", value, SLOW, f"cores stand idle: OMP_NUM_THREADS={usable}")
     return Finding("processor", value)
 
 
@@ -103,14 +103,15 @@ def _compiler() -> Finding:
     return Finding("C++ compiler", found or "none (nothing here needs one yet)")
 
 
-def _base(name: str, report: Report, watch: Watch) -> list[Finding]:
+def opened(name: str, report: Report = silent, watch: Watch = unwatched) -> list[Finding]:
+    """Open a base and run it. Raises BaseError where it cannot be opened."""
     start = time.monotonic()
     base = open_base(name, None, report, watch)
     size = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()) / 1e9
-    opened = (
+    value = (
         f"{base.name} in {time.monotonic() - start:.0f} s, {size:.2f} GB as {str(base.dtype).removeprefix('torch.')}"
     )
-    return [Finding("base", opened), _context(base), _sites(base)]
+    return [Finding("base", value), _context(base), _sites(base)]
 
 
 def _context(base: Base) -> Finding:
@@ -135,7 +136,8 @@ def _sites(base: Base) -> Finding:
 class AtHand:
     """A base that opens without a download. `bytes`: what it takes on disk; None where it is not converted yet.
 
-    kind: built-in, converted (from a GGUF file), or hub. Of these only the converted and the built-in are lorafit's.
+    kind: built-in, converted (from a GGUF file), or hub; or what is left of a conversion and opens as nothing: broken,
+    unfinished. All but those of the hub are lorafit's.
     """
 
     name: str
@@ -158,6 +160,7 @@ def bases_at_hand() -> list[AtHand]:
         found += [AtHand(name, str(path), _size(path), "built-in") for path in mine]
     others = [(path, name) for path, name in copies.items() if name not in builtin.BUILTIN]
     found += [AtHand(f"{name}.gguf", str(path), _size(path), "converted") for path, name in others]
+    found += [AtHand(path.name, str(path), _size(path), kind) for path, kind in gguf.remains().items()]
     return [*found, *_of_the_hub()]
 
 

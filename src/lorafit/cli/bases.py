@@ -9,6 +9,11 @@ import typer
 
 from lorafit.cli.flags import JSON
 
+_REMAINS = {
+    "broken": "broken, it does not open under its name",
+    "unfinished": "of a conversion that was killed, unless one is running",
+}
+
 
 def bases(
     remove: Annotated[
@@ -31,6 +36,8 @@ def bases(
         terminal.say(f"{one.name}  {one.where if one.bytes is None else shown(one.bytes)}")
         if one.bytes is not None:
             terminal.say(f"    {one.where}")
+        if one.kind in _REMAINS:
+            terminal.say(f"    {_REMAINS[one.kind]}: lorafit bases --remove {one.name}")
     cache = gguf.cache_folder()
     ours = sum(one.bytes or 0 for one in found if one.kind != "hub")
     terminal.say(

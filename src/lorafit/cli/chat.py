@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -35,14 +38,12 @@ def chat(
     if adapter is not None:
         talk.add(adapter)
     asked = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
     if asked:
-        _edit_lines()
         terminal.say(f"answering: {' and '.join(talk.speaking)}\n{HELP}")
-    while True:
-        try:
-            line = input("> " if asked else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
+    answered = refused = 0
+    for line in _typed() if asked else map(str.strip, sys.stdin):
         if not line:
             continue
         if line in {"/quit", "/exit"}:
@@ -52,10 +53,14 @@ def chat(
                 terminal.say(talk.command(line))
             else:
                 talk.ask(line, _write, lambda who: _write(f"{who}: " if len(talk.speaking) > 1 else ""), _end)
+                answered += 1
         except KeyboardInterrupt:
             _write("\n")
         except InputError as error:  # a mistake in one line does not end the conversation
             terminal.say(str(error))
+            refused += 1
+    if refused and not (asked or answered):
+        raise typer.Exit(2)
 
 
 def _write(piece: str) -> None:
@@ -67,9 +72,24 @@ def _end() -> None:
     _write("\n")
 
 
-def _edit_lines() -> None:
-    """Arrow keys and earlier lines at the prompt, where the system has readline."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        return
+def _typed() -> Iterator[str]:
+    """Lines from the keyboard, until Ctrl-D, or Ctrl-C on an empty line after one that it dropped."""
+    at_prompt: Callable[[], str] = str  # nothing that could be known
+    with suppress(ImportError):  # where the system has it: arrow keys and earlier lines, too
+        import readline
+
+        at_prompt = readline.get_line_buffer
+    dropped = False
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if dropped and not at_prompt():
+                return
+            dropped = True
+            _write("\n(dropped; Ctrl-C again leaves)\n")
+            continue
+        dropped = False
+        yield line

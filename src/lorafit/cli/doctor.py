@@ -15,14 +15,28 @@ def doctor(
 ) -> None:
     """Look at this machine and, where one is named, at a base. Exit status 0: can train; 2: something is broken."""
     from lorafit.cli.console import Terminal
-    from lorafit.doctor import BROKEN, SLOW, examine
+    from lorafit.doctor import BROKEN, GOOD, Finding, machine, opened
+    from lorafit.errors import BaseError
 
     terminal = Terminal(json)
-    findings = examine(base, terminal.say, terminal.watch)
-    for one in findings:
-        mark = {SLOW: "slow", BROKEN: "broken"}.get(one.state, "")
-        terminal.say(f"{one.what:>16}  {one.value}" + (f"\n{mark:>16}  {one.advice}" if one.advice else ""))
+
+    def tell(findings: list[Finding]) -> None:
+        for one in findings:
+            mark = "" if one.state == GOOD else one.state
+            terminal.say(f"{one.what:>16}  {one.value}" + (f"\n{mark:>16}  {one.advice}" if one.advice else ""))
+
+    findings, refused = machine(), None
+    tell(findings)
+    if base is not None:
+        try:
+            of_base = opened(base, terminal.say, terminal.watch)
+            tell(of_base)
+        except BaseError as error:  # told last, when all that was found is told
+            of_base, refused = [Finding("base", "cannot be opened", BROKEN, str(error))], error
+        findings += of_base
     broken = any(one.state == BROKEN for one in findings)
     terminal.finish({"ok": not broken, "findings": [asdict(one) for one in findings]})
+    if refused:
+        raise refused
     if broken:
         raise typer.Exit(2)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
 
 from lorafit.base import Base
 from lorafit.data.render import Renderer
@@ -71,7 +72,7 @@ def generate(
 
 @torch.no_grad()
 def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: int, emit: Callable[[str], None]) -> None:
-    """Answer one prompt; `emit` is called with each piece of text as soon as its words are certain."""
+    """Answer one prompt; `emit` is called with each piece of text as soon as its characters are whole."""
     ids = torch.tensor([prompt], device=base.device)
     streamer = _Streamer(renderer.tokenizer, emit)
     _greedy(base, renderer, max_new_tokens).generate(
@@ -79,16 +80,37 @@ def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: in
     )
 
 
-class _Streamer(TextStreamer):
-    """Hands on whole words; what looks like the beginning of a longer character waits."""
+class _Streamer(BaseStreamer):
+    """Hands on whole characters; what looks like the beginning of one waits for the rest.
+
+    Each piece is decoded behind the one before it, for a token's text may depend on where it stands.
+    """
 
     def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._emit = emit
+        self._tokenizer, self._emit = tokenizer, emit
+        self._ids: list[int] | None = None  # None until the prompt has come, which is not told
+        self._before = self._told = 0
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._emit(text)
+    def put(self, value: torch.Tensor) -> None:
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.tolist()
+        self._tell()
+
+    def end(self) -> None:
+        self._tell(ended=True)
+
+    def _tell(self, ended: bool = False) -> None:
+        ids = (self._ids or [])[self._before :]
+        known, text = self._text(ids[: self._told - self._before]), self._text(ids)
+        if len(text) > len(known) and (ended or not text.endswith("\ufffd")):
+            self._before, self._told = self._told, self._before + len(ids)
+            self._emit(text[len(known) :])
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
 
 def _greedy(base: Base, renderer: Renderer, max_new_tokens: int) -> Any:

@@ -10,8 +10,6 @@ from lorafit.files import did_you_mean
 from lorafit.sources import builtin, folder, gguf, hub
 from lorafit.sources.progress import Report, Watch, silent, unwatched
 
-_DATA = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz"}
-
 
 def found(name: str, report: Report = silent, watch: Watch = unwatched, *, weights: bool = True) -> tuple[Path, str]:
     """The checked model folder that `name` means, and the name under which it opens again as the same content.
@@ -52,7 +50,9 @@ def _meant(name: str) -> Path | hub.Wanted:
         if not path.is_file():
             raise BaseError(f"{path}: there is no such file: {did_you_mean(path, 'check the path')}")
         return path
-    if path.exists() or path.suffix in _DATA or name == "builtin":
+    if path.suffix == ".safetensors" and path.exists():
+        raise BaseError(f"'{name}': is a file of weights, not a base: name the folder it is in")
+    if path.exists() or name == "builtin":
         raise BaseError(f"'{name}': is data, not a base: give the base first, then the data")
     wanted = hub.parse(name)
     if wanted is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ from typing import Any
 
 import torch
 
-from lorafit.errors import BaseError
+from lorafit.errors import BaseError, FormatError
 from lorafit.files import read_json, sha256_file, whole_folder, write_json
 from lorafit.sources.progress import Report, Watch, free_bytes, require_room, shown
 
 _CONVERSION = 1  # raise it when converting changes what is written
 _OURS = "lorafit-base.json"
+_UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}-\d+\.\w+(\.old)?")  # what whole_folder builds in
 _SHARD = "2GB"
 # Tensors that say how positions turn, beside those the model learnt. transformers passes over them.
 _ROPE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -63,17 +66,41 @@ def cache_folder() -> Path:
 
 def copies() -> dict[Path, str]:
     """The converted folders in the cache, each with the name it was converted under."""
+    return {folder: name for folder in _kept() if (name := _name_if_whole(folder))}
+
+
+def remains() -> dict[Path, str]:
+    """Folders of ours in the cache that open as nothing: "broken", or "unfinished", of a conversion that is running or
+    was killed."""
+    found = {}
+    for folder in _kept():
+        if _UNFINISHED.fullmatch(folder.name):
+            found[folder] = "unfinished"
+        elif (folder / _OURS).exists() and _name_if_whole(folder) is None:
+            found[folder] = "broken"
+    return found
+
+
+def _kept() -> list[Path]:
     bases = cache_folder() / "bases"
-    found = sorted(bases.iterdir()) if bases.is_dir() else []
-    return {folder: name for folder in found if (name := name_of(folder))}
+    return sorted(bases.iterdir()) if bases.is_dir() else []
+
+
+def _name_if_whole(folder: Path) -> str | None:
+    try:
+        return name_of(folder)
+    except BaseError:
+        return None
 
 
 def remove(name: str) -> list[Path]:
-    """Delete the converted copies of this name, or the one folder of this name in the cache; returns what is gone.
+    """Delete the converted copies of this name, or the one folder of this name in the cache, be it whole or one of the
+    remains; returns what is gone.
 
     Nothing else is ever deleted: neither GGUF files, nor the hub's cache, nor folders of the user.
     """
     gone = [folder for folder, known_as in copies().items() if name in {known_as, f"{known_as}.gguf", folder.name}]
+    gone += [folder for folder in remains() if folder.name == name]
     if not gone:
         raise BaseError(f"'{name}': there is no converted copy of this name in {cache_folder()}: lorafit bases lists "
                         "those there are; what the hub's cache holds is removed with: hf cache rm")  # fmt: skip
@@ -83,8 +110,17 @@ def remove(name: str) -> list[Path]:
 
 
 def name_of(folder: Path) -> str | None:
-    """The name a folder was converted under; None for folders that were not."""
-    return str(read_json(folder / _OURS)["name"]) if (folder / _OURS).exists() else None
+    """The name a folder was converted under; None for folders that were not. Raises BaseError where it is damaged."""
+    if not (folder / _OURS).exists():
+        return None
+    try:
+        name = read_json(folder / _OURS)["name"]
+    except (FormatError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise BaseError(f"{folder}: {_OURS} in it is damaged: remove the folder, it is made anew from its GGUF file: "
+                        f"lorafit bases --remove {folder.name}")  # fmt: skip
+    return name
 
 
 def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
@@ -106,6 +142,7 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
         report(f"converting {file.name} ({header.architecture}) once: {shown(header.bytes)} as fp32 into {target}, "
                f"where {shown(free_bytes(target))} are free")  # fmt: skip
         require_room(header.bytes, target, f"{file.name} does not fit", "LORAFIT_CACHE")
+        _require_writable(target.parent)
         with whole_folder(target) as building, _watched(watch):
             _convert(file, header, building)
             write_json(building / _OURS, {"name": name, "source": file.name, "source_sha256": digest})
@@ -116,6 +153,16 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
         why = f"{type(error).__name__}: {error}"
         raise BaseError(f"{file}: cannot be converted ({why}): try another file of the model") from error
     return target
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BaseError(f"{folder}: converted bases cannot be written there ({error.strerror}): name another folder "
+                        "in LORAFIT_CACHE") from error  # fmt: skip
 
 
 def _header(file: Path) -> Header:
