@@ -292,7 +292,7 @@ def test_eval_writes_answers_over_nothing_and_says_so_before_a_model_opens(
     mine = write_rows(tmp_path / "mine.jsonl", capitals(12))
     before = mine.read_bytes()
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr("lorafit.pipeline.evaluating.open_base", lambda *_: pytest.fail("a base was opened"))
+    monkeypatch.setattr("lorafit.pipeline.preparing.open_base", lambda *_: pytest.fail("a base was opened"))
     for name, said in (("mine.jsonl", "is there already"), ("folder", "a folder"), ("mine.jsonl/x", "--answers")):
         done = lorafit("eval", run.folder, mine, "--answers", tmp_path / name)
         assert (done.status, said in done.err, "--out" in done.err) == (2, True, False), done.err
