@@ -83,6 +83,16 @@ def test_a_question_longer_than_the_context_is_refused_and_not_remembered(tiny_b
     assert chat.histories[BASE] == []
 
 
+def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(tiny_base: Base) -> None:
+    chat = Chat(tiny_base, max_new_tokens=8)
+    for i in range(2):
+        chat.ask(f"{i}?", lambda piece: None)
+    before = list(chat.histories[BASE])
+    with pytest.raises(SettingsError, match="do not fit"):
+        chat.ask("word " * 200, lambda piece: None)
+    assert chat.histories[BASE] == before
+
+
 def test_an_answer_that_was_stopped_stays_as_far_as_it_came(tiny_base: Base, tmp_path: Path) -> None:
     chat = Chat(tiny_base, max_new_tokens=40)
     name = chat.add(written(tiny_base, tmp_path / "mine"))

@@ -345,3 +345,52 @@ def test_every_problem_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_examples(path)
     assert all(problem.fix for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "text", ["Il a dit «\u00a0j'ai mangé\u00a0».", "Il a crié…»", "C'est l'été\u00a0«\u00a0indien\u00a0»."]
+)
+def test_french_is_not_taken_for_text_read_in_a_wrong_encoding(tmp_path: Path, text: str) -> None:
+    rows = [{"prompt": f"{text} {i}", "completion": "Oui."} for i in range(3)]
+    assert describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks == ()
+
+
+ODD_ANSWERS = {
+    "N/A": "a mark for nothing", " Paris": "blanks before", "Paris ###": "a marker", "æ—¥æœ¬": "wrong encoding",
+    "Ð¿Ñ€Ð¸Ð²ÐµÑ‚": "wrong encoding", "4111 1111 1111 1111": "number of a card",
+    "sk-abc123def456ghi789": "key or password",
+    "+49 30 1234567": "telephone",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "said"), ODD_ANSWERS.items())
+def test_odd_answers_are_remarked(tmp_path: Path, answer: str, said: str) -> None:
+    rows = [{"prompt": "Where?", "completion": answer}, {"prompt": "Who was it?", "completion": "Nobody."}]
+    found = describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks
+    assert [one.examples for one in found if said in one.what] == [1]
+
+
+def test_remarks_come_to_an_end_where_letters_were_lost(tmp_path: Path) -> None:
+    """A pattern that tries every way to divide the signs takes hours here."""
+    rows = [{"prompt": "Where?", "completion": "?" * 20_000 + "x"}, {"prompt": "b" * 20_000, "completion": "c"}]
+    assert describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks == ()
+
+
+def test_labels_that_differ_in_case_or_that_training_lacks_are_remarked(tmp_path: Path) -> None:
+    for name, labels in (("train", ["good"] * 5 + ["Good", "bad", "bad"]), ("test", ["bad", "awful"])):
+        rows: list[dict[str, object]] = [
+            {"text": f"{name} film number {i}", "label": one} for i, one in enumerate(labels)
+        ]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    found = describe(read_examples(tmp_path))
+    assert {one.what: one.examples for one in found.remarks} == {
+        "have a label that differs from a more frequent one in case alone": 1,
+        "have a label that no training example has": 1,
+    }
+    assert found.splits["train"].labels == {"good": 5, "bad": 2, "Good": 1}
+
+
+def test_kinds_of_examples_that_are_mixed_are_remarked(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "A film.", "label": "good"}, *[{"text": f"Prose {i}."} for i in range(3)]]
+    found = describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks
+    assert [(one.what, one.examples) for one in found] == [("are texts with a label, where most are plain text", 1)]

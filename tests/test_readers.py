@@ -411,3 +411,44 @@ def test_json_lines_are_not_learnt_as_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(json.dumps(FOUND[0]), encoding="utf-8")
     with pytest.raises(DataError, match=r"rename it to a\.jsonl"):
         read_examples(tmp_path / "a.txt")
+
+
+def test_a_table_of_tabs_whose_quotes_span_rows_loses_none(tmp_path: Path) -> None:
+    rows = ["prompt\tcompletion", 'q1\t"So it begins', "q2\tmiddle", 'q3\tthen it ends"', "q4\tx"]
+    (tmp_path / "a.tsv").write_text("\n".join(rows), encoding="utf-8")
+    assert [q for q, _ in asked(read_examples(tmp_path / "a.tsv"))] == ["q1", "q2", "q3", "q4"]
+
+
+def test_missing_parts_of_a_split_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train-00000-of-00003-a09b74b3ef9c3b56.jsonl").write_text(json.dumps(FOUND[0]), encoding="utf-8")
+    with pytest.raises(DataError, match="1 of the 3 parts of train are here"):
+        read_examples(tmp_path)
+
+
+@pytest.mark.parametrize("label", ["NaN", "1e999"])
+def test_a_label_that_is_no_number_is_refused(tmp_path: Path, label: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good film", "label": {label}}}', encoding="utf-8")
+    with pytest.raises(DataError, match="label: not a label"):
+        read_examples(tmp_path / "a.jsonl")
+
+
+def test_pieces_of_one_line_have_places_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("This is a sentence of a long line. " * 500, encoding="utf-8")
+    places = [e.where for e in read_examples(tmp_path / "a.txt").train]
+    assert len(set(places)) == len(places) > 3
+
+
+COLUMNS_SAID = {
+    '{"message": "hi", "label": "ham"}': "--columns text=message",
+    '{"input": "a", "output": "b"}': "--columns prompt=input --columns completion=output",
+    '{"instruction": "a", "response": "b"}': "--columns output=response",
+}
+
+
+@pytest.mark.parametrize(("row", "said"), COLUMNS_SAID.items())
+def test_the_advice_for_common_names_can_be_followed(tmp_path: Path, row: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(row, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(tmp_path / "a.jsonl")
+    assert said in caught.value.problems[0].fix
+    assert read_examples(tmp_path / "a.jsonl", [word for word in said.split() if "=" in word]).train

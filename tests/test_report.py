@@ -14,6 +14,7 @@ from conftest import capitals, write_rows
 from matplotlib import image
 
 from lorafit import pipeline
+from lorafit import run as run_folder
 from lorafit.cli.console import Terminal
 from lorafit.data.examples import Example, Message
 from lorafit.errors import FormatError, RunError
@@ -272,3 +273,20 @@ def test_a_base_that_changed_heads_the_page_and_warns_in_a_comparison(run: Path,
 )
 def test_the_headline_claims_no_more_than_was_shown(given: dict[str, Any], says: str) -> None:
     assert says in headline(given)
+
+
+def test_separators_that_are_no_line_ends_are_text(copy: Path) -> None:
+    file = copy / "scores" / "answers.jsonl"
+    file.write_text(
+        file.read_text(encoding="utf-8").replace('"reference": "', '"reference": "\u2028'), encoding="utf-8"
+    )
+    assert "\u2028" in file.read_text(encoding="utf-8")
+    write_report([copy], copy / "report.html")
+    assert len(run_folder.tested(copy)) == len(read_story(copy).answers)
+
+
+def test_pictures_that_are_not_ours_are_not_written_over(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "r-scores.png").write_text("mine", encoding="utf-8")
+    with pytest.raises(RunError, match=r"r-scores\.png"):
+        write_report([copy], tmp_path / "r.html")
+    assert (tmp_path / "r-scores.png").read_text(encoding="utf-8") == "mine"

@@ -176,3 +176,9 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
     assert found["forecast"]["seconds"] > found["forecast"]["step"] > 0
     assert found["forecast"]["disk"] > found["bytes"] > 0
     assert TrainSettings(**found["settings"]) == TrainSettings(rank=2)
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = read_run_file(written(tmp_path / "a.toml", 'data = "~/my.jsonl"'))
+    assert found["data"] == str(tmp_path / "home" / "my.jsonl")

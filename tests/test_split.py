@@ -325,3 +325,10 @@ def test_the_builtin_files_are_what_their_script_writes() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "make_builtin_data.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_prompts_that_differ_in_a_repeated_sign_alone_are_two_questions() -> None:
+    few = example("How many zeros are in 100000?", "train:1", "Five.")
+    many = example("How many zeros are in 1000000?", "test:1", "It is six.")
+    assert shingles(few.question) == shingles(many.question)
+    assert require_apart(Examples((few,), (), (many,))) == 1

@@ -57,6 +57,8 @@ class Story:
 
     def answers(self, run: str, data: str, name: str, *flags: str) -> tuple[Stage, list[dict[str, Any]]]:
         """lorafit eval with an answer to every question; returns the lines of NAME.jsonl, where they are kept."""
+        if not (self.out / "stages" / f"{name}.json").exists():
+            (self.out / f"{name}.jsonl").unlink(missing_ok=True)  # of one that was stopped at its last step
         stage = self._verb(name, ("eval", run, data, "--answers", f"{name}.jsonl", *flags))
         return stage, [json.loads(line) for line in (self.out / f"{name}.jsonl").open(encoding="utf-8")]
 

@@ -143,14 +143,16 @@ class Chat:
     def _fitting(self, renderer: Renderer, history: list[Message]) -> list[int]:
         """The conversation as a prompt. Its oldest turns are forgotten where they would leave an answer less than it
         may have, or than half of the base's context; the last one may leave it less."""
+        kept = list(history)
         while True:
-            prompt = renderer.prompt_ids(history)
+            prompt = renderer.prompt_ids(kept)
             room, context = self._room(len(prompt)), self.base.context
-            if context is None or room >= min(self.max_new_tokens, context // 2) or (len(history) < 3 and room > 0):
+            if context is None or room >= min(self.max_new_tokens, context // 2) or (len(kept) < 3 and room > 0):
+                history[:] = kept
                 return prompt
-            if len(history) < 3:
+            if len(kept) < 3:
                 raise SettingsError(f"{len(prompt)} tokens do not fit the base's {context}: ask shorter")
-            del history[:2]
+            del kept[:2]
 
 
 def _require_unicode(text: str) -> None:

@@ -141,8 +141,12 @@ def openings(out: Path) -> int:
 def tested(out: Path) -> frozenset[str]:
     """Fingerprints of the test examples of this run; none where there is no run, or it has not been tested."""
     path = out / SCORES / ANSWERS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return frozenset(json.loads(line).get("example") for line in lines)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    try:
+        return frozenset(json.loads(line)["example"] for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}: damaged ({error}): move it elsewhere, and looks at this test are counted no "
+                          "more") from error  # fmt: skip
 
 
 def remember_questions(out: Path, questions: Sequence[str]) -> None:

@@ -132,7 +132,9 @@ def read_run_file(path: Path) -> dict[str, Any]:
         wrong = [_told(f"{path}:{_line_of(str(each['loc'][0]), text)}: {each['loc'][0]}", each)
                  for each in error.errors()]  # fmt: skip
         raise SettingsError("\n".join(wrong)) from error
-    beside = {name: str(path.parent / given[name]) for name in ("base", "data", "out") if given.get(name)}
+    beside = {
+        name: str(path.parent / Path(given[name]).expanduser()) for name in ("base", "data", "out") if given.get(name)
+    }
     if given.get("data") == "builtin":
         del beside["data"]
     if "base" in beside and not Path(beside["base"]).exists():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lorafit.report.words import clock, headline, interval, percent
@@ -101,7 +101,8 @@ class Terminal:
         self._bar = self._task = None
 
     def data(self, report: DataReport) -> None:
-        table = Table("split", "examples", "answers", "words", "of answers", "alike", "checked")
+        names = ("split", "examples", "answers", "words", "of answers", "alike", "checked")
+        table = Table(*(Column(name, overflow="fold") for name in names))
         for name, split in report.splits.items():
             checked = f"{split.checked}" + (f" ({split.declining} to decline)" if split.declining else "")
             table.add_row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import shlex
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,11 @@ def formless(where: str, row: dict[str, Any]) -> Problem:
 
 def _reform(row: dict[str, Any]) -> str:
     """What makes a known form of the row: flags ready to type, where its names tell what is meant."""
-    meant = {name: _meant(name) for name in row}
+    meant = {name: _meant(name, value) for name, value in row.items()}
+    if "completion" not in meant.values() and {"input", "output"} <= set(row) and "instruction" not in row:
+        meant |= {"input": "prompt", "output": "completion"}
+    if "instruction" in row and "output" not in row:
+        meant |= {name: "output" for name, field in meant.items() if field == "completion"}
     for needed, _ in FORMS.values():
         if needed <= set(meant.values()):
             named: dict[str, str] = {}
@@ -66,7 +71,7 @@ def _reform(row: dict[str, Any]) -> str:
             return f"rename what is called otherwise, or add {_flags(named)}"
     for name, value in row.items():
         inside = value[0] if isinstance(value, list) and value else value
-        if isinstance(inside, dict) and any(_meant(field) for field in inside):
+        if isinstance(inside, dict) and any(_meant(field, said) for field, said in inside.items() if field != "text"):
             return f"write the fields of '{name}' into the row itself"
     for needed, _ in FORMS.values():
         if needed & set(row):
@@ -78,10 +83,11 @@ def _reform(row: dict[str, Any]) -> str:
     return f"say which column is what, as in {_flags({'prompt': 'QUESTION', 'completion': 'ANSWER'})}"
 
 
-def _meant(name: str) -> str | None:
-    """The field that a column of another name or spelling most likely is."""
+def _meant(name: str, value: Any) -> str | None:
+    """The field that a column of another name or spelling most likely is; turns are a list, and no list is text."""
     plain = name.strip().lower()
-    near = difflib.get_close_matches(plain, FIELDS, n=1, cutoff=0.8)
+    known = sorted(FIELDS & TURNS if isinstance(value, list) else FIELDS - TURNS)
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
     return near[0] if near else next((field for field, names in ALSO.items() if plain in names), None)
 
 
@@ -202,7 +208,9 @@ def _alpaca(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
 
 def _labelled(row: dict[str, Any], wrong: Wrong) -> tuple[Message, ...]:
     label = row["label"]
-    if isinstance(label, (int, float)):  # as parquet files and JSON keep them
+    if isinstance(label, float) and not math.isfinite(label):
+        wrong("not a label but a number that is none", "write one, or remove the line", "label")
+    elif isinstance(label, (int, float)):  # as parquet files and JSON keep them
         label = json.dumps(int(label) if label == int(label) and not isinstance(label, bool) else label)
     elif isinstance(label, str):
         label = label.strip()
@@ -226,12 +234,13 @@ ALSO = {  # what others call these fields, in the public data sets met so far
     "prompt": ("question", "query", "source", "mr", "problem", "document", "original_text", "ask", "user"),
     "completion": ("answer", "response", "reply", "target", "ref", "reference", "summary", "reference_summary",
                    "solution", "assistant"),
-    "text": ("sentence", "utterance", "review", "content", "body", "comment"),
+    "text": ("sentence", "utterance", "review", "content", "body", "comment", "message"),
     "label": ("intent", "category", "class", "sentiment", "topic"),
 }  # fmt: skip
 ANSWERING = frozenset().union(*(needed for needed, _ in FORMS.values())) - {"text", "label"}
 FIELDS = frozenset({"input", "system", "check", "group", "text", "label"}) | ANSWERING
-PACKED = frozenset({"messages", "conversations", "check"})  # may stand as JSON in the cell of a table
+TURNS = frozenset({"messages", "conversations"})
+PACKED = TURNS | {"check"}  # may stand as JSON in the cell of a table
 KINDS: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", int: "a number",
                           float: "a number"}  # fmt: skip
 BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"  # what shows nothing

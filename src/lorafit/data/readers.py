@@ -22,7 +22,7 @@ from lorafit.errors import Problem
 from lorafit.files import did_you_mean
 
 PIECE = 2000  # characters of plain text that make one example, rounded up to whole paragraphs
-PACKED = (".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
+ARCHIVES = (".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
             return refuse(f"cannot be unpacked ({error})", "copy it again, it may be half a copy")
     if raw[:2] == b"\x1f\x8b":
         return refuse("packed by gzip, which its name does not say", f"rename it to {path.name}.gz")
-    if ending in PACKED:
+    if ending in ARCHIVES:
         return refuse("a packed file", "unpack it, and give what is in it")
     if raw[:4] == b"PK\x03\x04":  # so do workbooks begin
         workbook = ending.startswith((".xls", ".ods"))
@@ -207,16 +207,20 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
         text = _text(path, raw, problems)
         if not text or not text.strip():
             return
-        head, above = text.partition("\n")[0], 0
+        above = len(text) - len(text.lstrip("\r\n"))
+        above, text = text[:above].count("\n"), text.lstrip("\r\n")
+        head = text.partition("\n")[0]
         delimiter = max(delimiters, key=head.count)  # a comma, or what spreadsheets of other countries write
         if re.fullmatch(r"sep=.\s*", head):  # a spreadsheet's own first line
-            delimiter, text, above = head[4], text.partition("\n")[2], 1
+            delimiter, text, above = head[4], text.partition("\n")[2], above + 1
         found: list[Problem] = []
         records = list(_rows(path, text, above, delimiter, csv.QUOTE_MINIMAL, found))
-        if found and delimiter == "\t":  # most of these files quote nothing
+        joined = any("\t" in str(cell) or "\n" in str(cell) for record in records for cell in record.fields.values())
+        if delimiter == "\t" and (found or joined):  # most of these files quote nothing
             bare: list[Problem] = []
             again = list(_rows(path, text, above, delimiter, csv.QUOTE_NONE, bare))
-            records, found = (again, bare) if len(bare) < len(found) else (records, found)
+            if not bare or len(bare) < len(found):
+                records, found = again, bare
         problems += found
         yield from records
 
@@ -231,7 +235,7 @@ def _rows(
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
     started = above
     try:
-        header = [name.strip() or f"column {i}" for i, name in enumerate(next(rows), 1)]
+        header = [name.strip() or f"column {i}" for i, name in enumerate(next(rows, []), 1)]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             what = f"two columns are named '{twice[0]}'"
@@ -293,7 +297,7 @@ def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Rec
     text = _text(path, raw, problems)
     if text is None:
         return
-    piece, begins = "", 1
+    piece, begins = "", "1"
     for number, line in _lines(text):
         if len(piece) >= (2 * PIECE if line.strip() else PIECE):
             yield Record(f"{path}:{begins}", {"text": piece.strip()})
@@ -306,16 +310,17 @@ def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Rec
         yield Record(f"{path}:{begins}", {"text": piece.strip()})
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines; one longer than two pieces in parts that end where sentences do."""
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """Lines with their places; one longer than two pieces in parts that end where sentences do."""
     for number, line in enumerate(re.sub(r"\r\n?", "\n", text).split("\n"), 1):
-        part = ""
+        part, place, cut = "", f"{number}", 1
         for sentence in re.split(r"(?<=[.!?…]\s)|(?<=[。！？])", line) if len(line) > 2 * PIECE else [line]:
             if len(part) >= 2 * PIECE:
-                yield number, part
-                part = ""
+                yield place, part
+                cut += 1
+                part, place = "", f"{number} part {cut}"
             part += sentence
-        yield number, part
+        yield place, part
 
 
 WIDE = {  # marks at the beginning of a file, the longer first

@@ -24,7 +24,7 @@ MISNAMED = {
 }
 NOT_EXAMPLES = {"readme", "license", "licence", "copying", "notice"}  # names of files that come with data
 TEXTS = "texts"  # of a folder that holds nothing else: all are trained on, each a group
-SHARD = r"-\d+-of-\d+$"  # what ends the names of files that are parts of one
+SHARD = r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$"  # what ends the names of files that are parts of one
 MOST_LABELS = 30  # named in the system prompt
 BUILTIN = "builtin"  # the help desk that comes with the package
 BUILTIN_FOLDER = Path(str(files("lorafit.data").joinpath("builtin")))
@@ -111,6 +111,11 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         for split in SPLITS
         if len(named[split]) > 1 and not all(re.search(SHARD, file.name.partition(".")[0]) for file in named[split])
     ]
+    for split in SPLITS:
+        parts = re.search(SHARD, named[split][0].name.partition(".")[0]) if named[split] else None
+        if parts and int(parts[1]) != len(named[split]):
+            what = f"{len(named[split])} of the {int(parts[1])} parts of {split} are here"
+            problems.append(Problem(str(path), what, "copy the others too"))
     if problems:
         raise DataError(problems)
     readable = [file for held in named.values() for file in held]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ def _answers(pattern: str) -> Callable[[Example], bool]:
     return lambda example: not example.is_text and found.search(example.answer) is not None
 
 
+def _nothing(example: Example) -> bool:
+    return not example.is_text and example.answer.strip(string.whitespace + ".!?-_<>()[]#*\"'").lower() in _NOTHING
+
+
 def _echoes(example: Example) -> bool:
     return not example.is_text and example.answer.strip() == example.messages[-2].content.strip()
 
@@ -69,12 +74,12 @@ def _echoes(example: Example) -> bool:
 _CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]"
 # UTF-8 that was read as another encoding: ’ as â€™, é as Ã©, a hard space as Â and one, й as Ð¹, 日 as æ—¥.
 _HIGH = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
-_MISREAD = f"(?:â€|[ÃÂÐÑ])[{_HIGH}]|[ãäåæçèéï](?:[\x80-\xbf][{_HIGH}]|[{_HIGH}][\x80-\xbf])"
+_MISREAD = f"(?:â€|[ÃÂÐÑ])[{_HIGH}]|(?<![A-Za-zÀ-ÿ])[ãäåæçèéï](?:[\x80-\xbf][{_HIGH}]|[{_HIGH}][\x80-\xbf])"
 _HTML = (
     r"</?(?:a|article|b|body|br|div|em|font|footer|h[1-6]|head|header|html|i|img|li|nav|ol|p|script|section|span|strong"
-    r"|style|table|tbody|td|th|thead|tr|u|ul)(?:\s[^<>]*)?/?>|&(?:[a-z]{2,8}|#x?[\da-fA-F]+);"
+    r"|style|table|tbody|td|th|thead|tr|u|ul)(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|copy|[a-zA-Z](?:acute|grave|circ|uml|tilde|cedil)|[lr][ds]quo|[mn]dash|#x?[\da-fA-F]+);"
 )
-_MAIL = r"[\w.+-]+@[\w-]+\.[\w.]*\w"
+_MAIL = r"(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.]*\w"
 _PHONE = (
     r"(?<![\w.,-])\(?\d{3,4}\)?[ .-]\d{3}[ .-]\d{3,4}(?![\w-])"
     r"|(?<![\w.,-])\+\d{1,3}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
@@ -83,8 +88,11 @@ _NUMBERS = (  # of cards, of accounts by country, of social security in the Unit
     r"(?<![\w-])\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?![\w-])|\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}\b"
     r"|(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"
 )
-_SECRET = r"\b(?:sk|pk|ghp|gho|xox[abp]|hf)[-_][A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
-_NOTHING = r"(?i)^\W*(?:n/?a|nan|none|null|nil|undefined|to ?do|tbd|fixme|xxx|\?+)\W*$"
+_SECRET = (
+    r"\b(?:sk|pk|ghp|gho|xox[abp]|hf)[-_](?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{16,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+_NOTHING = {"", "n/a", "na", "nan", "none", "null", "nil", "undefined", "todo", "to do", "tbd", "fixme", "xxx"}
 _MARKER = r"(?:#{2,}|\bEND|</s>|<\|[^|>]*\|>|\[/?INST\])\s*$"
 _PRIVATE = "take out what an adapter must not repeat"
 ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
@@ -96,7 +104,7 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
     "hold what looks like the number of a card, an account or a person": (_holds(_NUMBERS), _PRIVATE),
     "hold what looks like a key or password of a program": (_holds(_SECRET), _PRIVATE),
     "answer with the question itself": (_echoes, "correct the answers"),
-    "answer with a mark for nothing (N/A, null, TODO)": (_answers(_NOTHING), "fill them in, or leave them out"),
+    "answer with a mark for nothing (N/A, null, TODO)": (_nothing, "fill them in, or leave them out"),
     "answer with blanks before or after": (_answers(r"^\s|\s$"), "strip them, they are learnt too"),
     "end an answer with a marker (###, END, </s>)": (
         _answers(_MARKER), "take it out: where an answer ends is learnt without it",

@@ -167,7 +167,8 @@ def require_apart(examples: Examples) -> int:
     sides = {first: {everything[i][0] for i in positions} for first, positions in same.items()}
     beside: dict[int, list[int]] = defaultdict(list)  # an example, and the near-identical ones of earlier splits
     pairs = near_pairs(sets, same, lambda i, j: len(sides[i] | sides[j]) > 1)
-    for met in chain(same.values(), (sorted(same[i] + same[j]) for i, j in pairs)):
+    mixed = (positions for first, positions in same.items() if len(sides[first]) > 1)
+    for met in chain(mixed, (sorted(same[i] + same[j]) for i, j in pairs)):
         for k, j in enumerate(met):
             beside[j] += [i for i in met[:k] if everything[i][0] != everything[j][0]]
     problems, different = [], 0
@@ -185,7 +186,7 @@ def require_apart(examples: Examples) -> int:
 
 def _alike(one: Example, other: Example) -> bool:
     """Of two examples with near-identical prompts: whether knowing one is knowing the other."""
-    if one.question == other.question or shingles(one.question) == shingles(other.question):
+    if _FORM.sub(" ", one.question.lower()).strip() == _FORM.sub(" ", other.question.lower()).strip():
         return True
     return similarity(shingles(one.answer), shingles(other.answer)) >= ALIKE
 

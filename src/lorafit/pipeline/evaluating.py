@@ -11,7 +11,7 @@ from typing import Any
 from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
-from lorafit.errors import AdapterError, DataError, Problem, SettingsError
+from lorafit.errors import AdapterError, DataError, InputError, Problem, SettingsError
 from lorafit.evaluation.compare import compare
 from lorafit.files import require_new, write_text
 from lorafit.formats import peft
@@ -83,6 +83,8 @@ def run_evaluation(
     comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
                          shots=resolved.few_shot if may_show else 0, answer_all=answers is not None,
                          watch=listener.watch, accept_unknown_base=accept_unknown_base)  # fmt: skip
+    for run in runs:
+        _count(run, chosen, listener)
     if answers is not None:
         write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
@@ -104,15 +106,24 @@ def run_evaluation(
 
 
 def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:
-    """Say what of the examples the run knows already, and count a look at its test; how many it was trained or
-    validated on, None where there is no run."""
+    """Say what of the examples the run knows already: how many it was trained or validated on, None where there is
+    no run."""
     seen = remembered(run, [example.question for example in chosen])
     if seen:
         listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on in {run}: this measures "
                      "memory")  # fmt: skip
+    return seen
+
+
+def _count(run: Path, chosen: Sequence[Example], listener: Listener) -> None:
+    """Count a look at the test of a run, where examples of it were scored."""
     known = tested(run)
     again = sum(example_digest(example) in known for example in chosen)
-    if again:
-        listener.say(f"{again} of these {len(chosen)} examples are of the test of {run}, now opened "
-                     f"{count_opening(run)} times: choose by other examples, or it is no test any more")  # fmt: skip
-    return seen
+    if not again:
+        return
+    try:
+        opened = f"now opened {count_opening(run)} times"
+    except (OSError, InputError) as error:
+        opened = f"which could not be counted there ({error})"
+    listener.say(f"{again} of these {len(chosen)} examples are of the test of {run}, {opened}: choose by other "
+                 "examples, or it is no test any more")  # fmt: skip

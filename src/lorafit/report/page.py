@@ -21,6 +21,7 @@ from lorafit.report.story import Story, read_story
 from lorafit.report.words import clock, doubt, headline, interval, percent, verdict
 from lorafit.settings import BY_RULE
 
+PICTURES = ("curves", "scores", "examples")
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
 
@@ -45,7 +46,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     if twice:
         raise RunError(f"{', '.join(twice)}: named more than once: name each run once")
-    _require_replaceable(out)
+    if not _is_ours(out):
+        for path in (out, *(_beside(out, name) for name in PICTURES)):
+            require_new(path, "--out")
     stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, _names(resolved), strict=True)]
     drawn = {
         "curves": charts.curves(stories),
@@ -54,7 +57,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     }
     for name, figure in drawn.items():
         if figure is not None:
-            with whole_file(out.with_name(f"{out.stem}-{name}.png")) as file:
+            with whole_file(_beside(out, name)) as file:
                 file.write_bytes(charts.png(figure))
     pictures = {name: charts.svg(figure, name) if figure else None for name, figure in drawn.items()}
     write_text(out, _page(stories, pictures))
@@ -68,10 +71,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return next(names for names in ends if len(set(names)) == len(names))
 
 
-def _require_replaceable(out: Path) -> None:
-    """A page of ours may be written anew; anything else is not written over."""
-    if not out.is_file() or 'content="lorafit ' not in out.read_text(encoding="utf-8", errors="replace")[:1000]:
-        require_new(out, "--out")
+def _beside(out: Path, picture: str) -> Path:
+    return out.with_name(f"{out.stem}-{picture}.png")
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a page of ours is there, which may be written anew; anything else is not written over."""
+    return out.is_file() and 'content="lorafit ' in out.read_text(encoding="utf-8", errors="replace")[:1000]
 
 
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:

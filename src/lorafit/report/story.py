@@ -68,8 +68,8 @@ def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The records of a file of JSON lines; the last line of one that is being written may be half."""
     if not path.exists():
         return ()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other separators
     try:
-        return tuple(json.loads(line) for line in lines if line.endswith("\n"))
+        return tuple(json.loads(line) for line in lines)
     except ValueError as error:
         raise FormatError(f"{path}: damaged ({error}): train again into another folder") from error
