@@ -175,6 +175,8 @@ class Terminal:
         self.out.print(
             f"{headline(summary)}; paired difference in NLL {nll['difference']:+.3f}, {interval(nll['ci95'])}"
         )
+        if summary.get("seen_in_training"):
+            self.out.print(f"but {summary['seen_in_training']} of these it was trained or validated on: that is memory")
         if facts["ci95"]:
             low, high = facts["ci95"]
             self.out.print(f"facts right: {percent(facts['adapter'])}, 95 % interval {low:.1%} to {high:.1%}")

@@ -57,6 +57,7 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
     from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
     from lorafit.oracle import same_as_peft
+    from lorafit.run import RUN, read_run
 
     terminal.results(summary)
     if summary["base_unchanged"]:
@@ -73,10 +74,12 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
         f"{seconds['evaluate']:.0f} s" + (f", at most {summary['peak_rss_gb']} GB" if summary["peak_rss_gb"] else "")
     )
     folder = shlex.quote(str(out))
+    columns = read_run(out)["settings"]["columns"] or () if (out / RUN).exists() else ()
+    named = "".join(f" --columns {shlex.quote(column)}" for column in columns)
     following = [
         f"chat {folder}",
         f"show {folder}",
-        f"eval {folder} QUESTIONS.jsonl    # that are not among those it was trained on",
+        f"eval {folder} QUESTIONS.jsonl{named}    # not those it was trained on",
         *more,
     ]
     terminal.say("next:\n" + "\n".join(f"  {program()} {line}" for line in following))
