@@ -17,6 +17,7 @@ FLOORS = {
     "explain": 1,
     "files": 1,
     "sites": 1,
+    "packing": 1,
     "layers": 2,
     "sources": 2,
     "variants": 2,

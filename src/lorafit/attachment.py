@@ -4,18 +4,25 @@ While attached, each site's `forward` is shadowed on the instance. Keys, types a
 they are, a parent that calls the module reaches the adapter, and a compiled model notices: torch's compiler
 guards the forward of every module it has inlined and compiles anew, where it passes over hooks that were added
 later (torch 2.13). Nothing else in lorafit changes a model.
+
+Sites that are called with the very same tensor (q, k and v; gate and up) are computed together where the variant can:
+the first forward of an attachment goes site by site and finds them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import PreTrainedModel
 
+from lorafit import packing as packs
 from lorafit.adapter import Adapter, initial
 from lorafit.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
@@ -88,9 +95,10 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
+        shared = _Shared(source)
         for slot in value.plan.slots:
             module = modules[slot.site.path]
-            module.forward = _adapted(module, slot, source, attachment)
+            module.forward = _adapted(_Place.of(module, slot), shared, attachment)
             shadowed.append(module)
         yield attachment
     finally:
@@ -100,19 +108,98 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
             parameter.requires_grad_(flag)
 
 
-def _adapted(module: nn.Module, slot: LowRank, source: Source, attachment: Attachment) -> Callable[..., Tensor]:
-    original: Callable[..., Tensor] = module.forward
-    kind, variant = KINDS[kind_of(module) or slot.site.kind], VARIANTS[slot.variant]
-    frozen = Frozen(kind.weight(module), kind.bias(module))
-    path, scaling = slot.site.path, slot.scaling
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """One adapted site: what its module computes without, what it may read, how the pair acts."""
 
+    original: Callable[..., Tensor]
+    frozen: Frozen
+    slot: LowRank
+
+    @staticmethod
+    def of(module: nn.Module, slot: LowRank) -> _Place:
+        kind = KINDS[kind_of(module) or slot.site.kind]
+        return _Place(module.forward, Frozen(kind.weight(module), kind.bias(module)), slot)
+
+
+def _adapted(place: _Place, shared: _Shared, attachment: Attachment) -> Callable[..., Tensor]:
     def forward(input: Tensor) -> Tensor:
-        y = original(input)
-        if not attachment.on:
-            return y
-        return variant.forward(source.drop(input), y, frozen, source.factors(input.dtype, input.device)[path], scaling)
+        return shared.forward(place, input) if attachment.on else place.original(input)
 
     return forward
+
+
+@dataclass(eq=False)
+class _Shared:
+    """Finds the places that are called with the very same tensor, and computes them at the first one's call.
+
+    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, and the
+    state of it, that the output was made from.
+    """
+
+    source: Source
+    _groups: dict[_Place, list[_Place]] = field(default_factory=dict)  # by the place that is called first
+    _last: tuple[weakref.ref[Tensor], int, _Place] | None = None
+    _kept: dict[_Place, Tensor] = field(default_factory=dict)
+    _kept_for: tuple[weakref.ref[Tensor], int, bool] | None = None
+
+    def forward(self, place: _Place, x: Tensor) -> Tensor:
+        dropped = self.source.drop(x)
+        together = VARIANTS[place.slot.variant].together
+        if together is None or dropped is not x or torch.compiler.is_compiling():
+            y, factors = place.original(x), self.source.factors(x.dtype, x.device)[place.slot.site.path]
+            return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, factors, place.slot.scaling)
+        if place in self._kept and self._kept_for is not None:
+            made_from, version, grad = self._kept_for
+            if made_from() is x and version == _version(x) and grad == torch.is_grad_enabled():
+                return self._kept.pop(place)
+        self._learn(place, x)
+        group = self._groups[place]
+        factors = self.source.factors(x.dtype, x.device)
+        first, *others = together(
+            x, [one.original for one in group], [one.frozen for one in group],
+            [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
+        )  # fmt: skip
+        self._kept = dict(zip(group[1:], others, strict=True))
+        self._kept_for = (weakref.ref(x), _version(x), torch.is_grad_enabled())
+        return first
+
+    def _learn(self, place: _Place, x: Tensor) -> None:
+        """Have the place before call for this one too, if both are given the same tensor."""
+        new = place not in self._groups
+        self._groups.setdefault(place, [place])
+        if self._last is not None and new:
+            tensor, version, leader = self._last
+            if tensor() is x and version == _version(x) and leader.slot.variant == place.slot.variant:
+                self._groups[leader].append(place)
+                return
+        self._last = (weakref.ref(x), _version(x), place)
+
+
+def _version(x: Tensor) -> int:
+    """How often x has been written to; tensors of inference mode do not count, and cannot be trained through."""
+    return 0 if x.is_inference() else x._version
+
+
+@contextmanager
+def packing(base: Base, on: bool = True) -> Iterator[None]:
+    """Have the model compute attention within the rows of a pack for the length of the block, by its configuration.
+
+    Inside, the model is called with `segments` and with their positions. `on` False does nothing.
+    """
+    model = base.model
+    if not on:
+        yield
+        return
+    if not isinstance(model, PreTrainedModel):
+        raise packs.CannotPack("no model of transformers")
+    AttentionInterface.register(packs.NAME, packs.attention)
+    AttentionMaskInterface.register(packs.NAME, lambda *_, **__: None)  # the rows are kept apart without a mask
+    before, model.config._attn_implementation = model.config._attn_implementation, packs.NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def _check_identity(base: Base, adapter: Adapter, accept_unknown: bool) -> None:

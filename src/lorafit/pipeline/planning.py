@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from lorafit.attachment import attach, fresh
+from lorafit.attachment import attach, fresh, packing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
 from lorafit.data.render import Row
-from lorafit.evaluation.nll import batch_of, example_nll
+from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.settings import settings_from
-from lorafit.tasks.completion import head_is_plain
+from lorafit.tasks.completion import batch_of, way_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.state import TrainState
 
@@ -71,14 +71,14 @@ def forecast(opened: Opened, seed: int) -> Forecast:
     plan = opened.decision.plan
     state = TrainState(fresh(base, plan, seed, opened.renderer.rendering), base.device, recipe.dropout)
     state.training = True
-    plain = head_is_plain(base.model, batch_of(base, rows["train"][:1]))
+    way = way_of(base, rows["train"])
     took = 0.0
-    with torch.random.fork_rng(), attach(base, state):
+    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed):
         for i in tried:
-            parts = by_tokens(rows["train"], order[i], recipe.micro_tokens)
-            batches = [batch_of(base, [rows["train"][k] for k in part]) for part in parts]
-            gradient_step(base, state, batches, plain)  # a new width costs the kernels a preparation
-            took += _seconds(base, lambda batches=batches: gradient_step(base, state, batches, plain))
+            parts = by_tokens(rows["train"], order[i], recipe.micro_tokens, way.packed)
+            batches = [batch_of(base, [rows["train"][k] for k in part], way) for part in parts]
+            gradient_step(base, state, batches, way)  # a new width costs the kernels a preparation
+            took += _seconds(base, lambda batches=batches: gradient_step(base, state, batches, way))
         few = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
         validation = _seconds(base, lambda: example_nll(base, few)) * _tokens(rows["valid"]) / _tokens(few)
     step = took / sum(sizes[i] for i in tried) * sum(sizes) / len(sizes)

@@ -15,13 +15,12 @@ from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
 from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
-from lorafit.evaluation.nll import batch_of
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.pipeline.listener import Listener
 from lorafit.planning import Decision, decide
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
-from lorafit.tasks.completion import completion_logits
+from lorafit.tasks.completion import PLAIN, batch_of, token_nll
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     examples, report = prepare(data, settings, listener)
     base = opened_base(base_name, settings, listener)
     examples, renderer, rows = rendered(base, examples, settings, listener)
-    probe = batch_of(base, rows["train"][:2])
-    seen = fired(base, lambda: completion_logits(base.model, probe, split_head=False))
+    probe = batch_of(base, rows["train"][:2], PLAIN)
+    seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
     listener.plan(decision.choices)

@@ -2,52 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.data.batches import Batch
+from lorafit.attachment import packing
+from lorafit.base import Base
+from lorafit.data.batches import PACK_STEP, Batch, collate, pack
+from lorafit.data.render import Row
+from lorafit.packing import CannotPack
+
+CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32
+PROBED = 64  # tokens of a row that `way_of` looks at
 
 
-def completion_logits(model: nn.Module, batch: Batch, split_head: bool) -> Tensor:
-    """Logits of the positions that predict trained tokens, (n_trained, vocabulary), rows in order.
+@dataclass(frozen=True)
+class Way:
+    """How this base may be run, measured. apart: its logits are its head over its last hidden state, so that the head
+    is needed only where a token is trained. packed: rows one behind the other compute what each computes alone."""
 
-    With `split_head` the head runs only at those positions; see `head_is_plain`.
+    apart: bool
+    packed: bool
+
+
+PLAIN = Way(False, False)
+
+
+def way_of(base: Base, rows: Sequence[Row]) -> Way:
+    """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state from
+    token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
+    ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
+    few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in ids]
+    with torch.no_grad():
+        alone = torch.cat([token_nll(base, batch_of(base, [row], PLAIN), PLAIN) for row in few])
+        apart = _head(base.model) is not None and _same(base, alone, [[row] for row in few], Way(True, False))
+        try:
+            return Way(apart, _same(base, alone, [few], Way(apart, True)))
+        except (CannotPack, TypeError, ValueError):  # a family that takes no such arguments refuses in its own way
+            return Way(apart, False)
+
+
+def _same(base: Base, alone: Tensor, batches: Sequence[Sequence[Row]], way: Way) -> bool:
+    """Whether rows computed this way have the NLL they have alone, within the rounding of the dtype."""
+    rounding = 1e-4 if base.dtype == torch.float32 else 5e-2
+    with packing(base, way.packed):
+        found = torch.cat([token_nll(base, batch_of(base, rows, way), way) for rows in batches])
+    return torch.allclose(alone, found, rtol=rounding, atol=rounding)
+
+
+def batch_of(base: Base, rows: Sequence[Row], way: Way) -> Batch:
+    """Rows as one batch for this base. Any valid token serves as padding: nothing trained ever looks at it."""
+    known = base.tokenizer.pad_token_id if base.tokenizer is not None else None
+    pad = 0 if known is None else int(known)
+    if way.packed:
+        stepped = base.device.type == "cpu" and base.dtype != torch.float32
+        return pack(rows, pad, base.device, PACK_STEP if stepped else 1)
+    return collate(rows, pad, base.device, base.context)
+
+
+def token_nll(base: Base, batch: Batch, way: Way) -> Tensor:
+    """NLL in nats of every trained token, (n_trained,) fp32, rows in order.
+
+    Inside `packing(base)` where the batch is packed. Logits are computed at the trained tokens alone, and not all at a
+    time, unless the head cannot be run apart or is itself adapted.
     """
-    predicts = torch.zeros_like(batch.trained)
-    predicts[:, :-1] = batch.trained[:, 1:]
-    if not split_head:
-        logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
-        return logits[predicts]
-    assert isinstance(model, PreTrainedModel)
-    hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    chosen: Tensor = model.get_output_embeddings()(hidden[predicts])
-    return chosen
+    where = {} if batch.segments is None else {"position_ids": batch.segments.positions, "segments": batch.segments}
+    if not way.apart:
+        logits = base.model(input_ids=batch.ids, use_cache=False, **where).logits.flatten(0, 1)[batch.before]
+        return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    model, head = base.model, _head(base.model)
+    assert isinstance(model, PreTrainedModel) and head is not None
+    hidden = model.base_model(input_ids=batch.ids, use_cache=False, **where).last_hidden_state
+    chosen = hidden.flatten(0, 1).index_select(0, batch.before)
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return F.cross_entropy(head(chosen).float(), batch.targets, reduction="none")
+    nll: Tensor = _HeadNll.apply(chosen, head.weight, head.bias, batch.targets)
+    return nll
 
 
-def token_nll(model: nn.Module, batch: Batch, split_head: bool) -> Tensor:
-    """NLL in nats of every trained token, (n_trained,) fp32, rows in order."""
-    logits = completion_logits(model, batch, split_head)
-    return F.cross_entropy(logits.float(), batch.ids[batch.trained], reduction="none")
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output head of a model that has one over a body of its own."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return None
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
+
+
+class _HeadNll(torch.autograd.Function):
+    """Head and cross entropy, `CHUNK` logits at a time. A frozen head's gradient goes to its input alone, so it is
+    computed with the loss, from logits that are in the cache still, and no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK // len(weight))
+        wanted = ctx.needs_input_grad[0]
+        nll, gradient = [], torch.empty_like(hidden) if wanted else None
+        for start in range(0, len(hidden), rows):
+            part, truth = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = F.linear(part, weight, bias).float()
+            total = logits.logsumexp(1, keepdim=True)
+            nll.append((total - logits.gather(1, truth))[:, 0])
+            if gradient is not None:
+                logits.sub_(total).exp_()
+                logits.scatter_add_(1, truth, logits.new_full(truth.shape, -1.0))
+                torch.mm(logits.to(weight.dtype), weight, out=gradient[start : start + rows])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return torch.cat(nll)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * upstream[0][:, None]).to(gradient.dtype), None, None, None
 
 
 def row_sums(token_values: Tensor, batch: Batch) -> Tensor:
-    """Sum of per-token values for each row of the batch, (B,) fp64."""
-    rows = batch.trained.nonzero()[:, 0]
-    sums = torch.zeros(len(batch.ids), dtype=torch.float64, device=token_values.device)
-    return sums.index_add(0, rows, token_values.double())
-
-
-@torch.no_grad()
-def head_is_plain(model: nn.Module, batch: Batch) -> bool:
-    """Whether this model's logits are its head over its last hidden state (measured on one batch).
-
-    Some families scale or cap their logits after the head; for those the head cannot be run apart.
-    """
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None or model.base_model is model:
-        return False
-    one = Batch(batch.ids[:1], batch.trained[:1])
-    whole, apart = (completion_logits(model, one, split) for split in (False, True))
-    rounding = 1e-5 if whole.dtype == torch.float32 else 1e-2
-    return torch.allclose(whole.float(), apart.float(), rtol=rounding, atol=rounding * float(whole.abs().max()))
+    """Sum of per-token values for each row of the batch, (rows,) fp64."""
+    sums = torch.zeros(batch.rows, dtype=torch.float64, device=token_values.device)
+    return sums.index_add(0, batch.owner, token_values.double())

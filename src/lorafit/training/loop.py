@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach
+from lorafit.attachment import attach, packing
 from lorafit.base import Base
 from lorafit.data.batches import Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted
-from lorafit.evaluation.nll import batch_of, example_nll
+from lorafit.evaluation.nll import example_nll
 from lorafit.files import write_text
 from lorafit.run import CHECKPOINTS, METRICS
-from lorafit.tasks.completion import head_is_plain, token_nll
+from lorafit.tasks.completion import Way, batch_of, token_nll, way_of
 from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
 from lorafit.training.recipe import Recipe
@@ -86,22 +86,22 @@ def train(
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     """
     run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, tell, watch)
-    with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state):
+    with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state), packing(base, run.way.packed):
         return run.go(resume, stop)
 
 
-def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], split_head: bool) -> float:
+def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: Way) -> float:
     """Accumulate the gradient of the mean NLL over all trained tokens of all batches; returns that mean.
 
     The sum is divided by the tokens of the whole step, so any division of the step gives the same gradient.
     """
     n = sum(batch.n_trained for batch in batches)
-    total = 0.0
+    total = torch.zeros((), device=base.device)
     for batch in batches:
-        loss = token_nll(base.model, batch, split_head).sum() / n
+        loss = token_nll(base, batch, way).sum() / n
         loss.backward()
-        total += float(loss.detach())
-    return total
+        total += loss.detach()
+    return float(total)
 
 
 class _Run:
@@ -118,7 +118,7 @@ class _Run:
         self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)
         self.saving = self.last_save = self.one_validation = 0.0
         self.began = time.monotonic()
-        self.split_head = head_is_plain(base.model, batch_of(base, train_rows[:1]))
+        self.way = way_of(base, train_rows)
         self.order: tuple[int, list[list[int]]] = (-1, [])
         self.identity = self._identity(adapter)
 
@@ -141,6 +141,7 @@ class _Run:
         if resume and self.checkpoint and self.checkpoint.exists():
             self.at = checkpoint.restore(self.checkpoint, self.state, self.optimizer, self.identity)
         self._trim_metrics()
+        self._look()
         recipe, at = self.recipe, self.at
         try:
             while True:
@@ -161,6 +162,12 @@ class _Run:
             raise Interrupted(f"{where}: {RESUME_HINT}") from None
         return self._finish()
 
+    def _look(self) -> None:
+        """One forward, in which the attachment finds the sites that share their input: resumed or not, every step
+        computes in the same order, and so the same bits."""
+        with torch.no_grad():
+            token_nll(self.base, batch_of(self.base, self.rows[:1], self.way), self.way)
+
     def _step(self) -> None:
         recipe, at = self.recipe, self.at
         start = time.monotonic()
@@ -168,11 +175,11 @@ class _Run:
         if self.order[0] != epoch:
             self.order = (epoch, epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch))
         positions = self.order[1][index]
-        parts = by_tokens(self.rows, positions, recipe.micro_tokens)
-        batches = [batch_of(self.base, [self.rows[i] for i in part]) for part in parts]
+        parts = by_tokens(self.rows, positions, recipe.micro_tokens, self.way.packed)
+        batches = [batch_of(self.base, [self.rows[i] for i in part], self.way) for part in parts]
         torch.manual_seed(seed_of(recipe.seed, "step", at.step))  # dropout: the same whether resumed or not
         self.state.training = True
-        nll = gradient_step(self.base, self.state, batches, self.split_head)
+        nll = gradient_step(self.base, self.state, batches, self.way)
         rate = adamw.rate_at(at.step, recipe.steps, recipe.warmup, recipe.learning_rate)
         norm = adamw.step(self.state, self.optimizer, rate, recipe.weight_decay, recipe.clip)
         if at.step == 0 and norm == 0:
@@ -180,6 +187,8 @@ class _Run:
                                "choose sites on which the answer depends")  # fmt: skip
         at.step += 1
         self._require_finite(nll + norm)
+        if norm == 0 and nll > 1:  # weights so large that every answer is as likely, whatever they do
+            self._diverged("the gradient has vanished")
         at.seconds += time.monotonic() - start
         at.tokens += sum(len(self.rows[i].ids) for i in positions)
         at.trained += sum(self.rows[i].n_trained for i in positions)
@@ -208,7 +217,7 @@ class _Run:
 
         at, start = self.at, time.monotonic()
         self.state.training = False
-        values = example_nll(self.base, self.valid_rows, watch)
+        values = example_nll(self.base, self.valid_rows, watch, self.way)
         nll = sum(values) / len(values)
         if not at.history and not math.isfinite(nll):
             raise BaseError(f"'{self.base.name}' gives validation examples no finite NLL ({nll}): the fault is in the "

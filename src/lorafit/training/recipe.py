@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Recipe:
     """learning_rate: the peak. batch_size: examples per step. warmup, validate_every: in steps.
 
-    micro_tokens: padded tokens per forward; it bounds memory and, up to rounding, nothing else.
+    micro_tokens: tokens per forward, padding included where there is some; it bounds memory and, up to rounding,
+    nothing else.
     patience: validations without a better one before training stops. clip: bound on the gradient's norm.
     """
 

@@ -7,9 +7,12 @@ so that the adapted layer begins as the base's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 
 from lorafit.sites import Site
 from lorafit.variants.variant import Factors, Frozen
@@ -33,3 +36,58 @@ def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: flo
 
 def delta(frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
     return scaling * (factors["B"].float() @ factors["A"].float())
+
+
+def together(
+    x: Tensor, originals: Sequence[Callable[[Tensor], Tensor]], frozen: Sequence[Frozen], factors: Sequence[Factors],
+    scalings: Sequence[float],
+) -> Sequence[Tensor]:  # fmt: skip
+    """`forward` of several layers on one input, bit for bit, with one backward for all that keeps x once."""
+    pairs = [factor for each in factors for factor in (each["A"], each["B"])]
+    outputs: Sequence[Tensor] = _Together.apply(x, originals, [each.weight for each in frozen], scalings, *pairs)
+    return outputs
+
+
+class _Together(torch.autograd.Function):
+    """y_i = W_i x + s_i·B_i A_i x. Kept for the backward: x, the factors, and A x, which is as narrow as the ranks.
+
+    Products of a few rows are written in the order in which they are fast: on two cores g B takes 1.7 times as long
+    as Bᵀ gᵀ, and gᵀ u up to 3 times as long as uᵀ g (376 tokens, fp32).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, originals: Sequence[Callable[[Tensor], Tensor]], weights: Sequence[Tensor],
+        scalings: Sequence[float], *pairs: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        a, b = pairs[::2], pairs[1::2]
+        flat = x.reshape(-1, x.shape[-1])
+        outputs, inner = [], []
+        for original, down, up, scaling in zip(originals, a, b, scalings, strict=True):
+            inner.append(flat @ down.T)
+            y = original(x)
+            y.view(-1, y.shape[-1]).addmm_(inner[-1], up.T, alpha=scaling)
+            outputs.append(y)
+        ctx.save_for_backward(flat, torch.cat(a), *inner, *b)
+        ctx.weights, ctx.scalings, ctx.shape, ctx.ranks = weights, scalings, x.shape, [len(down) for down in a]
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        flat, joined, *kept = ctx.saved_tensors
+        inner, b = kept[: len(upstream)], kept[len(upstream) :]
+        through = joined.new_empty(len(joined), len(flat))  # (ranks, tokens): s·Bᵀ gᵀ of each
+        to_x: Tensor | None = None
+        to_b = []
+        parts = zip(upstream, inner, b, ctx.weights, ctx.scalings, through.split(ctx.ranks), strict=True)
+        for gradient, own, up, weight, scaling, behind in parts:
+            g = gradient.reshape(-1, gradient.shape[-1])
+            torch.mm(up.T, g.T, out=behind).mul_(scaling)
+            to_b.append((own.T @ g).mul_(scaling).T)
+            if ctx.needs_input_grad[0]:
+                to_x = g @ weight if to_x is None else to_x.addmm_(g, weight)
+        to_a = (through @ flat).split(ctx.ranks)
+        if to_x is not None:
+            to_x = to_x.addmm_(through.T, joined).view(ctx.shape)
+        return to_x, None, None, None, *(each for pair in zip(to_a, to_b, strict=True) for each in pair)

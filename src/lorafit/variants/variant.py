@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Generator, Tensor
@@ -20,9 +20,15 @@ class Frozen:
     bias: Tensor | None
 
 
+Together = Callable[
+    [Tensor, Sequence[Callable[[Tensor], Tensor]], Sequence[Frozen], Sequence[Factors], Sequence[float]],
+    Sequence[Tensor],
+]
+
+
 @dataclass(frozen=True)
 class Variant:
-    """Four pure functions.
+    """Four pure functions, and one that may be there for speed.
 
     shapes(site, rank) -> {factor: shape}. Factors of two dimensions are cast to the compute dtype,
         vectors stay in fp32.
@@ -30,9 +36,12 @@ class Variant:
     forward(x, y, frozen, factors, scaling) -> y': x (..., d_in) is the (dropped-out) input of the layer,
         y (..., d_out) the base's output for the undropped input.
     delta(frozen, factors, scaling) -> (d_out, d_in) in fp32: what must be added to the weight.
+    together(x, originals, frozen, factors, scalings) -> [y' of each]: several layers on one undropped input, computed
+        with `forward`'s result from the layers' own forwards. None: each goes by itself.
     """
 
     shapes: Callable[[Site, int], dict[str, tuple[int, ...]]]
     init: Callable[[Site, int, Tensor, Generator], dict[str, Tensor]]
     forward: Callable[[Tensor, Tensor, Frozen, Factors, float], Tensor]
     delta: Callable[[Frozen, Factors, float], Tensor]
+    together: Together | None = None
