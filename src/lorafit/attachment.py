@@ -133,35 +133,34 @@ def _adapted(place: _Place, shared: _Shared, attachment: Attachment) -> Callable
 class _Shared:
     """Finds the places that are called with the very same tensor, and computes them at the first one's call.
 
-    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, and the
-    state of it, that the output was made from.
+    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, in the
+    state, and for the factors that the output was made from.
     """
 
     source: Source
     _groups: dict[_Place, list[_Place]] = field(default_factory=dict)  # by the place that is called first
     _last: tuple[weakref.ref[Tensor], int, _Place] | None = None
     _kept: dict[_Place, Tensor] = field(default_factory=dict)
-    _kept_for: tuple[weakref.ref[Tensor], int, bool] | None = None
+    _kept_for: tuple[weakref.ref[Tensor], int, object, bool] | None = None
 
     def forward(self, place: _Place, x: Tensor) -> Tensor:
-        dropped = self.source.drop(x)
+        dropped, factors = self.source.drop(x), self.source.factors(x.dtype, x.device)
         together = VARIANTS[place.slot.variant].together
         if together is None or dropped is not x or torch.compiler.is_compiling():
-            y, factors = place.original(x), self.source.factors(x.dtype, x.device)[place.slot.site.path]
-            return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, factors, place.slot.scaling)
+            y, own = place.original(x), factors[place.slot.site.path]
+            return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, own, place.slot.scaling)
         if place in self._kept and self._kept_for is not None:
-            made_from, version, grad = self._kept_for
-            if made_from() is x and version == _version(x) and grad == torch.is_grad_enabled():
+            made_from, version, by, grad = self._kept_for
+            if made_from() is x and version == _version(x) and by is factors and grad == torch.is_grad_enabled():
                 return self._kept.pop(place)
         self._learn(place, x)
         group = self._groups[place]
-        factors = self.source.factors(x.dtype, x.device)
         first, *others = together(
             x, [one.original for one in group], [one.frozen for one in group],
             [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
         )  # fmt: skip
         self._kept = dict(zip(group[1:], others, strict=True))
-        self._kept_for = (weakref.ref(x), _version(x), torch.is_grad_enabled())
+        self._kept_for = (weakref.ref(x), _version(x), factors, torch.is_grad_enabled())
         return first
 
     def _learn(self, place: _Place, x: Tensor) -> None:

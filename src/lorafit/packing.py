@@ -90,12 +90,12 @@ def attention(
     if segments is None or strange or dropout or len(query) != 1 or not getattr(module, "is_causal", True):
         raise CannotPack(", ".join(strange) or "another form of attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, D)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     if query.is_cuda and query.dtype != torch.float32:
-        return _varlen(*tokens, segments, scale, sliding_window)[None], None
+        return _varlen(q, k, v, segments, scale, sliding_window)[None], None
     sizes = [group.tokens for group in segments.groups]
-    parts = zip(segments.groups, *(x.split(sizes) for x in tokens), strict=True)
-    outs = [_of_group(group, *qkv, scale, sliding_window) for group, *qkv in parts]
+    parts = zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    outs = [_of_group(group, one, of, to, scale, sliding_window) for group, one, of, to in parts]
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
 
 

@@ -78,7 +78,7 @@ def _batch(rows: Sequence[Row], ids: Tensor, trained: Tensor, device: torch.devi
         raise ValueError("a batch without trained tokens: every example must have something to learn")
     ends = torch.tensor(segments.lengths).cumsum(0) if segments else ids.shape[1] * torch.arange(1, len(rows) + 1)
     owner = torch.searchsorted(ends, places, right=True)
-    return Batch(*(x.to(device) for x in (ids, trained, places - 1, owner)), len(rows), segments)
+    return Batch(ids.to(device), trained.to(device), (places - 1).to(device), owner.to(device), len(rows), segments)
 
 
 def epoch_order(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
