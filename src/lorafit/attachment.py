@@ -12,8 +12,8 @@ the first forward of an attachment goes site by site and finds them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -199,6 +199,72 @@ def packing(base: Base, on: bool = True) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+# Families whose body is: embed, then block after block over one stream, then a norm. Their blocks can be left out from
+# below, and the stream given where the embedding would be.
+STREAMS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+
+
+def free_blocks(base: Base, plan: Plan) -> int:
+    """How many of the lowest blocks have no site of the plan, nor anything below them; 0 where the family does not
+    declare that it can start above them."""
+    model = base.model
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in STREAMS:
+        return 0
+    paths = {id(module): path for path, module in model.named_modules()}
+    blocks = [f"{paths[id(block)]}." for block in _blocks(base)]
+    lowest = len(blocks) - 1
+    for slot in plan.slots:
+        inside = [i for i, path in enumerate(blocks) if slot.site.path.startswith(path)]
+        if not inside and slot.site.path not in base.head_paths():
+            return 0
+        lowest = min([lowest, *inside])
+    return lowest
+
+
+def _blocks(base: Base) -> list[nn.Module]:
+    assert isinstance(base.model, PreTrainedModel)
+    layers = base.model.base_model.layers
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
+
+
+@contextmanager
+def _shadowed(modules: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Another forward for these modules, for the length of the block."""
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            vars(module).pop("forward", None)
+            if own is not None:
+                module.forward = own
+
+
+def skipping(base: Base, blocks: int) -> AbstractContextManager[None]:
+    """Have the lowest `blocks` blocks hand on what they are given."""
+    return _shadowed(_blocks(base)[:blocks], lambda hidden_states, *_, **__: hidden_states)
+
+
+class _Reached(Exception):
+    pass
+
+
+@contextmanager
+def input_of_block(base: Base, block: int) -> Iterator[Callable[[], Tensor]]:
+    """What reaches a block when the model is run inside: the run ends there. Asked for after the block of code."""
+    seen: list[Tensor] = []
+
+    def reached(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        seen.append(hidden_states)
+        raise _Reached
+
+    with suppress(_Reached), _shadowed(_blocks(base)[block : block + 1], reached):
+        yield lambda: seen[0]
 
 
 def _check_identity(base: Base, adapter: Adapter, accept_unknown: bool) -> None:

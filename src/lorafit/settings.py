@@ -66,6 +66,12 @@ class TrainSettings(BaseModel):
         int, Field(ge=0, description="Answered examples in the base's prompt, for the second baseline; 0: none.")
     ] = 3
     dtype: Annotated[Literal["auto", "fp32", "bf16"], Field(description="Of the base; auto measures.")] = "auto"
+    trunk_gb: Annotated[
+        float,
+        Field(
+            ge=0, description="Disk for what blocks below all sites compute, during the run; 0: computed every time."
+        ),
+    ] = 4.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
 
     @field_validator("targets")

@@ -19,11 +19,20 @@ PACK_STEP = 32  # so are packs in bf16 on a processor, where it costs about 0.4 
 
 
 @dataclass(frozen=True, eq=False)
+class Start:
+    """hidden (B, T, width): what a batch's tokens have become where block number `block` begins."""
+
+    hidden: Tensor
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """ids (B, T) int64, trained (B, T) bool: token t is predicted from those before it and counts in the loss.
 
     before (n_trained,): place among the B·T of the token before each trained one. owner (n_trained,): which of the rows
     it belongs to, of `rows`. segments: where the rows lie that are packed into one, B = 1; None where they are padded.
+    start: where the lowest blocks need not be run again.
     """
 
     ids: Tensor
@@ -32,6 +41,7 @@ class Batch:
     owner: Tensor
     rows: int
     segments: Segments | None = None
+    start: Start | None = None
 
     @property
     def n_trained(self) -> int:
@@ -92,6 +102,12 @@ def epoch_order(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> 
         part = sorted(shuffled[start : start + window], key=lambda i: len(rows[i].ids))
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def fixed_order(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """As `epoch_order`, with the batches of epoch 0 in every epoch, in another order each."""
+    batches = epoch_order(rows, batch_size, seed, 0)
+    return [batches[i] for i in np.random.default_rng(seed_of(seed, "order", epoch)).permutation(len(batches))]
 
 
 def by_tokens(rows: Sequence[Row], positions: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:

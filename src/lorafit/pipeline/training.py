@@ -100,7 +100,7 @@ def _run(
     rows = opened.rows
     listener.say("training; Ctrl-C saves and stops")
     trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
-                    folder=out, resume=resume, tell=listener.moment,
+                    folder=out, resume=resume, trunk_bytes=int(resolved.trunk_gb * 1e9), tell=listener.moment,
                     watch=lambda done, of: listener.watch("validation", done, of))  # fmt: skip
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
     evaluating = time.monotonic()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.attachment import packing
+from lorafit.attachment import input_of_block, packing, skipping
 from lorafit.base import Base
 from lorafit.data.batches import PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row
@@ -34,8 +34,8 @@ PLAIN = Way(False, False)
 
 
 def way_of(base: Base, rows: Sequence[Row]) -> Way:
-    """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state from
-    token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
+    """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state
+    from token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
     ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
     few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in ids]
     with torch.no_grad():
@@ -71,18 +71,35 @@ def token_nll(base: Base, batch: Batch, way: Way) -> Tensor:
     Inside `packing(base)` where the batch is packed. Logits are computed at the trained tokens alone, and not all at a
     time, unless the head cannot be run apart or is itself adapted.
     """
-    where = {} if batch.segments is None else {"position_ids": batch.segments.positions, "segments": batch.segments}
     if not way.apart:
-        logits = base.model(input_ids=batch.ids, use_cache=False, **where).logits.flatten(0, 1)[batch.before]
+        logits = _run(base, base.model, batch).logits.flatten(0, 1)[batch.before]
         return F.cross_entropy(logits.float(), batch.targets, reduction="none")
     model, head = base.model, _head(base.model)
     assert isinstance(model, PreTrainedModel) and head is not None
-    hidden = model.base_model(input_ids=batch.ids, use_cache=False, **where).last_hidden_state
-    chosen = hidden.flatten(0, 1).index_select(0, batch.before)
+    chosen = _run(base, model.base_model, batch).last_hidden_state.flatten(0, 1).index_select(0, batch.before)
     if type(head) is not nn.Linear or "forward" in vars(head):
         return F.cross_entropy(head(chosen).float(), batch.targets, reduction="none")
     nll: Tensor = _HeadNll.apply(chosen, head.weight, head.bias, batch.targets)
     return nll
+
+
+def trunk(base: Base, batch: Batch, blocks: int) -> Tensor:
+    """What the lowest `blocks` blocks make of a batch, (B, T, hidden): the input of the next one."""
+    assert isinstance(base.model, PreTrainedModel)
+    with torch.no_grad(), input_of_block(base, blocks) as seen:
+        _run(base, base.model.base_model, batch)
+    return seen()
+
+
+def _run(base: Base, model: nn.Module, batch: Batch) -> Any:
+    """The model, or its body, over a batch; from the block on at which the batch starts."""
+    where: dict[str, Any] = {}
+    if batch.segments is not None:
+        where = {"position_ids": batch.segments.positions, "segments": batch.segments}
+    if batch.start is None:
+        return model(input_ids=batch.ids, use_cache=False, **where)
+    with skipping(base, batch.start.block):
+        return model(inputs_embeds=batch.start.hidden, use_cache=False, **where)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

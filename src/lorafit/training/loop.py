@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, packing
+from lorafit.attachment import attach, free_blocks, packing
 from lorafit.base import Base
-from lorafit.data.batches import Batch, by_tokens, epoch_order
+from lorafit.data.batches import Batch, by_tokens, epoch_order, fixed_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted
@@ -31,6 +31,7 @@ from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
 from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
+from lorafit.training.trunk import Trunk
 
 RESUME_HINT = "go on with --resume"
 CHECKPOINT_SHARE = 0.02  # of the run's time that may go into writing checkpoints between validations
@@ -75,6 +76,7 @@ def train(
     *,
     folder: Path | None = None,
     resume: bool = False,
+    trunk_bytes: int = 0,
     tell: Callable[[Moment], None] = lambda moment: None,
     watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Trained:
@@ -83,9 +85,11 @@ def train(
     folder: where checkpoints and metrics.jsonl go; None keeps nothing. With `resume` the run goes on from its last
     checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
     progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
+    trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none of
+    them and the family allows; it saves time and changes no bit.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     """
-    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, tell, watch)
+    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, tell, watch)
     with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state), packing(base, run.way.packed):
         return run.go(resume, stop)
 
@@ -107,7 +111,7 @@ def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: 
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
+        recipe: Recipe, folder: Path | None, trunk_bytes: int, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
         self.tell, self.watch = tell, watch
@@ -119,7 +123,11 @@ class _Run:
         self.saving = self.last_save = self.one_validation = 0.0
         self.began = time.monotonic()
         self.way = way_of(base, train_rows)
+        # Packs must be the same in every epoch for the trunk to be: they are, whether it is kept or not.
+        self.blocks = free_blocks(base, adapter.plan)
+        self.ordered = fixed_order if self.blocks else epoch_order
         self.order: tuple[int, list[list[int]]] = (-1, [])
+        self.trunk = self._keep_trunk(folder, trunk_bytes) if self.blocks and folder and trunk_bytes else None
         self.identity = self._identity(adapter)
 
     def _identity(self, adapter: Adapter) -> dict[str, Any]:
@@ -173,10 +181,9 @@ class _Run:
         start = time.monotonic()
         epoch, index = divmod(at.step, self._per_epoch())
         if self.order[0] != epoch:
-            self.order = (epoch, epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch))
+            self.order = (epoch, self.ordered(self.rows, recipe.batch_size, recipe.seed, epoch))
         positions = self.order[1][index]
-        parts = by_tokens(self.rows, positions, recipe.micro_tokens, self.way.packed)
-        batches = [batch_of(self.base, [self.rows[i] for i in part], self.way) for part in parts]
+        batches = [self._batch(part) for part in self._parts(positions)]
         torch.manual_seed(seed_of(recipe.seed, "step", at.step))  # dropout: the same whether resumed or not
         self.state.training = True
         nll = gradient_step(self.base, self.state, batches, self.way)
@@ -193,6 +200,19 @@ class _Run:
         at.tokens += sum(len(self.rows[i].ids) for i in positions)
         at.trained += sum(self.rows[i].n_trained for i in positions)
         self._tell(nll, None, rate)
+
+    def _parts(self, positions: Sequence[int]) -> list[list[int]]:
+        return by_tokens(self.rows, positions, self.recipe.micro_tokens, self.way.packed)
+
+    def _batch(self, part: Sequence[int]) -> Batch:
+        batch = batch_of(self.base, [self.rows[i] for i in part], self.way)
+        return self.trunk.begin(batch, part) if self.trunk else batch
+
+    def _keep_trunk(self, folder: Path, most: int) -> Trunk:
+        order = self.ordered(self.rows, self.recipe.batch_size, self.recipe.seed, 0)
+        parts = [part for positions in order for part in self._parts(positions)]
+        packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
+        return Trunk(folder, self.base, self.rows, packs, self.blocks, most)
 
     def _per_epoch(self) -> int:
         return -(-len(self.rows) // self.recipe.batch_size)
@@ -281,6 +301,8 @@ class _Run:
 
     def _finish(self) -> Trained:
         at = self.at
+        if self.trunk:
+            self.trunk.remove()
         self.state.load(at.best)
         speed = at.tokens / at.seconds if at.seconds else 0.0
         return Trained(self.state.freeze(), tuple(at.history), self._best()[0], at.step, at.seconds + at.beside,
