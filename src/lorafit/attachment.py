@@ -191,7 +191,7 @@ def packing(base: Base, on: bool = True) -> Iterator[None]:
         yield
         return
     if not isinstance(model, PreTrainedModel):
-        raise packs.CannotPack("no model of transformers")
+        raise packs.CannotPack(f"{base.name}: no model of transformers: train it with rows that are padded")
     AttentionInterface.register(packs.NAME, packs.attention)
     AttentionMaskInterface.register(packs.NAME, lambda *_, **__: None)  # the rows are kept apart without a mask
     before, model.config._attn_implementation = model.config._attn_implementation, packs.NAME

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafit.errors import AttachError
+
 NAME = "lorafit_packed"  # under which transformers finds `attention`
 # Up to this length, rows of like lengths share one padded product whose scores are kept for the backward: on two cores
 # a fifth faster than the flash kernel, for a few KB a token. Longer rows go through the kernel, one by one.
@@ -22,7 +24,7 @@ SHORT = 128
 ALIKE = 0.75  # a row joins a product that is at most this much wider
 
 
-class CannotPack(Exception):
+class CannotPack(AttachError):
     """The model computes attention in a way that is not known here; its rows are padded instead."""
 
 
@@ -88,7 +90,8 @@ def attention(
     """
     strange = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if segments is None or strange or dropout or len(query) != 1 or not getattr(module, "is_causal", True):
-        raise CannotPack(", ".join(strange) or "another form of attention")
+        what = ", ".join(strange) or "a call without segments"
+        raise CannotPack(f"attention of packed rows: {what} is not computed: run the model outside of packing()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     if query.is_cuda and query.dtype != torch.float32:

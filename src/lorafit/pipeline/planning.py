@@ -80,7 +80,7 @@ def forecast(opened: Opened, seed: int) -> Forecast:
             gradient_step(base, state, batches, way)  # a new width costs the kernels a preparation
             took += _seconds(base, lambda batches=batches: gradient_step(base, state, batches, way))
         few = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
-        validation = _seconds(base, lambda: example_nll(base, few)) * _tokens(rows["valid"]) / _tokens(few)
+        validation = _seconds(base, lambda: example_nll(base, few, way=way)) * _tokens(rows["valid"]) / _tokens(few)
     step = took / sum(sizes[i] for i in tried) * sum(sizes) / len(sizes)
     count = -(-recipe.steps // recipe.validate_every) + 1
     peak = torch.cuda.max_memory_allocated() / 1e9 if base.device.type == "cuda" else peak_gb()

@@ -85,8 +85,8 @@ def train(
     folder: where checkpoints and metrics.jsonl go; None keeps nothing. With `resume` the run goes on from its last
     checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
     progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
-    trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none of
-    them and the family allows; it saves time and changes no bit.
+    trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
+    of them and the family allows; it saves time and changes no bit.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     """
     run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, tell, watch)
@@ -111,7 +111,8 @@ def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: 
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, trunk_bytes: int, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
+        recipe: Recipe, folder: Path | None, trunk_bytes: int, tell: Callable[[Moment], None],
+        watch: Callable[[int, int], None],
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
         self.tell, self.watch = tell, watch

@@ -54,7 +54,6 @@ class Trunk:
             if other != self._path:
                 other.unlink()
         self._path.touch()
-        self._file = self._path.open("r+b")
 
     def begin(self, batch: Batch, pack: Sequence[int]) -> Batch:
         """The batch with its start: read, or computed and written. As it was where there is no room for it."""
@@ -69,8 +68,9 @@ class Trunk:
 
     def _read(self, place: int, batch: Batch) -> Tensor | None:
         size = batch.ids.numel() * self._token
-        self._file.seek(place)
-        mark, content = self._file.read(MARK), bytearray(self._file.read(size))
+        with self._path.open("rb") as file:
+            file.seek(place)
+            mark, content = file.read(MARK), bytearray(file.read(size))
         if len(content) < size or mark != _checksum(content):
             return None
         return torch.frombuffer(content, dtype=self._base.dtype).view(*batch.ids.shape, -1).to(batch.ids.device)
@@ -78,14 +78,13 @@ class Trunk:
     def _write(self, place: int, hidden: Tensor) -> None:
         content = hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         try:
-            self._file.seek(place)
-            self._file.write(_checksum(content) + content)
-            self._file.flush()
+            with self._path.open("r+b") as file:
+                file.seek(place)
+                file.write(_checksum(content) + content)
         except OSError:  # no room any more: what is there stays, nothing is added
             self._places.clear()
 
     def remove(self) -> None:
-        self._file.close()
         self._path.unlink(missing_ok=True)
 
 
