@@ -12,7 +12,7 @@ from conftest import capitals, tiny_gpt2, tiny_llama
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, free_blocks, fresh, packing
 from lorafit.base import Base
-from lorafit.data.batches import fixed_order
+from lorafit.data.batches import Start, fixed_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.plan import uniform
@@ -95,7 +95,7 @@ def test_a_pack_that_was_left_half_is_computed_again(
     tiny_base: Base, rows: list[Row], tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = trained(tiny_base, rows)
-    monkeypatch.setattr(trunks.Trunk, "remove", lambda self: self._file.close())
+    monkeypatch.setattr(trunks.Trunk, "remove", lambda self: None)
     trained(tiny_base, rows, tmp_path, 1 << 30)
     (file,) = tmp_path.glob("trunk-*")
     content = bytearray(file.read_bytes())
@@ -110,7 +110,6 @@ def test_a_pack_that_was_left_half_is_computed_again(
 def test_a_trunk_of_something_else_is_not_taken(
     tiny_base: Base, rows: list[Row], tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trunks.Trunk, "remove", lambda self: self._file.close())
     packs = {(0, 1): len(rows[0].ids) + len(rows[1].ids)}
     trunks.Trunk(tmp_path, tiny_base, rows, packs, 1, 1 << 30)
     (before,) = tmp_path.glob("trunk-*")
@@ -130,7 +129,7 @@ def test_starting_at_a_block_computes_what_the_whole_model_does_bit_for_bit(tiny
     adapter = random_adapter(tiny_base, uniform(select(tiny_base.sites, ["layers.1.*"]), 4, 8.0))
     with attach(tiny_base, adapter), packing(tiny_base), torch.no_grad():
         whole = completion.token_nll(tiny_base, batch, way)
-        start = completion.Start(completion.trunk(tiny_base, batch, 1), 1)
+        start = Start(completion.trunk(tiny_base, batch, 1), 1)
         assert torch.equal(completion.token_nll(tiny_base, replace(batch, start=start), way), whole)
     assert not any("forward" in vars(module) for module in tiny_base.model.modules())
 
