@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorafit.attachment import free_blocks
 from lorafit.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError
@@ -92,6 +93,9 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
         f"{100 * plan.parameters / sum(p.numel() for p in base.model.parameters()):.1f} % of the base, "
         "which stays as it is", "",
     )  # fmt: skip
+    if free := free_blocks(base, plan):
+        reason = "they lie below every site: computed once, then read from disk in later epochs"
+        run_choices.append(Choice("trunk", f"{free} blocks", reason, "--trunk-gb"))
     return Decision(plan, recipe, (sites_choice, rank_choice, size, rate_choice, *run_choices))
 
 
