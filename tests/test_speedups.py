@@ -1,6 +1,6 @@
 """Every speed-up computes what the plain way does: packing, sites together, the head in chunks, nothing below a site.
 
-Bounds: fp32 1e-5 relative. bf16 keeps 8 bits of each number, so its bounds are those of its rounding, stated at each test.
+Bounds: fp32 1e-5 relative. bf16 keeps 8 bits of each number: its bounds are stated at each test.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorafit import packing as packs
 from lorafit.adapter import Adapter
@@ -34,7 +33,7 @@ from lorafit.formats import peft
 from lorafit.plan import LowRank, Plan, uniform
 from lorafit.planning.rules import all_linear
 from lorafit.tasks import completion
-from lorafit.tasks.completion import PLAIN, Way, batch_of, row_sums, token_nll, way_of
+from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
 from lorafit.testing import random_adapter
 from lorafit.training.loop import Moment, gradient_step, train
 from lorafit.training.recipe import Recipe
@@ -66,15 +65,19 @@ def rows_of(*lengths: int) -> list[Row]:
     return [row_of(n, seed=i) for i, n in enumerate(lengths)]
 
 
-LLAMA = dict(vocab_size=200, bos_token_id=None, eos_token_id=1, pad_token_id=0, hidden_size=32, intermediate_size=48,
-             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
-GPT2 = dict(vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)  # fmt: skip
+def config(**settings: Any) -> dict[str, Any]:
+    return settings
+
+
+LLAMA = config(vocab_size=200, bos_token_id=None, eos_token_id=1, pad_token_id=0, hidden_size=32, num_hidden_layers=2,
+               intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+GPT2 = config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0,
+              attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)  # fmt: skip
 MANY_HEADS = {**LLAMA, "num_key_value_heads": 4}
 NO_GROUPS = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 WIDE = {**LLAMA, "head_dim": 16}
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-SMALL_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+EXPERTS = config(num_local_experts=4, num_experts_per_tok=2)
+SMALL_EXPERTS = config(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
 def base_of(family: str, settings: dict[str, Any], dtype: torch.dtype = FP32) -> Base:
@@ -93,7 +96,9 @@ def base_of(family: str, settings: dict[str, Any], dtype: torch.dtype = FP32) ->
 def adapter_of(base: Base) -> Adapter:
     """Mixed ranks and scales on every site but the head, all of it acting."""
     sites = all_linear(base) or base.sites
-    return random_adapter(base, Plan(tuple(LowRank(s, 1 + i % 4, 2.0 + i % 3) for i, s in enumerate(sites))))
+    ranks = [min(1 + i % 4, site.d_in, site.d_out) for i, site in enumerate(sites)]
+    slots = [LowRank(site, rank, 2.0 + i % 3) for i, (site, rank) in enumerate(zip(sites, ranks, strict=True))]
+    return random_adapter(base, Plan(tuple(slots)))
 
 
 def nll_of(base: Base, batches: Sequence[Sequence[Row]], way: Way) -> Tensor:
@@ -146,8 +151,8 @@ EVERY_BASE = pytest.mark.parametrize("name", BASES)
 @EVERY_BASE
 def test_packed_nll_is_that_of_each_row_alone_and_of_padded_rows(name: str, rows: list[Row]) -> None:
     base = base_of(*BASES[name])
-    alone, padded, packed = nll_of(base, [[r] for r in rows], PLAIN), nll_of(base, [rows], APART), None
-    packed = nll_of(base, [rows], PACKED)
+    alone = nll_of(base, [[row] for row in rows], PLAIN)
+    padded, packed = (nll_of(base, [rows], way) for way in (APART, PACKED))
     assert torch.allclose(packed, alone, rtol=1e-5, atol=1e-5)
     assert torch.allclose(padded, alone, rtol=1e-5, atol=1e-5)
 
@@ -155,7 +160,7 @@ def test_packed_nll_is_that_of_each_row_alone_and_of_padded_rows(name: str, rows
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @EVERY_BASE
 def test_in_bf16_packed_rows_are_as_near_to_the_truth_as_padded_ones(name: str, rows: list[Row]) -> None:
-    """Each errs by its own rounding; packing errs no more than one and a half times as much, and 2^-8 where it is lucky."""
+    """Each errs by its own rounding; packing at most one and a half times as much, and 2^-8."""
     truth = nll_of(base_of(*BASES[name]), [[r] for r in rows], PLAIN)
     base = base_of(*BASES[name], BF16)
     padded, packed = ((nll_of(base, [rows], way) - truth).square().mean().sqrt() for way in (APART, PACKED))
@@ -280,8 +285,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], Way]] = {
     "gpt2": (GPT2, APART_AND_PACKED),
     "gpt_bigcode": (GPT2, APART_AND_PACKED),
     "gpt_neox": (NO_GROUPS, APART_AND_PACKED),
-    "opt": (dict(vocab_size=200, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
-                 word_embed_proj_dim=32, max_position_embeddings=512, pad_token_id=0), APART_AND_PACKED),
+    "opt": (config(vocab_size=200, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                   dropout=0.0, word_embed_proj_dim=32, max_position_embeddings=512, pad_token_id=0), APART_AND_PACKED),
     "olmo2": (LLAMA, APART_AND_PACKED),
     "olmo3": ({**LLAMA, "sliding_window": 16}, APART_AND_PACKED),
     "starcoder2": (LLAMA, APART_AND_PACKED),
@@ -301,17 +306,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], Way]] = {
     "llama4_text": ({**WIDE, **EXPERTS, "attention_chunk_size": 100, "intermediate_size_mlp": 48}, PLAIN),
     "phimoe": ({**LLAMA, **EXPERTS, "sliding_window": 100}, PADDED),
     # Distances by a bias, or positions that the model counts itself.
-    "bloom": (dict(vocab_size=200, hidden_size=32, n_layer=2, n_head=4), PADDED),
-    "mpt": (dict(vocab_size=200, d_model=32, n_layers=2, n_heads=4, max_seq_len=512), PADDED),
-    "falcon": (dict(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True), PADDED),
+    "bloom": (config(vocab_size=200, hidden_size=32, n_layer=2, n_head=4), PADDED),
+    "mpt": (config(vocab_size=200, d_model=32, n_layers=2, n_heads=4, max_seq_len=512), PADDED),
+    "falcon": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+               PADDED),
     # Attention of their own that hands no segments on.
-    "gpt_neo": (dict(vocab_size=200, hidden_size=32, num_layers=2, num_heads=4, window_size=16,
+    "gpt_neo": (config(vocab_size=200, hidden_size=32, num_layers=2, num_heads=4, window_size=16,
                      attention_types=[[["global", "local"], 1]], max_position_embeddings=512), PADDED),
     "gptj": ({**GPT2, "rotary_dim": 4}, PADDED),
     "stablelm": (LLAMA, PADDED),
     # A state that runs from token to token.
-    "mamba": (dict(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=8), PADDED),
-    "rwkv": (dict(vocab_size=200, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), PADDED),
+    "mamba": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=8), PADDED),
+    "rwkv": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), PADDED),
     "lfm2": ({**LLAMA, "full_attn_idxs": [1]}, PADDED),
 }  # fmt: skip
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -424,7 +430,7 @@ def test_every_site_gives_the_same_bits_together_as_by_itself(name: str, dtype: 
 @BOTH
 @pytest.mark.parametrize("name", ["shared heads", "bias", "learned positions"])
 def test_the_gradient_is_the_same_together_as_one_by_one(name: str, dtype: torch.dtype) -> None:
-    """fp32 1e-5, also of each factor by itself; bf16 2 % of the whole: it rounds each product once, in another order."""
+    """fp32 1e-5, also of each factor by itself; bf16 2 % of the whole: it rounds in another order."""
     base = base_of(*BASES[name], dtype)
     adapter = adapter_of(base)
     with one_by_one():
@@ -564,7 +570,7 @@ def test_a_tensor_that_is_written_to_between_two_sites_is_another_tensor(mode: A
     with one_by_one():
         expected = run()
     assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=True))
-    assert not torch.equal(expected[3], run()[1]) or learnt_in_place
+    assert torch.equal(expected[1], expected[3]) == learnt_in_place
 
 
 def test_switched_off_between_two_sites_the_second_computes_as_the_base() -> None:
@@ -612,6 +618,7 @@ def test_with_dropout_every_site_goes_by_itself() -> None:
     assert torch.equal(found, gradient([]))
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # transformers 5.23 renames it
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradient_from_the_first_forward_on(reentrant: bool) -> None:
     base = base_of("llama", LLAMA)
@@ -658,7 +665,6 @@ def test_nothing_that_was_computed_is_kept_after_the_block() -> None:
     kept: list[weakref.ref[Tensor]] = []
 
     def noting(x: Tensor, originals: Any, *rest: Any) -> Any:
-        assert VARIANTS["lora"].forward
         outputs = original(x, originals, *rest)
         kept.extend(weakref.ref(y) for y in outputs)
         return outputs
@@ -745,7 +751,9 @@ def test_peft_finds_the_same_gradient_of_every_factor_on_the_same_rows(name: str
         logits = theirs(input_ids=ids, use_cache=False).logits[0, :-1]
         labels = ids[0, 1:].masked_fill(~torch.tensor(row.trained[1:]), -100)
         (F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / n).backward()
-    gradients = {key.removeprefix("base_model.model."): p.grad for key, p in theirs.named_parameters() if "lora_" in key}
+    gradients = {
+        key.removeprefix("base_model.model."): p.grad for key, p in theirs.named_parameters() if "lora_" in key
+    }
     assert len(gradients) == len(ours)
     for key, gradient in ours.items():
         path, _, factor = key.rpartition(".")
@@ -816,8 +824,6 @@ def test_no_gradient_is_computed_for_an_input_that_needs_none() -> None:
 
 
 # On a GPU
-
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
 def gpu(name: str, dtype: torch.dtype) -> Base:

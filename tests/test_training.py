@@ -35,7 +35,7 @@ from lorafit.formats import peft
 from lorafit.generation.greedy import generate
 from lorafit.plan import uniform
 from lorafit.planning.rules import all_linear
-from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
+from lorafit.tasks.completion import PLAIN, Way, token_nll, way_of
 from lorafit.testing import random_adapter
 from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step, train

@@ -133,8 +133,8 @@ def _adapted(place: _Place, shared: _Shared, attachment: Attachment) -> Callable
 class _Shared:
     """Finds the places that are called with the very same tensor, and computes them at the first one's call.
 
-    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, and the
-    state of it, that the output was made from.
+    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, and
+    the state of it, that the output was made from.
     """
 
     source: Source
@@ -180,8 +180,8 @@ def _watched(x: Tensor) -> bool:
     """Whether something around this call needs every site by itself.
 
     A compiler traces them. Tensors of inference mode do not count how often they are written to. Autocast reaches into
-    single operations alone. Activation checkpointing, which shows as hooks on saved tensors, computes a forward a second
-    time, and must find that it saves as many tensors as the first did.
+    single operations alone. Activation checkpointing, which shows as hooks on saved tensors, computes a forward a
+    second time, and must find that it saves as many tensors as the first did.
     """
     return (
         torch.compiler.is_compiling()

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lorafit.base import Base
 from lorafit.attachment import packing
+from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.tasks.completion import Way, batch_of, row_sums, token_nll, way_of

@@ -33,8 +33,8 @@ PLAIN = Way(False, False)
 
 
 def way_of(base: Base, rows: Sequence[Row]) -> Way:
-    """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state from
-    token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
+    """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state
+    from token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
     ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
     few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in (ids * 2)[:2]]  # two, or nothing could leak
     with torch.no_grad():
