@@ -70,7 +70,8 @@ def config(**settings: Any) -> dict[str, Any]:
 
 
 LLAMA = config(vocab_size=200, bos_token_id=None, eos_token_id=1, pad_token_id=0, hidden_size=32, num_hidden_layers=2,
-               intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+               intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+               max_position_embeddings=512)  # fmt: skip
 GPT2 = config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0,
               attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)  # fmt: skip
 MANY_HEADS = {**LLAMA, "num_key_value_heads": 4}

@@ -182,7 +182,7 @@ def law_compiled_notices(case: Case) -> None:
 
 
 def law_together(case: Case) -> None:
-    """10. Forwards in which sites go together give the bits of one by one; the gradient is its own within 1e-5 (bf16: 2 %)."""
+    """10. Sites that go together give the bits they give one by one; the gradient within 1e-5 (bf16: 2 %)."""
     adapter = random_adapter(case.base, case.plan)
     alone = {name: replace(variant, together=None) for name, variant in VARIANTS.items()}
     with patch.dict(VARIANTS, alone):
