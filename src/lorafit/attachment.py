@@ -146,12 +146,12 @@ class _Shared:
     def forward(self, place: _Place, x: Tensor) -> Tensor:
         dropped, factors = self.source.drop(x), self.source.factors(x.dtype, x.device)
         together = VARIANTS[place.slot.variant].together
-        if together is None or dropped is not x or torch.compiler.is_compiling():
+        if together is None or dropped is not x or _watched(x):
             y, own = place.original(x), factors[place.slot.site.path]
             return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, own, place.slot.scaling)
         if place in self._kept and self._kept_for is not None:
             made_from, version, by, grad = self._kept_for
-            if made_from() is x and version == _version(x) and by is factors and grad == torch.is_grad_enabled():
+            if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
                 return self._kept.pop(place)
         self._learn(place, x)
         group = self._groups[place]
@@ -160,7 +160,7 @@ class _Shared:
             [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
         )  # fmt: skip
         self._kept = dict(zip(group[1:], others, strict=True))
-        self._kept_for = (weakref.ref(x), _version(x), factors, torch.is_grad_enabled())
+        self._kept_for = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())
         return first
 
     def _learn(self, place: _Place, x: Tensor) -> None:
@@ -169,15 +169,25 @@ class _Shared:
         self._groups.setdefault(place, [place])
         if self._last is not None and new:
             tensor, version, leader = self._last
-            if tensor() is x and version == _version(x) and leader.slot.variant == place.slot.variant:
+            if tensor() is x and version == x._version and leader.slot.variant == place.slot.variant:
                 self._groups[leader].append(place)
                 return
-        self._last = (weakref.ref(x), _version(x), place)
+        self._last = (weakref.ref(x), x._version, place)
 
 
-def _version(x: Tensor) -> int:
-    """How often x has been written to; tensors of inference mode do not count, and cannot be trained through."""
-    return 0 if x.is_inference() else x._version
+def _watched(x: Tensor) -> bool:
+    """Whether something around this call needs every site by itself.
+
+    A compiler traces them. Tensors of inference mode do not count how often they are written to. Autocast reaches into
+    single operations alone. Activation checkpointing, which shows as hooks on saved tensors, computes a forward a
+    second time, and must find that it saves as many tensors as the first did.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or x.is_inference()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 @contextmanager
@@ -193,7 +203,7 @@ def packing(base: Base, on: bool = True) -> Iterator[None]:
     if not isinstance(model, PreTrainedModel):
         raise packs.CannotPack(f"{base.name}: no model of transformers: train it with rows that are padded")
     AttentionInterface.register(packs.NAME, packs.attention)
-    AttentionMaskInterface.register(packs.NAME, lambda *_, **__: None)  # the rows are kept apart without a mask
+    AttentionMaskInterface.register(packs.NAME, packs.window)  # the rows are kept apart without a mask
     before, model.config._attn_implementation = model.config._attn_implementation, packs.NAME
     try:
         yield

@@ -86,9 +86,12 @@ def attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention within each row of a pack, in the form transformers calls it.
 
-    query (1, H, N, D), key and value (1, H_kv, N, D) → (1, N, H, D). Raises CannotPack for what it does not compute.
+    query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). attention_mask: as `window`
+    gives it. Raises CannotPack for what it does not compute.
     """
     strange = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if attention_mask is not None and (attention_mask.ndim or int(attention_mask) != sliding_window):
+        strange.append("a mask of its own")
     if segments is None or strange or dropout or len(query) != 1 or not getattr(module, "is_causal", True):
         what = ", ".join(strange) or "a call without segments"
         raise CannotPack(f"attention of packed rows: {what} is not computed: run the model outside of packing()")
@@ -100,6 +103,14 @@ def attention(
     parts = zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     outs = [_of_group(group, one, of, to, scale, sliding_window) for group, one, of, to in parts]
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+
+
+def window(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
+    """In place of a mask: how far back it would let a token look, for `attention` to compare with what its layer says.
+    Some families limit attention by the mask alone, within chunks or a window that no short row would show."""
+    if use_vmap:
+        raise CannotPack("a mask of its own")
+    return None if local_size is None else torch.tensor(local_size)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
@@ -115,7 +126,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
 
 
 def _of_group(group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """q (tokens, H, D), k and v (tokens, H_kv, D) → (tokens, H, D)."""
+    """q (tokens, H, D), k (tokens, H_kv, D), v (tokens, H_kv, D_v) → (tokens, H, D_v)."""
     count, width, (_, heads, depth) = group.count, group.width, q.shape
     q, k, v = (_spread(x, group).view(count, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     narrow = window is not None and window < width
@@ -125,11 +136,11 @@ def _of_group(group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, windo
                                              enable_gqa=heads != k.shape[1])  # fmt: skip
     else:  # the heads that share keys and values stand below each other: nothing is repeated
         kept = k.shape[1]
-        flat = q.reshape(count * kept, -1, depth), k.reshape(-1, width, depth), v.reshape(-1, width, depth)
+        flat = q.reshape(count * kept, -1, depth), k.reshape(-1, width, depth), v.reshape(-1, width, v.shape[-1])
         mask = _mask(width, window, q).repeat(heads // kept, 1)
         scores = torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scale)
-        out = torch.bmm(scores.softmax(-1, torch.float32).to(q.dtype), flat[2]).view(count, heads, width, depth)
-    return _gather(out.transpose(1, 2).reshape(count * width, heads, depth), group)
+        out = torch.bmm(scores.softmax(-1, torch.float32).to(q.dtype), flat[2]).view(count, heads, width, -1)
+    return _gather(out.transpose(1, 2).reshape(count * width, heads, -1), group)
 
 
 def _mask(width: int, window: int | None, like: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from lorafit.attachment import input_of_block, packing, skipping
 from lorafit.base import Base
 from lorafit.data.batches import PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row
-from lorafit.packing import CannotPack
 
 CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32
 PROBED = 64  # tokens of a row that `way_of` looks at
@@ -37,13 +36,13 @@ def way_of(base: Base, rows: Sequence[Row]) -> Way:
     """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state
     from token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
     ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
-    few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in ids]
+    few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in (ids * 2)[:2]]  # two, or nothing could leak
     with torch.no_grad():
         alone = torch.cat([token_nll(base, batch_of(base, [row], PLAIN), PLAIN) for row in few])
         apart = _head(base.model) is not None and _same(base, alone, [[row] for row in few], Way(True, False))
         try:
             return Way(apart, _same(base, alone, [few], Way(apart, True)))
-        except (CannotPack, TypeError, ValueError):  # a family that takes no such arguments refuses in its own way
+        except Exception:  # a family that takes no such arguments, or wants a mask, fails in whatever way it does
             return Way(apart, False)
 
 

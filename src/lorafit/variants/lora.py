@@ -67,7 +67,8 @@ class _Together(torch.autograd.Function):
             inner.append(flat @ down.T)
             y = original(x)
             y.view(-1, y.shape[-1]).addmm_(inner[-1], up.T, alpha=scaling)
-            outputs.append(y)
+            # A layer with a bias gives a view: whoever follows could not write to it (clamp_, an in-place activation).
+            outputs.append(torch.ops.aten._unsafe_view(y, y.shape))
         ctx.save_for_backward(flat, torch.cat(a), *inner, *b)
         ctx.weights, ctx.scalings, ctx.shape, ctx.ranks = weights, scalings, x.shape, [len(down) for down in a]
         return tuple(outputs)
