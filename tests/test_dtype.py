@@ -35,7 +35,7 @@ def recorded(out: Path) -> str:
     """What a run has written down that it ran in."""
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert run["dtype"] == f"torch.{summary['dtype']}"
+    assert NAMES[run["frozen"]["dtype"]] == summary["dtype"]
     return str(summary["dtype"])
 
 

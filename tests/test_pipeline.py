@@ -454,7 +454,7 @@ def test_what_is_stored_may_be_typed_again_in_any_way(
     """The same command goes on; so does none of it, and the same data by another path."""
     asked = read_run(unfinished)
     write_json(unfinished / "run.json", asked | {"settings": asked["settings"] | {"targets": ["q_proj", "v_proj"]}})
-    _, _, found = open_run(unfinished, str(tiny_folder), str(data), {"targets": ["q_proj,v_proj"]}, True)
+    _, _, found, _ = open_run(unfinished, str(tiny_folder), str(data), {"targets": ["q_proj,v_proj"]}, True)
     assert found.targets == ("q_proj", "v_proj")
     write_json(unfinished / "run.json", asked)
     monkeypatch.chdir(data.parent)
@@ -548,7 +548,7 @@ def test_an_adapter_replaces_no_folder_that_holds_other_things(
 
 def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
     for name in ("run.json", "summary.json"):
-        write_json(tmp_path / name, {"demo": True, "base": "", "data": "", "settings": {}, "dtype": ""})
+        write_json(tmp_path / name, {"demo": True, "base": "", "data": "", "settings": {}, "frozen": {}})
     (tmp_path / "my_notes.txt").write_text("kept", encoding="utf-8")
     with pytest.raises(RunError, match=r"my_notes\.txt beside an earlier demo"):
         demo.run_demo(tmp_path, pipeline.Silent())

@@ -10,7 +10,7 @@ from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
 from lorafit.pipeline import Listener, run_training
-from lorafit.run import RUN, SUMMARY, WRITTEN
+from lorafit.run import RUN, SUMMARY, WRITTEN, left_by_kills
 from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"
@@ -46,7 +46,8 @@ def _earlier(out: Path, listener: Listener) -> bool:
         return False
     if not (out / SUMMARY).exists():
         return True
-    strange = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN)
+    left = left_by_kills(out)
+    strange = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN and path not in left)
     if strange:
         raise RunError(f"{out}: holds {', '.join(strange[:5])} beside an earlier demo: move it, or name another --out")
     listener.say(f"replacing the earlier demo in {out}")

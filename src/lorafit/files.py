@@ -6,14 +6,18 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import FormatError, RunError
+
+
+PROBE = "probe"  # of a folder that is tried
 
 
 def did_you_mean(path: Path, otherwise: str) -> str:
@@ -48,6 +52,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path, names: Collection[str]) -> list[Path]:
+    """What killed writers of `names` have left in `folder`: temporary files and folders that never took their name."""
+    ours = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.\w{{8}}(\.old)?")
+    return [path for path in folder.iterdir() if ours.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,7 +115,7 @@ def make_folder(path: Path, flag: str = "--out") -> None:
     """Make `path` and prove that it can be written; a RunError says why it cannot, and which flag names another."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe, name = tempfile.mkstemp(prefix=".probe.", dir=path)
+        probe, name = tempfile.mkstemp(prefix=f".{PROBE}.", dir=path)
         os.close(probe)
         Path(name).unlink()
     except OSError as error:

@@ -15,6 +15,18 @@ class Rendering:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """What a run found out about its machine when it began, once: all of it takes part in the bits of the result.
+
+    It is in run.json, and a run that is gone on with takes it from there, whatever would be found out by then.
+    dtype: of the base, fp32 or bf16. threads: torch's.
+    """
+
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % interval."""
 

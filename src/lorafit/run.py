@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,15 @@ import transformers
 
 import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
-from lorafit.files import make_folder, read_json, write_json
+from lorafit.files import PROBE, make_folder, read_json, unfinished, write_json
+from lorafit.records import Frozen
 from lorafit.settings import TrainSettings, settings_from
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "scores", "examples"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, *PICTURES}  # all in a run folder
+LAST = "last.safetensors"  # below CHECKPOINTS
 ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
 SCORED = {  # what a summary says at least, with the parts it has
     "nll": {"base", "adapter", "difference", "ci95"},
@@ -37,9 +40,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def open_run(
     out: Path, base_name: str | None, data: str | None, given: Mapping[str, Any], resume: bool
-) -> tuple[str, str, TrainSettings]:
-    """Base, data and settings of a new run in `out`, or of the one that is resumed there. Raises RunError or
-    SettingsError. That base and data hold what they held is for `require_same`: their names may be others."""
+) -> tuple[str, str, TrainSettings, Frozen | None]:
+    """Base, data and settings of a new run in `out`, or of the one that is resumed there with what it has frozen.
+
+    Raises RunError or SettingsError. That base and data hold what they held is for `require_same`: their names may be
+    others.
+    """
     known = out / RUN
     if resume:
         if not known.exists():
@@ -52,20 +58,41 @@ def open_run(
         odd = [f"{key}: {began[key]!r} when it began, {now[key]!r} now" for key in given if began[key] != now[key]]
         if odd:
             raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
-        used = {str(dtype): name for name, dtype in DTYPES.items()}[asked["dtype"]]
-        settings = stored.model_copy(update={"dtype": used})  # auto would measure anew, and may find otherwise
-        return base_name or asked["base"], data or asked["data"], settings
+        return base_name or asked["base"], data or asked["data"], stored, _frozen(out, asked)
     if base_name is None or data is None:
         raise SettingsError("a new run needs a base and data: name both")
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
         hint = "" if state == "finished" else " go on with --resume, or"
         raise RunError(f"{out}: holds a run already ({state}):{hint} name another folder with --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(left_by_kills(out))):
         raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
     settings = settings_from(given)
     make_folder(out)
-    return base_name, data, settings
+    return base_name, data, settings, None
+
+
+def _frozen(out: Path, asked: Mapping[str, Any]) -> Frozen:
+    try:
+        frozen = Frozen(**asked["frozen"])
+    except TypeError as error:
+        raise FormatError(f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
+                          "start anew with another --out") from error  # fmt: skip
+    if frozen.dtype not in DTYPES or not isinstance(frozen.threads, int) or frozen.threads < 1:
+        raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
+    return frozen
+
+
+def left_by_kills(out: Path) -> list[Path]:
+    """Temporary files of writes into a run folder that were killed: they are of no use to anyone."""
+    written = ((out, {*WRITTEN, PROBE}), (out / CHECKPOINTS, {LAST}), (out / SCORES, {ANSWERS, TRAINED_ON, OPENINGS}))
+    return [path for folder, names in written for path in unfinished(folder, names)]
+
+
+def clear_left_by_kills(out: Path) -> None:
+    """Remove them, or a run that is killed often would fill the disk."""
+    for path in left_by_kills(out):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def require_same(out: Path, now: Mapping[str, Any]) -> None:
@@ -95,7 +122,7 @@ def room_to_write(out: Path) -> Iterator[None]:
 def read_run(out: Path) -> dict[str, Any]:
     """run.json of a run folder. Raises FormatError where it is not one of ours."""
     asked = read_json(out / RUN)
-    if not isinstance(asked, dict) or not {"base", "data", "settings", "dtype"} <= set(asked):
+    if not isinstance(asked, dict) or not {"base", "data", "settings", "frozen"} <= set(asked):
         raise FormatError(f"{out / RUN}: not written by lorafit, or damaged: name another folder")
     return asked
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from lorafit.attachment import fired, require_fired
 from lorafit.base import Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples
@@ -18,6 +20,7 @@ from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.pipeline.listener import Listener
 from lorafit.planning import Decision, decide
+from lorafit.records import Frozen
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
 from lorafit.tasks.completion import PLAIN, batch_of, token_nll
@@ -33,30 +36,44 @@ class Opened:
     renderer: Renderer
     rows: dict[str, list[Row]]
     decision: Decision
+    frozen: Frozen
     seconds: float
 
 
-def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
-    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
+def open_all(
+    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None
+) -> Opened:
+    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
+
+    began: what a run has frozen that is gone on with. What depends on this machine and this moment is found out here,
+    if `began` does not say it, and goes into Frozen.
+    """
     start = time.monotonic()
     require_base(base_name)
     examples, report = prepare(data, settings, listener)
-    base = opened_base(base_name, settings, listener)
+    base = opened_base(base_name, settings, listener, began)
     examples, renderer, rows = rendered(base, examples, settings, listener)
     probe = batch_of(base, rows["train"][:2], PLAIN)
     seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
     listener.plan(decision.choices)
-    return Opened(base, examples, report, renderer, rows, decision, time.monotonic() - start)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    frozen = began or Frozen(dtype=names[base.dtype], threads=torch.get_num_threads())
+    return Opened(base, examples, report, renderer, rows, decision, frozen, time.monotonic() - start)
 
 
-def opened_base(name: str, settings: TrainSettings, listener: Listener) -> Base:
-    """The base in the dtype that is set, or in the one measured to be faster; told, for the scores depend on it."""
-    dtype = fastest_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
+def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None) -> Base:
+    """The base in the dtype that is frozen or set, or in the one measured to be faster; told, for the scores depend
+    on it."""
+    if began:
+        dtype, why = DTYPES[began.dtype], " (as the run began)"
+    elif settings.dtype == "auto":
+        dtype, why = fastest_dtype(), " (the faster here, measured)"
+    else:
+        dtype, why = DTYPES[settings.dtype], ""
     base = open_base(name, dtype, listener.say, listener.watch)
-    listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}"
-                 + (" (the faster here, measured)" if settings.dtype == "auto" else ""))  # fmt: skip
+    listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}{why}")
     return base
 
 

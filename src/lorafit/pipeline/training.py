@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,21 +62,36 @@ def run_training(
     """The whole job into the run folder `out`; returns the summary that is also written there.
 
     settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
-    with are used again, and one that contradicts them is refused; base and data may be None. extra: goes into run.json.
+    with are used again, and one that contradicts them is refused; base and data may be None; what it found out about its
+    machine is taken from run.json, its number of threads too. extra: goes into run.json.
     """
     listener = listener or Silent()
-    base_name, data, resolved = open_run(out, base_name, data, settings, resume)
+    base_name, data, resolved, began = open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
+    with _threads(began.threads if began else torch.get_num_threads(), listener):
+        try:
+            opened = open_all(base_name, data, resolved, listener, began)
+        except BaseException:
+            if not resume:
+                with suppress(OSError):
+                    out.rmdir()  # it was empty when this run took it
+            raise
+        make_folder(out)
+        with room_to_write(out):
+            return _run(base_name, data, out, resolved, opened, resume, listener, extra or {})
+
+
+@contextmanager
+def _threads(count: int, listener: Listener) -> Iterator[None]:
+    """Compute on so many threads of torch, and then on as many as before: another number rounds otherwise."""
+    before = torch.get_num_threads()
+    if count != before:
+        listener.say(f"on {count} thread{'s' * (count != 1)}, as the run began, not {before}")
+    torch.set_num_threads(count)
     try:
-        opened = open_all(base_name, data, resolved, listener)
-    except BaseException:
-        if not resume:
-            with suppress(OSError):
-                out.rmdir()  # it was empty when this run took it
-        raise
-    make_folder(out)
-    with room_to_write(out):
-        return _run(base_name, data, out, resolved, opened, resume, listener, extra or {})
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(
@@ -134,18 +149,17 @@ def _about_data(opened: Opened) -> dict[str, Any]:
 
 
 def _decides(opened: Opened) -> dict[str, Any]:
-    """What decides the results of a run beside its settings."""
+    """What decides the results of a run beside its settings and what it has frozen."""
     return {
         "base_identity": opened.base.identity,
         "data_digest": opened.examples.digest(),
-        "dtype": str(opened.base.dtype),
-        "threads": torch.get_num_threads(),
     }
 
 
 def _provenance(opened: Opened) -> dict[str, Any]:
     return {
         **_decides(opened),
+        "frozen": asdict(opened.frozen),
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",
         "versions": versions(),

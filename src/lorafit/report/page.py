@@ -143,6 +143,7 @@ def _differing(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
         one = {"base": story.asked["base"], "data": story.asked["data"]}
         one |= {name: "by rule" if value is None and name in BY_RULE else value
                 for name, value in story.asked["settings"].items()}  # fmt: skip
+        one |= story.asked["frozen"]  # what auto came to
         if story.plan:
             one |= {f"{name} (resolved)": value for name, value in story.plan["recipe"].items()}
             one["sites"] = len(story.plan["slots"])

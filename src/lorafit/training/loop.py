@@ -25,7 +25,7 @@ from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted
 from lorafit.evaluation.nll import example_nll
 from lorafit.files import write_text
-from lorafit.run import CHECKPOINTS, METRICS
+from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
 from lorafit.tasks.completion import Way, batch_of, token_nll, way_of
 from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
@@ -89,6 +89,8 @@ def train(
     of them and the family allows; it saves time and changes no bit.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     """
+    if folder:
+        clear_left_by_kills(folder)
     run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, tell, watch)
     with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state), packing(base, run.way.packed):
         return run.go(resume, stop)
@@ -116,7 +118,7 @@ class _Run:
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
         self.tell, self.watch = tell, watch
-        self.checkpoint = folder / CHECKPOINTS / "last.safetensors" if folder else None
+        self.checkpoint = folder / CHECKPOINTS / LAST if folder else None
         self.metrics = folder / METRICS if folder else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
         self.optimizer = adamw.make_optimizer(self.state)
@@ -140,6 +142,7 @@ class _Run:
             "start": adapter.digest(),
             "rows": rows,
             "recipe": asdict(self.recipe),
+            "way": asdict(self.way),
             "dtype": str(self.base.dtype),
             "device": self.base.device.type,
             "threads": torch.get_num_threads(),

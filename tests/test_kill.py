@@ -1,0 +1,258 @@
+"""Resume is bit-identical: runs are killed by SIGKILL, at chosen places and anywhere, and end as if they had not been."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import capitals, write_rows
+from safetensors import safe_open
+
+from lorafit import pipeline
+from lorafit.evaluation import nll
+from lorafit.run import LAST, METRICS
+from lorafit.training import checkpoint, loop
+from lorafit.training.loop import Moment
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL and fork")
+
+STEPS, EVERY = 24, 4  # what SETTINGS come to
+SETTINGS: dict[str, Any] = {
+    "epochs": 4.0, "batch_size": 4, "rank": 4, "dropout": 0.1, "learning_rate": 5e-3, "patience": 99, "validations": 6,
+    "few_shot": 0,
+}  # fmt: skip
+CLOCK = {"seconds", "beside"}  # how long things took
+
+
+# The process that is killed
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where to die: at `place`, when it is reached after `step` has been trained in this process (-1: at once).
+
+    share: of a file that is written by then, or of the rows of a validation that are done. later: calls of functions
+    that are made by then. cadence: checkpoints after every step, as time allows, or with validations alone.
+    """
+
+    place: str
+    step: int = -1
+    share: float = 0.5
+    later: int = 0
+    cadence: float = 1e9
+
+    def __str__(self) -> str:
+        return f"{self.place}, from step {self.step} on"
+
+
+PLACES = [
+    "before a backward", "after a backward", "before an update", "after an update", "before a line", "in a line",
+    "in a validation", "in a write", "before a fsync", "after a fsync", "before a rename", "after a rename", "anywhere",
+]  # fmt: skip
+ENDS = ["before the rename of adapter", "after the rename of answers.jsonl", "before the rename of summary.json"]
+
+
+class Doomed(pipeline.Silent):
+    """Listens to a run, and has the functions it passes through tell where it is; dies at one place."""
+
+    def __init__(self, kill: Kill):
+        self.kill, self.step, self.calls = kill, -1, 0
+
+    def at(self, place: str) -> None:
+        if place == self.kill.place and self.step >= self.kill.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def moment(self, moment: Moment) -> None:
+        if moment.valid_nll is None:
+            self.step = moment.step
+        self.at("before a line")
+        if self.kill.place == "anywhere" and self.step >= self.kill.step:
+            sys.setprofile(self.called)
+
+    def called(self, *event: object) -> None:
+        self.calls += 1
+        if self.calls > self.kill.later:
+            self.at("anywhere")
+
+    def watch(self, what: str, done: int, of: int) -> None:
+        if what == "validation" and done >= self.kill.share * of:
+            self.at("in a validation")
+
+    def arm(self) -> None:
+        self.around(torch.autograd, "backward", lambda *_: "a backward")
+        self.around(torch.optim.AdamW, "step", lambda *_: "an update")
+        self.around(os, "fsync", lambda to: "a fsync" if f".{LAST}." in os.readlink(f"/proc/self/fd/{to}") else "")
+        self.around(Path, "replace", lambda _, to: "a rename" if to.name == LAST else f"the rename of {to.name}")
+        self.around(Path, "rename", lambda _, to: f"the rename of {to.name}")
+        save_file, write_text, opened = checkpoint.save_file, loop.write_text, Path.open
+
+        def half_a_file(tensors: Any, path: Path, said: Any) -> None:
+            save_file(tensors, path, said)
+            if self.kill.place == "in a write" and self.step >= self.kill.step:
+                os.truncate(path, int(self.kill.share * path.stat().st_size))
+            self.at("in a write")
+
+        def half_a_line(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+            file = opened(path, mode, *more, **named)
+            if path.name == METRICS and mode == "a" and self.kill.place == "in a line" and self.step >= self.kill.step:
+                file.write('{"step": 3, "train')
+                file.flush()
+                self.at("in a line")
+            return file
+
+        def not_yet(path: Path, text: str) -> None:
+            self.at("before lines are dropped")
+            write_text(path, text)
+
+        checkpoint.save_file, loop.write_text, Path.open = half_a_file, not_yet, half_a_line  # type: ignore
+
+    def around(self, owner: Any, name: str, place: Callable[..., str]) -> None:
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def told(*given: Any, **named: Any) -> Any:
+            where = place(*given)
+            self.at(f"before {where}")
+            result = real(*given, **named)
+            self.at(f"after {where}")
+            return result
+
+        setattr(owner, name, told)
+
+
+def run_here(base: Path, data: Path, out: Path, resume: bool, kill: Kill | None, threads: int) -> None:
+    """What a process of its own does: everything that is replaced here dies with it."""
+    torch.set_num_threads(threads)
+    nll.EVALUATION_TOKENS = 128  # several forwards in each validation
+    pipeline.training.compare_with_peft = lambda *_: None
+    pipeline.training.write_report = lambda *_: None
+    listener = Doomed(kill or Kill("nowhere"))
+    if kill:
+        loop.CHECKPOINT_SHARE = kill.cadence
+        listener.arm()
+    pipeline.run_training(str(base), str(data), out, SETTINGS, resume=resume, listener=listener)
+    assert torch.get_num_threads() == threads
+
+
+def unlike(row: dict[str, object]) -> dict[str, object]:
+    """An answer of another kind: training makes it likelier for some steps, and then unlikelier."""
+    return {**row, "completion": f"{str(row['completion'])[::-1]} So {row['prompt']}"}
+
+
+class Runs:
+    """The same run again and again, each in a process of its own."""
+
+    def __init__(self, base: Path, folder: Path):
+        self.base, self.folder = base, folder
+        self.data, rows = folder / "data", capitals(40)
+        for name, split in (
+            ("train", rows[:24]),
+            ("valid", [unlike(row) for row in rows[24:32]]),
+            ("test", rows[32:35]),
+        ):
+            write_rows(self.data / f"{name}.jsonl", split)
+        self.forks = multiprocessing.get_context("forkserver")  # forked from a process that has never computed
+        self.forks.set_forkserver_preload(["lorafit.pipeline.training", "transformers.models.llama.modeling_llama"])
+
+    def run(self, out: Path, resume: bool = False, kill: Kill | None = None, threads: int = 1) -> int | None:
+        """How the process ended."""
+        process = self.forks.Process(target=run_here, args=(self.base, self.data, out, resume, kill, threads))
+        process.start()
+        process.join(60)
+        process.kill()
+        return process.exitcode
+
+    def killed(self, name: str, kills: Sequence[Kill], threads: int = 1) -> Path:
+        """A run that each of these has ended, and that has then been let go on to its end."""
+        out = self.folder / name
+        for i, kill in enumerate(kills):
+            assert self.run(out, resume=i > 0, kill=kill) == -signal.SIGKILL, f"did not die {kill}"
+        assert self.run(out, resume=True, threads=threads) == 0
+        return out
+
+
+def bits(out: Path) -> dict[str, Any]:
+    """All that a run leaves, except how long things took and how often the test was looked at."""
+    with safe_open(out / "checkpoints" / LAST, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    return {
+        "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
+        "adapter": {p.name: p.read_bytes() for p in (out / "adapter").iterdir() if p.name != "README.md"},
+        "tensors": {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()},
+        "progress": {name: value for name, value in progress.items() if name not in CLOCK},
+        "metrics": [{name: value for name, value in line.items() if name not in CLOCK} for line in lines],
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_folder, tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> dict[str, Any]:
+    """What the run leaves that nothing has ended."""
+    assert runs.run(runs.folder / "whole") == 0
+    found = bits(runs.folder / "whole")
+    curve = [nll for _, nll in found["progress"]["history"]]
+    assert (found["progress"]["step"], len(curve), curve.index(min(curve))) == (STEPS, STEPS // EVERY + 1, 1)
+    return found  # the best is neither where a run begins nor where it ends
+
+
+def assert_same(found: dict[str, Any], whole: dict[str, Any]) -> None:
+    for what, value in whole.items():
+        assert found[what] == value, what
+
+
+# Killed runs
+
+ONE_OF_EACH = {
+    "before the first checkpoint": Kill("in a validation"),
+    "in training": Kill("after a backward", 14, cadence=0.0),
+    "in a validation": Kill("in a validation", 14),
+    "in the write of a checkpoint": Kill("in a write", 9, share=0.7),
+    "in the fsync of a checkpoint": Kill("after a fsync", 13, cadence=0.0),
+    "in the rename of a checkpoint": Kill("before a rename", 18),
+}
+
+
+@pytest.mark.parametrize("where", ONE_OF_EACH)
+def test_a_run_killed_once_ends_bit_identical_and_leaves_nothing_behind(
+    runs: Runs, whole: dict[str, Any], where: str
+) -> None:
+    assert_same(bits(runs.killed(where, [ONE_OF_EACH[where]])), whole)
+
+
+def drawn(seed: int) -> list[Kill]:
+    """Five kills in one run, at places and steps that differ; after them one at its very end. Every place has its turn
+    every three seeds."""
+    draw, places = random.Random(seed), [*PLACES, "before lines are dropped", "before a line"]
+    random.Random(seed // 3).shuffle(places)
+    steps = sorted(draw.randrange(STEPS - EVERY) for _ in range(5))
+    kills = [
+        Kill(place, step, draw.random(), draw.randrange(4000), draw.choice([0.0, loop.CHECKPOINT_SHARE, 1e9]))
+        for place, step in zip(islice(places, seed % 3 * 5, None), steps, strict=False)
+    ]
+    return [*kills, Kill(ENDS[seed % 3])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_killed_again_and_again_ends_bit_identical_and_leaves_nothing_behind(
+    runs: Runs, whole: dict[str, Any], seed: int
+) -> None:
+    assert_same(bits(runs.killed(f"chain {seed}", drawn(seed))), whole)
