@@ -2,9 +2,11 @@
 PYTHON ?= python3
 # On Linux without a GPU, spare the CUDA download: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+# What a benchmark is given: make bench-train BENCH_FLAGS="--data e2e --record"
+BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control clean
+.PHONY: demo test test-all check control bench-train clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -25,6 +27,10 @@ check: .venv/ready
 # The control of the demo: the same training on shuffled answers. Writes what the demo shows beside its own result.
 control: .venv/ready
 	$(BIN)/python scripts/make_control.py
+
+# Training against PEFT and the floor, in arms that take turns: about 40 minutes on two cores, on a quiet machine.
+bench-train: .venv/ready
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python bench/train.py $(BENCH_FLAGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }
