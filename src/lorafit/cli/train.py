@@ -53,8 +53,8 @@ def train(
         if not processes.first:  # the first tells the same, or what it was that ended the others
             try:
                 run_training(base, data, Path(out), settings, resume=resume, processes=processes)
-            except LorafitError as error:
-                raise typer.Exit(error.status) from None
+            except (LorafitError, KeyboardInterrupt) as error:
+                raise typer.Exit(error.status if isinstance(error, LorafitError) else 130) from None
             return
         summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes)
     conclude(terminal, summary, Path(out), [])

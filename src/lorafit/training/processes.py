@@ -55,7 +55,7 @@ class Processes:
         with _together():
             size = torch.tensor([len(said)])
             dist.broadcast(size, 0)
-            told = torch.tensor(list(said), dtype=torch.uint8) if self.first else torch.zeros(int(size)).byte()
+            told = torch.tensor(list(said) or [0] * int(size), dtype=torch.uint8)
             dist.broadcast(told, 0)
         return json.loads(bytes(told.tolist()))
 
