@@ -106,11 +106,12 @@ class Runs:
         assert run.end() == 0, run.said()
         return run
 
-    def stop(self, run: Launched, name: str, lines: int, process: int, number: signal.Signals) -> int:
-        """Send a signal when `lines` lines of metrics are written; returns the step of the state that is left."""
+    def stop(self, run: Launched, name: str, lines: int, rank: int | None, number: signal.Signals) -> int:
+        """Send a signal when `lines` lines of metrics are written, to one process or, None, as a terminal does to the
+        launcher; returns the step of the state that is left."""
         metrics = self.folder / name / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= lines, run.launcher)
-        os.kill(process, number)
+        os.kill(run.launcher.pid if rank is None else run.pid(rank), number)
         assert run.end() != 0
         header = (self.folder / name / "checkpoints" / "last.safetensors").read_bytes()[:4000]
         found = re.search(rb'\\"step\\": (\d+)', header)
@@ -189,9 +190,9 @@ def test_the_first_process_alone_speaks(two: Launched) -> None:
 
 @pytest.fixture(scope="module")
 def killed(runs: Runs) -> tuple[Launched, int]:
-    """A run, `killed`, that loses its second process, with the step of the state left; it is gone on with to its end."""
+    """A run that loses its second process, with the step of the state left; it is gone on with, to its end."""
     run = runs.launch("killed")
-    step = runs.stop(run, "killed", 100, run.pid(1), signal.SIGKILL)
+    step = runs.stop(run, "killed", 100, 1, signal.SIGKILL)
     runs.whole("killed", "--resume")
     return run, step
 
@@ -213,7 +214,7 @@ def test_the_rest_of_a_killed_run_ends_it_bit_identical(
 @pytest.mark.slow
 def test_ctrl_c_stops_all_after_the_same_step_and_they_go_on_bit_identical(runs: Runs, two: Launched) -> None:
     run = runs.launch("stopped")
-    step = runs.stop(run, "stopped", 60, run.launcher.pid, signal.SIGINT)
+    step = runs.stop(run, "stopped", 60, None, signal.SIGINT)
     assert f"stopped after step {step} of 240: go on with --resume" in run.said()
     assert len(run.masters(0)) == len(run.masters(1)) == step
     runs.whole("stopped", "--resume")
@@ -223,7 +224,7 @@ def test_ctrl_c_stops_all_after_the_same_step_and_they_go_on_bit_identical(runs:
 @pytest.mark.slow
 def test_where_the_first_process_is_killed_the_last_checkpoint_serves(runs: Runs, two: Launched) -> None:
     run = runs.launch("headless")
-    runs.stop(run, "headless", 100, run.pid(0), signal.SIGKILL)
+    runs.stop(run, "headless", 100, 0, signal.SIGKILL)
     runs.whole("headless", "--resume")
     assert peft.read(runs.folder / "headless" / "adapter") == peft.read(runs.folder / "two" / "adapter")
 
@@ -231,7 +232,7 @@ def test_where_the_first_process_is_killed_the_last_checkpoint_serves(runs: Runs
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(runs: Runs) -> None:
     run = runs.launch("asked")
-    step = runs.stop(run, "asked", 60, run.pid(1), signal.SIGTERM)
+    step = runs.stop(run, "asked", 60, 1, signal.SIGTERM)
     assert f"stopped after step {step} of 240" in run.said()
 
 
@@ -245,7 +246,7 @@ def test_one_process_that_torchrun_starts_is_a_plain_run(runs: Runs, one: str) -
 def test_dropout_is_drawn_anew_in_each_process_and_the_same_when_resumed(runs: Runs) -> None:
     runs.whole("dropping", "--dropout", "0.3")
     run = runs.launch("dropped", "--dropout", "0.3")
-    runs.stop(run, "dropped", 100, run.pid(1), signal.SIGKILL)
+    runs.stop(run, "dropped", 100, 1, signal.SIGKILL)
     runs.whole("dropped", "--resume", "--dropout", "0.3")
     assert peft.read(runs.folder / "dropped" / "adapter") == peft.read(runs.folder / "dropping" / "adapter")
 
