@@ -111,7 +111,7 @@ def test_a_trunk_of_something_else_is_not_taken(
     tiny_base: Base, rows: list[Row], tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packs = {(0, 1): len(rows[0].ids) + len(rows[1].ids)}
-    trunks.Trunk(tmp_path, tiny_base, rows, packs, 1, 1 << 30)
+    trunks.Trunk(tmp_path, "trunk", tiny_base, rows, packs, 1, 1 << 30)
     (before,) = tmp_path.glob("trunk-*")
     if changed == "base":
         with torch.no_grad():

@@ -13,7 +13,7 @@
     │   └── DivergedError (ArithmeticError)  a learning rate at which training left the numbers
     ├── AttachError (RuntimeError)           a model that cannot be adapted in its present state
     ├── BaseChangedError (RuntimeError)      the base is not what it was: our fault, exit status 1
-    └── Interrupted                          stopped by the user, state saved: exit status 130
+    └── Interrupted                          stopped, state saved: exit status 130
 
 A message says what is wrong, where, all of it at once, and what to do.
 """
@@ -25,11 +25,15 @@ from dataclasses import dataclass
 
 
 class LorafitError(Exception):
-    """Root of the tree."""
+    """Root of the tree. `status`: of a command that ends with it."""
+
+    status = 1
 
 
 class InputError(LorafitError, ValueError):
     """What was given cannot be used as it is."""
+
+    status = 2
 
 
 @dataclass(frozen=True)
@@ -117,4 +121,6 @@ class BaseChangedError(LorafitError, RuntimeError):
 
 
 class Interrupted(LorafitError):
-    """Stopped by the user after a whole step; the state is saved."""
+    """Stopped after a whole step, by the user or with another process of the run; the state is saved."""
+
+    status = 130

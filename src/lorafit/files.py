@@ -16,7 +16,6 @@ from typing import Any
 
 from lorafit.errors import FormatError, RunError
 
-
 PROBE = "probe"  # of a folder that is tried
 
 

@@ -15,7 +15,7 @@ import typer.core
 
 import lorafit
 from lorafit.cli import bases, chat, data, demo, doctor, evaluate, explain, plan, report, settings, show, train
-from lorafit.errors import InputError, Interrupted, LorafitError
+from lorafit.errors import LorafitError
 
 WORDS = {  # of the library that reads the flags, and ours
     r"Input should be a valid integer.*": "not a whole number",
@@ -55,7 +55,7 @@ def _reported(verb: Callable[..., None]) -> Callable[..., None]:
             verb(*args, **kwargs)
         except LorafitError as error:
             _say(str(error))
-            sys.exit(2 if isinstance(error, InputError) else 130 if isinstance(error, Interrupted) else 1)
+            sys.exit(error.status)
         except OSError as error:
             if error.filename is None:
                 raise

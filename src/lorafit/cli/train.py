@@ -35,8 +35,9 @@ def train(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.plan import show_plan
-    from lorafit.errors import SettingsError
+    from lorafit.errors import LorafitError, SettingsError
     from lorafit.pipeline import run_training
+    from lorafit.training.processes import launched
 
     assert out is not None  # with_settings sees to it
     if dry_run and resume:
@@ -48,7 +49,14 @@ def train(
         assert base is not None and data is not None
         show_plan(terminal, base, data, settings)
         return
-    summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal)
+    with launched() as processes:
+        if not processes.first:  # the first tells the same, or what it was that ended the others
+            try:
+                run_training(base, data, Path(out), settings, resume=resume, processes=processes)
+            except (LorafitError, KeyboardInterrupt) as error:
+                raise typer.Exit(error.status if isinstance(error, LorafitError) else 130) from None
+            return
+        summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes)
     conclude(terminal, summary, Path(out), [])
 
 

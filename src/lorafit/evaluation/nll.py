@@ -15,7 +15,6 @@ from lorafit.tasks.completion import Way, batch_of, row_sums, token_nll, way_of
 EVALUATION_TOKENS = 2048  # per forward
 
 
-@torch.no_grad()
 def example_nll(
     base: Base, rows: Sequence[Row], progress: Callable[[int, int], None] = lambda done, of: None,
     way: Way | None = None,
@@ -25,17 +24,30 @@ def example_nll(
     Rows of one example (several answers in one conversation) are joined before the mean is taken. Numbers that no
     row has are passed over. way: as `way_of` measured it; measured here where it is not given.
     """
-    count = max(row.example for row in rows) + 1
-    sums, tokens = [0.0] * count, [0] * count
+    return means(rows, nll_sums(base, rows, range(len(rows)), progress, way or way_of(base, rows)))
+
+
+@torch.no_grad()
+def nll_sums(
+    base: Base, rows: Sequence[Row], chosen: Sequence[int], progress: Callable[[int, int], None], way: Way
+) -> list[float]:
+    """NLL in nats of the `chosen` rows alone, summed by the number of their example; 0 for all other numbers."""
+    sums = [0.0] * (max(row.example for row in rows) + 1)
     done = 0
-    progress(0, len(rows))
-    way = way or way_of(base, rows)
+    progress(0, len(chosen))
     with packing(base, way.packed):
-        for part in by_tokens(rows, range(len(rows)), EVALUATION_TOKENS, way.packed):
+        for part in by_tokens(rows, chosen, EVALUATION_TOKENS, way.packed):
             batch = batch_of(base, [rows[i] for i in part], way)
             for i, total in zip(part, row_sums(token_nll(base, batch, way), batch).tolist(), strict=True):
                 sums[rows[i].example] += total
-                tokens[rows[i].example] += rows[i].n_trained
             done += len(part)
-            progress(done, len(rows))
+            progress(done, len(chosen))
+    return sums
+
+
+def means(rows: Sequence[Row], sums: Sequence[float]) -> list[float]:
+    """Sums by number of example, over its trained tokens; numbers that no row has are passed over."""
+    tokens = [0] * len(sums)
+    for row in rows:
+        tokens[row.example] += row.n_trained
     return [total / n for total, n in zip(sums, tokens, strict=True) if n]

@@ -26,6 +26,7 @@ from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.planning import Choice
+from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.words import doubt
@@ -45,8 +46,9 @@ from lorafit.run import (
     room_to_write,
     versions,
 )
-from lorafit.settings import TrainSettings
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.training.loop import Trained, train
+from lorafit.training.processes import ALONE, Processes
 
 
 def run_training(
@@ -58,19 +60,24 @@ def run_training(
     resume: bool = False,
     listener: Listener | None = None,
     extra: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """The whole job into the run folder `out`; returns the summary that is also written there.
 
     settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
-    with are used again, and one that contradicts them is refused; base and data may be None; what it found out about its
-    machine is taken from run.json, its number of threads too. extra: goes into run.json.
+    with are used again, and one that contradicts them is refused; base and data may be None; what it found out about
+    its machine is taken from run.json, its number of threads too. extra: goes into run.json.
+    processes: called alike in each of them; the first alone speaks and writes, the others return {} after training.
     """
+    if not processes.first:
+        return _train_along(out, resume, processes)
     listener = listener or Silent()
     base_name, data, resolved, began = open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
     with _threads(began.threads if began else torch.get_num_threads(), listener):
         try:
             opened = open_all(base_name, data, resolved, listener, began)
+            processes.require_work(opened.decision.recipe.batch_size)
         except BaseException:
             if not resume:
                 with suppress(OSError):
@@ -78,7 +85,7 @@ def run_training(
             raise
         make_folder(out)
         with room_to_write(out):
-            return _run(base_name, data, out, resolved, opened, resume, listener, extra or {})
+            return _run(base_name, data, out, resolved, opened, resume, listener, extra or {}, processes)
 
 
 @contextmanager
@@ -94,18 +101,37 @@ def _threads(count: int, listener: Listener) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any]:
+    """What the other processes do. The first has opened everything before they begin: it alone fetches or converts a
+    base, measures, and says what is wrong."""
+    keep_freed_memory()
+    base_name, data, settings, frozen = processes.agreed(dict)
+    began, resolved = Frozen(**frozen), settings_from(settings)
+    with _threads(began.threads, Silent()):
+        opened = open_all(base_name, data, resolved, Silent(), began)
+        start = fresh(opened.base, opened.decision.plan, resolved.seed, opened.renderer.rendering)
+        rows = opened.rows
+        train(opened.base, start, rows["train"], rows["valid"], opened.decision.recipe, folder=out, resume=resume,
+              trunk_bytes=_trunk_bytes(resolved), processes=processes)  # fmt: skip
+    return {}
+
+
+def _trunk_bytes(settings: TrainSettings) -> int:
+    return int(settings.trunk_gb * 1e9)
+
+
 def _run(
     base_name: str, data: str, out: Path, resolved: TrainSettings, opened: Opened, resume: bool,
-    listener: Listener, extra: Mapping[str, Any],
+    listener: Listener, extra: Mapping[str, Any], processes: Processes,
 ) -> dict[str, Any]:  # fmt: skip
     """From the plan on: everything here writes into the run folder."""
     base, decision = opened.base, opened.decision
     before = base.integrity()
     asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
     if resume:
-        require_same(out, _decides(opened))
+        require_same(out, _decides(opened, processes))
     else:
-        write_json(out / RUN, {**asked, **_provenance(opened), **extra})
+        write_json(out / RUN, {**asked, **_provenance(opened, processes), **extra})
     if not (out / DATA).exists():
         write_json(out / DATA, _about_data(opened))
     if not (out / PLAN).exists():
@@ -113,10 +139,13 @@ def _run(
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
     start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
     rows = opened.rows
-    listener.say("training; Ctrl-C saves and stops")
+    processes.agreed(lambda: [base_name, data, resolved.model_dump(mode="json"), asdict(opened.frozen)])
+    several = f" on {processes.count} processes" if processes.count > 1 else ""
+    listener.say(f"training{several}; Ctrl-C saves and stops")
     trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
-                    folder=out, resume=resume, trunk_bytes=int(resolved.trunk_gb * 1e9), tell=listener.moment,
-                    watch=lambda done, of: listener.watch("validation", done, of))  # fmt: skip
+                    folder=out, resume=resume, trunk_bytes=_trunk_bytes(resolved), tell=listener.moment,
+                    watch=lambda done, of: listener.watch("validation", done, of), processes=processes)  # fmt: skip
+    processes.leave()
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
     evaluating = time.monotonic()
     opens = count_opening(out)
@@ -148,17 +177,18 @@ def _about_data(opened: Opened) -> dict[str, Any]:
     return {**asdict(opened.report), "skipped": skipped, "example": opened.renderer.pieces(opened.rows["train"][0])}
 
 
-def _decides(opened: Opened) -> dict[str, Any]:
+def _decides(opened: Opened, processes: Processes) -> dict[str, Any]:
     """What decides the results of a run beside its settings and what it has frozen."""
     return {
         "base_identity": opened.base.identity,
         "data_digest": opened.examples.digest(),
+        "processes": processes.count,
     }
 
 
-def _provenance(opened: Opened) -> dict[str, Any]:
+def _provenance(opened: Opened, processes: Processes) -> dict[str, Any]:
     return {
-        **_decides(opened),
+        **_decides(opened, processes),
         "frozen": asdict(opened.frozen),
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {opened.base.device.type}",

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from lorafit.base import Base
 from lorafit.data.batches import Batch, by_tokens, epoch_order, fixed_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted
-from lorafit.evaluation.nll import example_nll
+from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
+from lorafit.evaluation.nll import means, nll_sums
 from lorafit.files import write_text
 from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
 from lorafit.tasks.completion import Way, batch_of, token_nll, way_of
 from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
+from lorafit.training.processes import ALONE, Processes
 from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
 from lorafit.training.trunk import Trunk
@@ -79,6 +80,7 @@ def train(
     trunk_bytes: int = 0,
     tell: Callable[[Moment], None] = lambda moment: None,
     watch: Callable[[int, int], None] = lambda done, of: None,
+    processes: Processes = ALONE,
 ) -> Trained:
     """Train a fresh adapter; the best by mean validation NLL per example is returned, the base is not written to.
 
@@ -88,20 +90,29 @@ def train(
     trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
     of them and the family allows; it saves time and changes no bit.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
+    processes: called alike in each of them, all return the same; the first alone writes into the folder. Where one has
+    ended, the first saves what all had after the last whole step, and the others raise Interrupted as it does.
     """
-    if folder:
+    if folder and processes.first:
         clear_left_by_kills(folder)
-    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, tell, watch)
-    with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state), packing(base, run.way.packed):
+    processes.require_work(recipe.batch_size)
+    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, tell, watch, processes)
+    with (
+        torch.random.fork_rng([base.device] if base.device.type == "cuda" else []),
+        _interruptible(processes.count > 1) as stop,
+        attach(base, run.state),
+        packing(base, run.way.packed),
+    ):
         return run.go(resume, stop)
 
 
-def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: Way) -> float:
+def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: Way, n: int | None = None) -> float:
     """Accumulate the gradient of the mean NLL over all trained tokens of all batches; returns that mean.
 
-    The sum is divided by the tokens of the whole step, so any division of the step gives the same gradient.
+    The sum is divided by the tokens of the whole step, so any division of the step gives the same gradient. n: these
+    tokens, where the batches are a share of the step.
     """
-    n = sum(batch.n_trained for batch in batches)
+    n = n or sum(batch.n_trained for batch in batches)
     total = torch.zeros((), device=base.device)
     for batch in batches:
         loss = token_nll(base, batch, way).sum() / n
@@ -114,18 +125,19 @@ class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
         recipe: Recipe, folder: Path | None, trunk_bytes: int, tell: Callable[[Moment], None],
-        watch: Callable[[int, int], None],
+        watch: Callable[[int, int], None], processes: Processes,
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
-        self.tell, self.watch = tell, watch
+        self.tell, self.watch, self.processes = tell, watch, processes
+        self.others_stop = False
         self.checkpoint = folder / CHECKPOINTS / LAST if folder else None
-        self.metrics = folder / METRICS if folder else None
+        self.metrics = folder / METRICS if folder and processes.first else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
         self.optimizer = adamw.make_optimizer(self.state)
         self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)
         self.saving = self.last_save = self.one_validation = 0.0
         self.began = time.monotonic()
-        self.way = way_of(base, train_rows)
+        self.way = Way(*processes.agreed(lambda: astuple(way_of(base, train_rows))))
         # Packs must be the same in every epoch for the trunk to be: they are, whether it is kept or not.
         self.blocks = free_blocks(base, adapter.plan)
         self.ordered = fixed_order if self.blocks else epoch_order
@@ -146,12 +158,14 @@ class _Run:
             "dtype": str(self.base.dtype),
             "device": self.base.device.type,
             "threads": torch.get_num_threads(),
+            "processes": self.processes.count,
             "torch": torch.__version__,
         }
 
     def go(self, resume: bool, stop: threading.Event) -> Trained:
         if resume and self.checkpoint and self.checkpoint.exists():
             self.at = checkpoint.restore(self.checkpoint, self.state, self.optimizer, self.identity)
+        self._require_alike()
         self._trim_metrics()
         self._look()
         recipe, at = self.recipe, self.at
@@ -162,17 +176,25 @@ class _Run:
                     self._validate(stop)
                 if at.step == recipe.steps or self._stale() >= recipe.patience:
                     break
-                self._step()
-                if stop.is_set():
+                self._step(stop)
+                if self.others_stop or (stop.is_set() and self.processes.count == 1):
                     raise _Stopped
                 self._save_if_cheap()
-        except _Stopped:
+        except (_Stopped, Interrupted) as why:
             self._save()
             where = f"stopped after step {at.step} of {recipe.steps}"
+            if isinstance(why, Interrupted):
+                where = f"another process of the run has ended, {where}"
             if self.checkpoint is None:
                 raise Interrupted(f"{where}, nothing saved: give train a folder, and it can go on") from None
             raise Interrupted(f"{where}: {RESUME_HINT}") from None
         return self._finish()
+
+    def _require_alike(self) -> None:
+        """All processes begin with the same; none has written anything yet that another may still be reading."""
+        master = hashlib.sha256(self.state.master.detach().cpu().numpy().tobytes()).hexdigest()
+        if odd := self.processes.differing({**self.identity, "step": self.at.step, "master": master}):
+            raise RunError(f"the processes of this run differ in {', '.join(odd)}: give all of them the same files")
 
     def _look(self) -> None:
         """One forward, in which the attachment finds the sites that share their input: resumed or not, every step
@@ -180,7 +202,7 @@ class _Run:
         with torch.no_grad():
             token_nll(self.base, batch_of(self.base, self.rows[:1], self.way), self.way)
 
-    def _step(self) -> None:
+    def _step(self, stop: threading.Event) -> None:
         recipe, at = self.recipe, self.at
         start = time.monotonic()
         epoch, index = divmod(at.step, self._per_epoch())
@@ -188,9 +210,11 @@ class _Run:
             self.order = (epoch, self.ordered(self.rows, recipe.batch_size, recipe.seed, epoch))
         positions = self.order[1][index]
         batches = [self._batch(part) for part in self._parts(positions)]
-        torch.manual_seed(seed_of(recipe.seed, "step", at.step))  # dropout: the same whether resumed or not
+        own = (self.processes.rank,) if self.processes.count > 1 else ()
+        torch.manual_seed(seed_of(recipe.seed, "step", at.step, *own))  # dropout: the same whether resumed or not
         self.state.training = True
-        nll = gradient_step(self.base, self.state, batches, self.way)
+        n = sum(sum(self.rows[i].trained[1:]) for i in positions)
+        nll = self._joined(gradient_step(self.base, self.state, batches, self.way, n), stop)
         rate = adamw.rate_at(at.step, recipe.steps, recipe.warmup, recipe.learning_rate)
         norm = adamw.step(self.state, self.optimizer, rate, recipe.weight_decay, recipe.clip)
         if at.step == 0 and norm == 0:
@@ -206,7 +230,9 @@ class _Run:
         self._tell(nll, None, rate)
 
     def _parts(self, positions: Sequence[int]) -> list[list[int]]:
-        return by_tokens(self.rows, positions, self.recipe.micro_tokens, self.way.packed)
+        """The micro-batches that this process computes of a step."""
+        mine = [positions[i] for i in self.processes.share([len(self.rows[i].ids) for i in positions])]
+        return by_tokens(self.rows, mine, self.recipe.micro_tokens, self.way.packed)
 
     def _batch(self, part: Sequence[int]) -> Batch:
         batch = batch_of(self.base, [self.rows[i] for i in part], self.way)
@@ -216,7 +242,21 @@ class _Run:
         order = self.ordered(self.rows, self.recipe.batch_size, self.recipe.seed, 0)
         parts = [part for positions in order for part in self._parts(positions)]
         packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
-        return Trunk(folder, self.base, self.rows, packs, self.blocks, most)
+        name = f"trunk-{self.processes.rank}"
+        return Trunk(folder, name, self.base, self.rows, packs, self.blocks, most // self.processes.count)
+
+    def _joined(self, nll: float, stop: threading.Event) -> float:
+        """Gradient and loss of the whole step, from the shares of all processes, in one all-reduce; returns the loss.
+        A wish to stop goes with them, so that all stop after the same step."""
+        if self.processes.count == 1:
+            return nll
+        master = self.state.master
+        gradient = torch.zeros_like(master) if master.grad is None else master.grad
+        whole = torch.cat([gradient.detach(), master.new_tensor([nll, stop.is_set()])])
+        self.processes.sum(whole)
+        master.grad = whole[:-2]
+        self.others_stop = bool(whole[-1])
+        return float(whole[-2])
 
     def _per_epoch(self) -> int:
         return -(-len(self.rows) // self.recipe.batch_size)
@@ -237,11 +277,11 @@ class _Run:
             if stop.is_set():
                 raise _Stopped
             if done < of:  # the end is told with its result
-                self.watch(done, of)
+                self.watch(done * len(self.valid_rows) // of, len(self.valid_rows))
 
         at, start = self.at, time.monotonic()
         self.state.training = False
-        values = example_nll(self.base, self.valid_rows, watch, self.way)
+        values = self._measured(watch)
         nll = sum(values) / len(values)
         if not at.history and not math.isfinite(nll):
             raise BaseError(f"'{self.base.name}' gives validation examples no finite NLL ({nll}): the fault is in the "
@@ -256,6 +296,20 @@ class _Run:
         at.beside += self.one_validation
         self._tell(None, nll, 0.0)
         self._save()
+
+    def _measured(self, watch: Callable[[int, int], None]) -> list[float]:
+        """NLL of every validation example, each process measuring a share. Where one is stopped, all are."""
+        rows = self.valid_rows
+        sums, stopped = [0.0] * (max(row.example for row in rows) + 1), False
+        try:
+            sums = nll_sums(self.base, rows, self.processes.share([len(row.ids) for row in rows]), watch, self.way)
+        except _Stopped:
+            stopped = True
+        whole = torch.tensor([*sums, stopped], dtype=torch.float64)
+        self.processes.sum(whole)
+        if whole[-1]:
+            raise _Stopped
+        return means(rows, whole[:-1].tolist())
 
     def _best(self) -> tuple[int, float]:
         return min(self.at.history, key=lambda entry: entry[1])
@@ -291,7 +345,7 @@ class _Run:
             write_text(self.metrics, "".join(kept))
 
     def _save(self) -> None:
-        if self.checkpoint:
+        if self.checkpoint and self.processes.first:
             start = time.monotonic()
             checkpoint.save(self.checkpoint, self.state, self.optimizer, self.at, self.identity)
             self.last_save = time.monotonic() - start
@@ -318,8 +372,9 @@ class _Stopped(Exception):
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM sets the event; a second one ends the process as it would without us.
+def _interruptible(launched: bool) -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM sets the event; a second one ends the process as it would without us. Not where it
+    was launched among others: the launcher repeats what the process may have had already, and kills what does not end.
 
     Python delivers signals to the main thread only; in any other, the event is never set.
     """
@@ -331,6 +386,8 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def first(number: int, frame: object) -> None:
         stop.set()
+        if launched:
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -29,14 +29,14 @@ FREE_SHARE = 0.5  # of the free disk that the file may take at most
 class Trunk:
     """A file of what the lowest `blocks` blocks make of packs, as many of them as `most` bytes hold.
 
-    packs: tokens, filling included, by the rows' positions. The file's name says what it belongs to: base, rows, packs,
-    blocks, dtype. One that is there already is gone on with; a pack left half by a kill fails its checksum and is
-    computed again.
+    packs: tokens, filling included, by the rows' positions. The file is called `name` and a digest of what it belongs
+    to: base, rows, packs, blocks, dtype. One that is there already is gone on with; a pack left half by a kill fails its
+    checksum and is computed again.
     """
 
     def __init__(
-        self, folder: Path, base: Base, rows: Sequence[Row], packs: Mapping[tuple[int, ...], int], blocks: int,
-        most: int,
+        self, folder: Path, name: str, base: Base, rows: Sequence[Row], packs: Mapping[tuple[int, ...], int],
+        blocks: int, most: int,
     ):  # fmt: skip
         self._base, self._blocks = base, blocks
         self._token = base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize  # type: ignore[operator]
@@ -49,8 +49,8 @@ class Trunk:
                 self._places[pack] = self.bytes
                 self.bytes += needed
         told = repr((base.integrity(), list(rows), list(packs.items()), blocks, str(base.dtype)))
-        self._path = folder / f"trunk-{hashlib.sha256(told.encode()).hexdigest()[:16]}.bin"
-        for other in folder.glob("trunk-*.bin"):
+        self._path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.bin"
+        for other in folder.glob(f"{name}-*.bin"):
             if other != self._path:
                 other.unlink()
         self._path.touch()
