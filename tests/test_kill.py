@@ -1,4 +1,4 @@
-"""Resume is bit-identical: runs are killed by SIGKILL, at chosen places and anywhere, and end as if they had not been."""
+"""Resume is bit-identical: runs are killed by SIGKILL, at chosen places and anywhere, and end as if never killed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ class Doomed(pipeline.Silent):
     def arm(self) -> None:
         self.around(torch.autograd, "backward", lambda *_: "a backward")
         self.around(torch.optim.AdamW, "step", lambda *_: "an update")
-        self.around(os, "fsync", lambda to: "a fsync" if f".{LAST}." in os.readlink(f"/proc/self/fd/{to}") else "")
+        self.around(
+            os, "fsync", lambda to: "a fsync" if f".{LAST}." in str(Path(f"/proc/self/fd/{to}").readlink()) else ""
+        )
         self.around(Path, "replace", lambda _, to: "a rename" if to.name == LAST else f"the rename of {to.name}")
         self.around(Path, "rename", lambda _, to: f"the rename of {to.name}")
         save_file, write_text, opened = checkpoint.save_file, loop.write_text, Path.open

@@ -116,9 +116,8 @@ def test_a_trunk_of_something_else_is_not_taken(
     if changed == "base":
         with torch.no_grad():
             next(tiny_base.model.parameters()).view(-1)[0] += 1
-    trunks.Trunk(
-        tmp_path, tiny_base, rows[:-1] if changed == "rows" else rows, packs, 2 if changed == "blocks" else 1, 1 << 30
-    )
+    others, blocks = rows[:-1] if changed == "rows" else rows, 2 if changed == "blocks" else 1
+    trunks.Trunk(tmp_path, "trunk", tiny_base, others, packs, blocks, 1 << 30)
     (after,) = tmp_path.glob("trunk-*")
     assert after != before
 
