@@ -30,8 +30,8 @@ class Trunk:
     """A file of what the lowest `blocks` blocks make of packs, as many of them as `most` bytes hold.
 
     packs: tokens, filling included, by the rows' positions. The file is called `name` and a digest of what it belongs
-    to: base, rows, packs, blocks, dtype. One that is there already is gone on with; a pack left half by a kill fails its
-    checksum and is computed again.
+    to: base, rows, packs, blocks, dtype. One that is there already is gone on with; a pack left half by a kill fails
+    its checksum and is computed again.
     """
 
     def __init__(
