@@ -22,11 +22,11 @@ from safetensors import safe_open
 
 from lorafit import pipeline
 from lorafit.evaluation import nll
-from lorafit.run import LAST, METRICS
+from lorafit.run import LAST, METRICS, clear_left_by_kills
 from lorafit.training import checkpoint, loop
 from lorafit.training.loop import Moment
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL and fork")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc, and fork")
 
 STEPS, EVERY = 24, 4  # what SETTINGS come to
 SETTINGS: dict[str, Any] = {
@@ -93,11 +93,9 @@ class Doomed(pipeline.Silent):
     def arm(self) -> None:
         self.around(torch.autograd, "backward", lambda *_: "a backward")
         self.around(torch.optim.AdamW, "step", lambda *_: "an update")
-        self.around(
-            os, "fsync", lambda to: "a fsync" if f".{LAST}." in str(Path(f"/proc/self/fd/{to}").readlink()) else ""
-        )
-        self.around(Path, "replace", lambda _, to: "a rename" if to.name == LAST else f"the rename of {to.name}")
-        self.around(Path, "rename", lambda _, to: f"the rename of {to.name}")
+        self.around(os, "fsync", lambda to: "a fsync" if f".{LAST}." in path_of(to) else "")
+        self.around(Path, "replace", lambda _, to: "a rename" if Path(to).name == LAST else f"the rename of {to.name}")
+        self.around(Path, "rename", lambda _, to: f"the rename of {Path(to).name}")
         save_file, write_text, opened = checkpoint.save_file, loop.write_text, Path.open
 
         def half_a_file(tensors: Any, path: Path, said: Any) -> None:
@@ -134,7 +132,13 @@ class Doomed(pipeline.Silent):
         setattr(owner, name, told)
 
 
-def run_here(base: Path, data: Path, out: Path, resume: bool, kill: Kill | None, threads: int) -> None:
+def path_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
+def run_here(
+    base: Path, data: Path, out: Path, settings: dict[str, Any], resume: bool, kill: Kill | None, threads: int
+) -> None:
     """What a process of its own does: everything that is replaced here dies with it."""
     torch.set_num_threads(threads)
     nll.EVALUATION_TOKENS = 128  # several forwards in each validation
@@ -144,7 +148,7 @@ def run_here(base: Path, data: Path, out: Path, resume: bool, kill: Kill | None,
     if kill:
         loop.CHECKPOINT_SHARE = kill.cadence
         listener.arm()
-    pipeline.run_training(str(base), str(data), out, SETTINGS, resume=resume, listener=listener)
+    pipeline.run_training(str(base), str(data), out, settings, resume=resume, listener=listener)
     assert torch.get_num_threads() == threads
 
 
@@ -156,8 +160,8 @@ def unlike(row: dict[str, object]) -> dict[str, object]:
 class Runs:
     """The same run again and again, each in a process of its own."""
 
-    def __init__(self, base: Path, folder: Path):
-        self.base, self.folder = base, folder
+    def __init__(self, base: Path, folder: Path, settings: dict[str, Any]):
+        self.base, self.folder, self.settings = base, folder, settings
         self.data, rows = folder / "data", capitals(40)
         for name, split in (
             ("train", rows[:24]),
@@ -170,7 +174,8 @@ class Runs:
 
     def run(self, out: Path, resume: bool = False, kill: Kill | None = None, threads: int = 1) -> int | None:
         """How the process ended."""
-        process = self.forks.Process(target=run_here, args=(self.base, self.data, out, resume, kill, threads))
+        given = (self.base, self.data, out, self.settings, resume, kill, threads)
+        process = self.forks.Process(target=run_here, args=given)
         process.start()
         process.join(60)
         process.kill()
@@ -202,7 +207,7 @@ def bits(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tiny_folder, tmp_path_factory.mktemp("kills"))
+    return Runs(tiny_folder, tmp_path_factory.mktemp("kills"), SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -240,16 +245,22 @@ def test_a_run_killed_once_ends_bit_identical_and_leaves_nothing_behind(
 
 
 def drawn(seed: int) -> list[Kill]:
-    """Five kills in one run, at places and steps that differ; after them one at its very end. Every place has its turn
-    every three seeds."""
-    draw, places = random.Random(seed), [*PLACES, "before lines are dropped", "before a line"]
+    """Five kills in one run, at places and steps that differ, one as it goes on, one at its very end. In three seeds
+    every place has its turn."""
+    draw, places = random.Random(seed), [*PLACES, "anywhere", "anywhere"]
     random.Random(seed // 3).shuffle(places)
     steps = sorted(draw.randrange(STEPS - EVERY) for _ in range(5))
     kills = [
         Kill(place, step, draw.random(), draw.randrange(4000), draw.choice([0.0, loop.CHECKPOINT_SHARE, 1e9]))
         for place, step in zip(islice(places, seed % 3 * 5, None), steps, strict=False)
     ]
-    return [*kills, Kill(ENDS[seed % 3])]
+    return [*kills, Kill("before lines are dropped"), Kill(ENDS[seed % 3])]
+
+
+def test_every_place_has_its_turn_and_there_are_more_than_twenty() -> None:
+    kills = [kill for seed in range(6) for kill in drawn(seed)]
+    assert {kill.place for kill in kills} == {*PLACES, *ENDS, "before lines are dropped"}
+    assert len(kills) == 42
 
 
 @pytest.mark.slow
@@ -258,3 +269,39 @@ def test_a_run_killed_again_and_again_ends_bit_identical_and_leaves_nothing_behi
     runs: Runs, whole: dict[str, Any], seed: int
 ) -> None:
     assert_same(bits(runs.killed(f"chain {seed}", drawn(seed))), whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_its_lowest_blocks_from_disk_does_so_when_killed(tiny_folder: Path, tmp_path: Path) -> None:
+    upper = ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]
+    runs = Runs(tiny_folder, tmp_path, {**SETTINGS, "targets": upper, "trunk_gb": 0.1})
+    kills = [Kill("before a backward", 2), Kill("anywhere", 5, later=700), Kill("in a write", 8), Kill("in a line", 15)]
+    assert runs.run(tmp_path / "whole") == 0
+    assert_same(bits(runs.killed("killed", kills)), bits(tmp_path / "whole"))
+
+
+def test_a_run_goes_on_with_its_own_number_of_threads(runs: Runs, whole: dict[str, Any]) -> None:
+    """Begun on one, gone on with where torch has two, and has two again afterwards."""
+    assert_same(bits(runs.killed("threads", [Kill("after an update", 9)], threads=2)), whole)
+
+
+def test_a_run_killed_before_it_has_begun_is_begun_again(runs: Runs, whole: dict[str, Any]) -> None:
+    out = runs.folder / "early"
+    assert runs.run(out, kill=Kill("before the rename of run.json")) == -signal.SIGKILL
+    assert [path.name[:10] for path in out.iterdir()] == [".run.json."]
+    assert runs.run(out) == 0
+    assert_same(bits(out), whole)
+
+
+def test_only_what_killed_writes_have_left_is_removed(tmp_path: Path) -> None:
+    theirs = [".gitignore", ".notes.txt.abcd1234", ".run.json.saved", "run.json", "checkpoints/last.safetensors",
+              "scores/.run.json.abcd1234", "mine/.run.json.abcd1234"]  # fmt: skip
+    ours = [".run.json.abcd1234", ".probe.a_cd1234", ".adapter.abcd1234/adapter_model.safetensors",
+            ".adapter.abcd1234.old/README.md", "checkpoints/.last.safetensors.abcd1234",
+            "scores/.answers.jsonl.abcd1234"]  # fmt: skip
+    for name in (*theirs, *ours):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clear_left_by_kills(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(theirs)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".adapter")]

@@ -567,6 +567,18 @@ def test_a_resumed_run_takes_the_dtype_it_began_with(
     assert again["dtype"] == first["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    "frozen", [{}, {"dtype": "fp32"}, {"dtype": "fp8", "threads": 1}, {"dtype": "fp32", "threads": 0},
+               {"dtype": "fp32", "threads": 1, "of": "later versions"}, None]
+)  # fmt: skip
+def test_what_a_run_has_frozen_is_taken_whole_or_not_at_all(
+    unfinished: Path, tiny_folder: Path, data: Path, frozen: object
+) -> None:
+    write_json(unfinished / "run.json", read_run(unfinished) | {"frozen": frozen})
+    with pytest.raises(FormatError, match=r"run\.json: frozen: .*start anew"):
+        begin(tiny_folder, data, unfinished, resume=True)
+
+
 def test_what_is_read_back_must_be_what_was_written(
     finished: tuple[Path, dict[str, Any]], unfinished: Path, tiny_folder: Path, data: Path,
     monkeypatch: pytest.MonkeyPatch,
