@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, packing
+from lorafit.attachment import attach, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
@@ -86,7 +86,10 @@ def train(
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     """
     run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, tell, watch)
-    with torch.random.fork_rng(), _interruptible() as stop, attach(base, run.state), packing(base, run.way.packed):
+    with (
+        torch.random.fork_rng(), _interruptible() as stop,
+        attach(base, run.state), packing(base, run.way.packed), recomputing(base, recipe.recompute),
+    ):  # fmt: skip
         return run.go(resume, stop)
 
 
