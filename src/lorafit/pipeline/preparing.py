@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from lorafit.attachment import fired, require_fired
+from lorafit.adapter import Adapter
+from lorafit.attachment import fired, fresh, require_fired
 from lorafit.base import Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples
 from lorafit.data.reading import read_examples
@@ -17,15 +20,19 @@ from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.pipeline.listener import Listener
+from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Decision, decide
+from lorafit.planning.memory import again, fit, footprint, with_losses
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
-from lorafit.tasks.completion import PLAIN, batch_of, token_nll
+from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A base with data checked and rendered for it, and the decision how to train on them."""
+    """A base with data checked and rendered for it, and the decision how to train on them.
+
+    start: the adapter before training. peak: bytes that training holds at most, foretold."""
 
     base: Base
     examples: Examples
@@ -33,11 +40,19 @@ class Opened:
     renderer: Renderer
     rows: dict[str, list[Row]]
     decision: Decision
+    start: Adapter
+    way: Way
+    peak: int
     seconds: float
 
 
-def open_all(base_name: str, data: str, settings: TrainSettings, listener: Listener) -> Opened:
-    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written."""
+def open_all(
+    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Mapping[str, Any] | None = None
+) -> Opened:
+    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
+
+    began: the recipe of a run that is gone on with; what it took by the memory then free is taken again.
+    """
     start = time.monotonic()
     require_base(base_name)
     examples, report = prepare(data, settings, listener)
@@ -47,8 +62,17 @@ def open_all(base_name: str, data: str, settings: TrainSettings, listener: Liste
     seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
+    before = fresh(base, decision.plan, settings.seed, renderer.rendering)
+    way = way_of(base, rows["train"])
+    plain = footprint(base, before, rows["train"], way, settings.dropout)
+    look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
+    room = room_of(base)
+    if began is None:
+        decision, peak = fit(decision, look, rows, way, room, settings.memory)
+    else:
+        decision, peak = again(decision, look, rows, way, room, began)
     listener.plan(decision.choices)
-    return Opened(base, examples, report, renderer, rows, decision, time.monotonic() - start)
+    return Opened(base, examples, report, renderer, rows, decision, before, way, peak, time.monotonic() - start)
 
 
 def opened_base(name: str, settings: TrainSettings, listener: Listener) -> Base:

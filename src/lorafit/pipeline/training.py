@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import fresh
 from lorafit.errors import FormatError
 from lorafit.evaluation.compare import Comparison, compare
-from lorafit.files import make_folder, write_json, write_text
+from lorafit.files import make_folder, read_json, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
@@ -68,7 +67,8 @@ def run_training(
     base_name, data, resolved = open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
     try:
-        opened = open_all(base_name, data, resolved, listener)
+        began = read_json(out / PLAN)["recipe"] if resume and (out / PLAN).exists() else None
+        opened = open_all(base_name, data, resolved, listener, began)
     except BaseException:
         if not resume:
             with suppress(OSError):
@@ -96,10 +96,9 @@ def _run(
     if not (out / PLAN).exists():
         write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
-    start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
     rows = opened.rows
     listener.say("training; Ctrl-C saves and stops")
-    trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
+    trained = train(base, opened.start, rows["train"], rows["valid"], decision.recipe,
                     folder=out, resume=resume, tell=listener.moment,
                     watch=lambda done, of: listener.watch("validation", done, of))  # fmt: skip
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")

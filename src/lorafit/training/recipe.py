@@ -10,8 +10,7 @@ class Recipe:
     """learning_rate: the peak. batch_size: examples per step. warmup, validate_every: in steps.
 
     micro_tokens: tokens per forward, padding included where there is some; it bounds memory and, up to rounding,
-    nothing else. recompute: whether blocks are computed again for the backward instead of kept, which changes memory and
-    time alone.
+    nothing else. recompute: whether blocks are computed again for the backward instead of kept: less memory, more time.
     patience: validations without a better one before training stops. clip: bound on the gradient's norm.
     """
 
