@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control clean
+.PHONY: demo test test-all check control bench-forecast clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -25,6 +25,10 @@ check: .venv/ready
 # The control of the demo: the same training on shuffled answers. Writes what the demo shows beside its own result.
 control: .venv/ready
 	$(BIN)/python scripts/make_control.py
+
+# What plan foretells of memory and time against runs that took place; RECORD=--record appends to bench/RESULTS.md.
+bench-forecast: .venv/ready
+	$(BIN)/python bench/forecast.py $(RECORD)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }

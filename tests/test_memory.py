@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -215,3 +216,16 @@ def test_a_run_stays_under_the_memory_it_was_given(deep_folder: Path, tmp_path: 
     held = ran(deep_folder, tmp_path / "again", memory=f"{1000 * limit:.0f}MB")
     assert held["recipe"]["micro_tokens"] < free["recipe"]["micro_tokens"] or held["recipe"]["recompute"]
     assert held["peak"] <= limit < free["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [1, 3], ids=["handbook in batches of 16", "restaurants in 1.6 GB"])
+def test_memory_and_time_of_real_runs_are_within_a_fifth_of_the_forecast(
+    case: int, real_base: Base, shared_data: Path, tmp_path: Path
+) -> None:
+    bench = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "forecast.py"))
+    name, settings, steps = bench["CASES"][case]
+    data = bench["files"](shared_data, tmp_path)[name]
+    told, real = (bench["asked"](verb, data, settings, steps) for verb in ("plan", "train"))
+    assert told["gb"] == pytest.approx(real["gb"], rel=0.2)
+    assert told["step"] == pytest.approx(real["step"], rel=0.2)

@@ -11,6 +11,7 @@ import torch
 
 from lorafit.base import Base
 from lorafit.planning.memory import Room
+from lorafit.settings import bytes_of
 
 
 def keep_freed_memory() -> None:
@@ -29,6 +30,8 @@ def keep_freed_memory() -> None:
 
 def peak_gb() -> float | None:
     """Largest resident memory of this process so far, in GB; None where the system does not tell."""
+    if (told := _told("/proc/self/status", "VmHWM")) is not None:
+        return round(told / 1e9, 2)  # getrusage's counts what the process was before it became this program
     if sys.platform == "win32":
         return None
     import resource
@@ -46,6 +49,12 @@ def room_of(base: Base) -> Room:
     if free is not None and allowed is not None and taken is not None:
         free = max(0, min(free, allowed - taken))
     return Room(_held(base), free)
+
+
+def left_of(memory: str | None, base: Base) -> int | None:
+    """Bytes that are left of a limit as it is set; None where none is."""
+    limit = bytes_of(memory) if memory else None
+    return None if limit is None else max(0, limit - room_of(base).held)
 
 
 class Meter:

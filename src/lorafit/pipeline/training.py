@@ -21,7 +21,7 @@ from lorafit.files import make_folder, read_json, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.memory import keep_freed_memory, peak_gb
+from lorafit.pipeline.memory import keep_freed_memory, left_of, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.planning import Choice
@@ -105,7 +105,8 @@ def _run(
     evaluating = time.monotonic()
     opens = count_opening(out)
     comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
-                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
+                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch,
+                         memory=left_of(resolved.memory, base))  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}

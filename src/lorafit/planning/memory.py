@@ -1,8 +1,8 @@
 """What training holds in memory, reckoned from a look at the base, and the settings under which it holds less.
 
 What a forward keeps for its backward is most of it, and grows with the tokens that are run at a time: three tiny
-forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by a share that hardly depends
-on the size of a batch but much on the base: that is measured on a small step. Bytes throughout, GB are 10⁹.
+forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by a share that hardly
+depends on how much is run but much on the base: that is measured on a small step. Bytes throughout, GB are 10⁹.
 """
 
 from __future__ import annotations
