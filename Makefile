@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control bench-train clean
+.PHONY: demo test test-all check control bench-train bench-cache bench-forecast clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -31,6 +31,14 @@ control: .venv/ready
 # Training against PEFT and the floor, in arms that take turns: about 40 minutes on two cores, on a quiet machine.
 bench-train: .venv/ready
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python bench/train.py $(BENCH_FLAGS)
+
+# The same training with the trunk kept and without.
+bench-cache: .venv/ready
+	$(BIN)/python bench/cache.py $(BENCH_FLAGS)
+
+# What plan foretells of memory and time against runs that took place.
+bench-forecast: .venv/ready
+	$(BIN)/python bench/forecast.py $(BENCH_FLAGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }

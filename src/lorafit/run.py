@@ -78,7 +78,8 @@ def _frozen(out: Path, asked: Mapping[str, Any]) -> Frozen:
     except TypeError as error:
         raise FormatError(f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
                           "start anew with another --out") from error  # fmt: skip
-    if frozen.dtype not in DTYPES or not isinstance(frozen.threads, int) or frozen.threads < 1:
+    counts = (frozen.threads, frozen.micro_tokens)
+    if frozen.dtype not in DTYPES or not all(isinstance(n, int) and n > 0 for n in counts):
         raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
     return frozen
 

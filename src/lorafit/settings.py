@@ -20,7 +20,14 @@ from lorafit.errors import SettingsError
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
          "string": "text", "tuple": "a list"}  # fmt: skip
-BY_RULE = {"targets", "rank", "learning_rate", "epochs", "batch_size"}  # chosen from the data where nothing is set
+BY_RULE = {
+    "targets",
+    "rank",
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "memory",
+}  # chosen from the data where nothing is set
 
 
 class TrainSettings(BaseModel):
@@ -72,6 +79,11 @@ class TrainSettings(BaseModel):
             ge=0, description="Disk for what blocks below all sites compute, during the run; 0: computed every time."
         ),
     ] = 4.0
+    memory: Annotated[
+        str | None,
+        Field(description="Most that the process may hold while it trains, such as 4GB or 500MB (of the GPU, where "
+              "there is one).", examples=["4GB"]),
+    ] = None  # fmt: skip
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
 
     @field_validator("targets")
@@ -81,6 +93,22 @@ class TrainSettings(BaseModel):
         if names == ():
             raise ValueError("names nothing: name at least one, such as q_proj, or leave it out")
         return names
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _measured(cls, given: Any) -> Any:
+        if given is not None and bytes_of(str(given)) is None:
+            raise ValueError("no size with its unit: write it as 4GB or 500MB")
+        return given
+
+
+def bytes_of(size: str) -> int | None:
+    """4GB, 1.5GB, 500MB (10⁹, 10⁶), 4GiB, 500MiB (2³⁰, 2²⁰) → bytes; None for what is no size, or has no unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(i?)B", size.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        return None
+    base, power = 1024.0 if found[3] else 1000.0, 3 if found[2] in "Gg" else 2
+    return round(float(found[1]) * base**power)
 
 
 class RunFile(TrainSettings):

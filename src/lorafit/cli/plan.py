@@ -32,6 +32,6 @@ def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any]) -> 
         f"training takes about {clock(cost['seconds'])} here: {steps} steps of {cost['step']:.2f} s, validations of "
         f"{cost['validation']:.1f} s (a few were tried); the evaluation comes on top"
     )
-    memory = f"training holds at most about {cost['peak_gb']:.1f} GB of memory, " if cost["peak_gb"] else ""
-    terminal.say(f"{memory}{cost['disk'] / 1e6:.0f} MB in the run folder at most")
+    folder = f"{cost['disk'] / 1e6:.0f} MB in the run folder"
+    terminal.say(f"training holds at most about {cost['peak_gb']:.1f} GB of memory, {folder} at most")
     terminal.finish(found)

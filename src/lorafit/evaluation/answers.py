@@ -43,16 +43,18 @@ def score_answers(
     max_new_tokens: int,
     shots: Sequence[Example] = (),
     progress: Callable[[int, int], None] = lambda done, of: None,
+    memory: int | None = None,
 ) -> AnswerScore:
     """Answer the last question of every example greedily, with whatever is attached to the base, and check it.
 
-    `shots` are answered examples put before the question, as earlier turns of the conversation.
+    `shots` are answered examples put before the question, as earlier turns of the conversation. memory: bytes that
+    the answers may take.
     """
     if not examples:
         return _count([], [])
     prompts = prompts_of(renderer, examples, shots)
     room = max_new_tokens if base.context is None else base.context - max(map(len, prompts))
-    answers = generate(base, renderer, prompts, max(1, min(max_new_tokens, room)), progress)
+    answers = generate(base, renderer, prompts, max(1, min(max_new_tokens, room)), progress, memory)
     return _count(examples, answers)
 
 

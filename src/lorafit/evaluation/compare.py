@@ -62,11 +62,13 @@ def compare(
     answer_all: bool = False,
     watch: Watch = lambda what, done, of: None,
     accept_unknown_base: bool = False,
+    memory: int | None = None,
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
     Those that carry a check are answered, else a few, or with `answer_all` every question there is. Answers are decoded
-    greedily, at most a quarter longer than the longest reference answer (plus 8 tokens).
+    greedily, at most a quarter longer than the longest reference answer (plus 8 tokens). memory: bytes that decoding
+    may take, None for as much as goes well.
     """
     budget = 5 * max(row.n_trained for row in rows) // 4 + 8
     checked = [i for i, example in enumerate(examples) if example.check is not None]
@@ -81,7 +83,7 @@ def compare(
     def one(name: str) -> tuple[list[float], AnswerScore]:
         return (
             example_nll(base, rows, told(f"{name}: NLL")),
-            score_answers(base, renderer, questions, budget, (), told(f"{name}: answers")),
+            score_answers(base, renderer, questions, budget, (), told(f"{name}: answers"), memory),
         )
 
     if against is None:
@@ -92,7 +94,9 @@ def compare(
     few = None
     given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if checked or answer_all else []
     if given:
-        few = score_answers(base, renderer, questions, budget, given, told(f"base, {len(given)} examples given"))
+        few = score_answers(
+            base, renderer, questions, budget, given, told(f"base, {len(given)} examples given"), memory
+        )
     with attach(base, adapter, accept_unknown_base=accept_unknown_base):
         adapter_nll, adapter_answers = one("adapter")
     answers = zip(questions, base_answers.answers, adapter_answers.answers, strict=True)

@@ -17,6 +17,7 @@ from lorafit.base import Base
 from lorafit.data.render import Renderer
 
 BATCH = 64
+GROWN = 4  # bytes held for each of keys and values: they are copied as they grow, and leave holes (measured: 2.5 to 3)
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    room: int | None = None,
 ) -> list[Answer]:
     """Answers in the order of the prompts (token ids). Prompts of like length are decoded together.
 
-    What all prompts begin with (a system prompt, examples given) is computed once.
+    What all prompts begin with (a system prompt, examples given) is computed once. room: bytes that keys and values may
+    take; fewer prompts are decoded at a time where they would take more.
     """
     pad = renderer.stop_ids[0]
     model = _greedy(base, renderer, max_new_tokens)
@@ -47,9 +50,11 @@ def generate(
         shared = []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    batch = BATCH if room is None else max(1, min(BATCH, room // (GROWN * _kept_per_token(base) * longest)))
     progress(0, len(prompts))
-    for start in range(0, len(order), BATCH):
-        part = order[start : start + BATCH]
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
         width = max(len(prompts[i]) for i in part)
         ids = torch.full((len(part), width), pad, dtype=torch.int64)
         seen = torch.zeros((len(part), width), dtype=torch.int64)
@@ -122,6 +127,16 @@ def _greedy(base: Base, renderer: Renderer, max_new_tokens: int) -> Any:
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0]
     )
     return model
+
+
+def _kept_per_token(base: Base) -> int:
+    """Bytes of keys and values, of all layers, as wide as the hidden state where the base does not say."""
+    model: Any = base.model
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    wide = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * int(config.num_hidden_layers) * int(shared) * int(wide) * base.dtype.itemsize
 
 
 def _common_start(prompts: Sequence[list[int]]) -> list[int]:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from pathlib import Path
+
+import torch
+
+from lorafit.base import Base
+from lorafit.planning.memory import Room
+from lorafit.settings import bytes_of
 
 
 def keep_freed_memory() -> None:
@@ -23,9 +30,73 @@ def keep_freed_memory() -> None:
 
 def peak_gb() -> float | None:
     """Largest resident memory of this process so far, in GB; None where the system does not tell."""
+    if (told := _told("/proc/self/status", "VmHWM")) is not None:
+        return round(told / 1e9, 2)  # getrusage's counts what the process was before it became this program
     if sys.platform == "win32":
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+
+
+def room_of(base: Base) -> Room:
+    """What is held and free where the base is: on its GPU, or in this process and machine."""
+    if base.device.type == "cuda":
+        return Room(torch.cuda.memory_allocated(base.device), torch.cuda.mem_get_info(base.device)[0])
+    free = _told("/proc/meminfo", "MemAvailable")
+    allowed, taken = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+    if free is not None and allowed is not None and taken is not None:
+        free = max(0, min(free, allowed - taken))
+    return Room(_held(base), free)
+
+
+def left_of(memory: str | None, base: Base) -> int | None:
+    """Bytes that are left of a limit as it is set; None where none is."""
+    limit = bytes_of(memory) if memory else None
+    return None if limit is None else max(0, limit - room_of(base).held)
+
+
+class Meter:
+    """Memory held where the base is, over what was held when it was set to zero. On a processor it relies on
+    `keep_freed_memory`: what was held once is held still."""
+
+    def __init__(self, base: Base):
+        self._base, self._before = base, 0
+
+    def zero(self) -> None:
+        if self._base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._base.device)
+        self._before = room_of(self._base).held
+
+    def grown(self) -> int:
+        if self._base.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._base.device) - self._before
+        return (_told("/proc/self/status", "VmRSS") or self._before) - self._before
+
+
+def _held(base: Base) -> int:
+    """Resident memory of this process, without what was freed and is only kept."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    if (now := _told("/proc/self/status", "VmRSS")) is not None:
+        return now
+    most = peak_gb()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    return int(1e9 * most) if most is not None else weights + int(0.5e9)  # what importing torch takes
+
+
+def _told(path: str, name: str) -> int | None:
+    """A line `name: 123 kB` of one of Linux's files, in bytes; None elsewhere."""
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not there, or "max"
+        return None

@@ -5,36 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from lorafit.attachment import attach, fresh, packing
+from lorafit.attachment import attach, packing, recomputing
 from lorafit.base import Base
-from lorafit.data.batches import by_tokens, epoch_order
+from lorafit.data.batches import PACK_STEP
 from lorafit.data.render import Row
 from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.memory import keep_freed_memory, peak_gb
+from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
+from lorafit.planning.memory import parts_of
 from lorafit.settings import settings_from
-from lorafit.tasks.completion import batch_of, way_of
+from lorafit.tasks.completion import batch_of
+from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step
 from lorafit.training.state import TrainState
 
-TRIED = 3  # batches whose time is taken, from the shortest to the longest
+TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest
 VALIDATED = 16  # examples whose NLL is timed
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of training, of one step and of one validation among them; peak memory in GB (None where the system does
-    not tell); bytes of the run folder at its largest. The evaluation that follows comes on top."""
+    """Seconds of training, of one step and of one validation among them; GB of memory while training (of the
+    process, or of the GPU) and bytes of the run folder, at most. The evaluation that follows comes on top."""
 
     seconds: float
     step: float
     validation: float
-    peak_gb: float | None
+    peak_gb: float
     disk: int
 
 
@@ -46,7 +50,7 @@ def run_planning(
     resolved = settings_from(settings)
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
-    cost = forecast(opened, resolved.seed)
+    cost = forecast(opened)
     decision = opened.decision
     return {
         "base": opened.base.name,
@@ -61,35 +65,57 @@ def run_planning(
     }
 
 
-def forecast(opened: Opened, seed: int) -> Forecast:
-    """Try a short, a middling and the longest batch of the first epoch, and reckon with the padded tokens of all."""
-    base, rows, recipe = opened.base, opened.rows, opened.decision.recipe
-    order = epoch_order(rows["train"], recipe.batch_size, recipe.seed, 0)
-    sizes = [_padded(rows["train"], positions, recipe.micro_tokens) for positions in order]
-    ranked = sorted(range(len(order)), key=sizes.__getitem__)
-    tried = sorted({ranked[i * (len(ranked) - 1) // (TRIED - 1)] for i in range(TRIED)})
-    plan = opened.decision.plan
-    state = TrainState(fresh(base, plan, seed, opened.renderer.rendering), base.device, recipe.dropout)
-    state.training = True
-    way = way_of(base, rows["train"])
-    took = 0.0
-    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed):
-        for i in tried:
-            parts = by_tokens(rows["train"], order[i], recipe.micro_tokens, way.packed)
-            batches = [batch_of(base, [rows["train"][k] for k in part], way) for part in parts]
-            gradient_step(base, state, batches, way)  # a new width costs the kernels a preparation
-            took += _seconds(base, lambda batches=batches: gradient_step(base, state, batches, way))
+def forecast(opened: Opened) -> Forecast:
+    """Try a short, a middling and the longest micro-batch of the first epoch, and reckon with all of the run.
+
+    Whatever the batch size, six forwards and backwards are tried. A micro-batch takes some time of its own and some for
+    each token; a size that comes for the first time takes a preparation, which is long in some kernels.
+    """
+    base, rows, recipe, way = opened.base, opened.rows, opened.decision.recipe, opened.way
+    parts = list(parts_of(rows["train"], recipe, way))
+    sizes = [sum(len(rows["train"][i].ids) for i in part) for part in parts]
+    ranked = sorted(range(len(parts)), key=sizes.__getitem__)
+    tried = sorted({ranked[i * (len(ranked) - 1) // (TRIED - 1)] for i in range(TRIED)}, key=sizes.__getitem__)
+    state = TrainState(opened.start, base.device, recipe.dropout)
+    optimizer = adamw.make_optimizer(state)
+    firsts, took = [], []
+    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
         few = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
+        state.training = False
+        example_nll(base, few, way=way)
         validation = _seconds(base, lambda: example_nll(base, few, way=way)) * _tokens(rows["valid"]) / _tokens(few)
-    step = took / sum(sizes[i] for i in tried) * sum(sizes) / len(sizes)
+        state.training = True
+        for i in tried:
+            batches = [batch_of(base, [rows["train"][k] for k in parts[i]], way)]
+            work = partial(gradient_step, base, state, batches, way)
+            firsts.append(_seconds(base, work))
+            took.append(_seconds(base, work))
+        update = partial(adamw.step, state, optimizer, recipe.learning_rate, recipe.weight_decay, recipe.clip)
+        update()
+        gradient_step(base, state, batches, way)
+        updating = _seconds(base, update)
+    own, each = _line([sizes[i] for i in tried], took)
+    preparing = max(0.0, min(first - second for first, second in zip(firsts, took, strict=True)))
+    computing = own * len(parts) + each * sum(sizes) + preparing * _shapes(sizes, base)
+    step = computing / recipe.steps + updating
     count = -(-recipe.steps // recipe.validate_every) + 1
-    peak = torch.cuda.max_memory_allocated() / 1e9 if base.device.type == "cuda" else peak_gb()
-    disk = 2 * 4 * plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
-    return Forecast(recipe.steps * step + count * validation, step, validation, peak, disk)
+    disk = 2 * 4 * opened.decision.plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
+    return Forecast(recipe.steps * step + count * validation, step, validation, round(opened.peak / 1e9, 2), disk)
 
 
-def _padded(rows: Sequence[Row], positions: Sequence[int], micro_tokens: int) -> int:
-    return sum(len(part) * max(len(rows[i].ids) for i in part) for part in by_tokens(rows, positions, micro_tokens))
+def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds of a micro-batch's own, and for each token: least squares, neither below zero."""
+    if max(tokens) > min(tokens):
+        each, own = np.polyfit(tokens, seconds, 1)
+        if each > 0 and own > 0:
+            return float(own), float(each)
+    return 0.0, sum(seconds) / sum(tokens)
+
+
+def _shapes(sizes: Sequence[int], base: Base) -> int:
+    """How many different sizes the kernels are given."""
+    stepped = PACK_STEP if base.device.type == "cpu" and base.dtype != torch.float32 else 1
+    return len({-(-size // stepped) for size in sizes})
 
 
 def _tokens(rows: Sequence[Row]) -> int:

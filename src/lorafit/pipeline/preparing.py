@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from lorafit.attachment import fired, require_fired
+from lorafit.adapter import Adapter
+from lorafit.attachment import fired, fresh, require_fired
 from lorafit.base import Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples
 from lorafit.data.reading import read_examples
@@ -19,16 +21,20 @@ from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.pipeline.listener import Listener
+from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Decision, decide
+from lorafit.planning.memory import again, fit, footprint, with_losses
 from lorafit.records import Frozen
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
-from lorafit.tasks.completion import PLAIN, batch_of, token_nll
+from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A base with data checked and rendered for it, and the decision how to train on them."""
+    """A base with data checked and rendered for it, and the decision how to train on them.
+
+    start: the adapter before training. peak: bytes that training holds at most, foretold."""
 
     base: Base
     examples: Examples
@@ -37,6 +43,9 @@ class Opened:
     rows: dict[str, list[Row]]
     decision: Decision
     frozen: Frozen
+    start: Adapter
+    way: Way
+    peak: int
     seconds: float
 
 
@@ -57,10 +66,20 @@ def open_all(
     seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
+    before = fresh(base, decision.plan, settings.seed, renderer.rendering)
+    way = way_of(base, rows["train"])
+    plain = footprint(base, before, rows["train"], way, settings.dropout)
+    look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
+    room = room_of(base)
+    if began is None:
+        decision, peak = fit(decision, look, rows, way, room, settings.memory)
+    else:
+        decision, peak = again(decision, look, rows, way, room, began)
     listener.plan(decision.choices)
     names = {dtype: name for name, dtype in DTYPES.items()}
-    frozen = began or Frozen(dtype=names[base.dtype], threads=torch.get_num_threads())
-    return Opened(base, examples, report, renderer, rows, decision, frozen, time.monotonic() - start)
+    recipe = decision.recipe
+    frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), recipe.micro_tokens, recipe.recompute)
+    return Opened(base, examples, report, renderer, rows, decision, frozen, before, way, peak, time.monotonic() - start)
 
 
 def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None) -> Base:

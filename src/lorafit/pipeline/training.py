@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import fresh
 from lorafit.errors import FormatError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import make_folder, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.memory import keep_freed_memory, peak_gb
+from lorafit.pipeline.memory import keep_freed_memory, left_of, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.planning import Choice
@@ -109,10 +108,8 @@ def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any
     began, resolved = Frozen(**frozen), settings_from(settings)
     with _threads(began.threads, Silent()):
         opened = open_all(base_name, data, resolved, Silent(), began)
-        start = fresh(opened.base, opened.decision.plan, resolved.seed, opened.renderer.rendering)
-        rows = opened.rows
-        train(opened.base, start, rows["train"], rows["valid"], opened.decision.recipe, folder=out, resume=resume,
-              trunk_bytes=_trunk_bytes(resolved), processes=processes)  # fmt: skip
+        train(opened.base, opened.start, opened.rows["train"], opened.rows["valid"], opened.decision.recipe,
+              folder=out, resume=resume, trunk_bytes=_trunk_bytes(resolved), processes=processes)  # fmt: skip
     return {}
 
 
@@ -137,12 +134,11 @@ def _run(
     if not (out / PLAN).exists():
         write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
-    start = fresh(base, decision.plan, resolved.seed, opened.renderer.rendering)
     rows = opened.rows
     processes.agreed(lambda: [base_name, data, resolved.model_dump(mode="json"), asdict(opened.frozen)])
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
-    trained = train(base, start, rows["train"], rows["valid"], decision.recipe,
+    trained = train(base, opened.start, rows["train"], rows["valid"], decision.recipe,
                     folder=out, resume=resume, trunk_bytes=_trunk_bytes(resolved), tell=listener.moment,
                     watch=lambda done, of: listener.watch("validation", done, of), processes=processes)  # fmt: skip
     processes.leave()
@@ -150,7 +146,8 @@ def _run(
     evaluating = time.monotonic()
     opens = count_opening(out)
     comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
-                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch)  # fmt: skip
+                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch,
+                         memory=left_of(resolved.memory, base))  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}

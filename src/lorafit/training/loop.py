@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, free_blocks, packing
+from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import Batch, by_tokens, epoch_order, fixed_order
 from lorafit.data.render import Row
@@ -102,6 +102,7 @@ def train(
         _interruptible(processes.count > 1) as stop,
         attach(base, run.state),
         packing(base, run.way.packed),
+        recomputing(base, recipe.recompute),
     ):
         return run.go(resume, stop)
 

@@ -10,7 +10,7 @@ class Recipe:
     """learning_rate: the peak. batch_size: examples per step. warmup, validate_every: in steps.
 
     micro_tokens: tokens per forward, padding included where there is some; it bounds memory and, up to rounding,
-    nothing else.
+    nothing else. recompute: whether blocks are computed again for the backward instead of kept: less memory, more time.
     patience: validations without a better one before training stops. clip: bound on the gradient's norm.
     """
 
@@ -24,4 +24,5 @@ class Recipe:
     dropout: float = 0.0
     clip: float = 1.0
     micro_tokens: int = 1024
+    recompute: bool = False
     seed: int = 0

@@ -1,0 +1,126 @@
+"""What `plan` foretells of memory and time, against runs that took place, on data and batch sizes of every kind.
+
+    LORAFIT_DATA=... python bench/forecast.py [--record]
+
+Each run is a process of its own: it plans as `lorafit plan` does, in a process before it, and trains with the recipe
+that came out, cut to a few steps. Memory is the process's peak over what it holds once everything is imported; time is
+that of the steps. Nothing is fitted to these runs: the forecast measures a few small steps on its own. Prints a table
+and, last, one line of JSON; --record appends both to bench/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+BASE = "smollm2-135m"
+CASES = [  # data, settings, steps that are run
+    ("handbook", {"batch_size": 4}, 10),
+    ("handbook", {"batch_size": 16, "rank": 16}, 3),
+    ("restaurants", {"batch_size": 4}, 6),
+    ("restaurants", {"batch_size": 12, "memory": "1.6GB"}, 3),
+    ("contracts", {"batch_size": 2}, 5),
+    ("contracts", {"batch_size": 8, "memory": "1.3GB"}, 2),
+]
+
+
+def files(data: Path, into: Path) -> dict[str, str]:
+    """The data sets as lorafit reads them: short rows, middling ones, and rows of very different lengths."""
+    texts: dict[str, list[str]] = {}
+    with gzip.open(data / "e2e_nlg" / "trainset_rebuilt.csv.gz", "rt", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            texts.setdefault(row["mr"], []).append(row["ref"])
+    lists = random.Random(0).sample(sorted(texts), 300)
+    restaurants = [{"prompt": mr, "completion": text, "group": mr} for mr in lists for text in texts[mr][:2]]
+    clauses = json.loads((data / "legal_summarization" / "all_v1.json").read_text(encoding="utf-8")).values()
+    contracts = [{"prompt": one["original_text"].strip()[:2500], "completion": one["reference_summary"].strip(),
+                  "group": one["doc"]} for one in clauses]  # fmt: skip
+    made = {"handbook": "builtin"}
+    for name, rows in (("restaurants", restaurants), ("contracts", contracts)):
+        path = into / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        made[name] = str(path)
+    return made
+
+
+def one(verb: str, data: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Plan, or train a few steps; in a process of its own."""
+    from lorafit.pipeline.listener import Silent
+    from lorafit.pipeline.memory import keep_freed_memory, peak_gb
+    from lorafit.pipeline.planning import forecast
+    from lorafit.pipeline.preparing import open_all
+    from lorafit.settings import settings_from
+    from lorafit.training.loop import train
+
+    imported = peak_gb() or 0.0
+    keep_freed_memory()
+    opened = open_all(BASE, data, settings_from({**settings, "dtype": "fp32", "skip_bad": True}), Silent())
+    recipe = opened.decision.recipe
+    taken = {"micro_tokens": recipe.micro_tokens, "recompute": recipe.recompute}
+    if verb == "plan":
+        cost = forecast(opened)
+        return {**taken, "gb": cost.peak_gb - imported, "step": cost.step}
+    rows = opened.rows["train"]
+    done = train(opened.base, opened.start, rows, opened.rows["valid"][:8],
+                 replace(recipe, steps=steps, validate_every=steps))  # fmt: skip
+    tokens = sum(len(row.ids) for row in rows) / len(rows) * recipe.batch_size  # of a step of the whole run
+    return {**taken, "gb": (peak_gb() or 0.0) - imported, "step": tokens / done.tokens_per_second}
+
+
+def asked(verb: str, data: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", json.dumps([verb, data, settings, steps])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Forecasts of memory and time against runs.")
+    parser.add_argument("--record", action="store_true", help="append the numbers to bench/RESULTS.md")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one(*json.loads(given.one))))
+        return
+    lines = [
+        "| data | settings | tokens at a time | GB foretold | GB measured | s a step foretold | s measured |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    print("\n".join(lines))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = files(Path(os.environ.get("LORAFIT_DATA", "../shared/data")), Path(folder))
+        for name, settings, steps in CASES:
+            told, real = (asked(verb, paths[name], settings, steps) for verb in ("plan", "train"))
+            said = ", ".join(f"{key} {value}" for key, value in settings.items())
+            twice = ", twice" if told["recompute"] else ""
+            lines.append(f"| {name} | {said} | {told['micro_tokens']}{twice} | {told['gb']:.2f} | {real['gb']:.2f} | "
+                         f"{told['step']:.2f} | {real['step']:.2f} |")  # fmt: skip
+            print(lines[-1], flush=True)
+            found.append({"memory": told["gb"] / real["gb"] - 1, "time": told["step"] / real["step"] - 1})
+    worst = {f"{key}_error": round(max((each[key] for each in found), key=abs), 3) for key in ("memory", "time")}
+    print(json.dumps({**worst, "runs": len(found)}))
+    if given.record:
+        with RESULTS.open("a", encoding="utf-8") as file:
+            off = f"memory {worst['memory_error']:+.0%}, time {worst['time_error']:+.0%}"
+            file.write(f"\n## Memory and time foretold, {date.today()}\n\n`make bench-forecast`; SmolLM2-135M in fp32. "
+                       "Memory over the imports, of a process of its own.\n\n" + "\n".join(lines)
+                       + f"\n\nFurthest off: {off}.\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

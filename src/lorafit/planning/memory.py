@@ -1,0 +1,256 @@
+"""What training holds in memory, reckoned from a look at the base, and the settings under which it holds less.
+
+What a forward keeps for its backward is most of it, and grows with the tokens that are run at a time: three tiny
+forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by a share that hardly
+depends on how much is run but much on the base: that is measured on a small step. Bytes throughout, GB are 10⁹.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import attach, blocks_of, packing, recomputing
+from lorafit.base import Base
+from lorafit.data.batches import by_tokens, epoch_order
+from lorafit.data.render import Row
+from lorafit.errors import SettingsError
+from lorafit.evaluation.nll import EVALUATION_TOKENS
+from lorafit.packing import SHORT
+from lorafit.planning.rules import Choice, Decision, hidden_size
+from lorafit.records import Frozen
+from lorafit.settings import bytes_of
+from lorafit.tasks.completion import CHUNK, Way, batch_of, token_nll
+from lorafit.training.loop import gradient_step
+from lorafit.training.recipe import Recipe
+from lorafit.training.state import TrainState
+
+PROBED = 64  # tokens of the largest tiny forward
+LONG = SHORT + 32  # a row whose attention goes another way
+# The state in fp32: master, its gradient and the one being summed, two moments, the best, the start; and two for what
+# the optimizer needs beside them.
+STATE = 9 * 4
+MEASURED = 160  # tokens of the step that shows what the allocator takes
+SLACK = 0.05  # it takes at least this share more
+FEWEST_PLAIN = 256  # tokens at a time below which computing blocks twice costs less than more forwards do
+MARGIN = 1.15  # over what is foretold, where it must stay under a limit
+USABLE = 0.9  # share of the free memory that is taken by rule
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a base with an adapter holds while it trains, in bytes.
+
+    state: whatever is in a batch. token, pair: kept for the backward for each token, and for each pair of tokens in one
+    product of attention; long_token: for each token of a row that is longer than SHORT, where rows are packed.
+    block_input: of one token, of all blocks; blocks: how many can be computed twice, 0 where none. working: for each
+    token, while its gradient is computed. looking: for each token of a validation. logits: for each trained token;
+    most_logits: the most of these held at a time. lost: for each token, what the allocator takes beside that.
+    """
+
+    state: float
+    token: float
+    pair: float
+    long_token: float
+    block_input: float
+    blocks: int
+    working: float
+    looking: float
+    logits: float
+    most_logits: float
+    lost: float = 0.0
+
+    def of(self, lengths: Sequence[int], trained: int, way: Way, recompute: bool) -> float:
+        """Of one micro-batch of rows of these lengths."""
+        widths = lengths if way.packed else [max(lengths)] * len(lengths)
+        tokens = sum(widths)
+        kept = sum(
+            self.long_token * n if way.packed and n > SHORT else self.token * n + self.pair * n * n for n in widths
+        )
+        if recompute:
+            kept = self.block_input * tokens + kept / self.blocks
+        logits = self.logits * (trained if way.apart else tokens)
+        return kept + (self.working + self.lost) * tokens + min(self.most_logits, logits)
+
+
+class Gauge(Protocol):
+    """Shows how much more memory was held, at most, since it was last set to zero."""
+
+    def zero(self) -> None: ...
+    def grown(self) -> int: ...
+
+
+def with_losses(
+    look: Footprint, base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, recompute: bool, gauge: Gauge
+) -> Footprint:
+    """What the allocator takes beside what it is asked for, measured on a step of a few rows of middling length."""
+    state = TrainState(adapter, base.device)
+    middle = sorted(len(row.ids) for row in rows)[len(rows) // 2]
+    lengths = [min(middle, MEASURED)] * max(1, MEASURED // middle)
+    batch = _probe(base, rows, lengths, way)
+    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed), recomputing(base, recompute):
+        gradient_step(base, state, [_probe(base, rows, [middle // 2 + 2], way)], way)
+        gauge.zero()
+        for _ in range(2):  # what is freed comes back in other pieces
+            gradient_step(base, state, [batch], way)
+    known = look.of(lengths, batch.n_trained, way, recompute)
+    gathering = 2 * 4 * adapter.plan.parameters  # the gradient of the factors, apart and as one; in `state`
+    lost = max(SLACK * known, gauge.grown() - known - gathering)
+    return replace(look, lost=lost / sum(lengths))
+
+
+def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropout: float = 0.0) -> Footprint:
+    """Look at forwards of one short row, of four such, and of one four times as long: three unknowns."""
+    state = TrainState(adapter, base.device, dropout)
+    size = base.dtype.itemsize
+    long = min(PROBED, base.context or PROBED) // 8 * 8
+    short = long // 4
+    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed):
+        with torch.no_grad():  # an attachment's first forward finds the sites that share their input
+            token_nll(base, _probe(base, rows, [short], way), way)
+        one, four, whole = (kept(base, state, rows, each, way) for each in ([short], [short] * 4, [long]))
+        pair = max(0.0, (whole - four) / (12 * short**2))
+        token = max(0.0, (four - one) / (3 * short) - short * pair)
+        fixed = max(0.0, one - short * token - short**2 * pair)
+        long_token = token
+        if way.packed and max(len(row.ids) for row in rows) > SHORT:
+            long_token = (kept(base, state, rows, [LONG], way) - fixed) / LONG
+    hidden, blocks = hidden_size(base), len(blocks_of(base))
+    widest = max((max(site.d_in, site.d_out) for site in base.sites if site.path not in base.head_paths()), default=0)
+    words = _vocabulary(base)
+    return Footprint(
+        state=STATE * adapter.plan.parameters + fixed, token=token, pair=pair, long_token=long_token,
+        block_input=blocks * hidden * size, blocks=blocks, working=size * (3 * widest + 6 * hidden),
+        looking=size * (4 * widest + 6 * hidden), logits=words * (8 + (size if size < 4 else 0)),
+        most_logits=CHUNK * (8 + 2 * (size if size < 4 else 0)) if way.apart else float("inf"),
+    )  # fmt: skip
+
+
+def _vocabulary(base: Base) -> int:
+    model = base.model
+    return max((len(model.get_submodule(path).weight) for path in base.head_paths()), default=0)  # type: ignore[arg-type]
+
+
+def _probe(base: Base, rows: Sequence[Row], lengths: Sequence[int], way: Way):  # type: ignore[no-untyped-def]
+    """Made of the rows' own tokens, as many of them trained as there."""
+    some = rows[:64]
+    ids = [i for row in some for i in row.ids]
+    share = sum(row.n_trained for row in some) / len(ids)
+    made = []
+    for k, n in enumerate(lengths):
+        trained = min(n - 1, max(1, round(share * n)))
+        whole = (ids * (n // len(ids) + 1))[:n]
+        made.append(Row(tuple(whole), (*[False] * (n - trained), *[True] * trained), k))
+    return batch_of(base, made, way)
+
+
+def kept(base: Base, state: TrainState, rows: Sequence[Row], lengths: Sequence[int], way: Way) -> float:
+    """Bytes that a forward keeps for its backward: every storage once, without the weights."""
+    weights = {t.untyped_storage().data_ptr() for t in (*base.model.parameters(), *base.model.buffers(), state.master)}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()  # held, so that no other takes its place
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):  # type: ignore[arg-type, return-value]
+        token_nll(base, _probe(base, rows, lengths, way), way)
+    return float(sum(storage.nbytes() for storage in found.values()))
+
+
+def peak(look: Footprint, rows: dict[str, list[Row]], recipe: Recipe, way: Way) -> float:
+    """The most a run holds above what the process holds before it: in its largest micro-batch, or in a validation."""
+    train = rows["train"]
+    largest = max(
+        look.of([len(train[i].ids) for i in part], sum(train[i].n_trained for i in part), way, recipe.recompute)
+        for part in parts_of(train, recipe, way)
+    )
+    longest = max(len(row.ids) for row in rows["valid"])
+    seen = min(max(EVALUATION_TOKENS, longest), sum(len(row.ids) for row in rows["valid"]))
+    validation = look.looking * seen + min(look.most_logits, look.logits * seen)
+    return look.state + max(largest, (1 + SLACK) * validation)
+
+
+def parts_of(rows: Sequence[Row], recipe: Recipe, way: Way) -> Iterator[list[int]]:
+    """Every micro-batch of a run."""
+    done, epoch = 0, 0
+    while done < recipe.steps:
+        for positions in epoch_order(rows, recipe.batch_size, recipe.seed, epoch)[: recipe.steps - done]:
+            yield from by_tokens(rows, positions, recipe.micro_tokens, way.packed)
+            done += 1
+        epoch += 1
+
+
+def _thriftier(recipe: Recipe, blocks: int) -> Iterable[Recipe]:
+    """Recipes that hold less and less, each slower than the one before it."""
+    sizes = [recipe.micro_tokens >> k for k in range(recipe.micro_tokens.bit_length())]
+    for recompute in (False, True) if blocks else (False,):
+        for size in sizes:
+            if recompute or size >= FEWEST_PLAIN or not blocks:
+                yield replace(recipe, micro_tokens=size, recompute=recompute)
+
+
+Look = Callable[[bool], Footprint]  # whether blocks are computed twice → what is held then
+
+
+@dataclass(frozen=True)
+class Room:
+    """held: bytes of this process as it stands; free: of the machine beside them, None where it does not tell."""
+
+    held: int
+    free: int | None
+
+
+def fit(
+    decision: Decision, look: Look, rows: dict[str, list[Row]], way: Way, room: Room, memory: str | None
+) -> tuple[Decision, int]:
+    """The decision with how much is run at a time, chosen so that the process stays under `memory`, or by rule under
+    what is free here; and the bytes it will hold at most. Raises SettingsError where even the least is too much."""
+    limit = bytes_of(memory) if memory else None
+    bound = limit if limit is not None else None if room.free is None else room.held + USABLE * room.free
+    recipe, least = decision.recipe, float("inf")
+    for tried in _thriftier(recipe, look(False).blocks):
+        above = peak(look(tried.recompute), rows, tried, way)
+        needed = room.held + above
+        least = min(least, room.held + MARGIN * above)
+        if bound is None or room.held + MARGIN * above <= bound:
+            return _with(decision, tried, needed, _reason(recipe, tried, memory)), round(needed)
+    if limit is None:
+        return _with(decision, tried, needed, "more than is free here, even one row at a time"), round(needed)
+    raise SettingsError(
+        f"--memory {memory}: too little: at its thriftiest, one row at a time, this run holds {_up(least)}: set at "
+        "least that, leave out the longest examples, or choose a smaller base"
+    )
+
+
+def again(
+    decision: Decision, look: Look, rows: dict[str, list[Row]], way: Way, room: Room, began: Frozen
+) -> tuple[Decision, int]:
+    """The decision with what a run that is gone on with ran at a time: it must end as it would have."""
+    recipe = replace(decision.recipe, micro_tokens=began.micro_tokens, recompute=began.recompute)
+    needed = room.held + peak(look(recipe.recompute), rows, recipe, way)
+    return _with(decision, recipe, needed, "as when it began"), round(needed)
+
+
+def _with(decision: Decision, recipe: Recipe, needed: float, reason: str) -> Decision:
+    twice = ", blocks computed twice" if recipe.recompute else ""
+    value = f"at most about {needed / 1e9:.1f} GB, {recipe.micro_tokens:,} tokens at a time{twice}"
+    choices = (*decision.choices, Choice("memory", value, reason, "--memory"))
+    return replace(decision, recipe=recipe, choices=choices)
+
+
+def _reason(asked: Recipe, taken: Recipe, memory: str | None) -> str:
+    under = f"stays under the {memory} you set" if memory else "fits into what is free here"
+    if taken == asked:
+        return under if memory else "all that goes well at a time"
+    return f"{under}, at the price of time"
+
+
+def _up(size: float) -> str:
+    """A size as --memory takes it, rounded up."""
+    return f"{-(-size // 1e7) / 100:.2f}GB"
