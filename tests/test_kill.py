@@ -277,6 +277,8 @@ def test_a_run_that_reads_its_lowest_blocks_from_disk_does_so_when_killed(tiny_f
     runs = Runs(tiny_folder, tmp_path, {**SETTINGS, "targets": upper, "trunk_gb": 0.1})
     kills = [Kill("before a backward", 2), Kill("anywhere", 5, later=700), Kill("in a write", 8), Kill("in a line", 15)]
     assert runs.run(tmp_path / "whole") == 0
+    assert runs.run(tmp_path / "seen", kill=kills[0]) == -signal.SIGKILL
+    assert [*(tmp_path / "seen").glob("trunk-*.bin")]  # else this test shows nothing
     assert_same(bits(runs.killed("killed", kills)), bits(tmp_path / "whole"))
 
 
