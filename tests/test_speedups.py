@@ -134,15 +134,10 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
                                                                                    "full_attention"]}),
     "bias": ("qwen2", LLAMA),
     "learned positions": ("gpt2", GPT2),
-    # All of its experts answer: which of them do would turn on rounding, and jump.
+    # Without experts: which of them answer would turn on rounding, and jump.
     "narrow values": ("deepseek_v3", {**MANY_HEADS, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-<<<<<<< HEAD
-                      "v_head_dim": 8, "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 4,
-                      "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}),
-=======
                       "v_head_dim": 8, "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
                       "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 2}),
->>>>>>> speedup-tests
 }  # fmt: skip
 ROWS = {
     "one trained token": [row_of(12, 1), row_of(30, 1, 1), row_of(2, 1, 2)],
