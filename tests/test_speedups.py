@@ -191,6 +191,13 @@ def test_in_bf16_on_a_processor_a_pack_is_filled_up_behind_its_rows() -> None:
     assert batch.owner.unique().tolist() == [0, 1]
 
 
+def test_the_first_token_of_a_row_is_not_predicted_from_the_row_before() -> None:
+    base, rows = base_of("llama", LLAMA), [replace(row, trained=(True,) * len(row.ids)) for row in rows_of(20, 30)]
+    packed, alone = nll_of(base, [rows], PACKED), nll_of(base, [[row] for row in rows], PLAIN)
+    assert len(packed) == 19 + 29
+    assert torch.allclose(packed, alone, rtol=1e-5, atol=1e-5)
+
+
 @BOTH
 @EVERY_BASE
 def test_a_token_of_one_row_changes_nothing_in_another_bit_for_bit(name: str, dtype: torch.dtype) -> None:
