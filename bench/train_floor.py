@@ -55,7 +55,7 @@ def step(model: Any, attention: RowByRow, rows: Sequence[Pair], device: str) -> 
     loss = F.cross_entropy(logits.float(), ids[targets])
     loss.backward()
     assert embedded.grad is not None
-    return float(loss)
+    return float(loss.detach())
 
 
 def cost(model: Any, rows: Sequence[Pair], dtype: str) -> dict[str, float]:

@@ -202,7 +202,7 @@ def packing(base: Base, on: bool = True) -> Iterator[None]:
         yield
         return
     if not isinstance(model, PreTrainedModel):
-        raise packs.CannotPack(f"{base.name}: no model of transformers: train it with rows that are padded")
+        raise AttachError(f"{base.name}: no model of transformers, whose rows could be packed: leave packing() out")
     AttentionInterface.register(packs.NAME, packs.attention)
     AttentionMaskInterface.register(packs.NAME, packs.window)  # the rows are kept apart without a mask
     before, model.config._attn_implementation = model.config._attn_implementation, packs.NAME

@@ -24,10 +24,6 @@ SHORT = 128
 ALIKE = 0.75  # a row joins a product that is at most this much wider
 
 
-class CannotPack(AttachError):
-    """The model computes attention in a way that is not known here; its rows are padded instead."""
-
-
 @dataclass(frozen=True)
 class Group:
     """Neighbouring rows whose attention is one product: `count` rows of at most `width` tokens, `tokens` in all.
@@ -87,14 +83,14 @@ def attention(
     """Causal attention within each row of a pack, in the form transformers calls it.
 
     query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). attention_mask: as `window`
-    gives it. Raises CannotPack for what it does not compute.
+    gives it. Raises AttachError for what it does not compute.
     """
     strange = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if attention_mask is not None and (attention_mask.ndim or int(attention_mask) != sliding_window):
         strange.append("a mask of its own")
     if segments is None or strange or dropout or len(query) != 1 or not getattr(module, "is_causal", True):
         what = ", ".join(strange) or "a call without segments"
-        raise CannotPack(f"attention of packed rows: {what} is not computed: run the model outside of packing()")
+        raise AttachError(f"attention of packed rows: {what} is not computed: leave packing() first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     if query.is_cuda and query.dtype != torch.float32:
@@ -109,7 +105,7 @@ def window(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__:
     """In place of a mask: how far back it would let a token look, for `attention` to compare with what its layer says.
     Some families limit attention by the mask alone, within chunks or a window that no short row would show."""
     if use_vmap:
-        raise CannotPack("a mask of its own")
+        raise AttachError("attention of packed rows: a mask of its own is not computed: leave packing() first")
     return None if local_size is None else torch.tensor(local_size)
 
 
