@@ -20,7 +20,7 @@ from lorafit.base import Base
 from lorafit.data.batches import collate
 from lorafit.data.render import Row
 from lorafit.formats import peft
-from lorafit.tasks.completion import token_nll
+from lorafit.tasks.completion import PLAIN, token_nll
 
 BENCH = Path(__file__).parents[1] / "bench"
 ROWS = [([7, 3, 9, 4, 256], [False, False, True, True, True]), ([5, 8, 1], [False, False, True])]
@@ -36,7 +36,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_floor_computes_the_loss_of_the_base_and_its_counted_products(bench: ModuleType, tiny_base: Base) -> None:
     batch = collate([Row(tuple(ids), tuple(trained), i) for i, (ids, trained) in enumerate(ROWS)], 0, tiny_base.device)
     with torch.no_grad():
-        wanted = float(token_nll(tiny_base.model, batch, split_head=True).mean())
+        wanted = float(token_nll(tiny_base, batch, PLAIN).mean())
     attention = bench.RowByRow()
     tiny_base.model.config._attn_implementation = bench.ATTENTION
     with FlopCounterMode(display=False) as counter:
