@@ -222,8 +222,8 @@ def fit(
     if limit is None:
         return _with(decision, tried, needed, "more than is free here, even one row at a time"), round(needed)
     raise SettingsError(
-        f"--memory {memory}: too little: at its thriftiest, one row at a time, this run holds {_up(least)}: set at "
-        "least that, leave out the longest examples, or choose a smaller base"
+        f"--memory {memory}: too little: at its thriftiest, one row at a time, this run holds {_up(least)}: raise it to "
+        "that, leave out the longest examples, or choose a smaller base"
     )
 
 
