@@ -208,6 +208,7 @@ def ran(base: Path, tmp_path: Path, **settings: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not told as exactly")
 def test_a_run_stays_under_the_memory_it_was_given(deep_folder: Path, tmp_path: Path) -> None:
     free = ran(deep_folder, tmp_path)
