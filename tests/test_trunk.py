@@ -15,6 +15,7 @@ from lorafit.base import Base
 from lorafit.data.batches import Start, fixed_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
+from lorafit.errors import DivergedError
 from lorafit.plan import uniform
 from lorafit.sites import select
 from lorafit.tasks import completion
@@ -156,3 +157,16 @@ def test_packs_are_the_same_in_every_epoch_in_another_order(rows: list[Row]) -> 
     first, second = (fixed_order(rows, 3, 0, epoch) for epoch in (0, 1))
     assert sorted(map(tuple, first)) == sorted(map(tuple, second))
     assert first != second
+
+
+def test_one_pass_writes_nothing_that_would_never_be_read(
+    tiny_base: Base, rows: list[Row], tmp_path: Path, computed: list[int]
+) -> None:
+    trained(tiny_base, rows, tmp_path, 1 << 30, steps=3)
+    assert computed == []
+
+
+def test_a_run_that_diverged_leaves_no_trunk(tiny_base: Base, rows: list[Row], tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        trained(tiny_base, rows, tmp_path, 1 << 30, learning_rate=1e30)
+    assert not list(tmp_path.glob("trunk-*"))

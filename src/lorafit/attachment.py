@@ -156,6 +156,7 @@ class _Shared:
                 return self._kept.pop(place)
         self._learn(place, x)
         group = self._groups[place]
+        self._kept = {}  # what a forward that broke off has left
         first, *others = together(
             x, [one.original for one in group], [one.frozen for one in group],
             [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],

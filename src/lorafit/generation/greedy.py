@@ -133,7 +133,7 @@ def _kept_per_token(base: Base) -> int:
     """Bytes of keys and values, of all layers, as wide as the hidden state where the base does not say."""
     model: Any = base.model
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     wide = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     return 2 * int(config.num_hidden_layers) * int(shared) * int(wide) * base.dtype.itemsize

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from lorafit.attachment import attach, packing, recomputing
+from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import PACK_STEP
 from lorafit.data.render import Row
@@ -20,7 +20,8 @@ from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.planning.memory import parts_of
-from lorafit.settings import settings_from
+from lorafit.planning.rules import hidden_size
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import batch_of
 from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step
@@ -51,6 +52,7 @@ def run_planning(
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
     cost = forecast(opened)
+    cost = replace(cost, disk=cost.disk + _trunk(opened, resolved))
     decision = opened.decision
     return {
         "base": opened.base.name,
@@ -101,6 +103,14 @@ def forecast(opened: Opened) -> Forecast:
     count = -(-recipe.steps // recipe.validate_every) + 1
     disk = 2 * 4 * opened.decision.plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
     return Forecast(recipe.steps * step + count * validation, step, validation, round(opened.peak / 1e9, 2), disk)
+
+
+def _trunk(opened: Opened, settings: TrainSettings) -> int:
+    """Bytes on disk of what is kept of the lowest blocks, in runs of more than one pass."""
+    rows, recipe = opened.rows["train"], opened.decision.recipe
+    if recipe.steps * recipe.batch_size <= len(rows) or not free_blocks(opened.base, opened.decision.plan):
+        return 0
+    return min(int(settings.trunk_gb * 1e9), _tokens(rows) * hidden_size(opened.base) * opened.base.dtype.itemsize)
 
 
 def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

@@ -93,7 +93,8 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
         f"{100 * plan.parameters / sum(p.numel() for p in base.model.parameters()):.1f} % of the base, "
         "which stays as it is", "",
     )  # fmt: skip
-    if free := free_blocks(base, plan):
+    passes = recipe.steps > math.ceil(len(rows) / recipe.batch_size)
+    if passes and settings.trunk_gb and (free := free_blocks(base, plan)):
         reason = "they lie below every site: computed once, then read from disk in later epochs"
         run_choices.append(Choice("trunk", f"{free} blocks", reason, "--trunk-gb"))
     return Decision(plan, recipe, (sites_choice, rank_choice, size, rate_choice, *run_choices))

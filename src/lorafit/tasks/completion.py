@@ -40,17 +40,19 @@ def way_of(base: Base, rows: Sequence[Row]) -> Way:
     with torch.no_grad():
         alone = torch.cat([token_nll(base, batch_of(base, [row], PLAIN), PLAIN) for row in few])
         apart = _head(base.model) is not None and _same(base, alone, [[row] for row in few], Way(True, False))
-        try:
-            return Way(apart, _same(base, alone, [few], Way(apart, True)))
-        except Exception:  # a family that takes no such arguments, or wants a mask, fails in whatever way it does
-            return Way(apart, False)
+        return Way(apart, _same(base, alone, [few], Way(apart, True)))
 
 
 def _same(base: Base, alone: Tensor, batches: Sequence[Sequence[Row]], way: Way) -> bool:
     """Whether rows computed this way have the NLL they have alone, within the rounding of the dtype."""
     rounding = 1e-4 if base.dtype == torch.float32 else 5e-2
-    with packing(base, way.packed):
-        found = torch.cat([token_nll(base, batch_of(base, rows, way), way) for rows in batches])
+    try:
+        with packing(base, way.packed):
+            found = torch.cat([token_nll(base, batch_of(base, rows, way), way) for rows in batches])
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing of the base
+        raise
+    except Exception:  # a family that takes no such arguments, or wants a mask, fails in whatever way it does
+        return False
     return torch.allclose(alone, found, rtol=rounding, atol=rounding)
 
 

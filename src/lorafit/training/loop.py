@@ -22,7 +22,7 @@ from lorafit.base import Base
 from lorafit.data.batches import Batch, by_tokens, epoch_order, fixed_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
+from lorafit.errors import AdapterError, BaseError, DivergedError, InputError, Interrupted, RunError
 from lorafit.evaluation.nll import means, nll_sums
 from lorafit.files import write_text
 from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
@@ -104,7 +104,12 @@ def train(
         packing(base, run.way.packed),
         recomputing(base, recipe.recompute),
     ):
-        return run.go(resume, stop)
+        try:
+            return run.go(resume, stop)
+        except InputError:  # a run that has come to its end, and not to a good one
+            if run.trunk:
+                run.trunk.remove()
+            raise
 
 
 def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: Way, n: int | None = None) -> float:
@@ -143,7 +148,8 @@ class _Run:
         self.blocks = free_blocks(base, adapter.plan)
         self.ordered = fixed_order if self.blocks else epoch_order
         self.order: tuple[int, list[list[int]]] = (-1, [])
-        self.trunk = self._keep_trunk(folder, trunk_bytes) if self.blocks and folder and trunk_bytes else None
+        wanted = self.blocks and trunk_bytes and recipe.steps > self._per_epoch()  # one pass would write and never read
+        self.trunk = self._keep_trunk(folder, trunk_bytes) if wanted and folder else None
         self.identity = self._identity(adapter)
 
     def _identity(self, adapter: Adapter) -> dict[str, Any]:
@@ -244,7 +250,7 @@ class _Run:
         parts = [part for positions in order for part in self._parts(positions)]
         packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
         name = f"trunk-{self.processes.rank}"
-        return Trunk(folder, name, self.base, self.rows, packs, self.blocks, most // self.processes.count)
+        return Trunk(folder, name, self.base, self.rows, packs, self.blocks, most, self.processes.count)
 
     def _joined(self, nll: float, stop: threading.Event) -> float:
         """Gradient and loss of the whole step, from the shares of all processes, in one all-reduce; returns the loss.

@@ -27,7 +27,8 @@ FREE_SHARE = 0.5  # of the free disk that the file may take at most
 
 
 class Trunk:
-    """A file of what the lowest `blocks` blocks make of packs, as many of them as `most` bytes hold.
+    """A file of what the lowest `blocks` blocks make of packs, as many of them as `most` bytes hold, which as many
+    processes share as `sharing` says.
 
     packs: tokens, filling included, by the rows' positions. The file is called `name` and a digest of what it belongs
     to: base, rows, packs, blocks, dtype. One that is there already is gone on with; a pack left half by a kill fails
@@ -36,11 +37,14 @@ class Trunk:
 
     def __init__(
         self, folder: Path, name: str, base: Base, rows: Sequence[Row], packs: Mapping[tuple[int, ...], int],
-        blocks: int, most: int,
+        blocks: int, most: int, sharing: int = 1,
     ):  # fmt: skip
         self._base, self._blocks = base, blocks
         self._token = base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize  # type: ignore[operator]
-        room = min(most, int(FREE_SHARE * shutil.disk_usage(folder).free))
+        told = repr((base.integrity(), list(rows), list(packs.items()), blocks, str(base.dtype)))
+        self._path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.bin"
+        own = self._path.stat().st_size if self._path.exists() else 0
+        room = min(most, int(FREE_SHARE * (shutil.disk_usage(folder).free + own))) // sharing
         self._places: dict[tuple[int, ...], int] = {}
         self.bytes = 0
         for pack, tokens in packs.items():
@@ -48,8 +52,6 @@ class Trunk:
             if self.bytes + needed <= room:
                 self._places[pack] = self.bytes
                 self.bytes += needed
-        told = repr((base.integrity(), list(rows), list(packs.items()), blocks, str(base.dtype)))
-        self._path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.bin"
         for other in folder.glob(f"{name}-*.bin"):
             if other != self._path:
                 other.unlink()
