@@ -5,7 +5,7 @@
 Each run is a process of its own: it plans as `lorafit plan` does, in a process before it, and trains with the recipe
 that came out, cut to a few steps. Memory is the process's peak over what it holds once everything is imported; time is
 that of the steps. Nothing is fitted to these runs: the forecast measures a few small steps on its own. Prints a table
-and, last, one line of JSON; --record appends both to bench/RESULTS.md.
+and, last, one line of JSON; --record appends the table to bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+from results import circumstances, markdown, record
+from rich.console import Console
+from rich.table import Table
+
 BASE = "smollm2-135m"
-CASES = [  # data, settings, steps that are run
+HEAD = ["data, settings", "tokens at a time", "GB foretold", "measured", "s a step foretold", "measured"]
+CASES: list[tuple[str, dict[str, Any], int]] = [  # data, settings, steps that are run
     ("handbook", {"batch_size": 4}, 10),
     ("handbook", {"batch_size": 16, "rank": 16}, 3),
     ("restaurants", {"batch_size": 4}, 6),
@@ -73,7 +76,7 @@ def one(verb: str, data: str, settings: dict[str, Any], steps: int) -> dict[str,
         cost = forecast(opened)
         return {**taken, "gb": cost.peak_gb - imported, "step": cost.step}
     rows = opened.rows["train"]
-    done = train(opened.base, opened.start, rows, opened.rows["valid"][:8],
+    done = train(opened.base, opened.start, rows, opened.rows["valid"],
                  replace(recipe, steps=steps, validate_every=steps))  # fmt: skip
     tokens = sum(len(row.ids) for row in rows) / len(rows) * recipe.batch_size  # of a step of the whole run
     return {**taken, "gb": (peak_gb() or 0.0) - imported, "step": tokens / done.tokens_per_second}
@@ -96,30 +99,32 @@ def main() -> None:
     if given.one:
         print(json.dumps(one(*json.loads(given.one))))
         return
-    lines = [
-        "| data | settings | tokens at a time | GB foretold | GB measured | s a step foretold | s measured |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    print("\n".join(lines))
-    found = []
+    about = circumstances()
+    lines: list[list[str]] = []
+    found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         paths = files(Path(os.environ.get("LORAFIT_DATA", "../shared/data")), Path(folder))
         for name, settings, steps in CASES:
             told, real = (asked(verb, paths[name], settings, steps) for verb in ("plan", "train"))
             said = ", ".join(f"{key} {value}" for key, value in settings.items())
             twice = ", twice" if told["recompute"] else ""
-            lines.append(f"| {name} | {said} | {told['micro_tokens']}{twice} | {told['gb']:.2f} | {real['gb']:.2f} | "
-                         f"{told['step']:.2f} | {real['step']:.2f} |")  # fmt: skip
-            print(lines[-1], flush=True)
+            pairs = (f"{value:.2f}" for key in ("gb", "step") for value in (told[key], real[key]))
+            lines.append([f"{name}, {said}", f"{told['micro_tokens']}{twice}", *pairs])
+            print("  ".join(lines[-1]), file=sys.stderr, flush=True)
             found.append({"memory": told["gb"] / real["gb"] - 1, "time": told["step"] / real["step"] - 1})
-    worst = {f"{key}_error": round(max((each[key] for each in found), key=abs), 3) for key in ("memory", "time")}
-    print(json.dumps({**worst, "runs": len(found)}))
+    table = Table(*HEAD)
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+    worst = {f"{key}_error": round(sorted((each[key] for each in found), key=abs)[-1], 3) for key in ("memory", "time")}
+    result = {"benchmark": "forecast", **about, **worst, "runs": len(found)}
+    print(json.dumps(result))
     if given.record:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            off = f"memory {worst['memory_error']:+.0%}, time {worst['time_error']:+.0%}"
-            file.write(f"\n## Memory and time foretold, {date.today()}\n\n`make bench-forecast`; SmolLM2-135M in fp32. "
-                       "Memory over the imports, of a process of its own.\n\n" + "\n".join(lines)
-                       + f"\n\nFurthest off: {off}.\n")  # fmt: skip
+        record(
+            "Memory and time foretold", result,
+            f"SmolLM2-135M in fp32. Memory over the imports, of a process of its own.\n\n{markdown(HEAD, lines)}\n\n"
+            f"Furthest off: memory {worst['memory_error']:+.0%}, time {worst['time_error']:+.0%}.",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -69,11 +69,11 @@ def main() -> None:
         result, titles = measure_all(asked, plans)
     for name, found in result["datasets"].items():
         show(titles[name], found)
-    if asked.record:
-        from train_report import record
-
-        record(result, titles, settings_line(plans[0].jobs[0]), Path(__file__).with_name("RESULTS.md"))
     print(json.dumps(result, allow_nan=False))
+    if asked.record:
+        from train_report import record_all
+
+        record_all(result, titles, settings_line(plans[0].jobs[0]))
 
 
 def parse() -> argparse.Namespace:
@@ -207,9 +207,11 @@ def job_of(arm: str, job: Job, bf16_is_slow: bool) -> Job:
 def measure_all(asked: argparse.Namespace, plans: Sequence[DataPlan]) -> tuple[dict[str, Any], dict[str, str]]:
     """Run all arms of all plans; the result as it is printed, and the title of each table."""
     import torch
+    from results import circumstances
     from train_arms import Measured, Progress, measure, peft_python, score
-    from train_report import commit, data_json, machine
+    from train_report import data_json
 
+    about = circumstances()
     peft = ""
     if any(arm in PEFT_ARMS for arm in asked.arms):
         peft = asked.peft_python or peft_python(shlex.split(os.environ.get("PIP_FLAGS", "")), torch.cuda.is_available())
@@ -229,18 +231,12 @@ def measure_all(asked: argparse.Namespace, plans: Sequence[DataPlan]) -> tuple[d
                     if "adapter" in one.finished and one.job.all_steps * one.job.batch == full}  # fmt: skip
         scoring = replace(plan.jobs[0], dtype="fp32")
         nlls = score(scoring, adapters, work) if adapters and scoring.base else {}
-        datasets[plan.name] = data_json(measured, nlls)
+        datasets[plan.name] = data_json(measured, nlls, plan.together)
         for arm, one in measured.items():
             datasets[plan.name]["arms"][arm]["short"] = one.job.all_steps * one.job.batch < full
-    pins = (Path(__file__).with_name("requirements-train.txt")).read_text(encoding="utf-8")
-    result = {
-        "benchmark": "train",
-        "command": shlex.join(["python", "bench/train.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(),
-        "peft": pins.partition("peft==")[2].partition("\n")[0],
-        "datasets": datasets,
-    }
+    versions = {one["arms"][arm]["peft"] for one in datasets.values() for arm in one["arms"] if arm in PEFT_ARMS}
+    told = ", ".join(sorted(filter(None, versions))) or None
+    result = {"benchmark": "train", **about, "peft": told, "datasets": datasets}
     return result, {plan.name: plan.title for plan in plans}
 
 

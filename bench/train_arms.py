@@ -20,6 +20,7 @@ from train_child import PEFT_ARMS, Job
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parent / ".cache" / "bench" / "peft"
 COMPILE_LIMIT = 300.0  # seconds; a compilation that takes longer is reported as failed
+SILENCE_LIMIT = 1800.0  # seconds without a word after which any arm is
 # What lorafit's runs ask of glibc: keep freed blocks. In the environment, so that arms without lorafit have it, too.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
@@ -101,13 +102,13 @@ class Arm:
             self.lines.put(line)
         self.lines.put(None)
 
-    def hear(self, limit: float | None = None) -> dict[str, Any]:
+    def hear(self, limit: float = SILENCE_LIMIT) -> dict[str, Any]:
         """The next thing it says; {"failed": why} where it ends instead, or says nothing for `limit` seconds."""
         try:
             line = self.lines.get(timeout=limit)
         except queue.Empty:
             self.close()
-            return {"failed": f"not ready after {limit:.0f} s"}
+            return {"failed": f"not a word for {limit:.0f} s"}
         if line is not None:
             said: dict[str, Any] = json.loads(line)
             return said
@@ -142,7 +143,7 @@ def measure(name: str, jobs: Sequence[Job], peft: str, work: Path, progress: Pro
         for job in jobs:
             began = time.monotonic()
             arms.append(Arm(job, peft if job.arm in PEFT_ARMS else sys.executable, work))
-            said = arms[-1].hear(COMPILE_LIMIT if "compiled" in job.arm else None)
+            said = arms[-1].hear(COMPILE_LIMIT if "compiled" in job.arm else SILENCE_LIMIT)
             if _failed(said, name, measured[job.arm], progress):
                 continue
             measured[job.arm].ready_seconds = said["ready"]

@@ -113,7 +113,7 @@ def random_model(job: Job) -> nn.Module:
     torch.set_default_dtype(DTYPES[job.dtype])
     try:
         with torch.device(job.device):
-            model = LlamaForCausalLM(LlamaConfig(**(job.shape or {})))
+            model: nn.Module = LlamaForCausalLM(LlamaConfig(**(job.shape or {})))
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
@@ -123,7 +123,7 @@ def load_model(job: Job) -> nn.Module:
     """The base as transformers opens it, frozen."""
     from transformers import AutoModelForCausalLM
 
-    if job.shape is not None:
+    if job.base is None:
         return random_model(job)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(job.base, dtype=DTYPES[job.dtype], local_files_only=True)
     return model.eval().requires_grad_(False).to(job.device)

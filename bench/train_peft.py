@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -29,7 +30,7 @@ class Pad:
         }
 
 
-class Paced(TrainerCallback):  # type: ignore[misc]
+class Paced(TrainerCallback):
     """Tells the pace of every optimizer step; it waits there between windows."""
 
     def __init__(self, pace: Pace, seen: Seen):
@@ -89,4 +90,4 @@ def run(job: Job) -> None:
     trainer.train()
     folder = Path(job.out) / "adapter"
     model.save_pretrained(str(folder))
-    pace.finish(adapter=os.fspath(folder), parameters=sum(p.numel() for p in factors))
+    pace.finish(adapter=os.fspath(folder), peft=peft.__version__)

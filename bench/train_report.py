@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from results import markdown, record
 from rich.console import Console
 from rich.table import Table
 from train_arms import Measured
@@ -39,6 +34,7 @@ def arm_json(one: Measured, nlls: Scores) -> dict[str, Any]:
         "trained_tokens_per_second": rate("trained"),
         "spread": round((max(speeds) - min(speeds)) / median(speeds), 3) if speeds else None,
         "peak_bytes": max((int(w["peak"]) for w in one.windows), default=None),
+        "peft": one.finished.get("peft"),
         "memory_by": one.finished.get("memory"),
         "windows": len(one.windows),
         "steps_per_window": job.steps,
@@ -50,23 +46,33 @@ def arm_json(one: Measured, nlls: Scores) -> dict[str, Any]:
     }
 
 
-def data_json(measured: Mapping[str, Measured], nlls: Scores) -> dict[str, Any]:
-    """The ratios the benchmark is for (of real tokens per second), and the arms they come from."""
+def data_json(measured: Mapping[str, Measured], nlls: Scores, in_turns: bool) -> dict[str, Any]:
+    """The ratios the benchmark is for, and the arms they come from. Of real tokens per second: the median over windows
+    of lorafit's over that of the other arm in the same turn, for the machine is not as fast in every turn. Of medians
+    where arms did not alternate, or had fewer windows."""
     arms = {name: arm_json(one, nlls) for name, one in measured.items()}
+    speeds = {name: [w["tokens"] / w["seconds"] for w in one.windows] for name, one in measured.items()}
 
-    def ratio(field: str, other: str | None) -> float | None:
-        mine = arms.get("lorafit", {}).get(field)
-        theirs = arms.get(other, {}).get(field) if other else None
+    def speedup(other: str | None) -> float | None:
+        ours, theirs = speeds.get("lorafit", []), speeds.get(other or "", [])
+        if not ours or not theirs:
+            return None
+        if not in_turns or len(ours) != len(theirs):
+            return round(median(ours) / median(theirs), 3)
+        return round(median(own / their for own, their in zip(ours, theirs, strict=True)), 3)
+
+    def memory(other: str | None) -> float | None:
+        mine, theirs = (arms.get(name or "", {}).get("peak_bytes") for name in ("lorafit", other))
         return round(mine / theirs, 3) if mine and theirs else None
 
     peft = [name for name in arms if name in PEFT_ARMS and arms[name]["tokens_per_second"]]
     best = max(peft, key=lambda name: float(arms[name]["tokens_per_second"]), default=None)
     return {
-        "ratio_vs_peft_fp32": ratio("tokens_per_second", "peft-fp32"),
-        "ratio_vs_peft_best": ratio("tokens_per_second", best),
-        "ratio_vs_floor": ratio("tokens_per_second", "floor"),
-        "ratio_vs_floor_compiled": ratio("tokens_per_second", "floor-compiled"),
-        "memory_vs_peft_best": ratio("peak_bytes", best),
+        "ratio_vs_peft_fp32": speedup("peft-fp32"),
+        "ratio_vs_peft_best": speedup(best),
+        "ratio_vs_floor": speedup("floor"),
+        "ratio_vs_floor_compiled": speedup("floor-compiled"),
+        "memory_vs_peft_best": memory(best),
         "peft_best": best,
         "base_nll": round(fmean(nlls["base"]), 5) if nlls.get("base") else None,
         "nll_over_lorafit": {name: paired(nlls[name], nlls["lorafit"]) for name in nlls if name in PEFT_ARMS}
@@ -101,7 +107,7 @@ def floor_cost(floor: Measured | None) -> dict[str, float] | None:
 
 def cells(found: Mapping[str, Any]) -> list[list[str]]:
     """A data set's table."""
-    lines = []
+    lines: list[list[str]] = []
     for name, arm in found["arms"].items():
         if arm["tokens_per_second"] is None:
             lines.append([ABOUT[name], "failed", *[""] * (len(HEAD) - 2)])
@@ -120,12 +126,14 @@ def cells(found: Mapping[str, Any]) -> list[list[str]]:
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What a table does not say by itself."""
-    said = [f"lorafit over {what}: {value:.2f}" for what, value in (
+    speeds = [f"{what} {value:.2f}" for what, value in (
         ("PEFT fp32", found["ratio_vs_peft_fp32"]),
         (f"PEFT's best ({found['peft_best']})", found["ratio_vs_peft_best"]),
-        ("the floor", found["ratio_vs_floor"]), ("the compiled floor", found["ratio_vs_floor_compiled"]),
-        ("PEFT's best in memory", found["memory_vs_peft_best"])) if value is not None]  # fmt: skip
-    lines = ["; ".join(said)]
+        ("the floor", found["ratio_vs_floor"]), ("the compiled floor", found["ratio_vs_floor_compiled"])
+    ) if value is not None]  # fmt: skip
+    lines = [f"speed of lorafit over that of: {'; '.join(speeds)}" if speeds else ""]
+    if found["memory_vs_peft_best"] is not None:
+        lines.append(f"memory of lorafit over PEFT's best: {found['memory_vs_peft_best']:.2f}")
     if found["nll_over_lorafit"]:
         lines.append(
             f"base NLL {found['base_nll']:.4f}; ± is twice the standard error over the validation examples; arms take "
@@ -158,54 +166,17 @@ def show(title: str, found: Mapping[str, Any]) -> None:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for i, name in enumerate(HEAD):
         table.add_column(name, justify="right" if i else "left", no_wrap=i > 0)
-    for line in cells(found):
-        table.add_row(*line)
+    for cell in cells(found):
+        table.add_row(*cell)
     console.print(table)
     for line in notes(found):
         console.print(line, markup=False)
     console.print()
 
 
-def machine() -> dict[str, Any]:
-    """Where it was measured: processor, cores, GPU, versions."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "processor": model or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-    }
-
-
-def commit() -> str:
-    """The commit, and whether the working tree has changed since; "" outside a clone."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
-
-
-def record(result: Mapping[str, Any], titles: Mapping[str, str], settings: str, into: Path) -> None:
-    """Append the tables to RESULTS.md, with commit, machine and versions."""
-    at = result["machine"]
-    where = f"{at['cores']} cores of an {at['processor']}" + (f", {at['gpu']}" if at["gpu"] else "")
-    parts = [
-        f"## Training against PEFT and the floor, {datetime.now(UTC):%Y-%m-%d}",
-        f"`{result['command']}` at commit {result['commit']}; {where}, {at['system']}; Python {at['python']}, torch "
-        f"{at['torch']}, transformers {at['transformers']}, PEFT {result['peft']}.\n{settings}",
-    ]
+def record_all(result: Mapping[str, Any], titles: Mapping[str, str], settings: str) -> None:
+    """Append the tables to RESULTS.md."""
+    parts = [f"PEFT {result['peft']}. {settings}" if result["peft"] else settings]
     for name, found in result["datasets"].items():
-        rows = [HEAD, ["---", *["--:"] * (len(HEAD) - 1)], *cells(found)]
-        parts += [titles[name], "\n".join("| " + " | ".join(row) + " |" for row in rows), "\n".join(
-            f"- {line}" for line in notes(found))]  # fmt: skip
-    with into.open("a", encoding="utf-8") as file:
-        file.write("\n" + "\n\n".join(parts) + "\n")
+        parts += [titles[name], markdown(HEAD, cells(found)), "\n".join(f"- {line}" for line in notes(found))]
+    record("Training against PEFT and the floor", result, "\n\n".join(parts))

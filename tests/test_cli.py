@@ -102,6 +102,20 @@ def run(tiny_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     return Run(folder, done)
 
 
+def test_verbs_that_share_no_work_among_processes_are_refused_there(
+    lorafit: Lorafit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # left by something else: no launch
+    assert lorafit("bases").status == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        for words in (("bases",), ("train", "base", "data", "--out", "run", "--dry-run")):
+            done = lorafit(*words)
+            assert done.status == 2
+            assert done.err.count("only training shares its work") == told
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(lorafit: Lorafit, verb: str) -> None:
     done = lorafit(verb, "--help")

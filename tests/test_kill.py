@@ -30,8 +30,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="need
 
 STEPS, EVERY = 24, 4  # what SETTINGS come to
 SETTINGS: dict[str, Any] = {
-    "epochs": 4.0, "batch_size": 4, "rank": 4, "dropout": 0.1, "learning_rate": 5e-3, "patience": 99, "validations": 6,
-    "few_shot": 0,
+    "epochs": 4.0, "batch_size": 4, "rank": 4, "learning_rate": 5e-3, "patience": 99, "validations": 6, "few_shot": 0,
 }  # fmt: skip
 CLOCK = {"seconds", "beside"}  # how long things took
 
@@ -216,7 +215,7 @@ def whole(runs: Runs) -> dict[str, Any]:
     assert runs.run(runs.folder / "whole") == 0
     found = bits(runs.folder / "whole")
     curve = [nll for _, nll in found["progress"]["history"]]
-    assert (found["progress"]["step"], len(curve), curve.index(min(curve))) == (STEPS, STEPS // EVERY + 1, 1)
+    assert (found["progress"]["step"], len(curve), curve.index(min(curve))) == (STEPS, STEPS // EVERY + 1, 2)
     return found  # the best is neither where a run begins nor where it ends
 
 
@@ -271,6 +270,14 @@ def test_a_run_killed_again_and_again_ends_bit_identical_and_leaves_nothing_behi
     runs: Runs, whole: dict[str, Any], seed: int
 ) -> None:
     assert_same(bits(runs.killed(f"chain {seed}", drawn(seed))), whole)
+
+
+@pytest.mark.slow
+def test_a_run_with_dropout_draws_the_same_when_killed(tiny_folder: Path, tmp_path: Path) -> None:
+    """Sites go one by one there, and together in the other runs."""
+    runs = Runs(tiny_folder, tmp_path, {**SETTINGS, "dropout": 0.1})
+    assert runs.run(tmp_path / "whole") == 0
+    assert_same(bits(runs.killed("killed", drawn(0))), bits(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -21,9 +21,11 @@ from lorafit.attachment import attach, fresh, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import AttachError, SettingsError
+from lorafit.pipeline import memory
+from lorafit.pipeline.memory import free_in_container, room_of
 from lorafit.plan import uniform
 from lorafit.planning import Decision
-from lorafit.planning.memory import MARGIN, Footprint, Room, fit, footprint, kept
+from lorafit.planning.memory import MARGIN, Footprint, Room, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
 from lorafit.settings import bytes_of, settings_from
 from lorafit.sites import Site
@@ -79,7 +81,7 @@ def test_blocks_are_computed_twice() -> None:
     gradient(base, Way(True, True), recompute=False)
     assert calls == 4
     gradient(base, Way(True, True), recompute=True)
-    assert calls == 4 + 4 + 3  # the first call is a plain one
+    assert calls == 4 + 8
 
 
 def test_a_model_is_as_it_was_after_recomputing() -> None:
@@ -102,9 +104,10 @@ HELD = 500_000_000
 
 def fitted(memory: str | None, free: int | None = None, look: Footprint = LOOK) -> tuple[Decision, int]:
     recipe = Recipe(1e-3, 32, 10, 1, 5)
-    rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60)}
+    rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
-    return fit(decision, lambda _: look, rows, PACKED, Room(HELD, free), memory)
+    steps = steps_of(rows["train"], recipe, fixed=False)
+    return fit(decision, lambda _: look, rows, steps, PACKED, Room(HELD, free), memory)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,30 @@ def test_the_fastest_settings_that_stay_under_the_limit_are_taken(
 def test_without_a_setting_what_is_free_is_the_limit() -> None:
     assert fitted(None, free=800_000_000)[0].recipe.micro_tokens == 512
     assert fitted(None, free=10_000)[0].choices[-1].reason.startswith("more than is free")
+
+
+def test_the_longest_row_may_be_in_the_test() -> None:
+    look = replace(LOOK, looking=1e5)
+    rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(9000)}
+    assert peak(look, rows, [[0]], Recipe(1e-3, 32, 10, 1, 5), PACKED) >= look.state + 9000 * look.looking
+
+
+def test_processes_that_share_a_machine_share_what_is_free_beside_their_bases(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_told", lambda path, name: 10_000)
+    monkeypatch.setattr(memory, "free_in_container", lambda: None)
+    monkeypatch.setattr(memory, "_held", lambda base: 1_000)
+    assert (room_of(tiny_base).free, room_of(tiny_base, 3).free) == (10_000, (10_000 - 2 * 1_000) // 3)
+
+
+def test_files_that_a_container_has_read_are_free_in_it(tmp_path: Path) -> None:
+    assert free_in_container(tmp_path) is None
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\nactive_file 50\ninactive_file 500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_in_container(tmp_path) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_in_container(tmp_path) is None
 
 
 def test_too_little_is_refused_and_what_is_named_instead_will_do() -> None:
@@ -222,9 +249,11 @@ def test_a_run_stays_under_the_memory_it_was_given(deep_folder: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [1, 3], ids=["handbook in batches of 16", "restaurants in 1.6 GB"])
 def test_memory_and_time_of_real_runs_are_within_a_fifth_of_the_forecast(
-    case: int, real_base: Base, shared_data: Path, tmp_path: Path
+    case: int, real_base: Base, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "forecast.py"))
+    folder = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(folder)
+    bench = runpy.run_path(str(folder / "forecast.py"))
     name, settings, steps = bench["CASES"][case]
     data = bench["files"](shared_data, tmp_path)[name]
     told, real = (bench["asked"](verb, data, settings, steps) for verb in ("plan", "train"))

@@ -40,6 +40,7 @@ from lorafit.run import open_run, openings, read_run, remember_questions
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
+from lorafit.tasks.completion import PLAIN
 from lorafit.training.loop import Moment
 
 SETTINGS: dict[str, Any] = {"epochs": 3.0, "rank": 4, "dtype": "fp32", "val_share": 0.3}
@@ -555,21 +556,25 @@ def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_resumed_run_takes_the_dtype_it_began_with(
+def test_a_resumed_run_takes_the_dtype_and_the_way_it_began_with(
     tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is fastest is measured, and may be found otherwise on a busier day."""
+    """Both are measured, and may be found otherwise on another day: then its checkpoint would not be gone on with."""
     monkeypatch.setattr("lorafit.pipeline.preparing.fastest_dtype", lambda: torch.float32)
     first = begin(tiny_folder, data, tmp_path / "run", dtype="auto")
     (tmp_path / "run" / "summary.json").unlink()
     monkeypatch.setattr("lorafit.pipeline.preparing.fastest_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("lorafit.pipeline.preparing.way_of", lambda *_: PLAIN)
     again = begin(tiny_folder, data, tmp_path / "run", resume=True, dtype="auto")
     assert again["dtype"] == first["dtype"] == "float32"
 
 
+FROZEN = {"dtype": "fp32", "threads": 1, "apart": True, "packed": True, "micro_tokens": 64, "recompute": False}
+
+
 @pytest.mark.parametrize(
-    "frozen", [{}, {"dtype": "fp32"}, {"dtype": "fp8", "threads": 1}, {"dtype": "fp32", "threads": 0},
-               {"dtype": "fp32", "threads": 1, "of": "later versions"}, None]
+    "frozen", [{}, {"dtype": "fp32"}, {**FROZEN, "dtype": "fp8"}, {**FROZEN, "threads": 0}, {**FROZEN, "packed": "no"},
+               {**FROZEN, "of": "later versions"}, None]
 )  # fmt: skip
 def test_what_a_run_has_frozen_is_taken_whole_or_not_at_all(
     unfinished: Path, tiny_folder: Path, data: Path, frozen: object

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lorafit import packing as packs
 from lorafit.adapter import Adapter
@@ -274,6 +274,19 @@ def test_the_configuration_is_as_before_after_packing_also_after_an_error() -> N
         assert base.model.config._attn_implementation == packs.NAME
         raise KeyError
     assert base.model.config._attn_implementation == before
+
+
+def test_configurations_within_a_configuration_are_as_before_too() -> None:
+    class Outer(LlamaConfig):
+        sub_configs: ClassVar = {"text_config": LlamaConfig}
+
+    base = base_of("llama", LLAMA)
+    outer = base.model.config = Outer(**LLAMA)
+    outer.text_config = LlamaConfig(**LLAMA)
+    outer._attn_implementation = {"": "sdpa", "text_config": "eager"}
+    with packing(base):
+        assert outer._attn_implementation == outer.text_config._attn_implementation == packs.NAME
+    assert (outer._attn_implementation, outer.text_config._attn_implementation) == ("sdpa", "eager")
 
 
 # Families: what is packed, what is not, and that each computes what it does plainly
@@ -656,6 +669,27 @@ def test_activation_checkpointing_gives_the_same_gradient_from_the_first_forward
         assert_near(found, expected, 1e-5)
 
 
+def test_torch_func_differentiates_through_an_attached_adapter() -> None:
+    """Twice, too: what is written for one backward alone steps aside."""
+    base = base_of("llama", {**LLAMA, "attn_implementation": "eager"})  # the fused kernel has no second derivative
+    embedded = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+
+    def loss(x: Tensor) -> Tensor:
+        return base.model(inputs_embeds=x, use_cache=False).logits.square().mean()
+
+    def steepness(x: Tensor) -> Tensor:
+        return torch.func.grad(loss)(x).square().sum()
+
+    with attach(base, adapter_of(base)):
+        loss(embedded)
+        found, twice = torch.func.grad(loss)(embedded), torch.func.grad(steepness)(embedded)
+    with one_by_one(), attach(base, adapter_of(base)):
+        leaf = embedded.clone().requires_grad_()
+        (once,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        assert_near(found, once.detach(), 1e-5)
+        assert_near(twice, torch.autograd.grad(once.square().sum(), leaf)[0], 1e-5)
+
+
 def test_under_autocast_the_gradient_is_that_of_one_by_one() -> None:
     base = base_of("llama", LLAMA)
     adapter = adapter_of(base)
@@ -741,6 +775,19 @@ def test_an_adapted_head_has_the_gradient_of_the_plain_way(tied: bool, only: boo
     assert_near(gradient_of(base, adapter, [FAMILY_ROWS], way), plain_gradient, 1e-5)
     with attach(base, adapter):
         assert_near(nll_of(base, [FAMILY_ROWS], way), nll_of(base, [FAMILY_ROWS], PLAIN), 1e-5)
+
+
+def test_an_adapted_head_makes_no_more_logits_than_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama", LLAMA)
+    adapter = random_adapter(base, uniform(base.sites, 3, 6.0))
+    whole = gradient_of(base, adapter, [FAMILY_ROWS], PACKED)
+    head, made = base.model.get_submodule("lm_head"), []
+    monkeypatch.setattr(completion, "CHUNK", 3 * len(head.weight))  # type: ignore[arg-type]
+    handle = head.register_forward_hook(lambda _, given, output: made.append(len(output)))
+    found = gradient_of(base, adapter, [FAMILY_ROWS], PACKED)
+    handle.remove()
+    assert made and max(made) == 3
+    assert_near(found, whole, 1e-5)
 
 
 # PEFT's gradients

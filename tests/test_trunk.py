@@ -12,11 +12,13 @@ from conftest import capitals, tiny_gpt2, tiny_llama
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, free_blocks, fresh, packing
 from lorafit.base import Base
-from lorafit.data.batches import Start, fixed_order
+from lorafit.data.batches import Start, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import DivergedError
 from lorafit.plan import uniform
+from lorafit.planning import decide
+from lorafit.settings import settings_from
 from lorafit.sites import select
 from lorafit.tasks import completion
 from lorafit.testing import random_adapter
@@ -151,10 +153,19 @@ def test_an_adapted_head_leaves_all_blocks_but_the_last_free(tiny_folder: Path) 
 def test_a_family_that_does_not_declare_it_is_never_started_above() -> None:
     base = Base.of(tiny_gpt2(), "gpt2")
     assert free_blocks(base, uniform(select(base.sites, ["h.1.*"]), 2, 8.0)) == 0
+    settings = settings_from({"targets": ["h.1.*"], "epochs": 2, "rank": 2})
+    row = Row((1, 2, 3), (False, True, True), 0)
+    (said,) = [choice for choice in decide(base, [row] * 8, settings).choices if choice.name == "trunk"]
+    assert said.value == "not available"
+    assert "does not declare" in said.reason
+    assert "(1)" in said.reason
+    asked = settings_from({"rank": 2, "trunk_gb": 1.0})
+    (said,) = [choice for choice in decide(base, [row] * 8, asked).choices if choice.name == "trunk"]
+    assert said.value == "not kept"
 
 
 def test_packs_are_the_same_in_every_epoch_in_another_order(rows: list[Row]) -> None:
-    first, second = (fixed_order(rows, 3, 0, epoch) for epoch in (0, 1))
+    first, second = (epoch_order(rows, 3, 0, epoch, fixed=True) for epoch in (0, 1))
     assert sorted(map(tuple, first)) == sorted(map(tuple, second))
     assert first != second
 

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from lorafit.data.render import render as render
     from lorafit.data.render import renderer_for as renderer_for
     from lorafit.evaluation.compare import compare as compare
-    from lorafit.formats.peft import read as read_adapter  # noqa: F401 (public under this name)
+    from lorafit.formats import peft as _peft
     from lorafit.generation.greedy import generate as generate
     from lorafit.pipeline import run_evaluation as run_evaluation
     from lorafit.pipeline import run_training as run_training
@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from lorafit.training.loop import train as train
     from lorafit.training.recipe import Recipe as Recipe
     from lorafit.training.state import TrainState as TrainState
+
+    read_adapter = _peft.read
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit import packing as packs
@@ -141,8 +141,7 @@ class _Shared:
     source: Source
     _groups: dict[_Place, list[_Place]] = field(default_factory=dict)  # by the place that is called first
     _last: tuple[weakref.ref[Tensor], int, _Place] | None = None
-    _kept: dict[_Place, Tensor] = field(default_factory=dict)
-    _kept_for: tuple[weakref.ref[Tensor], int, object, bool] | None = None
+    _kept: tuple[tuple[weakref.ref[Tensor], int, object, bool], dict[_Place, Tensor]] | None = None
 
     def forward(self, place: _Place, x: Tensor) -> Tensor:
         dropped, factors = self.source.drop(x), self.source.factors(x.dtype, x.device)
@@ -150,19 +149,19 @@ class _Shared:
         if together is None or dropped is not x or _watched(x):
             y, own = place.original(x), factors[place.slot.site.path]
             return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, own, place.slot.scaling)
-        if place in self._kept and self._kept_for is not None:
-            made_from, version, by, grad = self._kept_for
+        if (kept := self._kept) is not None and place in kept[1]:
+            made_from, version, by, grad = kept[0]
             if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
-                return self._kept.pop(place)
+                return kept[1].pop(place)
         self._learn(place, x)
         group = self._groups[place]
-        self._kept = {}  # what a forward that broke off has left
+        self._kept = None  # what a forward that broke off has left
         first, *others = together(
             x, [one.original for one in group], [one.frozen for one in group],
             [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
         )  # fmt: skip
-        self._kept = dict(zip(group[1:], others, strict=True))
-        self._kept_for = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())
+        made = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())
+        self._kept = (made, dict(zip(group[1:], others, strict=True)))
         return first
 
     def _learn(self, place: _Place, x: Tensor) -> None:
@@ -181,13 +180,14 @@ def _watched(x: Tensor) -> bool:
     """Whether something around this call needs every site by itself.
 
     A compiler traces them. Tensors of inference mode do not count how often they are written to. Autocast reaches into
-    single operations alone. Activation checkpointing, which shows as hooks on saved tensors, computes a forward a
-    second time, and must find that it saves as many tensors as the first did.
+    single operations alone. torch.func differentiates in ways of its own. Activation checkpointing, which shows as
+    hooks on saved tensors, computes a forward a second time, and must find that it saves as many as the first did.
     """
     return (
         torch.compiler.is_compiling()
         or x.is_inference()
         or torch.is_autocast_enabled(x.device.type)
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
 
@@ -206,11 +206,18 @@ def packing(base: Base, on: bool = True) -> Iterator[None]:
         raise AttachError(f"{base.name}: no model of transformers, whose rows could be packed: leave packing() out")
     AttentionInterface.register(packs.NAME, packs.attention)
     AttentionMaskInterface.register(packs.NAME, packs.window)  # the rows are kept apart without a mask
-    before, model.config._attn_implementation = model.config._attn_implementation, packs.NAME
+    before = _attention_of(model.config)
+    model.config._attn_implementation = packs.NAME
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def _attention_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a configuration and those within it compute attention, in the form in which it can be set again."""
+    within = {name: _attention_of(part) for name in config.sub_configs if (part := getattr(config, name, None))}
+    return {"": config._attn_implementation, **within}
 
 
 def blocks_of(base: Base) -> list[nn.Module]:
@@ -230,12 +237,15 @@ STREAMS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
 
 def free_blocks(base: Base, plan: Plan) -> int:
-    """How many of the lowest blocks have no site of the plan, nor anything below them; 0 where the family does not
-    declare that it can start above them."""
+    """How many of the lowest blocks need not be run again: those below every site, in a family of STREAMS."""
     model = base.model
-    if not isinstance(model, PreTrainedModel) or model.config.model_type not in STREAMS:
-        return 0
-    paths = {id(module): path for path, module in model.named_modules()}
+    declared = isinstance(model, PreTrainedModel) and model.config.model_type in STREAMS
+    return blocks_below(base, plan) if declared else 0
+
+
+def blocks_below(base: Base, plan: Plan) -> int:
+    """How many of the lowest blocks have no site of the plan, nor anything below them."""
+    paths = {id(module): path for path, module in base.model.named_modules()}
     blocks = [f"{paths[id(block)]}." for block in blocks_of(base)]
     lowest = len(blocks) - 1
     for slot in plan.slots:
@@ -243,7 +253,7 @@ def free_blocks(base: Base, plan: Plan) -> int:
         if not inside and slot.site.path not in base.head_paths():
             return 0
         lowest = min([lowest, *inside])
-    return lowest
+    return max(0, lowest)
 
 
 @contextmanager
@@ -305,15 +315,9 @@ def recomputing(base: Base, on: bool = True) -> Iterator[None]:
 
 
 def _twice(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Its first call is computed plainly: there an attachment finds the sites that share their input, and what was
-    computed before that cannot be computed again in the same way."""
-    known = False
-
     def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal known
-        if known and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return checkpoint(original, *args, use_reentrant=False, **kwargs)
-        known = True
         return original(*args, **kwargs)
 
     return forward

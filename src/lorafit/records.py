@@ -19,12 +19,14 @@ class Frozen:
     """What a run found out about its machine when it began, once: all of it takes part in the bits of the result.
 
     It is in run.json, and a run that is gone on with takes it from there, whatever would be found out by then.
-    dtype: of the base, fp32 or bf16. threads: torch's. micro_tokens, recompute: how much is run at a time and whether
-    blocks are computed twice, by the memory there was.
+    dtype: of the base, fp32 or bf16. threads: torch's. apart, packed: how the base may be run (`tasks.completion.Way`).
+    micro_tokens, recompute: how much is run at a time and whether blocks are computed twice, by the memory there was.
     """
 
     dtype: str
     threads: int
+    apart: bool
+    packed: bool
     micro_tokens: int
     recompute: bool
 

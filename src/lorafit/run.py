@@ -79,7 +79,9 @@ def _frozen(out: Path, asked: Mapping[str, Any]) -> Frozen:
         raise FormatError(f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
                           "start anew with another --out") from error  # fmt: skip
     counts = (frozen.threads, frozen.micro_tokens)
-    if frozen.dtype not in DTYPES or not all(isinstance(n, int) and n > 0 for n in counts):
+    flags = (frozen.apart, frozen.packed, frozen.recompute)
+    whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
+    if frozen.dtype not in DTYPES or not whole:
         raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
     return frozen
 

@@ -86,6 +86,11 @@ class TrainSettings(BaseModel):
     ] = None  # fmt: skip
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
 
+    @property
+    def trunk_bytes(self) -> int:
+        """`trunk_gb` in bytes."""
+        return int(self.trunk_gb * 1e9)
+
     @field_validator("targets")
     @classmethod
     def _apart(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -4,6 +4,7 @@ verbs, so that --help answers at once."""
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -51,6 +52,11 @@ def _reported(verb: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
+        shares = verb is train.train and not kwargs["dry_run"]
+        if not shares and "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            if os.environ["RANK"] == "0":
+                _say("torchrun: only training shares its work among processes: start this without torchrun")
+            sys.exit(2)
         try:
             verb(*args, **kwargs)
         except LorafitError as error:

@@ -35,7 +35,7 @@ def train(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.plan import show_plan
-    from lorafit.errors import LorafitError, SettingsError
+    from lorafit.errors import DivergedError, Interrupted, LorafitError, RunError, SettingsError
     from lorafit.pipeline import run_training
     from lorafit.training.processes import launched
 
@@ -50,10 +50,12 @@ def train(
         show_plan(terminal, base, data, settings)
         return
     with launched() as processes:
-        if not processes.first:  # the first tells the same, or what it was that ended the others
+        if not processes.first:
             try:
                 run_training(base, data, Path(out), settings, resume=resume, processes=processes)
-            except (LorafitError, KeyboardInterrupt) as error:
+            except (LorafitError, KeyboardInterrupt) as error:  # the first says why, unless this one alone has met it
+                if not isinstance(error, (Interrupted, DivergedError, RunError, KeyboardInterrupt)):
+                    typer.echo(f"lorafit: process {processes.rank + 1} of {processes.count}: {error}", err=True)
                 raise typer.Exit(error.status if isinstance(error, LorafitError) else 130) from None
             return
         summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes)

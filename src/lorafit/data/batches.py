@@ -91,23 +91,23 @@ def _batch(rows: Sequence[Row], ids: Tensor, trained: Tensor, device: torch.devi
     return Batch(ids.to(device), trained.to(device), (places - 1).to(device), owner.to(device), len(rows), segments)
 
 
-def epoch_order(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_order(
+    rows: Sequence[Row], batch_size: int, seed: int, epoch: int, fixed: bool = False
+) -> list[list[int]]:  # fmt: skip
     """Batches of row positions for one epoch: shuffled by (seed, epoch), then neighbours in length are put
-    together within windows of 16 batches, and the batches shuffled. The last batch may be smaller."""
+    together within windows of 16 batches, and the batches shuffled. The last batch may be smaller. fixed: the batches
+    are those of epoch 0 in every epoch, in another order each."""
     rng = np.random.default_rng(seed_of(seed, "order", epoch))
-    shuffled = rng.permutation(len(rows)).tolist()
-    window = 16 * batch_size
-    batches = []
-    for start in range(0, len(shuffled), window):
-        part = sorted(shuffled[start : start + window], key=lambda i: len(rows[i].ids))
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    if fixed and epoch:
+        batches = epoch_order(rows, batch_size, seed, 0)
+    else:
+        shuffled = rng.permutation(len(rows)).tolist()
+        window = 16 * batch_size
+        batches = []
+        for start in range(0, len(shuffled), window):
+            part = sorted(shuffled[start : start + window], key=lambda i: len(rows[i].ids))
+            batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def fixed_order(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """As `epoch_order`, with the batches of epoch 0 in every epoch, in another order each."""
-    batches = epoch_order(rows, batch_size, seed, 0)
-    return [batches[i] for i in np.random.default_rng(seed_of(seed, "order", epoch)).permutation(len(batches))]
 
 
 def by_tokens(rows: Sequence[Row], positions: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:

@@ -14,6 +14,7 @@ from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.records import AnswerScore, NllScore
+from lorafit.tasks.completion import Way, way_of
 
 Watch = Callable[[str, int, int], None]
 SAMPLES = 4
@@ -63,13 +64,16 @@ def compare(
     watch: Watch = lambda what, done, of: None,
     accept_unknown_base: bool = False,
     memory: int | None = None,
+    way: Way | None = None,
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
     Those that carry a check are answered, else a few, or with `answer_all` every question there is. Answers are decoded
     greedily, at most a quarter longer than the longest reference answer (plus 8 tokens). memory: bytes that decoding
-    may take, None for as much as goes well.
+    may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured here where it is
+    not given; both are scored in the same one.
     """
+    way = way or way_of(base, rows)
     budget = 5 * max(row.n_trained for row in rows) // 4 + 8
     checked = [i for i, example in enumerate(examples) if example.check is not None]
     open_ended = [i for i, example in enumerate(examples) if not example.is_text]
@@ -82,7 +86,7 @@ def compare(
 
     def one(name: str) -> tuple[list[float], AnswerScore]:
         return (
-            example_nll(base, rows, told(f"{name}: NLL")),
+            example_nll(base, rows, told(f"{name}: NLL"), way),
             score_answers(base, renderer, questions, budget, (), told(f"{name}: answers"), memory),
         )
 

@@ -40,15 +40,27 @@ def peak_gb() -> float | None:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
-def room_of(base: Base) -> Room:
-    """What is held and free where the base is: on its GPU, or in this process and machine."""
+def room_of(base: Base, processes: int = 1) -> Room:
+    """What is held and free where the base is: on its GPU, or in this process and, of what so many processes share that
+    will each hold as much, on this machine."""
     if base.device.type == "cuda":
         return Room(torch.cuda.memory_allocated(base.device), torch.cuda.mem_get_info(base.device)[0])
-    free = _told("/proc/meminfo", "MemAvailable")
-    allowed, taken = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
-    if free is not None and allowed is not None and taken is not None:
-        free = max(0, min(free, allowed - taken))
-    return Room(_held(base), free)
+    known = [each for each in (_told("/proc/meminfo", "MemAvailable"), free_in_container()) if each is not None]
+    free = min(known, default=None)
+    held = _held(base)
+    return Room(held, None if free is None else max(0, free - (processes - 1) * held) // processes)
+
+
+def free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a container leaves free, None outside of one. Files it has read count as taken there until something
+    else needs the room: they are free."""
+    try:
+        allowed, taken = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+    files = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+    return max(0, allowed - taken + files)
 
 
 def left_of(memory: str | None, base: Base) -> int | None:
@@ -93,10 +105,3 @@ def _told(path: str, name: str) -> int | None:
     except (OSError, ValueError):
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # not there, or "max"
-        return None

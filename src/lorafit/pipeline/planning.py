@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,20 @@ import torch
 
 from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
-from lorafit.data.batches import PACK_STEP
+from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.planning.memory import parts_of
+from lorafit.planning.memory import steps_of
 from lorafit.planning.rules import hidden_size
-from lorafit.settings import TrainSettings, settings_from
-from lorafit.tasks.completion import batch_of
+from lorafit.settings import settings_from
+from lorafit.tasks.completion import batch_of, length_step, trunk
 from lorafit.training import optimizer as adamw
-from lorafit.training.loop import gradient_step
+from lorafit.training.loop import gradient_step, own_randomness
 from lorafit.training.state import TrainState
+from lorafit.training.trunk import room_for
 
 TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest
 VALIDATED = 16  # examples whose NLL is timed
@@ -51,8 +53,7 @@ def run_planning(
     resolved = settings_from(settings)
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
-    cost = forecast(opened)
-    cost = replace(cost, disk=cost.disk + _trunk(opened, resolved))
+    cost = forecast(opened, room_for(Path(), resolved.trunk_bytes))
     decision = opened.decision
     return {
         "base": opened.base.name,
@@ -67,21 +68,29 @@ def run_planning(
     }
 
 
-def forecast(opened: Opened) -> Forecast:
+def forecast(opened: Opened, trunk_bytes: int = 0) -> Forecast:
     """Try a short, a middling and the longest micro-batch of the first epoch, and reckon with all of the run.
 
-    Whatever the batch size, six forwards and backwards are tried. A micro-batch takes some time of its own and some for
-    each token; a size that comes for the first time takes a preparation, which is long in some kernels.
+    Whatever the batch size, six forwards and backwards are tried, and three more where a trunk is kept. A micro-batch
+    takes some time of its own and some for each token; a size that comes for the first time takes a preparation, which
+    is long in some kernels. trunk_bytes: how much may be kept of what the lowest blocks make.
     """
     base, rows, recipe, way = opened.base, opened.rows, opened.decision.recipe, opened.way
-    parts = list(parts_of(rows["train"], recipe, way))
+    blocks = free_blocks(base, opened.decision.plan)
+    later = 1 - -(-len(rows["train"]) // recipe.batch_size) / recipe.steps  # share of the steps after the first epoch
+    needed = _tokens(rows["train"]) * hidden_size(base) * base.dtype.itemsize
+    read = (
+        later * min(1.0, trunk_bytes / needed) if blocks and later > 0 else 0.0
+    )  # share of the steps whose trunk is read
+    steps = steps_of(rows["train"], recipe, blocks > 0)
+    parts = [part for step in steps for part in by_tokens(rows["train"], step, recipe.micro_tokens, way.packed)]
     sizes = [sum(len(rows["train"][i].ids) for i in part) for part in parts]
     ranked = sorted(range(len(parts)), key=sizes.__getitem__)
     tried = sorted({ranked[i * (len(ranked) - 1) // (TRIED - 1)] for i in range(TRIED)}, key=sizes.__getitem__)
     state = TrainState(opened.start, base.device, recipe.dropout)
     optimizer = adamw.make_optimizer(state)
-    firsts, took = [], []
-    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
+    firsts, took, shorter = [], [], []
+    with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
         few = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
         state.training = False
         example_nll(base, few, way=way)
@@ -92,25 +101,31 @@ def forecast(opened: Opened) -> Forecast:
             work = partial(gradient_step, base, state, batches, way)
             firsts.append(_seconds(base, work))
             took.append(_seconds(base, work))
+            if read:
+                begun = [replace(one, start=Start(trunk(base, one, blocks), blocks)) for one in batches]
+                shorter.append(_seconds(base, partial(gradient_step, base, state, begun, way)))
         update = partial(adamw.step, state, optimizer, recipe.learning_rate, recipe.weight_decay, recipe.clip)
         update()
         gradient_step(base, state, batches, way)
         updating = _seconds(base, update)
-    own, each = _line([sizes[i] for i in tried], took)
+
+    def of_all(seconds: Sequence[float]) -> float:
+        own, each = _line([sizes[i] for i in tried], seconds)
+        return own * len(parts) + each * sum(sizes)
+
     preparing = max(0.0, min(first - second for first, second in zip(firsts, took, strict=True)))
-    computing = own * len(parts) + each * sum(sizes) + preparing * _shapes(sizes, base)
+    computing = (
+        (1 - read) * of_all(took)
+        + read * of_all(shorter or took)
+        + preparing * len({-(-size // length_step(base, way)) for size in sizes})
+    )
     step = computing / recipe.steps + updating
     count = -(-recipe.steps // recipe.validate_every) + 1
     disk = 2 * 4 * opened.decision.plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
-    return Forecast(recipe.steps * step + count * validation, step, validation, round(opened.peak / 1e9, 2), disk)
-
-
-def _trunk(opened: Opened, settings: TrainSettings) -> int:
-    """Bytes on disk of what is kept of the lowest blocks, in runs of more than one pass."""
-    rows, recipe = opened.rows["train"], opened.decision.recipe
-    if recipe.steps * recipe.batch_size <= len(rows) or not free_blocks(opened.base, opened.decision.plan):
-        return 0
-    return min(int(settings.trunk_gb * 1e9), _tokens(rows) * hidden_size(opened.base) * opened.base.dtype.itemsize)
+    disk += min(trunk_bytes, needed) if read else 0
+    return Forecast(
+        recipe.steps * step + count * validation, step, validation, round((opened.peak or 0) / 1e9, 2), disk
+    )
 
 
 def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
@@ -120,12 +135,6 @@ def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float
         if each > 0 and own > 0:
             return float(own), float(each)
     return 0.0, sum(seconds) / sum(tokens)
-
-
-def _shapes(sizes: Sequence[int], base: Base) -> int:
-    """How many different sizes the kernels are given."""
-    stepped = PACK_STEP if base.device.type == "cpu" and base.dtype != torch.float32 else 1
-    return len({-(-size // stepped) for size in sizes})
 
 
 def _tokens(rows: Sequence[Row]) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import fired, fresh, require_fired
+from lorafit.attachment import fired, free_blocks, fresh, require_fired
 from lorafit.base import Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples
 from lorafit.data.reading import read_examples
@@ -22,8 +22,8 @@ from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.memory import Meter, room_of
-from lorafit.planning import Decision, decide
-from lorafit.planning.memory import again, fit, footprint, with_losses
+from lorafit.planning import Choice, Decision, decide
+from lorafit.planning.memory import as_begun, fit, footprint, steps_of, with_losses
 from lorafit.records import Frozen
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
@@ -34,7 +34,8 @@ from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
 class Opened:
     """A base with data checked and rendered for it, and the decision how to train on them.
 
-    start: the adapter before training. peak: bytes that training holds at most, foretold."""
+    start: the adapter before training. peak: bytes that training holds at most, foretold; None for a run that is gone
+    on with."""
 
     base: Base
     examples: Examples
@@ -45,17 +46,18 @@ class Opened:
     frozen: Frozen
     start: Adapter
     way: Way
-    peak: int
+    peak: int | None
     seconds: float
 
 
 def open_all(
-    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None
-) -> Opened:
+    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None,
+    processes: int = 1,
+) -> Opened:  # fmt: skip
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
 
     began: what a run has frozen that is gone on with. What depends on this machine and this moment is found out here,
-    if `began` does not say it, and goes into Frozen.
+    if `began` does not say it, and goes into Frozen. processes: how many share this machine's memory.
     """
     start = time.monotonic()
     require_base(base_name)
@@ -67,19 +69,30 @@ def open_all(
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
     before = fresh(base, decision.plan, settings.seed, renderer.rendering)
-    way = way_of(base, rows["train"])
-    plain = footprint(base, before, rows["train"], way, settings.dropout)
-    look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
-    room = room_of(base)
+    way = Way(began.apart, began.packed) if began else way_of(base, rows["train"])
+    decision = replace(decision, choices=(*decision.choices, _laying(way)))
     if began is None:
-        decision, peak = fit(decision, look, rows, way, room, settings.memory)
+        plain = footprint(base, before, rows["train"], way, settings.dropout)
+        look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
+        steps = steps_of(rows["train"], decision.recipe, free_blocks(base, decision.plan) > 0)
+        decision, peak = fit(decision, look, rows, steps, way, room_of(base, processes), settings.memory)
     else:
-        decision, peak = again(decision, look, rows, way, room, began)
+        decision, peak = as_begun(decision, began.micro_tokens, began.recompute), None
     listener.plan(decision.choices)
     names = {dtype: name for name, dtype in DTYPES.items()}
     recipe = decision.recipe
-    frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), recipe.micro_tokens, recipe.recompute)
+    frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), way.apart, way.packed, recipe.micro_tokens,
+                             recipe.recompute)  # fmt: skip
     return Opened(base, examples, report, renderer, rows, decision, frozen, before, way, peak, time.monotonic() - start)
+
+
+def _laying(way: Way) -> Choice:
+    """How rows are laid into a batch."""
+    if way.packed:
+        return Choice("rows", "one behind the other", "measured here: each computes what it computes alone, and no "
+                      "padding is computed", "")  # fmt: skip
+    return Choice("rows", "padded to one width", "measured here: one behind the other, this base would not compute "
+                  "what each computes alone", "")  # fmt: skip
 
 
 def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None) -> Base:

@@ -75,7 +75,7 @@ def run_training(
     keep_freed_memory()
     with _threads(began.threads if began else torch.get_num_threads(), listener):
         try:
-            opened = open_all(base_name, data, resolved, listener, began)
+            opened = open_all(base_name, data, resolved, listener, began, processes.here)
             processes.require_work(opened.decision.recipe.batch_size)
         except BaseException:
             if not resume:
@@ -109,12 +109,9 @@ def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any
     with _threads(began.threads, Silent()):
         opened = open_all(base_name, data, resolved, Silent(), began)
         train(opened.base, opened.start, opened.rows["train"], opened.rows["valid"], opened.decision.recipe,
-              folder=out, resume=resume, trunk_bytes=_trunk_bytes(resolved), processes=processes)  # fmt: skip
+              folder=out, resume=resume, trunk_bytes=resolved.trunk_bytes, way=opened.way,
+              processes=processes)  # fmt: skip
     return {}
-
-
-def _trunk_bytes(settings: TrainSettings) -> int:
-    return int(settings.trunk_gb * 1e9)
 
 
 def _run(
@@ -139,7 +136,7 @@ def _run(
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
     trained = train(base, opened.start, rows["train"], rows["valid"], decision.recipe,
-                    folder=out, resume=resume, trunk_bytes=_trunk_bytes(resolved), tell=listener.moment,
+                    folder=out, resume=resume, trunk_bytes=resolved.trunk_bytes, way=opened.way, tell=listener.moment,
                     watch=lambda done, of: listener.watch("validation", done, of), processes=processes)  # fmt: skip
     processes.leave()
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
@@ -147,7 +144,7 @@ def _run(
     opens = count_opening(out)
     comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
                          shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch,
-                         memory=left_of(resolved.memory, base))  # fmt: skip
+                         memory=left_of(resolved.memory, base), way=opened.way)  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
     seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}

@@ -7,14 +7,14 @@ depends on how much is run but much on the base: that is measured on a small ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, blocks_of, packing, recomputing
+from lorafit.attachment import attach, blocks_below, blocks_of, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
 from lorafit.data.render import Row
@@ -22,10 +22,9 @@ from lorafit.errors import SettingsError
 from lorafit.evaluation.nll import EVALUATION_TOKENS
 from lorafit.packing import SHORT
 from lorafit.planning.rules import Choice, Decision, hidden_size
-from lorafit.records import Frozen
 from lorafit.settings import bytes_of
-from lorafit.tasks.completion import CHUNK, Way, batch_of, token_nll
-from lorafit.training.loop import gradient_step
+from lorafit.tasks.completion import CHUNK, Way, batch_of, body
+from lorafit.training.loop import gradient_step, own_randomness
 from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
 
@@ -47,8 +46,9 @@ class Footprint:
 
     state: whatever is in a batch. token, pair: kept for the backward for each token, and for each pair of tokens in one
     product of attention; long_token: for each token of a row that is longer than SHORT, where rows are packed.
-    block_input: of one token, of all blocks; blocks: how many can be computed twice, 0 where none. working: for each
-    token, while its gradient is computed. looking: for each token of a validation. logits: for each trained token;
+    block_input: of one token, of all blocks from the lowest with a site on; blocks: how many these are, 0 where none
+    can be computed twice. working: for each token, while its gradient is computed. looking: for each token of a
+    validation or a test. logits: for each trained token;
     most_logits: the most of these held at a time. lost: for each token, what the allocator takes beside that.
     """
 
@@ -92,7 +92,7 @@ def with_losses(
     middle = sorted(len(row.ids) for row in rows)[len(rows) // 2]
     lengths = [min(middle, MEASURED)] * max(1, MEASURED // middle)
     batch = _probe(base, rows, lengths, way)
-    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed), recomputing(base, recompute):
+    with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recompute):
         gradient_step(base, state, [_probe(base, rows, [middle // 2 + 2], way)], way)
         gauge.zero()
         for _ in range(2):  # what is freed comes back in other pieces
@@ -109,9 +109,7 @@ def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropo
     size = base.dtype.itemsize
     long = min(PROBED, base.context or PROBED) // 8 * 8
     short = long // 4
-    with torch.random.fork_rng(), attach(base, state), packing(base, way.packed):
-        with torch.no_grad():  # an attachment's first forward finds the sites that share their input
-            token_nll(base, _probe(base, rows, [short], way), way)
+    with own_randomness(base), attach(base, state), packing(base, way.packed):
         one, four, whole = (kept(base, state, rows, each, way) for each in ([short], [short] * 4, [long]))
         pair = max(0.0, (whole - four) / (12 * short**2))
         token = max(0.0, (four - one) / (3 * short) - short * pair)
@@ -119,7 +117,7 @@ def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropo
         long_token = token
         if way.packed and max(len(row.ids) for row in rows) > SHORT:
             long_token = (kept(base, state, rows, [LONG], way) - fixed) / LONG
-    hidden, blocks = hidden_size(base), len(blocks_of(base))
+    hidden, blocks = hidden_size(base), len(blocks_of(base)) - blocks_below(base, adapter.plan)
     widest = max((max(site.d_in, site.d_out) for site in base.sites if site.path not in base.head_paths()), default=0)
     words = _vocabulary(base)
     return Footprint(
@@ -149,7 +147,7 @@ def _probe(base: Base, rows: Sequence[Row], lengths: Sequence[int], way: Way):  
 
 
 def kept(base: Base, state: TrainState, rows: Sequence[Row], lengths: Sequence[int], way: Way) -> float:
-    """Bytes that a forward keeps for its backward: every storage once, without the weights."""
+    """Bytes that a forward keeps for its backward up to the head: every storage once, without the weights."""
     weights = {t.untyped_storage().data_ptr() for t in (*base.model.parameters(), *base.model.buffers(), state.master)}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -159,31 +157,38 @@ def kept(base: Base, state: TrainState, rows: Sequence[Row], lengths: Sequence[i
             found[storage.data_ptr()] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):  # type: ignore[arg-type, return-value]
-        token_nll(base, _probe(base, rows, lengths, way), way)
+        body(base, _probe(base, rows, lengths, way), way)
     return float(sum(storage.nbytes() for storage in found.values()))
 
 
-def peak(look: Footprint, rows: dict[str, list[Row]], recipe: Recipe, way: Way) -> float:
-    """The most a run holds above what the process holds before it: in its largest micro-batch, or in a validation."""
+def peak(
+    look: Footprint, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]], recipe: Recipe, way: Way
+) -> float:  # fmt: skip
+    """The most a run of these steps holds above what the process holds before it: in its largest micro-batch, or where
+    it scores."""
     train = rows["train"]
     largest = max(
         look.of([len(train[i].ids) for i in part], sum(train[i].n_trained for i in part), way, recipe.recompute)
-        for part in parts_of(train, recipe, way)
+        for step in steps
+        for part in by_tokens(train, step, recipe.micro_tokens, way.packed)
     )
-    longest = max(len(row.ids) for row in rows["valid"])
-    seen = min(max(EVALUATION_TOKENS, longest), sum(len(row.ids) for row in rows["valid"]))
-    validation = look.looking * seen + min(look.most_logits, look.logits * seen)
-    return look.state + max(largest, (1 + SLACK) * validation)
+    seen = max(_at_a_time(rows["valid"]), _at_a_time(rows["test"]))
+    looking = look.looking * seen + min(look.most_logits, look.logits * seen)
+    return look.state + max(largest, (1 + SLACK) * looking)
 
 
-def parts_of(rows: Sequence[Row], recipe: Recipe, way: Way) -> Iterator[list[int]]:
-    """Every micro-batch of a run."""
-    done, epoch = 0, 0
-    while done < recipe.steps:
-        for positions in epoch_order(rows, recipe.batch_size, recipe.seed, epoch)[: recipe.steps - done]:
-            yield from by_tokens(rows, positions, recipe.micro_tokens, way.packed)
-            done += 1
-        epoch += 1
+def _at_a_time(rows: Sequence[Row]) -> int:
+    """Tokens of the largest forward that only looks."""
+    lengths = [len(row.ids) for row in rows]
+    return min(max(EVALUATION_TOKENS, *lengths), sum(lengths))
+
+
+def steps_of(rows: Sequence[Row], recipe: Recipe, fixed: bool) -> list[list[int]]:
+    """The row positions of every step of a run, in epochs of the same batches where they are `fixed`."""
+    steps: list[list[int]] = []
+    for epoch in range(-(-recipe.steps * recipe.batch_size // len(rows)) + 1):
+        steps += epoch_order(rows, recipe.batch_size, recipe.seed, epoch, fixed)
+    return steps[: recipe.steps]
 
 
 def _thriftier(recipe: Recipe, blocks: int) -> Iterable[Recipe]:
@@ -207,39 +212,38 @@ class Room:
 
 
 def fit(
-    decision: Decision, look: Look, rows: dict[str, list[Row]], way: Way, room: Room, memory: str | None
-) -> tuple[Decision, int]:
+    decision: Decision, look: Look, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]], way: Way, room: Room,
+    memory: str | None,
+) -> tuple[Decision, int]:  # fmt: skip
     """The decision with how much is run at a time, chosen so that the process stays under `memory`, or by rule under
     what is free here; and the bytes it will hold at most. Raises SettingsError where even the least is too much."""
     limit = bytes_of(memory) if memory else None
     bound = limit if limit is not None else None if room.free is None else room.held + USABLE * room.free
     recipe, least = decision.recipe, float("inf")
     for tried in _thriftier(recipe, look(False).blocks):
-        above = peak(look(tried.recompute), rows, tried, way)
+        above = peak(look(tried.recompute), rows, steps, tried, way)
         needed = room.held + above
         least = min(least, room.held + MARGIN * above)
         if bound is None or room.held + MARGIN * above <= bound:
             return _with(decision, tried, needed, _reason(recipe, tried, memory)), round(needed)
     if limit is None:
-        return _with(decision, tried, needed, "more than is free here, even one row at a time"), round(needed)
+        return _with(decision, tried, needed, "more than is free here, even at its thriftiest"), round(needed)
     raise SettingsError(
-        f"--memory {memory}: too little: at its thriftiest, one row at a time, this run holds {_up(least)}: raise it "
-        "to that, leave out the longest examples, or choose a smaller base"
+        f"--memory {memory}: too little: at its thriftiest this run holds {_up(least)}, of which {_up(room.held)} with "
+        "the base alone: raise it to that, leave out the longest examples, or choose a smaller base"
     )
 
 
-def again(
-    decision: Decision, look: Look, rows: dict[str, list[Row]], way: Way, room: Room, began: Frozen
-) -> tuple[Decision, int]:
+def as_begun(decision: Decision, micro_tokens: int, recompute: bool) -> Decision:
     """The decision with what a run that is gone on with ran at a time: it must end as it would have."""
-    recipe = replace(decision.recipe, micro_tokens=began.micro_tokens, recompute=began.recompute)
-    needed = room.held + peak(look(recipe.recompute), rows, recipe, way)
-    return _with(decision, recipe, needed, "as when it began"), round(needed)
+    recipe = replace(decision.recipe, micro_tokens=micro_tokens, recompute=recompute)
+    return _with(decision, recipe, None, "as when it began")
 
 
-def _with(decision: Decision, recipe: Recipe, needed: float, reason: str) -> Decision:
+def _with(decision: Decision, recipe: Recipe, needed: float | None, reason: str) -> Decision:
     twice = ", blocks computed twice" if recipe.recompute else ""
-    value = f"at most about {needed / 1e9:.1f} GB, {recipe.micro_tokens:,} tokens at a time{twice}"
+    most = "" if needed is None else f"at most about {needed / 1e9:.1f} GB, "
+    value = f"{most}{recipe.micro_tokens:,} tokens at a time{twice}"
     choices = (*decision.choices, Choice("memory", value, reason, "--memory"))
     return replace(decision, recipe=recipe, choices=choices)
 

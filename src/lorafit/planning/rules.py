@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorafit.attachment import free_blocks
+from lorafit.attachment import blocks_below, free_blocks
 from lorafit.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError
@@ -94,10 +94,23 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
         "which stays as it is", "",
     )  # fmt: skip
     passes = recipe.steps > math.ceil(len(rows) / recipe.batch_size)
-    if passes and settings.trunk_gb and (free := free_blocks(base, plan)):
-        reason = "they lie below every site: computed once, then read from disk in later epochs"
-        run_choices.append(Choice("trunk", f"{free} blocks", reason, "--trunk-gb"))
+    if settings.trunk_gb and (told := _trunk(base, plan, passes, settings)):
+        run_choices.append(told)
     return Decision(plan, recipe, (sites_choice, rank_choice, size, rate_choice, *run_choices))
+
+
+def _trunk(base: Base, plan: Plan, passes: bool, settings: TrainSettings) -> Choice | None:
+    below, free = blocks_below(base, plan), free_blocks(base, plan)
+    if passes and free:
+        reason = "they lie below every site: computed once, then read from disk in later epochs"
+        return Choice("trunk", f"the lowest {free} blocks", reason, "--trunk-gb")
+    if passes and below:
+        reason = "this family does not declare that it can start above the blocks below every site"
+        return Choice("trunk", "not available", f"{reason} ({below}): they are computed in every epoch", "")
+    if settings.trunk_gb != TrainSettings().trunk_gb:
+        why = "no block lies below every site" if not below else "one pass over the examples would never read it"
+        return Choice("trunk", "not kept", why, "--trunk-gb")
+    return None
 
 
 def _sites(

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.attachment import input_of_block, packing, skipping
 from lorafit.base import Base
-from lorafit.data.batches import PACK_STEP, Batch, collate, pack
+from lorafit.data.batches import LENGTH_STEP, PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row
 
 CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32
@@ -61,27 +63,42 @@ def batch_of(base: Base, rows: Sequence[Row], way: Way) -> Batch:
     known = base.tokenizer.pad_token_id if base.tokenizer is not None else None
     pad = 0 if known is None else int(known)
     if way.packed:
-        stepped = base.device.type == "cpu" and base.dtype != torch.float32
-        return pack(rows, pad, base.device, PACK_STEP if stepped else 1)
+        return pack(rows, pad, base.device, length_step(base, way))
     return collate(rows, pad, base.device, base.context)
+
+
+def length_step(base: Base, way: Way) -> int:
+    """The tokens of a row's place in a batch, or of a pack, are a multiple of it."""
+    if not way.packed:
+        return LENGTH_STEP
+    return PACK_STEP if base.device.type == "cpu" and base.dtype != torch.float32 else 1
 
 
 def token_nll(base: Base, batch: Batch, way: Way) -> Tensor:
     """NLL in nats of every trained token, (n_trained,) fp32, rows in order.
 
     Inside `packing(base)` where the batch is packed. Logits are computed at the trained tokens alone, and not all at a
-    time, unless the head cannot be run apart or is itself adapted.
+    time, unless the head cannot be run apart.
     """
+    chosen = body(base, batch, way).flatten(0, 1).index_select(0, batch.before)
     if not way.apart:
-        logits = _run(base, base.model, batch).logits.flatten(0, 1)[batch.before]
-        return F.cross_entropy(logits.float(), batch.targets, reduction="none")
-    model, head = base.model, _head(base.model)
-    assert isinstance(model, PreTrainedModel) and head is not None
-    chosen = _run(base, model.base_model, batch).last_hidden_state.flatten(0, 1).index_select(0, batch.before)
+        return F.cross_entropy(chosen.float(), batch.targets, reduction="none")
+    head = _head(base.model)
+    assert head is not None
     if type(head) is not nn.Linear or "forward" in vars(head):
-        return F.cross_entropy(head(chosen).float(), batch.targets, reduction="none")
+        return _nll_of(head, chosen, batch.targets)
     nll: Tensor = _HeadNll.apply(chosen, head.weight, head.bias, batch.targets)
     return nll
+
+
+def body(base: Base, batch: Batch, way: Way) -> Tensor:
+    """What the head is given, (B, T, hidden); logits (B, T, vocabulary) where the head cannot be run apart."""
+    if not way.apart:
+        logits: Tensor = _run(base, base.model, batch).logits
+        return logits
+    assert isinstance(base.model, PreTrainedModel)
+    hidden: Tensor = _run(base, base.model.base_model, batch).last_hidden_state
+    return hidden
 
 
 def trunk(base: Base, batch: Batch, blocks: int) -> Tensor:
@@ -111,6 +128,20 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head
 
 
+def _nll_of(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """As `_HeadNll`, of any head, an adapted one too: where its logits are more than CHUNK, they are computed part by
+    part, and again for the backward, so that no more are held."""
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    rows = max(1, CHUNK // len(head.weight))  # type: ignore[arg-type]
+    if len(hidden) <= rows:
+        return part(hidden, targets)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(part, *each, use_reentrant=False) for each in parts])
+
+
 class _HeadNll(torch.autograd.Function):
     """Head and cross entropy, `CHUNK` logits at a time. A frozen head's gradient goes to its input alone, so it is
     computed with the loss, from logits that are in the cache still, and no logits are kept."""
@@ -134,6 +165,7 @@ class _HeadNll(torch.autograd.Function):
         return torch.cat(nll)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient.float() * upstream[0][:, None]).to(gradient.dtype), None, None, None

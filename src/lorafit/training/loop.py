@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
-from lorafit.data.batches import Batch, by_tokens, epoch_order, fixed_order
+from lorafit.data.batches import Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.errors import AdapterError, BaseError, DivergedError, InputError, Interrupted, RunError
+from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
 from lorafit.evaluation.nll import means, nll_sums
 from lorafit.files import write_text
 from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
@@ -32,7 +32,7 @@ from lorafit.training import optimizer as adamw
 from lorafit.training.processes import ALONE, Processes
 from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
-from lorafit.training.trunk import Trunk
+from lorafit.training.trunk import Trunk, room_for
 
 RESUME_HINT = "go on with --resume"
 CHECKPOINT_SHARE = 0.02  # of the run's time that may go into writing checkpoints between validations
@@ -78,6 +78,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     trunk_bytes: int = 0,
+    way: Way | None = None,
     tell: Callable[[Moment], None] = lambda moment: None,
     watch: Callable[[int, int], None] = lambda done, of: None,
     processes: Processes = ALONE,
@@ -88,7 +89,8 @@ def train(
     checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
     progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
     trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
-    of them and the family allows; it saves time and changes no bit.
+    of them and the family allows; it saves time and changes no bit. way: as `way_of` measured it; measured here where
+    it is not given.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     processes: called alike in each of them, all return the same; the first alone writes into the folder. Where one has
     ended, the first saves what all had after the last whole step, and the others raise Interrupted as it does.
@@ -96,9 +98,9 @@ def train(
     if folder and processes.first:
         clear_left_by_kills(folder)
     processes.require_work(recipe.batch_size)
-    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, tell, watch, processes)
+    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, way, tell, watch, processes)
     with (
-        torch.random.fork_rng([base.device] if base.device.type == "cuda" else []),
+        own_randomness(base),
         _interruptible(processes.count > 1) as stop,
         attach(base, run.state),
         packing(base, run.way.packed),
@@ -106,7 +108,7 @@ def train(
     ):
         try:
             return run.go(resume, stop)
-        except InputError:  # a run that has come to its end, and not to a good one
+        except (DivergedError, AdapterError, BaseError):  # it has come to its end, and not to a good one
             if run.trunk:
                 run.trunk.remove()
             raise
@@ -127,10 +129,15 @@ def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: 
     return float(total)
 
 
+def own_randomness(base: Base) -> AbstractContextManager[None]:
+    """What is drawn inside leaves what is drawn afterwards as it was, on the processor and on the base's device."""
+    return torch.random.fork_rng([base.device] if base.device.type == "cuda" else [])
+
+
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, trunk_bytes: int, tell: Callable[[Moment], None],
+        recipe: Recipe, folder: Path | None, trunk_bytes: int, way: Way | None, tell: Callable[[Moment], None],
         watch: Callable[[int, int], None], processes: Processes,
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
@@ -143,13 +150,12 @@ class _Run:
         self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)
         self.saving = self.last_save = self.one_validation = 0.0
         self.began = time.monotonic()
-        self.way = Way(*processes.agreed(lambda: astuple(way_of(base, train_rows))))
+        self.way = way or way_of(base, train_rows)
         # Packs must be the same in every epoch for the trunk to be: they are, whether it is kept or not.
         self.blocks = free_blocks(base, adapter.plan)
-        self.ordered = fixed_order if self.blocks else epoch_order
         self.order: tuple[int, list[list[int]]] = (-1, [])
-        wanted = self.blocks and trunk_bytes and recipe.steps > self._per_epoch()  # one pass would write and never read
-        self.trunk = self._keep_trunk(folder, trunk_bytes) if wanted and folder else None
+        self.folder, self.trunk_bytes = folder, trunk_bytes
+        self.trunk: Trunk | None = None
         self.identity = self._identity(adapter)
 
     def _identity(self, adapter: Adapter) -> dict[str, Any]:
@@ -175,6 +181,8 @@ class _Run:
         self._require_alike()
         self._trim_metrics()
         self._look()
+        if self.folder and self.trunk_bytes and self.blocks and self.recipe.steps > self._per_epoch():
+            self.trunk = self._keep_trunk(self.folder)  # not for one pass, which would write and never read
         recipe, at = self.recipe, self.at
         try:
             while True:
@@ -214,7 +222,7 @@ class _Run:
         start = time.monotonic()
         epoch, index = divmod(at.step, self._per_epoch())
         if self.order[0] != epoch:
-            self.order = (epoch, self.ordered(self.rows, recipe.batch_size, recipe.seed, epoch))
+            self.order = (epoch, self._order(epoch))
         positions = self.order[1][index]
         batches = [self._batch(part) for part in self._parts(positions)]
         own = (self.processes.rank,) if self.processes.count > 1 else ()
@@ -245,12 +253,16 @@ class _Run:
         batch = batch_of(self.base, [self.rows[i] for i in part], self.way)
         return self.trunk.begin(batch, part) if self.trunk else batch
 
-    def _keep_trunk(self, folder: Path, most: int) -> Trunk:
-        order = self.ordered(self.rows, self.recipe.batch_size, self.recipe.seed, 0)
-        parts = [part for positions in order for part in self._parts(positions)]
+    def _order(self, epoch: int) -> list[list[int]]:
+        return epoch_order(self.rows, self.recipe.batch_size, self.recipe.seed, epoch, fixed=self.blocks > 0)
+
+    def _keep_trunk(self, folder: Path) -> Trunk:
+        parts = [part for positions in self._order(0) for part in self._parts(positions)]
         packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
         name = f"trunk-{self.processes.rank}"
-        return Trunk(folder, name, self.base, self.rows, packs, self.blocks, most, self.processes.count)
+        same = {key: self.identity[key] for key in ("rows", "way", "dtype", "device", "threads", "torch")}
+        room = room_for(folder, self.trunk_bytes) // self.processes.count
+        return Trunk(folder, name, self.base, repr(same), packs, self.blocks, room)
 
     def _joined(self, nll: float, stop: threading.Event) -> float:
         """Gradient and loss of the whole step, from the shares of all processes, in one all-reduce; returns the loss.

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ from lorafit.errors import Interrupted, SettingsError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run: `rank` of `count`. One alone exchanges nothing.
+    """This process among those of its run: `rank` of `count`, `here` of them on this machine. One alone exchanges
+    nothing.
 
     Where another process has ended, whatever waits for it raises Interrupted.
     """
 
     rank: int = 0
     count: int = 1
+    here: int = 1
 
     @property
     def first(self) -> bool:
@@ -44,7 +47,7 @@ class Processes:
     def sum(self, values: Tensor) -> None:
         """Add up `values` over all processes, in place; the same bits in each of them."""
         if self.count > 1:
-            with _together():
+            with _waiting():
                 dist.all_reduce(values)
 
     def agreed(self, choose: Callable[[], Any]) -> Any:
@@ -52,7 +55,7 @@ class Processes:
         if self.count == 1:
             return choose()
         said = json.dumps(choose()).encode() if self.first else b""
-        with _together():
+        with _waiting():
             size = torch.tensor([len(said)])
             dist.broadcast(size, 0)
             told = torch.tensor(list(said) or [0] * int(size), dtype=torch.uint8)
@@ -82,6 +85,9 @@ class Processes:
 
 
 ALONE = Processes()
+# The others wait while the first fetches, converts and measures a base, which can take longer than torch's half hour.
+# One that has ended is noticed at once, by its closed connection.
+PATIENCE = timedelta(hours=6)
 
 
 def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
@@ -105,7 +111,7 @@ def launched() -> Iterator[Processes]:
     On a GPU each takes that of its LOCAL_RANK, which is then torch's current device. Raises SettingsError where there
     are fewer GPUs than processes.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     if count == 1:
         yield ALONE
         return
@@ -117,8 +123,8 @@ def launched() -> Iterator[Processes]:
                 f"start no more than {gpus}"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    processes = Processes(int(os.environ["RANK"]), count)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    processes = Processes(int(os.environ["RANK"]), count, int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         yield processes
     except BaseException:
@@ -130,8 +136,9 @@ def launched() -> Iterator[Processes]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _waiting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of several kinds, by backend: a closed connection, a wait in vain
-        raise Interrupted("another process of the run has ended: go on with --resume") from error
+        why = str(error).partition("\n")[0]
+        raise Interrupted(f"another process of the run has ended ({why}): go on with --resume") from error

@@ -19,32 +19,34 @@ from torch import Tensor
 
 from lorafit.base import Base
 from lorafit.data.batches import Batch, Start
-from lorafit.data.render import Row
 from lorafit.tasks.completion import trunk
 
 MARK = 4  # bytes before each pack: its checksum, zeros where it has not been written
 FREE_SHARE = 0.5  # of the free disk that the file may take at most
 
 
-class Trunk:
-    """A file of what the lowest `blocks` blocks make of packs, as many of them as `most` bytes hold, which as many
-    processes share as `sharing` says.
+def room_for(folder: Path, most: int) -> int:
+    """Bytes that may be kept in `folder`, where `most` are wanted: what is there already counts as free."""
+    kept = sum(path.stat().st_size for path in folder.glob("trunk-*.bin"))
+    return min(most, int(FREE_SHARE * (shutil.disk_usage(folder).free + kept)))
 
-    packs: tokens, filling included, by the rows' positions. The file is called `name` and a digest of what it belongs
-    to: base, rows, packs, blocks, dtype. One that is there already is gone on with; a pack left half by a kill fails
-    its checksum and is computed again.
+
+class Trunk:
+    """A file of what the lowest `blocks` blocks make of packs, as many of them as `room` bytes hold.
+
+    packs: tokens, filling included, by the rows' positions. same: what else the bits depend on, in words: rows, layout,
+    dtype, threads. The file is called `name` and a digest of all that, base and blocks. One that is there already is
+    gone on with; a pack left half by a kill fails its checksum and is computed again.
     """
 
     def __init__(
-        self, folder: Path, name: str, base: Base, rows: Sequence[Row], packs: Mapping[tuple[int, ...], int],
-        blocks: int, most: int, sharing: int = 1,
+        self, folder: Path, name: str, base: Base, same: str, packs: Mapping[tuple[int, ...], int], blocks: int,
+        room: int,
     ):  # fmt: skip
         self._base, self._blocks = base, blocks
         self._token = base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize  # type: ignore[operator]
-        told = repr((base.integrity(), list(rows), list(packs.items()), blocks, str(base.dtype)))
+        told = repr((base.integrity(), same, list(packs.items()), blocks))
         self._path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.bin"
-        own = self._path.stat().st_size if self._path.exists() else 0
-        room = min(most, int(FREE_SHARE * (shutil.disk_usage(folder).free + own))) // sharing
         self._places: dict[tuple[int, ...], int] = {}
         self.bytes = 0
         for pack, tokens in packs.items():
