@@ -2,8 +2,8 @@
 
     LORAFIT_DATA=... python bench/forecast.py [--record]
 
-Each run is a process of its own: it plans as `lorafit plan` does, in a process before it, and trains with the recipe
-that came out, cut to a few steps. Memory is the process's peak over what it holds once everything is imported; time is
+Each run is a process of its own, a whole run of a few steps, and is planned as `lorafit plan` does in a process before
+it. Memory is the process's peak over what it holds once everything is imported; time is
 that of the steps. Nothing is fitted to these runs: the forecast measures a few small steps on its own. Prints a table
 and, last, one line of JSON; --record appends the table to bench/RESULTS.md.
 """
@@ -19,7 +19,6 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,13 @@ from rich.table import Table
 
 BASE = "smollm2-135m"
 HEAD = ["data, settings", "tokens at a time", "GB foretold", "measured", "s a step foretold", "measured"]
-CASES: list[tuple[str, dict[str, Any], int]] = [  # data, settings, steps that are run
-    ("handbook", {"batch_size": 4}, 10),
-    ("handbook", {"batch_size": 16, "rank": 16}, 3),
-    ("restaurants", {"batch_size": 4}, 6),
-    ("restaurants", {"batch_size": 12, "memory": "1.6GB"}, 3),
-    ("contracts", {"batch_size": 2}, 5),
-    ("contracts", {"batch_size": 8, "memory": "1.3GB"}, 2),
+CASES: list[tuple[str, dict[str, Any]]] = [  # data, and settings that make a whole run of a few steps
+    ("handbook", {"batch_size": 4, "epochs": 0.03}),
+    ("handbook", {"batch_size": 16, "rank": 16, "epochs": 0.04}),
+    ("restaurants", {"batch_size": 4, "epochs": 0.05}),
+    ("restaurants", {"batch_size": 12, "memory": "1.6GB", "epochs": 0.08}),
+    ("contracts", {"batch_size": 2, "epochs": 0.05}),
+    ("contracts", {"batch_size": 8, "memory": "1.9GB", "epochs": 0.07}),
 ]
 
 
@@ -58,8 +57,8 @@ def files(data: Path, into: Path) -> dict[str, str]:
     return made
 
 
-def one(verb: str, data: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Plan, or train a few steps; in a process of its own."""
+def one(verb: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Plan, or train; in a process of its own."""
     from lorafit.pipeline.listener import Silent
     from lorafit.pipeline.memory import keep_freed_memory, peak_gb
     from lorafit.pipeline.planning import forecast
@@ -69,21 +68,20 @@ def one(verb: str, data: str, settings: dict[str, Any], steps: int) -> dict[str,
 
     imported = peak_gb() or 0.0
     keep_freed_memory()
-    opened = open_all(BASE, data, settings_from({**settings, "dtype": "fp32", "skip_bad": True}), Silent())
+    given = {**settings, "validations": 1, "dtype": "fp32", "skip_bad": True}
+    opened = open_all(BASE, data, settings_from(given), Silent())
     recipe = opened.decision.recipe
     taken = {"micro_tokens": recipe.micro_tokens, "recompute": recipe.recompute}
     if verb == "plan":
         cost = forecast(opened)
         return {**taken, "gb": cost.peak_gb - imported, "step": cost.step}
-    rows = opened.rows["train"]
-    done = train(opened.base, opened.start, rows, opened.rows["valid"],
-                 replace(recipe, steps=steps, validate_every=steps))  # fmt: skip
-    tokens = sum(len(row.ids) for row in rows) / len(rows) * recipe.batch_size  # of a step of the whole run
-    return {**taken, "gb": (peak_gb() or 0.0) - imported, "step": tokens / done.tokens_per_second}
+    done = train(opened.base, opened.start, opened.rows["train"], opened.rows["valid"], recipe)
+    step = done.tokens / recipe.steps / done.tokens_per_second
+    return {**taken, "gb": (peak_gb() or 0.0) - imported, "step": step}
 
 
-def asked(verb: str, data: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", json.dumps([verb, data, settings, steps])]
+def asked(verb: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", json.dumps([verb, data, settings])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -104,8 +102,8 @@ def main() -> None:
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         paths = files(Path(os.environ.get("LORAFIT_DATA", "../shared/data")), Path(folder))
-        for name, settings, steps in CASES:
-            told, real = (asked(verb, paths[name], settings, steps) for verb in ("plan", "train"))
+        for name, settings in CASES:
+            told, real = (asked(verb, paths[name], settings) for verb in ("plan", "train"))
             said = ", ".join(f"{key} {value}" for key, value in settings.items())
             twice = ", twice" if told["recompute"] else ""
             pairs = (f"{value:.2f}" for key in ("gb", "step") for value in (told[key], real[key]))

@@ -254,8 +254,8 @@ def test_memory_and_time_of_real_runs_are_within_a_fifth_of_the_forecast(
     folder = Path(__file__).parents[1] / "bench"
     monkeypatch.syspath_prepend(folder)
     bench = runpy.run_path(str(folder / "forecast.py"))
-    name, settings, steps = bench["CASES"][case]
+    name, settings = bench["CASES"][case]
     data = bench["files"](shared_data, tmp_path)[name]
-    told, real = (bench["asked"](verb, data, settings, steps) for verb in ("plan", "train"))
+    told, real = (bench["asked"](verb, data, settings) for verb in ("plan", "train"))
     assert told["gb"] == pytest.approx(real["gb"], rel=0.2)
     assert told["step"] == pytest.approx(real["step"], rel=0.2)

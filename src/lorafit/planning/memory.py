@@ -1,7 +1,7 @@
 """What training holds in memory, reckoned from a look at the base, and the settings under which it holds less.
 
 What a forward keeps for its backward is most of it, and grows with the tokens that are run at a time: three tiny
-forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by a share that hardly
+forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by an amount that hardly
 depends on how much is run but much on the base: that is measured on a small step. Bytes throughout, GB are 10⁹.
 """
 
@@ -49,7 +49,8 @@ class Footprint:
     block_input: of one token, of all blocks from the lowest with a site on; blocks: how many these are, 0 where none
     can be computed twice. working: for each token, while its gradient is computed. looking: for each token of a
     validation or a test. logits: for each trained token;
-    most_logits: the most of these held at a time. lost: for each token, what the allocator takes beside that.
+    most_logits: the most of these held at a time. lost: what the allocator takes beside all that and SLACK, whatever is
+    in a batch.
     """
 
     state: float
@@ -74,7 +75,7 @@ class Footprint:
         if recompute:
             kept = self.block_input * tokens + kept / self.blocks
         logits = self.logits * (trained if way.apart else tokens)
-        return kept + (self.working + self.lost) * tokens + min(self.most_logits, logits)
+        return (1 + SLACK) * (kept + self.working * tokens + min(self.most_logits, logits)) + self.lost
 
 
 class Gauge(Protocol):
@@ -99,8 +100,7 @@ def with_losses(
             gradient_step(base, state, [batch], way)
     known = look.of(lengths, batch.n_trained, way, recompute)
     gathering = 2 * 4 * adapter.plan.parameters  # the gradient of the factors, apart and as one; in `state`
-    lost = max(SLACK * known, gauge.grown() - known - gathering)
-    return replace(look, lost=lost / sum(lengths))
+    return replace(look, lost=max(0.0, gauge.grown() - known - gathering))
 
 
 def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropout: float = 0.0) -> Footprint:
