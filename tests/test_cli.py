@@ -21,9 +21,12 @@ from lorafit.cli import main
 from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
 from lorafit.files import whole_folder
+from lorafit.formats import peft
+from lorafit.run import read_summary
 from lorafit.settings import TrainSettings
 
-VERBS = ["data", "plan", "train", "eval", "show", "demo", "doctor", "bases", "chat", "settings", "report", "explain"]
+VERBS = ["data", "plan", "train", "eval", "show", "trim", "demo", "doctor", "bases", "chat", "settings", "report",
+         "explain"]  # fmt: skip
 SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
@@ -391,6 +394,36 @@ def test_show_knows_a_plan(lorafit: Lorafit, run: Run) -> None:
 def test_show_knows_a_base(lorafit: Lorafit, tiny_folder: Path) -> None:
     found = lorafit("show", tiny_folder, "--json").last_object
     assert (found["kind"], found["site names"]["q_proj"]) == ("base", 2)
+
+
+def test_trim_writes_a_smaller_adapter_and_nothing_over_another(lorafit: Lorafit, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    done = lorafit("trim", run.folder, "--to", "50%", "--out", out, "--json")
+    assert done.status == 0, done.err
+    said = done.last_object
+    small, whole = peft.read(out), peft.read(run.folder / "adapter")
+    assert small.plan.parameters == said["parameters"] <= whole.plan.parameters / 2
+    assert (small.base, small.rendering) == (whole.base, whole.rendering)
+    assert 0.5 < said["left"] < 1
+    again = lorafit("trim", run.folder, "--out", out)
+    assert again.status == 2
+    assert peft.read(out) == small
+
+
+def test_trim_asks_the_runs_validation_where_it_is_not_told_how_much(
+    lorafit: Lorafit, run: Run, tmp_path: Path
+) -> None:
+    done = lorafit("trim", run.folder, "--out", tmp_path / "small", "--json")
+    assert done.status == 0, done.err
+    said = done.last_object
+    assert said["reason"].startswith("untrimmed: ")
+    assert said["reason"].endswith("independent validation examples decide nothing, at least 10 are needed")
+    assert [rung["bound"] for rung in said["rungs"]] == [None] * len(said["rungs"])
+    assert said["adapter_dir"] is None
+    assert not (tmp_path / "small").exists()
+    whole = read_summary(run.folder)
+    assert whole is not None
+    assert said["nll"] == pytest.approx(min(nll for _, nll in whole["validation"]), rel=1e-5)
 
 
 def test_train_does_not_touch_a_finished_run(lorafit: Lorafit, run: Run, tiny_folder: Path, rows: Path) -> None:

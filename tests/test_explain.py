@@ -26,6 +26,7 @@ ANSWERED = {
     "which layers should I adapt?": "Which layers",
     "how do I choose the rank": "choosing.md: Rank|Choosing layers",
     "what rank should I use for 5000 examples": "Rank",
+    "how do I make an adapter smaller": "A smaller adapter",
     "what is alpha": "Alpha",
     "how do I set the learning rate": "Learning rate|Choosing layers",
     "which lr is best": "Learning rate|What to change first",

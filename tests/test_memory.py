@@ -112,7 +112,7 @@ def fitted(memory: str | None, free: int | None = None, look: Footprint = LOOK) 
 
 @pytest.mark.parametrize(
     ("memory", "tokens", "recompute"),
-    [(None, 1024, False), ("4GB", 1024, False), ("1.2GB", 512, False), ("800MB", 256, False), ("620MB", 1024, True)],
+    [(None, 1024, False), ("4GB", 1024, False), ("1.2GB", 512, False), ("840MB", 256, False), ("620MB", 1024, True)],
 )
 def test_the_fastest_settings_that_stay_under_the_limit_are_taken(
     memory: str | None, tokens: int, recompute: bool

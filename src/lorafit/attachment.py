@@ -12,7 +12,7 @@ the first forward of an attachment goes site by site and finds them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -384,6 +384,26 @@ def fired(base: Base, forward: Forward) -> frozenset[str]:
         for handle in handles:
             handle.remove()
     return frozenset(seen)
+
+
+@contextmanager
+def observing(base: Base, paths: Iterable[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Have `see(path, x, g)` called for these sites in every backward inside: x (tokens, d_in) what a site was given, g
+    (tokens, d_out) the gradient at what came out of it. Goes inside `attach`."""
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def seen(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            x = given[0].detach()
+            output.register_hook(lambda g: see(path, x.flatten(0, -2), g.flatten(0, -2)))
+
+        return seen
+
+    handles = [base.model.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def require_fired(plan: Plan, seen: frozenset[str]) -> None:

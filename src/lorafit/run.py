@@ -58,7 +58,7 @@ def open_run(
         odd = [f"{key}: {began[key]!r} when it began, {now[key]!r} now" for key in given if began[key] != now[key]]
         if odd:
             raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
-        return base_name or asked["base"], data or asked["data"], stored, _frozen(out, asked)
+        return base_name or asked["base"], data or asked["data"], stored, frozen_of(out, asked)
     if base_name is None or data is None:
         raise SettingsError("a new run needs a base and data: name both")
     if known.exists():
@@ -72,7 +72,8 @@ def open_run(
     return base_name, data, settings, None
 
 
-def _frozen(out: Path, asked: Mapping[str, Any]) -> Frozen:
+def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
+    """What the run in `out` has frozen. Raises FormatError for what is not whole."""
     try:
         frozen = Frozen(**asked["frozen"])
     except TypeError as error:

@@ -15,7 +15,7 @@ import typer
 import typer.core
 
 import lorafit
-from lorafit.cli import bases, chat, data, demo, doctor, evaluate, explain, plan, report, settings, show, train
+from lorafit.cli import bases, chat, data, demo, doctor, evaluate, explain, plan, report, settings, show, train, trim
 from lorafit.errors import LorafitError
 
 WORDS = {  # of the library that reads the flags, and ours
@@ -106,6 +106,7 @@ for _name, _verb, _summary in (
     ("chat", chat.chat, "Ask an adapter and its base."),
     ("report", report.report, "A page about a run, or several compared."),
     ("show", show.show, "What is in a run, adapter, plan or base."),
+    ("trim", trim.trim, "The same adapter in fewer parameters."),
     ("settings", settings.settings, "Everything that can be set, as a file."),
     ("explain", explain.explain, "Ask the guide: what LoRA is, what to choose."),
 ):

@@ -19,9 +19,12 @@ def groups_of(names: Sequence[str | None]) -> list[str]:
     return [f"\0{i}" if name is None else name for i, name in enumerate(names)]
 
 
-def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] | None = None) -> Interval | None:
+def paired_bootstrap(
+    differences: Sequence[float], groups: Sequence[str | None] | None = None, level: float = 0.95
+) -> Interval | None:
     """Mean of per-example differences with its bootstrap interval (Efron 1979), seeded: percentiles, farther apart for
     few examples (Hesterberg 2015, "What Teachers Should Know about the Bootstrap", section 4.1: "expanded percentile").
+    level: how often it holds; each end alone holds in (1 + level) / 2.
 
     Examples that share a group are drawn together: they are not independent evidence. None below `FEWEST` groups, where
     the interval would be far too narrow (of one example it has no width at all). How often it covers: docs/log.md.
@@ -37,14 +40,14 @@ def paired_bootstrap(differences: Sequence[float], groups: Sequence[str | None] 
         drawn = rng.integers(0, len(sums), (RESAMPLES // 10, len(sums)))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     n = len(sums)
-    beyond = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(n - 1))
+    beyond = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(n - 1, (1 + level) / 2))
     low, high = np.quantile(np.concatenate(means), [beyond, 1 - beyond])
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def student(df: int) -> float:
-    """The 97.5 % quantile of Student's t, to 2e-5 from 9 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(0.975)
+def student(df: int, share: float = 0.975) -> float:
+    """A quantile of Student's t, to 2e-5 from 9 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(share)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

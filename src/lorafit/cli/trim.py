@@ -1,0 +1,57 @@
+"""lorafit trim: the same adapter in fewer parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.flags import JSON
+
+
+def trim(
+    adapter: Annotated[Path, typer.Argument(help="A run; with --to also an adapter folder (PEFT's layout).")],
+    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="How much of it to keep, such as 25%. [default: as little as the run's validation allows]"),
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Cut an adapter down to the directions in which it does most; ranks fall where they do least.
+
+    \b
+    lorafit trim runs/mine --out runs/small                # the smallest that validation finds no worse
+    lorafit trim runs/mine --to 25% --out runs/quarter     # so much, at once
+    lorafit eval runs/quarter more.jsonl --against runs/mine
+    """
+    from lorafit.cli.console import Terminal
+    from lorafit.errors import RunError
+    from lorafit.files import make_folder
+    from lorafit.pipeline.trimming import cut, run_trimming
+
+    terminal = Terminal(json)
+    if out.exists():
+        raise RunError(f"{out}: is there already, and would be lost: name another folder with --out")
+    make_folder(out.parent, "--out")
+    if to is None:
+        found = run_trimming(adapter, out, terminal)
+        terminal.say(f"{'share':>8} {'parameters':>12} {'validation NLL':>15} {'difference':>11} {'at most':>9}")
+        terminal.say(f"{1:>8.2%} {found['parameters']:>12,} {found['nll']:>15.4f}")
+        for rung in found["rungs"]:
+            bound = "?" if rung["bound"] is None else f"{rung['bound']:+.4f}"
+            terminal.say(f"{rung['share']:>8.2%} {rung['parameters']:>12,} {rung['nll']:>15.4f} "
+                         f"{rung['difference']:>+11.4f} {bound:>9}")  # fmt: skip
+        terminal.say(found["reason"])
+        kept = f"{found['chosen']:.2%} is written to {out}" if found["adapter_dir"] else "nothing is written"
+        terminal.say(kept + "; at most: with 95 % certainty, one-sided, paired example by example")
+    else:
+        found = cut(adapter, to, out)
+        terminal.say(
+            f"{found['parameters']:,} of {found['of']:,} parameters on {found['sites']} sites, ranks "
+            f"{found['ranks'][0]} to {found['ranks'][1]}: {found['left']:.1%} of what the pairs do to the weights, "
+            f"squared and summed, is left; written to {out}; lorafit eval {out} ... --against {adapter} tells what "
+            "that costs"
+        )
+    terminal.finish(found)

@@ -1,0 +1,103 @@
+"""A finished run's adapter, as small as its validation allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import attach, observing, packing
+from lorafit.base import Base
+from lorafit.data.batches import by_tokens
+from lorafit.data.render import Row
+from lorafit.errors import AdapterError, RunError
+from lorafit.evaluation.nll import EVALUATION_TOKENS, example_nll
+from lorafit.formats import peft
+from lorafit.pipeline.listener import Listener, Silent
+from lorafit.pipeline.memory import keep_freed_memory
+from lorafit.pipeline.preparing import opened_base, prepare, rendered
+from lorafit.planning.ladder import RUNGS, climb_down, rung
+from lorafit.planning.trim import Moments, is_pair, share_of, trimmed
+from lorafit.run import ADAPTER, frozen_of, read_run, read_summary, require_same
+from lorafit.settings import settings_from
+from lorafit.tasks.completion import Way, batch_of
+from lorafit.training.loop import gradient_step
+from lorafit.training.state import TrainState
+
+LOOKED_AT = 32  # training rows whose moments decide which directions go
+
+
+def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> dict[str, Any]:
+    """Score the ladder of the run in `folder` on its own validation examples, and write the smallest adapter that is
+    not worse to `out`; returns the ladder. Where none may be smaller, nothing is written.
+
+    The test is not touched. Raises RunError for a run that is not finished, or whose data have changed.
+    """
+    listener = listener or Silent()
+    began = time.monotonic()
+    asked = read_run(folder)
+    if read_summary(folder) is None:
+        raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
+    settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
+    keep_freed_memory()
+    examples, _ = prepare(asked["data"], settings, listener)
+    base = opened_base(asked["base"], settings, listener, frozen)
+    examples, _, rows = rendered(base, examples, settings, listener)
+    require_same(folder, {"base_identity": base.identity, "data_digest": examples.digest()})
+    whole, way = peft.read(folder / ADAPTER), Way(frozen.apart, frozen.packed)
+    moments = moments_of(base, whole, rows["train"][:LOOKED_AT], way)
+
+    def scored(adapter: Adapter, name: str) -> list[float]:
+        with attach(base, adapter):
+            return example_nll(base, rows["valid"], lambda done, of: listener.watch(name, done, of), way)
+
+    nll, groups = scored(whole, "whole"), [example.group for example in examples.valid]
+    small: dict[float, Adapter] = {}
+    rungs = []
+    for share in RUNGS:
+        try:
+            small[share], _ = trimmed(whole, share, moments)
+        except AdapterError:  # less than one direction
+            break
+        rungs.append(rung(share, small[share].plan.parameters, scored(small[share], f"{share:.2%}"), nll, groups))
+    ladder = climb_down(nll, rungs, groups)
+    if ladder.chosen in small:
+        peft.write(small[ladder.chosen], out, extra={"trimmed_from": whole.digest(), "ladder": asdict(ladder)})
+    return {**asdict(ladder), "parameters": whole.plan.parameters, "seconds": round(time.monotonic() - began, 1),
+            "adapter_dir": str(out) if ladder.chosen in small else None}  # fmt: skip
+
+
+def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
+    """Write so much of the adapter of a run, or in an adapter folder, to `out`, every direction counting alike; no
+    model is opened. Returns what came of it."""
+    whole = peft.read(peft.adapter_folder(folder))
+    small, left = trimmed(whole, share_of(to))
+    peft.write(small, out, extra={"trimmed_from": whole.digest()})
+    ranks = [slot.rank for slot in small.plan.slots]
+    return {"adapter_dir": str(out), "parameters": small.plan.parameters, "of": whole.plan.parameters,
+            "sites": len(ranks), "ranks": [min(ranks), max(ranks)], "left": left}  # fmt: skip
+
+
+def moments_of(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way) -> dict[str, Moments]:
+    """Second moments inside the adapter's pairs, over the tokens of the rows, with the gradient of their mean NLL."""
+    state = TrainState(adapter, base.device)
+    pairs = {slot.site.path: slot for slot in adapter.plan.slots if is_pair(slot)}
+    factors = adapter.factors(torch.float32, base.device)
+    inward: dict[str, Tensor] = {}
+    outward: dict[str, Tensor] = {}
+
+    def see(path: str, x: Tensor, g: Tensor) -> None:
+        u, v = x.float() @ factors[path]["A"].T, g.float() @ factors[path]["B"]
+        inward[path] = inward.get(path, 0) + u.T @ u
+        outward[path] = outward.get(path, 0) + v.T @ v
+
+    parts = by_tokens(rows, range(len(rows)), EVALUATION_TOKENS // 2, way.packed)
+    with attach(base, state), packing(base, way.packed), observing(base, pairs, see):
+        gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
+    return {path: Moments(inward[path].cpu(), outward[path].cpu()) for path in pairs if path in inward}

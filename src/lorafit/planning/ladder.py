@@ -1,0 +1,81 @@
+"""The ladder of a trained adapter: how small it may get before validation notices, and which rung is shipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
+
+RUNGS = (0.5, 0.25, 0.125, 0.0625)  # shares of the parameters
+TOLERATED = 0.005  # share of the NLL that a smaller adapter may cost at most
+UNNOTICED = 0.002  # nats per token that are nothing to anyone, however small the NLL has become
+SURE = 0.95  # one-sided
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The adapter at `share` of its parameters on validation: mean NLL, its mean difference to the whole (above zero it
+    is worse), and the bound below which that difference lies with 95 % certainty, one-sided; None where there are too
+    few independent examples for one."""
+
+    share: float
+    parameters: int
+    nll: float
+    difference: float
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Rungs from the largest down; `margin` is what a difference may be. chosen: the share that is shipped, 1 for the
+    whole; reason: why, in a sentence."""
+
+    nll: float
+    margin: float
+    rungs: tuple[Rung, ...]
+    chosen: float
+    reason: str
+
+
+def rung(
+    share: float, parameters: int, small: Sequence[float], whole: Sequence[float], groups: Sequence[str | None]
+) -> Rung:  # fmt: skip
+    """small, whole: NLL of the same examples, one by one."""
+    differences = [one - other for one, other in zip(small, whole, strict=True)]
+    found = paired_bootstrap(differences, groups, 2 * SURE - 1)
+    return Rung(share, parameters, fmean(small), fmean(differences), found.high if found else None)
+
+
+def climb_down(whole: Sequence[float], rungs: Sequence[Rung], groups: Sequence[str | None]) -> Ladder:
+    """The smallest rung that is not worse by more than the margin: down from the largest, until one may be. A fixed
+    order of tests keeps the error of all at that of one (Westfall and Krishen 2001)."""
+    nll = fmean(whole)
+    margin = max(TOLERATED * nll, UNNOTICED)
+    chosen: Rung | None = None
+    for each in rungs:
+        if each.bound is None or each.bound > margin:
+            break
+        chosen = each
+    return Ladder(nll, margin, tuple(rungs), chosen.share if chosen else 1.0, _reason(chosen, rungs, margin, groups))
+
+
+def _reason(chosen: Rung | None, rungs: Sequence[Rung], margin: float, groups: Sequence[str | None]) -> str:
+    n = len(set(groups_of(groups)))
+    allowed = f"{margin:.4f} nats per token are allowed"
+    if chosen is not None:
+        said = f"validation NLL differs by {chosen.difference:+.4f}, surely by less than {chosen.bound:+.4f}; {allowed}"
+        following = [each for each in rungs if each.share < chosen.share]
+        return said + (f"; the next smaller may cost {following[0].bound:+.4f}" if following else "")
+    if not rungs:
+        return "untrimmed: half of it would be less than one direction of a pair"
+    first = rungs[0]
+    if first.bound is None:
+        return f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
+    if first.difference >= margin:
+        return f"untrimmed: {first.share:.0%} already costs {first.difference:+.4f}; {allowed}"
+    enough = math.ceil(n * ((first.bound - first.difference) / (margin - first.difference)) ** 2)
+    return (f"untrimmed: validation cannot tell: {first.share:.0%} differs by {first.difference:+.4f}, perhaps by "
+            f"{first.bound:+.4f}; {allowed}; about {enough:,} examples instead of {n} would decide")  # fmt: skip

@@ -1,0 +1,130 @@
+"""The ladder: what is shipped is not worse, and what cannot be told is said."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import capitals
+from torch import Tensor, nn
+
+from lorafit.attachment import attach, observing, packing
+from lorafit.base import Base
+from lorafit.data.examples import Example, Message
+from lorafit.data.render import Row, render, renderer_for
+from lorafit.pipeline.trimming import moments_of
+from lorafit.plan import uniform
+from lorafit.planning.ladder import TOLERATED, UNNOTICED, Ladder, climb_down, rung
+from lorafit.planning.rules import all_linear
+from lorafit.tasks.completion import Way, batch_of, token_nll
+from lorafit.testing import random_adapter
+from lorafit.training.state import TrainState
+
+SHARES = (0.5, 0.25, 0.125, 0.0625)
+
+
+def climbed(costs: dict[float, float], noise: float, n: int = 200, seed: int = 0) -> Ladder:
+    """Validation NLL of a whole of about 1 nat, and rungs that cost so many of them, differing by noise."""
+    draw = np.random.default_rng(seed)
+    whole = draw.gamma(4, 0.25, n)
+    groups = [None] * n
+    rungs = [rung(share, 10, (whole + cost + draw.normal(0, noise, n)).tolist(), whole.tolist(), groups)
+             for share, cost in costs.items()]  # fmt: skip
+    return climb_down(whole.tolist(), rungs, groups)
+
+
+def test_the_smallest_that_costs_nothing_is_shipped() -> None:
+    assert climbed(dict.fromkeys(SHARES, 0.0), 0.01).chosen == 0.0625
+
+
+def test_a_known_loss_of_one_percent_is_refused() -> None:
+    found = climbed(dict.fromkeys(SHARES, 0.01), 0.01)
+    assert found.chosen == 1.0
+    assert found.reason.startswith("untrimmed: 50% already costs +0.01")
+
+
+def test_it_is_refused_at_the_rung_where_it_comes_in() -> None:
+    found = climbed({0.5: 0.0, 0.25: 0.0, 0.125: 0.01, 0.0625: 0.0}, 0.01)
+    assert found.chosen == 0.25, "a smaller rung that looks well is chance: the order is fixed"
+    assert re.search(r"the next smaller may cost \+0\.0\d\d", found.reason)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_cannot_be_told_says_how_many_examples_would_decide(seed: int) -> None:
+    found = climbed({0.5: 0.0}, 0.2, 60, seed)
+    assert found.chosen == 1.0
+    if found.rungs[0].difference < found.margin:
+        assert "validation cannot tell" in found.reason
+        named = re.search(r"about ([\d,]+) examples instead of 60", found.reason)
+        assert named is not None
+        assert int(named[1].replace(",", "")) > 60
+
+
+def test_too_few_examples_decide_nothing_and_the_number_wanted_is_named() -> None:
+    assert climbed({0.5: 0.0}, 0.001, 5).reason == (
+        "untrimmed: 5 independent validation examples decide nothing, at least 10 are needed"
+    )
+
+
+def test_where_nothing_could_be_cut_that_is_said() -> None:
+    assert climbed({}, 0.0).reason == "untrimmed: half of it would be less than one direction of a pair"
+
+
+def test_an_adapter_that_knows_everything_is_given_a_margin_that_nobody_notices() -> None:
+    ladder = climb_down([0.01] * 20, [rung(0.5, 1, [0.0115] * 20, [0.01] * 20, [None] * 20)], [None] * 20)
+    assert ladder.margin == UNNOTICED > TOLERATED * 0.01
+    assert ladder.chosen == 0.5
+
+
+def test_a_loss_of_just_the_margin_passes_as_seldom_as_the_certainty_says() -> None:
+    passed = sum(climbed({0.5: TOLERATED}, 0.02, 40, seed).chosen < 1 for seed in range(300))
+    assert passed / 300 < 0.09  # 5 %, and what 300 draws may be off; the margin moves a little with the mean
+
+
+@pytest.fixture
+def rows(tiny_base: Base) -> list[Row]:
+    examples = [Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here")
+                for row in capitals(6)]  # fmt: skip
+    return render(renderer_for(tiny_base, system="Geography"), examples, 512)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_moments_are_those_of_what_flows_through_each_pair(tiny_base: Base, rows: list[Row], packed: bool) -> None:
+    """Against the same read off the modules' own inputs and gradients, site by site."""
+    adapter, way = random_adapter(tiny_base, uniform(all_linear(tiny_base), 3, 6.0)), Way(True, packed)
+    found = moments_of(tiny_base, adapter, rows, way)
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(path: str) -> None:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            output.retain_grad()
+            kept[path] = given[0].detach().flatten(0, -2), output
+
+        handles.append(tiny_base.model.get_submodule(path).register_forward_hook(hook))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    for site in all_linear(tiny_base):
+        keep(site.path)
+    batch = batch_of(tiny_base, rows, way)
+    with attach(tiny_base, TrainState(adapter)), packing(tiny_base, packed):
+        token_nll(tiny_base, batch, way).mean().backward()
+    for handle in handles:
+        handle.remove()
+    assert found.keys() == kept.keys()
+    for path, (x, output) in kept.items():
+        assert output.grad is not None
+        u = x @ adapter.tensors[f"{path}.A"].T
+        v = output.grad.flatten(0, -2) @ adapter.tensors[f"{path}.B"]
+        for moment, values in ((found[path].inputs, u), (found[path].outputs, v)):
+            assert moment is not None
+            torch.testing.assert_close(
+                moment, values.T @ values, rtol=1e-3, atol=1e-7 + 1e-4 * float(moment.abs().max())
+            )
+
+
+def test_nothing_is_left_on_the_model_after_observing(tiny_base: Base) -> None:
+    with pytest.raises(KeyError), observing(tiny_base, [site.path for site in tiny_base.sites], lambda *_: None):
+        raise KeyError
+    assert not any(module._forward_hooks for module in tiny_base.model.modules())
