@@ -147,7 +147,7 @@ def test_a_share_below_the_smallest_direction_is_refused_and_the_one_named_will_
         trimmed(adapter_of(), 0.01)
     named = re.search(r"keep ([\d.]+)%", str(refused.value))
     assert named is not None
-    assert trimmed(adapter_of(), float(named[1]) / 100 + 1e-4)[0].plan.slots
+    assert trimmed(adapter_of(), float(named[1]) / 100)[0].plan.slots
 
 
 def test_an_adapter_that_does_nothing_has_nothing_to_keep() -> None:

@@ -27,14 +27,9 @@ def trim(
     lorafit eval runs/quarter more.jsonl --against runs/mine
     """
     from lorafit.cli.console import Terminal
-    from lorafit.errors import RunError
-    from lorafit.files import make_folder
     from lorafit.pipeline.trimming import cut, run_trimming
 
     terminal = Terminal(json)
-    if out.exists():
-        raise RunError(f"{out}: is there already, and would be lost: name another folder with --out")
-    make_folder(out.parent, "--out")
     if to is None:
         found = run_trimming(adapter, out, terminal)
         terminal.say(f"{'share':>8} {'parameters':>12} {'validation NLL':>15} {'difference':>11} {'at most':>9}")

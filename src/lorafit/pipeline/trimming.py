@@ -16,21 +16,22 @@ from lorafit.attachment import attach, observing, packing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
-from lorafit.errors import AdapterError, RunError
-from lorafit.evaluation.nll import EVALUATION_TOKENS, example_nll
+from lorafit.errors import RunError
+from lorafit.evaluation.nll import example_nll
+from lorafit.files import make_folder
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import opened_base, prepare, rendered
 from lorafit.planning.ladder import RUNGS, climb_down, rung
-from lorafit.planning.trim import Moments, is_pair, share_of, trimmed
-from lorafit.run import ADAPTER, frozen_of, read_run, read_summary, require_same
+from lorafit.planning.trim import Moments, is_pair, require_pairs, share_of, smallest_share, trimmed
+from lorafit.run import ADAPTER, RUN, frozen_of, read_run, read_summary
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.state import TrainState
 
-LOOKED_AT = 32  # training rows whose moments decide which directions go
+LOOKED_AT = 32  # training rows, spread over all, whose moments decide which directions go
 
 
 def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> dict[str, Any]:
@@ -41,17 +42,24 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     """
     listener = listener or Silent()
     began = time.monotonic()
+    _require_new(out)
+    if not (folder / RUN).exists():
+        raise RunError(f"{folder}: no run, and only a run has validation examples: name one, or give --to 25%")
     asked = read_run(folder)
     if read_summary(folder) is None:
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
+    whole, way = peft.read(folder / ADAPTER), Way(frozen.apart, frozen.packed)
+    require_pairs(whole)
     keep_freed_memory()
     examples, _ = prepare(asked["data"], settings, listener)
     base = opened_base(asked["base"], settings, listener, frozen)
     examples, _, rows = rendered(base, examples, settings, listener)
-    require_same(folder, {"base_identity": base.identity, "data_digest": examples.digest()})
-    whole, way = peft.read(folder / ADAPTER), Way(frozen.apart, frozen.packed)
-    moments = moments_of(base, whole, rows["train"][:LOOKED_AT], way)
+    if (base.identity, examples.digest()) != (asked["base_identity"], asked["data_digest"]):
+        raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation: "
+                       "restore them, or give --to 25%")  # fmt: skip
+    spread = rows["train"][:: max(1, len(rows["train"]) // LOOKED_AT)][:LOOKED_AT]
+    moments = moments_of(base, whole, spread, way, frozen.micro_tokens)
 
     def scored(adapter: Adapter, name: str) -> list[float]:
         with attach(base, adapter):
@@ -61,10 +69,9 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     small: dict[float, Adapter] = {}
     rungs = []
     for share in RUNGS:
-        try:
-            small[share], _ = trimmed(whole, share, moments)
-        except AdapterError:  # less than one direction
+        if share < smallest_share(whole):
             break
+        small[share], _ = trimmed(whole, share, moments)
         rungs.append(rung(share, small[share].plan.parameters, scored(small[share], f"{share:.2%}"), nll, groups))
     ladder = climb_down(nll, rungs, groups)
     if ladder.chosen in small:
@@ -76,6 +83,7 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
 def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
     """Write so much of the adapter of a run, or in an adapter folder, to `out`, every direction counting alike; no
     model is opened. Returns what came of it."""
+    _require_new(out)
     whole = peft.read(peft.adapter_folder(folder))
     small, left = trimmed(whole, share_of(to))
     peft.write(small, out, extra={"trimmed_from": whole.digest()})
@@ -84,20 +92,29 @@ def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
             "sites": len(ranks), "ranks": [min(ranks), max(ranks)], "left": left}  # fmt: skip
 
 
-def moments_of(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way) -> dict[str, Moments]:
-    """Second moments inside the adapter's pairs, over the tokens of the rows, with the gradient of their mean NLL."""
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise RunError(f"{out}: is there already, and would be lost: name another folder with --out")
+    make_folder(out.parent, "--out")
+
+
+def moments_of(
+    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024
+) -> dict[str, Moments]:  # fmt: skip
+    """Second moments inside the adapter's pairs, over what the rows are laid into, with the gradient of their mean NLL.
+    A pair that took no part has moments of zero."""
     state = TrainState(adapter, base.device)
     pairs = {slot.site.path: slot for slot in adapter.plan.slots if is_pair(slot)}
     factors = adapter.factors(torch.float32, base.device)
-    inward: dict[str, Tensor] = {}
-    outward: dict[str, Tensor] = {}
+    sums = {path: [torch.zeros(slot.rank, slot.rank, dtype=torch.float64) for _ in range(2)]
+            for path, slot in pairs.items()}  # fmt: skip
 
     def see(path: str, x: Tensor, g: Tensor) -> None:
-        u, v = x.float() @ factors[path]["A"].T, g.float() @ factors[path]["B"]
-        inward[path] = inward.get(path, 0) + u.T @ u
-        outward[path] = outward.get(path, 0) + v.T @ v
+        inside = x.float() @ factors[path]["A"].T, g.float() @ factors[path]["B"]
+        for total, values in zip(sums[path], inside, strict=True):
+            total += (values.double().T @ values.double()).cpu()
 
-    parts = by_tokens(rows, range(len(rows)), EVALUATION_TOKENS // 2, way.packed)
+    parts = by_tokens(rows, range(len(rows)), micro_tokens, way.packed)
     with attach(base, state), packing(base, way.packed), observing(base, pairs, see):
         gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
-    return {path: Moments(inward[path].cpu(), outward[path].cpu()) for path in pairs if path in inward}
+    return {path: Moments(*each) for path, each in sums.items()}

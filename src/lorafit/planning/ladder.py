@@ -11,7 +11,6 @@ from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
 
 RUNGS = (0.5, 0.25, 0.125, 0.0625)  # shares of the parameters
 TOLERATED = 0.005  # share of the NLL that a smaller adapter may cost at most
-UNNOTICED = 0.002  # nats per token that are nothing to anyone, however small the NLL has become
 SURE = 0.95  # one-sided
 
 
@@ -53,7 +52,7 @@ def climb_down(whole: Sequence[float], rungs: Sequence[Rung], groups: Sequence[s
     """The smallest rung that is not worse by more than the margin: down from the largest, until one may be. A fixed
     order of tests keeps the error of all at that of one (Westfall and Krishen 2001)."""
     nll = fmean(whole)
-    margin = max(TOLERATED * nll, UNNOTICED)
+    margin = TOLERATED * nll
     chosen: Rung | None = None
     for each in rungs:
         if each.bound is None or each.bound > margin:
@@ -64,9 +63,10 @@ def climb_down(whole: Sequence[float], rungs: Sequence[Rung], groups: Sequence[s
 
 def _reason(chosen: Rung | None, rungs: Sequence[Rung], margin: float, groups: Sequence[str | None]) -> str:
     n = len(set(groups_of(groups)))
-    allowed = f"{margin:.4f} nats per token are allowed"
+    allowed = f"{TOLERATED:.1%} of the NLL is allowed, {margin:.4f}"
     if chosen is not None:
-        said = f"validation NLL differs by {chosen.difference:+.4f}, surely by less than {chosen.bound:+.4f}; {allowed}"
+        said = (f"validation NLL differs by {chosen.difference:+.4f}, with 95 % certainty by less than "
+                f"{chosen.bound:+.4f}; {allowed}")  # fmt: skip
         following = [each for each in rungs if each.share < chosen.share]
         return said + (f"; the next smaller may cost {following[0].bound:+.4f}" if following else "")
     if not rungs:
@@ -76,6 +76,7 @@ def _reason(chosen: Rung | None, rungs: Sequence[Rung], margin: float, groups: S
         return f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
     if first.difference >= margin:
         return f"untrimmed: {first.share:.0%} already costs {first.difference:+.4f}; {allowed}"
-    enough = math.ceil(n * ((first.bound - first.difference) / (margin - first.difference)) ** 2)
+    more = ((first.bound - first.difference) / (margin - first.difference)) ** 2
+    wanted = f"about {math.ceil(n * more):,}" if more < 100 else "more than a hundred times as many"
     return (f"untrimmed: validation cannot tell: {first.share:.0%} differs by {first.difference:+.4f}, perhaps by "
-            f"{first.bound:+.4f}; {allowed}; about {enough:,} examples instead of {n} would decide")  # fmt: skip
+            f"{first.bound:+.4f}; {allowed}; {wanted} independent examples instead of {n} may decide")  # fmt: skip

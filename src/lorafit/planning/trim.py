@@ -8,6 +8,7 @@ direction alike. Over the whole adapter, those directions go first that do least
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -57,23 +58,36 @@ def share_of(text: str) -> float:
     return share
 
 
+def require_pairs(adapter: Adapter) -> list[LowRank]:
+    """The slots that can be trimmed. Raises AdapterError where there are none, or they do nothing."""
+    pairs = [slot for slot in adapter.plan.slots if is_pair(slot)]
+    if not pairs:
+        raise AdapterError("nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
+                           "whole pair): train with --variant lora")  # fmt: skip
+    if not any(adapter.tensors[f"{slot.site.path}.B"].any() for slot in pairs):
+        raise AdapterError("nothing to trim: this adapter does nothing, its B are zero: train it first")
+    return pairs
+
+
+def smallest_share(adapter: Adapter) -> float:
+    """Below it nothing of an adapter might be left."""
+    pairs = require_pairs(adapter)
+    return max(_cost(slot) for slot in pairs) / sum(_cost(slot) * slot.rank for slot in pairs)
+
+
 def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | None = None) -> tuple[Adapter, float]:
     """The adapter with at most `share` of its parameters in pairs, and how much of what these do is left, squared and
     summed over the sites, in the sense of the moments. The scale of a pair stays, its rank falls, and a pair of which
     nothing is left leaves the plan. Slots that are more than a pair are kept as they are.
 
-    moments: by site path. Raises AdapterError where there are no pairs, or nothing would be left.
+    moments: by site path, of every pair, or of none. Raises AdapterError where there are no pairs that do anything,
+    or nothing would be left.
     """
-    pairs = [slot for slot in adapter.plan.slots if is_pair(slot)]
-    if not pairs:
-        raise AdapterError("nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
-                           "whole pair): train with --variant lora")  # fmt: skip
+    pairs = require_pairs(adapter)
     spectra = {
         slot.site.path: _spectrum(adapter, slot, (moments or {}).get(slot.site.path, Moments())) for slot in pairs
     }
     does = sum(float(each.values.square().sum()) for each in spectra.values())
-    if does == 0:
-        raise AdapterError("nothing to trim: this adapter does nothing, its B are zero: train it first")
     ranks = _ranks(spectra, share)
     slots: list[LowRank] = []
     tensors: dict[str, Tensor] = {}
@@ -87,10 +101,9 @@ def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | Non
             tensors[f"{path}.A"] = spectra[path].a[:rank].float()
             tensors[f"{path}.B"] = spectra[path].b[:, :rank].float()
     if not any(ranks.values()):
-        least = max(_cost(slot) for slot in pairs) / sum(_cost(slot) * slot.rank for slot in pairs)
-        raise AdapterError(
-            f"{share:.2%} of this adapter is less than one direction of a pair: keep {least:.2%} or more"
-        )
+        least = math.ceil(1e4 * smallest_share(adapter)) / 100
+        raise AdapterError(f"{share:.2%} of this adapter is less than one direction of a pair: keep {least:.2f}% or "
+                           "more")  # fmt: skip
     kept = sum(float(each.values[: ranks[path]].square().sum()) for path, each in spectra.items())
     return replace(adapter, plan=Plan(tuple(slots)), tensors=tensors), kept / does
 
