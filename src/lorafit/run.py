@@ -23,9 +23,15 @@ from lorafit.settings import TrainSettings, settings_from
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
-PICTURES = tuple(f"report-{name}.png" for name in ("curves", "scores", "examples"))
-WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, *PICTURES}  # all in a run folder
+SEARCH, LADDER, ROUNDS = "search", "ladder", "rounds"
+PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples"))
+WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, SEARCH, LADDER, ROUNDS,
+           *PICTURES}  # all in a run folder  # fmt: skip
 LAST = "last.safetensors"  # below CHECKPOINTS
+CARD, TRIED = "card.json", "tried.json"  # below SEARCH: what was measured before; what each arm came to
+RUNGS, MOMENTS, WHOLE = "rungs.json", "moments.safetensors", "whole"  # below LADDER; WHOLE is an adapter folder
+HISTORY = "history.json"  # below ROUNDS, beside a folder for each round
+IMPORTANCE, FORGETTING = "importance.json", "forgetting.json"  # below SCORES
 ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
 SCORED = {  # what a summary says at least, with the parts it has
     "nll": {"base", "adapter", "difference", "ci95"},
@@ -89,7 +95,11 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
 
 def left_by_kills(out: Path) -> list[Path]:
     """Temporary files of writes into a run folder that were killed: they are of no use to anyone."""
-    written = ((out, {*WRITTEN, PROBE}), (out / CHECKPOINTS, {LAST}), (out / SCORES, {ANSWERS, TRAINED_ON, OPENINGS}))
+    written = (
+        (out, {*WRITTEN, PROBE}), (out / CHECKPOINTS, {LAST}), (out / SEARCH, {CARD, TRIED}),
+        (out / SCORES, {ANSWERS, TRAINED_ON, OPENINGS, IMPORTANCE, FORGETTING}),
+        (out / LADDER, {RUNGS, MOMENTS, WHOLE}),
+    )  # fmt: skip
     return [path for folder, names in written for path in unfinished(folder, names)]
 
 

@@ -46,6 +46,23 @@ class TrainSettings(BaseModel):
     rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.", examples=[16])] = None
     alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
     learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None
+    search: Annotated[
+        Literal["none", "fast", "thorough"],
+        Field(description="Short runs before the run, compared on validation: fast tries learning rates, for less than "
+              "half of the run's time; thorough also where to adapt, and the rank."),
+    ] = "fast"  # fmt: skip
+    trim: Annotated[
+        Literal["auto", "none"],
+        Field(description="After training: the smallest adapter that validation finds no worse (auto), or all of it."),
+    ] = "auto"
+    rounds: Annotated[
+        int, Field(ge=0, description="Rounds of lorafit refine at most, before the test is opened; it stops by itself.")
+    ] = 0
+    general: Annotated[
+        str | None,
+        Field(description="A text file in whose NLL forgetting is measured, beside a few built-in pages.",
+              examples=["letters.txt"]),
+    ] = None  # fmt: skip
     epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.", examples=[2])] = None
     batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.", examples=[8])] = None
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04

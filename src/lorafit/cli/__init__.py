@@ -15,7 +15,22 @@ import typer
 import typer.core
 
 import lorafit
-from lorafit.cli import bases, chat, data, demo, doctor, evaluate, explain, plan, report, settings, show, train, trim
+from lorafit.cli import (
+    bases,
+    chat,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    plan,
+    refine,
+    report,
+    settings,
+    show,
+    train,
+    trim,
+)
 from lorafit.errors import LorafitError
 
 WORDS = {  # of the library that reads the flags, and ours
@@ -107,6 +122,7 @@ for _name, _verb, _summary in (
     ("report", report.report, "A page about a run, or several compared."),
     ("show", show.show, "What is in a run, adapter, plan or base."),
     ("trim", trim.trim, "The same adapter in fewer parameters."),
+    ("refine", refine.refine, "One more round, kept if validation is better."),
     ("settings", settings.settings, "Everything that can be set, as a file."),
     ("explain", explain.explain, "Ask the guide: what LoRA is, what to choose."),
 ):

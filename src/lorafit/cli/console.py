@@ -139,6 +139,42 @@ class Terminal:
             table.add_row(*(Text(cell) for cell in (choice.name, choice.value, choice.reason, choice.flag)))
         self.out.print(table)
 
+    def evidence(self, found: Mapping[str, Any]) -> None:
+        """What validation can show, the layer card by kind of module, and the placements."""
+        told = found["evidence"]
+        if told["detectable"] is None:
+            self.say(f"{told['independent']} independent validation examples are too few to choose by")
+        else:
+            self.say(
+                f"validation: {told['independent']} independent examples show a difference of {told['detectable']:.3f} "
+                f"({told['detectable'] / told['nll']:.0%} of the base's NLL, {told['nll']:.3f}) four times in five, "
+                "smaller ones where they vary less than the NLL"
+            )
+        if found["card"]:
+            self._card(found["card"])
+        if found["placements"]:
+            table = Table("placement", "parameters", "tried in --search thorough")
+            for one in found["placements"]:
+                size = f"{one['parameters']:,}" if one["parameters"] else "-"
+                table.add_row(one["name"], size, Text(("yes: " if one["tried"] else "") + one["reason"]))
+            self.out.print(table)
+
+    def _card(self, card: Mapping[str, Any]) -> None:
+        kinds: dict[str, list[Mapping[str, Any]]] = {}
+        for site in card["sites"]:
+            kinds.setdefault(site["path"].rpartition(".")[2], []).append(site)
+        whole = sum(max(0.0, site["energy"]) for site in card["sites"]) or 1.0
+        cost = sum(site["parameters"] for site in card["sites"])
+        table = Table("layer card", "sites", "pull of the data", "cost", "strongest in blocks")
+        for name, sites in kinds.items():
+            pull = sum(max(0.0, site["energy"]) for site in sites) / whole
+            ranked = [str(site["block"]) for site in sorted(sites, key=lambda one: -one["energy"])[:3]
+                      if site["block"] is not None]  # fmt: skip
+            table.add_row(name, str(len(sites)), f"{pull:.0%}", f"{sum(s['parameters'] for s in sites) / cost:.0%}",
+                          ", ".join(ranked))  # fmt: skip
+        self.out.print(table)
+        self.out.print(f"pull: where {card['batches']} gradients agree; cost: share of parameters and of operations")
+
     def example(self, row: Row, renderer: Renderer) -> None:
         """One example as the model sees it: trained tokens green and underlined, the others dim."""
         marks = "green, underlined" if self.out.is_terminal else "between >>> and <<<"

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from lorafit.cli.flags import BASE, DATA, JSON, with_settings
 
 
 @with_settings()
-def plan(base: BASE = None, data: DATA = None, *, json: JSON = False, settings: dict[str, Any]) -> None:
+def plan(
+    base: BASE = None,
+    data: DATA = None,
+    *,
+    picture: Annotated[Path | None, typer.Option(help="Draw the layer card there, as PNG.")] = None,
+    json: JSON = False,
+    settings: dict[str, Any],
+) -> None:
     """Print the plan of a run with its reasons: sites, rank, learning rate, steps, time, memory. Trains nothing.
 
     \b
@@ -18,14 +28,17 @@ def plan(base: BASE = None, data: DATA = None, *, json: JSON = False, settings: 
     from lorafit.cli.console import Terminal
 
     assert base is not None and data is not None  # with_settings sees to it
-    show_plan(Terminal(json), base, data, settings)
+    show_plan(Terminal(json), base, data, settings, picture)
 
 
-def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any]) -> None:
-    """The plan and what it costs."""
+def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], picture: Path | None = None) -> None:
+    """The plan and what it costs, what validation can show, and the layer card."""
+    from lorafit.files import require_new
     from lorafit.pipeline import run_planning
     from lorafit.report.words import clock
 
+    if picture is not None:
+        require_new(picture, "--picture")
     found = run_planning(base, data, settings, terminal)
     cost, steps = found["forecast"], found["recipe"]["steps"]
     terminal.say(
@@ -34,4 +47,17 @@ def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any]) -> 
     )
     folder = f"{cost['disk'] / 1e6:.0f} MB in the run folder"
     terminal.say(f"training holds at most about {cost['peak_gb']:.1f} GB of memory, {folder} at most")
+    if (search := found["search"])["seconds"]:
+        terminal.say(f"the search before it takes about {clock(search['seconds'])}: {search['reason']}")
+    terminal.evidence(found)
+    if picture is not None:
+        if found["card"] is None:
+            terminal.say(f"no layer card is drawn: {found['recipe']['steps']} steps are too short a run for one")
+        else:
+            from lorafit.files import whole_file
+            from lorafit.report import charts
+
+            with whole_file(picture) as file:
+                file.write_bytes(charts.png(charts.layer_card(found["card"])))
+            terminal.say(f"the layer card is drawn in {picture}")
     terminal.finish(found)

@@ -11,12 +11,18 @@ from lorafit.cli.flags import JSON
 
 
 def show(
-    path: Annotated[Path, typer.Argument(help="A run, an adapter folder, a plan.json, or a base.")], json: JSON = False
+    path: Annotated[Path, typer.Argument(help="A run, an adapter folder, a plan.json, or a base.")],
+    why: Annotated[
+        bool,
+        typer.Option("--why", help="Of a run, in words: what was measured and chosen, and how sure it is."),
+    ] = False,
+    json: JSON = False,
 ) -> None:
     """Print a run, an adapter, a plan or a base in a few lines.
 
     \b
     lorafit show runs/mine
+    lorafit show runs/mine --why
     lorafit show smollm2-135m
     """
     from lorafit.cli.console import Terminal
@@ -30,4 +36,11 @@ def show(
         from lorafit.run import read_summary
 
         terminal.results(read_summary(path) or {})
+    if why:
+        from lorafit.report.story import read_story
+        from lorafit.report.why import why as reasons
+
+        found["why"] = [{"heading": heading, "text": text} for heading, text in reasons(read_story(path))]
+        for part in found["why"]:
+            terminal.say(f"\n{part['heading']}\n{part['text']}")
     terminal.finish(found)

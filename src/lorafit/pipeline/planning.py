@@ -20,7 +20,10 @@ from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
+from lorafit.pipeline.searching import look, searchable, told_by
+from lorafit.planning import halving
 from lorafit.planning.memory import steps_of
+from lorafit.planning.placement import placements
 from lorafit.planning.rules import hidden_size
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import batch_of, length_step, trunk
@@ -30,6 +33,7 @@ from lorafit.training.state import TrainState
 from lorafit.training.trunk import room_for
 
 TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest
+EVIDENCE = 64  # validation examples by which is told what validation can show
 VALIDATED = 16  # examples whose NLL is timed
 
 
@@ -54,8 +58,25 @@ def run_planning(
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
     cost = forecast(opened, room_for(Path(), resolved.trunk_bytes))
+    known, card = look(opened, listener, EVIDENCE)
     decision = opened.decision
+    rates, why = searchable(opened, resolved)
+    rule = decision.recipe.learning_rate
+    places = placements(decision.plan, card) if card and resolved.targets is None else []
+    searching = halving.cost(len(rates), halving.first_rung(len(rates), decision.recipe.steps)) if rates[1:] else 0.0
     return {
+        "evidence": told_by(known, opened),
+        "card": asdict(card) if card else None,
+        "search": {"rates": [rate * rule for rate in rates], "reason": why, "seconds": searching * cost.step},
+        "placements": [
+            {
+                "name": one.name,
+                "tried": one.plan is not None,
+                "reason": one.reason,
+                "parameters": one.plan.parameters if one.plan else None,
+            }
+            for one in places
+        ],
         "base": opened.base.name,
         "trainable_parameters": decision.plan.parameters,
         "bytes": decision.plan.bytes,

@@ -19,6 +19,7 @@ from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
 from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.forgetting import general_rows, general_text
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.memory import Meter, room_of
@@ -34,14 +35,15 @@ from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
 class Opened:
     """A base with data checked and rendered for it, and the decision how to train on them.
 
-    start: the adapter before training. peak: bytes that training holds at most, foretold; None for a run that is gone
-    on with."""
+    start: the adapter before training. general: rows of general text, by source. peak: bytes that training
+    holds at most, foretold; None for a run that is gone on with."""
 
     base: Base
     examples: Examples
     report: DataReport
     renderer: Renderer
     rows: dict[str, list[Row]]
+    general: dict[str, list[Row]]
     decision: Decision
     frozen: Frozen
     start: Adapter
@@ -61,6 +63,7 @@ def open_all(
     """
     start = time.monotonic()
     require_base(base_name)
+    texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
     examples, report = prepare(data, settings, listener)
     base = opened_base(base_name, settings, listener, began)
     examples, renderer, rows = rendered(base, examples, settings, listener)
@@ -83,7 +86,10 @@ def open_all(
     recipe = decision.recipe
     frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), way.apart, way.packed, recipe.micro_tokens,
                              recipe.recompute)  # fmt: skip
-    return Opened(base, examples, report, renderer, rows, decision, frozen, before, way, peak, time.monotonic() - start)
+    general = {name: general_rows(base.tokenizer, text, base.context) for name, text in texts.items()}
+    return Opened(
+        base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
+    )
 
 
 def _laying(way: Way) -> Choice:

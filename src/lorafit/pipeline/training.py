@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
-from lorafit.errors import FormatError
+from lorafit.errors import DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import make_folder, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
+from lorafit.pipeline.looking_back import look_back, told_ladder, trim_trained
 from lorafit.pipeline.memory import keep_freed_memory, left_of, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
+from lorafit.pipeline.refining import Standing, history_of, refine, scored
 from lorafit.pipeline.scores import answer_lines, scores_json
+from lorafit.pipeline.searching import Order, carry_out, search
 from lorafit.planning import Choice
 from lorafit.records import Frozen
 from lorafit.report.card import card
@@ -46,7 +49,7 @@ from lorafit.run import (
     versions,
 )
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.training.loop import Trained, train
+from lorafit.training.loop import Trained
 from lorafit.training.processes import ALONE, Processes
 
 
@@ -108,9 +111,13 @@ def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any
     began, resolved = Frozen(**frozen), settings_from(settings)
     with _threads(began.threads, Silent()):
         opened = open_all(base_name, data, resolved, Silent(), began)
-        train(opened.base, opened.start, opened.rows["train"], opened.rows["valid"], opened.decision.recipe,
-              folder=out, resume=resume, trunk_bytes=resolved.trunk_bytes, way=opened.way,
-              processes=processes)  # fmt: skip
+        while told := processes.agreed(dict):
+            order = Order.from_json(told)
+            try:
+                carry_out(opened, order, out, resume, resolved.trunk_bytes, processes)
+            except DivergedError:  # of an arm it is an answer, which the first has too
+                if not order.folder:
+                    raise
     return {}
 
 
@@ -119,7 +126,7 @@ def _run(
     listener: Listener, extra: Mapping[str, Any], processes: Processes,
 ) -> dict[str, Any]:  # fmt: skip
     """From the plan on: everything here writes into the run folder."""
-    base, decision = opened.base, opened.decision
+    base, rows = opened.base, opened.rows
     before = base.integrity()
     asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
     if resume:
@@ -128,35 +135,53 @@ def _run(
         write_json(out / RUN, {**asked, **_provenance(opened, processes), **extra})
     if not (out / DATA).exists():
         write_json(out / DATA, _about_data(opened))
+    processes.agreed(lambda: [base_name, data, resolved.model_dump(mode="json"), asdict(opened.frozen)])
+    found = search(opened, resolved, out, resume, processes, listener)
+    decision, seconds = found.decision, {"load": opened.seconds, "search": found.seconds}
     if not (out / PLAN).exists():
         write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
                                 "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
-    rows = opened.rows
-    processes.agreed(lambda: [base_name, data, resolved.model_dump(mode="json"), asdict(opened.frozen)])
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
-    trained = train(base, opened.start, rows["train"], rows["valid"], decision.recipe,
-                    folder=out, resume=resume, trunk_bytes=resolved.trunk_bytes, way=opened.way, tell=listener.moment,
-                    watch=lambda done, of: listener.watch("validation", done, of), processes=processes)  # fmt: skip
-    processes.leave()
+    order = Order(decision.plan, decision.recipe, known=found.known)
+    processes.agreed(order.to_json)
+    trained = carry_out(opened, order, out, resume, resolved.trunk_bytes, processes, listener)
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
-    evaluating = time.monotonic()
+    began = time.monotonic()
+    ladder, adapter = trim_trained(opened, trained, resolved.trim, out, listener)
+    decision = told_ladder(decision, ladder, adapter)
+    seconds["trim"] = time.monotonic() - began
+    began, whole = time.monotonic(), trained.adapter
+    if resolved.rounds:
+        each = trained.each if adapter is whole else scored(opened, adapter, listener)
+        standing = refine(opened, Standing(adapter, found.decision, ladder, out, each), out, resolved, found.known,
+                          resume, listener, processes)  # fmt: skip
+        if standing.adapter is not adapter:
+            adapter, whole, ladder = standing.adapter, standing.adapter, standing.ladder
+        seconds["rounds"] = time.monotonic() - began
+    processes.agreed(dict)
+    processes.leave()
+    began = time.monotonic()
+    beside = look_back(opened, decision.recipe, whole, adapter, out, listener)
+    if resolved.rounds:
+        beside["rounds"] = [asdict(one) for one in history_of(out)]
     opens = count_opening(out)
-    comparison = compare(base, trained.adapter, opened.renderer, opened.examples.test, rows["test"],
+    comparison = compare(base, adapter, opened.renderer, opened.examples.test, rows["test"],
                          shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch,
                          memory=left_of(resolved.memory, base), way=opened.way)  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
-    seconds = {"load": opened.seconds, "train": trained.seconds, "evaluate": time.monotonic() - evaluating}
-    summary = {**_summary(opened, trained, comparison, out, seconds, opens), "base_unchanged": unchanged}
-    _write(out, trained.adapter, decision.choices, summary)
+    seconds |= {"train": trained.seconds, "evaluate": time.monotonic() - began}
+    summary = {**_summary(opened, trained, adapter, comparison, out, seconds, opens), **beside,
+               "ladder": asdict(ladder), "base_unchanged": unchanged}  # fmt: skip
+    _write(out, adapter, decision.choices, summary)
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
     checking = time.monotonic()
     probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
     summary["peft"] = compare_with_peft(out / ADAPTER, base, probes, listener.say)
     if doubt(summary):
-        write_text(out / ADAPTER / "README.md", card(trained.adapter, decision.choices, summary))
+        write_text(out / ADAPTER / "README.md", card(adapter, decision.choices, summary))
     summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
     summary["peak_rss_gb"] = peak_gb()
     write_json(out / SUMMARY, summary)
@@ -191,8 +216,9 @@ def _provenance(opened: Opened, processes: Processes) -> dict[str, Any]:
 
 
 def _summary(
-    opened: Opened, trained: Trained, comparison: Comparison, out: Path, seconds: dict[str, float], opens: int
-) -> dict[str, Any]:
+    opened: Opened, trained: Trained, adapter: Adapter, comparison: Comparison, out: Path, seconds: dict[str, float],
+    opens: int,
+) -> dict[str, Any]:  # fmt: skip
     examples = opened.examples
     return {
         "base": opened.base.name,
@@ -203,7 +229,8 @@ def _summary(
         **scores_json(comparison),
         "test_openings": opens,
         "trained_tokens": trained.trained_tokens,
-        "trainable_parameters": opened.decision.plan.parameters,
+        "trainable_parameters": trained.adapter.plan.parameters,
+        "parameters": adapter.plan.parameters,
         "best_step": trained.best_step,
         "steps": trained.steps,
         "validation": [list(entry) for entry in trained.history],

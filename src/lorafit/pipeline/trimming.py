@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafit.adapter import Adapter
@@ -16,16 +19,16 @@ from lorafit.attachment import attach, observing, packing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
-from lorafit.errors import RunError
+from lorafit.errors import FormatError, RunError
 from lorafit.evaluation.nll import example_nll
-from lorafit.files import make_folder
+from lorafit.files import make_folder, whole_file
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import opened_base, prepare, rendered
-from lorafit.planning.ladder import RUNGS, climb_down, rung
+from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
 from lorafit.planning.trim import Moments, is_pair, require_pairs, share_of, smallest_share, trimmed
-from lorafit.run import ADAPTER, RUN, frozen_of, read_run, read_summary
+from lorafit.run import LADDER, MOMENTS, RUN, WHOLE, frozen_of, read_run, read_summary
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
@@ -49,7 +52,7 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     if read_summary(folder) is None:
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
-    whole, way = peft.read(folder / ADAPTER), Way(frozen.apart, frozen.packed)
+    whole, way = peft.read(_whole(folder)), Way(frozen.apart, frozen.packed)
     require_pairs(whole)
     keep_freed_memory()
     examples, _ = prepare(asked["data"], settings, listener)
@@ -58,38 +61,77 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     if (base.identity, examples.digest()) != (asked["base_identity"], asked["data_digest"]):
         raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation: "
                        "restore them, or give --to 25%")  # fmt: skip
+    with attach(base, whole):
+        nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
+    groups = [example.group for example in examples.valid]
+    ladder, small, _ = ladder_of(base, whole, rows, way, frozen.micro_tokens, nll, groups, listener)
+    if small is not None:
+        peft.write(small, out, extra={"trimmed_from": whole.digest(), "ladder": asdict(ladder)})
+    return {**asdict(ladder), "parameters": whole.plan.parameters, "seconds": round(time.monotonic() - began, 1),
+            "adapter_dir": str(out) if small else None}  # fmt: skip
+
+
+def ladder_of(
+    base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, micro_tokens: int, nll: Sequence[float],
+    groups: Sequence[str | None], listener: Listener,
+) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:  # fmt: skip
+    """Down the ladder until validation refuses a rung: the ladder as far as it was climbed, the smallest adapter that
+    is not worse (None where that is the whole), and the moments by which it was cut. nll: the whole adapter's, of every
+    validation example."""
     spread = rows["train"][:: max(1, len(rows["train"]) // LOOKED_AT)][:LOOKED_AT]
-    moments = moments_of(base, whole, spread, way, frozen.micro_tokens)
-
-    def scored(adapter: Adapter, name: str) -> list[float]:
-        with attach(base, adapter):
-            return example_nll(base, rows["valid"], lambda done, of: listener.watch(name, done, of), way)
-
-    nll, groups = scored(whole, "whole"), [example.group for example in examples.valid]
+    moments = moments_of(base, whole, spread, way, micro_tokens)
     small: dict[float, Adapter] = {}
-    rungs = []
+    rungs: list[Rung] = []
     for share in RUNGS:
         if share < smallest_share(whole):
             break
         small[share], _ = trimmed(whole, share, moments)
-        rungs.append(rung(share, small[share].plan.parameters, scored(small[share], f"{share:.2%}"), nll, groups))
+        watch = partial(listener.watch, f"{share:.2%}")
+        with attach(base, small[share]):
+            found = example_nll(base, rows["valid"], watch, way)
+        rungs.append(rung(share, small[share].plan.parameters, found, nll, groups))
+        ladder = climb_down(nll, rungs, groups)
+        if ladder.chosen != share:
+            break
     ladder = climb_down(nll, rungs, groups)
-    if ladder.chosen in small:
-        peft.write(small[ladder.chosen], out, extra={"trimmed_from": whole.digest(), "ladder": asdict(ladder)})
-    return {**asdict(ladder), "parameters": whole.plan.parameters, "seconds": round(time.monotonic() - began, 1),
-            "adapter_dir": str(out) if ladder.chosen in small else None}  # fmt: skip
+    return ladder, small.get(ladder.chosen), moments
 
 
 def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
-    """Write so much of the adapter of a run, or in an adapter folder, to `out`, every direction counting alike; no
-    model is opened. Returns what came of it."""
+    """Write so much of the adapter of a run, or in an adapter folder, to `out`; no model is opened. Of a run with a
+    ladder it is the rung that was scored there, cut from the whole by the moments it keeps; of anything else every
+    direction counts alike. Returns what came of it."""
     _require_new(out)
-    whole = peft.read(peft.adapter_folder(folder))
-    small, left = trimmed(whole, share_of(to))
+    share = share_of(to)
+    whole, moments = peft.read(_whole(folder)), folder / LADDER / MOMENTS
+    small, left = trimmed(whole, share, read_moments(moments) if moments.exists() else None)
     peft.write(small, out, extra={"trimmed_from": whole.digest()})
     ranks = [slot.rank for slot in small.plan.slots]
     return {"adapter_dir": str(out), "parameters": small.plan.parameters, "of": whole.plan.parameters,
             "sites": len(ranks), "ranks": [min(ranks), max(ranks)], "left": left}  # fmt: skip
+
+
+def write_moments(moments: Mapping[str, Moments], path: Path) -> None:
+    """As safetensors, by site path and side."""
+    sides = {f"{name}.{side}": getattr(each, side) for name, each in moments.items() for side in ("inputs", "outputs")}
+    with whole_file(path) as building:
+        save_file({name: tensor.contiguous() for name, tensor in sides.items()}, building)
+
+
+def read_moments(path: Path) -> dict[str, Moments]:
+    """Raises FormatError for a damaged file."""
+    try:
+        tensors = load_file(path)
+        return {name.removesuffix(".inputs"): Moments(tensor, tensors[name.removesuffix(".inputs") + ".outputs"])
+                for name, tensor in tensors.items() if name.endswith(".inputs")}  # fmt: skip
+    except (SafetensorError, KeyError) as error:
+        raise FormatError(f"{path}: damaged ({error}): remove it, and every direction counts alike") from error
+
+
+def _whole(folder: Path) -> Path:
+    """Where the untrimmed adapter of a run lies, or of an adapter folder the adapter."""
+    kept = folder / LADDER / WHOLE
+    return kept if kept.exists() else peft.adapter_folder(folder)
 
 
 def _require_new(out: Path) -> None:

@@ -39,6 +39,12 @@ class Ladder:
     reason: str
 
 
+def kept_whole(whole: Sequence[float], reason: str) -> Ladder:
+    """The ladder of which no rung was tried."""
+    nll = fmean(whole)
+    return Ladder(nll, TOLERATED * nll, (), 1.0, reason)
+
+
 def rung(
     share: float, parameters: int, small: Sequence[float], whole: Sequence[float], groups: Sequence[str | None]
 ) -> Rung:  # fmt: skip

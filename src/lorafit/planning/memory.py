@@ -34,6 +34,7 @@ LONG = SHORT + 32  # a row whose attention goes another way
 # the optimizer needs beside them.
 STATE = 9 * 4
 MEASURED = 160  # tokens of the step that shows what the allocator takes
+TWICE_MEASURED = 640  # and of a second one where blocks are computed twice: holes between their inputs grow with them
 SLACK = 0.05  # it takes at least this share more
 FEWEST_PLAIN = 256  # tokens at a time below which computing blocks twice costs less than more forwards do
 MARGIN = 1.15  # over what is foretold, where it must stay under a limit
@@ -50,7 +51,7 @@ class Footprint:
     can be computed twice. working: for each token, while its gradient is computed. looking: for each token of a
     validation or a test. logits: for each trained token;
     most_logits: the most of these held at a time. lost: what the allocator takes beside all that and SLACK, whatever is
-    in a batch.
+    in a batch; lost_token: for each token.
     """
 
     state: float
@@ -64,6 +65,7 @@ class Footprint:
     logits: float
     most_logits: float
     lost: float = 0.0
+    lost_token: float = 0.0
 
     def of(self, lengths: Sequence[int], trained: int, way: Way, recompute: bool) -> float:
         """Of one micro-batch of rows of these lengths."""
@@ -75,7 +77,11 @@ class Footprint:
         if recompute:
             kept = self.block_input * tokens + kept / self.blocks
         logits = self.logits * (trained if way.apart else tokens)
-        return (1 + SLACK) * (kept + self.working * tokens + min(self.most_logits, logits)) + self.lost
+        return (
+            (1 + SLACK) * (kept + self.working * tokens + min(self.most_logits, logits))
+            + self.lost
+            + (self.lost_token * tokens)
+        )
 
 
 class Gauge(Protocol):
@@ -91,16 +97,21 @@ def with_losses(
     """What the allocator takes beside what it is asked for, measured on a step of a few rows of middling length."""
     state = TrainState(adapter, base.device)
     middle = sorted(len(row.ids) for row in rows)[len(rows) // 2]
-    lengths = [min(middle, MEASURED)] * max(1, MEASURED // middle)
-    batch = _probe(base, rows, lengths, way)
+    gathering = 2 * 4 * adapter.plan.parameters  # the gradient of the factors, apart and as one; in `state`
+    lost: dict[int, float] = {}
     with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recompute):
         gradient_step(base, state, [_probe(base, rows, [middle // 2 + 2], way)], way)
-        gauge.zero()
-        for _ in range(2):  # what is freed comes back in other pieces
-            gradient_step(base, state, [batch], way)
-    known = look.of(lengths, batch.n_trained, way, recompute)
-    gathering = 2 * 4 * adapter.plan.parameters  # the gradient of the factors, apart and as one; in `state`
-    return replace(look, lost=max(0.0, gauge.grown() - known - gathering))
+        for size in (MEASURED, TWICE_MEASURED) if recompute else (MEASURED,):
+            lengths = [min(middle, size)] * max(1, size // middle)
+            batch = _probe(base, rows, lengths, way)
+            gauge.zero()
+            for _ in range(2):  # what is freed comes back in other pieces
+                gradient_step(base, state, [batch], way)
+            known = look.of(lengths, batch.n_trained, way, recompute)
+            lost[sum(lengths)] = max(0.0, gauge.grown() - known - gathering)
+    (least, constant), (most, larger) = min(lost.items()), max(lost.items())
+    each = max(0.0, (larger - constant) / (most - least)) if most > least else 0.0
+    return replace(look, lost=max(0.0, constant - each * least), lost_token=each)
 
 
 def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropout: float = 0.0) -> Footprint:

@@ -69,6 +69,15 @@ def require_pairs(adapter: Adapter) -> list[LowRank]:
     return pairs
 
 
+def untrimmable(adapter: Adapter) -> str | None:
+    """Why nothing of the adapter can be trimmed; None where something can."""
+    try:
+        require_pairs(adapter)
+    except AdapterError as error:
+        return str(error)
+    return None
+
+
 def smallest_share(adapter: Adapter) -> float:
     """Below it nothing of an adapter might be left."""
     pairs = require_pairs(adapter)

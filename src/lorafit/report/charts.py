@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from warnings import catch_warnings, filterwarnings
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from lorafit.planning.signal import block_of
 from lorafit.report.story import Story
 
 # Drawn in these colours; in the SVG each becomes the page's variable of that name, which differs by light and dark.
@@ -20,6 +23,7 @@ COLOURS = {
     "base": "#b4540a", "few": "#7a4fc4", "adapter": "#0b7a6d",
     "run1": "#0b7a6c", "run2": "#b4540b", "run3": "#7a4fc5", "run4": "#2463b0", "run5": "#a8326b", "run6": "#5d6b1a",
 }  # fmt: skip
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f4f6", "#5fb3a8", "#0b5a52"])  # as well on dark paper
 _SHOWN = "run "  # before a name in a legend, which leaves out those that begin with _
 WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
 
@@ -100,6 +104,72 @@ def scores(stories: Sequence[Story]) -> Figure | None:
     else:
         axes.axvline(0, color=COLOURS["muted"], linewidth=1)
         axes.set_xlabel("difference in NLL to the base, 95 % interval (below 0 is better)")
+    return figure
+
+
+def search(story: Story) -> Figure | None:
+    """The arms of the search: training NLL over the steps of each, its validation NLL at the end. None without any."""
+    arms = [arm for arm in story.tried if arm["curve"]]
+    if not arms:
+        return None
+    figure, axes = _canvas(3.4)
+    names = list(dict.fromkeys(arm["name"] for arm in arms))
+    for arm in arms:
+        colour = run_colour(names.index(arm["name"]))
+        steps, smooth = _smoothed(arm["curve"])
+        axes.plot(steps, smooth, color=colour, linewidth=1, alpha=0.55)
+        if arm["each"] is not None:
+            axes.plot(arm["steps"], sum(arm["each"]) / len(arm["each"]), color=colour, marker="o", linestyle="none")
+    for name in names:
+        axes.plot([], [], color=run_colour(names.index(name)), linewidth=2, label=_SHOWN + name)
+    axes.set_xlabel("step (lines: training, running mean; ● validation at the end)")
+    axes.set_ylabel("NLL, nats per token")
+    _legend(axes)
+    return figure
+
+
+def layers(story: Story) -> Figure | None:
+    """How strongly the data pulled at each layer before training, and what the trained pairs there do for validation.
+    None where neither was measured."""
+    drawn: list[tuple[str, dict[str, float]]] = []
+    if story.card and "sites" in story.card:
+        drawn.append(("before: the pull of the data", _energies(story.card)))
+    if story.importance:
+        drawn.append(("after: what the pairs do", dict(story.importance["first_order"])))
+    return _heat(drawn) if drawn else None
+
+
+def layer_card(card: Mapping[str, Any]) -> Figure:
+    """How strongly the data pull at each layer."""
+    return _heat([("the pull of the data", _energies(card))])
+
+
+def _energies(card: Mapping[str, Any]) -> dict[str, float]:
+    return {one["path"]: one["energy"] for one in card["sites"]}
+
+
+def _heat(drawn: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
+    """Blocks × kinds of module, each cell by its share of the whole; what is below zero is drawn as nothing."""
+    paths = list(drawn[0][1])
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    blocks = sorted({block_of(path) or 0 for path in paths})
+    figure = Figure(figsize=(WIDTH, min(9.0, 1.6 + 0.16 * len(blocks))), layout="constrained")
+    for place, (title, values) in enumerate(drawn):
+        axes = figure.add_subplot(1, len(drawn), place + 1)
+        grid = np.zeros((len(blocks), len(names)))
+        for path, value in values.items():
+            grid[blocks.index(block_of(path) or 0), names.index(path.rpartition(".")[2])] += max(0.0, value)
+        whole = grid.sum()
+        axes.imshow(grid / whole if whole else grid, cmap=HEAT, aspect="auto", vmin=0, origin="lower")
+        axes.set_title(title, fontsize=9, color=COLOURS["ink"])
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+        every = max(1, len(blocks) // 15)
+        axes.set_yticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]], fontsize=7)
+        axes.tick_params(colors=COLOURS["ink"], length=0)
+        if place == 0:
+            axes.set_ylabel("block", color=COLOURS["ink"])
+        for spine in axes.spines.values():
+            spine.set_color(COLOURS["line"])
     return figure
 
 

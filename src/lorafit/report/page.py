@@ -18,10 +18,11 @@ from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import require_new, whole_file, write_text
 from lorafit.report import charts
 from lorafit.report.story import Story, read_story
+from lorafit.report.why import why
 from lorafit.report.words import clock, doubt, headline, interval, percent, verdict
 from lorafit.settings import BY_RULE
 
-PICTURES = ("curves", "scores", "examples")
+PICTURES = ("curves", "search", "layers", "scores", "examples")
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
 
@@ -52,6 +53,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, _names(resolved), strict=True)]
     drawn = {
         "curves": charts.curves(stories),
+        "search": charts.search(stories[0]) if len(stories) == 1 else None,
+        "layers": charts.layers(stories[0]) if len(stories) == 1 else None,
         "scores": None if _apart(stories) else charts.scores(stories),
         "examples": charts.examples(stories[0]) if len(stories) == 1 else None,
     }
@@ -106,7 +109,7 @@ def _one(story: Story) -> dict[str, Any]:
     worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in story.answers)
     sites = Counter(slot["site"]["path"].rpartition(".")[2] for slot in story.plan["slots"]) if story.plan else {}
     return {"shown": shown, "folded": [a for a in answered if a not in shown][:FOLDED], "answered": len(answered),
-            "worst": worst[:3] if len(worst) > SHOWN else [], "worse": worse, "sites": sites,
+            "worst": worst[:3] if len(worst) > SHOWN else [], "worse": worse, "sites": sites, "why": why(story),
             **_scored(story.summary)}  # fmt: skip
 
 

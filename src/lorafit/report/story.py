@@ -10,13 +10,29 @@ from typing import Any
 
 from lorafit.errors import FormatError
 from lorafit.files import read_json
-from lorafit.run import ANSWERS, DATA, METRICS, PLAN, RUN, SCORES, openings, read_run, read_summary
+from lorafit.run import (
+    ANSWERS,
+    CARD,
+    DATA,
+    IMPORTANCE,
+    METRICS,
+    PLAN,
+    RUN,
+    SCORES,
+    SEARCH,
+    TRIED,
+    openings,
+    read_run,
+    read_summary,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Story:
     """The files of one run, as they are. `answers`: one record per test example; `steps`: one per step and validation.
-    `plan`, `data` and `summary` are None where the run has not come so far. `openings`: looks at its test until now."""
+    `plan`, `data` and `summary` are None where the run has not come so far. `openings`: looks at its test until now.
+    `card`: what validation can tell, and the layer card; `tried`: what each arm of the search came to, with its curve.
+    """
 
     name: str
     folder: Path
@@ -27,6 +43,9 @@ class Story:
     answers: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any] | None
     openings: int
+    card: Mapping[str, Any] | None
+    tried: tuple[Mapping[str, Any], ...]
+    importance: Mapping[str, Any] | None
 
     @property
     def training(self) -> list[tuple[int, float]]:
@@ -50,11 +69,26 @@ def read_story(folder: Path) -> Story:
         asked=read_run(folder),
         plan=_read(folder / PLAN),
         data=_read(folder / DATA),
-        steps=_lines(folder / METRICS),
-        answers=_lines(folder / SCORES / ANSWERS),
+        steps=lines_of(folder / METRICS),
+        answers=lines_of(folder / SCORES / ANSWERS),
         summary=read_summary(folder),
         openings=openings(folder),
+        card=_read(folder / SEARCH / CARD),
+        tried=_tried(folder / SEARCH),
+        importance=_read(folder / SCORES / IMPORTANCE),
     )
+
+
+def _tried(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The arms, each with `curve`: its training NLL by step."""
+    if not (folder / TRIED).exists():
+        return ()
+    arms = read_json(folder / TRIED)
+    if not isinstance(arms, list):
+        raise FormatError(f"{folder / TRIED}: not written by lorafit, or damaged: train again into another folder")
+    lines = {arm["cell"]: lines_of(folder / arm["cell"] / METRICS) for arm in arms}
+    return tuple({**arm, "curve": [(line["step"], line["train_nll"]) for line in lines[arm["cell"]]
+                                   if "train_nll" in line]} for arm in arms)  # fmt: skip
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:
@@ -64,7 +98,7 @@ def _read(path: Path) -> Mapping[str, Any] | None:
     return found
 
 
-def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+def lines_of(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The records of a file of JSON lines; the last line of one that is being written may be half."""
     if not path.exists():
         return ()

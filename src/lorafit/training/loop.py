@@ -55,12 +55,14 @@ class Moment:
 class Trained:
     """The best adapter by validation, the (step, validation NLL) history, and what it took.
 
-    seconds: all of it, validation and checkpoints included. tokens_per_second: of the steps alone.
+    each: validation NLL of every example under that adapter. seconds: all of it, validation and checkpoints included.
+    tokens_per_second: of the steps alone.
     """
 
     adapter: Adapter
     history: tuple[tuple[int, float], ...]
     best_step: int
+    each: tuple[float, ...]
     steps: int
     seconds: float
     tokens: int
@@ -79,6 +81,7 @@ def train(
     resume: bool = False,
     trunk_bytes: int = 0,
     way: Way | None = None,
+    known: Sequence[float] | None = None,
     tell: Callable[[Moment], None] = lambda moment: None,
     watch: Callable[[int, int], None] = lambda done, of: None,
     processes: Processes = ALONE,
@@ -90,7 +93,7 @@ def train(
     progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
     trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
     of them and the family allows; it saves time and changes no bit. way: as `way_of` measured it; measured here where
-    it is not given.
+    it is not given. known: validation NLL of every example before the first step, where it has been measured.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     processes: called alike in each of them, all return the same; the first alone writes into the folder. Where one has
     ended, the first saves what all had after the last whole step, and the others raise Interrupted as it does.
@@ -98,7 +101,7 @@ def train(
     if folder and processes.first:
         clear_left_by_kills(folder)
     processes.require_work(recipe.batch_size)
-    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, way, tell, watch, processes)
+    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, way, known, tell, watch, processes)
     with (
         own_randomness(base),
         _interruptible(processes.count > 1) as stop,
@@ -137,12 +140,15 @@ def own_randomness(base: Base) -> AbstractContextManager[None]:
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, trunk_bytes: int, way: Way | None, tell: Callable[[Moment], None],
-        watch: Callable[[int, int], None], processes: Processes,
+        recipe: Recipe, folder: Path | None, trunk_bytes: int, way: Way | None,
+        known: Sequence[float] | None, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
+        processes: Processes,
     ):  # fmt: skip
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
         self.tell, self.watch, self.processes = tell, watch, processes
         self.others_stop = False
+        self.known = known
+        self.each: tuple[float, ...] | None = None  # of the best; None where it was found before a resume
         self.checkpoint = folder / CHECKPOINTS / LAST if folder else None
         self.metrics = folder / METRICS if folder and processes.first else None
         self.state = TrainState(adapter, base.device, recipe.dropout)
@@ -300,7 +306,7 @@ class _Run:
 
         at, start = self.at, time.monotonic()
         self.state.training = False
-        values = self._measured(watch)
+        values = self.known if self.known and not at.history else self._measured(watch)
         nll = sum(values) / len(values)
         if not at.history and not math.isfinite(nll):
             raise BaseError(f"'{self.base.name}' gives validation examples no finite NLL ({nll}): the fault is in the "
@@ -309,7 +315,7 @@ class _Run:
         if at.history and nll > 2 * at.history[0][1] + 1:
             self._diverged(f"validation NLL rose from {at.history[0][1]:.2f} to {nll:.2f}")
         if not at.history or nll < min(value for _, value in at.history):
-            at.best = self.state.master.detach().clone()
+            at.best, self.each = self.state.master.detach().clone(), tuple(values)
         at.history.append((at.step, nll))
         self.one_validation = time.monotonic() - start
         at.beside += self.one_validation
@@ -381,9 +387,11 @@ class _Run:
         if self.trunk:
             self.trunk.remove()
         self.state.load(at.best)
+        self.state.training = False
+        each = self.each or tuple(self._measured(lambda done, of: None))
         speed = at.tokens / at.seconds if at.seconds else 0.0
-        return Trained(self.state.freeze(), tuple(at.history), self._best()[0], at.step, at.seconds + at.beside,
-                       at.tokens, at.trained, speed)  # fmt: skip
+        return Trained(self.state.freeze(), tuple(at.history), self._best()[0], each, at.step,
+                       at.seconds + at.beside, at.tokens, at.trained, speed)  # fmt: skip
 
 
 class _Stopped(Exception):

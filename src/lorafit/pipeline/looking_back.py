@@ -1,0 +1,71 @@
+"""After the run proper, on validation alone: how small the adapter may be, which sites mattered, what was forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lorafit.adapter import Adapter
+from lorafit.evaluation.forgetting import forgetting
+from lorafit.files import make_folder, write_json
+from lorafit.formats import peft
+from lorafit.pipeline.listener import Listener
+from lorafit.pipeline.preparing import Opened
+from lorafit.pipeline.searching import chosen, some
+from lorafit.pipeline.trimming import ladder_of, write_moments
+from lorafit.planning import Choice, Decision
+from lorafit.planning.importance import ablations, examples_for, first_order, parts_of
+from lorafit.planning.ladder import Ladder, kept_whole
+from lorafit.planning.trim import untrimmable
+from lorafit.run import FORGETTING, IMPORTANCE, LADDER, MOMENTS, RUNGS, SCORES, WHOLE
+from lorafit.training.loop import Trained
+from lorafit.training.recipe import Recipe
+
+
+def trim_trained(opened: Opened, trained: Trained, how: str, out: Path, listener: Listener) -> tuple[Ladder, Adapter]:
+    """The ladder, and the adapter that is shipped. The run keeps the ladder, by which `lorafit trim` takes another
+    rung, and where a smaller one is shipped the whole."""
+    whole = trained.adapter
+    why = "untrimmed, as you set (--trim)" if how == "none" else untrimmable(whole)
+    if why:
+        return kept_whole(trained.each, why), whole
+    groups = [example.group for example in opened.examples.valid]
+    ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, opened.frozen.micro_tokens,
+                                       trained.each, groups, listener)  # fmt: skip
+    make_folder(out / LADDER)
+    write_moments(moments, out / LADDER / MOMENTS)
+    if small is not None:
+        peft.write(whole, out / LADDER / WHOLE)
+    write_json(out / LADDER / RUNGS, asdict(ladder))
+    listener.say(f"trimming: {ladder.reason}")
+    return ladder, small or whole
+
+
+def told_ladder(decision: Decision, ladder: Ladder, adapter: Adapter) -> Decision:
+    """The decision with what trimming came to, last among its choices."""
+    value = f"{ladder.chosen:.4g} of the parameters" if ladder.chosen < 1 else "all of it"
+    choice = Choice("trim", f"{value}, {adapter.plan.bytes / 1e6:.1f} MB", ladder.reason, "--trim")
+    return replace(decision, choices=(*decision.choices, choice))
+
+
+def look_back(
+    opened: Opened, recipe: Recipe, whole: Adapter, shipped: Adapter, out: Path, listener: Listener
+) -> dict[str, Any]:  # fmt: skip
+    """Which sites mattered, measured on the adapter as it was trained, and what the one that is shipped has made the
+    base forget. Both go into files of the run; returns what the summary says of them."""
+    base, valid = opened.base, opened.rows["valid"]
+    parts = parts_of([slot.site.path for slot in whole.plan.slots])
+    count = examples_for(len(parts), recipe.steps, recipe.batch_size, len(opened.examples.valid))
+    few, places = some(valid, count), chosen(count, len(opened.examples.valid))
+    groups = [opened.examples.valid[i].group for i in places]
+    first = first_order(base, whole, few, opened.way, opened.frozen.micro_tokens)
+    taken = ablations(base, whole, few, parts, opened.way, groups,
+                      lambda done, of: listener.watch("which sites mattered", done, of, "parts"))  # fmt: skip
+    make_folder(out / SCORES)
+    mattered = {"examples": count, "first_order": first, "ablations": [asdict(one) for one in taken]}
+    write_json(out / SCORES / IMPORTANCE, mattered)
+    lost = forgetting(base, shipped, opened.general, few, opened.way,
+                      lambda done, of: listener.watch("forgetting", done, of, "texts"))  # fmt: skip
+    write_json(out / SCORES / FORGETTING, asdict(lost))
+    return {"forgetting": asdict(lost)}

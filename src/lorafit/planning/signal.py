@@ -1,0 +1,121 @@
+"""The layer card: how strongly the user's rows pull at every site, measured before anything is trained.
+
+At B = 0 the gradient of B is s·G Aᵀ, G being that of the site's weight: A, drawn at random, takes a sketch of G whose
+energy is E‖G Aᵀ‖² = ‖G‖²·‖A‖²/d_in. So K backwards of the fresh adapter tell of all sites what K dense gradients would,
+within the error of the sketch, and hold no more than one adapter does. The squared norm of a mean gradient counts its
+noise as signal; (‖Σ G_k‖² − Σ ‖G_k‖²) / (K(K − 1)), over pairs of different batches, does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import attach, packing, recomputing
+from lorafit.base import Base
+from lorafit.data.render import Row
+from lorafit.data.split import seed_of
+from lorafit.sites import Site
+from lorafit.tasks.completion import Way, batch_of
+from lorafit.training.loop import gradient_step, own_randomness
+from lorafit.training.recipe import Recipe
+from lorafit.training.state import TrainState
+
+BATCHES, FEWEST = 16, 4  # gradients that a card is made of; below four, signal and noise cannot be told apart
+SHARE = 0.02  # of the run's rows that may be spent on it
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One site of the card. energy: of the gradient of its weight, (nats per token)² per unit of weight², unbiased and
+    so below zero where there is but noise; noise: of a single batch's gradient around it. parameters: of one unit of
+    rank, d_in + d_out; an adapter's extra operations per token are twice that and its rank."""
+
+    path: str
+    block: int | None
+    energy: float
+    noise: float
+    parameters: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def part(self) -> str:
+        """The part of its block a site lies in, as in `mlp`; of a site that lies in none, its own name."""
+        before = self.path.split(".")[-2:-1]
+        return before[0] if before and not before[0].isdigit() else self.name
+
+
+@dataclass(frozen=True)
+class Card:
+    """The sites in the order of the model, measured on `batches` batches of `rows` rows in all."""
+
+    sites: tuple[Signal, ...]
+    batches: int
+    rows: int
+
+    def share(self, paths: Sequence[str]) -> float:
+        """Of the energy of all sites that have any, how much lies at these."""
+        wanted = set(paths)
+        whole = sum(max(0.0, one.energy) for one in self.sites)
+        return sum(max(0.0, one.energy) for one in self.sites if one.path in wanted) / whole if whole else 0.0
+
+
+def block_of(site: Site | str) -> int | None:
+    """The number of the block a site lies in: the first number in its path."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site if isinstance(site, str) else site.path)
+    return int(found[1]) if found else None
+
+
+def card_of(
+    base: Base, fresh: Adapter, rows: Sequence[Row], recipe: Recipe, way: Way,
+    watch: Callable[[int, int], None] = lambda done, of: None,
+) -> Card | None:  # fmt: skip
+    """Measure it on `fresh`, an adapter with B = 0, in at most SHARE of the rows that the run will see; None where this
+    is not enough for FEWEST batches of a row each. The gradients go past and are not kept."""
+    spent = int(SHARE * recipe.steps * recipe.batch_size)
+    count = min(BATCHES, spent, len(rows))
+    if count < FEWEST:
+        return None
+    size = min(recipe.batch_size, spent // count, len(rows) // count)
+    drawn = np.random.default_rng(seed_of(recipe.seed, "card")).permutation(len(rows))[: count * size].tolist()
+    state = TrainState(fresh, base.device)
+    total = torch.zeros_like(state.master)
+    squares: dict[str, float] = dict.fromkeys((slot.site.path for slot in fresh.plan.slots), 0.0)
+    with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
+        for k in range(count):
+            watch(k, count)
+            gradient_step(base, state, [batch_of(base, [rows[i] for i in drawn[k * size : (k + 1) * size]], way)], way)
+            for path, square in _energies(state).items():
+                squares[path] += square
+            assert state.master.grad is not None  # a backward has just been through
+            total += state.master.grad
+            state.master.grad = None
+        state.master.grad = total
+        joined = _energies(state)
+    watch(count, count)
+    sites = []
+    for slot in fresh.plan.slots:
+        path = slot.site.path
+        sketch = slot.site.d_in / (slot.scaling**2 * float(fresh.tensors[f"{path}.A"].square().sum()))
+        energy = sketch * (joined[path] - squares[path]) / (count * (count - 1))
+        noise = max(0.0, sketch * squares[path] / count - energy)
+        sites.append(Signal(path, block_of(path), energy, noise, slot.site.d_in + slot.site.d_out))
+    return Card(tuple(sites), count, count * size)
+
+
+def _energies(state: TrainState) -> dict[str, float]:
+    """‖gradient of B‖² by site."""
+    found = {}
+    for name, gradient in state.gradients().items():
+        path, _, factor = name.rpartition(".")
+        if factor == "B":
+            found[path] = float(gradient.double().square().sum())
+    return found
