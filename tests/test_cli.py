@@ -31,7 +31,7 @@ SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "sampl
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
     "trainable_parameters", "best_step", "steps", "validation", "seconds", "tokens_per_second", "dtype", "peft",
-    "peak_rss_gb",
+    "peak_rss_gb", "parameters", "ladder", "forgetting",
 }  # fmt: skip
 EVALUATED = SCORES | {
     "base",
@@ -257,7 +257,7 @@ def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path
     found = lorafit("plan", tiny_folder, rows, "--json").last_object
     assert set(found) == {
         "base", "trainable_parameters", "bytes", "flops_per_token", "recipe", "choices", "slots", "forecast",
-        "settings",
+        "settings", "evidence", "card", "search", "placements",
     }  # fmt: skip
     assert all(type(slot["rank"]) is int for slot in found["slots"])
 

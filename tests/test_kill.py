@@ -85,7 +85,7 @@ class Doomed(pipeline.Silent):
         if self.calls > self.kill.later:
             self.at("anywhere")
 
-    def watch(self, what: str, done: int, of: int) -> None:
+    def watch(self, what: str, done: int, of: int, unit: str = "examples") -> None:
         if what == "validation" and done >= self.kill.share * of:
             self.at("in a validation")
 
@@ -159,13 +159,13 @@ def unlike(row: dict[str, object]) -> dict[str, object]:
 class Runs:
     """The same run again and again, each in a process of its own."""
 
-    def __init__(self, base: Path, folder: Path, settings: dict[str, Any]):
+    def __init__(self, base: Path, folder: Path, settings: dict[str, Any], valid: int = 8):
         self.base, self.folder, self.settings = base, folder, settings
         self.data, rows = folder / "data", capitals(40)
         for name, split in (
             ("train", rows[:24]),
-            ("valid", [unlike(row) for row in rows[24:32]]),
-            ("test", rows[32:35]),
+            ("valid", [unlike(row) for row in rows[24 : 24 + valid]]),
+            ("test", rows[24 + valid : 27 + valid]),
         ):
             write_rows(self.data / f"{name}.jsonl", split)
         self.forks = multiprocessing.get_context("forkserver")  # forked from a process that has never computed
@@ -289,6 +289,19 @@ def test_a_run_that_reads_its_lowest_blocks_from_disk_does_so_when_killed(tiny_f
     assert runs.run(tmp_path / "seen", kill=kills[0]) == -signal.SIGKILL
     assert [*(tmp_path / "seen").glob("trunk-*.bin")]  # else this test shows nothing
     assert_same(bits(runs.killed("killed", kills)), bits(tmp_path / "whole"))
+
+
+def test_a_run_killed_while_it_searches_ends_the_same(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "epochs": 16}
+    del settings["learning_rate"]
+    runs = Runs(tiny_folder, tmp_path, settings, valid=12)
+    kills = [Kill("after a backward", 6, cadence=0.0), Kill("in a write", 15, share=0.5), Kill("after an update", 19)]
+    assert runs.run(tmp_path / "whole") == 0
+    tried = [json.loads((out / "search" / "tried.json").read_text(encoding="utf-8"))
+             for out in (runs.killed("killed", kills), tmp_path / "whole")]  # fmt: skip
+    assert len(tried[0]) == 2
+    assert tried[0] == tried[1]
+    assert_same(bits(tmp_path / "killed"), bits(tmp_path / "whole"))
 
 
 def test_a_run_goes_on_with_its_own_number_of_threads(runs: Runs, whole: dict[str, Any]) -> None:

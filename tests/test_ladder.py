@@ -146,7 +146,8 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose adapter uses half of its rank, with 18 validation examples."""
     out = tmp_path_factory.mktemp("ladder") / "run"
     data = write_rows(out.parent / "data.jsonl", capitals(60))
-    settings = {"val_share": 0.3, "rank": 4, "epochs": 3, "validations": 1, "few_shot": 0, "dtype": "fp32"}
+    settings = {"val_share": 0.3, "rank": 4, "epochs": 3, "validations": 1, "few_shot": 0, "dtype": "fp32",
+                "trim": "none"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
         run_training(str(tiny_folder), str(data), out, settings)

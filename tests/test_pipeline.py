@@ -43,6 +43,7 @@ from lorafit.sites import select
 from lorafit.tasks.completion import PLAIN
 from lorafit.training.loop import Moment
 
+ADAPTER_FILES = ("README.md", "lorafit.json", "adapter_config.json", "adapter_model.safetensors")
 SETTINGS: dict[str, Any] = {"epochs": 3.0, "rank": 4, "dtype": "fp32", "val_share": 0.3}
 
 
@@ -109,10 +110,11 @@ def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> 
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {
         "run.json", "data.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
-        "report.html", "report-curves.png", "report-examples.png", "report-scores.png",
-        "scores/answers.jsonl", "scores/test_openings.json", "scores/trained_on.json",
-        "adapter/README.md", "adapter/lorafit.json",
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "report.html", "report-curves.png", "report-examples.png", "report-layers.png", "report-scores.png",
+        "scores/answers.jsonl", "scores/test_openings.json", "scores/trained_on.json", "scores/importance.json",
+        "scores/forgetting.json", "search/card.json", "ladder/rungs.json", "ladder/moments.safetensors",
+        *(f"ladder/whole/{name}" for name in ADAPTER_FILES),
+        *(f"adapter/{name}" for name in ADAPTER_FILES),
     }  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_the_summary_says_all_it_promises(finished: tuple[Path, dict[str, Any]],
     assert summary["n_train"] + summary["n_valid"] + summary["n_test"] == 36
     assert set(summary["nll"]) == {"base", "adapter", "difference", "ci95"}
     assert {"base", "base_few_shot", "adapter", "shuffled_control", "ci95"} <= set(summary["facts"])
-    assert set(summary["seconds"]) == {"load", "train", "evaluate", "check"}
+    assert set(summary["seconds"]) == {"load", "search", "train", "trim", "evaluate", "check"}
     for key in ("trained_tokens", "trainable_parameters", "tokens_per_second", "peak_rss_gb"):
         assert summary[key] > 0, key
     for key in ("off_desk_declined", "natural_stops"):
@@ -153,9 +155,11 @@ def test_peft_computes_the_same_as_the_run(finished: tuple[Path, dict[str, Any]]
 def test_the_adapter_that_is_written_is_of_this_base_and_this_plan(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
     adapter = peft.read(out / "adapter")
-    assert adapter.base == summary["base_identity"]
-    assert adapter.plan == Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
-    assert adapter.plan.parameters == summary["trainable_parameters"]
+    whole = peft.read(out / "ladder" / "whole")
+    assert adapter.base == whole.base == summary["base_identity"]
+    assert whole.plan == Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
+    assert whole.plan.parameters == summary["trainable_parameters"]
+    assert adapter.plan.parameters == summary["parameters"] <= summary["ladder"]["chosen"] * whole.plan.parameters
 
 
 def test_the_card_carries_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -225,7 +229,7 @@ def test_the_forecast_of_disk_is_what_a_run_takes_at_its_peak(
     tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new checkpoint is written whole before the old one goes."""
-    settings = {**SETTINGS, "rank": 32}  # so that tensors outweigh the text beside them
+    settings = {**SETTINGS, "rank": 32, "trim": "none"}  # so that tensors outweigh the text beside them
     taken, real = [], os.fsync
 
     def looked(file: int) -> None:

@@ -51,7 +51,7 @@ def test_the_page_needs_nothing_beside_it(run: Path) -> None:
     text = (run / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<(?:script|link|img|iframe)\b|@import|url\((?!#)", text) == []
     assert re.findall(r'(?:src|href)="(?!#)[^"]*"', text) == []
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 4
 
 
 def test_the_pictures_lie_beside_it(run: Path) -> None:
@@ -93,7 +93,7 @@ def test_an_unfinished_run_tells_what_there_is(copy: Path) -> None:
         file.write('{"step": 9')  # being written
     text = write_report([copy], copy / "report.html").read_text(encoding="utf-8")
     assert "This run is not finished" in text
-    assert text.count("<svg") == 1
+    assert text.count("<svg") == 2  # the curve so far, and the layer card
 
 
 def test_runs_on_the_same_test_are_paired_by_example(run: Path, copy: Path) -> None:

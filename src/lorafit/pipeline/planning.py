@@ -57,7 +57,7 @@ def run_planning(
     resolved = settings_from(settings)
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
-    cost = forecast(opened, room_for(Path(), resolved.trunk_bytes))
+    cost = forecast(opened, room_for(Path(), resolved.trunk_bytes), resolved.trim == "auto")
     known, card = look(opened, listener, EVIDENCE)
     decision = opened.decision
     rates, why = searchable(opened, resolved)
@@ -89,12 +89,13 @@ def run_planning(
     }
 
 
-def forecast(opened: Opened, trunk_bytes: int = 0) -> Forecast:
+def forecast(opened: Opened, trunk_bytes: int = 0, trim: bool = False) -> Forecast:
     """Try a short, a middling and the longest micro-batch of the first epoch, and reckon with all of the run.
 
     Whatever the batch size, six forwards and backwards are tried, and three more where a trunk is kept. A micro-batch
     takes some time of its own and some for each token; a size that comes for the first time takes a preparation, which
     is long in some kernels. trunk_bytes: how much may be kept of what the lowest blocks make.
+    trim: whether a ladder is kept.
     """
     base, rows, recipe, way = opened.base, opened.rows, opened.decision.recipe, opened.way
     blocks = free_blocks(base, opened.decision.plan)
@@ -144,6 +145,9 @@ def forecast(opened: Opened, trunk_bytes: int = 0) -> Forecast:
     count = -(-recipe.steps // recipe.validate_every) + 1
     disk = 2 * 4 * opened.decision.plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
     disk += min(trunk_bytes, needed) if read else 0
+    if trim:  # a checkpoint, the adapter as trained and as shipped, and moments in fp64
+        moments = sum(2 * 8 * slot.rank**2 for slot in opened.decision.plan.slots)
+        disk = max(disk, 6 * opened.decision.plan.bytes + moments)
     return Forecast(
         recipe.steps * step + count * validation, step, validation, round((opened.peak or 0) / 1e9, 2), disk
     )

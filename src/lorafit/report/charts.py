@@ -160,11 +160,11 @@ def _heat(drawn: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
         for path, value in values.items():
             grid[blocks.index(block_of(path) or 0), names.index(path.rpartition(".")[2])] += max(0.0, value)
         whole = grid.sum()
-        axes.imshow(grid / whole if whole else grid, cmap=HEAT, aspect="auto", vmin=0, origin="lower")
+        axes.pcolormesh(grid / whole if whole else grid, cmap=HEAT, vmin=0, edgecolors="none")
         axes.set_title(title, fontsize=9, color=COLOURS["ink"])
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+        axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=7)
         every = max(1, len(blocks) // 15)
-        axes.set_yticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]], fontsize=7)
+        axes.set_yticks(np.arange(0, len(blocks), every) + 0.5, [str(block) for block in blocks[::every]], fontsize=7)
         axes.tick_params(colors=COLOURS["ink"], length=0)
         if place == 0:
             axes.set_ylabel("block", color=COLOURS["ink"])
