@@ -21,7 +21,17 @@ from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.preparing import Opened
 from lorafit.plan import Plan
 from lorafit.planning import Choice, Decision
-from lorafit.planning.halving import SCORED, Arm, Tried, better, first_rung, rates_for, steps_needed, survivors
+from lorafit.planning.halving import (
+    SCORED,
+    WANTED_PLACES,
+    Arm,
+    Tried,
+    better,
+    first_rung,
+    rates_for,
+    steps_needed,
+    survivors,
+)  # fmt: skip
 from lorafit.planning.placement import Placement, placements
 from lorafit.planning.signal import Card, Signal, card_of
 from lorafit.run import CARD, SEARCH, TRIED
@@ -194,7 +204,7 @@ class _Search:
         if len(rates) == 1:
             return decision if self.settings.learning_rate is not None else _told(decision, "search", "none", why)
         arms = [Arm(f"rate {rate * rule:.1e}", rate * rule, parameters) for rate in rates]
-        winner, reason = self._halve(arms, "rate")
+        winner, reason = self._halve(arms, "rate", self.first)
         recipe = replace(decision.recipe, learning_rate=winner.rate)
         decision = replace(decision, recipe=recipe)
         decision = _told(decision, "learning rate", f"{winner.rate:.1e}", f"searched among {_list(arms)}: {reason}")
@@ -219,7 +229,7 @@ class _Search:
         self.plans = list(plans.values())
         rate = decision.recipe.learning_rate
         arms = [Arm(name, rate, plan.parameters, i) for i, (name, plan) in enumerate(plans.items())]
-        winner, reason = self._halve(arms, "place")
+        winner, reason = self._halve(arms, "place", first_rung(len(arms), decision.recipe.steps, WANTED_PLACES))
         plan = self.plans[winner.plan]
         told = f"{winner.name}, searched among {_list(arms)}: {reason}"
         decision = _told(replace(decision, plan=plan), "sites", str(len(plan.slots)), told)
@@ -228,12 +238,12 @@ class _Search:
         decision = _told(decision, "rank", f"{value} (alpha {self.settings.alpha:g})", "of the placement that won")
         return _told(decision, "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB", "as searched")
 
-    def _halve(self, arms: Sequence[Arm], what: str) -> tuple[Arm, str]:
-        """The arm that is left, and in words why."""
+    def _halve(self, arms: Sequence[Arm], what: str, first: int) -> tuple[Arm, str]:
+        """The arm that is left, and in words why. first: steps of the first rung."""
         left, rung = list(arms), 0
         while True:
             rung += 1
-            steps = self.first << (rung - 1)
+            steps = first << (rung - 1)
             tried = [self._tried(arm, steps, f"{what}-{rung}-{i + 1}", f"{arm.name}, {i + 1} of {len(left)}")
                      for i, arm in enumerate(left)]  # fmt: skip
             whole = sorted((one for one in tried if one.each is not None), key=lambda one: one.nll)
@@ -247,8 +257,8 @@ class _Search:
             if len(whole) == 1:
                 return whole[0].arm, "the others diverged"
             if whole[0].each == whole[1].each:
-                first = min((one.arm for one in whole), key=lambda arm: (arm.rate, arm.parameters))
-                return first, "no arm changed the validation NLL: it says nothing of them"
+                least = min((one.arm for one in whole), key=lambda arm: (arm.rate, arm.parameters))
+                return least, "no arm changed the validation NLL: it says nothing of them"
             best, why = better(whole[0], whole[1], self.groups)
             return best.arm, f"{why}, NLL {best.nll:.4f} after {best.steps} steps"
 

@@ -17,6 +17,7 @@ RATES = (0.1, 1 / 3, 1.0, 3.0)  # times the rate by rule
 FEW_RATES = (1.0, 3.0)  # where there is time for two: a short run gains by a high rate
 FEWEST_STEPS = 20  # that an arm is tried for
 WANTED, MOST = 0.4, 0.5  # of the run that searching the rate takes, where that is enough; and at most
+WANTED_PLACES = 0.8  # and that searching places takes, which nobody gets who has not asked for it
 SCORED = 0.5  # examples an arm is scored on, for each one of the first rung's steps
 
 
@@ -53,9 +54,9 @@ def cost(arms: int, first: int) -> float:
     return total
 
 
-def first_rung(arms: int, run_steps: int) -> int:
-    """Steps of the first rung."""
-    return max(FEWEST_STEPS, int(WANTED * run_steps / cost(arms, 1)))
+def first_rung(arms: int, run_steps: int, wanted: float = WANTED) -> int:
+    """Steps of the first rung, where halving is to take `wanted` of the run."""
+    return max(FEWEST_STEPS, int(wanted * run_steps / cost(arms, 1)))
 
 
 def rates_for(run_steps: int) -> tuple[float, ...]:
