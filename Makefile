@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control bench-train bench-cache bench-forecast clean
+.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -39,6 +39,10 @@ bench-cache: .venv/ready
 # What plan foretells of memory and time against runs that took place.
 bench-forecast: .venv/ready
 	$(BIN)/python bench/forecast.py $(BENCH_FLAGS)
+
+# The procedure that chooses, against a grid, defaults, chance and full fine-tuning: cells in a store, stopped it goes on.
+bench-planning: .venv/ready
+	$(BIN)/python bench/planning.py $(BENCH_FLAGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }

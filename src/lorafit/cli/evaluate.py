@@ -10,7 +10,7 @@ import typer
 from lorafit.cli.flags import DATA, JSON, with_settings
 
 
-@with_settings("few_shot", "dtype", "max_length", "columns", "skip_bad")
+@with_settings("few_shot", "dtype", "max_length", "columns", "skip_bad", "general")
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="A run, or an adapter folder (PEFT's layout).")],
     data: DATA = None,

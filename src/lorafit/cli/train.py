@@ -88,7 +88,7 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
     named = "".join(f" --columns {shlex.quote(column)}" for column in columns)
     following = [
         f"chat {folder}",
-        f"show {folder}",
+        f"show {folder} --why",
         f"eval {folder} QUESTIONS.jsonl{named}    # not those it was trained on",
         *more,
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, fresh
+from lorafit.attachment import attach, free_blocks, fresh
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError
 from lorafit.evaluation.nll import example_nll
@@ -88,8 +88,8 @@ def carry_out(
         name = f"{order.folder}: validation" if order.folder else "validation"
         kept = {"tell": listener.moment, "watch": lambda done, of: listener.watch(name, done, of)}
     return train(base, start_of(opened, order.plan), rows["train"], valid, order.recipe, folder=out / order.folder,
-                 resume=resume, trunk_bytes=trunk_bytes, way=opened.way, known=order.known, processes=processes,
-                 **kept)  # fmt: skip
+                 resume=resume, trunk_bytes=trunk_bytes, trunk_in=out if order.folder.startswith(SEARCH) else None,
+                 way=opened.way, known=order.known, processes=processes, **kept)  # fmt: skip
 
 
 def start_of(opened: Opened, plan: Plan) -> Adapter:
@@ -140,7 +140,11 @@ def search(
         known, card = look(opened, listener)
         write_json(folder / CARD, {**told_by(known, opened), "known": known, **(asdict(card) if card else {})})
     searching = _Search(opened, settings, out, resume, processes, listener, known)
-    return Found(known, card, searching.decide(card), time.monotonic() - began)
+    decision = searching.decide(card)
+    if not free_blocks(opened.base, decision.plan):
+        for path in out.glob("trunk-*.bin"):  # of an arm that was not taken
+            path.unlink()
+    return Found(known, card, decision, time.monotonic() - began)
 
 
 def told_by(known: Sequence[float], opened: Opened) -> dict[str, Any]:
@@ -209,6 +213,7 @@ class _Search:
         decision = replace(decision, recipe=recipe)
         decision = _told(decision, "learning rate", f"{winner.rate:.1e}", f"searched among {_list(arms)}: {reason}")
         decision = _told(decision, "search", self.settings.search, why)
+        self.listener.say(f"learning rate {winner.rate:.1e}: {reason}")
         if self.settings.search == "thorough":
             decision = self._place(decision, card)
         return decision
@@ -231,6 +236,7 @@ class _Search:
         arms = [Arm(name, rate, plan.parameters, i) for i, (name, plan) in enumerate(plans.items())]
         winner, reason = self._halve(arms, "place", first_rung(len(arms), decision.recipe.steps, WANTED_PLACES))
         plan = self.plans[winner.plan]
+        self.listener.say(f"{winner.name}: {reason}")
         told = f"{winner.name}, searched among {_list(arms)}: {reason}"
         decision = _told(replace(decision, plan=plan), "sites", str(len(plan.slots)), told)
         ranks = sorted({slot.rank for slot in plan.slots})

@@ -80,6 +80,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     trunk_bytes: int = 0,
+    trunk_in: Path | None = None,
     way: Way | None = None,
     known: Sequence[float] | None = None,
     tell: Callable[[Moment], None] = lambda moment: None,
@@ -92,7 +93,8 @@ def train(
     checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
     progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
     trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
-    of them and the family allows; it saves time and changes no bit. way: as `way_of` measured it; measured here where
+    of them and the family allows; it saves time and changes no bit. trunk_in: another folder for it, where it stays for
+    other trainings on the same rows, and one that is there is used. way: as `way_of` measured it; measured here where
     it is not given. known: validation NLL of every example before the first step, where it has been measured.
     tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
     processes: called alike in each of them, all return the same; the first alone writes into the folder. Where one has
@@ -101,7 +103,9 @@ def train(
     if folder and processes.first:
         clear_left_by_kills(folder)
     processes.require_work(recipe.batch_size)
-    run = _Run(base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, way, known, tell, watch, processes)
+    run = _Run(
+        base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, trunk_in, way, known, tell, watch, processes
+    )
     with (
         own_randomness(base),
         _interruptible(processes.count > 1) as stop,
@@ -112,8 +116,7 @@ def train(
         try:
             return run.go(resume, stop)
         except (DivergedError, AdapterError, BaseError):  # it has come to its end, and not to a good one
-            if run.trunk:
-                run.trunk.remove()
+            run.end_trunk()
             raise
 
 
@@ -140,7 +143,7 @@ def own_randomness(base: Base) -> AbstractContextManager[None]:
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, trunk_bytes: int, way: Way | None,
+        recipe: Recipe, folder: Path | None, trunk_bytes: int, trunk_in: Path | None, way: Way | None,
         known: Sequence[float] | None, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
         processes: Processes,
     ):  # fmt: skip
@@ -160,7 +163,7 @@ class _Run:
         # Packs must be the same in every epoch for the trunk to be: they are, whether it is kept or not.
         self.blocks = free_blocks(base, adapter.plan)
         self.order: tuple[int, list[list[int]]] = (-1, [])
-        self.folder, self.trunk_bytes = folder, trunk_bytes
+        self.trunk_bytes, self.trunk_in, self.shares_trunk = trunk_bytes, trunk_in or folder, trunk_in is not None
         self.trunk: Trunk | None = None
         self.identity = self._identity(adapter)
 
@@ -187,8 +190,9 @@ class _Run:
         self._require_alike()
         self._trim_metrics()
         self._look()
-        if self.folder and self.trunk_bytes and self.blocks and self.recipe.steps > self._per_epoch():
-            self.trunk = self._keep_trunk(self.folder)  # not for one pass, which would write and never read
+        read_again = self.shares_trunk or self.recipe.steps > self._per_epoch()
+        if self.trunk_in and self.trunk_bytes and self.blocks and read_again:
+            self.trunk = self._keep_trunk(self.trunk_in)
         recipe, at = self.recipe, self.at
         try:
             while True:
@@ -266,9 +270,15 @@ class _Run:
         parts = [part for positions in self._order(0) for part in self._parts(positions)]
         packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
         name = f"trunk-{self.processes.rank}"
-        same = {key: self.identity[key] for key in ("rows", "way", "dtype", "device", "threads", "torch")}
+        same = {key: self.identity[key] for key in ("way", "dtype", "device", "threads", "torch")}
+        same["rows"] = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
         room = room_for(folder, self.trunk_bytes) // self.processes.count
         return Trunk(folder, name, self.base, repr(same), packs, self.blocks, room)
+
+    def end_trunk(self) -> None:
+        """Remove it, unless others may still read it."""
+        if self.trunk and not self.shares_trunk:
+            self.trunk.remove()
 
     def _joined(self, nll: float, stop: threading.Event) -> float:
         """Gradient and loss of the whole step, from the shares of all processes, in one all-reduce; returns the loss.
@@ -384,8 +394,7 @@ class _Run:
 
     def _finish(self) -> Trained:
         at = self.at
-        if self.trunk:
-            self.trunk.remove()
+        self.end_trunk()
         self.state.load(at.best)
         self.state.training = False
         each = self.each or tuple(self._measured(lambda done, of: None))
