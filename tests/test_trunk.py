@@ -109,6 +109,28 @@ def test_a_pack_that_was_left_half_is_computed_again(
     assert len(computed) == 1
 
 
+def test_trainings_on_the_same_rows_share_a_trunk_that_stays(
+    tiny_base: Base, rows: list[Row], tmp_path: Path, computed: list[int]
+) -> None:
+    """Arms of a search differ in rate and in steps, and are validated on fewer examples."""
+
+    def arm(folder: str, valid: int, trunk_in: Path | None, **given: object) -> str:
+        recipe = replace(RECIPE, **given)  # type: ignore[arg-type]
+        return train(tiny_base, upper(tiny_base), rows[:12], rows[12 : 12 + valid], recipe, folder=tmp_path / folder,
+                     trunk_bytes=1 << 30, trunk_in=trunk_in).adapter.digest()  # fmt: skip
+
+    for folder in ("a", "b", "c", "d"):
+        (tmp_path / folder).mkdir()
+    plain = arm("a", 3, None, steps=3, learning_rate=2e-2)
+    computed.clear()
+    arm("b", 4, tmp_path, steps=3)
+    assert len(computed) == 3  # one pass, which a training by itself would not write down
+    assert arm("c", 3, tmp_path, steps=3, learning_rate=2e-2) == plain
+    assert len(computed) == 3
+    arm("d", 4, None, steps=9)
+    assert len([*tmp_path.glob("trunk-*.bin")]) == 1
+
+
 @pytest.mark.parametrize("changed", ["base", "rows", "blocks"])
 def test_a_trunk_of_something_else_is_not_taken(
     tiny_base: Base, rows: list[Row], tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
