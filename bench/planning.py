@@ -1,11 +1,12 @@
 """Does choosing by evidence pay? The procedure against what people do instead, at its price.
 
-    LORAFIT_DATA=... python bench/planning.py [--quick] [--sets NAME...] [--store DIR] [--minutes N] [--record]
+    LORAFIT_DATA=... python bench/planning.py [--quick] [--thorough] [--sets NAME...] [--store DIR] [--minutes N] [--record]
 
 On three data sets and a base of 15 million parameters (stories15m), whose cells take half a minute each:
 
-(a) the procedure: `search thorough` (rates, placements, rank), then trimming
-(b) all linear layers at the rule's rank, the rate found by the same halving
+(a) the procedure as it comes: all linear layers at the rule's rank, the rate found by halving, then trimming; with
+    --thorough also the one that searches placement and rank, of one seed
+(b) (a) untrimmed: uniform, the rate found by the same halving
 (c) the plan of (b) with its rank dealt out at random over the sites, at equal parameters, at the rate of (b)
 (d) PEFT's raw defaults: q_proj and v_proj, rank 8, alpha 8, rate 2e-4 without a search; and q_proj and v_proj at as
     many parameters as (b), at the rate of (b)
@@ -79,7 +80,7 @@ SEEDS = (0, 1, 2)
 SETTINGS = {"batch_size": 4, "dtype": "fp32", "skip_bad": True, "max_length": 256, "few_shot": 0, "validations": 2,
             "patience": 9}  # fmt: skip
 SIZES = {"restaurants": (480, 60), "requests": (240, 120), "instructions": (720, 90)}  # of train; of valid and of test
-STEPS, QUICK_STEPS = 120, 100  # two rates are searched in either: the rule's and three times that
+STEPS = 100  # two rates are searched then: the rule's and three times that
 GRID_RATES, GRID_RANKS = (1 / 3, 1.0, 3.0), (8, 32)
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 GRID_PLACES = {"all": None, "mlp": ["mlp.*"]}
@@ -110,8 +111,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def opened(name: str, steps: int) -> Opened:
-    """The set, split by source into train, valid and test, on its base; steps as asked for."""
+def opened(name: str) -> Opened:
+    """The set, split by source into train, valid and test, on its base."""
     n_train, n_held = SIZES[name]
     by_source: dict[str, list[dict[str, Any]]] = {}
     for i, row in enumerate(rows_of(name)):
@@ -123,7 +124,7 @@ def opened(name: str, steps: int) -> Opened:
             taken, rest = rest[:n], rest[n:]
             path = Path(folder) / f"{split}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in taken), encoding="utf-8")
-        settings = settings_from({**SETTINGS, "epochs": steps * 4 / n_train})
+        settings = settings_from({**SETTINGS, "epochs": STEPS * 4 / n_train})
         return open_all(str(DATA / "models" / "stories15m"), folder, settings, Silent())
 
 
@@ -199,7 +200,7 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     choices = {c.name: c.value for c in found.decision.choices}
     return {
         "valid": shipped["valid"], "test": shipped["test"], "valid_nll": shipped["valid_nll"],
-        "whole_test": result["test"], "cuts": cuts, "chosen_share": ladder.chosen, "ladder": ladder.reason,
+        "whole": result, "cuts": cuts, "chosen_share": ladder.chosen, "ladder": ladder.reason,
         "parameters": shipped["parameters"], "rate": found.decision.recipe.learning_rate,
         "sites": len(found.decision.plan.slots), "rank": choices["rank"], "arms": [arm["name"] for arm in arms],
         "steps": recipe.steps + sum(arm["steps"] for arm in arms),
@@ -255,10 +256,10 @@ def full(one: Opened, rate: float, seed: int) -> dict[str, Any]:
 # Arms
 
 
-def arms_of(name: str, steps: int, seeds: Sequence[int], store: Store) -> dict[str, list[dict[str, Any]]]:
+def arms_of(name: str, seeds: Sequence[int], thorough: bool, store: Store) -> dict[str, list[dict[str, Any]]]:
     """Every arm's cells, one for each seed."""
-    one = opened(name, steps)
-    same = {"set": name, "steps": steps, "sizes": SIZES[name], "settings": SETTINGS}
+    one = opened(name)
+    same = {"set": name, "steps": STEPS, "sizes": SIZES[name], "settings": SETTINGS}
     plan, rule = one.decision.plan, one.decision.recipe.learning_rate
 
     def cells(
@@ -270,8 +271,9 @@ def arms_of(name: str, steps: int, seeds: Sequence[int], store: Store) -> dict[s
         return lambda seed: plain(one, made, rate, seed)
 
     few = seeds[:1]
-    found = {"b": cells("b", lambda seed: procedure(one, "fast", seed))}
-    rate = found["b"][0]["rate"]
+    found = {"a": cells("a", lambda seed: procedure(one, "fast", seed))}
+    found["b"] = [{**cell, **cell["whole"]} for cell in found["a"]]
+    rate = found["a"][0]["rate"]
     grid = []
     for by in GRID_RATES:
         for rank in GRID_RANKS:
@@ -284,7 +286,6 @@ def arms_of(name: str, steps: int, seeds: Sequence[int], store: Store) -> dict[s
     more = cells("e", at(made, setting["rate"]), seeds[1:], **setting)
     label = f"e, winner of {len(grid)}: {setting['place']}, rank {setting['rank']}, {setting['rate']:.1e}"
     found[label] = [first, *more]
-    found["a"] = cells("a", lambda seed: procedure(one, "thorough", seed))
     found["c"] = cells("c", at(dealt(plan, 0), rate), few)
     found["d"] = cells(
         "d", at(uniform(select(one.base.sites, TARGETS), DEFAULT_RANK, DEFAULT_ALPHA), DEFAULT_RATE), few
@@ -293,17 +294,19 @@ def arms_of(name: str, steps: int, seeds: Sequence[int], store: Store) -> dict[s
     if name == SETS[0]:
         tuned = [cells("f", partial(full, one, rate), few, rate=rate)[0] for rate in FULL_RATES]
         found["f"] = [min(tuned, key=lambda cell: cell["valid_nll"])]
+    if thorough:
+        found["a, thorough"] = cells("a thorough", lambda seed: procedure(one, "thorough", seed), few)
     return found
 
 
-LABELS = {"a": "(a) the procedure, thorough", "b": "(b) all linear, rate by halving", "c": "(c) ranks dealt at random",
+LABELS = {"a": "(a) the procedure", "a, thorough": "(a) the same, thorough", "b": "(b) (a) untrimmed", "c": "(c) ranks dealt at random",
           "d": "(d) PEFT's raw defaults", "d, equal": "(d) q, v at equal parameters, rate of (b)",
           "f": "(f) full fine-tuning, best of 3 rates"}  # fmt: skip
 
 
-def mean_test(cells: Sequence[dict[str, Any]], what: str = "test") -> np.ndarray[Any, Any]:
+def mean_test(cells: Sequence[dict[str, Any]]) -> np.ndarray[Any, Any]:
     """NLL of each test example, mean over seeds."""
-    whole: np.ndarray[Any, Any] = np.asarray([cell[what] for cell in cells], dtype=np.float64)
+    whole: np.ndarray[Any, Any] = np.asarray([cell["test"] for cell in cells], dtype=np.float64)
     return np.asarray(whole.mean(axis=0))
 
 
@@ -318,17 +321,17 @@ def percent(values: Sequence[float]) -> str:
     return f"{values[0]:+.1%} ({values[1]:+.1%} to {values[2]:+.1%})"
 
 
-def verdicts(name: str, arms: dict[str, list[dict[str, Any]]], steps: int) -> dict[str, Any]:
+def verdicts(name: str, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The claims on one set: numbers, and whether each holds."""
-    groups = [example.group for example in opened(name, steps).examples.test]
+    groups = [example.group for example in opened(name).examples.test]
     winner = next(label for label in arms if label.startswith("e, "))
     tests = {label: mean_test(cells) for label, cells in arms.items()}
     regret, defaults = against(tests["a"], tests[winner], groups), against(tests["a"], tests["d"], groups)
     regret_b = against(tests["b"], tests[winner], groups)
-    whole = mean_test(arms["a"], "whole_test")
+    whole = tests["b"]
     cuts = {cut: against(np.mean([cell["cuts"][cut] for cell in arms["a"]], axis=0), whole, groups)
             for cut in arms["a"][0]["cuts"]}  # fmt: skip
-    price = max((c["search_seconds"] + c["trim_seconds"]) / c["train_seconds"] for c in arms["b"])
+    price = max((c["search_seconds"] + c["trim_seconds"]) / c["train_seconds"] for c in arms["a"])
     return {
         "regret": regret, "regret_of_b": regret_b, "against_defaults": defaults, "cuts": cuts, "price_fast": price,
         "shipped_shares": [cell["chosen_share"] for cell in arms["a"]],
@@ -339,8 +342,9 @@ def verdicts(name: str, arms: dict[str, list[dict[str, Any]]], steps: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Choosing by evidence against what people do instead.")
-    parser.add_argument("--quick", action="store_true", help="one set, one seed, shorter runs: ten minutes")
+    parser.add_argument("--quick", action="store_true", help="one set, one seed")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="these alone, as to fill one store from two processes")
+    parser.add_argument("--thorough", action="store_true", help="also the procedure that searches placement and rank")
     parser.add_argument("--store", type=Path, default=Path("build/planning"), help="where cells are kept")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; the same command goes on")
     parser.add_argument("--record", action="store_true", help="append the tables to bench/RESULTS.md")
@@ -349,16 +353,15 @@ def main() -> None:
         raise SystemExit(f"needs the data sets in {DATA}: name their folder in LORAFIT_DATA")
     about = circumstances()
     store = Store(given.store, time.monotonic() + 60 * given.minutes)
-    steps, sets, seeds = (QUICK_STEPS, SETS[:1], SEEDS[:1]) if given.quick else (STEPS, SETS, SEEDS)
-    sets = tuple(given.sets or sets)
+    sets, seeds = (SETS[:1], SEEDS[:1]) if given.quick else (tuple(given.sets or SETS), SEEDS)
     torch.set_num_threads(1)  # a base so small gains little from a second; two sets side by side gain all of it
     console = Console()
     told: dict[str, dict[str, Any]] = {}
     text: list[str] = []
     for name in sets:
-        arms = arms_of(name, steps, seeds, store)
-        found = told[name] = verdicts(name, arms, steps)
-        groups = [example.group for example in opened(name, steps).examples.test]
+        arms = arms_of(name, seeds, given.thorough, store)
+        found = told[name] = verdicts(name, arms)
+        groups = [example.group for example in opened(name).examples.test]
         winner = mean_test(next(cells for label, cells in arms.items() if label.startswith("e, ")))
         head = ["arm", "test NLL", "between seeds", "to the grid's winner", "parameters", "steps in all"]
         lines = []
@@ -384,7 +387,7 @@ def main() -> None:
                  f"{found['price_fast']:.2f} of a run. {said}.")  # fmt: skip
         console.print(below)
         text.append(f"### {name}\n\n{markdown(head, lines)}\n\n{below}")
-    result = {"benchmark": "planning", **about, "quick": given.quick, "rates": list(rates_for(steps)), "sets": told}
+    result = {"benchmark": "planning", **about, "quick": given.quick, "rates": list(rates_for(STEPS)), "sets": told}
     print(json.dumps(result))
     if given.record:
         title = "Choosing by evidence" + (", quick" if given.quick else "")
