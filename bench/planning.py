@@ -1,6 +1,7 @@
 """Does choosing by evidence pay? The procedure against what people do instead, at its price.
 
-    LORAFIT_DATA=... python bench/planning.py [--quick] [--thorough] [--sets NAME...] [--store DIR] [--minutes N] [--record]
+    LORAFIT_DATA=... python bench/planning.py [--quick] [--thorough] [--sets NAME...] [--store DIR] [--minutes N]
+                                              [--record]
 
 On three data sets and a base of 15 million parameters (stories15m), whose cells take half a minute each:
 
@@ -68,7 +69,7 @@ from lorafit.planning.halving import rates_for
 from lorafit.planning.trim import trimmed
 from lorafit.settings import settings_from
 from lorafit.sites import select
-from lorafit.tasks.completion import batch_of, token_nll
+from lorafit.tasks.completion import Way, batch_of, token_nll
 from lorafit.training.loop import train
 from lorafit.training.optimizer import rate_at
 from lorafit.training.processes import ALONE
@@ -231,7 +232,7 @@ def full(one: Opened, rate: float, seed: int) -> dict[str, Any]:
     """Every weight of a copy of the base trained, by the same schedule, on the same batches; the best by validation."""
     recipe, rows = replace(one.decision.recipe, learning_rate=rate, seed=seed), one.rows["train"]
     model = copy.deepcopy(one.base.model)
-    base = Base(**{**vars(one.base), "model": model})
+    base, way = Base(**{**vars(one.base), "model": model}), Way(False, one.way.packed)  # the other has a frozen head
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
@@ -239,8 +240,8 @@ def full(one: Opened, rate: float, seed: int) -> dict[str, Any]:
     best: dict[str, Any] = {"valid_nll": float("inf")}
     for step in range(recipe.steps):
         with packing(base, one.way.packed):
-            batch = batch_of(base, [rows[i] for i in order[step]], one.way)
-            token_nll(base, batch, one.way).mean().backward()
+            batch = batch_of(base, [rows[i] for i in order[step]], way)
+            token_nll(base, batch, way).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, recipe.steps, recipe.warmup, rate)
@@ -299,9 +300,15 @@ def arms_of(name: str, seeds: Sequence[int], thorough: bool, store: Store) -> di
     return found
 
 
-LABELS = {"a": "(a) the procedure", "a, thorough": "(a) the same, thorough", "b": "(b) (a) untrimmed", "c": "(c) ranks dealt at random",
-          "d": "(d) PEFT's raw defaults", "d, equal": "(d) q, v at equal parameters, rate of (b)",
-          "f": "(f) full fine-tuning, best of 3 rates"}  # fmt: skip
+LABELS = {
+    "a": "(a) the procedure",
+    "a, thorough": "(a) the same, thorough",
+    "b": "(b) (a) untrimmed",
+    "c": "(c) ranks dealt at random",
+    "d": "(d) PEFT's raw defaults",
+    "d, equal": "(d) q, v at equal parameters, rate of (b)",
+    "f": f"(f) full fine-tuning, best of {len(FULL_RATES)} rates",
+}
 
 
 def mean_test(cells: Sequence[dict[str, Any]]) -> np.ndarray[Any, Any]:

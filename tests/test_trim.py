@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError, SettingsError
 from lorafit.plan import LowRank, Plan, uniform
-from lorafit.planning.trim import Moments, is_pair, share_of, trimmed
+from lorafit.planning.trim import Moments, share_of, trimmed
 from lorafit.sites import Site
 
 SITES = tuple(Site(name, "linear", d_in, d_out) for name, d_in, d_out in (("a", 24, 16), ("b", 16, 40), ("c", 16, 16)))
@@ -137,7 +137,7 @@ def test_slots_that_are_more_than_a_pair_stay_whole() -> None:
     found, _ = trimmed(adapter, 0.5)
     assert [slot.rank for slot in found.plan.slots] == [2, 4]
     assert torch.equal(found.tensors["b.m"], adapter.tensors["b.m"])
-    assert [is_pair(slot) for slot in plan.slots] == [True, False]
+    assert [slot.is_pair for slot in plan.slots] == [True, False]
     with pytest.raises(AdapterError, match="no slot of this adapter is a plain pair"):
         trimmed(adapter_of(uniform(SITES, 2, 4.0, "dora")), 0.5)
 

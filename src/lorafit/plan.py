@@ -30,6 +30,11 @@ class LowRank:
     def scaling(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is A and B and nothing else: what a variant adds to them belongs to the whole pair."""
+        return set(self.shapes()) == {"A", "B"}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every factor by name."""
         return VARIANTS[self.variant].shapes(self.site, self.rank)

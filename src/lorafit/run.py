@@ -31,6 +31,7 @@ LAST = "last.safetensors"  # below CHECKPOINTS
 CARD, TRIED = "card.json", "tried.json"  # below SEARCH: what was measured before; what each arm came to
 RUNGS, MOMENTS, WHOLE = "rungs.json", "moments.safetensors", "whole"  # below LADDER; WHOLE is an adapter folder
 HISTORY = "history.json"  # below ROUNDS, beside a folder for each round
+FIGURES = "figures.json"  # below an accepted round: what its training came to
 IMPORTANCE, FORGETTING = "importance.json", "forgetting.json"  # below SCORES
 ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
 SCORED = {  # what a summary says at least, with the parts it has
@@ -98,7 +99,8 @@ def left_by_kills(out: Path) -> list[Path]:
     written = (
         (out, {*WRITTEN, PROBE}), (out / CHECKPOINTS, {LAST}), (out / SEARCH, {CARD, TRIED}),
         (out / SCORES, {ANSWERS, TRAINED_ON, OPENINGS, IMPORTANCE, FORGETTING}),
-        (out / LADDER, {RUNGS, MOMENTS, WHOLE}),
+        (out / LADDER, {RUNGS, MOMENTS, WHOLE}), (out / ROUNDS, {HISTORY}),
+        *((folder, {PLAN, FIGURES, ADAPTER, LADDER, METRICS}) for folder in (out / ROUNDS).glob("[0-9]*")),
     )  # fmt: skip
     return [path for folder, names in written for path in unfinished(folder, names)]
 
@@ -163,6 +165,16 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
     }
+
+
+def accepted_round(out: Path) -> int:
+    """The number of the last round whose adapter was better; 0 where there is none."""
+    path = out / ROUNDS / HISTORY
+    rounds = read_json(path) if path.exists() else []
+    try:
+        return max((int(one["number"]) for one in rounds if one["accepted"]), default=0)
+    except (TypeError, KeyError) as error:
+        raise FormatError(f"{path}: damaged ({error}): move the folder {out / ROUNDS} elsewhere") from error
 
 
 def count_opening(out: Path) -> int:

@@ -160,9 +160,12 @@ class Terminal:
             self.out.print(table)
 
     def _card(self, card: Mapping[str, Any]) -> None:
+        from lorafit.planning.signal import kinds_of  # torch behind it, which --help must not wait for
+
+        named = kinds_of([site["path"] for site in card["sites"]])
         kinds: dict[str, list[Mapping[str, Any]]] = {}
         for site in card["sites"]:
-            kinds.setdefault(site["path"].rpartition(".")[2], []).append(site)
+            kinds.setdefault(named[site["path"]], []).append(site)
         whole = sum(max(0.0, site["energy"]) for site in card["sites"]) or 1.0
         cost = sum(site["parameters"] for site in card["sites"])
         table = Table("layer card", "sites", "pull of the data", "cost", "strongest in blocks")

@@ -20,7 +20,7 @@ from lorafit.records import NllScore
 from lorafit.tasks.completion import Way
 
 SCALES = (0.5, 0.75, 1.25)  # beside 1
-LONGEST, MOST = 256, 200  # tokens of a piece; pieces read of a text
+LONGEST, MOST = 256, 100  # tokens of a piece; pieces read of a text
 BUILTIN = "general.txt"
 
 
@@ -63,26 +63,32 @@ def general_text(named: str | None = None) -> tuple[str, list[str]]:
         raise InputError(
             f"{source}: holds no paragraph of five words or more: name a text of some pages with --general"
         )
-    return source, paragraphs[:: max(1, len(paragraphs) // MOST)][:MOST]
+    return source, paragraphs
 
 
 def general_rows(tokenizer: Any, paragraphs: Sequence[str], context: int | None) -> list[Row]:
-    """A row for every paragraph, cut at LONGEST tokens; every token but the first counts."""
-    rows = []
-    for i, paragraph in enumerate(paragraphs):
-        ids = tokenizer(paragraph, add_special_tokens=True)["input_ids"][: min(LONGEST, context or LONGEST)]
-        if len(ids) > 1:
-            rows.append(Row(tuple(ids), (False, *[True] * (len(ids) - 1)), i))
-    return rows
+    """A row for every paragraph, several for a long one, MOST in all, spread; all tokens but the first count."""
+    width = min(LONGEST, context or LONGEST)
+    pieces = [
+        ids[start : start + width]
+        for paragraph in paragraphs
+        for ids in [tokenizer(paragraph, add_special_tokens=True)["input_ids"]]
+        for start in range(0, len(ids), width)
+    ]
+    whole = [ids for ids in pieces if len(ids) > 1]
+    spread = whole[:: -(-len(whole) // MOST)] if whole else []
+    return [Row(tuple(ids), (False, *[True] * (len(ids) - 1)), i) for i, ids in enumerate(spread)]
 
 
 def forgetting(
     base: Base, adapter: Adapter, general: Mapping[str, Sequence[Row]], valid: Sequence[Row], way: Way,
     watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Forgetting:  # fmt: skip
-    """general: rows by source. valid: validation rows on which the scales are compared."""
+    """general: rows by source. valid: validation rows on which the scales are compared; where a variant has more than A
+    and B there is but one scale, for what it adds has none."""
+    scales = sorted({1.0, *SCALES}) if all(slot.is_pair for slot in adapter.plan.slots) else [1.0]
     texts = {"": valid, **general}
-    steps, done = len(general) + len(texts) * (1 + len(SCALES)), 0
+    steps, done = len(general) + len(texts) * len(scales), 0
     watch(0, steps)
 
     def scored(on: Sequence[Row]) -> list[float]:
@@ -94,7 +100,7 @@ def forgetting(
 
     before = {source: scored(rows) for source, rows in general.items()}
     found: dict[float, dict[str, list[float]]] = {}
-    for scale in sorted({1.0, *SCALES}):
+    for scale in scales:
         with attach(base, scaled(adapter, scale)):
             found[scale] = {source: scored(rows) for source, rows in texts.items()}
     trades = []

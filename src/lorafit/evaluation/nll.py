@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from lorafit.attachment import packing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
+from lorafit.errors import BaseError
 from lorafit.tasks.completion import Way, batch_of, row_sums, token_nll, way_of
 
 EVALUATION_TOKENS = 2048  # per forward
@@ -43,6 +45,13 @@ def nll_sums(
             done += len(part)
             progress(done, len(chosen))
     return sums
+
+
+def require_finite(base: Base, nll: Sequence[float]) -> None:
+    """Raise BaseError where a base gives examples no finite NLL before anything is trained."""
+    if wrong := [value for value in nll if not math.isfinite(value)]:
+        raise BaseError(f"'{base.name}' gives validation examples no finite NLL ({wrong[0]}): the fault is in the "
+                        "base or its dtype, not in the training; try --dtype fp32, or another base")  # fmt: skip
 
 
 def means(rows: Sequence[Row], sums: Sequence[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from lorafit.files import make_folder, write_json
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.preparing import Opened
-from lorafit.pipeline.searching import chosen, some
+from lorafit.pipeline.searching import some, spread_over
 from lorafit.pipeline.trimming import ladder_of, write_moments
-from lorafit.planning import Choice, Decision
+from lorafit.planning import Decision
 from lorafit.planning.importance import ablations, examples_for, first_order, parts_of
 from lorafit.planning.ladder import Ladder, kept_whole
+from lorafit.planning.rules import told
 from lorafit.planning.trim import untrimmable
 from lorafit.run import FORGETTING, IMPORTANCE, LADDER, MOMENTS, RUNGS, SCORES, WHOLE
 from lorafit.training.loop import Trained
@@ -45,8 +46,7 @@ def trim_trained(opened: Opened, trained: Trained, how: str, out: Path, listener
 def told_ladder(decision: Decision, ladder: Ladder, adapter: Adapter) -> Decision:
     """The decision with what trimming came to, last among its choices."""
     value = f"{ladder.chosen:.4g} of the parameters" if ladder.chosen < 1 else "all of it"
-    choice = Choice("trim", f"{value}, {adapter.plan.bytes / 1e6:.1f} MB", ladder.reason, "--trim")
-    return replace(decision, choices=(*decision.choices, choice))
+    return told(decision, "trim", f"{value}, {adapter.plan.bytes / 1e6:.1f} MB", ladder.reason, "--trim")
 
 
 def look_back(
@@ -57,9 +57,10 @@ def look_back(
     base, valid = opened.base, opened.rows["valid"]
     parts = parts_of([slot.site.path for slot in whole.plan.slots])
     count = examples_for(len(parts), recipe.steps, recipe.batch_size, len(opened.examples.valid))
-    few, places = some(valid, count), chosen(count, len(opened.examples.valid))
-    groups = [opened.examples.valid[i].group for i in places]
-    first = first_order(base, whole, few, opened.way, opened.frozen.micro_tokens)
+    groups = [example.group for example in opened.examples.valid]
+    places = spread_over(count, groups)
+    few, groups = some(valid, places), [groups[i] for i in places]
+    first = first_order(base, whole, few, opened.way, opened.frozen.micro_tokens, recipe.recompute)
     taken = ablations(base, whole, few, parts, opened.way, groups,
                       lambda done, of: listener.watch("which sites mattered", done, of, "parts"))  # fmt: skip
     make_folder(out / SCORES)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from lorafit.base import Base
+from lorafit.pipeline.listener import Listener
 from lorafit.planning.memory import Room
 from lorafit.settings import bytes_of
 
@@ -105,3 +108,16 @@ def _told(path: str, name: str) -> int | None:
     except (OSError, ValueError):
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+
+
+@contextmanager
+def on_threads(count: int, listener: Listener) -> Iterator[None]:
+    """Compute on so many threads of torch, and then on as many as before: another number rounds otherwise."""
+    before = torch.get_num_threads()
+    if count != before:
+        listener.say(f"on {count} thread{'s' * (count != 1)}, as the run began, not {before}")
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

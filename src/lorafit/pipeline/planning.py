@@ -20,10 +20,9 @@ from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.searching import look, searchable, told_by
+from lorafit.pipeline.searching import look, obstacle, places_cost, places_tried, rates_tried, spread_over, told_by
 from lorafit.planning import halving
 from lorafit.planning.memory import steps_of
-from lorafit.planning.placement import placements
 from lorafit.planning.rules import hidden_size
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import batch_of, length_step, trunk
@@ -58,16 +57,19 @@ def run_planning(
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
     cost = forecast(opened, room_for(Path(), resolved.trunk_bytes), resolved.trim == "auto")
-    known, card = look(opened, listener, EVIDENCE)
-    decision = opened.decision
-    rates, why = searchable(opened, resolved)
-    rule = decision.recipe.learning_rate
-    places = placements(decision.plan, card) if card and resolved.targets is None else []
-    searching = halving.cost(len(rates), halving.first_rung(len(rates), decision.recipe.steps)) if rates[1:] else 0.0
+    places = spread_over(EVIDENCE, [one.group for one in opened.examples.valid])
+    known, card = look(opened, listener, places)
+    decision, steps = opened.decision, opened.decision.recipe.steps
+    rates, why = rates_tried(opened, resolved)
+    plans, offered = places_tried(opened, resolved, card)
+    searching = halving.cost(len(rates), halving.first_rung(len(rates), steps)) if rates[1:] else 0.0
+    if resolved.search == "thorough" and not obstacle(opened, resolved) and plans:
+        placing = places_cost(len(plans), steps) if len(plans) > 1 else 0.0
+        searching += placing if placing <= halving.MOST_PLACES * steps else 0.0
     return {
-        "evidence": told_by(known, opened),
+        "evidence": told_by(known, opened, places),
         "card": asdict(card) if card else None,
-        "search": {"rates": [rate * rule for rate in rates], "reason": why, "seconds": searching * cost.step},
+        "search": {"rates": rates, "reason": why, "seconds": searching * cost.step},
         "placements": [
             {
                 "name": one.name,
@@ -75,7 +77,7 @@ def run_planning(
                 "reason": one.reason,
                 "parameters": one.plan.parameters if one.plan else None,
             }
-            for one in places
+            for one in offered
         ],
         "base": opened.base.name,
         "trainable_parameters": decision.plan.parameters,

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach
-from lorafit.errors import DivergedError, FormatError, RunError
+from lorafit.errors import DivergedError, FormatError, Interrupted, RunError
 from lorafit.evaluation.nll import example_nll
-from lorafit.files import make_folder, read_json, write_json
+from lorafit.evaluation.statistics import FEWEST, groups_of
+from lorafit.files import read_json, whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.looking_back import trim_trained
-from lorafit.pipeline.memory import keep_freed_memory
+from lorafit.pipeline.looking_back import told_ladder, trim_trained
+from lorafit.pipeline.memory import keep_freed_memory, on_threads
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.searching import Order, carry_out
 from lorafit.plan import Plan
-from lorafit.planning import Decision
+from lorafit.planning import Choice, Decision
 from lorafit.planning.ladder import Ladder, Rung
 from lorafit.planning.refine import Evidence, Round, changed, judged, next_change
+from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.story import lines_of
 from lorafit.run import (
     ADAPTER,
     CARD,
+    CHECKPOINTS,
+    FIGURES,
     HISTORY,
     LADDER,
     METRICS,
@@ -39,32 +43,71 @@ from lorafit.run import (
     RUNGS,
     SEARCH,
     SUMMARY,
+    WHOLE,
+    accepted_round,
     frozen_of,
     read_run,
     read_summary,
+    room_to_write,
+    versions,
 )  # fmt: skip
 from lorafit.settings import TrainSettings, settings_from
+from lorafit.training.loop import RESUME_HINT, Trained
 from lorafit.training.processes import ALONE, Processes
 from lorafit.training.recipe import Recipe
-
-SCORED_EACH = "validation.json"  # below a round: NLL of every validation example under its adapter
 
 
 @dataclass(frozen=True)
 class Standing:
     """The adapter that stands: as it is shipped, the decision it was trained by, its ladder, the folder with its
-    curves, and its NLL on every validation example."""
+    curves, and what its training came to."""
 
     adapter: Adapter
     decision: Decision
     ladder: Ladder
     folder: Path
-    each: Sequence[float]
+    figures: Mapping[str, Any]
+
+    def whole(self) -> Adapter:
+        """As it was trained."""
+        kept = self.folder / LADDER / WHOLE
+        return peft.read(kept) if kept.exists() else self.adapter
+
+    def told(self) -> dict[str, Any]:
+        """What a summary says of it."""
+        told = {name: value for name, value in self.figures.items() if name != "each"}
+        return {**told, "parameters": self.adapter.plan.parameters, "ladder": asdict(self.ladder)}
+
+
+def figures_of(trained: Trained) -> dict[str, Any]:
+    """Of a training, as a summary says them; `each`: NLL of every validation example under the adapter as trained."""
+    return {
+        "trained_tokens": trained.trained_tokens,
+        "trainable_parameters": trained.adapter.plan.parameters,
+        "best_step": trained.best_step,
+        "steps": trained.steps,
+        "validation": [list(entry) for entry in trained.history],
+        "tokens_per_second": round(trained.tokens_per_second, 1),
+        "each": list(trained.each),
+    }
+
+
+def write_plan(decision: Decision, folder: Path) -> None:
+    """plan.json: the plan, how it is trained, and why."""
+    write_json(folder / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
+                               "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
+
+
+def _read_plan(folder: Path) -> Decision:
+    told = read_json(folder / PLAN)
+    choices = tuple(Choice(**choice) for choice in told["choices"])
+    return Decision(Plan.from_json(told, str(folder / PLAN)), Recipe(**told["recipe"]), choices)
 
 
 def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     """One round for the finished run in `folder`, on its validation alone; returns what came of it. A better adapter
-    takes the place of the run's, the one before is kept below rounds/. The test is not opened.
+    takes the place of the run's, the first is kept below rounds/0. The test is not opened. A round that was stopped
+    goes on.
 
     Raises RunError for a run that is not finished, or whose base or data have changed.
     """
@@ -76,33 +119,53 @@ def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, An
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
     keep_freed_memory()
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
-    opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
-    if (opened.base.identity, opened.examples.digest()) != (asked["base_identity"], asked["data_digest"]):
-        raise RunError(f"{folder}: its base or its data have changed since it was trained: restore them")
-    history = history_of(folder)
-    last = max((one.number for one in history if one.accepted), default=0)
-    where = folder / ROUNDS / str(last) if last else folder
-    told = read_json(where / PLAN)
-    decision = Decision(Plan.from_json(told, str(where / PLAN)), Recipe(**told["recipe"]), opened.decision.choices)
-    adapter = peft.read(folder / ADAPTER)
-    each = scored(opened, adapter, listener)
-    standing = Standing(adapter, decision, _ladder(where, each), where, each)
-    known = tuple(read_json(folder / SEARCH / CARD)["known"])
-    new, done = one_round(opened, standing, history, folder, settings, known, True, listener)
-    if new is not None:
-        keep = folder / ROUNDS / "0" / ADAPTER
-        if not keep.exists():
-            shutil.copytree(folder / ADAPTER, keep)
-        peft.write(new.adapter, folder / ADAPTER, extra={"round": asdict(done) if isinstance(done, Round) else None})
-    if isinstance(done, Round):
-        told = {**summary, "rounds": [asdict(one) for one in history_of(folder)]}
-        if done.accepted:
-            told = {"scores_of_round": done.number, **told}  # those of the adapter before it: the test stays shut
-        write_json(folder / SUMMARY, told)
+    with on_threads(frozen.threads, listener), room_to_write(folder):
+        opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
+        if (opened.base.identity, opened.examples.digest()) != (asked["base_identity"], asked["data_digest"]):
+            raise RunError(f"{folder}: its base or its data have changed since it was trained: restore them")
+        last = accepted_round(folder)
+        if last:
+            standing = _stands(folder / ROUNDS / str(last))
+            _install(standing, last, folder, summary)  # a kill may have come between
+        else:
+            figures = {name: summary[name] for name in ("best_step", "steps", "validation")}
+            standing = Standing(peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, figures)
+        known = tuple(read_json(folder / SEARCH / CARD)["known"])
+        try:
+            new, done = one_round(opened, standing, history_of(folder), folder, settings, known, True, listener)
+        except Interrupted as error:
+            raise Interrupted(str(error).replace(RESUME_HINT, "type the same again and it goes on")) from None
+        if isinstance(done, str):
+            return {"number": None, "accepted": False, "verdict": f"nothing is left to try: {done}",
+                    "adapter_dir": str(folder / ADAPTER)}  # fmt: skip
+        if new is not None:
+            _install(new, done.number, folder, summary)
+        else:
+            write_json(folder / SUMMARY, {**summary, "rounds": [asdict(one) for one in history_of(folder)]})
         write_report([folder], folder / REPORT)
-        return {**asdict(done), "adapter_dir": str(folder / ADAPTER)}
-    return {"number": None, "accepted": False, "verdict": f"nothing is left to try: {done}",
-            "adapter_dir": str(folder / ADAPTER)}  # fmt: skip
+    return {**asdict(done), "adapter_dir": str(folder / ADAPTER)}
+
+
+def _install(standing: Standing, number: int, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Put the adapter of an accepted round in the place of the run's, where it is not there already."""
+    first = folder / ROUNDS / "0"
+    if not (first / ADAPTER).exists():
+        with whole_folder(first / ADAPTER) as building:
+            shutil.copytree(folder / ADAPTER, building, dirs_exist_ok=True)
+    told = {**summary, **standing.told(), "scores_of_round": number,
+            "rounds": [asdict(one) for one in history_of(folder)]}  # fmt: skip
+    if peft.read(folder / ADAPTER) != standing.adapter:
+        peft.write(standing.adapter, folder / ADAPTER, card(standing.adapter, standing.decision.choices, told),
+                   {"versions": versions(), "round": number})  # fmt: skip
+    _take_ladder(standing, folder)
+    write_json(folder / SUMMARY, told)
+
+
+def _take_ladder(standing: Standing, out: Path) -> None:
+    """The ladder in the run's folder is that of the adapter that stands."""
+    if standing.folder != out and (standing.folder / LADDER).exists():
+        with whole_folder(out / LADDER) as building:
+            shutil.copytree(standing.folder / LADDER, building, dirs_exist_ok=True)
 
 
 def refine(
@@ -110,10 +173,9 @@ def refine(
     listener: Listener, processes: Processes,
 ) -> Standing:  # fmt: skip
     """At most settings.rounds of them, before the test is opened; those done before a stop are taken from the files."""
-    history = history_of(out) if resume else []
-    for one in history:
-        if one.accepted:
-            standing = _stands(out / ROUNDS / str(one.number), standing.decision)
+    history = history_of(out)
+    if last := accepted_round(out):
+        standing = _stands(out / ROUNDS / str(last))
     while len(history) < settings.rounds:
         new, done = one_round(opened, standing, history, out, settings, known, resume, listener, processes)
         if isinstance(done, str):
@@ -121,6 +183,7 @@ def refine(
             break
         standing = new or standing
         history = [*history, done]
+    _take_ladder(standing, out)
     return standing
 
 
@@ -130,6 +193,9 @@ def one_round(
 ) -> tuple[Standing | None, Round | str]:  # fmt: skip
     """Try what the rules say, and judge it: what stands now where that has changed, and the round; or why none is left.
     A round is in the history once its adapter is on disk."""
+    groups = [example.group for example in opened.examples.valid]
+    if (n := len(set(groups_of(groups)))) < FEWEST:
+        return None, f"{n} independent validation examples decide nothing, at least {FEWEST} are needed"
     since = max((one.number for one in history if one.accepted), default=0)
     refused = {one.kind for one in history if one.number > since}
     lines = lines_of(standing.folder / METRICS)
@@ -149,25 +215,26 @@ def one_round(
     order = Order(decision.plan, decision.recipe, f"{ROUNDS}/{number}", known=known)
     processes.agreed(order.to_json)
     rank = max(slot.rank for slot in decision.plan.slots)
-    groups = [example.group for example in opened.examples.valid]
+    before = scored(opened, standing.adapter, listener)
+    new = None
     try:
         trained = carry_out(opened, order, out, resume, settings.trunk_bytes, processes, listener)
     except DivergedError as error:
-        mean = sum(standing.each) / len(standing.each)
+        mean = sum(before) / len(before)
         done = Round(number, change.kind, change.reason, change.steps, rank, mean, mean, 0.0, None, 0.0, False,
                      f"it diverged: {error}")  # fmt: skip
-        write_json(out / ROUNDS / HISTORY, [asdict(one) for one in (*history, done)])
-        return None, done
-    write_json(folder / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe)})
-    ladder, adapter = trim_trained(opened, trained, settings.trim, folder, listener)
-    each = trained.each if adapter is trained.adapter else scored(opened, adapter, listener)
-    done = judged(number, change, rank, standing.each, each, groups)
-    new = None
-    if done.accepted:
-        peft.write(adapter, folder / ADAPTER, extra={"round": asdict(done)})
-        write_json(folder / SCORED_EACH, list(each))
-        new = Standing(adapter, decision, ladder, folder, each)
+    else:
+        ladder, adapter = trim_trained(opened, trained, settings.trim, folder, listener)
+        after = trained.each if adapter is trained.adapter else scored(opened, adapter, listener)
+        done = judged(number, change, rank, before, after, groups)
+        if done.accepted:
+            decision = told_ladder(decision, ladder, adapter)
+            new = Standing(adapter, decision, ladder, folder, figures_of(trained))
+            write_plan(decision, folder)
+            write_json(folder / FIGURES, new.figures)
+            peft.write(adapter, folder / ADAPTER, extra={"round": asdict(done)})
     write_json(out / ROUNDS / HISTORY, [asdict(one) for one in (*history, done)])
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     listener.say(f"round {number}: {done.verdict}")
     return new, done
 
@@ -178,18 +245,17 @@ def scored(opened: Opened, adapter: Adapter, listener: Listener) -> list[float]:
         return example_nll(opened.base, opened.rows["valid"], partial(listener.watch, "as it stands"), opened.way)
 
 
-def _stands(folder: Path, decision: Decision) -> Standing:
+def _stands(folder: Path) -> Standing:
     """What an accepted round has left."""
-    told = read_json(folder / PLAN)
-    decision = replace(decision, plan=Plan.from_json(told, str(folder / PLAN)), recipe=Recipe(**told["recipe"]))
-    each = read_json(folder / SCORED_EACH)
-    return Standing(peft.read(folder / ADAPTER), decision, _ladder(folder, each), folder, each)
+    return Standing(
+        peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, read_json(folder / FIGURES)
+    )
 
 
-def _ladder(folder: Path, each: Sequence[float]) -> Ladder:
+def _ladder(folder: Path) -> Ladder:
     path = folder / LADDER / RUNGS
     if not path.exists():
-        return Ladder(sum(each) / len(each), 0.0, (), 1.0, "not trimmed")
+        return Ladder(0.0, 0.0, (), 1.0, "not trimmed")
     told = read_json(path)
     try:
         return Ladder(**{**told, "rungs": tuple(Rung(**rung) for rung in told["rungs"])})
@@ -200,7 +266,6 @@ def _ladder(folder: Path, each: Sequence[float]) -> Ladder:
 def history_of(out: Path) -> list[Round]:
     """The rounds of a run so far. Raises FormatError for a damaged history."""
     path = out / ROUNDS / HISTORY
-    make_folder(out / ROUNDS)
     if not path.exists():
         return []
     try:

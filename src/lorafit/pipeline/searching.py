@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, free_blocks, fresh
+from lorafit.attachment import attach, fresh
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError
-from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.nll import example_nll, require_finite
 from lorafit.evaluation.statistics import FEWEST, detectable, groups_of
 from lorafit.files import make_folder, read_json, write_json
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.preparing import Opened
 from lorafit.plan import Plan
-from lorafit.planning import Choice, Decision
+from lorafit.planning import Decision
 from lorafit.planning.halving import (
+    MOST_PLACES,
     SCORED,
     WANTED_PLACES,
     Arm,
     Tried,
     better,
+    cost,
     first_rung,
     rates_for,
     steps_needed,
     survivors,
 )  # fmt: skip
-from lorafit.planning.placement import Placement, placements
+from lorafit.planning.placement import ALL, Placement, placements
+from lorafit.planning.rules import told, told_rank
 from lorafit.planning.signal import Card, Signal, card_of
 from lorafit.run import CARD, SEARCH, TRIED
 from lorafit.settings import TrainSettings
@@ -45,13 +49,13 @@ SHRUNK = 4  # of the rank, for the arm that asks whether less is enough
 
 @dataclass(frozen=True)
 class Order:
-    """One training: what to train, how, where. scored: on so many validation examples; None for all of them. known:
-    what is validated first, where it has been measured."""
+    """One training: what to train, how, where. scored: numbers of the validation examples it is scored on, none for all
+    of them. known: their NLL before, where it has been measured."""
 
     plan: Plan
     recipe: Recipe
     folder: str = ""
-    scored: int | None = None
+    scored: tuple[int, ...] = ()
     known: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -60,16 +64,15 @@ class Order:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Order:
         plan, recipe = Plan.from_json(value["plan"]), Recipe(**value["recipe"])
-        return Order(plan, recipe, value["folder"], value["scored"], tuple(value["known"]))
+        return Order(plan, recipe, value["folder"], tuple(value["scored"]), tuple(value["known"]))
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known before the run proper: validation NLL of every example under the base, the layer card (None where
-    the run is too short for one), and the decision with what the search has changed. seconds: of this process alone."""
+    """What is known before the run proper: validation NLL of every example under the base, and the decision with what
+    the search has changed. seconds: of this process alone."""
 
     known: tuple[float, ...]
-    card: Card | None
     decision: Decision
     seconds: float
 
@@ -82,7 +85,7 @@ def carry_out(
     base, rows = opened.base, opened.rows
     if processes.first:
         (out / order.folder).mkdir(parents=True, exist_ok=True)
-    valid = rows["valid"] if order.scored is None else some(rows["valid"], order.scored)
+    valid = some(rows["valid"], order.scored) if order.scored else rows["valid"]
     kept: dict[str, Any] = {}
     if listener:
         name = f"{order.folder}: validation" if order.folder else "validation"
@@ -99,23 +102,36 @@ def start_of(opened: Opened, plan: Plan) -> Adapter:
     return fresh(opened.base, plan, opened.decision.recipe.seed, opened.renderer.rendering)
 
 
-def chosen(count: int, of: int) -> list[int]:
-    """So many of the validation examples, spread over all."""
-    return sorted({i * of // count for i in range(count)}) if count < of else list(range(of))
+def spread_over(count: int, groups: Sequence[str | None]) -> list[int]:
+    """Numbers of so many examples, of as many groups as there are: the first of every group, then the second; evenly
+    spread where not all of a turn are wanted."""
+    before: Counter[str] = Counter()
+    turns: dict[int, list[int]] = {}
+    for i, group in enumerate(groups_of(groups)):
+        turns.setdefault(before[group], []).append(i)
+        before[group] += 1
+    taken: list[int] = []
+    for _, turn in sorted(turns.items()):
+        left = count - len(taken)
+        taken += turn if left >= len(turn) else [turn[i * len(turn) // left] for i in range(left)]
+    return sorted(taken)
 
 
-def some(rows: Sequence[Row], count: int) -> list[Row]:
-    """The rows of so many examples, spread over all."""
-    numbers = sorted({row.example for row in rows})
-    taken = {numbers[i] for i in chosen(count, len(numbers))}
-    return [row for row in rows if row.example in taken]
+def some(rows: Sequence[Row], numbers: Collection[int]) -> list[Row]:
+    """The rows of these examples."""
+    wanted = set(numbers)
+    return [row for row in rows if row.example in wanted]
 
 
-def look(opened: Opened, listener: Listener, count: int | None = None) -> tuple[tuple[float, ...], Card | None]:
-    """The base's NLL on the validation examples (on `count` of them, where that many are enough) and the layer card."""
-    rows = opened.rows["valid"] if count is None else some(opened.rows["valid"], count)
+def look(
+    opened: Opened, listener: Listener, places: Collection[int] | None = None
+) -> tuple[tuple[float, ...], Card | None]:  # fmt: skip
+    """The base's NLL on the validation examples (on those at `places`) and the layer card. Raises BaseError where it is
+    not finite."""
+    rows = opened.rows["valid"] if places is None else some(opened.rows["valid"], places)
     with attach(opened.base, opened.start):  # as the run will: its first validation is this one
         known = example_nll(opened.base, rows, partial(listener.watch, "base: validation"), opened.way)
+    require_finite(opened.base, known)
     card = card_of(opened.base, opened.start, opened.rows["train"], opened.decision.recipe, opened.way,
                    lambda d, n: listener.watch("layer card", d, n, "batches"))  # fmt: skip
     return tuple(known), card
@@ -138,20 +154,19 @@ def search(
         card = card_from(told)
     else:
         known, card = look(opened, listener)
-        write_json(folder / CARD, {**told_by(known, opened), "known": known, **(asdict(card) if card else {})})
+        write_json(
+            folder / CARD,
+            {**told_by(known, opened, range(len(known))), "known": known, **(asdict(card) if card else {})},
+        )
     searching = _Search(opened, settings, out, resume, processes, listener, known)
-    decision = searching.decide(card)
-    if not free_blocks(opened.base, decision.plan):
-        for path in out.glob("trunk-*.bin"):  # of an arm that was not taken
-            path.unlink()
-    return Found(known, card, decision, time.monotonic() - began)
+    return Found(known, searching.decide(card), time.monotonic() - began)
 
 
-def told_by(known: Sequence[float], opened: Opened) -> dict[str, Any]:
+def told_by(known: Sequence[float], opened: Opened, places: Sequence[int]) -> dict[str, Any]:
     """What validation can tell: how many independent examples there are, the base's NLL, the smallest effect.
-    known: NLL of all validation examples, or of some spread over them."""
+    known: NLL of the validation examples at `places`."""
     groups = [example.group for example in opened.examples.valid]
-    part = [groups[i] for i in chosen(len(known), len(groups))]
+    part = [groups[i] for i in places]
     seen, there = (len(set(groups_of(names))) for names in (part, groups))
     smallest = detectable(known, part)
     return {"independent": there, "nll": sum(known) / len(known),
@@ -165,23 +180,48 @@ def card_from(told: Mapping[str, Any]) -> Card | None:
     return Card(tuple(Signal(**site) for site in told["sites"]), told["batches"], told["rows"])
 
 
-def searchable(opened: Opened, settings: TrainSettings) -> tuple[tuple[float, ...], str]:
-    """Multiples of the rate by rule that are tried, and in words why these; one alone where nothing is searched."""
+def obstacle(opened: Opened, settings: TrainSettings) -> str | None:
+    """Why nothing is searched; None where something may be."""
     steps, groups = opened.decision.recipe.steps, [one.group for one in opened.examples.valid]
     independent = len(set(groups_of(groups)))
     if settings.search == "none":
-        return (1.0,), "not searched, as you set (--search)"
-    if settings.learning_rate is not None:
-        return (1.0,), "the rate is set by you"
+        return "as you set"
     if independent < FEWEST:
-        return (1.0,), (f"not searched: {independent} independent validation examples decide nothing, at least "
-                        f"{FEWEST} are needed")  # fmt: skip
+        return f"{independent} independent validation examples decide nothing, at least {FEWEST} are needed"
+    if rates_for(steps) == (1.0,):
+        return (f"{steps} steps are too short a run to search within half of it; from {steps_needed(2)} on two rates "
+                f"are tried, from {steps_needed(4)} four")  # fmt: skip
+    return None
+
+
+def rates_tried(opened: Opened, settings: TrainSettings) -> tuple[list[float], str]:
+    """The rates that a search compares, and why these; one alone where none are compared."""
+    steps, rule = opened.decision.recipe.steps, opened.decision.recipe.learning_rate
+    if why := obstacle(opened, settings):
+        return [rule], f"not searched: {why}"
+    if settings.learning_rate is not None:
+        return [rule], "the rate is set by you"
     rates = rates_for(steps)
-    if len(rates) == 1:
-        return rates, (f"not searched: {steps} steps are too short a run to search within half of it; from "
-                       f"{steps_needed(2)} on two rates are tried, from {steps_needed(4)} four")  # fmt: skip
     told = f"{len(rates)} rates, each a short run of {first_rung(len(rates), steps)} steps of its own"
-    return rates, told + ("; the better half for twice as many" if len(rates) > 2 else "")
+    return [rate * rule for rate in rates], told + ("; the better half for twice as many" if len(rates) > 2 else "")
+
+
+def places_tried(opened: Opened, settings: TrainSettings, card: Card | None) -> tuple[dict[str, Plan], list[Placement]]:
+    """The plans that a thorough search compares, by name, and all placements, those too that are not tried."""
+    plan = opened.decision.plan
+    offered: list[Placement] = []
+    if card is not None and settings.targets is None:
+        offered = placements(plan, card, even=settings.rank is None)
+    whole = ALL if settings.targets is None else "the sites you named"
+    plans = {one.name: one.plan for one in offered if one.plan is not None} or {whole: plan}
+    if settings.rank is None and (smaller := _smaller(plan)) is not None:
+        plans[f"rank {max(slot.rank for slot in smaller.slots)}"] = smaller
+    return plans, offered
+
+
+def places_cost(arms: int, run_steps: int) -> float:
+    """Steps that searching among so many plans takes."""
+    return cost(arms, first_rung(arms, run_steps, WANTED_PLACES))
 
 
 class _Search:
@@ -193,56 +233,57 @@ class _Search:
         self.processes, self.listener, self.known = processes, listener, known
         self.path = out / SEARCH / TRIED
         self.stored: list[dict[str, Any]] = read_json(self.path) if self.path.exists() else []
-        run = opened.decision.recipe.steps
-        self.first = first_rung(len(rates_for(run)), run) if len(rates_for(run)) > 1 else 0
+        self.run_steps = opened.decision.recipe.steps
+        self.first = first_rung(max(2, len(rates_for(self.run_steps))), self.run_steps)
         wanted = round(SCORED * self.first * opened.decision.recipe.batch_size)
-        self.places = chosen(max(wanted, 2 * FEWEST), len(known))
-        self.groups = [opened.examples.valid[i].group for i in self.places]
+        groups = [one.group for one in opened.examples.valid]
+        self.places = spread_over(max(wanted, 2 * FEWEST), groups)
+        self.groups = [groups[i] for i in self.places]
+        self.before = tuple(known[i] for i in self.places)
         self.plans = [opened.decision.plan]
 
     def decide(self, card: Card | None) -> Decision:
         decision = self.opened.decision
-        rates, why = searchable(self.opened, self.settings)
-        rule = decision.recipe.learning_rate
-        parameters = decision.plan.parameters
-        if len(rates) == 1:
-            return decision if self.settings.learning_rate is not None else _told(decision, "search", "none", why)
-        arms = [Arm(f"rate {rate * rule:.1e}", rate * rule, parameters) for rate in rates]
-        winner, reason = self._halve(arms, "rate", self.first)
-        recipe = replace(decision.recipe, learning_rate=winner.rate)
-        decision = replace(decision, recipe=recipe)
-        decision = _told(decision, "learning rate", f"{winner.rate:.1e}", f"searched among {_list(arms)}: {reason}")
-        decision = _told(decision, "search", self.settings.search, why)
-        self.listener.say(f"learning rate {winner.rate:.1e}: {reason}")
+        if why := obstacle(self.opened, self.settings):
+            return told(decision, "search", "none", why, "--search")
+        rates, why = rates_tried(self.opened, self.settings)
+        if len(rates) > 1:
+            arms = [Arm(f"rate {rate:.1e}", rate, decision.plan.parameters) for rate in rates]
+            winner, reason = self._halve(arms, "rate", self.first)
+            decision = replace(decision, recipe=replace(decision.recipe, learning_rate=winner.rate))
+            self.listener.say(f"learning rate {winner.rate:.1e}: {reason}")
+            reason = f"searched among {_list(arms)}: {reason}"
+            decision = told(decision, "learning rate", f"{winner.rate:.1e}", reason)
         if self.settings.search == "thorough":
-            decision = self._place(decision, card)
-        return decision
+            decision, more = self._place(decision, card)
+            why = f"{why}; {more}"
+        return told(decision, "search", self.settings.search, why, "--search")
 
-    def _place(self, decision: Decision, card: Card | None) -> Decision:
-        """Placement and rank, at the rate that has been found: it serves every rank (alpha is fixed)."""
-        offered: list[Placement] = []
-        if card is not None and self.settings.targets is None:
-            offered = placements(decision.plan, card)
-            for one in offered:
-                if one.plan is None:
-                    self.listener.say(f"{one.name}: {one.reason}")
-        plans = {one.name: one.plan for one in offered if one.plan is not None} or {"all sites": decision.plan}
-        if self.settings.rank is None and (smaller := _smaller(decision.plan)) is not None:
-            plans[f"rank {max(slot.rank for slot in smaller.slots)}"] = smaller
+    def _place(self, decision: Decision, card: Card | None) -> tuple[Decision, str]:
+        """Placement and rank, at the rate that has been found: it serves every rank (alpha is fixed). Also in words
+        what was tried."""
+        plans, offered = places_tried(self.opened, self.settings, card)
+        for one in offered:
+            if one.plan is None:
+                self.listener.say(f"{one.name}: {one.reason}")
         if len(plans) == 1:
-            return decision
+            return decision, "no other places are worth trying"
+        if places_cost(len(plans), self.run_steps) > MOST_PLACES * self.run_steps:
+            needed = steps_needed(len(plans), MOST_PLACES)
+            return decision, f"too short a run to try {len(plans)} places and ranks, from {needed} steps on they are"
         self.plans = list(plans.values())
         rate = decision.recipe.learning_rate
         arms = [Arm(name, rate, plan.parameters, i) for i, (name, plan) in enumerate(plans.items())]
-        winner, reason = self._halve(arms, "place", first_rung(len(arms), decision.recipe.steps, WANTED_PLACES))
-        plan = self.plans[winner.plan]
+        first = first_rung(len(arms), self.run_steps, WANTED_PLACES)
+        winner, reason = self._halve(arms, "place", first)
         self.listener.say(f"{winner.name}: {reason}")
-        told = f"{winner.name}, searched among {_list(arms)}: {reason}"
-        decision = _told(replace(decision, plan=plan), "sites", str(len(plan.slots)), told)
-        ranks = sorted({slot.rank for slot in plan.slots})
-        value = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        decision = _told(decision, "rank", f"{value} (alpha {self.settings.alpha:g})", "of the placement that won")
-        return _told(decision, "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB", "as searched")
+        decision = replace(decision, plan=self.plans[winner.plan])
+        reason = f"{winner.name}, searched among {_list(arms)}: {reason}"
+        decision = told(decision, "sites", str(len(decision.plan.slots)), reason)
+        said = f"{len(arms)} places and ranks, the first of {first} steps"
+        if decision.plan == self.opened.decision.plan:
+            return decision, said
+        return told_rank(decision, "of the placement that won"), said
 
     def _halve(self, arms: Sequence[Arm], what: str, first: int) -> tuple[Arm, str]:
         """The arm that is left, and in words why. first: steps of the first rung."""
@@ -252,21 +293,22 @@ class _Search:
             steps = first << (rung - 1)
             tried = [self._tried(arm, steps, f"{what}-{rung}-{i + 1}", f"{arm.name}, {i + 1} of {len(left)}")
                      for i, arm in enumerate(left)]  # fmt: skip
-            whole = sorted((one for one in tried if one.each is not None), key=lambda one: one.nll)
-            if not whole:
+            best = survivors(tried)
+            if not best:
                 lowest = min(arm.rate for arm in left)
                 raise DivergedError(f"every arm of the search diverged, at rates from {lowest:.1e} up: give a lower "
                                     f"--learning-rate, e.g. {lowest / 10:.0e}, and name another --out")  # fmt: skip
-            left = survivors(tried, self.groups)
-            if len(left) > 1:
+            if all(one.each == self.before for one in best):
+                least = min((one.arm for one in best), key=lambda arm: (arm.rate, arm.parameters))
+                return least, "no arm was better than the base when it ended, so the least is taken"
+            if len(best) > 1:
+                left = [one.arm for one in best]
                 continue
-            if len(whole) == 1:
-                return whole[0].arm, "the others diverged"
-            if whole[0].each == whole[1].each:
-                least = min((one.arm for one in whole), key=lambda arm: (arm.rate, arm.parameters))
-                return least, "no arm changed the validation NLL: it says nothing of them"
-            best, why = better(whole[0], whole[1], self.groups)
-            return best.arm, f"{why}, NLL {best.nll:.4f} after {best.steps} steps"
+            others = [one for one in tried if one.each is not None and one is not best[0]]
+            if not others:
+                return best[0].arm, "the others diverged"
+            taken, why = better(best[0], min(others, key=lambda one: one.nll), self.groups)
+            return taken.arm, f"{why}, NLL {taken.nll:.4f} after {taken.steps} steps"
 
     def _tried(self, arm: Arm, steps: int, cell: str, told: str) -> Tried:
         """What it came to: from the store, or trained now."""
@@ -276,8 +318,7 @@ class _Search:
         self.listener.say(f"search: {told}, for {steps} steps")
         recipe = replace(self.opened.decision.recipe, learning_rate=arm.rate, steps=steps,
                          warmup=max(1, round(self.settings.warmup * steps)), validate_every=steps)  # fmt: skip
-        known = tuple(self.known[i] for i in self.places)
-        order = Order(self.plans[arm.plan], recipe, f"{SEARCH}/{cell}", len(self.places), known)
+        order = Order(self.plans[arm.plan], recipe, f"{SEARCH}/{cell}", tuple(self.places), self.before)
         self.processes.agreed(order.to_json)
         each: tuple[float, ...] | None
         try:
@@ -295,16 +336,6 @@ def _smaller(plan: Plan) -> Plan | None:
     """The same sites at a fraction of their rank; None where nothing is left to shrink."""
     made = tuple(replace(slot, rank=max(1, slot.rank // SHRUNK)) for slot in plan.slots)
     return Plan(made) if any(slot.rank > SHRUNK for slot in plan.slots) else None
-
-
-def _told(decision: Decision, name: str, value: str, reason: str) -> Decision:
-    """The decision with one of its choices replaced, or added."""
-    flags = {"search": "--search", "learning rate": "--learning-rate", "sites": "--targets", "rank": "--rank, --alpha"}
-    new = Choice(name, value, reason, flags.get(name, ""))
-    if any(choice.name == name for choice in decision.choices):
-        changed = tuple(new if choice.name == name else choice for choice in decision.choices)
-        return replace(decision, choices=changed)
-    return replace(decision, choices=(*decision.choices, new))
 
 
 def _list(arms: Sequence[Arm]) -> str:

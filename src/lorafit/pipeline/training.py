@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,9 @@ from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.looking_back import look_back, told_ladder, trim_trained
-from lorafit.pipeline.memory import keep_freed_memory, left_of, peak_gb
+from lorafit.pipeline.memory import keep_freed_memory, left_of, on_threads, peak_gb
 from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.refining import Standing, history_of, refine, scored
+from lorafit.pipeline.refining import Standing, figures_of, history_of, refine, write_plan
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.pipeline.searching import Order, carry_out, search
 from lorafit.planning import Choice
@@ -49,7 +49,6 @@ from lorafit.run import (
     versions,
 )
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.training.loop import Trained
 from lorafit.training.processes import ALONE, Processes
 
 
@@ -76,7 +75,7 @@ def run_training(
     listener = listener or Silent()
     base_name, data, resolved, began = open_run(out, base_name, data, settings, resume)
     keep_freed_memory()
-    with _threads(began.threads if began else torch.get_num_threads(), listener):
+    with on_threads(began.threads if began else torch.get_num_threads(), listener):
         try:
             opened = open_all(base_name, data, resolved, listener, began, processes.here)
             processes.require_work(opened.decision.recipe.batch_size)
@@ -90,26 +89,13 @@ def run_training(
             return _run(base_name, data, out, resolved, opened, resume, listener, extra or {}, processes)
 
 
-@contextmanager
-def _threads(count: int, listener: Listener) -> Iterator[None]:
-    """Compute on so many threads of torch, and then on as many as before: another number rounds otherwise."""
-    before = torch.get_num_threads()
-    if count != before:
-        listener.say(f"on {count} thread{'s' * (count != 1)}, as the run began, not {before}")
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any]:
     """What the other processes do. The first has opened everything before they begin: it alone fetches or converts a
     base, measures, and says what is wrong."""
     keep_freed_memory()
     base_name, data, settings, frozen = processes.agreed(dict)
     began, resolved = Frozen(**frozen), settings_from(settings)
-    with _threads(began.threads, Silent()):
+    with on_threads(began.threads, Silent()):
         opened = open_all(base_name, data, resolved, Silent(), began)
         while told := processes.agreed(dict):
             order = Order.from_json(told)
@@ -139,8 +125,7 @@ def _run(
     found = search(opened, resolved, out, resume, processes, listener)
     decision, seconds = found.decision, {"load": opened.seconds, "search": found.seconds}
     if not (out / PLAN).exists():
-        write_json(out / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
-                                "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
+        write_plan(decision, out)
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
     order = Order(decision.plan, decision.recipe, known=found.known)
@@ -149,20 +134,19 @@ def _run(
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
     began = time.monotonic()
     ladder, adapter = trim_trained(opened, trained, resolved.trim, out, listener)
-    decision = told_ladder(decision, ladder, adapter)
-    seconds["trim"] = time.monotonic() - began
-    began, whole = time.monotonic(), trained.adapter
+    standing = Standing(adapter, told_ladder(decision, ladder, adapter), ladder, out, figures_of(trained))
+    seconds |= {"train": trained.seconds, "trim": time.monotonic() - began}
     if resolved.rounds:
-        each = trained.each if adapter is whole else scored(opened, adapter, listener)
-        standing = refine(opened, Standing(adapter, found.decision, ladder, out, each), out, resolved, found.known,
-                          resume, listener, processes)  # fmt: skip
-        if standing.adapter is not adapter:
-            adapter, whole, ladder = standing.adapter, standing.adapter, standing.ladder
+        began = time.monotonic()
+        standing = refine(opened, standing, out, resolved, found.known, resume, listener, processes)
         seconds["rounds"] = time.monotonic() - began
     processes.agreed(dict)
     processes.leave()
+    for path in out.glob("trunk-*.bin"):  # of an arm that the run itself did not read
+        path.unlink()
     began = time.monotonic()
-    beside = look_back(opened, decision.recipe, whole, adapter, out, listener)
+    adapter, decision = standing.adapter, standing.decision
+    beside = look_back(opened, decision.recipe, standing.whole(), adapter, out, listener)
     if resolved.rounds:
         beside["rounds"] = [asdict(one) for one in history_of(out)]
     opens = count_opening(out)
@@ -171,9 +155,8 @@ def _run(
                          memory=left_of(resolved.memory, base), way=opened.way)  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
-    seconds |= {"train": trained.seconds, "evaluate": time.monotonic() - began}
-    summary = {**_summary(opened, trained, adapter, comparison, out, seconds, opens), **beside,
-               "ladder": asdict(ladder), "base_unchanged": unchanged}  # fmt: skip
+    seconds["evaluate"] = time.monotonic() - began
+    summary = {**_summary(opened, standing, comparison, out, seconds, opens), **beside, "base_unchanged": unchanged}
     _write(out, adapter, decision.choices, summary)
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
@@ -216,9 +199,8 @@ def _provenance(opened: Opened, processes: Processes) -> dict[str, Any]:
 
 
 def _summary(
-    opened: Opened, trained: Trained, adapter: Adapter, comparison: Comparison, out: Path, seconds: dict[str, float],
-    opens: int,
-) -> dict[str, Any]:  # fmt: skip
+    opened: Opened, standing: Standing, comparison: Comparison, out: Path, seconds: dict[str, float], opens: int
+) -> dict[str, Any]:
     examples = opened.examples
     return {
         "base": opened.base.name,
@@ -228,14 +210,8 @@ def _summary(
         "n_valid": len(examples.valid),
         **scores_json(comparison),
         "test_openings": opens,
-        "trained_tokens": trained.trained_tokens,
-        "trainable_parameters": trained.adapter.plan.parameters,
-        "parameters": adapter.plan.parameters,
-        "best_step": trained.best_step,
-        "steps": trained.steps,
-        "validation": [list(entry) for entry in trained.history],
+        **standing.told(),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "tokens_per_second": round(trained.tokens_per_second, 1),
         "dtype": str(opened.base.dtype).removeprefix("torch."),
     }
 

@@ -27,7 +27,7 @@ from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import opened_base, prepare, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
-from lorafit.planning.trim import Moments, is_pair, require_pairs, share_of, smallest_share, trimmed
+from lorafit.planning.trim import Moments, require_pairs, share_of, smallest_share, trimmed
 from lorafit.run import LADDER, MOMENTS, RUN, WHOLE, frozen_of, read_run, read_summary
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of
@@ -144,9 +144,9 @@ def moments_of(
     base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024
 ) -> dict[str, Moments]:  # fmt: skip
     """Second moments inside the adapter's pairs, over what the rows are laid into, with the gradient of their mean NLL.
-    A pair that took no part has moments of zero."""
+    A pair that took no part has moments of zero. Inputs of all pairs are held, whatever the recipe recomputes."""
     state = TrainState(adapter, base.device)
-    pairs = {slot.site.path: slot for slot in adapter.plan.slots if is_pair(slot)}
+    pairs = {slot.site.path: slot for slot in adapter.plan.slots if slot.is_pair}
     factors = adapter.factors(torch.float32, base.device)
     sums = {path: [torch.zeros(slot.rank, slot.rank, dtype=torch.float64) for _ in range(2)]
             for path, slot in pairs.items()}  # fmt: skip

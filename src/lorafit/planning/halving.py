@@ -17,7 +17,7 @@ RATES = (0.1, 1 / 3, 1.0, 3.0)  # times the rate by rule
 FEW_RATES = (1.0, 3.0)  # where there is time for two: a short run gains by a high rate
 FEWEST_STEPS = 20  # that an arm is tried for
 WANTED, MOST = 0.4, 0.5  # of the run that searching the rate takes, where that is enough; and at most
-WANTED_PLACES = 0.8  # and that searching places takes, which nobody gets who has not asked for it
+WANTED_PLACES, MOST_PLACES = 0.8, 1.5  # and that searching places takes, which has to be asked for
 SCORED = 0.5  # examples an arm is scored on, for each one of the first rung's steps
 
 
@@ -67,18 +67,15 @@ def rates_for(run_steps: int) -> tuple[float, ...]:
     return (1.0,)
 
 
-def steps_needed(arms: int) -> int:
-    """The shortest run in which so many rates are tried."""
-    return math.ceil(cost(arms, FEWEST_STEPS) / MOST)
+def steps_needed(arms: int, most: float = MOST) -> int:
+    """The shortest run of which trying so many arms takes no more than `most`."""
+    return math.ceil(cost(arms, FEWEST_STEPS) / most)
 
 
-def survivors(tried: Sequence[Tried], groups: Sequence[str | None]) -> list[Arm]:
-    """The better half, those that diverged left out: none where all have. The best of two is by `better`."""
-    ranked = sorted((one for one in tried if one.each is not None), key=lambda one: one.nll)
-    half = math.ceil(len(tried) / 2)
-    if half > 1 or len(ranked) < 2:
-        return [one.arm for one in ranked[:half]]
-    return [better(ranked[0], ranked[1], groups)[0].arm]
+def survivors(tried: Sequence[Tried]) -> list[Tried]:
+    """The better half, best first; what diverged is left out, and where all have, nothing is left."""
+    whole = sorted((one for one in tried if one.each is not None), key=lambda one: one.nll)
+    return whole[: math.ceil(len(tried) / 2)]
 
 
 def better(best: Tried, other: Tried, groups: Sequence[str | None]) -> tuple[Tried, str]:

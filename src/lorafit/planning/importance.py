@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, packing
+from lorafit.attachment import attach, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.planning.signal import block_of
+from lorafit.plan import Plan
+from lorafit.planning.signal import block_of, kinds_of
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.state import TrainState
@@ -35,14 +34,14 @@ class Ablation:
 
 
 def first_order(
-    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024
+    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024, recompute: bool = False
 ) -> dict[str, float]:  # fmt: skip
     """By site path, what taking its pair away would add to the mean NLL (nats per token) if that were linear in the
     pair: −⟨gradient of B, B⟩, which is −⟨gradient of ΔW, ΔW⟩ (Molchanov et al. 2017, arXiv 1611.06440). Below zero it
-    would help. One backward in all."""
+    would help. Of a variant with more than A and B it is their part alone. One backward in all."""
     state = TrainState(adapter, base.device)
     parts = by_tokens(rows, range(len(rows)), micro_tokens, way.packed)
-    with attach(base, state), packing(base, way.packed):
+    with attach(base, state), packing(base, way.packed), recomputing(base, recompute):
         gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
     gradients = state.gradients()
     return {slot.site.path: -float((gradients[name].cpu().double() * adapter.tensors[name].double()).sum())
@@ -63,9 +62,10 @@ def ablations(
     whole, found = scored(adapter), []
     for done, (name, paths) in enumerate(parts.items(), 1):
         watch(done, len(parts) + 1)
-        each = [b - a for a, b in zip(whole, scored(without(adapter, paths)), strict=True)]
+        less = without(adapter, paths)
+        each = [b - a for a, b in zip(whole, scored(less), strict=True)]
         interval = paired_bootstrap(each, groups)
-        parameters = sum(adapter.tensors[f"{path}.{factor}"].numel() for path in paths for factor in "AB")
+        parameters = adapter.plan.parameters - less.plan.parameters
         found.append(Ablation(name, len(paths), parameters, sum(each) / len(each),
                               (interval.low, interval.high) if interval else None))  # fmt: skip
     watch(len(parts) + 1, len(parts) + 1)
@@ -73,14 +73,15 @@ def ablations(
 
 
 def parts_of(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Sites by block and by name of module, where there are several of each."""
+    """Sites by block and by kind of module: parts of the whole, what is all of it left out."""
     blocks: dict[str, list[str]] = {}
-    names: dict[str, list[str]] = {}
-    for path in paths:
+    kinds: dict[str, list[str]] = {}
+    for path, kind in kinds_of(paths).items():
         if (block := block_of(path)) is not None:
             blocks.setdefault(f"block {block}", []).append(path)
-        names.setdefault(path.rpartition(".")[2], []).append(path)
-    return {**(blocks if len(blocks) > 1 else {}), **(names if len(names) > 1 else {})}
+        kinds.setdefault(kind, []).append(path)
+    found = {**blocks, **kinds}
+    return {name: part for name, part in found.items() if len(part) < len(paths)}
 
 
 def examples_for(parts: int, steps: int, batch: int, there: int) -> int:
@@ -88,8 +89,9 @@ def examples_for(parts: int, steps: int, batch: int, there: int) -> int:
     return min(there, MOST, max(FEWEST, int(3 * SHARE * steps * batch / (parts + 1))))
 
 
-def without(adapter: Adapter, paths: Sequence[str]) -> Adapter:
-    """The adapter whose pairs at these sites do nothing."""
-    gone = {f"{path}.B" for path in paths}
-    return replace(adapter, tensors={name: torch.zeros_like(tensor) if name in gone else tensor
-                                     for name, tensor in adapter.tensors.items()})  # fmt: skip
+def without(adapter: Adapter, paths: Collection[str]) -> Adapter:
+    """The adapter without its slots at these sites, of which it must have others."""
+    slots = tuple(slot for slot in adapter.plan.slots if slot.site.path not in paths)
+    kept = {f"{slot.site.path}.{name}" for slot in slots for name in slot.shapes()}
+    return replace(adapter, plan=Plan(slots),
+                   tensors={name: tensor for name, tensor in adapter.tensors.items() if name in kept})  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from lorafit.plan import LowRank, Plan
-from lorafit.planning.signal import Card, block_of
+from lorafit.plan import Plan
+from lorafit.planning.signal import Card
 
 WORTH = 0.5  # share of all energy below which a part of the sites is not tried alone
 ALL = "all sites"
@@ -21,45 +21,42 @@ class Placement:
     reason: str
 
 
-def placements(plan: Plan, card: Card) -> list[Placement]:
+def placements(plan: Plan, card: Card, even: bool = True) -> list[Placement]:
     """All sites; each part of the blocks alone, as attention or MLP; the upper half of the blocks, below which nothing
-    need be computed twice; and at equal parameters the sites that the card puts first. An arm of fewer sites has a
-    higher rank, so that all have about the same number of parameters, save the upper half, whose point is to be cheap.
+    need be computed twice; and the sites that the card puts first. even: an arm of fewer sites has a higher rank, so
+    that all have about the same number of parameters, save the upper half, whose point is to be cheap.
     """
     found = [Placement(ALL, plan, "the sound default")]
     part = {one.path: one.part for one in card.sites}
     parts = list(dict.fromkeys(part.values()))
     if len(parts) > 1:
-        found += [_arm(plan, card, f"{name} alone", lambda slot, name=name: part[slot.site.path] == name)  # type: ignore[misc]
+        found += [_arm(plan, card, f"{name} alone", {path for path in part if part[path] == name}, even)
                   for name in parts]  # fmt: skip
     blocks = {block for one in card.sites if (block := one.block) is not None}
     if len(blocks) > 1:
         middle = sorted(blocks)[len(blocks) // 2]
-        found.append(_arm(plan, card, "upper half", lambda slot: (block_of(slot.site) or 0) >= middle, even=False))
+        upper = {one.path for one in card.sites if one.block is not None and one.block >= middle}
+        found.append(_arm(plan, card, "upper half", upper, False))
     top = _first_of(plan, card)
     if len(top) < len(plan.slots):
-        found.append(_arm(plan, card, "first of the card", lambda slot: slot.site.path in top))
+        found.append(_arm(plan, card, "first of the card", top, even))
     return found
 
 
-def _arm(
-    plan: Plan, card: Card, name: str, belongs: Callable[[LowRank], bool], even: bool = True
-) -> Placement:  # fmt: skip
-    slots = [slot for slot in plan.slots if belongs(slot)]
+def _arm(plan: Plan, card: Card, name: str, paths: Collection[str], even: bool) -> Placement:
+    slots = [slot for slot in plan.slots if slot.site.path in paths]
     share = card.share([slot.site.path for slot in slots])
     has = f"its {len(slots)} sites have {share:.0%} of the pull"
     if share < WORTH:
         return Placement(name, None, f"not tried: {has}, less than half")
     if not even:
         return Placement(name, Plan(tuple(slots)), has)
-    each = sum(_width(slot) for slot in slots)
-    rank = max(1, round(plan.parameters / each))
-    made = [_with_rank(slot, min(rank, slot.site.d_in, slot.site.d_out)) for slot in slots]
-    return Placement(name, Plan(tuple(made)), f"{has}; rank {rank} at equal parameters")
-
-
-def _with_rank(slot: LowRank, rank: int) -> LowRank:
-    return replace(slot, rank=rank)  # at the same alpha: the rate serves every rank then
+    rank = max(1, round(plan.parameters / sum(slot.site.d_in + slot.site.d_out for slot in slots)))
+    # At the same alpha: one rate serves every rank then.
+    made = tuple(replace(slot, rank=min(rank, slot.site.d_in, slot.site.d_out)) for slot in slots)
+    ranks = {slot.rank for slot in made}
+    told = f"rank {rank}, for as many parameters" if ranks == {rank} else f"rank {rank}, or as much as they hold"
+    return Placement(name, Plan(made), f"{has}; {told}")
 
 
 def _first_of(plan: Plan, card: Card) -> set[str]:
@@ -73,7 +70,3 @@ def _first_of(plan: Plan, card: Card) -> set[str]:
             break
         taken.add(one.path)
     return taken
-
-
-def _width(slot: LowRank) -> int:
-    return slot.site.d_in + slot.site.d_out

@@ -14,7 +14,7 @@ from statistics import fmean
 from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
 from lorafit.plan import Plan
 from lorafit.planning.ladder import Ladder
-from lorafit.planning.rules import LARGEST_RANK, Decision
+from lorafit.planning.rules import LARGEST_RANK, Decision, told, told_rank
 
 EARLY = 0.6  # share of the run before which the best validation means that it was too long
 FALLING = 0.01  # share of the validation NLL that its last interval must gain to count as falling
@@ -70,7 +70,7 @@ def next_change(evidence: Evidence, rank: int, refused: Collection[str] = ()) ->
         reason = f"validation was best at step {best} of {evidence.steps}, and rose after it: the rate should end there"
         if best and (kind := "fewer steps") not in refused:
             return Change(kind, best, 1, reason)
-        why.append("fewer steps were tried")
+        why.append("fewer steps were tried" if best else "the adapter was never better than the base: try a lower rate")
     elif (falling := _falling(evidence)) is not None:
         if (kind := "more steps") not in refused:
             return Change(kind, 2 * evidence.steps, 1, falling)
@@ -109,11 +109,14 @@ def changed(decision: Decision, change: Change) -> Decision:
     """The decision with the change made; warm-up and validations keep their shares of the run."""
     recipe = decision.recipe
     by = change.steps / recipe.steps
+    if change.steps != recipe.steps:
+        decision = told(decision, "steps", str(change.steps), f"{change.kind}: {change.reason}")
     recipe = replace(recipe, steps=change.steps, warmup=max(1, round(by * recipe.warmup)),
                      validate_every=max(1, math.ceil(by * recipe.validate_every)))  # fmt: skip
     slots = tuple(replace(slot, rank=min(change.growth * slot.rank, slot.site.d_in, slot.site.d_out))
                   for slot in decision.plan.slots)  # fmt: skip
-    return replace(decision, plan=Plan(slots), recipe=recipe)
+    decision = replace(decision, plan=Plan(slots), recipe=recipe)
+    return told_rank(decision, f"{change.kind}: {change.reason}") if change.growth > 1 else decision
 
 
 def judged(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafit.attachment import blocks_below, free_blocks
 from lorafit.base import Base
@@ -43,6 +43,24 @@ class Decision:
     plan: Plan
     recipe: Recipe
     choices: tuple[Choice, ...]
+
+
+def told(decision: Decision, name: str, value: str, reason: str, flag: str = "") -> Decision:
+    """The decision with the choice of this name replaced, or added at the end; its flag stays where none is given."""
+    old = next((choice for choice in decision.choices if choice.name == name), None)
+    new = Choice(name, value, reason, flag or (old.flag if old else ""))
+    if old is None:
+        return replace(decision, choices=(*decision.choices, new))
+    return replace(decision, choices=tuple(new if choice is old else choice for choice in decision.choices))
+
+
+def told_rank(decision: Decision, reason: str) -> Decision:
+    """The decision with what the plan says of rank and size."""
+    plan = decision.plan
+    ranks = sorted({slot.rank for slot in plan.slots})
+    value = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    decision = told(decision, "rank", f"{value} (alpha {plan.slots[0].alpha:g})", reason)
+    return told(decision, "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB", reason)
 
 
 def rank_by_capacity(trained_tokens: int, per_rank: int) -> int:

@@ -9,6 +9,7 @@ noise as signal; (‖Σ G_k‖² − Σ ‖G_k‖²) / (K(K − 1)), over pairs 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import torch
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, packing, recomputing
 from lorafit.base import Base
+from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.sites import Site
@@ -33,24 +35,19 @@ SHARE = 0.02  # of the run's rows that may be spent on it
 @dataclass(frozen=True)
 class Signal:
     """One site of the card. energy: of the gradient of its weight, (nats per token)² per unit of weight², unbiased and
-    so below zero where there is but noise; noise: of a single batch's gradient around it. parameters: of one unit of
-    rank, d_in + d_out; an adapter's extra operations per token are twice that and its rank."""
+    so below zero where there is but noise. parameters: of one unit of rank, d_in + d_out; an adapter's extra operations
+    per token are twice that and its rank."""
 
     path: str
     block: int | None
     energy: float
-    noise: float
     parameters: int
 
     @property
-    def name(self) -> str:
-        return self.path.rpartition(".")[2]
-
-    @property
     def part(self) -> str:
-        """The part of its block a site lies in, as in `mlp`; of a site that lies in none, its own name."""
-        before = self.path.split(".")[-2:-1]
-        return before[0] if before and not before[0].isdigit() else self.name
+        """The part of its block a site lies in, as in `mlp`; `others` where it lies in none."""
+        inside = within(self.path).split(".")
+        return inside[0] if self.block is not None and len(inside) > 1 else "others"
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,19 @@ class Card:
         wanted = set(paths)
         whole = sum(max(0.0, one.energy) for one in self.sites)
         return sum(max(0.0, one.energy) for one in self.sites if one.path in wanted) / whole if whole else 0.0
+
+
+def within(path: str) -> str:
+    """What follows the number of the block in a path; all of one that has none."""
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", path, maxsplit=1)[-1]
+
+
+def kinds_of(paths: Sequence[str]) -> dict[str, str]:
+    """By path, the kind of module a site is, the same in every block: its name, as `q_proj`, or where parts of a block
+    use one name for several, that with its part, as `mlp.c_proj`."""
+    inside = {path: within(path) for path in paths}
+    names = Counter(one.rpartition(".")[2] for one in set(inside.values()))
+    return {path: name if names[name := one.rpartition(".")[2]] == 1 else one for path, one in inside.items()}
 
 
 def block_of(site: Site | str) -> int | None:
@@ -92,7 +102,8 @@ def card_of(
     with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
         for k in range(count):
             watch(k, count)
-            gradient_step(base, state, [batch_of(base, [rows[i] for i in drawn[k * size : (k + 1) * size]], way)], way)
+            parts = by_tokens(rows, drawn[k * size : (k + 1) * size], recipe.micro_tokens, way.packed)
+            gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
             for path, square in _energies(state).items():
                 squares[path] += square
             assert state.master.grad is not None  # a backward has just been through
@@ -106,8 +117,7 @@ def card_of(
         path = slot.site.path
         sketch = slot.site.d_in / (slot.scaling**2 * float(fresh.tensors[f"{path}.A"].square().sum()))
         energy = sketch * (joined[path] - squares[path]) / (count * (count - 1))
-        noise = max(0.0, sketch * squares[path] / count - energy)
-        sites.append(Signal(path, block_of(path), energy, noise, slot.site.d_in + slot.site.d_out))
+        sites.append(Signal(path, block_of(path), energy, slot.site.d_in + slot.site.d_out))
     return Card(tuple(sites), count, count * size)
 
 

@@ -41,11 +41,6 @@ class _Spectrum:
     values: Tensor
 
 
-def is_pair(slot: LowRank) -> bool:
-    """Whether a slot is a pair and nothing else: what a variant adds to it belongs to the whole pair."""
-    return set(slot.shapes()) == {"A", "B"}
-
-
 def share_of(text: str) -> float:
     """25% or 0.25 → 0.25. Raises SettingsError for what is no share between nothing and all."""
     number = text.strip()
@@ -60,7 +55,7 @@ def share_of(text: str) -> float:
 
 def require_pairs(adapter: Adapter) -> list[LowRank]:
     """The slots that can be trimmed. Raises AdapterError where there are none, or they do nothing."""
-    pairs = [slot for slot in adapter.plan.slots if is_pair(slot)]
+    pairs = [slot for slot in adapter.plan.slots if slot.is_pair]
     if not pairs:
         raise AdapterError("nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
                            "whole pair): train with --variant lora")  # fmt: skip

@@ -37,6 +37,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "",
         f"**{headline(summary)}.**",
         "",
+        *_before(summary),
         "| on held-out examples | base | adapter |",
         "|---|--:|--:|",
         f"| completion NLL, nats per token | {nll['base']:.3f} | {nll['adapter']:.3f} |",
@@ -76,3 +77,11 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
     if adapter.rendering and adapter.rendering.system:
         lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
     return "\n".join(lines)
+
+
+def _before(summary: Mapping[str, Any]) -> list[str]:
+    """That the scores are those of an adapter before this one, where they are."""
+    if "scores_of_round" not in summary:
+        return []
+    return [f"These scores are of the adapter before round {summary['scores_of_round']}; this one is better on "
+            "validation, and the test was not opened again.", ""]  # fmt: skip

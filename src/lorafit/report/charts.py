@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from lorafit.planning.signal import block_of
+from lorafit.planning.signal import block_of, kinds_of
 from lorafit.report.story import Story
 
 # Drawn in these colours; in the SVG each becomes the page's variable of that name, which differs by light and dark.
@@ -113,15 +113,17 @@ def search(story: Story) -> Figure | None:
     if not arms:
         return None
     figure, axes = _canvas(3.4)
-    names = list(dict.fromkeys(arm["name"] for arm in arms))
-    for arm in arms:
-        colour = run_colour(names.index(arm["name"]))
-        steps, smooth = _smoothed(arm["curve"])
-        axes.plot(steps, smooth, color=colour, linewidth=1, alpha=0.55)
-        if arm["each"] is not None:
-            axes.plot(arm["steps"], sum(arm["each"]) / len(arm["each"]), color=colour, marker="o", linestyle="none")
-    for name in names:
-        axes.plot([], [], color=run_colour(names.index(name)), linewidth=2, label=_SHOWN + name)
+    for what, style in (("rate-", "-"), ("place-", "--")):
+        some = [arm for arm in arms if arm["cell"].startswith(what)]
+        names = list(dict.fromkeys(arm["name"] for arm in some))
+        for arm in some:
+            colour = run_colour(names.index(arm["name"]))
+            steps, smooth = _smoothed(arm["curve"])
+            axes.plot(steps, smooth, style, color=colour, linewidth=1, alpha=0.55)
+            if arm["each"] is not None:
+                axes.plot(arm["steps"], sum(arm["each"]) / len(arm["each"]), color=colour, marker="o", linestyle="none")
+        for i, name in enumerate(names):
+            axes.plot([], [], style, color=run_colour(i), linewidth=2, label=_SHOWN + name)
     axes.set_xlabel("step (lines: training, running mean; ● validation at the end)")
     axes.set_ylabel("NLL, nats per token")
     _legend(axes)
@@ -151,26 +153,34 @@ def _energies(card: Mapping[str, Any]) -> dict[str, float]:
 def _heat(drawn: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
     """Blocks × kinds of module, each cell by its share of the whole; what is below zero is drawn as nothing."""
     paths = list(drawn[0][1])
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-    blocks = sorted({block_of(path) or 0 for path in paths})
+    kinds = kinds_of(paths)
+    names = list(dict.fromkeys(kinds.values()))
+    blocks = sorted({_row(path) for path in paths})
     figure = Figure(figsize=(WIDTH, min(9.0, 1.6 + 0.16 * len(blocks))), layout="constrained")
     for place, (title, values) in enumerate(drawn):
         axes = figure.add_subplot(1, len(drawn), place + 1)
         grid = np.zeros((len(blocks), len(names)))
         for path, value in values.items():
-            grid[blocks.index(block_of(path) or 0), names.index(path.rpartition(".")[2])] += max(0.0, value)
+            grid[blocks.index(_row(path)), names.index(kinds[path])] += max(0.0, value)
         whole = grid.sum()
         axes.pcolormesh(grid / whole if whole else grid, cmap=HEAT, vmin=0, edgecolors="none")
         axes.set_title(title, fontsize=9, color=COLOURS["ink"])
         axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=7)
         every = max(1, len(blocks) // 15)
-        axes.set_yticks(np.arange(0, len(blocks), every) + 0.5, [str(block) for block in blocks[::every]], fontsize=7)
+        told = ["-" if block < 0 else str(block) for block in blocks[::every]]
+        axes.set_yticks(np.arange(0, len(blocks), every) + 0.5, told, fontsize=7)
         axes.tick_params(colors=COLOURS["ink"], length=0)
         if place == 0:
             axes.set_ylabel("block", color=COLOURS["ink"])
         for spine in axes.spines.values():
             spine.set_color(COLOURS["line"])
     return figure
+
+
+def _row(path: str) -> int:
+    """The block of a site, below the first for one that lies in none."""
+    block = block_of(path)
+    return -1 if block is None else block
 
 
 def run_colour(i: int) -> str:

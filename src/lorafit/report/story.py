@@ -17,10 +17,12 @@ from lorafit.run import (
     IMPORTANCE,
     METRICS,
     PLAN,
+    ROUNDS,
     RUN,
     SCORES,
     SEARCH,
     TRIED,
+    accepted_round,
     openings,
     read_run,
     read_summary,
@@ -62,14 +64,15 @@ def read_story(folder: Path) -> Story:
     """Raises FormatError where the folder holds no run, or a damaged one."""
     if not (folder / RUN).exists():
         raise FormatError(f"{folder}: holds no run: name a folder that 'lorafit train' or 'lorafit demo' wrote")
-    resolved = folder.resolve()
+    resolved, last = folder.resolve(), accepted_round(folder)
+    trained = folder / ROUNDS / str(last) if last else folder  # whose adapter stands
     return Story(
         name=f"{resolved.parent.name}/{resolved.name}",
         folder=folder,
         asked=read_run(folder),
-        plan=_read(folder / PLAN),
+        plan=_read(trained / PLAN),
         data=_read(folder / DATA),
-        steps=lines_of(folder / METRICS),
+        steps=lines_of(trained / METRICS),
         answers=lines_of(folder / SCORES / ANSWERS),
         summary=read_summary(folder),
         openings=openings(folder),

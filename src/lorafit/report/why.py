@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorafit.planning.signal import block_of
+from lorafit.planning.signal import block_of, kinds_of
 from lorafit.report.story import Story
 
 SHOWN = 3  # parts that are named of many
@@ -152,11 +152,12 @@ def _forgetting(story: Story) -> str:
     for source, score in lost["general"].items():
         ends = score["ci95"]
         sure = "" if ends is None else f" (95 % {ends[0]:+.3f} to {ends[1]:+.3f})"
-        verdict = "may be less than nothing" if ends and ends[0] <= 0 else "is measurable"
         sentences.append(
             f"On general text ({source}) the NLL goes from {score['base']:.3f} to {score['adapter']:.3f} with the "
-            f"adapter, {score['difference']:+.3f}{sure}: what is forgotten {verdict}."
+            f"adapter, {score['difference']:+.3f}{sure}: {_lost(ends)}."
         )
+    if len(lost["trades"]) < 2:
+        return " ".join(sentences)
     trades = "; ".join(
         f"at {one['scale']:g}: {one['validation']:.3f} on validation, "
         + ", ".join(f"{value:.3f}" for value in one["general"].values()) + " on general text"
@@ -165,11 +166,19 @@ def _forgetting(story: Story) -> str:
     return " ".join([*sentences, f"An adapter that counted more or less would trade one for the other ({trades})."])
 
 
+def _lost(ends: Sequence[float] | None) -> str:
+    if ends is None:
+        return "too few paragraphs to tell whether anything is forgotten"
+    if ends[1] < 0:
+        return "nothing is forgotten there, it has become better"
+    return "something is forgotten" if ends[0] > 0 else "not shown to be forgotten"
+
+
 def _by_name(energies: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
+    kinds = kinds_of(list(energies))
     for path, energy in energies.items():
-        name = path.rpartition(".")[2]
-        found[name] = found.get(name, 0.0) + energy
+        found[kinds[path]] = found.get(kinds[path], 0.0) + energy
     return found
 
 

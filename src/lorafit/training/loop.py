@@ -23,7 +23,7 @@ from lorafit.data.batches import Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
-from lorafit.evaluation.nll import means, nll_sums
+from lorafit.evaluation.nll import means, nll_sums, require_finite
 from lorafit.files import write_text
 from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
 from lorafit.tasks.completion import Way, batch_of, token_nll, way_of
@@ -318,9 +318,8 @@ class _Run:
         self.state.training = False
         values = self.known if self.known and not at.history else self._measured(watch)
         nll = sum(values) / len(values)
-        if not at.history and not math.isfinite(nll):
-            raise BaseError(f"'{self.base.name}' gives validation examples no finite NLL ({nll}): the fault is in the "
-                            "base or its dtype, not in the training; try --dtype fp32, or another base")  # fmt: skip
+        if not at.history:
+            require_finite(self.base, values)
         self._require_finite(nll)
         if at.history and nll > 2 * at.history[0][1] + 1:
             self._diverged(f"validation NLL rose from {at.history[0][1]:.2f} to {nll:.2f}")
