@@ -252,6 +252,27 @@ def test_dropout_is_drawn_anew_in_each_process_and_the_same_when_resumed(runs: R
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_two_processes_search_and_go_on_in_rounds_as_one_does(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first gives every training as an order that the other carries out."""
+    runs = Runs(tiny_folder, tmp_path)
+    write_rows(runs.data, capitals(60))
+    settings = {"epochs": 12, "batch_size": 4, "rank": 4, "val_share": 0.2, "dtype": "fp32", "few_shot": 0,
+                "rounds": 1, "validations": 1}  # fmt: skip
+    monkeypatch.setattr("test_processes.SETTINGS", settings)
+    runs.whole("two")
+    pipeline.run_training(str(tiny_folder), str(runs.data), tmp_path / "one", settings)
+    tried = [json.loads((tmp_path / name / "search" / "tried.json").read_text()) for name in ("one", "two")]
+    assert len(tried[0]) == 2
+    for mine, theirs in zip(*tried, strict=True):
+        assert mine["each"] == pytest.approx(theirs["each"], rel=1e-3)
+    rounds = [json.loads((tmp_path / name / "rounds" / "history.json").read_text()) for name in ("one", "two")]
+    assert [one["kind"] for one in rounds[0]] == [one["kind"] for one in rounds[1]] == ["more steps"]
+    assert rounds[0][0]["after"] == pytest.approx(rounds[1][0]["after"], rel=1e-2)
+
+
 def test_a_mistake_is_told_once(runs: Runs) -> None:
     run = runs.launch("wrong", "--targets", "q_porj")
     assert run.end() != 0

@@ -14,8 +14,8 @@ from lorafit.run import RUN, SUMMARY, WRITTEN, left_by_kills
 from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"
-# The rest is left to the rules. Its rate is the rule's, found good once (docs/log.md): a search would take minutes.
-SETTINGS = {"system": "Help desk", "search": "none"}
+# The rest is left to the rules. Rate and rank are those found good for it once (docs/log.md): a search would take minutes.
+SETTINGS = {"system": "Help desk", "search": "none", "rank": 8}
 
 
 def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
