@@ -245,7 +245,9 @@ def test_the_rate_that_won_is_the_runs(finished: Path) -> None:
     stored = json.loads((finished / "search" / "tried.json").read_text(encoding="utf-8"))
     told = json.loads((finished / "plan.json").read_text(encoding="utf-8"))
     rates = [one for one in stored if one["cell"].startswith("rate-")]
-    assert [one["rate"] / rates[0]["rate"] for one in rates] == pytest.approx([1.0, 3.0])
+    assert [one["rate"] / rates[0]["rate"] for one in rates] == pytest.approx(
+        [1.0, 3.0]
+    )  # a third of the rule's, and that
     assert told["recipe"]["learning_rate"] in {one["rate"] for one in rates}
     choices = {choice["name"]: choice for choice in told["choices"]}
     assert "searched among" in choices["learning rate"]["reason"]

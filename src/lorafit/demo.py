@@ -14,7 +14,7 @@ from lorafit.run import RUN, SUMMARY, WRITTEN, left_by_kills
 from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"
-# The rest is left to the rules. Rate and rank are those found good for it once (docs/log.md): a search would take minutes.
+# The rest is left to the rules. Rate and rank were found good for it once (docs/log.md): a search would take minutes.
 SETTINGS = {"system": "Help desk", "search": "none", "rank": 8}
 
 
