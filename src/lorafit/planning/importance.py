@@ -18,7 +18,7 @@ from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.state import TrainState
 
-SHARE, FEWEST, MOST = 0.05, 8, 64  # of the run's time that ablations may take; examples they are scored on
+SHARE, FEWEST, MOST = 0.05, 4, 64  # of the run's time that ablations may take; examples they are scored on
 
 
 @dataclass(frozen=True)
