@@ -20,7 +20,7 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh
 from lorafit.base import Base
 from lorafit.data.render import Row
-from lorafit.errors import DivergedError, Interrupted, RunError
+from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text, scaled
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import detectable
@@ -410,6 +410,20 @@ def test_forgetting_is_the_difference_on_general_text_and_scales_are_traded(
         half = example_nll(tiny_base, rows[30:], way=PLAIN)
     assert found.trades[0].validation == pytest.approx(np.mean(half))
     assert found.trades[2].general[source] == pytest.approx(score.adapter)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(None, "there is no such file"), (b"\xff\xfe\x00", "cannot be read as text"), (b"a b\n\nc", "holds no paragraph")],
+)
+def test_a_general_text_that_cannot_be_used_is_refused_before_anything_is_opened(
+    tmp_path: Path, content: bytes | None, what: str
+) -> None:
+    path = tmp_path / "letters.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=f"--general .*letters.txt: {what}"):
+        pipeline.run_planning("no base", "no data", {"general": str(path)})
 
 
 # Rounds

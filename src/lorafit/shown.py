@@ -11,7 +11,7 @@ from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json
 from lorafit.formats import peft
 from lorafit.plan import Plan
-from lorafit.run import PLAN, RUN, openings, read_run, read_summary
+from lorafit.run import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
 from lorafit.sources import hub
 from lorafit.sources.builtin import BUILTIN
 
@@ -41,8 +41,10 @@ def shown(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     asked = read_run(path)
     found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
-    if (path / PLAN).exists():
-        found |= _plan(Plan.from_json(read_json(path / PLAN), str(path / PLAN)))
+    last = accepted_round(path)
+    plan = (path / ROUNDS / str(last) if last else path) / PLAN
+    if plan.exists():
+        found |= _plan(Plan.from_json(read_json(plan), str(plan)))
     summary = read_summary(path)
     if summary is None:
         return {**found, "state": "not finished: go on with lorafit train ... --resume"}

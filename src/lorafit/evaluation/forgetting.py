@@ -12,7 +12,7 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.base import Base
 from lorafit.data.render import Row
-from lorafit.errors import InputError
+from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import nll_score
 from lorafit.evaluation.nll import example_nll
 from lorafit.files import did_you_mean
@@ -53,7 +53,9 @@ def general_text(named: str | None = None) -> tuple[str, list[str]]:
         try:
             text, source = path.read_text(encoding="utf-8"), named
         except FileNotFoundError as error:
-            raise InputError(f"{path}: there is no such file: {did_you_mean(path, 'check the path')}") from error
+            raise SettingsError(
+                f"--general {path}: there is no such file: {did_you_mean(path, 'check the path')}"
+            ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: cannot be read as text in UTF-8 ({error}): name another with --general"

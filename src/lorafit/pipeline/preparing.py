@@ -62,8 +62,8 @@ def open_all(
     if `began` does not say it, and goes into Frozen. processes: how many share this machine's memory.
     """
     start = time.monotonic()
-    require_base(base_name)
     texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
+    require_base(base_name)
     examples, report = prepare(data, settings, listener)
     base = opened_base(base_name, settings, listener, began)
     examples, renderer, rows = rendered(base, examples, settings, listener)

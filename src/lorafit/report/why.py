@@ -46,7 +46,7 @@ def _evidence(story: Story) -> str:
 def _search(story: Story) -> str:
     if not story.tried:
         said = [choice for choice in (story.plan or {}).get("choices", ()) if choice["name"] == "search"]
-        return f"The learning rate is the rule's: {said[0]['reason']}." if said else ""
+        return f"Nothing was searched: {said[0]['reason']}." if said else ""
     sentences = []
     for what, kind in (("rate", "learning rates"), ("place", "places and ranks")):
         arms = [arm for arm in story.tried if arm["cell"].startswith(f"{what}-")]
