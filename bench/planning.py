@@ -55,7 +55,6 @@ from rich.table import Table
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh, packing
-from lorafit.base import Base
 from lorafit.data.batches import epoch_order
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
@@ -232,7 +231,7 @@ def full(one: Opened, rate: float, seed: int) -> dict[str, Any]:
     """Every weight of a copy of the base trained, by the same schedule, on the same batches; the best by validation."""
     recipe, rows = replace(one.decision.recipe, learning_rate=rate, seed=seed), one.rows["train"]
     model = copy.deepcopy(one.base.model)
-    base, way = Base(**{**vars(one.base), "model": model}), Way(False, one.way.packed)  # the other has a frozen head
+    base, way = replace(one.base, model=model), Way(False, one.way.packed)  # the other has a frozen head
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
@@ -272,7 +271,7 @@ def arms_of(name: str, seeds: Sequence[int], thorough: bool, store: Store) -> di
         return lambda seed: plain(one, made, rate, seed)
 
     few = seeds[:1]
-    found = {"a": cells("a", lambda seed: procedure(one, "fast", seed))}
+    found = {"a": cells("a", lambda seed: procedure(one, "fast", seed), search="fast")}
     found["b"] = [{**cell, **cell["whole"]} for cell in found["a"]]
     rate = found["a"][0]["rate"]
     grid = []
@@ -287,11 +286,11 @@ def arms_of(name: str, seeds: Sequence[int], thorough: bool, store: Store) -> di
     more = cells("e", at(made, setting["rate"]), seeds[1:], **setting)
     label = f"e, winner of {len(grid)}: {setting['place']}, rank {setting['rank']}, {setting['rate']:.1e}"
     found[label] = [first, *more]
-    found["c"] = cells("c", at(dealt(plan, 0), rate), few)
+    found["c"] = cells("c", at(dealt(plan, 0), rate), few, rate=rate)
     found["d"] = cells(
         "d", at(uniform(select(one.base.sites, TARGETS), DEFAULT_RANK, DEFAULT_ALPHA), DEFAULT_RATE), few
     )
-    found["d, equal"] = cells("d equal", at(at_parameters(one, TARGETS, plan.parameters, 32.0), rate), few)
+    found["d, equal"] = cells("d equal", at(at_parameters(one, TARGETS, plan.parameters, 32.0), rate), few, rate=rate)
     if name == SETS[0]:
         tuned = [cells("f", partial(full, one, rate), few, rate=rate)[0] for rate in FULL_RATES]
         found["f"] = [min(tuned, key=lambda cell: cell["valid_nll"])]
