@@ -34,6 +34,7 @@ TRAINED = SCORES | {
     "peak_rss_gb", "parameters", "ladder", "forgetting",
 }  # fmt: skip
 EVALUATED = SCORES | {
+    "general",
     "base",
     "adapter_dir",
     "seen_in_training",
@@ -692,7 +693,7 @@ def test_a_plan_reads_well_on_a_narrow_screen_and_is_a_table_on_a_wide_one(
     narrow, wide = [
         (monkeypatch.setenv("COLUMNS", columns), lorafit("plan", tiny_folder, rows).out)[1] for columns in ("80", "160")
     ]
-    assert re.search(r"^rank: 8 \(alpha \d+\)\n  \S.*$", narrow, re.MULTILINE)
+    assert re.search(r"^rank: 16 \(alpha \d+\)\n  \S.*$", narrow, re.MULTILINE)
     assert "change it with" in wide
     assert max(len(line) for line in narrow.splitlines() if "(--rank" in line) <= 80
 
