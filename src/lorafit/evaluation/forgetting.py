@@ -57,14 +57,10 @@ def general_text(named: str | None = None) -> tuple[str, list[str]]:
                 f"--general {path}: there is no such file: {did_you_mean(path, 'check the path')}"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(
-                f"{path}: cannot be read as text in UTF-8 ({error}): name another with --general"
-            ) from error
+            raise SettingsError(f"--general {path}: cannot be read as text in UTF-8 ({error}): name another") from error
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if len(part.split()) >= 5]
     if not paragraphs:
-        raise SettingsError(
-            f"{source}: holds no paragraph of five words or more: name a text of some pages with --general"
-        )
+        raise SettingsError(f"--general {source}: holds no paragraph of five words or more: name a text of some pages")
     return source, paragraphs
 
 
