@@ -302,6 +302,7 @@ def test_too_few_validation_examples_are_named_with_how_many_would_do(tiny_folde
     assert found["evidence"]["detectable"] is None
 
 
+@pytest.mark.slow
 def test_thorough_keeps_a_rate_and_a_rank_that_are_set(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +506,7 @@ def test_rounds_chain_and_the_better_adapter_takes_the_place_with_the_test_left_
     assert "Round 1, more steps" in told and "was not opened again" in told
 
 
+@pytest.mark.slow
 def test_rounds_of_train_end_before_the_test_is_opened_once(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refined: Path
 ) -> None:

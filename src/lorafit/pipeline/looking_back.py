@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafit.adapter import Adapter
 from lorafit.evaluation.forgetting import forgetting
+from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import make_folder, write_json
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener
@@ -32,6 +33,9 @@ def trim_trained(opened: Opened, trained: Trained, how: str, out: Path, listener
     if why:
         return kept_whole(trained.each, why), whole
     groups = [example.group for example in opened.examples.valid]
+    if (n := len(set(groups_of(groups)))) < FEWEST:
+        why = f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
+        return kept_whole(trained.each, why), whole
     ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, opened.frozen.micro_tokens,
                                        trained.each, groups, listener)  # fmt: skip
     make_folder(out / LADDER)
