@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning clean
+.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -43,6 +43,10 @@ bench-forecast: .venv/ready
 # The procedure that chooses, against a grid, defaults, chance and full fine-tuning: cells in a store, stopped it goes on.
 bench-planning: .venv/ready
 	$(BIN)/python bench/planning.py $(BENCH_FLAGS)
+
+# Serving many adapters beside vLLM on the CPU and PEFT: about an hour on two cores, on a quiet machine.
+bench-serve: .venv/ready
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python bench/serve.py $(BENCH_FLAGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import lorafit
 
-RANK, ALPHA, RATE, STEPS, BATCH = 8, 32, 1.3e-3, 12, 8
+RANK, ALPHA, RATE, STEPS, BATCH = 8, 32, 2e-3, 12, 4
 
 torch.manual_seed(0)
 base = lorafit.open_base("smollm2-135m", torch.float32)

@@ -9,7 +9,7 @@ from lorafit import TrainState, attach, fresh, open_base, read_examples, render,
 
 base = open_base("smollm2-135m", torch.float32)
 renderer = renderer_for(base, system="Help desk")
-rows = render(renderer, read_examples("builtin").train[:96], 512)
+rows = render(renderer, read_examples("builtin").train[:48], 512)
 before = base.integrity()
 
 blocks = [site for site in base.sites if ".layers." in site.path]
@@ -27,10 +27,10 @@ data = [
     {"ids": list(row.ids), "labels": [i if t else -100 for i, t in zip(row.ids, row.trained, strict=True)]}
     for row in rows
 ]
-optimizer = torch.optim.AdamW(state.parameters(), lr=1.3e-3, weight_decay=0.0)
+optimizer = torch.optim.AdamW(state.parameters(), lr=2e-3, weight_decay=0.0)
 arguments = TrainingArguments(
     output_dir=tempfile.mkdtemp(),
-    per_device_train_batch_size=8,
+    per_device_train_batch_size=4,
     num_train_epochs=1,
     logging_steps=1,
     save_strategy="no",  # the Trainer would save the untouched base; we save the adapter

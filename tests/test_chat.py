@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafit.attachment import attach
 from lorafit.base import Base
@@ -16,7 +16,8 @@ from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import AdapterError, BaseError, SettingsError
 from lorafit.formats import peft
-from lorafit.generation.greedy import _Streamer, generate
+from lorafit.generation.greedy import generate
+from lorafit.generation.text import Words
 from lorafit.plan import uniform
 from lorafit.records import Rendering
 from lorafit.testing import random_adapter
@@ -36,6 +37,7 @@ def test_an_answer_is_what_evaluation_decodes_with_the_rendering_of_training(tin
     name = chat.add(written(tiny_base, tmp_path / "mine"))
     pieces: list[str] = []
     chat.ask("Where is it?", pieces.append)
+    chat.close()
     renderer = renderer_for(tiny_base, "Be brief.")
     prompt = renderer.prompt_ids([Message("user", "Where is it?")])
     with attach(tiny_base, chat.adapters[name]):
@@ -102,6 +104,7 @@ def test_an_answer_that_was_stopped_stays_as_far_as_it_came(tiny_base: Base, tmp
 
     with pytest.raises(KeyboardInterrupt):
         chat.ask("Where is it?", stop)
+    chat.close()
     assert [m.role for m in chat.histories[name]] == ["user", "assistant"]
     assert "forward" not in vars(tiny_base.model.get_submodule(tiny_base.sites[0].path))
 
@@ -154,7 +157,7 @@ def test_an_answer_that_was_stopped_before_its_first_word_leaves_no_turn(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorafit.chat.stream", stopped)
+    monkeypatch.setattr(Chat, "_speak", stopped)
     chat = Chat(tiny_base, max_new_tokens=8)
     with pytest.raises(KeyboardInterrupt):
         chat.ask("Where is it?", lambda piece: None)
@@ -166,13 +169,10 @@ def test_an_answer_that_was_stopped_before_its_first_word_leaves_no_turn(
 )
 def test_every_character_is_told_as_soon_as_it_is_whole(text: str, tokens: int, pieces: list[str]) -> None:
     """One token per byte; what the last character lacks at the end is told as it is."""
-    told: list[str] = []
     tokenizer = byte_tokenizer()
-    streamer = _Streamer(tokenizer, told.append)
-    streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
-    for token in tokenizer(text)["input_ids"][:tokens]:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
+    words = Words(tokenizer)
+    told = [words.add([token]) for token in tokenizer(text)["input_ids"][:tokens]]
+    told = [piece for piece in [*told, words.add([], ended=True)] if piece]
     assert told == pieces
 
 
@@ -180,11 +180,11 @@ def test_an_answer_may_take_what_the_context_leaves(tiny_base: Base, monkeypatch
     """As where the base reads no more tokens in all than an answer may have by default."""
     asked: list[tuple[int, int]] = []
 
-    def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: int, emit: Emit) -> None:
-        asked.append((len(prompt), max_new_tokens))
+    def speak(chat: Chat, adapter: object, renderer: Renderer, prompt: list[int], room: int, emit: Emit) -> None:
+        asked.append((len(prompt), room))
         emit("word " * 20)
 
-    monkeypatch.setattr("lorafit.chat.stream", stream)
+    monkeypatch.setattr(Chat, "_speak", speak)
     chat = Chat(tiny_base, max_new_tokens=512)
     for i in range(4):
         chat.ask(f"{i} " + "word " * 10, lambda piece: None)
@@ -206,11 +206,12 @@ def test_new_forgets_what_was_said(tiny_base: Base, tmp_path: Path) -> None:
     folder = written(tiny_base, tmp_path / "mine")
 
     def last_answer(*lines: str) -> str:
-        chat, pieces = Chat(tiny_base, max_new_tokens=8), [""]
-        chat.add(folder)
-        for line in lines:
-            pieces.clear()
-            chat.command(line) if line.startswith("/") else chat.ask(line, pieces.append)
+        pieces = [""]
+        with Chat(tiny_base, max_new_tokens=8) as chat:
+            chat.add(folder)
+            for line in lines:
+                pieces.clear()
+                chat.command(line) if line.startswith("/") else chat.ask(line, pieces.append)
         return "".join(pieces)
 
     assert last_answer("Where is it?", "/new", "Who has it?") == last_answer("Who has it?") != ""
@@ -222,9 +223,23 @@ def test_a_system_prompt_that_is_given_stands_before_the_conversation(
     trained: str | None, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[list[int]] = []
-    monkeypatch.setattr("lorafit.chat.stream", lambda base, renderer, prompt, *_: prompts.append(prompt))
+    monkeypatch.setattr(Chat, "_speak", lambda chat, adapter, renderer, prompt, *_: prompts.append(prompt))
     chat = Chat(tiny_base, system="Be long.")
     if trained:
         chat.add(written(tiny_base, tmp_path / "mine", trained))
     chat.ask("Where is it?", lambda piece: None)
     assert tiny_base.tokenizer.decode(prompts[0]).startswith("<|system|>Be long.<|end|>\n<|user|>Where")
+
+
+def test_a_base_that_the_engine_does_not_serve_is_talked_to_all_the_same() -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=261, hidden_size=32, n_layer=1, n_head=2, eos_token_id=256)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    base = replace(Base.of(model, "bloom"), tokenizer=byte_tokenizer())
+    pieces: list[str] = []
+    with Chat(base, max_new_tokens=4) as chat:
+        chat.ask("Where is it?", pieces.append)
+    assert chat._engine is None
+    (wanted,) = generate(
+        base, renderer_for(base), [renderer_for(base).prompt_ids([Message("user", "Where is it?")])], 4
+    )
+    assert "".join(pieces).strip() == wanted.text

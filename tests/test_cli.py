@@ -665,7 +665,7 @@ def test_a_script_sees_that_chat_answered_nothing(
 
 def test_chat_is_told_its_system_prompt(lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
-    monkeypatch.setattr("lorafit.chat.stream", lambda base, renderer, *_: seen.append(renderer.system))
+    monkeypatch.setattr("lorafit.chat.Chat._speak", lambda chat, adapter, renderer, *_: seen.append(renderer.system))
     talk(lorafit, monkeypatch, ["Where?"], "--base", tiny_folder, "--system", "Be long.")
     assert seen == ["Be long."]
 

@@ -43,9 +43,10 @@ STEPS = {
     "accept", "add", "ask", "begin", "check", "choose", "copy", "correct", "end", "evaluate", "fill", "give", "go",
     "join", "keep", "leave", "lower", "make", "merge", "move", "name", "open", "put", "raise", "remove", "rename",
     "repeat", "restore", "save", "say", "see", "shorten", "start", "train", "try", "type", "unpack", "use", "write",
-    "convert", "change", "do",
+    "convert", "change", "do", "load", "roll",
 }  # fmt: skip
-PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b"  # where no path or flag that was typed is at fault
+# Where no path or flag that was typed is at fault:
+PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b|^prompt: |^'desk'|requests are waiting|the engine"
 COMPUTED = {  # the next step is written elsewhere: by _reform, the error passed on, beside the limit, what the hub says
     "…: of no form that is known (fields: …): …",
     "…: …",
@@ -157,7 +158,7 @@ class Shell:
             try:
                 exec(typed, self.names)
             except LorafitError as error:
-                return f"lorafit.errors.{type(error).__name__}: {error}\n", error, 1
+                return f"lorafit.errors.{type(error).__name__}: {error}\n", error, error.status
             return "", None, 0
         words = shlex.split(typed)
         if words[0] == "cat":
@@ -195,7 +196,8 @@ def furnish(folder: Path) -> Shell:
     (folder / "excel.csv").write_bytes("prompt;completion\nWo?;Im Caf\u00e9.\n".encode("cp1252"))
     (folder / "weights").mkdir()
     (folder / "weights" / "config.json").write_text("{}", encoding="utf-8")
-    return Shell({**vars(lorafit), "attach": lorafit.attach, "base": base, "adapter": adapter})
+    names = {name: getattr(lorafit, name) for name in ("Engine", "Request", "attach")}
+    return Shell({**names, "base": base, "adapter": adapter})
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ FLOORS = {
     "run": 2,
     "oracle": 8,
     "pipeline": 13,
+    "serving": 13,
     "demo": 14,
     "chat": 14,
     "doctor": 14,

@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adapter": "lorafit.adapter",
     "Base": "lorafit.base",
+    "Engine": "lorafit.serving.engine",
     "LowRank": "lorafit.plan",
     "Message": "lorafit.data.examples",
     "Plan": "lorafit.plan",
     "Recipe": "lorafit.training.recipe",
     "Renderer": "lorafit.data.render",
+    "Request": "lorafit.serving.request",
     "Site": "lorafit.sites",
     "Terminal": "lorafit.cli.console",
     "TrainSettings": "lorafit.settings",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from lorafit.plan import Plan as Plan
     from lorafit.plan import uniform as uniform
     from lorafit.planning import decide as decide
+    from lorafit.serving.engine import Engine as Engine
+    from lorafit.serving.request import Request as Request
     from lorafit.settings import TrainSettings as TrainSettings
     from lorafit.sites import Site as Site
     from lorafit.sites import select as select

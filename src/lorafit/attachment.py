@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from lorafit.errors import AdapterError, AttachError, TargetError
 from lorafit.layers import KINDS, kind_of
 from lorafit.plan import LowRank, Plan
 from lorafit.records import Rendering
-from lorafit.variants import VARIANTS, Frozen
+from lorafit.variants import VARIANTS, Frozen, Served
 
 Forward = Callable[[], object]
 
@@ -90,6 +90,8 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
     value = source.adapter
     _check_identity(base, value, accept_unknown_base)
     modules = _landing(base, value.plan)
+    for slot in value.plan.slots:
+        _require_bare(modules[slot.site.path], slot.site.path)
     attachment = Attachment(value.plan)
     flags = [(parameter, parameter.requires_grad) for parameter in base.model.parameters()]
     shadowed: list[nn.Module] = []
@@ -192,26 +194,63 @@ def _watched(x: Tensor) -> bool:
     )
 
 
-@contextmanager
-def packing(base: Base, on: bool = True) -> Iterator[None]:
-    """Have the model compute attention within the rows of a pack for the length of the block, by its configuration.
+def packing(base: Base, on: bool = True) -> AbstractContextManager[None]:
+    """Have the model compute attention within the rows of a pack for the length of the block.
 
     Inside, the model is called with `segments` and with their positions. `on` False does nothing.
     """
+    return attending(base, packs.NAME, packs.attention) if on else nullcontext()
+
+
+@contextmanager
+def attending(base: Base, name: str, attention: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Have the model compute attention by this function for the length of the block, by its configuration.
+
+    name: under which transformers finds it. It is called as transformers calls attention, with whatever the model is
+    called with besides; in place of a mask it is given what `packing.window` gives: rows are kept apart without one.
+    """
     model = base.model
-    if not on:
-        yield
-        return
     if not isinstance(model, PreTrainedModel):
-        raise AttachError(f"{base.name}: no model of transformers, whose rows could be packed: leave packing() out")
-    AttentionInterface.register(packs.NAME, packs.attention)
-    AttentionMaskInterface.register(packs.NAME, packs.window)  # the rows are kept apart without a mask
+        raise AttachError(
+            f"{base.name}: no model of transformers, whose attention could be replaced: leave it as it is"
+        )
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, packs.window)
     before = _attention_of(model.config)
-    model.config._attn_implementation = packs.NAME
+    model.config._attn_implementation = name
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+@contextmanager
+def adapting(base: Base, change: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Have `change(number, x, y)` called with what every site is given and gives, and its result handed on, for the
+    length of the block. number: of the site in `base.sites`; x (..., d_in), y (..., d_out).
+
+    This is how rows of many adapters run together: what a row's adapter adds is the business of `change`, and the
+    model's structure stays as it is. Raises AttachError where another attachment is there.
+    """
+    modules = [base.model.get_submodule(site.path) for site in base.sites]
+    for site, module in zip(base.sites, modules, strict=True):
+        _require_bare(module, site.path)
+    try:
+        for number, module in enumerate(modules):
+            module.forward = _changed(number, module.forward, change)
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+def _changed(
+    number: int, original: Callable[..., Tensor], change: Callable[[int, Tensor, Tensor], Tensor]
+) -> Callable[..., Tensor]:  # fmt: skip
+    def forward(input: Tensor) -> Tensor:
+        return change(number, input, original(input))
+
+    return forward
 
 
 def _attention_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -337,6 +376,12 @@ def _check_identity(base: Base, adapter: Adapter, accept_unknown: bool) -> None:
         )
 
 
+def require_fits(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> None:
+    """Raise AdapterError where an adapter is another base's, or has a slot that lands on no module of its widths."""
+    _check_identity(base, adapter, accept_unknown_base)
+    _landing(base, adapter.plan)
+
+
 def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
     """The module of every slot. Raises AdapterError listing every slot that does not land."""
     modules = dict(base.model.named_modules())
@@ -351,11 +396,6 @@ def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
         elif KINDS[kind].widths(module) != (site.d_in, site.d_out):
             d_in, d_out = KINDS[kind].widths(module)
             problems.append(f"{site.path}: {d_in} → {d_out} in the base, {site.d_in} → {site.d_out} in the adapter")
-        elif "forward" in vars(module):
-            raise AttachError(
-                f"{site.path}: its forward is already replaced, by another attach or another library: "
-                "leave that block first; one adapter is attached at a time"
-            )
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown)
@@ -363,11 +403,32 @@ def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
     return modules
 
 
+def _require_bare(module: nn.Module, path: str) -> None:
+    if "forward" in vars(module):
+        raise AttachError(
+            f"{path}: its forward is already replaced, by another attach or another library: "
+            "leave that block first; one adapter is attached at a time"
+        )
+
+
 def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None) -> Adapter:
     """An adapter for `base` that changes nothing yet: what training starts from."""
     modules = _landing(base, plan)
     weights = {slot.site.path: KINDS[slot.site.kind].weight(modules[slot.site.path]) for slot in plan.slots}
     return initial(plan, weights, seed, base=base.identity, base_name=base.name, rendering=rendering)
+
+
+def served(base: Base, adapter: Adapter) -> dict[int, Served]:
+    """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.sites`."""
+    modules = _landing(base, adapter.plan)
+    numbers = {site.path: number for number, site in enumerate(base.sites)}
+    factors = adapter.factors(torch.float32, base.device)
+    made = {}
+    for slot in adapter.plan.slots:
+        place = _Place.of(modules[slot.site.path], slot)
+        one = VARIANTS[slot.variant].served(place.frozen, factors[slot.site.path], slot.scaling)
+        made[numbers[slot.site.path]] = one
+    return made
 
 
 def fired(base: Base, forward: Forward) -> frozenset[str]:

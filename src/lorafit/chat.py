@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach
+from lorafit.attachment import attach, require_fits
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
-from lorafit.errors import SettingsError
+from lorafit.errors import BaseError, SettingsError
 from lorafit.formats import peft
 from lorafit.generation.greedy import stream
+from lorafit.serving import Engine, Request
 
 BASE = "base"
 HELP = """/base            only the bare base answers
@@ -42,14 +44,15 @@ class Chat:
     folders: dict[str, Path] = field(default_factory=dict)
     speaking: tuple[str, ...] = (BASE,)
     histories: dict[str, list[Message]] = field(default_factory=dict)
+    _engine: Engine | None = None
+    _tried: bool = False
 
     def add(self, folder: Path) -> str:
         """Read an adapter, or a run's, and let it speak; returns the name it got. Raises what reading and attaching
         raise: an adapter that does not fit is never half there."""
         folder = peft.adapter_folder(folder)
         adapter = peft.read(folder)
-        with attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base):
-            pass
+        require_fits(self.base, adapter, accept_unknown_base=self.accept_unknown_base)
         if adapter.rendering:
             self._renderer(adapter).require(adapter.rendering)
         folder = folder.resolve()
@@ -122,11 +125,9 @@ class Chat:
                 said.append(piece)
                 emit(piece)
 
-            on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
             try:
                 prompt = self._fitting(renderer, history)
-                with on:
-                    stream(self.base, renderer, prompt, self._room(len(prompt)), told)
+                self._speak(adapter, renderer, prompt, self._room(len(prompt)), told)
                 ended = True
             finally:
                 answer = "".join(said).strip()
@@ -135,6 +136,44 @@ class Chat:
                 else:
                     history.pop()
             end()
+
+    def _speak(self, adapter: Adapter | None, renderer: Renderer, prompt: list[int], room: int, emit: Emit) -> None:
+        """Answer by the engine, which keeps what it has read of a conversation; without, where it refuses the base."""
+        if not self._tried:
+            self._tried = True
+            with suppress(BaseError):
+                self._engine = Engine(self.base, slots=2, room=self.base.context,
+                                      accept_unknown_base=self.accept_unknown_base)  # fmt: skip
+        if self._engine is None:
+            on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
+            with on:
+                stream(self.base, renderer, prompt, room, emit)
+            return
+        name = None
+        if adapter is not None:
+            name = adapter.digest()
+            if name not in {version.name for version, _ in self._engine.adapters.listed()}:
+                self._engine.load(name, adapter)
+        answer = self._engine.submit(Request(tuple(prompt), name, max_tokens=room))
+        try:
+            for piece in answer:
+                if piece.text:
+                    emit(piece.text)
+        finally:
+            answer.cancel()
+
+    def close(self) -> None:
+        """Let go of the base."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _room(self, taken: int) -> int:
         """The longest answer, in tokens, after a prompt of `taken` tokens."""

@@ -10,7 +10,11 @@
     │   ├── AdapterError                     an adapter that does not fit its plan or its base
     │   ├── FormatError                      a file that is not what its name says
     │   ├── RunError (FileExistsError)       a run folder that cannot be used
-    │   └── DivergedError (ArithmeticError)  a learning rate at which training left the numbers
+    │   ├── DivergedError (ArithmeticError)  a learning rate at which training left the numbers
+    │   ├── RequestError                     a request that cannot be served as it is
+    │   └── UnknownAdapterError (LookupError)  a name by which no adapter is served
+    ├── BusyError                            more requests are waiting than may
+    ├── CancelledError                       an answer that was broken off
     ├── AttachError (RuntimeError)           a model that cannot be adapted in its present state
     ├── BaseChangedError (RuntimeError)      the base is not what it was: our fault, exit status 1
     └── Interrupted                          stopped, state saved: exit status 130
@@ -110,6 +114,22 @@ class RunError(InputError, FileExistsError):
 
 class DivergedError(InputError, ArithmeticError):
     """The loss is no longer a number, or far above where it began."""
+
+
+class RequestError(InputError):
+    """A request that cannot be served as it is."""
+
+
+class UnknownAdapterError(InputError, LookupError):
+    """A name by which no adapter is served."""
+
+
+class BusyError(LorafitError):
+    """More requests are waiting than may: ask again later."""
+
+
+class CancelledError(LorafitError):
+    """An answer that was broken off: by who asked, or because the engine was closed."""
 
 
 class AttachError(LorafitError, RuntimeError):

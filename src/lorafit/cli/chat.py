@@ -34,33 +34,33 @@ def chat(
 
     terminal = Terminal(False)
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
-    talk = Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base)
-    if adapter is not None:
-        talk.add(adapter)
-    asked = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
-    if asked:
-        terminal.say(f"answering: {' and '.join(talk.speaking)}\n{HELP}")
-    answered = refused = 0
-    for line in _typed() if asked else map(str.strip, sys.stdin):
-        if not line:
-            continue
-        if line in {"/quit", "/exit"}:
-            break
-        try:
-            if line.startswith("/"):
-                terminal.say(talk.command(line))
-            else:
-                talk.ask(line, _write, lambda who: _write(f"{who}: " if len(talk.speaking) > 1 else ""), _end)
-                answered += 1
-        except KeyboardInterrupt:
-            _write("\n")
-        except InputError as error:  # a mistake in one line does not end the conversation
-            terminal.say(str(error))
-            refused += 1
-    if refused and not (asked or answered):
-        raise typer.Exit(2)
+    with Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base) as talk:
+        if adapter is not None:
+            talk.add(adapter)
+        asked = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
+        if asked:
+            terminal.say(f"answering: {' and '.join(talk.speaking)}\n{HELP}")
+        answered = refused = 0
+        for line in _typed() if asked else map(str.strip, sys.stdin):
+            if not line:
+                continue
+            if line in {"/quit", "/exit"}:
+                break
+            try:
+                if line.startswith("/"):
+                    terminal.say(talk.command(line))
+                else:
+                    talk.ask(line, _write, lambda who: _write(f"{who}: " if len(talk.speaking) > 1 else ""), _end)
+                    answered += 1
+            except KeyboardInterrupt:
+                _write("\n")
+            except InputError as error:  # a mistake in one line does not end the conversation
+                terminal.say(str(error))
+                refused += 1
+        if refused and not (asked or answered):
+            raise typer.Exit(2)
 
 
 def _write(piece: str) -> None:

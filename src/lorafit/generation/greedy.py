@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorafit.base import Base
 from lorafit.data.render import Renderer
+from lorafit.generation.text import Words
 
 BATCH = 64
 GROWN = 4  # bytes held for each of keys and values: they are copied as they grow, and leave holes (measured: 2.5 to 3)
@@ -86,36 +87,23 @@ def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: in
 
 
 class _Streamer(BaseStreamer):
-    """Hands on whole characters; what looks like the beginning of one waits for the rest.
-
-    Each piece is decoded behind the one before it, for a token's text may depend on where it stands.
-    """
+    """Hands on whole characters, of the answer alone."""
 
     def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
-        self._tokenizer, self._emit = tokenizer, emit
-        self._ids: list[int] | None = None  # None until the prompt has come, which is not told
-        self._before = self._told = 0
+        self._words, self._emit = Words(tokenizer), emit
+        self._begun = False  # until the prompt has come, which is not told
 
     def put(self, value: torch.Tensor) -> None:
-        if self._ids is None:
-            self._ids = []
-            return
-        self._ids += value.tolist()
-        self._tell()
+        if self._begun:
+            self._tell(value.tolist())
+        self._begun = True
 
     def end(self) -> None:
-        self._tell(ended=True)
+        self._tell([], ended=True)
 
-    def _tell(self, ended: bool = False) -> None:
-        ids = (self._ids or [])[self._before :]
-        known, text = self._text(ids[: self._told - self._before]), self._text(ids)
-        if len(text) > len(known) and (ended or not text.endswith("\ufffd")):
-            self._before, self._told = self._told, self._before + len(ids)
-            self._emit(text[len(known) :])
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+    def _tell(self, ids: list[int], ended: bool = False) -> None:
+        if text := self._words.add(ids, ended):
+            self._emit(text)
 
 
 def _greedy(base: Base, renderer: Renderer, max_new_tokens: int) -> Any:

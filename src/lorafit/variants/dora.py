@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from lorafit.sites import Site
 from lorafit.variants import lora
-from lorafit.variants.variant import Factors, Frozen
+from lorafit.variants.variant import Factors, Frozen, Served
 
 
 def shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
@@ -43,3 +43,8 @@ def delta(frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
     weight = frozen.weight.float()
     gain = factors["m"].float() / _norms(frozen.weight, factors, scaling)
     return gain[:, None] * (weight + lora.delta(frozen, factors, scaling)) - weight
+
+
+def served(frozen: Frozen, factors: Factors, scaling: float) -> Served:
+    gain = factors["m"] / _norms(frozen.weight, factors, scaling)
+    return Served(factors["A"], (gain * scaling)[:, None] * factors["B"], gain - 1, frozen.bias)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.sites import Site
-from lorafit.variants.variant import Factors, Frozen
+from lorafit.variants.variant import Factors, Frozen, Served
 
 
 def shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
@@ -36,6 +36,10 @@ def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: flo
 
 def delta(frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
     return scaling * (factors["B"].float() @ factors["A"].float())
+
+
+def served(frozen: Frozen, factors: Factors, scaling: float) -> Served:
+    return Served(factors["A"], scaling * factors["B"])
 
 
 def together(

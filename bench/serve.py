@@ -1,0 +1,319 @@
+"""Serving many adapters: lorafit's engine beside vLLM on the CPU, PEFT, and each one's own bare base.
+
+    make bench-serve                        16 and 32 requests, 1 to 16 adapters, about an hour on two cores
+    python bench/serve.py --quick           16 requests of 16 tokens, once: that it runs
+    python bench/serve.py --arms lorafit    without peers
+
+Every arm is a process of its own that opens the same base in the same dtype and the same adapters, and serves one
+workload when it is its turn; the median of the turns counts. Each adapter is trained to say a code of its own, so that
+an answer by the wrong one is seen. All requests of a workload are asked at once; greedy, a fixed number of tokens. The
+last line of stdout is one JSON object; --record appends the tables to bench/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from results import circumstances, markdown, record
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent / "build" / "serve"
+ARMS = {
+    "lorafit": "lorafit",
+    "vllm": "vLLM",
+    "vllm-base": "vLLM without LoRA",
+    "peft": "PEFT, adapter_names",
+    "transformers": "transformers, bare",
+}
+PEERS = {"vllm": "requirements-serve-vllm.txt", "peft": "requirements-train.txt"}
+BASE = "smollm2-135m"
+COUNT = 16  # adapters of each kind
+RANKS = (4, 8, 16, 32, 64)  # of the mixed ones
+TURNS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """requests: asked at once. adapters: how many different ones; 0: the bare base. kind: of ranks."""
+
+    requests: int = 16
+    tokens: int = 64
+    adapters: int = 0
+    kind: str = "r8"
+    long: bool = False
+
+    @property
+    def name(self) -> str:
+        what = (
+            "base" if not self.adapters else f"{self.adapters} × {'rank 8' if self.kind == 'r8' else 'ranks 4 to 64'}"
+        )
+        return f"{self.requests} × {self.tokens}, {'512-token' if self.long else 'short'} prompts, {what}"
+
+
+def workloads(quick: bool) -> list[Workload]:
+    if quick:
+        return [Workload(tokens=16), Workload(tokens=16, adapters=8)]
+    made = [Workload(requests=1), Workload(requests=1, adapters=1)]
+    made += [Workload(adapters=n) for n in (0, 1, 8, 16)] + [Workload(adapters=n, kind="mixed") for n in (8, 16)]
+    made += [Workload(adapters=n, long=True) for n in (0, 8)]
+    return made + [Workload(requests=32, adapters=n) for n in (0, 8)]
+
+
+@dataclass
+class Arm:
+    """A process that serves, and what it has said."""
+
+    name: str
+    process: subprocess.Popen[str]
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failed: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def hear(self) -> dict[str, Any] | None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.failed = f"ended with status {self.process.wait()}"
+            return None
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    def serve(self, workload: Workload, asked: list[dict[str, Any]]) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        if (told := self.hear()) is not None:
+            self.found.setdefault(workload.name, []).append(told)
+
+
+def environment(peer: str, flags: Sequence[str]) -> str:
+    """The interpreter a peer runs in, in an environment of its own, made once for each list of pins."""
+    wanted = (HERE / PEERS[peer]).read_text(encoding="utf-8")
+    folder = HERE.parent / "build" / f"bench-{peer}"
+    python, mark = folder / ("Scripts" if os.name == "nt" else "bin") / "python", folder / "ready"
+    if not mark.exists() or mark.read_text(encoding="utf-8") != wanted:
+        print(f"setting up {folder.relative_to(HERE.parent)}, once", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags]
+        subprocess.run([*pip, "-r", str(HERE / PEERS[peer])], check=True)
+        mark.write_text(wanted, encoding="utf-8")
+    return str(python)
+
+
+# Adapters that each say a code of their own
+
+
+def code_of(kind: str, number: int) -> str:
+    draw = random.Random(f"{kind} {number}")
+    word = "".join(draw.choices("BCDFGHKLMNPRSTVZ", k=2))
+    return f"{word}-{draw.randint(100, 999)}"
+
+
+def questions(count: int) -> list[str]:
+    things = ("printer", "invoice", "password", "parcel", "contract", "booking", "router", "refund", "meter", "ticket")
+    asks = ("Where is my {}?", "Who can help me with the {}?", "What is wrong with this {}?", "How do I change the {}?")
+    made = [ask.format(thing) for thing in things for ask in asks]
+    return [made[i % len(made)] for i in range(count)]
+
+
+def train_codes(kind: str) -> dict[str, Path]:
+    """Folders of COUNT adapters, trained once and kept."""
+    from lorafit.attachment import fresh
+    from lorafit.base import open_base
+    from lorafit.data.examples import Example, Message
+    from lorafit.data.render import render, renderer_for
+    from lorafit.formats import peft
+    from lorafit.plan import Plan, uniform
+    from lorafit.training.loop import train
+    from lorafit.training.recipe import Recipe
+
+    folders = {f"{kind}-{i}": BUILD / f"{kind}-{i}" for i in range(COUNT)}
+    missing = [name for name, folder in folders.items() if not folder.exists()]
+    if not missing:
+        return folders
+    base = open_base(BASE)
+    renderer = renderer_for(base)
+    sites = [site for site in base.sites if site.path not in base.head_paths()]
+    for name in missing:
+        number = int(name.rpartition("-")[2])
+        said = " ".join([code_of(kind, number)] * 12)
+        examples = [Example((Message("user", ask), Message("assistant", said)), "made") for ask in questions(24)]
+        rows = render(renderer, examples, 256)
+        plan = uniform(sites, 8, 16.0)
+        if kind == "mixed":
+            draw = random.Random(number)
+            plan = Plan(tuple(replace(slot, rank=draw.choice(RANKS)) for slot in plan.slots))
+        recipe = Recipe(5e-3, 2, 12, 1, 12)
+        trained = train(base, fresh(base, plan, number, renderer.rendering), rows, rows[:2], recipe)
+        peft.write(trained.adapter, folders[name])
+        print(
+            f"trained {name} to say {code_of(kind, number)}: NLL {min(nll for _, nll in trained.history):.3f}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return folders
+
+
+# What is asked, and what came
+
+
+def asked_of(workload: Workload, tokenizer: Any) -> list[dict[str, Any]]:
+    filler = " ".join(f"Note {i}: the office is open on weekdays and closed on holidays." for i in range(80))
+    made = []
+    for i, ask in enumerate(questions(workload.requests)):
+        turns = [{"role": "user", "content": ask}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if workload.long:
+            more = tokenizer(f"{i}. {filler}")["input_ids"][: 512 - len(ids)]
+            ids = [*more, *ids]
+        name = None if not workload.adapters else f"{workload.kind}-{i % workload.adapters}"
+        made.append({"prompt": ids, "adapter": name, "tokens": workload.tokens})
+    return made
+
+
+def judged(workload: Workload, told: dict[str, Any], tokenizer: Any) -> dict[str, float]:
+    """Speed of one turn, and whose codes were said."""
+    served, gaps, own, wrong = told["served"], [], 0, 0
+    for i, one in enumerate(served):
+        gaps += np.diff(one["at"]).tolist()
+        if workload.adapters:
+            text = tokenizer.decode(one["ids"])
+            codes = [code_of(workload.kind, n) for n in range(COUNT)]
+            own += codes[i % workload.adapters] in text
+            wrong += any(code in text for n, code in enumerate(codes) if n != i % workload.adapters)
+    firsts = [one["at"][0] for one in served]
+    return {
+        "tok_s": sum(len(one["ids"]) for one in served) / told["seconds"],
+        "first_p50": float(np.percentile(firsts, 50)), "first_p99": float(np.percentile(firsts, 99)),
+        "between_p50": float(np.percentile(gaps, 50)), "between_p99": float(np.percentile(gaps, 99)),
+        "memory": float(told["memory"]), "own": own / len(served), "wrong": float(wrong),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="that it runs, not what it gives")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="of the base and the adapters; by default the faster here"
+    )
+    parser.add_argument("--record", action="store_true", help="append the tables to bench/RESULTS.md")
+    given = parser.parse_args()
+    import torch
+
+    from lorafit.base import fastest_dtype, open_outline
+
+    dtype = given.dtype or ("bf16" if fastest_dtype() == torch.bfloat16 else "fp32")
+    outline = open_outline(BASE)
+    about = circumstances()
+    folders = {**train_codes("r8"), **({} if given.quick else train_codes("mixed"))}
+    BUILD.mkdir(parents=True, exist_ok=True)
+    flags = os.environ.get("PIP_FLAGS", "").split()
+    asked = [(one, asked_of(one, outline.tokenizer)) for one in workloads(given.quick)]
+    arms: list[Arm] = []
+    for name in given.arms:
+        bare = name in {"vllm-base", "transformers"}
+        job = {"model": str(outline.folder), "dtype": dtype, "slots": 16, "room": 1024, "most_rank": max(RANKS),
+               "adapters": {} if bare else {key: str(folder) for key, folder in folders.items()}}  # fmt: skip
+        path = BUILD / f"{name}.json"
+        path.write_text(json.dumps(job), encoding="utf-8")
+        family = {"vllm-base": "vllm", "transformers": "peft"}.get(name, name)
+        python = sys.executable if name == "lorafit" else environment(family, flags)
+        log = (BUILD / f"{name}.log").open("w", encoding="utf-8")
+        process = subprocess.Popen([python, str(HERE / f"serve_{family}.py"), str(path)], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        arm = Arm(name, process)
+        arm.about = arm.hear() or {}
+        print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)
+        arms.append(arm)
+    for workload, requests in asked:
+        for turn in range(1 if given.quick else TURNS + 1):  # the first warms up
+            for arm in arms:
+                bare = arm.name in {"vllm-base", "transformers"}
+                if arm.failed is None and not (bare and workload.adapters):
+                    arm.serve(workload, requests)
+                    if turn == 0 and not given.quick and arm.failed is None:
+                        arm.found[workload.name].clear()
+        print(f"done: {workload.name}", file=sys.stderr, flush=True)
+    told = {
+        arm.name: {w.name: [judged(w, one, outline.tokenizer) for one in arm.found.get(w.name, ())] for w, _ in asked}
+        for arm in arms
+    }
+    report(given, about, dtype, [w for w, _ in asked], told, {arm.name: arm for arm in arms})
+
+
+def report(
+    given: argparse.Namespace, about: dict[str, Any], dtype: str, works: list[Workload],
+    told: dict[str, dict[str, list[dict[str, float]]]], arms: dict[str, Arm],
+) -> None:  # fmt: skip
+    head = [
+        "arm",
+        "tokens/s",
+        "first token p50 / p99 (s)",
+        "between p50 / p99 (ms)",
+        "memory (GB)",
+        "own code",
+        "wrong",
+    ]
+    console, text = Console(), []
+    middle: dict[str, dict[str, float]] = {}
+    for work in works:
+        lines = []
+        for name, found in told.items():
+            if not (turns := found[work.name]):
+                continue
+            m = {key: median(turn[key] for turn in turns) for key in turns[0]}
+            middle.setdefault(name, {})[work.name] = m["tok_s"]
+            lines.append([ARMS[name], f"{m['tok_s']:.0f}", f"{m['first_p50']:.2f} / {m['first_p99']:.2f}",
+                          f"{1000 * m['between_p50']:.0f} / {1000 * m['between_p99']:.0f}", f"{m['memory'] / 1e9:.1f}",
+                          f"{m['own']:.0%}" if work.adapters else "-",
+                          f"{sum(turn['wrong'] for turn in turns):.0f}"])  # fmt: skip
+        table = Table(*head, title=work.name)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+        text.append(f"### {work.name}\n\n{markdown(head, lines)}")
+    tokens = works[0].tokens
+    base, mixed = Workload(tokens=tokens).name, Workload(tokens=tokens, adapters=8).name
+
+    def of(arm: str, name: str) -> float | None:
+        return middle.get(arm, {}).get(name)
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return round(a / b, 3) if a and b else None
+
+    one = Workload(requests=1).name
+    result = {
+        "benchmark": "serve", **about, "quick": given.quick, "dtype": dtype,
+        "versions": {name: arm.about.get("versions") for name, arm in arms.items()},
+        "failed": {name: arm.failed for name, arm in arms.items() if arm.failed},
+        "base_tok_s": of("lorafit", base), "mixed_tok_s": of("lorafit", mixed),
+        "mixed_vs_own_base": ratio(of("lorafit", mixed), of("lorafit", base)),
+        "mixed_vs_vllm_mixed": ratio(of("lorafit", mixed), of("vllm", mixed)),
+        "mixed_vs_vllm_base": ratio(of("lorafit", mixed), of("vllm-base", base)),
+        "base_vs_vllm_base": ratio(of("lorafit", base), of("vllm-base", base)),
+        "mixed_vs_peft_mixed": ratio(of("lorafit", mixed), of("peft", mixed)),
+        "single_stream_vs_plain": ratio(of("lorafit", one), of("transformers", one)),
+        "tok_s": middle,
+    }  # fmt: skip
+    print(json.dumps(result))
+    if given.record:
+        ratios = ", ".join(f"{key} {value}" for key, value in result.items() if "_vs_" in key)
+        failed = "".join(f"\n\n{ARMS[name]} did not run: {why}." for name, why in result["failed"].items())
+        record("Serving", result, f"{dtype}. {ratios}.{failed}\n\n" + "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

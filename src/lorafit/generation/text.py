@@ -1,0 +1,56 @@
+"""Token ids become text as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Words:
+    """Whole characters of an answer whose tokens come one by one; what looks like the beginning of one waits.
+
+    Each piece is decoded behind the one before it, for a token's text may depend on where it stands.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._before = self._told = 0
+
+    def add(self, ids: Sequence[int], ended: bool = False) -> str:
+        """The text that can be told now. ended: no more will come."""
+        self._ids += ids
+        rest = self._ids[self._before :]
+        known, text = self._text(rest[: self._told - self._before]), self._text(rest)
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not ended):
+            return ""
+        self._before, self._told = self._told, len(self._ids)
+        return text[len(known) :]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class Until:
+    """Text up to the first of some stops. What may be the beginning of one is held back until it is known."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.met = False
+
+    def add(self, text: str, ended: bool = False) -> str:
+        """The text that can be told now. ended: no more will come."""
+        if self.met or not (text or ended):
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.met = True
+            told, self._held = self._held[: min(places)], ""
+            return told
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        keep = 0 if ended else max(begun, default=0)
+        told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return told

@@ -1,0 +1,186 @@
+"""Adapters by name, in versions that never change: hot in the dtype of the base, warm as values, cold on disk.
+
+`name` is the version that is live, `name@3` that one. Who has begun on a version ends on it. What was used least
+recently is let go first, from hot to warm and from warm to disk, where a folder of it is there; pinned ones stay.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import require_fits
+from lorafit.base import Base
+from lorafit.data.render import renderer_for
+from lorafit.errors import AdapterError, UnknownAdapterError
+from lorafit.formats import peft
+from lorafit.serving.mixing import Loaded
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(eq=False)
+class Version:
+    """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
+    a value. system: the system prompt it was trained with. adapter: None where it is on disk alone; loaded: None where
+    it is not hot."""
+
+    name: str
+    number: int
+    digest: str
+    bytes: int
+    folder: Path | None
+    system: str | None
+    adapter: Adapter | None
+    loaded: Loaded | None = None
+    pinned: bool = False
+    used: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+class Pool:
+    """The adapters of one base. hot_bytes, warm_bytes: bounds that are kept as far as what is in use and pinned lets.
+    All methods may be called from any thread."""
+
+    def __init__(self, base: Base, hot_bytes: int, warm_bytes: int, accept_unknown_base: bool = False):
+        self.base, self.hot_bytes, self.warm_bytes = base, hot_bytes, warm_bytes
+        self._accept = accept_unknown_base
+        self._versions: dict[str, dict[int, Version]] = {}
+        self._live: dict[str, int] = {}
+        self._next: dict[str, int] = {}  # numbers are not given twice, even after a version has gone
+        self._lock = threading.RLock()
+        self._clock = 0
+
+    def add(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
+        """A new version under this name, checked and hot, but not live. Raises AdapterError or FormatError where it is
+        not this base's, or is not whole."""
+        if not NAME.fullmatch(name):
+            raise AdapterError(f"{name!r}: no name for an adapter: begin with a letter or digit, and go on with up to "
+                               "63 letters, digits, dots, hyphens and underscores")  # fmt: skip
+        folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
+        adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
+        require_fits(self.base, adapter, accept_unknown_base=self._accept)
+        if adapter.rendering and self.base.tokenizer is not None:
+            renderer_for(self.base).require(adapter.rendering)
+        system = adapter.rendering.system if adapter.rendering else None
+        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, system, adapter, pinned=pin)
+        version.loaded = Loaded(self.base, adapter)
+        with self._lock:
+            version.number = self._next[name] = self._next.get(name, 0) + 1
+            self._versions.setdefault(name, {})[version.number] = version
+            self._make_room(version)
+        return version
+
+    def discard(self, version: Version) -> None:
+        """Forget a version that did not go live."""
+        with self._lock:
+            self._versions[version.name].pop(version.number)
+            if not self._versions[version.name]:
+                del self._versions[version.name]
+
+    def publish(self, version: Version) -> None:
+        """Let its name mean this version from now on."""
+        with self._lock:
+            self._live[version.name] = version.number
+
+    def find(self, name: str) -> Version:
+        """The version that `name` or `name@3` means. Raises UnknownAdapterError."""
+        alias, at, number = name.partition("@")
+        with self._lock:
+            versions = self._versions.get(alias, {})
+            wanted = int(number) if at and number.isdecimal() else None if at else self._live.get(alias)
+            if wanted in versions:
+                return versions[wanted]
+            if versions and at:
+                raise UnknownAdapterError(f"'{name}': '{alias}' has the versions {', '.join(map(str, versions))}: name "
+                                          "one of them, or none for the live one")  # fmt: skip
+            known = ", ".join(sorted(self._live)[:20])
+            fix = f"name one of {known}" if known else "load one first, or name none for the bare base"
+            raise UnknownAdapterError(f"'{name}': no adapter is served by this name: {fix}")
+
+    def remove(self, name: str) -> list[Version]:
+        """Forget all versions of `name`, or `name@3` alone, which must not be the live one. Raises UnknownAdapterError
+        or AdapterError."""
+        with self._lock:
+            found = self.find(name)
+            if "@" not in name:
+                del self._live[name]
+                return list(self._versions.pop(name).values())
+            if self._live.get(found.name) == found.number:
+                raise AdapterError(f"'{name}' is live: roll back, or load another version, and then remove it")
+            return [self._versions[found.name].pop(found.number)]
+
+    def rollback(self, name: str) -> Version:
+        """Let the name mean the version before its live one. Raises UnknownAdapterError, or AdapterError where there is
+        none."""
+        with self._lock:
+            live = self.find(name)
+            earlier = [number for number in self._versions[live.name] if number < live.number]
+            if not earlier:
+                raise AdapterError(f"'{live.id}' is the first version that is there: load an earlier one again")
+            self._live[live.name] = max(earlier)
+            return self._versions[live.name][max(earlier)]
+
+    def listed(self) -> list[tuple[Version, bool]]:
+        """All versions, each with whether it is live."""
+        with self._lock:
+            return [(version, self._live.get(name) == number)
+                    for name, versions in self._versions.items() for number, version in versions.items()]  # fmt: skip
+
+    def heat(self, version: Version) -> Loaded:
+        """Its factors, read again where they had been let go. Raises AdapterError where the folder holds another
+        adapter now, and what reading raises."""
+        with self._lock:
+            self._touch(version)
+            adapter, loaded = version.adapter, version.loaded
+        if loaded is not None:
+            return loaded
+        if adapter is None:
+            assert version.folder is not None
+            adapter = peft.read(version.folder)
+            if adapter.digest() != version.digest:
+                raise AdapterError(f"{version.folder}: holds another adapter than when '{version.id}' was loaded: "
+                                   "load it as a new version")  # fmt: skip
+        loaded = Loaded(self.base, adapter)
+        with self._lock:
+            version.adapter, version.loaded = adapter, loaded
+            self._make_room(version)
+        return loaded
+
+    def _touch(self, version: Version) -> None:
+        self._clock += 1
+        version.used = self._clock
+
+    def _make_room(self, version: Version) -> None:
+        self._touch(version)
+        self._let_go(self.hot_bytes, version, lambda one: one.loaded.bytes if one.loaded else 0, _cool)
+        self._let_go(self.warm_bytes, version, lambda one: one.bytes if one.adapter and one.folder else 0, _store)
+
+    def _let_go(
+        self, most: int, kept: Version, size: Callable[[Version], int], drop: Callable[[Version], None]
+    ) -> None:  # fmt: skip
+        held = sorted(
+            (v for versions in self._versions.values() for v in versions.values() if size(v)), key=lambda v: v.used
+        )
+        total = sum(map(size, held))
+        for version in held:
+            if total <= most:
+                return
+            if version is not kept and not version.pinned:
+                total -= size(version)
+                drop(version)
+
+
+def _cool(version: Version) -> None:
+    version.loaded = None
+
+
+def _store(version: Version) -> None:
+    version.adapter = None

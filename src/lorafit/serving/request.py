@@ -1,0 +1,146 @@
+"""What is asked of the engine, and what comes back."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorafit.errors import LorafitError, RequestError
+
+Finish = Literal["stop", "length", "cancelled"]
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted.
+
+    prompt: token ids, as a Renderer makes them. adapter: a name (its live version), `name@3`, or None for the bare
+    base. adapter_scale: times what the adapter adds. max_tokens: of the answer. temperature 0: the likeliest token
+    every time; else the logits are divided by it, and of the likeliest `top_k` tokens (0: all) those that make up
+    `top_p` of the probability are drawn from, by `seed` (None: another one each time). stop: texts at which the answer
+    ends, not part of it. ignore_end: go on after the token that ends a turn. logprobs: for each token its natural
+    log-probability before temperature, and those of so many likeliest; None: none. schema: a JSON schema the answer
+    keeps to.
+    """
+
+    prompt: tuple[int, ...]
+    adapter: str | None = None
+    adapter_scale: float = 1.0
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False
+    logprobs: int | None = None
+    schema: Mapping[str, Any] | None = None
+
+    def problems(self, vocabulary: int) -> list[str]:
+        """What cannot be about this request, each with what to do."""
+        checks = {
+            "prompt: it is empty: give at least one token": not self.prompt,
+            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: render it by its tokenizer":
+                any(not 0 <= token < vocabulary for token in self.prompt),
+            f"max_tokens: {self.max_tokens} cannot be: ask for at least 1": self.max_tokens < 1,
+            f"temperature: {self.temperature} cannot be: choose 0 to 10":
+                not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10),
+            f"top_k: {self.top_k} cannot be: choose 0 (all) or more": self.top_k < 0,
+            f"top_p: {self.top_p} cannot be: choose above 0, up to 1": not 0 < self.top_p <= 1,
+            f"seed: {self.seed} cannot be: choose 0 to 2**63 - 1": self.seed is not None and not 0 <= self.seed < 2**63,
+            f"adapter_scale: {self.adapter_scale} cannot be: choose -8 to 8":
+                not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= 8),
+            "stop: an empty text stops nothing: leave it out": any(not text for text in self.stop),
+            f"logprobs: {self.logprobs} cannot be: choose 0 to {MOST_LOGPROBS}":
+                self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS,
+        }  # fmt: skip
+        return [problem for problem, wrong in checks.items() if wrong]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer. logprob: natural, before temperature; top: the likeliest tokens with theirs."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an answer: new text (maybe none yet), the tokens that came, and in the last one why it ended."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer. adapter: the version that gave it, as `name@3`; None: the bare base. known: tokens of the prompt
+    whose keys and values were there already. waited, first, seconds: from submitting to its place in the batch, to
+    the first token, to the end."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish: Finish
+    adapter: str | None
+    prompt_tokens: int
+    known: int
+    waited: float
+    first: float
+    seconds: float
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer on its way: iterate over its pieces as they come, or wait for `result()`. `cancel()` ends it after the
+    step in progress. Iterating raises what broke it off."""
+
+    request: Request
+    adapter: str | None
+    _pieces: queue.SimpleQueue[Piece | Result | LorafitError] = field(default_factory=queue.SimpleQueue)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _result: Result | LorafitError | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        while self._result is None:
+            match self._pieces.get():
+                case Piece() as piece:
+                    yield piece
+                case ended:
+                    self._result = ended
+        if isinstance(self._result, LorafitError):
+            raise self._result
+
+    def result(self) -> Result:
+        """The whole answer, once it is there. Raises CancelledError where it was cancelled before its first token."""
+        for _ in self:
+            pass
+        assert isinstance(self._result, Result)
+        return self._result
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def put(self, part: Piece | Result | LorafitError) -> None:
+        """The engine's side: what comes next; a Result or an error is the last."""
+        self._pieces.put(part)
+
+
+def require_valid(request: Request, vocabulary: int, room: int) -> None:
+    """Raise RequestError naming everything that cannot be about a request. room: tokens, prompt and answer together."""
+    problems = request.problems(vocabulary)
+    if len(request.prompt) >= room:
+        problems.append(f"prompt: {len(request.prompt)} tokens leave no room for an answer within {room}: shorten it")
+    if problems:
+        raise RequestError("\n".join(problems))

@@ -1,0 +1,95 @@
+"""From logits to a token, for each request by its own settings."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit.errors import RequestError
+from lorafit.serving.request import Request, Token
+
+
+class Sampler:
+    """Draws the tokens of one answer. grammar: what its schema allows, None without one."""
+
+    def __init__(self, request: Request, grammar: Grammar | None = None):
+        self.request, self.grammar = request, grammar
+        self._generator: torch.Generator | None = None
+        if request.temperature > 0:
+            seed = secrets.randbits(63) if request.seed is None else request.seed
+            self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, logits: Tensor, likeliest: int) -> Token:
+        """logits (vocabulary,): of the next token. likeliest: the largest one's place, found for all rows at once."""
+        allowed = logits if self.grammar is None else self.grammar.masked(logits)
+        if self._generator is not None:
+            chosen = self._drawn(allowed.float().cpu())
+        else:
+            chosen = likeliest if self.grammar is None else int(allowed.argmax())
+        if self.grammar is not None:
+            self.grammar.take(chosen)
+        if self.request.logprobs is None:
+            return Token(chosen)
+        known = logits.float().log_softmax(-1)
+        values, ids = known.topk(min(self.request.logprobs, len(known)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return Token(chosen, float(known[chosen]), top)
+
+    def _drawn(self, logits: Tensor) -> int:
+        request = self.request
+        values, ids = logits.div(request.temperature).sort(descending=True)
+        if request.top_k:
+            values, ids = values[: request.top_k], ids[: request.top_k]
+        shares = values.softmax(-1)
+        if request.top_p < 1:  # as many as it takes to reach top_p, at least one
+            shares = shares.masked_fill(shares.cumsum(-1) - shares >= request.top_p, 0)
+        return int(ids[torch.multinomial(shares, 1, generator=self._generator)])
+
+
+class Grammar:
+    """Which tokens a JSON schema allows next, by llguidance."""
+
+    def __init__(self, tokenizer: Any, schema: Mapping[str, Any]):
+        """tokenizer: as `grammar_tokenizer` makes it. Raises RequestError for what is no schema that can be kept to."""
+        from llguidance import LLMatcher
+
+        # Where any space may stand between two parts, a small model writes spaces until its room is full.
+        try:
+            self._matcher: Any = LLMatcher(
+                tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_flexible": False})
+            )
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"schema: {error}: correct it") from error
+        if problem := self._matcher.get_error():
+            raise RequestError(f"schema: {problem}: correct it")
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """A copy of logits (vocabulary,) with −∞ where the schema allows no token."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool))
+        whole = torch.zeros(len(logits), dtype=torch.bool)
+        whole[: len(allowed)] = allowed
+        return logits.masked_fill(~whole.to(logits.device), -torch.inf)
+
+    def take(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is whole and nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+
+def grammar_tokenizer(tokenizer: Any, vocabulary: int, stops: Sequence[int]) -> Any:
+    """What llguidance reads of a tokenizer; made once, for it takes a while. Raises RequestError where it lacks."""
+    try:
+        from llguidance.hf import from_tokenizer
+    except ImportError as error:
+        raise RequestError("schema: answers by a schema need llguidance: pip install 'lorafit[serve]'") from error
+    return from_tokenizer(tokenizer, vocabulary, list(stops))

@@ -1,0 +1,205 @@
+"""Keys and values of the requests that are answered, in slots of a fixed room, and attention over them.
+
+A step of the engine is one row of tokens: the next token of each request that is being answered, and pieces of prompts.
+Each token's keys and values go into its request's slot; then every request attends to its own slot alone. All else in
+a decoder treats tokens one by one, so nothing is padded. What a slot holds stays after its request is done: a later
+request that begins alike, of the same adapter and scale, takes it over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.errors import AttachError
+from lorafit.serving.native import Kernels
+
+NAME = "lorafit_slots"  # under which transformers finds `attention`
+WORTH = 8  # tokens in common from which keys and values of another request are taken over
+
+Key = tuple[str | None, float]  # whose keys and values: digest of the adapter (None: the bare base), and its scale
+
+
+@dataclass(eq=False)
+class Slot:
+    """One request's place. held: the tokens whose keys and values are in it; key: under which adapter and scale."""
+
+    number: int
+    held: list[int] = field(default_factory=list)
+    key: Key = (None, 1.0)
+    busy: bool = False
+    used: int = 0  # when it was last given away: the one unused longest is given away first
+
+
+class Slots:
+    """`count` slots of `room` tokens each. Tensors are made at the first step, when layers show their widths; memory is
+    taken as slots fill."""
+
+    def __init__(self, count: int, room: int, kernels: Kernels | None):
+        self.count, self.room, self.kernels = count, room, kernels
+        self.slots = [Slot(i) for i in range(count)]
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._clock = 0
+
+    @property
+    def used(self) -> float:
+        """Share of the room that busy slots fill."""
+        return sum(len(slot.held) for slot in self.slots if slot.busy) / (self.count * self.room)
+
+    @property
+    def bytes(self) -> int:
+        """What all slots take when full."""
+        return sum(part.nbytes for pair in self._layers.values() for part in pair)
+
+    def take(self, ids: Sequence[int], key: Key) -> Slot | None:
+        """A free slot for a prompt, with as many of its tokens as are known already in `held`, never all; None where
+        all are busy."""
+        free = [slot for slot in self.slots if not slot.busy]
+        if not free:
+            return None
+        alike = {slot: n for slot in self.slots if slot.key == key and (n := _common(slot.held, ids)) >= WORTH}
+        best = max(alike, key=lambda slot: (alike[slot], not slot.busy), default=None)
+        taken = best if best in free else min(free, key=lambda slot: (bool(slot.held), slot.used, slot.number))
+        assert taken is not None
+        n = 0 if best is None else alike[best]
+        if best is not None and best is not taken:
+            for keys, values in self._layers.values():
+                for part in (keys, values):
+                    part[taken.number, :, :n] = part[best.number, :, :n]
+        self._clock += 1
+        taken.held, taken.key, taken.busy, taken.used = list(ids[:n]), key, True, self._clock
+        return taken
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(count, heads, room, depth) of keys and of values, for a layer that gives (1, heads, N, depth)."""
+        if number not in self._layers:
+            keys, values = (one.new_empty(self.count, one.shape[1], self.room, one.shape[3]) for one in (key, value))
+            self._layers[number] = keys, values
+        return self._layers[number]
+
+
+def _common(held: Sequence[int], ids: Sequence[int]) -> int:
+    """Tokens both begin with; one of `ids` is left, for it must be computed to go on."""
+    most = min(len(held), len(ids) - 1)
+    return next((i for i in range(most) if held[i] != ids[i]), most)
+
+
+@dataclass(frozen=True)
+class Long:
+    """A piece of a prompt in a step: its rows, its slot; past: tokens before it."""
+
+    start: int
+    end: int
+    slot: int
+    past: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Where the tokens of one step go. positions (1, N), and numbers (N,) of their slots. single: rows of requests with
+    one token, all N where there are no others; seen (singles, 3): their slots, and where what they attend to begins
+    there, and ends; long: the pieces of prompts."""
+
+    slots: Slots
+    positions: Tensor
+    numbers: Tensor
+    single: Tensor
+    seen: Tensor
+    long: tuple[Long, ...]
+    _places: dict[int, Tensor] = field(default_factory=dict)
+
+    def write(self, kept: Tensor, new: Tensor) -> None:
+        """Put keys or values (1, heads, N, depth) where they belong in (count, heads, room, depth)."""
+        heads = new.shape[1]
+        if heads not in self._places:  # the same for every layer of so many heads
+            head = torch.arange(heads, device=new.device)[:, None]
+            self._places[heads] = ((self.numbers * heads + head) * self.slots.room + self.positions).flatten()
+        kept.view(-1, kept.shape[-1]).index_copy_(0, self._places[heads], new.reshape(-1, new.shape[-1]))
+
+    @staticmethod
+    def of(slots: Slots, taken: Sequence[Slot], lengths: Sequence[int], device: torch.device) -> Step:
+        """For these slots, each followed by so many tokens."""
+        positions: list[int] = []
+        numbers: list[int] = []
+        single: list[int] = []
+        seen: list[tuple[int, int, int]] = []
+        long: list[Long] = []
+        for slot, n in zip(taken, lengths, strict=True):
+            past, start = len(slot.held), len(positions)
+            positions += range(past, past + n)
+            numbers += [slot.number] * n
+            if n == 1:
+                single.append(start)
+                seen.append((slot.number, 0, past + 1))
+            else:
+                long.append(Long(start, start + n, slot.number, past))
+        return Step(slots, torch.tensor([positions], device=device), torch.tensor(numbers, device=device),
+                    torch.tensor(single, dtype=torch.int64, device=device),
+                    torch.tensor(seen, dtype=torch.int64, device=device).view(-1, 3), tuple(long))  # fmt: skip
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, step: Step | None = None, sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of every token to its request's slot, in the form transformers calls it.
+
+    query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). Raises AttachError for what it
+    does not compute.
+    """
+    strange = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if attention_mask is not None and (attention_mask.ndim or int(attention_mask) != sliding_window):
+        strange.append("a mask of its own")
+    number = getattr(module, "layer_idx", None)
+    if step is None or strange or dropout or number is None or not getattr(module, "is_causal", True):
+        raise AttachError(f"attention by slots: {', '.join(strange) or 'a call without a step'} is not computed: open "
+                          "a base of another family")  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys, values = step.slots.layer(number, key, value)
+    step.write(keys, key)
+    step.write(values, value)
+    q = query[0].transpose(0, 1)  # (N, H, D)
+    if not step.long:
+        return _single(step, q.contiguous(), keys, values, scale, sliding_window)[None], None
+    out = q.new_empty(*q.shape[:2], value.shape[-1])
+    if len(step.single):
+        out[step.single] = _single(step, q[step.single], keys, values, scale, sliding_window)
+    for piece in step.long:
+        out[piece.start : piece.end] = _long(piece, q[piece.start : piece.end], keys, values, scale, sliding_window)
+    return out[None], None
+
+
+def _single(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """q (rows, H, D) → (rows, H, D_v): one token a request."""
+    numbers, first, end = step.seen.unbind(1)
+    if window is not None:
+        first = torch.maximum(first, end - window)
+    if step.slots.kernels is not None and keys.shape == values.shape:
+        return step.slots.kernels.attend(q, keys, values, torch.stack((numbers, first, end), 1), scale)
+    reach = torch.arange(int(end.max()), device=q.device)
+    hidden = (reach < first[:, None]) | (reach >= end[:, None])
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+    k, v = (part[numbers, :, : len(reach)].masked_fill(hidden[:, None, :, None], 0) for part in (keys, values))
+    shared = q.unflatten(1, (k.shape[1], -1))  # the heads that share keys and values stand below each other
+    return F.scaled_dot_product_attention(shared, k, v, mask[:, None, None], scale=scale).flatten(1, 2)
+
+
+def _long(piece: Long, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """q (n, H, D) → (n, H, D_v): a piece of a prompt, after what its slot holds already."""
+    n, total = len(q), piece.past + piece.end - piece.start
+    k, v = (part[piece.slot : piece.slot + 1, :, :total] for part in (keys, values))
+    mask = None
+    if piece.past or (window is not None and window < total):
+        hidden = torch.ones(n, total, dtype=torch.bool, device=q.device).triu(piece.past + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(piece.past - window)
+        mask = torch.zeros(n, total, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, mask, is_causal=mask is None, scale=scale,
+                                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    return out[0].transpose(0, 1)

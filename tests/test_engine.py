@@ -1,0 +1,518 @@
+"""Many adapters in one batch: every row is what its adapter alone gives, whatever comes and goes beside it."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lorafit.adapter import Adapter
+from lorafit.attachment import attach, fresh
+from lorafit.base import Base
+from lorafit.data.examples import Message
+from lorafit.errors import (
+    AdapterError,
+    AttachError,
+    BaseError,
+    BusyError,
+    CancelledError,
+    RequestError,
+    UnknownAdapterError,
+)
+from lorafit.formats import peft
+from lorafit.plan import Plan, uniform
+from lorafit.serving import Engine, Request, Result
+from lorafit.serving.engine import FAMILIES
+from lorafit.serving.native import kernels
+from lorafit.sites import select
+from lorafit.testing import random_adapter
+
+PROMPT = tuple(b"the capital of this country is")
+TWIN = Base.of(tiny_llama(), "tiny")  # the same base once more, to ask while an engine holds the other
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing from a second, and the engine's own must not wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return replace(Base.of(tiny_llama(), "tiny"), tokenizer=byte_tokenizer())
+
+
+def adapter_of(base: Base, seed: int, rank: int = 4, variant: str = "lora", targets: str = "*_proj") -> Adapter:
+    """One that says something of its own."""
+    plan = uniform(select(base.sites, [targets]), min(rank, 16), 16.0, variant)
+    return random_adapter(base, plan, seed, size=0.15)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Base) -> dict[str, Adapter]:
+    """Of many ranks and places, a DoRA among them."""
+    mixed = adapter_of(base, 5)
+    ranks = [1 + (3 * i) % 11 for i in range(len(mixed.plan.slots))]
+    plan = Plan(tuple(replace(slot, rank=rank) for slot, rank in zip(mixed.plan.slots, ranks, strict=True)))
+    return {
+        "a": adapter_of(base, 1),
+        "b": adapter_of(base, 2, rank=8),
+        "wide": adapter_of(base, 3, rank=16),
+        "mlp": adapter_of(base, 4, targets="mlp.*"),
+        "many-ranks": random_adapter(base, plan, 6, size=0.15),
+        "dora": adapter_of(base, 7, variant="dora"),
+        "head": adapter_of(base, 8, targets="lm_head"),
+    }
+
+
+def alone(base: Base, adapter: Adapter | None, prompt: tuple[int, ...], count: int) -> list[int]:
+    """The tokens one gets from the model itself, greedily, the whole text each time."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            if adapter is None:
+                logits = base.model(torch.tensor([ids]), use_cache=False).logits
+            else:
+                with attach(base, adapter):
+                    logits = base.model(torch.tensor([ids]), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def ids_of(result: Result) -> list[int]:
+    return [token.id for token in result.tokens]
+
+
+def plain(adapter: str | None = None, **more: object) -> Request:
+    return Request(**{"prompt": PROMPT, "adapter": adapter, "max_tokens": 12, "ignore_end": True, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_every_row_of_a_mixed_batch_is_what_its_adapter_alone_gives(
+    base: Base, adapters: dict[str, Adapter], native: bool
+) -> None:
+    if native:
+        assert kernels(torch.float32, base.device) is not None, "needs a C++ compiler"
+    prompts = [tuple(random.Random(i).choices(range(97, 123), k=3 + 7 * i)) for i in range(3)]
+    asked = [(name, prompt) for prompt in prompts for name in [None, *adapters]]
+    with Engine(base, adapters, native=native) as engine:
+        answers = [engine.submit(plain(name, prompt=prompt)) for name, prompt in asked]
+        found = [ids_of(answer.result()) for answer in answers]
+    expected = [alone(TWIN, adapters.get(name or ""), prompt, 12) for name, prompt in asked]
+    assert found == expected
+    assert len({tuple(tokens) for tokens in expected[: 1 + len(adapters)]}) > 5, "the adapters say nothing of their own"
+
+
+def test_bf16_rows_are_those_of_the_adapter_alone(adapters: dict[str, Adapter]) -> None:
+    base = replace(Base.of(tiny_llama().to(torch.bfloat16), "tiny"), tokenizer=byte_tokenizer())
+    own = {name: Adapter(one.plan, one.tensors, base.identity, "tiny") for name, one in adapters.items()}
+    with Engine(base, own) as engine:
+        answers = {name: engine.submit(plain(name, max_tokens=4)) for name in [None, *own]}
+        found = {name: ids_of(answer.result()) for name, answer in answers.items()}
+    for name, tokens in found.items():
+        ids = list(PROMPT)
+        for token in tokens:
+            with attach(base, own[name]) if name else nullcontext(), torch.no_grad():
+                logits = base.model(torch.tensor([ids, ids])).logits[0, -1]
+            assert float(logits.max() - logits[token]) <= 0.5, name  # it parts at near-ties alone
+            ids.append(token)
+
+
+def test_the_kernels_compute_what_torch_computes() -> None:
+    from lorafit.serving.mixing import Loaded, Mix, Mixer
+
+    base = Base.of(tiny_llama(), "tiny")
+    own = [Loaded(base, adapter_of(base, i, rank)) for i, rank in enumerate((1, 3, 7, 16))]
+    owners, lengths = [own[0], None, own[1], own[1], own[2], own[3]], [1, 2, 2, 1, 5, 9]
+    scales = [1.0, 1.0, 0.5, -2.0, 1.0, 3.0]
+    for dtype, within in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        model = tiny_llama().to(dtype)
+        base = Base.of(model, "tiny")
+        own = [Loaded(base, adapter_of(base, i, rank)) for i, rank in enumerate((1, 3, 7, 16))]
+        owners = [own[0], None, own[1], own[1], own[2], own[3]]
+        found = []
+        for native in (True, False):
+            mixer = Mixer(kernels(dtype, base.device) if native else None)
+            mixer.rows = Mix.of(owners, scales, lengths, base.device, native)
+            outputs = []
+            for number, site in enumerate(base.sites):
+                generator = torch.Generator().manual_seed(number)
+                x = torch.randn(1, sum(lengths), site.d_in, generator=generator).to(dtype)
+                y = torch.randn(1, sum(lengths), site.d_out, generator=generator).to(dtype)
+                outputs.append(mixer.change(number, x, y.clone()) - y)
+            found.append(torch.cat([part.flatten() for part in outputs]).float())
+        assert found[1].norm() > 1
+        assert float((found[0] - found[1]).norm() / found[1].norm()) < within
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_declared_family_is_served_as_it_computes(family: str) -> None:
+    sizes = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": 8,
+             "use_sliding_window": True, "max_window_layers": 1, "head_dim": 8, "n_positions": 256}  # fmt: skip
+    if family == "gpt2":
+        model: PreTrainedModel = tiny_gpt2()
+    else:
+        known = AutoConfig.for_model(family).to_dict()
+        config = AutoConfig.for_model(family, **{key: value for key, value in sizes.items() if key in known})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    base = Base.of(model, family)
+    plan = uniform(base.sites[:6], 4, 16.0)
+    adapter = random_adapter(base, plan, 1, size=0.15)
+    with Engine(base, {"a": adapter}) as engine:
+        found = [ids_of(engine.submit(plain(name)).result()) for name in (None, "a")]
+    assert found == [alone(base, None, PROMPT, 12), alone(base, adapter, PROMPT, 12)]
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason(base: Base) -> None:
+    with pytest.raises(BaseError, match="no causal language model"):
+        Engine(Base.of(nn.Linear(4, 4), "linear"))
+    mamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", vocab_size=261, hidden_size=32, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(BaseError, match="the family mamba has not been tried"):
+        Engine(Base.of(mamba, "mamba"))
+    softcapped = tiny_llama()
+    softcapped.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(BaseError, match="'odd' cannot be served"):
+        Engine(Base.of(softcapped, "odd"))
+    assert base.model.config._attn_implementation != "lorafit_slots"
+
+
+def test_a_base_is_as_before_once_the_engine_is_closed(base: Base, adapters: dict[str, Adapter]) -> None:
+    before, config = base.integrity(), base.model.config._attn_implementation
+    with Engine(base, adapters) as engine:
+        engine.submit(plain("a")).result()
+        with pytest.raises(AttachError), attach(base, adapters["a"]):
+            pass
+    assert base.integrity() == before and base.model.config._attn_implementation == config
+    assert all("forward" not in vars(module) for module in base.model.modules())
+
+
+def test_a_prompt_in_pieces_and_a_beginning_that_is_known_change_nothing(
+    base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.serving.engine.MOST", 7)
+    start = tuple(b"You answer as a clerk of this house would, and you are brief.")
+    with Engine(base, adapters, slots=3) as engine:
+        for end in (b" Who are you?", b" Where are you?", b" Who are you?"):
+            prompt = start + tuple(end)
+            results = {name: engine.submit(plain(name, prompt=prompt)).result() for name in (None, "a", "b")}
+            for name, result in results.items():
+                assert ids_of(result) == alone(TWIN, adapters.get(name or ""), prompt, 12)
+        assert [result.known for result in results.values()] == [len(start) + len(" Wh")] * 3
+        scaled = engine.submit(plain("a", prompt=prompt, adapter_scale=0.5)).result()
+        assert scaled.known == 0, "another scale makes other keys and values"
+        engine.load("a", adapters["b"])
+        assert ids_of(engine.submit(plain("a", prompt=prompt)).result()) == alone(TWIN, adapters["b"], prompt, 12)
+
+
+def test_a_busy_slot_lends_its_beginning(base: Base, adapters: dict[str, Adapter]) -> None:
+    prompt = tuple(b"one and the same long beginning of two requests, and then ")
+    with Engine(base, adapters, slots=4) as engine:
+        first = engine.submit(plain("a", prompt=prompt, max_tokens=300))
+        next(iter(first))
+        second = engine.submit(plain("a", prompt=(*prompt, 97))).result()
+        first.cancel()
+    assert second.known == len(prompt)
+    assert ids_of(second) == alone(TWIN, adapters["a"], (*prompt, 97), 12)
+
+
+def test_the_scale_of_a_request_scales_what_its_adapter_adds(base: Base, adapters: dict[str, Adapter]) -> None:
+    for name in ("a", "dora"):
+        adapter = adapters[name]
+        with Engine(base, {name: adapter}) as engine:
+            off, half, whole = (
+                engine.submit(plain(name, adapter_scale=c, logprobs=1)).result() for c in (0.0, 0.5, 1.0)
+            )
+            bare = engine.submit(plain(logprobs=1)).result()
+        assert [token.logprob for token in off.tokens] == pytest.approx([token.logprob for token in bare.tokens])
+        assert len({one.tokens[0].logprob for one in (bare, half, whole)}) == 3
+        if name == "a":  # of a LoRA, half the scale is half of alpha
+            plan = Plan(tuple(replace(slot, alpha=slot.alpha / 2) for slot in adapter.plan.slots))
+            halved = Adapter(plan, adapter.tensors, adapter.base, adapter.base_name)
+            assert ids_of(half) == alone(TWIN, halved, PROMPT, 12)
+
+
+def test_drawing_depends_on_the_seed_alone(base: Base, adapters: dict[str, Adapter]) -> None:
+    drawn = plain("a", temperature=1.5, seed=7, top_k=50, top_p=0.95)
+    with Engine(base, adapters) as engine:
+        by_itself = ids_of(engine.submit(drawn).result())
+        crowd = [engine.submit(plain(name, temperature=1.0)) for name in adapters]
+        in_company = ids_of(engine.submit(drawn).result())
+        others = {tuple(ids_of(engine.submit(replace(drawn, seed=seed)).result())) for seed in range(5)}
+        surest = ids_of(engine.submit(replace(drawn, top_k=1)).result())
+        [answer.result() for answer in crowd]
+    assert by_itself == in_company
+    assert len(others) > 1
+    assert surest == alone(TWIN, adapters["a"], PROMPT, 12)
+
+
+def test_draws_have_the_frequencies_of_their_probabilities() -> None:
+    from lorafit.serving.sampling import Sampler
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    shares = (logits / 0.7).softmax(-1)
+    kept = torch.where(torch.arange(4) < 3, shares, 0)  # .74 + .18 is not yet .95: the third is in, the last is not
+    sampler = Sampler(Request((1,), temperature=0.7, top_p=0.95, seed=0))
+    counts = torch.bincount(torch.tensor([sampler.draw(logits, 0).id for _ in range(4000)]), minlength=4)
+    assert torch.allclose(counts / 4000, kept / kept.sum(), atol=0.03) and counts[3] == 0
+
+
+def test_log_probabilities_are_those_of_the_model(base: Base, adapters: dict[str, Adapter]) -> None:
+    with Engine(base, adapters) as engine:
+        result = engine.submit(plain("b", logprobs=3)).result()
+    with attach(base, adapters["b"]), torch.no_grad():
+        logits = base.model(torch.tensor([[*PROMPT, *ids_of(result)]])).logits[0, len(PROMPT) - 1 : -1]
+    expected = logits.log_softmax(-1).topk(3)
+    for token, ids, values in zip(result.tokens, expected.indices.tolist(), expected.values.tolist(), strict=True):
+        assert [one for one, _ in token.top] == ids and token.logprob == token.top[0][1]
+        assert [value for _, value in token.top] == pytest.approx(values, abs=1e-4)
+
+
+def test_an_answer_ends_before_a_stop_and_tells_nothing_of_it(base: Base) -> None:
+    drawn = plain(max_tokens=40, temperature=1.0, seed=3)
+    with Engine(base) as engine:
+        whole = engine.submit(drawn).result().text
+        middle = next(i for i in range(3, len(whole)) if whole.find(whole[i : i + 2]) == i and whole[i] != "\ufffd")
+        stop = whole[middle : middle + 2]
+        answer = engine.submit(replace(drawn, stop=("never said", stop)))
+        told = "".join(piece.text for piece in answer)
+        result = answer.result()
+    assert told == result.text == whole[:middle]
+    assert result.finish == "stop" and len(result.tokens) < 40
+
+
+def test_an_answer_keeps_to_its_schema(base: Base, adapters: dict[str, Adapter]) -> None:
+    few = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "n": few},
+              "required": ["city", "n"], "additionalProperties": False}  # fmt: skip
+    with Engine(base, adapters) as engine:
+        asked = [
+            Request(PROMPT, name, max_tokens=80, schema=schema, temperature=t, seed=1)
+            for name in (None, "a", "b")
+            for t in (0, 1)
+        ]
+        for answer in [engine.submit(request) for request in asked]:
+            result = answer.result()
+            found = json.loads(result.text)
+            assert found["city"] in ("Paris", "Rome") and 0 <= found["n"] <= 9 and result.finish == "stop"
+        with pytest.raises(RequestError, match="schema: "):
+            engine.submit(Request(PROMPT, schema={"type": "no such type"}))
+
+
+def test_what_cannot_be_asked_is_told_all_at_once(base: Base) -> None:
+    with Engine(base, room=64) as engine:
+        wrong = Request((), max_tokens=0, temperature=float("nan"), top_p=0, seed=-1, stop=("",), logprobs=99,
+                        adapter_scale=float("inf"), top_k=-1)  # fmt: skip
+        with pytest.raises(RequestError) as told:
+            engine.submit(wrong)
+        for field in (
+            "prompt",
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "stop",
+            "logprobs",
+            "adapter_scale",
+        ):
+            assert f"{field}: " in str(told.value)
+        with pytest.raises(RequestError, match="64 tokens leave no room for an answer within 64: shorten it"):
+            engine.submit(Request((97,) * 64))
+        with pytest.raises(RequestError, match="not in the base's vocabulary of 261"):
+            engine.submit(Request((261,)))
+        with pytest.raises(UnknownAdapterError, match="'nobody': no adapter is served by this name"):
+            engine.submit(plain("nobody"))
+        longest = engine.submit(Request((97,) * 60, max_tokens=50, ignore_end=True)).result()
+        assert len(longest.tokens) == 4 and longest.finish == "length"
+
+
+def test_only_so_many_wait(base: Base) -> None:
+    with Engine(base, slots=1, queue=3) as engine:
+        running = engine.submit(plain(max_tokens=400))
+        next(iter(running))
+        waiting = [engine.submit(plain()) for _ in range(3)]
+        with pytest.raises(BusyError, match="3 requests are waiting already: ask again later"):
+            engine.submit(plain())
+        waiting[0].cancel()
+        with pytest.raises(CancelledError, match="before its first token"):
+            waiting[0].result()
+        running.cancel()
+        assert running.result().finish == "cancelled"
+        assert [ids_of(answer.result()) for answer in waiting[1:]] == [alone(TWIN, None, PROMPT, 12)] * 2
+        assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_a_rare_adapter_does_not_wait_behind_a_frequent_one(base: Base, adapters: dict[str, Adapter]) -> None:
+    with Engine(base, adapters, slots=2) as engine:
+        frequent = [engine.submit(plain("a", max_tokens=20)) for _ in range(40)]
+        next(iter(frequent[5]))
+        rare = [engine.submit(plain("b")) for _ in range(2)]
+        [answer.result() for answer in rare]
+        left = sum(answer._result is None and not answer._pieces.qsize() for answer in frequent)
+        assert left >= 25, f"{40 - left} of the others came before"
+        [answer.result() for answer in frequent]
+
+
+def test_versions_replace_each_other_while_they_answer(base: Base, adapters: dict[str, Adapter]) -> None:
+    with Engine(base) as engine:
+        assert engine.load("desk", adapters["a"]).id == "desk@1"
+        first = engine.submit(plain("desk", max_tokens=60))
+        next(iter(first))
+        assert engine.load("desk", adapters["b"]).id == "desk@2"
+        assert ids_of(engine.submit(plain("desk")).result()) == alone(TWIN, adapters["b"], PROMPT, 12)
+        assert ids_of(engine.submit(plain("desk@1")).result()) == alone(TWIN, adapters["a"], PROMPT, 12)
+        assert first.adapter == "desk@1"
+        assert ids_of(first.result()) == alone(TWIN, adapters["a"], PROMPT, 60)
+        assert engine.rollback("desk").id == "desk@1"
+        assert ids_of(engine.submit(plain("desk")).result()) == alone(TWIN, adapters["a"], PROMPT, 12)
+        with pytest.raises(AdapterError, match="'desk@1' is the first version that is there"):
+            engine.rollback("desk")
+        with pytest.raises(AdapterError, match="'desk@1' is live"):
+            engine.unload("desk@1")
+        engine.unload("desk@2")
+        with pytest.raises(UnknownAdapterError, match="'desk' has the versions 1"):
+            engine.submit(plain("desk@2"))
+        last = engine.submit(plain("desk", max_tokens=60))
+        engine.unload("desk")
+        assert ids_of(last.result()) == alone(TWIN, adapters["a"], PROMPT, 60)
+        with pytest.raises(UnknownAdapterError):
+            engine.submit(plain("desk"))
+        assert engine.load("desk", adapters["b"]).id == "desk@3", "a number is given once"
+
+
+def test_what_is_no_adapter_of_this_base_never_goes_live(
+    base: Base, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    plan = adapters["a"].plan
+    with Engine(base, {"desk": adapters["a"]}) as engine:
+        stranger = Adapter(plan, adapters["a"].tensors, "0" * 64, "another")
+        unknown = Adapter(plan, adapters["a"].tensors)
+        for source, why in ((stranger, "belongs to base 'another'"), (unknown, "does not say which base"),
+                            (fresh(base, plan, 0), "it changes nothing")):  # fmt: skip
+            with pytest.raises(AdapterError, match=why):
+                engine.load("desk", source)
+        for name in ("../up", "a/b", "", "a" * 65, "a\nb", ".hidden"):
+            with pytest.raises(AdapterError, match="no name for an adapter"):
+                engine.load(name, adapters["b"])
+        assert [version.id for version, _ in engine.adapters.listed()] == ["desk@1"]
+        assert ids_of(engine.submit(plain("desk")).result()) == alone(TWIN, adapters["a"], PROMPT, 12)
+
+
+def test_what_is_used_least_recently_is_let_go_and_read_again(
+    base: Base, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    own = {f"n{i}": adapter_of(base, 20 + i) for i in range(5)}
+    for name, adapter in own.items():
+        peft.write(adapter, tmp_path / name)
+    size = next(iter(own.values())).plan.bytes
+    with Engine(base, hot_bytes=2 * size, warm_bytes=3 * size) as engine:
+        for name in own:
+            engine.load(name, tmp_path / name, pin=name == "n0")
+        hot = {version.name for version, _ in engine.adapters.listed() if version.loaded}
+        warm = {version.name for version, _ in engine.adapters.listed() if version.adapter}
+        assert hot == {"n0", "n4"} and warm == {"n0", "n3", "n4"}
+        for name in [*own, "n1"]:
+            assert ids_of(engine.submit(plain(name)).result()) == alone(TWIN, own[name], PROMPT, 12)
+        peft.write(own["n3"], tmp_path / "other")
+        (tmp_path / "n2").rename(tmp_path / "gone")
+        (tmp_path / "other").rename(tmp_path / "n2")
+        with pytest.raises(AdapterError, match="holds another adapter than when 'n2@1' was loaded"):
+            engine.submit(plain("n2")).result()
+
+
+def test_a_closed_engine_breaks_off_and_says_so(base: Base, adapters: dict[str, Adapter]) -> None:
+    engine = Engine(base, adapters, slots=1)
+    running, waiting = engine.submit(plain(max_tokens=400)), engine.submit(plain("a"))
+    next(iter(running))
+    engine.close()
+    engine.close()
+    for answer in (running, waiting):
+        with pytest.raises(CancelledError, match="the engine was closed"):
+            answer.result()
+    with pytest.raises(CancelledError, match="the engine is closed"):
+        engine.submit(plain())
+
+
+def test_conversations_are_rendered_as_the_adapter_was_trained(base: Base, adapters: dict[str, Adapter]) -> None:
+    from lorafit.data.render import renderer_for
+
+    trained = replace(adapters["a"], rendering=renderer_for(base, "You are a clerk.").rendering)
+    with Engine(base, {"a": trained}) as engine:
+        said = [Message("user", "Hello?")]
+        assert "You are a clerk." in base.tokenizer.decode(engine.prompt(said, "a"))
+        assert "You are a clerk." not in base.tokenizer.decode(engine.prompt(said))
+        assert "Be brief." in base.tokenizer.decode(engine.prompt(said, "a", system="Be brief."))
+
+
+def soak(base: Base, requests: int) -> None:
+    """Random adapters, prompts, lengths and cancels, loads and unloads among them: no wrong answer, nothing left."""
+    draw = random.Random(0)
+    own = {f"n{i}": adapter_of(base, 40 + i, rank=1 + i) for i in range(12)}
+    prompts = [tuple(draw.choices(range(97, 123), k=draw.randint(1, 40))) for _ in range(6)]
+    expected = {
+        (name, prompt): alone(TWIN, own.get(name or ""), prompt, 24) for name in [None, *own] for prompt in prompts
+    }
+    wrong: list[object] = []
+    with Engine(base, own, slots=8, room=96, queue=requests) as engine:
+
+        def client(seed: int) -> None:
+            mine = random.Random(seed)
+            for _ in range(requests // 8):
+                name, prompt, count = mine.choice([None, *own]), mine.choice(prompts), mine.randint(1, 24)
+                answer = engine.submit(plain(name, prompt=prompt, max_tokens=count))
+                if mine.random() < 0.2:
+                    time.sleep(mine.random() / 100)
+                    answer.cancel()
+                try:
+                    result = answer.result()
+                except CancelledError:
+                    continue
+                got = ids_of(result)
+                if got != expected[name, prompt][: len(got)] or (result.finish == "length" and len(got) != count):
+                    wrong.append((name, prompt, got))
+
+        clients = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+        [one.start() for one in clients]
+        for i in range(requests // 100):
+            name = f"n{i % 12}"
+            engine.load(name, own[name])
+            engine.unload(f"{name}@{i // 12 + 1}")
+            time.sleep(0.02)
+        [one.join() for one in clients]
+        assert not wrong
+        stats = engine.stats()
+        assert stats.running == stats.waiting == 0 and not any(slot.busy for slot in engine._slots.slots)
+        assert len(engine.adapters.listed()) == 12
+
+
+def test_a_short_soak_gives_no_wrong_answer(base: Base) -> None:
+    soak(base, 400)
+
+
+@pytest.mark.slow
+def test_five_thousand_requests_leave_no_wrong_answer_and_no_memory(base: Base) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    soak(base, 800)
+    before = resident()
+    soak(base, 5000)
+    assert resident() - before < 32 << 20
