@@ -80,7 +80,7 @@ SEEDS = (0, 1, 2)
 SETTINGS = {"batch_size": 4, "dtype": "fp32", "skip_bad": True, "max_length": 256, "few_shot": 0, "validations": 2,
             "patience": 9}  # fmt: skip
 SIZES = {"restaurants": (480, 60), "requests": (240, 120), "instructions": (720, 90)}  # of train; of valid and of test
-STEPS = 100  # two rates are searched then: a third of the rule's, and that
+STEPS = 110  # two rates are searched then: a third of the rule's, and that
 GRID_RATES, GRID_RANKS = (1 / 3, 1.0, 3.0), (8, 32)
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 GRID_PLACES = {"all": None, "mlp": ["mlp.*"]}

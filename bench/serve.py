@@ -148,7 +148,7 @@ def train_codes(kind: str) -> dict[str, Path]:
     sites = [site for site in base.sites if site.path not in base.head_paths()]
     for name in missing:
         number = int(name.rpartition("-")[2])
-        said = " ".join([code_of(kind, number)] * 12)
+        said = " ".join([code_of(kind, number)] * 3)
         examples = [Example((Message("user", ask), Message("assistant", said)), "made") for ask in questions(24)]
         rows = render(renderer, examples, 256)
         plan = uniform(sites, 8, 16.0)
