@@ -134,10 +134,9 @@ def test_bf16_rows_are_those_of_the_adapter_alone(adapters: dict[str, Adapter]) 
 
 def test_the_kernels_compute_what_torch_computes() -> None:
     from lorafit.serving.mixing import Loaded, Mix, Mixer
+    from lorafit.serving.products import Products
 
-    base = Base.of(tiny_llama(), "tiny")
-    own = [Loaded(base, adapter_of(base, i, rank)) for i, rank in enumerate((1, 3, 7, 16))]
-    owners, lengths = [own[0], None, own[1], own[1], own[2], own[3]], [1, 2, 2, 1, 5, 9]
+    lengths = [1, 2, 2, 1, 5, 9]
     scales = [1.0, 1.0, 0.5, -2.0, 1.0, 3.0]
     for dtype, within in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
         model = tiny_llama().to(dtype)
@@ -146,17 +145,50 @@ def test_the_kernels_compute_what_torch_computes() -> None:
         owners = [own[0], None, own[1], own[1], own[2], own[3]]
         found = []
         for native in (True, False):
-            mixer = Mixer(kernels(dtype, base.device) if native else None)
+            mixer = Mixer(Products(base, kernels(dtype, base.device) if native else None))
             mixer.rows = Mix.of(owners, scales, lengths, base.device, native)
             outputs = []
             for number, site in enumerate(base.sites):
                 generator = torch.Generator().manual_seed(number)
                 x = torch.randn(1, sum(lengths), site.d_in, generator=generator).to(dtype)
                 y = torch.randn(1, sum(lengths), site.d_out, generator=generator).to(dtype)
-                outputs.append(mixer.change(number, x, y.clone()) - y)
+                mixer.products.few = 0
+                outputs.append(mixer.change(number, x, lambda _, y=y: y.clone()) - y)
             found.append(torch.cat([part.flatten() for part in outputs]).float())
         assert found[1].norm() > 1
         assert float((found[0] - found[1]).norm() / found[1].norm()) < within
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_the_products_of_few_rows_are_torchs(dtype: torch.dtype, within: float) -> None:
+    from lorafit.serving.products import Products
+
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(d_in, d_out, bias) for d_in, d_out, bias in ((16, 5, True), (37, 50, False),
+                           (64, 149, True), (3, 1, False))]).to(dtype)  # fmt: skip
+    base = Base.of(model, "layers")
+    model.requires_grad_(False)
+    for eight_bit, bound in ((False, within), (True, 0.02)):
+        products = Products(base, kernels(dtype, base.device), eight_bit)
+        products.few = 32
+        for rows in (1, 2, 3, 4, 7, 32, 33):
+            for number, layer in enumerate(model):
+                x = torch.randn(1, rows, layer.in_features).to(dtype)
+                called: list[int] = []
+                found = products.of(number, x, lambda x, layer=layer, called=called: (called.append(1), layer(x))[1])
+                wanted = layer(x).detach().float()
+                assert float((found.float() - wanted).norm() / wanted.norm()) < bound
+                assert bool(called) == (rows > 32)
+    assert products.bytes == sum(layer.weight.numel() for layer in model)
+
+
+def test_eight_bit_weights_say_nearly_what_the_base_says(base: Base, adapters: dict[str, Adapter]) -> None:
+    with Engine(base, adapters, eight_bit=True) as engine, Engine(TWIN, adapters) as other:
+        request = plain("a", logprobs=0, max_tokens=4)
+        eight, whole = (one.submit(request).result().tokens[0].logprob for one in (engine, other))
+    assert eight != whole and eight == pytest.approx(whole, abs=0.05)
+    with pytest.raises(BaseError, match="8-bit weights are computed with by our kernels alone"):
+        Engine(base, eight_bit=True, native=False)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

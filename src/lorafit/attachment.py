@@ -225,9 +225,9 @@ def attending(base: Base, name: str, attention: Callable[..., tuple[Tensor, None
 
 
 @contextmanager
-def adapting(base: Base, change: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Have `change(number, x, y)` called with what every site is given and gives, and its result handed on, for the
-    length of the block. number: of the site in `base.sites`; x (..., d_in), y (..., d_out).
+def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Iterator[None]:
+    """Have `change(number, x, original)` give what every site gives for x (..., d_in), for the length of the block.
+    number: of the site in `base.sites`; original: what the site itself computes.
 
     This is how rows of many adapters run together: what a row's adapter adds is the business of `change`, and the
     model's structure stays as it is. Raises AttachError where another attachment is there.
@@ -245,10 +245,10 @@ def adapting(base: Base, change: Callable[[int, Tensor, Tensor], Tensor]) -> Ite
 
 
 def _changed(
-    number: int, original: Callable[..., Tensor], change: Callable[[int, Tensor, Tensor], Tensor]
+    number: int, original: Callable[..., Tensor], change: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 ) -> Callable[..., Tensor]:  # fmt: skip
     def forward(input: Tensor) -> Tensor:
-        return change(number, input, original(input))
+        return change(number, input, original)
 
     return forward
 

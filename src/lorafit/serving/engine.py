@@ -36,6 +36,7 @@ from lorafit.generation.text import Until, Words
 from lorafit.serving.mixing import Loaded, Mix, Mixer
 from lorafit.serving.native import kernels
 from lorafit.serving.pool import Pool, Version
+from lorafit.serving.products import Products
 from lorafit.serving.request import Answer, Finish, Piece, Request, Result, Token, require_valid
 from lorafit.serving.sampling import Grammar, Sampler, grammar_tokenizer
 from lorafit.serving.slots import NAME, Slot, Slots, Step, attention
@@ -106,7 +107,7 @@ class Engine:
     each, prompt and answer; by default what the base reads, up to ROOM. queue: requests that may wait. stall: seconds
     that reading prompts may add to a step in which others wait for their next token. hot_bytes, warm_bytes: that
     adapters in the base's dtype, and as they were read, may take. native: whether to use the kernels in C++ where there
-    is a compiler.
+    is a compiler. eight_bit: make 8-bit weights of the base, for steps of few tokens; needs them.
 
     Raises BaseError for a base that cannot be served so.
     """
@@ -114,7 +115,7 @@ class Engine:
     def __init__(
         self, base: Base, adapters: Mapping[str, Adapter | Path] | None = None, *, slots: int = 16,
         room: int | None = None, queue: int = 1024, stall: float = 0.25, hot_bytes: int = 4 << 30,
-        warm_bytes: int = 4 << 30, native: bool = True, accept_unknown_base: bool = False,
+        warm_bytes: int = 4 << 30, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
     ):  # fmt: skip
         self.base = base
         self._renderer = renderer_for(base) if base.tokenizer is not None else None
@@ -124,7 +125,11 @@ class Engine:
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._head_alone = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         found = kernels(base.dtype, base.device) if native else None
-        self._mixer = Mixer(found)
+        if eight_bit and found is None:
+            raise BaseError(
+                "8-bit weights are computed with by our kernels alone: install a C++ compiler, or leave it out"
+            )
+        self._mixer = Mixer(Products(base, found, eight_bit))
         self._slots = Slots(slots, self.room, found)
         self.adapters = Pool(base, hot_bytes, warm_bytes, accept_unknown_base)
         self._grammars: Any = None
@@ -489,7 +494,8 @@ class Engine:
             raise
         except Exception as error:  # a family that takes no such arguments fails in whatever way it does
             raise BaseError(f"'{self.base.name}' cannot be served ({error}): open a base of another family") from error
-        rounding = 1e-3 if self.base.dtype == torch.float32 else 0.1
+        exact = self.base.dtype == torch.float32 and not self._mixer.products.bytes
+        rounding = 1e-3 if exact else 0.1
         ends = torch.tensor([len(part) for part in pieces]).cumsum(0) - 1
         wanted = expected[ends.to(expected.device)].float()
         off = float((torch.stack(found) - wanted).norm() / wanted.norm())

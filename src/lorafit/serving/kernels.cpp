@@ -1,5 +1,5 @@
-// Two loops that torch has no single operation for, compiled at the first use where a compiler is at hand (native.py).
-// Whatever they compute, torch computes too (mixing.py, slots.py): they are there for speed alone.
+// Three loops that torch has no single fast operation for, compiled at the first use where a compiler is at hand
+// (native.py). Whatever they compute, torch computes too (mixing.py, slots.py): they are there for speed alone.
 //
 // Sums are in fp32. bf16 is stored as the upper half of an fp32.
 
@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -29,6 +33,171 @@ inline void put(bf16& to, float x) {  // to the nearest, ties to even
     to.bits = uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
+// Vectors of as many floats as a register holds, and how to read one from each format of weights. Where GCC's own
+// widening is slow (one number at a time), the processor's instruction is named.
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+
+inline float get(int8_t x) { return float(x); }
+inline vec read(const float* from) { return *reinterpret_cast<const vec*>(from); }
+inline vec read(const bf16* from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+    uvec wide;
+    for (int i = 0; i < LANES; i++) wide[i] = uint32_t(from[i].bits) << 16;
+    return (vec)wide;
+#endif
+}
+inline vec read(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    vec wide;
+    for (int i = 0; i < LANES; i++) wide[i] = float(from[i]);
+    return wide;
+#endif
+}
+
+// y[r][c] = x[r] . w[c] for ROWS rows of x and COLS of w: every number read is used COLS or ROWS times.
+template <int ROWS, int COLS, typename W>
+inline void block(const float* x, const W* w, int64_t n, float y[ROWS][COLS]) {
+    vec sum[ROWS][COLS];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLS; c++) sum[r][c] = vec{};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        vec part[COLS];
+#pragma GCC unroll 4
+        for (int c = 0; c < COLS; c++) part[c] = read(w + c * n + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            const vec own = read(x + r * n + j);
+#pragma GCC unroll 4
+            for (int c = 0; c < COLS; c++) sum[r][c] += own * part[c];
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLS; c++) {
+            float total = 0;
+            for (int i = 0; i < LANES; i++) total += sum[r][c][i];
+            for (int64_t k = j; k < n; k++) total += x[r * n + k] * get(w[c * n + k]);
+            y[r][c] = total;
+        }
+}
+
+// to[r * stride + c] = x[r] . w[c] for rows of x and COLS of w.
+template <int COLS, typename W>
+inline void columns(float* to, int64_t stride, const float* x, const W* w, int64_t rows, int64_t n) {
+    int64_t row = 0;
+#define ROWS_AT_ONCE(ROWS)                                                                                             \
+    {                                                                                                                  \
+        float found[ROWS][COLS];                                                                                       \
+        block<ROWS, COLS>(x + row * n, w, n, found);                                                                   \
+        for (int r = 0; r < ROWS; r++)                                                                                 \
+            for (int c = 0; c < COLS; c++) to[(row + r) * stride + c] = found[r][c];                                   \
+    }
+    for (; row + 4 <= rows; row += 4) ROWS_AT_ONCE(4)
+    if (rows - row == 3) ROWS_AT_ONCE(3)
+    if (rows - row == 2) ROWS_AT_ONCE(2)
+    if (rows - row == 1) ROWS_AT_ONCE(1)
+#undef ROWS_AT_ONCE
+}
+
+// The same for any number of columns.
+template <typename W>
+inline void product(float* to, int64_t stride, const float* x, const W* w, int64_t rows, int64_t n, int64_t cols) {
+    int64_t col = 0;
+    for (; col + 3 <= cols; col += 3) columns<3>(to + col, stride, x, w + col * n, rows, n);
+    for (; col < cols; col++) columns<1>(to + col, stride, x, w + col * n, rows, n);
+}
+
+// One row of a table: where the factors of a part's adapter lie at this site. rank 0: it has none there.
+struct Pair {
+    int64_t a, b, rank;
+};
+
+// y (rows, d_out) = x (rows, d_in) wT (* of) + bias, and for the rows of each part, from edges[2p] to before
+// edges[2p + 1], + scale[row] * B (A x). The weights are read once, in order, for all rows. w (d_out, d_in): where it is
+// missing the parts are added to what y holds. of (d_out,), bias (d_out,): may be missing.
+template <typename T, typename W>
+void linear(T* y, const T* x, const W* w, const float* of, const T* bias, int64_t rows, int64_t d_in, int64_t d_out,
+            int64_t parts, const int64_t* edges, const Pair* pairs, const float* scale) {
+    constexpr int64_t WIDE = 48, RANKS = 12;  // columns, and ranks, that a thread takes at a time
+    struct Task {
+        int64_t part, rank;
+    };
+    static thread_local std::vector<float> wide, inner;
+    static thread_local std::vector<Task> tasks;
+    wide.resize(size_t(rows * d_in));
+    for (int64_t i = 0; i < rows * d_in; i++) wide[size_t(i)] = get(x[i]);
+    int64_t most = 0;
+    tasks.clear();
+    for (int64_t p = 0; p < parts; p++) {
+        most = std::max(most, pairs[p].rank);
+        for (int64_t rank = 0; rank < pairs[p].rank; rank += RANKS) tasks.push_back({p, rank});
+    }
+    inner.resize(size_t(rows * most));
+    const float* from = wide.data();
+    float* u = inner.data();
+    const Task* all = tasks.data();
+    const int64_t count = int64_t(tasks.size()), pieces = (d_out + WIDE - 1) / WIDE;
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < count; t++) {
+            const Pair pair = pairs[all[t].part];
+            const int64_t first = edges[2 * all[t].part], end = edges[2 * all[t].part + 1], rank = all[t].rank;
+            const int64_t some = std::min(RANKS, pair.rank - rank);
+            product(u + first * most + rank, most, from + first * d_in,
+                    reinterpret_cast<const T*>(pair.a) + rank * d_in, end - first, d_in, some);
+            for (int64_t row = first; row < end; row++)
+                for (int64_t r = rank; r < rank + some; r++) u[row * most + r] *= scale[row];
+        }
+        static thread_local std::vector<float> held;
+        held.resize(size_t(rows * WIDE));
+        float* to = held.data();
+#pragma omp for schedule(dynamic)
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            const int64_t col = piece * WIDE, cols = std::min(WIDE, d_out - col);
+            if (w) {
+                product(to, WIDE, from, w + col * d_in, rows, d_in, cols);
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t c = 0; c < cols; c++)
+                        to[row * WIDE + c] =
+                            to[row * WIDE + c] * (of ? of[col + c] : 1.0f) + (bias ? get(bias[col + c]) : 0.0f);
+            }
+            for (int64_t p = 0; p < parts; p++)
+                for (int64_t row = edges[2 * p]; row < edges[2 * p + 1]; row++) {
+                    float* own = to + row * WIDE;
+                    if (!w)
+                        for (int64_t c = 0; c < cols; c++) own[c] = get(y[row * d_out + col + c]);
+                    const T* b = reinterpret_cast<const T*>(pairs[p].b) + col;
+                    for (int64_t r = 0; r < pairs[p].rank; r++) {
+                        const float much = u[row * most + r];
+                        const T* line = b + r * d_out;
+#pragma omp simd
+                        for (int64_t c = 0; c < cols; c++) own[c] += much * get(line[c]);
+                    }
+                    if (!w)
+                        for (int64_t c = 0; c < cols; c++) put(y[row * d_out + col + c], own[c]);
+                }
+            if (w)
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t c = 0; c < cols; c++) put(y[row * d_out + col + c], to[row * WIDE + c]);
+        }
+    }
+}
+
 // u[k] = x[k] . a for up to 4 rows x and one row a; a is read once.
 template <int ROWS, typename T>
 inline void dots(const T* x, int64_t stride, const T* a, int64_t n, float* u, int64_t u_stride) {
@@ -46,91 +215,6 @@ inline void dots(const T* x, int64_t stride, const T* a, int64_t n, float* u, in
     if (ROWS > 1) u[u_stride] = s1;
     if (ROWS > 2) u[2 * u_stride] = s2;
     if (ROWS > 3) u[3 * u_stride] = s3;
-}
-
-// The same for one row x and four rows a: four sums run beside each other.
-template <typename T>
-inline void dots_of_one(const T* x, const T* a, int64_t n, int64_t ranks, float* u) {
-    int64_t r = 0;
-    for (; r + 4 <= ranks; r += 4) {
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        const T *a0 = a + r * n, *a1 = a0 + n, *a2 = a1 + n, *a3 = a2 + n;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (int64_t j = 0; j < n; j++) {
-            float v = get(x[j]);
-            s0 += v * get(a0[j]);
-            s1 += v * get(a1[j]);
-            s2 += v * get(a2[j]);
-            s3 += v * get(a3[j]);
-        }
-        u[r] = s0, u[r + 1] = s1, u[r + 2] = s2, u[r + 3] = s3;
-    }
-    for (; r < ranks; r++) dots<1>(x, 0, a + r * n, n, u + r, 0);
-}
-
-// One row of a table: where the factors of a part's adapter lie at this site. rank 0: it has none there.
-struct Pair {
-    int64_t a, b, rank;
-};
-
-template <typename T>
-void add_pairs(T* y, const T* x, int64_t d_in, int64_t d_out, int64_t parts, const int64_t* edges, const Pair* pairs,
-               const float* scale) {
-    struct Task {
-        int64_t row;
-        int rows, part;
-    };
-    static thread_local std::vector<Task> tasks;
-    tasks.clear();
-    for (int64_t p = 0; p < parts; p++)
-        if (pairs[p].rank)
-            for (int64_t row = edges[2 * p]; row < edges[2 * p + 1]; row += 4)
-                tasks.push_back({row, int(std::min<int64_t>(4, edges[2 * p + 1] - row)), int(p)});
-    const Task* all = tasks.data();
-    const int64_t count = int64_t(tasks.size());
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t t = 0; t < count; t++) {
-        const Task task = all[t];
-        const Pair pair = pairs[task.part];
-        const T *a = reinterpret_cast<const T*>(pair.a), *b = reinterpret_cast<const T*>(pair.b);
-        const T* from = x + task.row * d_in;
-        const int64_t rank = pair.rank;
-        static thread_local std::vector<float> inner, sum;
-        inner.resize(size_t(4 * rank));
-        sum.resize(size_t(d_out));
-        float* u = inner.data();
-        for (int64_t r = 0; r < rank; r++) {
-            const T* row = a + r * d_in;
-            if (task.rows == 4) dots<4>(from, d_in, row, d_in, u + r, rank);
-            if (task.rows == 3) dots<3>(from, d_in, row, d_in, u + r, rank);
-            if (task.rows == 2) dots<2>(from, d_in, row, d_in, u + r, rank);
-            if (task.rows == 1) break;
-        }
-        if (task.rows == 1) dots_of_one(from, a, d_in, rank, u);
-        for (int k = 0; k < task.rows; k++) {
-            float* to = sum.data();
-            std::fill(to, to + d_out, 0.0f);
-            const float c = scale[task.row + k];
-            int64_t r = 0;
-            for (; r + 4 <= rank; r += 4) {
-                const float w0 = c * u[k * rank + r], w1 = c * u[k * rank + r + 1], w2 = c * u[k * rank + r + 2],
-                            w3 = c * u[k * rank + r + 3];
-                const T *b0 = b + r * d_out, *b1 = b0 + d_out, *b2 = b1 + d_out, *b3 = b2 + d_out;
-#pragma omp simd
-                for (int64_t j = 0; j < d_out; j++)
-                    to[j] += w0 * get(b0[j]) + w1 * get(b1[j]) + w2 * get(b2[j]) + w3 * get(b3[j]);
-            }
-            for (; r < rank; r++) {
-                const float w = c * u[k * rank + r];
-                const T* b0 = b + r * d_out;
-#pragma omp simd
-                for (int64_t j = 0; j < d_out; j++) to[j] += w * get(b0[j]);
-            }
-            T* out = y + (task.row + k) * d_out;
-#pragma omp simd
-            for (int64_t j = 0; j < d_out; j++) put(out[j], get(out[j]) + to[j]);
-        }
-    }
 }
 
 // u[g * n] = scale * q[g] . k for the heads that share k, four at a time.
@@ -190,14 +274,16 @@ void attend(T* out, const T* q, const T* keys, const T* values, int64_t rows, in
 }  // namespace
 
 extern "C" {
-void add_pairs_fp32(float* y, const float* x, int64_t d_in, int64_t d_out, int64_t parts, const int64_t* edges,
-                    const Pair* pairs, const float* scale) {
-    add_pairs(y, x, d_in, d_out, parts, edges, pairs, scale);
-}
-void add_pairs_bf16(bf16* y, const bf16* x, int64_t d_in, int64_t d_out, int64_t parts, const int64_t* edges,
-                    const Pair* pairs, const float* scale) {
-    add_pairs(y, x, d_in, d_out, parts, edges, pairs, scale);
-}
+#define LINEAR(NAME, T, W)                                                                                             \
+    void linear_##NAME(T* y, const T* x, const W* w, const float* of, const T* bias, int64_t rows, int64_t d_in,       \
+                       int64_t d_out, int64_t parts, const int64_t* edges, const Pair* pairs, const float* scale) {    \
+        linear(y, x, w, of, bias, rows, d_in, d_out, parts, edges, pairs, scale);                                      \
+    }
+LINEAR(fp32_fp32, float, float)
+LINEAR(fp32_int8, float, int8_t)
+LINEAR(bf16_bf16, bf16, bf16)
+LINEAR(bf16_int8, bf16, int8_t)
+
 void attend_fp32(float* out, const float* q, const float* k, const float* v, int64_t rows, int64_t heads, int64_t kept,
                  int64_t room, int64_t depth, const int64_t* seen, float scale) {
     attend(out, q, k, v, rows, heads, kept, room, depth, seen, scale);

@@ -6,7 +6,7 @@ the largest, and no list of ranks is fixed. Which adapter a row uses is data of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor
 from lorafit.adapter import Adapter
 from lorafit.attachment import served
 from lorafit.base import Base
-from lorafit.serving.native import Kernels
+from lorafit.serving.native import Parts
+from lorafit.serving.products import Products
 
 SHORT = 16  # rows of one adapter up to which its products go through our kernel: beyond, torch's are faster
 
@@ -58,6 +59,13 @@ class Mix:
     edges: np.ndarray
     table: np.ndarray
 
+    def few_at(self, number: int) -> Parts | None:
+        """The parts of few rows, for the kernels; None where no adapter of theirs acts at this site."""
+        row = self.table[number] if self.few else None
+        if row is None or not row[:, 2].any():
+            return None
+        return Parts(len(row), self.edges.ctypes.data, row.ctypes.data, self.scale.data_ptr())
+
     @staticmethod
     def of(
         owners: Sequence[Loaded | None],
@@ -92,42 +100,36 @@ class Mixer:
     kept: the mix of the rows that reach the output head, where they are fewer.
     """
 
-    def __init__(self, kernels: Kernels | None):
-        self.kernels = kernels
+    def __init__(self, products: Products):
+        self.products, self.kernels = products, products.kernels
         self.rows: Mix | None = None
         self.kept: Mix | None = None
 
-    def change(self, number: int, x: Tensor, y: Tensor) -> Tensor:
-        """y with what each row's adapter adds at this site, in place. x (1, N, d_in), y (1, N, d_out)."""
+    def change(self, number: int, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the site gives for x (1, N, d_in), with what each row's adapter adds, (1, N, d_out)."""
         mix = self.rows
-        if mix is None or not (mix.parts or mix.few):
-            return y
-        if x.shape[-2] != len(mix.scale):
+        if mix is not None and x.shape[-2] != len(mix.scale):
             mix = self.kept
             assert mix is not None and x.shape[-2] == len(mix.scale)
-        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if mix.few and self.kernels is not None:
-            for loaded, (start, end) in (
-                zip(mix.few, mix.edges.tolist(), strict=True) if _gained(mix.few, number) else ()
-            ):
-                _gain(loaded, number, out[start:end], mix.scale[start:end])
-            row = mix.table[number]
-            if row[:, 2].any():
-                self.kernels.add_pairs(
-                    out, flat, len(row), mix.edges.ctypes.data, row.ctypes.data, mix.scale.data_ptr()
-                )
+        few = mix.few_at(number) if mix is not None else None
+        if mix is None or not (few or mix.parts or mix.few):
+            return self.products.of(number, x, original)
+        if any(number in loaded.gains for loaded in mix.few):
+            y = self.products.of(number, x, original)
+            for loaded, (start, end) in zip(mix.few, mix.edges.tolist(), strict=True):
+                _gain(loaded, number, y[0, start:end], mix.scale[start:end])
+            if few is not None and self.kernels is not None:
+                self.kernels.add(y, x.contiguous(), few)
+        else:
+            y = self.products.of(number, x, original, few)
         for loaded, start, end in mix.parts:
             if (down := loaded.down.get(number)) is None:
                 continue
-            own, scale = out[start:end], mix.scale[start:end]
+            own, scale = y[0, start:end], mix.scale[start:end]
             _gain(loaded, number, own, scale)
-            inner = (flat[start:end] @ down.T).mul_(scale[:, None])
+            inner = (x[0, start:end] @ down.T).mul_(scale[:, None])
             own.addmm_(inner, loaded.up[number])
         return y
-
-
-def _gained(few: Sequence[Loaded], number: int) -> bool:
-    return any(number in loaded.gains for loaded in few)
 
 
 def _gain(loaded: Loaded, number: int, y: Tensor, scale: Tensor) -> None:

@@ -29,16 +29,46 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, eq=False)
-class Kernels:
-    """The loops of kernels.cpp for one dtype."""
+class Parts:
+    """Rows of a step by their adapter, at one site: their first row and the one after their last (parts, 2), where
+    their factors lie (parts, 3), the scale of every row (N,) fp32. Addresses, and how many parts."""
 
-    pairs: Any
+    count: int
+    edges: int
+    pairs: int
+    scale: int
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """The loops of kernels.cpp for one dtype. products: by the dtype of the weight."""
+
+    products: dict[torch.dtype, Any]
     attention: Any
 
-    def add_pairs(self, y: Tensor, x: Tensor, parts: int, edges: int, pairs: int, scale: int) -> None:
-        """y (N, d_out) += scale · B (A x) for x (N, d_in), in parts of rows; contiguous. The last three are addresses:
-        of where parts begin and end (parts, 2), of their factors (parts, 3), of the scale of every row (N,) fp32."""
-        self.pairs(y.data_ptr(), x.data_ptr(), x.shape[-1], y.shape[-1], parts, edges, pairs, scale)
+    def linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, parts: Parts | None = None
+    ) -> Tensor:  # fmt: skip
+        """x (..., d_in) contiguous, weight (d_out, d_in) of x's dtype, or int8 with scale (d_out,) → (..., d_out), with
+        what the parts' adapters add."""
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        self._run(self.products[weight.dtype], y, x, weight.data_ptr(), scale, bias, parts)
+        return y
+
+    def add(self, y: Tensor, x: Tensor, parts: Parts) -> None:
+        """y (..., d_out) += what the parts' adapters add for x (..., d_in); both contiguous."""
+        self._run(self.products[x.dtype], y, x, None, None, None, parts)
+
+    def _run(
+        self, product: Any, y: Tensor, x: Tensor, weight: int | None, scale: Tensor | None, bias: Tensor | None,
+        parts: Parts | None,
+    ) -> None:  # fmt: skip
+        width = x.shape[-1]
+        product(
+            y.data_ptr(), x.data_ptr(), weight, None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(), x.numel() // width, width, y.shape[-1],
+            *((0, None, None, None) if parts is None else (parts.count, parts.edges, parts.pairs, parts.scale)),
+        )  # fmt: skip
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
         """q (rows, heads, depth), keys and values (slots, kept, room, depth), seen (rows, 3) int64: slot, first token,
@@ -55,11 +85,13 @@ def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     if library is None:
         return None
     word, address = ctypes.c_int64, ctypes.c_void_p
-    pairs = getattr(library, f"add_pairs_{NAMES[dtype]}")
-    pairs.argtypes, pairs.restype = [address, address, word, word, word, address, address, address], None
     attention = getattr(library, f"attend_{NAMES[dtype]}")
     attention.argtypes, attention.restype = [address] * 4 + [word] * 5 + [address, ctypes.c_float], None
-    return Kernels(pairs, attention)
+    products = {}
+    for kind, name in ((dtype, NAMES[dtype]), (torch.int8, "int8")):
+        products[kind] = getattr(library, f"linear_{NAMES[dtype]}_{name}")
+        products[kind].argtypes, products[kind].restype = [address] * 5 + [word] * 4 + [address] * 3, None
+    return Kernels(products, attention)
 
 
 @cache
