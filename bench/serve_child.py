@@ -33,6 +33,16 @@ class Served:
     at: list[float]
 
 
+def spoken_to() -> Any:
+    """Where the benchmark listens. From now on whatever a library prints goes to stderr."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return out
+
+
+OUT = spoken_to()  # before any library is imported that prints
+
+
 def read_job() -> dict[str, Any]:
     """What the arm is told: model, dtype, adapters by name, most_rank, slots, room."""
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
@@ -41,16 +51,14 @@ def read_job() -> dict[str, Any]:
 
 def take_turns(serve: Callable[[list[Asked]], list[Served]], **about: Any) -> None:
     """Serve what stdin asks for until it ends. about: said once, when ready."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr
-    print(json.dumps({"ready": True, **about}), file=out, flush=True)
+    print(json.dumps({"ready": True, **about}), file=OUT, flush=True)
     for line in sys.stdin:
         asked = [Asked(**one) for one in json.loads(line)]
         began = time.perf_counter()
         served = serve(asked)
         seconds = time.perf_counter() - began
         told = {"seconds": seconds, "served": [asdict(one) for one in served], "memory": resident()}
-        print(json.dumps(told), file=out, flush=True)
+        print(json.dumps(told), file=OUT, flush=True)
 
 
 def resident() -> int:

