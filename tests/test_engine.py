@@ -32,7 +32,7 @@ from lorafit.errors import (
 )
 from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
-from lorafit.serving import Engine, Request, Result
+from lorafit.serving import Engine, Request, Result, decoder
 from lorafit.serving.engine import FAMILIES
 from lorafit.serving.native import kernels
 from lorafit.sites import select
@@ -209,6 +209,28 @@ def test_every_declared_family_is_served_as_it_computes(family: str) -> None:
     with Engine(base, {"a": adapter}) as engine:
         found = [ids_of(engine.submit(plain(name)).result()) for name in (None, "a")]
     assert found == [alone(base, None, PROMPT, 12), alone(base, adapter, PROMPT, 12)]
+
+
+@pytest.mark.parametrize("family", sorted(decoder.FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_without_what_is_around_the_layers_give_what_the_model_gives(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, sliding_window=None)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for weight in model.parameters():
+        weight.data.add_(0.1 * torch.randn_like(weight))  # norms and biases too
+    base = Base.of(model, family)
+    adapter = random_adapter(base, uniform(base.sites, 3, 16.0), 1, size=0.15)
+    asked = [plain(name, prompt=PROMPT[:n], logprobs=5, max_tokens=3) for name in (None, "a") for n in (2, 9, 30)]
+    found = []
+    with Engine(base, {"a": adapter}, slots=4) as engine:
+        for own in (engine._decoder, None):
+            assert own is not None or found
+            engine._decoder = own
+            results = [answer.result() for answer in [engine.submit(request) for request in asked]]
+            found.append(torch.tensor([[p for _, p in token.top] for r in results for token in r.tokens]))
+    assert torch.allclose(*found, atol=1e-4 if dtype == torch.float32 else 0.2)
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason(base: Base) -> None:
@@ -401,6 +423,29 @@ def test_a_rare_adapter_does_not_wait_behind_a_frequent_one(base: Base, adapters
         left = sum(answer._result is None and not answer._pieces.qsize() for answer in frequent)
         assert left >= 25, f"{40 - left} of the others came before"
         [answer.result() for answer in frequent]
+
+
+def test_what_was_served_alone_is_not_held_against_an_adapter(base: Base, adapters: dict[str, Adapter]) -> None:
+    with Engine(base, adapters, slots=1) as engine:
+        [answer.result() for answer in [engine.submit(plain("a", max_tokens=60)) for _ in range(6)]]
+        others = [engine.submit(plain("b", max_tokens=20)) for _ in range(10)]
+        engine.submit(plain("a")).result()
+        assert sum(answer._pieces.qsize() == 0 for answer in others) >= 6
+        [answer.result() for answer in others]
+
+
+def test_one_that_gives_no_numbers_ends_alone(base: Base, adapters: dict[str, Adapter]) -> None:
+    good = adapters["a"]
+    huge = Adapter(good.plan, {key: t * 1e18 for key, t in good.tensors.items()}, good.base, good.base_name)
+    with Engine(base, adapters) as engine:
+        with pytest.raises(AdapterError, match="no finite numbers"):
+            engine.load("huge", huge)
+        engine.adapters.publish(engine.adapters.add("huge", huge))  # one that fails on some prompts alone
+        beside = engine.submit(plain("b", max_tokens=40))
+        with pytest.raises(RequestError, match="'huge@2' gives no finite numbers here"):
+            engine.submit(plain("huge")).result()
+        assert ids_of(beside.result()) == alone(TWIN, adapters["b"], PROMPT, 40)
+        assert engine.stats().running == 0
 
 
 def test_versions_replace_each_other_while_they_answer(base: Base, adapters: dict[str, Adapter]) -> None:

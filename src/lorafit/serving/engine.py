@@ -31,8 +31,9 @@ from lorafit.attachment import adapting, attending
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
-from lorafit.errors import AdapterError, BaseError, BusyError, CancelledError, LorafitError
+from lorafit.errors import AdapterError, BaseError, BusyError, CancelledError, LorafitError, RequestError
 from lorafit.generation.text import Until, Words
+from lorafit.serving.decoder import decoder_of
 from lorafit.serving.mixing import Loaded, Mix, Mixer
 from lorafit.serving.native import kernels
 from lorafit.serving.pool import Pool, Version
@@ -75,6 +76,11 @@ class _Asked:
     version: Version | None
     grammar: Grammar | None
     at: float
+
+    @property
+    def name(self) -> str | None:
+        """Whose turn it is that is counted."""
+        return self.version.name if self.version else None
 
 
 @dataclass(eq=False)
@@ -129,6 +135,7 @@ class Engine:
             raise BaseError(
                 "8-bit weights are computed with by our kernels alone: install a C++ compiler, or leave it out"
             )
+        self._decoder = decoder_of(self._model, found)
         self._mixer = Mixer(Products(base, found, eight_bit))
         self._slots = Slots(slots, self.room, found)
         self.adapters = Pool(base, hot_bytes, warm_bytes, accept_unknown_base)
@@ -192,16 +199,13 @@ class Engine:
                 raise CancelledError("the engine is closed: open another")
             if sum(map(len, self._waiting.values())) >= self.queue:
                 raise BusyError(f"{self.queue} requests are waiting already: ask again later")
-            name = version.name if version else None
-            if name not in self._waiting:
-                active = [self._credit[one] for one in self._credit if one in self._waiting or self._is_running(one)]
-                self._credit[name] = max(self._credit.get(name, 0.0), min(active, default=0.0))
+            name = asked.name
+            active = {*self._waiting, *(row.asked.name for row in self._rows)}
+            if name not in active:  # what it was served while no one else asked is not held against it
+                self._credit[name] = min((self._credit[one] for one in active), default=0.0)
             self._waiting.setdefault(name, deque()).append(asked)
             self._lock.notify_all()
         return answer
-
-    def _is_running(self, name: str | None) -> bool:
-        return any((row.asked.version.name if row.asked.version else None) == name for row in self._rows)
 
     def prompt(
         self, messages: Sequence[Message], adapter: str | None = None, system: str | None = None
@@ -311,7 +315,11 @@ class Engine:
         self._drop_cancelled()
         self._admit()
         if self._rows:
-            self._step(began)
+            try:
+                self._step(began)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                for row in list(self._rows):
+                    self._break_off(row, f"the memory is full ({error or 'none is left'}): lower slots or room")
         return True
 
     def _ready(self) -> bool:
@@ -377,12 +385,13 @@ class Engine:
         limit = min(request.max_tokens, self.room - len(request.prompt))
         row = _Row(asked, slot, loaded, list(request.prompt), known, Sampler(request, asked.grammar), words,
                    Until(request.stop), time.monotonic(), limit)  # fmt: skip
-        self._rows.append(row)
+        with self._lock:
+            self._rows.append(row)
         self._count(prompt_tokens=len(request.prompt), known_tokens=known, requests=1)
         self._charge(row, len(request.prompt) - known)
 
     def _charge(self, row: _Row, tokens: int) -> None:
-        name = row.asked.version.name if row.asked.version else None
+        name = row.asked.name
         with self._lock:
             self._served[name] = self._served.get(name, 0) + tokens
             self._credit[name] = self._credit.get(name, 0.0) + tokens
@@ -423,10 +432,19 @@ class Engine:
         if long >= LEAST:
             measured = model_seconds / long
             self._per_token = measured if not self._per_token else 0.7 * self._per_token + 0.3 * measured
+        self._mixer.rows = self._mixer.kept = None  # nothing of an adapter is held between steps
         done = [row for row, ended in zip(taking, ends, strict=True) if ended]
-        likeliest = logits.argmax(-1).tolist() if done else []
-        for row, own, best in zip(done, logits, likeliest, strict=True):
-            self._advance(row, row.sampler.draw(own, best))
+        whole, likeliest = logits.isfinite().all(-1).tolist(), logits.argmax(-1).tolist()
+        for row, own, finite, best in zip(done, logits, whole, likeliest, strict=True):
+            if not finite:
+                self._break_off(row, f"'{row.asked.answer.adapter}' gives no finite numbers here: train it again")
+                continue
+            try:
+                token = row.sampler.draw(own, best)
+            except (RuntimeError, ValueError) as error:  # of one request, which must not end the others
+                self._break_off(row, f"no token can be drawn ({error}): change the request's settings")
+                continue
+            self._advance(row, token)
         self._count(steps=1, seconds=time.monotonic() - began, model_seconds=model_seconds, tokens=len(done))
 
     def _forward(
@@ -440,14 +458,18 @@ class Engine:
         step = Step.of(self._slots, slots, lengths, device)
         self._mixer.rows = Mix.of(owners, scales, lengths, device, native)
         last = torch.tensor(lengths).cumsum(0)[torch.tensor(ends, dtype=torch.bool)] - 1
-        where: dict[str, Any] = {}
+        alone = None
         if self._head_alone and len(last) < sum(lengths):
-            where["logits_to_keep"] = last.to(device)
+            alone = last.to(device)
             self._mixer.kept = Mix.of(owners, scales, [int(one) for one in ends], device, native)
         given = torch.tensor([[token for part in ids for token in part]], device=device)
-        logits: Tensor = self._model(input_ids=given, position_ids=step.positions, use_cache=False, step=step,
-                                     **where).logits[0]  # fmt: skip
-        return logits if where else logits[last.to(device)]
+        if self._decoder is not None:
+            logits = self._decoder.logits(given, step, alone)
+        else:
+            where = {} if alone is None else {"logits_to_keep": alone}
+            logits = self._model(input_ids=given, position_ids=step.positions, use_cache=False, step=step,
+                                 **where).logits[0]  # fmt: skip
+        return logits if alone is not None else logits[last.to(device)]
 
     def _advance(self, row: _Row, token: Token) -> None:
         """What follows from a new token: its text, and whether it was the last."""
@@ -469,9 +491,19 @@ class Engine:
         if finish:
             self._finish(row, finish)
 
-    def _finish(self, row: _Row, finish: Finish) -> None:
+    def _break_off(self, row: _Row, why: str) -> None:
+        """End one request with an error. What its slot holds is not to be trusted."""
+        row.slot.held = []
+        self._leave(row)
+        row.asked.answer.put(RequestError(why))
+
+    def _leave(self, row: _Row) -> None:
         row.slot.busy = False
-        self._rows.remove(row)
+        with self._lock:
+            self._rows.remove(row)
+
+    def _finish(self, row: _Row, finish: Finish) -> None:
+        self._leave(row)
         asked, now = row.asked, time.monotonic()
         asked.answer.put(Result("".join(row.text), tuple(row.tokens), finish, asked.answer.adapter,
                                 len(asked.answer.request.prompt), row.known, row.began - asked.at,

@@ -1,5 +1,5 @@
-// Three loops that torch has no single fast operation for, compiled at the first use where a compiler is at hand
-// (native.py). Whatever they compute, torch computes too (mixing.py, slots.py): they are there for speed alone.
+// Loops that torch has no single fast operation for, compiled at the first use where a compiler is at hand
+// (native.py). Whatever they compute, torch computes too (products.py, mixing.py, slots.py): they are there for speed alone.
 //
 // Sums are in fp32. bf16 is stored as the upper half of an fp32.
 
@@ -271,6 +271,63 @@ void attend(T* out, const T* q, const T* keys, const T* values, int64_t rows, in
         }
 }
 
+// x += delta, where there is one, and y = weight * x / root mean square of x; all (rows, n), weight (n,).
+template <typename T>
+void norm(T* y, T* x, const T* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {
+#pragma omp parallel for if (rows > 64)
+    for (int64_t row = 0; row < rows; row++) {
+        T *own = x + row * n, *to = y + row * n;
+        if (delta)
+            for (int64_t j = 0; j < n; j++) put(own[j], get(own[j]) + get(delta[row * n + j]));
+        float total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t j = 0; j < n; j++) total += get(own[j]) * get(own[j]);
+        const float by = 1.0f / std::sqrt(total / float(n) + epsilon);
+        for (int64_t j = 0; j < n; j++) put(to[j], get(weight[j]) * (get(own[j]) * by));
+    }
+}
+
+// gate = silu(gate) * up, of n numbers.
+template <typename T>
+void gated(T* gate, const T* up, int64_t n) {
+#pragma omp parallel for simd if (n > 65536)
+    for (int64_t j = 0; j < n; j++) {
+        const float x = get(gate[j]);
+        put(gate[j], x / (1.0f + std::exp(-x)) * get(up[j]));
+    }
+}
+
+template <typename T>
+inline void rotated(T* to, const T* x, const T* cos, const T* sin, int64_t depth) {
+    const int64_t half = depth / 2;
+    for (int64_t j = 0; j < half; j++) {
+        const float a = get(x[j]), b = get(x[j + half]);
+        put(to[j], a * get(cos[j]) - b * get(sin[j]));
+        put(to[j + half], b * get(cos[j + half]) + a * get(sin[j + half]));
+    }
+}
+
+// Rotary positions for q (rows, heads, depth), in place, and for k (rows, kept, depth), which goes with v to row i's
+// place among keys and values (slots, kept, room, depth): slot number[i], token position[i]. cos, sin (rows, depth).
+template <typename T>
+void store(T* q, const T* k, const T* v, const T* cos, const T* sin, T* keys, T* values, const int64_t* number,
+           const int64_t* position, int64_t rows, int64_t heads, int64_t kept, int64_t room, int64_t depth) {
+#pragma omp parallel for if (rows > 64)
+    for (int64_t i = 0; i < rows; i++) {
+        const T *c = cos + i * depth, *s = sin + i * depth;
+        for (int64_t h = 0; h < heads; h++) {
+            T* own = q + (i * heads + h) * depth;
+            rotated(own, own, c, s, depth);
+        }
+        for (int64_t h = 0; h < kept; h++) {
+            const int64_t from = (i * kept + h) * depth;
+            const int64_t to = ((number[i] * kept + h) * room + position[i]) * depth;
+            rotated(keys + to, k + from, c, s, depth);
+            std::memcpy(values + to, v + from, size_t(depth) * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -284,12 +341,20 @@ LINEAR(fp32_int8, float, int8_t)
 LINEAR(bf16_bf16, bf16, bf16)
 LINEAR(bf16_int8, bf16, int8_t)
 
-void attend_fp32(float* out, const float* q, const float* k, const float* v, int64_t rows, int64_t heads, int64_t kept,
-                 int64_t room, int64_t depth, const int64_t* seen, float scale) {
-    attend(out, q, k, v, rows, heads, kept, room, depth, seen, scale);
-}
-void attend_bf16(bf16* out, const bf16* q, const bf16* k, const bf16* v, int64_t rows, int64_t heads, int64_t kept,
-                 int64_t room, int64_t depth, const int64_t* seen, float scale) {
-    attend(out, q, k, v, rows, heads, kept, room, depth, seen, scale);
-}
+#define OF_ONE_KIND(NAME, T)                                                                                            \
+    void attend_##NAME(T* out, const T* q, const T* k, const T* v, int64_t rows, int64_t heads, int64_t kept,          \
+                       int64_t room, int64_t depth, const int64_t* seen, float scale) {                                \
+        attend(out, q, k, v, rows, heads, kept, room, depth, seen, scale);                                             \
+    }                                                                                                                  \
+    void norm_##NAME(T* y, T* x, const T* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {            \
+        norm(y, x, delta, weight, rows, n, epsilon);                                                                   \
+    }                                                                                                                  \
+    void gated_##NAME(T* gate, const T* up, int64_t n) { gated(gate, up, n); }                                         \
+    void store_##NAME(T* q, const T* k, const T* v, const T* cos, const T* sin, T* keys, T* values,                    \
+                      const int64_t* number, const int64_t* position, int64_t rows, int64_t heads, int64_t kept,       \
+                      int64_t room, int64_t depth) {                                                                   \
+        store(q, k, v, cos, sin, keys, values, number, position, rows, heads, kept, room, depth);                      \
+    }
+OF_ONE_KIND(fp32, float)
+OF_ONE_KIND(bf16, bf16)
 }

@@ -41,10 +41,10 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """The loops of kernels.cpp for one dtype. products: by the dtype of the weight."""
+    """The loops of kernels.cpp for one dtype. products: by the dtype of the weight; loops: the others by name."""
 
     products: dict[torch.dtype, Any]
-    attention: Any
+    loops: dict[str, Any]
 
     def linear(
         self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, parts: Parts | None = None
@@ -74,9 +74,31 @@ class Kernels:
         """q (rows, heads, depth), keys and values (slots, kept, room, depth), seen (rows, 3) int64: slot, first token,
         the one after the last → (rows, heads, depth); contiguous."""
         out = torch.empty_like(q)
-        self.attention(out.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), len(q), q.shape[1],
+        self.loops["attend"](out.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), len(q), q.shape[1],
                        keys.shape[1], keys.shape[2], q.shape[2], seen.data_ptr(), scale)  # fmt: skip
         return out
+
+    def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+        """x (..., n) += delta, in place; returns weight · x / root mean square of x. All contiguous."""
+        y = torch.empty_like(x)
+        self.loops["norm"](y.data_ptr(), x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(),
+                           x.numel() // x.shape[-1], x.shape[-1], epsilon)  # fmt: skip
+        return y
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate = silu(gate) · up, in place; both contiguous."""
+        self.loops["gated"](gate.data_ptr(), up.data_ptr(), gate.numel())
+        return gate
+
+    def store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+        numbers: Tensor, positions: Tensor,
+    ) -> None:  # fmt: skip
+        """Rotary positions for q (N, heads, depth), in place, and for k (N, kept, depth), which goes with v to its slot
+        and position (N,) int64 in keys and values (slots, kept, room, depth). cos, sin (N, depth). All contiguous."""
+        _, kept, room, depth = keys.shape
+        tensors = (q, k, v, cos, sin, keys, values, numbers, positions)
+        self.loops["store"](*(one.data_ptr() for one in tensors), len(q), q.shape[1], kept, room, depth)
 
 
 def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
@@ -85,13 +107,21 @@ def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     if library is None:
         return None
     word, address = ctypes.c_int64, ctypes.c_void_p
-    attention = getattr(library, f"attend_{NAMES[dtype]}")
-    attention.argtypes, attention.restype = [address] * 4 + [word] * 5 + [address, ctypes.c_float], None
+    arguments = {
+        "attend": [address] * 4 + [word] * 5 + [address, ctypes.c_float],
+        "norm": [address] * 4 + [word, word, ctypes.c_float],
+        "gated": [address, address, word],
+        "store": [address] * 9 + [word] * 5,
+    }
+    loops = {}
+    for loop, kinds in arguments.items():
+        loops[loop] = getattr(library, f"{loop}_{NAMES[dtype]}")
+        loops[loop].argtypes, loops[loop].restype = kinds, None
     products = {}
     for kind, name in ((dtype, NAMES[dtype]), (torch.int8, "int8")):
         products[kind] = getattr(library, f"linear_{NAMES[dtype]}_{name}")
         products[kind].argtypes, products[kind].restype = [address] * 5 + [word] * 4 + [address] * 3, None
-    return Kernels(products, attention)
+    return Kernels(products, loops)
 
 
 @cache

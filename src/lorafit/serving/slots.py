@@ -164,15 +164,19 @@ def attention(
     keys, values = step.slots.layer(number, key, value)
     step.write(keys, key)
     step.write(values, value)
-    q = query[0].transpose(0, 1)  # (N, H, D)
+    return attended(step, query[0].transpose(0, 1), keys, values, scale, sliding_window)[None], None
+
+
+def attended(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """q (N, H, D), each to what its slot holds in keys and values (count, heads, room, depth) → (N, H, D_v)."""
     if not step.long:
-        return _single(step, q.contiguous(), keys, values, scale, sliding_window)[None], None
-    out = q.new_empty(*q.shape[:2], value.shape[-1])
+        return _single(step, q.contiguous(), keys, values, scale, window)
+    out = q.new_empty(*q.shape[:2], values.shape[-1])
     if len(step.single):
-        out[step.single] = _single(step, q[step.single], keys, values, scale, sliding_window)
+        out[step.single] = _single(step, q[step.single], keys, values, scale, window)
     for piece in step.long:
-        out[piece.start : piece.end] = _long(piece, q[piece.start : piece.end], keys, values, scale, sliding_window)
-    return out[None], None
+        out[piece.start : piece.end] = _long(piece, q[piece.start : piece.end], keys, values, scale, window)
+    return out
 
 
 def _single(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
