@@ -33,16 +33,19 @@ HERE = Path(__file__).parent
 BUILD = HERE.parent / "build" / "serve"
 ARMS = {
     "lorafit": "lorafit",
+    "lorafit-1000": "lorafit, 1,000 more registered",
+    "lorafit-8bit": "lorafit, 8-bit weights",
     "vllm": "vLLM",
     "vllm-base": "vLLM without LoRA",
     "peft": "PEFT, adapter_names",
     "transformers": "transformers, bare",
 }
 PEERS = {"vllm": "requirements-serve-vllm.txt", "peft": "requirements-train.txt"}
+# Come with vLLM, are not asked for to serve text, and fail to load beside torch for the CPU (they want CUDA's libraries).
+WITHOUT = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "peft": ()}
 BASE = "smollm2-135m"
 COUNT = 16  # adapters of each kind
 RANKS = (4, 8, 16, 32, 64)  # of the mixed ones
-TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def environment(peer: str, flags: Sequence[str]) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags]
         subprocess.run([*pip, "-r", str(HERE / PEERS[peer])], check=True)
+        if WITHOUT[peer]:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *WITHOUT[peer]], check=True)
         mark.write_text(wanted, encoding="utf-8")
     return str(python)
 
@@ -204,6 +209,8 @@ def judged(workload: Workload, told: dict[str, Any], tokenizer: Any) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--turns", type=int, default=3, help="of each arm at each workload, after one to warm up")
+    parser.add_argument("--only", nargs="+", type=int, help="these workloads alone, by number, from 0")
     parser.add_argument("--quick", action="store_true", help="that it runs, not what it gives")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument(
@@ -218,19 +225,23 @@ def main() -> None:
     dtype = given.dtype or ("bf16" if fastest_dtype() == torch.bfloat16 else "fp32")
     outline = open_outline(BASE)
     about = circumstances()
-    folders = {**train_codes("r8"), **({} if given.quick else train_codes("mixed"))}
+    chosen = workloads(given.quick)
+    chosen = chosen if given.only is None else [chosen[i] for i in given.only]
+    asked = [(one, asked_of(one, outline.tokenizer)) for one in chosen]
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = os.environ.get("PIP_FLAGS", "").split()
-    asked = [(one, asked_of(one, outline.tokenizer)) for one in workloads(given.quick)]
+    folders = {name: folder for kind in sorted({one.kind for one in chosen if one.adapters})
+               for name, folder in train_codes(kind).items()}  # fmt: skip
     arms: list[Arm] = []
     for name in given.arms:
         bare = name in {"vllm-base", "transformers"}
-        job = {"model": str(outline.folder), "dtype": dtype, "slots": 16, "room": 1024, "most_rank": max(RANKS),
+        family = {"vllm-base": "vllm", "transformers": "peft"}.get(name, name.partition("-")[0])
+        job = {"more": 1000 if name == "lorafit-1000" else 0, "eight_bit": name == "lorafit-8bit",
+               "model": str(outline.folder), "dtype": dtype, "slots": 16, "room": 1024, "most_rank": max(RANKS),
                "adapters": {} if bare else {key: str(folder) for key, folder in folders.items()}}  # fmt: skip
         path = BUILD / f"{name}.json"
         path.write_text(json.dumps(job), encoding="utf-8")
-        family = {"vllm-base": "vllm", "transformers": "peft"}.get(name, name)
-        python = sys.executable if name == "lorafit" else environment(family, flags)
+        python = sys.executable if family == "lorafit" else environment(family, flags)
         log = (BUILD / f"{name}.log").open("w", encoding="utf-8")
         process = subprocess.Popen([python, str(HERE / f"serve_{family}.py"), str(path)], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
@@ -239,7 +250,7 @@ def main() -> None:
         print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)
         arms.append(arm)
     for workload, requests in asked:
-        for turn in range(1 if given.quick else TURNS + 1):  # the first warms up
+        for turn in range(1 if given.quick else given.turns + 1):  # the first warms up
             for arm in arms:
                 bare = arm.name in {"vllm-base", "transformers"}
                 if arm.failed is None and not (bare and workload.adapters):
@@ -285,7 +296,7 @@ def report(
             table.add_row(*line)
         console.print(table)
         text.append(f"### {work.name}\n\n{markdown(head, lines)}")
-    tokens = works[0].tokens
+    tokens = 16 if given.quick else 64
     base, mixed = Workload(tokens=tokens).name, Workload(tokens=tokens, adapters=8).name
 
     def of(arm: str, name: str) -> float | None:
@@ -305,7 +316,10 @@ def report(
         "mixed_vs_vllm_base": ratio(of("lorafit", mixed), of("vllm-base", base)),
         "base_vs_vllm_base": ratio(of("lorafit", base), of("vllm-base", base)),
         "mixed_vs_peft_mixed": ratio(of("lorafit", mixed), of("peft", mixed)),
+        "mixed_with_1000_registered": ratio(of("lorafit-1000", mixed), of("lorafit", mixed)),
         "single_stream_vs_plain": ratio(of("lorafit", one), of("transformers", one)),
+        "single_stream_8bit_vs_plain": ratio(of("lorafit-8bit", one), of("transformers", one)),
+        "switch_ms": arms["lorafit"].about.get("switch_ms") if "lorafit" in arms else None,
         "tok_s": middle,
     }  # fmt: skip
     print(json.dumps(result))
