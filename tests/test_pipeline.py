@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -47,13 +47,7 @@ ADAPTER_FILES = ("README.md", "lorafit.json", "adapter_config.json", "adapter_mo
 SETTINGS: dict[str, Any] = {"epochs": 3.0, "rank": 4, "dtype": "fp32", "val_share": 0.3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A tiny base gains nothing from a second thread, and on a busy machine the two wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def checked_capitals() -> list[dict[str, object]]:

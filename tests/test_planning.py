@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -46,12 +46,7 @@ RECIPE = Recipe(learning_rate=1e-2, batch_size=4, steps=400, warmup=4, validate_
 LONG: dict[str, Any] = {"epochs": 24, "rank": 4, "dtype": "fp32", "val_share": 0.3, "batch_size": 4, "validations": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -47,13 +47,7 @@ APART = Way(apart=True, packed=False)
 SHORT = Recipe(learning_rate=1e-2, batch_size=4, steps=6, warmup=1, validate_every=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A tiny base gains nothing from a second thread, and on a busy machine the two wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def examples_of(rows: Sequence[dict[str, object]]) -> list[Example]:
