@@ -41,7 +41,7 @@ ARMS = {
     "transformers": "transformers, bare",
 }
 PEERS = {"vllm": "requirements-serve-vllm.txt", "peft": "requirements-train.txt"}
-# Come with vLLM, are not asked for to serve text, and fail to load beside torch for the CPU (they want CUDA's libraries).
+# Come with vLLM, are not needed to serve text, and fail to load beside torch for the CPU: they want CUDA's libraries.
 WITHOUT = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "peft": ()}
 BASE = "smollm2-135m"
 COUNT = 16  # adapters of each kind

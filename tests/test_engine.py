@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -27,6 +29,7 @@ from lorafit.errors import (
     BusyError,
     CancelledError,
     RequestError,
+    SettingsError,
     UnknownAdapterError,
 )
 from lorafit.formats import peft
@@ -189,7 +192,7 @@ def test_eight_bit_weights_say_nearly_what_the_base_says(base: Base, adapters: d
         request = plain("a", logprobs=0, max_tokens=4)
         eight, whole = (one.submit(request).result().tokens[0].logprob for one in (engine, other))
     assert eight != whole and eight == pytest.approx(whole, abs=0.05)
-    with pytest.raises(BaseError, match="8-bit weights are computed with by our kernels alone"):
+    with pytest.raises(BaseError, match="only our kernels compute with 8-bit weights"):
         Engine(base, eight_bit=True, native=False)
 
 
@@ -399,6 +402,31 @@ def test_what_cannot_be_asked_is_told_all_at_once(base: Base) -> None:
             engine.submit(plain("nobody"))
         longest = engine.submit(Request((97,) * 60, max_tokens=50, ignore_end=True)).result()
         assert len(longest.tokens) == 4 and longest.finish == "length"
+
+
+def test_what_is_of_the_wrong_type_is_refused_before_it_is_begun(base: Base) -> None:
+    with Engine(base) as engine:
+        for wrong, field in (({"top_k": 2.5}, "top_k"), ({"seed": 1.5}, "seed"), ({"prompt": (97, 98.5)}, "prompt"),
+                             ({"stop": "END"}, "stop"), ({"stop": (5,)}, "stop")):  # fmt: skip
+            with pytest.raises(RequestError, match=f"{field}: "):
+                engine.submit(plain(**wrong))
+        assert len(engine.submit(plain()).result().tokens) == 12
+        with pytest.raises(AttachError, match="already replaced"):
+            Engine(base)
+    with pytest.raises(SettingsError, match="slots: too small"):
+        Engine(base, slots=0)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_kernels_leave_the_small_numbers_of_others_alone() -> None:
+    code = """
+import numpy, torch
+from lorafit.serving.native import kernels
+assert kernels(torch.float32, torch.device("cpu"))
+print(float(numpy.float32(1e-30) * numpy.float32(1e-10)))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(told.stdout) > 0
 
 
 def test_only_so_many_wait(base: Base) -> None:

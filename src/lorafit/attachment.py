@@ -232,9 +232,8 @@ def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tenso
     This is how rows of many adapters run together: what a row's adapter adds is the business of `change`, and the
     model's structure stays as it is. Raises AttachError where another attachment is there.
     """
+    require_bare(base)
     modules = [base.model.get_submodule(site.path) for site in base.sites]
-    for site, module in zip(base.sites, modules, strict=True):
-        _require_bare(module, site.path)
     try:
         for number, module in enumerate(modules):
             module.forward = _changed(number, module.forward, change)
@@ -401,6 +400,12 @@ def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
         raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown)
                            + "\nopen the base it was trained on")  # fmt: skip
     return modules
+
+
+def require_bare(base: Base) -> None:
+    """Raise AttachError where anything is attached to a site of the base."""
+    for site in base.sites:
+        _require_bare(base.model.get_submodule(site.path), site.path)
 
 
 def _require_bare(module: nn.Module, path: str) -> None:

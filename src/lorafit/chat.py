@@ -19,6 +19,7 @@ from lorafit.generation.greedy import stream
 from lorafit.serving import Engine, Request
 
 BASE = "base"
+LONGEST = 8192  # tokens of a conversation: keys and values of a large base take a gigabyte for them
 HELP = """/base            only the bare base answers
 /adapter [NAME]  only that adapter answers; NAME may be the folder of another one
 /both            base and adapter answer, one after the other
@@ -142,7 +143,7 @@ class Chat:
         if not self._tried:
             self._tried = True
             with suppress(BaseError):
-                self._engine = Engine(self.base, slots=2, room=self.base.context,
+                self._engine = Engine(self.base, slots=2, room=min(self.base.context or LONGEST, LONGEST),
                                       accept_unknown_base=self.accept_unknown_base)  # fmt: skip
         if self._engine is None:
             on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
@@ -177,7 +178,7 @@ class Chat:
 
     def _room(self, taken: int) -> int:
         """The longest answer, in tokens, after a prompt of `taken` tokens."""
-        return min(self.max_new_tokens, self.base.context - taken) if self.base.context else self.max_new_tokens
+        return min(self.max_new_tokens, min(self.base.context or LONGEST, LONGEST) - taken)
 
     def _fitting(self, renderer: Renderer, history: list[Message]) -> list[int]:
         """The conversation as a prompt. Its oldest turns are forgotten where they would leave an answer less than it
@@ -185,8 +186,8 @@ class Chat:
         kept = list(history)
         while True:
             prompt = renderer.prompt_ids(kept)
-            room, context = self._room(len(prompt)), self.base.context
-            if context is None or room >= min(self.max_new_tokens, context // 2) or (len(kept) < 3 and room > 0):
+            room, context = self._room(len(prompt)), min(self.base.context or LONGEST, LONGEST)
+            if room >= min(self.max_new_tokens, context // 2) or (len(kept) < 3 and room > 0):
                 history[:] = kept
                 return prompt
             if len(kept) < 3:

@@ -10,6 +10,7 @@ counters, Sheng et al. 2024, arXiv 2401.00588), so that one with few requests do
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import threading
 import time
@@ -27,11 +28,11 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import adapting, attending
+from lorafit.attachment import adapting, attending, require_bare
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
-from lorafit.errors import AdapterError, BaseError, BusyError, CancelledError, LorafitError, RequestError
+from lorafit.errors import AdapterError, BaseError, BusyError, CancelledError, LorafitError, RequestError, SettingsError
 from lorafit.generation.text import Until, Words
 from lorafit.serving.decoder import decoder_of
 from lorafit.serving.mixing import Loaded, Mix, Mixer
@@ -126,26 +127,33 @@ class Engine:
         self.base = base
         self._renderer = renderer_for(base) if base.tokenizer is not None else None
         self._model = _servable(base)
-        self.room = min(room or ROOM, base.context or room or ROOM)
+        require_bare(base)
+        given = {"slots": slots, "room": 2 if room is None else room - 1, "queue": queue + 1, "stall": stall}
+        if wrong := [name for name, value in given.items() if not value > 0]:
+            raise SettingsError(f"{', '.join(wrong)}: too small: choose at least 1 slot, a room of 2, a queue of 0")
+        self.room = min(room or ROOM, base.context or room or ROOM, _same_for_all(self._model) or room or ROOM)
         self.queue, self._stall = queue, stall
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._head_alone = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         found = kernels(base.dtype, base.device) if native else None
         if eight_bit and found is None:
             raise BaseError(
-                "8-bit weights are computed with by our kernels alone: install a C++ compiler, or leave it out"
+                "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
             )
         self._decoder = decoder_of(self._model, found)
         self._mixer = Mixer(Products(base, found, eight_bit))
         self._slots = Slots(slots, self.room, found)
         self.adapters = Pool(base, hot_bytes, warm_bytes, accept_unknown_base)
         self._grammars: Any = None
+        self._grammar_lock = threading.Lock()
         self._lock = threading.Condition()
         self._waiting: dict[str | None, deque[_Asked]] = {}
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._rows: list[_Row] = []
         self._served: dict[str | None, int] = {}
         self._credit: dict[str | None, float] = {}
+        self._level = 0.0  # credit of the one served last
+        self._beginning: list[str | None] = []
         self._stats = Stats(0, 0, 0.0, 0, 0, 0, 0, 0, 0.0, 0.0, {})
         self._per_token = 0.0  # seconds that a token of a prompt takes in a step
         self._closing = False
@@ -158,6 +166,7 @@ class Engine:
         ready: Future[None] = Future()
         self._orders.append((lambda: self._check(ids, expected), ready))
         self._thread.start()
+        atexit.register(self.close)  # a thread inside torch when the interpreter ends would abort the process
         try:
             ready.result()
             for name, source in (adapters or {}).items():
@@ -176,6 +185,7 @@ class Engine:
 
     def close(self) -> None:
         """Break off what is being answered, and let go of the base."""
+        atexit.unregister(self.close)
         with self._lock:
             self._closing = True
             self._lock.notify_all()
@@ -200,9 +210,10 @@ class Engine:
             if sum(map(len, self._waiting.values())) >= self.queue:
                 raise BusyError(f"{self.queue} requests are waiting already: ask again later")
             name = asked.name
-            active = {*self._waiting, *(row.asked.name for row in self._rows)}
-            if name not in active:  # what it was served while no one else asked is not held against it
-                self._credit[name] = min((self._credit[one] for one in active), default=0.0)
+            active = {*self._waiting, *(row.asked.name for row in self._rows), *self._beginning}
+            if name not in active:  # one that comes anew begins where the others are
+                level = min((self._credit[one] for one in active), default=self._level)
+                self._credit[name] = max(self._credit.get(name, 0.0), level)
             self._waiting.setdefault(name, deque()).append(asked)
             self._lock.notify_all()
         return answer
@@ -224,11 +235,7 @@ class Engine:
         version = self.adapters.add(name, source, pin)
         assert version.loaded is not None
         loaded = version.loaded
-        try:
-            self._order(lambda: self._probe(version, loaded))
-        except BaseException:
-            self.adapters.discard(version)
-            raise
+        self._order(lambda: self._probe(version, loaded))
         self.adapters.publish(version)
         return version
 
@@ -249,7 +256,7 @@ class Engine:
     def _grammar(self, request: Request) -> Grammar | None:
         if request.schema is None:
             return None
-        with self._lock:
+        with self._grammar_lock:  # one of its own: making it takes a while
             if self._grammars is None:
                 assert self._renderer is not None
                 self._grammars = grammar_tokenizer(self.base.tokenizer, self._vocabulary, self._renderer.stop_ids)
@@ -317,9 +324,9 @@ class Engine:
         if self._rows:
             try:
                 self._step(began)
-            except (MemoryError, torch.OutOfMemoryError) as error:
+            except Exception as error:  # a full memory, in whatever way it shows: the next requests find it emptier
                 for row in list(self._rows):
-                    self._break_off(row, f"the memory is full ({error or 'none is left'}): lower slots or room")
+                    self._break_off(row, f"the step failed ({error!r}): ask again, with lower slots or room")
         return True
 
     def _ready(self) -> bool:
@@ -333,6 +340,8 @@ class Engine:
             self._heating.pop(version, None) if version else None
             return True
         if version not in self._heating:
+            if any(not reading.done() for reading in self._heating.values()):
+                return False  # one is read at a time, in the order of turns
             self._heating[version] = self._reader.submit(self.adapters.heat, version)
         return self._heating[version].done()
 
@@ -348,6 +357,8 @@ class Engine:
                     self._waiting[name] = kept
                 if not kept:
                     del self._waiting[name]
+            wanted = {asked.version for queue in self._waiting.values() for asked in queue}
+            self._heating = {one: reading for one, reading in self._heating.items() if one in wanted}
         for asked in dropped:
             asked.answer.put(CancelledError("cancelled before its first token: ask again"))
 
@@ -355,21 +366,24 @@ class Engine:
         """Give free slots to those who wait, the adapter that was served least first."""
         while True:
             with self._lock:
-                ready = [name for name, queue in self._waiting.items() if self._heated(queue[0])]
-                if not ready or all(slot.busy for slot in self._slots.slots):
+                if all(slot.busy for slot in self._slots.slots):
                     return
-                name = min(ready, key=lambda one: self._credit.get(one, 0.0))
+                turns = sorted(self._waiting, key=lambda one: self._credit.get(one, 0.0))
+                ready = [name for name in turns if self._heated(self._waiting[name][0])]
+                if not ready:
+                    return
+                name = ready[0]
                 asked = self._waiting[name].popleft()
+                self._beginning = [name]
                 if not self._waiting[name]:
                     del self._waiting[name]
             try:
                 self._begin(asked)
             except LorafitError as error:  # its folder holds another adapter by now
                 asked.answer.put(error)
-            except OSError as error:
-                asked.answer.put(
-                    AdapterError(f"'{asked.answer.adapter}' cannot be read again ({error}): load it again")
-                )
+            except Exception as error:  # of one request, which must not end the others
+                asked.answer.put(AdapterError(f"'{asked.answer.adapter}' cannot be begun ({error!r}): load it again"))
+            self._beginning = []
 
     def _begin(self, asked: _Asked) -> None:
         request, version = asked.answer.request, asked.version
@@ -394,7 +408,7 @@ class Engine:
         name = row.asked.name
         with self._lock:
             self._served[name] = self._served.get(name, 0) + tokens
-            self._credit[name] = self._credit.get(name, 0.0) + tokens
+            self._level = self._credit[name] = self._credit.get(name, 0.0) + tokens
 
     def _count(self, **more: float) -> None:
         with self._lock:
@@ -432,7 +446,6 @@ class Engine:
         if long >= LEAST:
             measured = model_seconds / long
             self._per_token = measured if not self._per_token else 0.7 * self._per_token + 0.3 * measured
-        self._mixer.rows = self._mixer.kept = None  # nothing of an adapter is held between steps
         done = [row for row, ended in zip(taking, ends, strict=True) if ended]
         whole, likeliest = logits.isfinite().all(-1).tolist(), logits.argmax(-1).tolist()
         for row, own, finite, best in zip(done, logits, whole, likeliest, strict=True):
@@ -440,11 +453,9 @@ class Engine:
                 self._break_off(row, f"'{row.asked.answer.adapter}' gives no finite numbers here: train it again")
                 continue
             try:
-                token = row.sampler.draw(own, best)
-            except (RuntimeError, ValueError) as error:  # of one request, which must not end the others
-                self._break_off(row, f"no token can be drawn ({error}): change the request's settings")
-                continue
-            self._advance(row, token)
+                self._advance(row, row.sampler.draw(own, best))
+            except Exception as error:  # of one request, which must not end the others
+                self._break_off(row, f"the answer cannot go on ({error!r}): change the request's settings")
         self._count(steps=1, seconds=time.monotonic() - began, model_seconds=model_seconds, tokens=len(done))
 
     def _forward(
@@ -462,13 +473,16 @@ class Engine:
         if self._head_alone and len(last) < sum(lengths):
             alone = last.to(device)
             self._mixer.kept = Mix.of(owners, scales, [int(one) for one in ends], device, native)
-        given = torch.tensor([[token for part in ids for token in part]], device=device)
-        if self._decoder is not None:
-            logits = self._decoder.logits(given, step, alone)
-        else:
-            where = {} if alone is None else {"logits_to_keep": alone}
-            logits = self._model(input_ids=given, position_ids=step.positions, use_cache=False, step=step,
-                                 **where).logits[0]  # fmt: skip
+        tokens = torch.tensor([[token for part in ids for token in part]], device=device)
+        try:
+            if self._decoder is not None:
+                logits = self._decoder.logits(tokens, step, alone)
+            else:
+                where = {} if alone is None else {"logits_to_keep": alone}
+                logits = self._model(input_ids=tokens, position_ids=step.positions, use_cache=False, step=step,
+                                     **where).logits[0]  # fmt: skip
+        finally:
+            self._mixer.rows = self._mixer.kept = None  # nothing of an adapter is held between steps
         return logits if alone is not None else logits[last.to(device)]
 
     def _advance(self, row: _Row, token: Token) -> None:
@@ -565,3 +579,14 @@ def _servable(base: Base) -> PreTrainedModel:
         raise BaseError(f"'{base.name}' cannot be served: the family {kind} has not been tried: open a base of one of "
                         f"{', '.join(sorted(FAMILIES))}")  # fmt: skip
     return model
+
+
+def _same_for_all(model: PreTrainedModel) -> int | None:
+    """The length up to which a position is rotated alike whatever else is in the step; None where it always is. Beyond,
+    these kinds change the frequencies of all rows by the longest."""
+    config: Any = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in {"longrope", "dynamic"}:
+        return None
+    said = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(said or config.max_position_embeddings)

@@ -38,7 +38,8 @@ class Loaded:
     """
 
     def __init__(self, base: Base, adapter: Adapter):
-        parts = served(base, adapter)
+        with torch.no_grad():
+            parts = served(base, adapter)
         self.down = {n: one.A.to(base.dtype).contiguous() for n, one in parts.items()}
         self.up = {n: one.B.T.to(base.dtype).contiguous() for n, one in parts.items()}
         self.gains = {n: Gain(one.gain, one.bias) for n, one in parts.items() if one.gain is not None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +25,9 @@ from lorafit.sources.gguf import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+# Linked apart, without -ffast-math: with it the library would switch off subnormal numbers for the whole process.
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++17", "-fPIC", "-c")
+LINK = ("-fopenmp", "-shared")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -129,16 +132,18 @@ def _library() -> ctypes.CDLL | None:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         return None
-    made_for = f"{compiler} {FLAGS} {_processor()}".encode()
+    made_for = f"{compiler} {COMPILE} {LINK} {_processor()}".encode()
     digest = hashlib.sha256(SOURCE.read_bytes() + made_for).hexdigest()
     target = cache_folder() / "kernels" / f"{digest[:16]}.so"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "getuid") and target.parent.stat().st_uid != os.getuid():
+            return None  # a folder of someone else's, who could put anything there
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                built = Path(folder) / target.name
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True,
-                               timeout=120)  # fmt: skip
+                built, part = Path(folder) / target.name, Path(folder) / "kernels.o"
+                for words in ([*COMPILE, str(SOURCE), "-o", str(part)], [*LINK, str(part), "-o", str(built)]):
+                    subprocess.run([compiler, *words], check=True, capture_output=True, timeout=120)
                 built.replace(target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):  # a compiler that lacks something: torch's own operations serve

@@ -59,8 +59,8 @@ class Pool:
         self._clock = 0
 
     def add(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
-        """A new version under this name, checked and hot, but not live. Raises AdapterError or FormatError where it is
-        not this base's, or is not whole."""
+        """A new version under this name, checked and hot, not to be found until it is published. Raises AdapterError or
+        FormatError where it is not this base's, or is not whole."""
         if not NAME.fullmatch(name):
             raise AdapterError(f"{name!r}: no name for an adapter: begin with a letter or digit, and go on with up to "
                                "63 letters, digits, dots, hyphens and underscores")  # fmt: skip
@@ -74,21 +74,14 @@ class Pool:
         version.loaded = Loaded(self.base, adapter)
         with self._lock:
             version.number = self._next[name] = self._next.get(name, 0) + 1
-            self._versions.setdefault(name, {})[version.number] = version
-            self._make_room(version)
         return version
-
-    def discard(self, version: Version) -> None:
-        """Forget a version that did not go live."""
-        with self._lock:
-            self._versions[version.name].pop(version.number)
-            if not self._versions[version.name]:
-                del self._versions[version.name]
 
     def publish(self, version: Version) -> None:
         """Let its name mean this version from now on."""
         with self._lock:
+            self._versions.setdefault(version.name, {})[version.number] = version
             self._live[version.name] = version.number
+            self._make_room(version)
 
     def find(self, name: str) -> Version:
         """The version that `name` or `name@3` means. Raises UnknownAdapterError."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.base import Base
+from lorafit.errors import BaseError
 from lorafit.serving.native import Kernels, Parts
 
 MEASURED = 64 << 20  # bytes of weights that are measured on
@@ -49,6 +50,9 @@ class Products:
                     made[key] = _Weight(*_in_eight_bits(weight), None)
                 kept = made[key] if eight_bit else _Weight(weight, None, None)
                 self._weights[number] = _Weight(kept.weight, kept.scale, None if bias is None else bias.detach())
+        if eight_bit and len(self._weights) < len(base.sites):
+            raise BaseError(f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: "
+                            "leave it out")  # fmt: skip
         if self._weights:
             self.few = MOST if eight_bit else self._measured()
 

@@ -43,6 +43,15 @@ class Request:
 
     def problems(self, vocabulary: int) -> list[str]:
         """What cannot be about this request, each with what to do."""
+        whole = {"max_tokens": self.max_tokens, "top_k": self.top_k, "seed": self.seed, "logprobs": self.logprobs}
+        wrong = [f"{name}: {value!r} is no whole number: give one" for name, value in whole.items()
+                 if type(value) is not int and not (value is None and name in {"seed", "logprobs"})]  # fmt: skip
+        if not all(type(token) is int for token in self.prompt):
+            wrong.append("prompt: it holds what is no token id: give whole numbers")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            wrong.append("stop: it is no tuple of texts: give them as (text, text)")
+        if wrong:
+            return wrong
         checks = {
             "prompt: it is empty: give at least one token": not self.prompt,
             f"prompt: a token that is not in the base's vocabulary of {vocabulary}: render it by its tokenizer":
@@ -115,6 +124,7 @@ class Answer:
                     yield piece
                 case ended:
                     self._result = ended
+                    self._pieces.put(ended)  # whoever else listens hears it too
         if isinstance(self._result, LorafitError):
             raise self._result
 

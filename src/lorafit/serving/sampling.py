@@ -14,6 +14,8 @@ from torch import Tensor
 from lorafit.errors import RequestError
 from lorafit.serving.request import Request, Token
 
+COLD = 1e-5  # a temperature below is 0: logits divided by less are no numbers
+
 
 class Sampler:
     """Draws the tokens of one answer. grammar: what its schema allows, None without one."""
@@ -21,7 +23,7 @@ class Sampler:
     def __init__(self, request: Request, grammar: Grammar | None = None):
         self.request, self.grammar = request, grammar
         self._generator: torch.Generator | None = None
-        if request.temperature > 0:
+        if request.temperature >= COLD:
             seed = secrets.randbits(63) if request.seed is None else request.seed
             self._generator = torch.Generator().manual_seed(seed)
 
@@ -42,10 +44,10 @@ class Sampler:
         return Token(chosen, float(known[chosen]), top)
 
     def _drawn(self, logits: Tensor) -> int:
-        request = self.request
-        values, ids = logits.div(request.temperature).sort(descending=True)
-        if request.top_k:
-            values, ids = values[: request.top_k], ids[: request.top_k]
+        request, logits = self.request, logits / self.request.temperature
+        if not request.top_k and request.top_p == 1:
+            return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
+        values, ids = logits.topk(min(request.top_k or len(logits), len(logits)))
         shares = values.softmax(-1)
         if request.top_p < 1:  # as many as it takes to reach top_p, at least one
             shares = shares.masked_fill(shares.cumsum(-1) - shares >= request.top_p, 0)

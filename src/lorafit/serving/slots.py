@@ -64,9 +64,12 @@ class Slots:
             return None
         alike = {slot: n for slot in self.slots if slot.key == key and (n := _common(slot.held, ids)) >= WORTH}
         best = max(alike, key=lambda slot: (alike[slot], not slot.busy), default=None)
-        taken = best if best in free else min(free, key=lambda slot: (bool(slot.held), slot.used, slot.number))
-        assert taken is not None
         n = 0 if best is None else alike[best]
+        if best in free and best is not None and (2 * n >= len(best.held) or len(free) == 1):
+            taken = best
+        else:  # what another slot holds beyond the beginning stays, for the request that will go on there
+            others = [slot for slot in free if slot is not best]
+            taken = min(others, key=lambda slot: (bool(slot.held), slot.used, slot.number))
         if best is not None and best is not taken:
             for keys, values in self._layers.values():
                 for part in (keys, values):
