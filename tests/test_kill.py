@@ -292,7 +292,7 @@ def test_a_run_that_reads_its_lowest_blocks_from_disk_does_so_when_killed(tiny_f
 
 
 def test_a_run_killed_while_it_searches_ends_the_same(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "epochs": 16}
+    settings = {**SETTINGS, "epochs": 18}
     del settings["learning_rate"]
     runs = Runs(tiny_folder, tmp_path, settings, valid=12)
     kills = [Kill("after a backward", 6, cadence=0.0), Kill("in a write", 15, share=0.5), Kill("after an update", 19)]

@@ -43,7 +43,7 @@ from lorafit.training.loop import train
 from lorafit.training.recipe import Recipe
 
 RECIPE = Recipe(learning_rate=1e-2, batch_size=4, steps=400, warmup=4, validate_every=100)
-LONG: dict[str, Any] = {"epochs": 24, "rank": 4, "dtype": "fp32", "val_share": 0.3, "batch_size": 4, "validations": 2}
+LONG: dict[str, Any] = {"epochs": 28, "rank": 4, "dtype": "fp32", "val_share": 0.3, "batch_size": 4, "validations": 2}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
