@@ -16,8 +16,8 @@ from lorafit.evaluation.statistics import paired_bootstrap
 RATES = (0.1, 1 / 3, 1.0, 3.0)  # times the rate by rule
 FEW_RATES = (1 / 3, 1.0)  # where there is time for two: three times the rule's rate diverges too often (docs/log.md)
 FEWEST_STEPS = 20  # that an arm is tried for
-# Of the run that searching the rate takes, where that is enough; and at most. By the clock it is up to 0.07 more: the
-# layer card, and opening every arm (measured, bench/planning.py).
+# Of the run that searching the rate takes, where that is enough; and at most. By the clock it is about 0.05 more: the
+# layer card, and opening every arm (0.52 for 0.47, bench/planning.py).
 WANTED, MOST = 0.4, 0.45
 WANTED_PLACES, MOST_PLACES = 0.8, 1.5  # and that searching places takes, which has to be asked for
 SCORED = 0.5  # examples an arm is scored on, for each one of the first rung's steps

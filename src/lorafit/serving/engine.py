@@ -392,13 +392,13 @@ class Engine:
             heating = self._heating.pop(version, None)
             loaded = heating.result() if heating else self.adapters.heat(version)
         key = (version.digest, request.adapter_scale) if version else (None, 1.0)
-        slot = self._slots.take(request.prompt, key)
+        words = Words(self.base.tokenizer) if self.base.tokenizer is not None else None
+        sampler, until = Sampler(request, asked.grammar), Until(request.stop)
+        limit = min(request.max_tokens, self.room - len(request.prompt))
+        slot = self._slots.take(request.prompt, key)  # last, so that nothing fails with a slot in hand
         assert slot is not None
         known = len(slot.held)
-        words = Words(self.base.tokenizer) if self.base.tokenizer is not None else None
-        limit = min(request.max_tokens, self.room - len(request.prompt))
-        row = _Row(asked, slot, loaded, list(request.prompt), known, Sampler(request, asked.grammar), words,
-                   Until(request.stop), time.monotonic(), limit)  # fmt: skip
+        row = _Row(asked, slot, loaded, list(request.prompt), known, sampler, words, until, time.monotonic(), limit)
         with self._lock:
             self._rows.append(row)
         self._count(prompt_tokens=len(request.prompt), known_tokens=known, requests=1)
