@@ -35,7 +35,7 @@ from lorafit.errors import (
 from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
 from lorafit.serving import Engine, Request, Result, decoder
-from lorafit.serving.engine import FAMILIES
+from lorafit.serving.families import FAMILIES
 from lorafit.serving.native import kernels
 from lorafit.sites import select
 from lorafit.testing import random_adapter
@@ -136,7 +136,7 @@ def test_bf16_rows_are_those_of_the_adapter_alone(adapters: dict[str, Adapter]) 
 
 @pytest.mark.usefixtures("compiled")
 def test_the_kernels_compute_what_torch_computes() -> None:
-    from lorafit.serving.mixing import Loaded, Mix, Mixer
+    from lorafit.serving.mixing import Loaded, Mixer
     from lorafit.serving.products import Products
 
     lengths = [1, 2, 2, 1, 5, 9]
@@ -148,8 +148,8 @@ def test_the_kernels_compute_what_torch_computes() -> None:
         owners = [own[0], None, own[1], own[1], own[2], own[3]]
         found = []
         for native in (True, False):
-            mixer = Mixer(Products(base, kernels(dtype, base.device) if native else None))
-            mixer.rows = Mix.of(owners, scales, lengths, base.device, native)
+            mixer = Mixer(Products(base, kernels(dtype, base.device) if native else None), base.device)
+            mixer.begin(owners, scales, lengths, None)
             outputs = []
             for number, site in enumerate(base.sites):
                 generator = torch.Generator().manual_seed(number)
@@ -440,7 +440,7 @@ def test_only_so_many_wait(base: Base) -> None:
         with pytest.raises(CancelledError, match="before its first token"):
             waiting[0].result()
         running.cancel()
-        assert running.result().finish == "cancelled"
+        assert list(running)[-1].finish == running.result().finish == "cancelled"
         assert [ids_of(answer.result()) for answer in waiting[1:]] == [alone(TWIN, None, PROMPT, 12)] * 2
         assert engine.stats().running == engine.stats().waiting == 0
 
@@ -506,6 +506,18 @@ def test_versions_replace_each_other_while_they_answer(base: Base, adapters: dic
         assert engine.load("desk", adapters["b"]).id == "desk@3", "a number is given once"
 
 
+def test_an_adapter_is_tried_beside_a_step_of_others(base: Base, adapters: dict[str, Adapter]) -> None:
+    with Engine(base) as engine:
+        running = engine.submit(plain(max_tokens=400))
+        next(iter(running))
+        for name in ("a", "b", "dora"):
+            engine.load(name, adapters[name])
+        engine.unload("a")
+        assert engine.stats().running == 1, "it ended too early to tell"
+        assert ids_of(running.result()) == alone(TWIN, None, PROMPT, 400)
+        assert engine.stats().steps == 400, "no step was for the loads alone"
+
+
 def test_what_is_no_adapter_of_this_base_never_goes_live(
     base: Base, adapters: dict[str, Adapter], tmp_path: Path
 ) -> None:
@@ -544,6 +556,14 @@ def test_what_is_used_least_recently_is_let_go_and_read_again(
         (tmp_path / "other").rename(tmp_path / "n2")
         with pytest.raises(AdapterError, match="holds another adapter than when 'n2@1' was loaded"):
             engine.submit(plain("n2")).result()
+        running = engine.submit(plain("n1", max_tokens=400))
+        next(iter(running))
+        for name in ("n3", "n4"):
+            engine.load(name, tmp_path / "n4")
+        assert engine.stats().running == 1, "it ended too early to tell"
+        hot = {version.name for version, _ in engine.adapters.listed() if version.loaded}
+        assert hot >= {"n0", "n1"}, "what answers is hot, and counted"
+        running.cancel()
 
 
 def test_a_closed_engine_breaks_off_and_says_so(base: Base, adapters: dict[str, Adapter]) -> None:

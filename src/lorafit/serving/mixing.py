@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,37 +47,47 @@ class Loaded:
         self.table = np.zeros((len(base.sites), 3), dtype=np.int64)
         for n, a in self.down.items():
             self.table[n] = a.data_ptr(), self.up[n].data_ptr(), len(a)
-        self.bytes = sum(t.nbytes for part in (self.down, self.up) for t in part.values())
+        gains = [one.gain for one in self.gains.values()]
+        self.bytes = sum(t.nbytes for t in (*self.down.values(), *self.up.values(), *gains))
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it adds nothing at any site."""
+        least = torch.finfo(next(iter(self.up.values())).dtype).eps
+        pairs = (self.up[n].any() and self.down[n].any() for n in self.up)
+        return not any(pairs) and not any(bool(one.gain.abs().max() > least) for one in self.gains.values())
 
 
 @dataclass(frozen=True, eq=False)
+class Stack:
+    """Parts of equal rank and as many rows, at one site: down (k, rank, d_in), up (k, rank, d_out), and their rows
+    (k · n,), or the slice of them where k is 1."""
+
+    down: Tensor
+    up: Tensor
+    rows: Tensor | slice
+
+    def add(self, y: Tensor, x: Tensor, scale: Tensor) -> None:
+        """y (N, d_out) += for the parts' rows scale · B (A x), of x (N, d_in); scale (N,)."""
+        if isinstance(self.rows, slice):
+            inner = (x[self.rows] @ self.down[0].T).mul_(scale[self.rows, None])
+            y[self.rows].addmm_(inner, self.up[0])
+            return
+        k = len(self.down)
+        inner = torch.bmm(x[self.rows].view(k, -1, x.shape[-1]), self.down.mT).mul_(scale[self.rows].view(k, -1, 1))
+        y.index_add_(0, self.rows, torch.bmm(inner, self.up).flatten(0, 1))
+
+
 class Mix:
-    """Which rows of a step are whose. parts: an adapter with its first row and the one after its last, in order; rows
-    of the bare base are in none. scale (N,) fp32: of each row."""
+    """Which rows of a step are whose. Requests of one adapter are neighbours and one part: the adapter, its first row
+    and the one after its last; rows of the bare base are in none. scale (N,) fp32: of each row.
 
-    parts: tuple[tuple[Loaded, int, int], ...]
-    scale: Tensor
-    few: tuple[Loaded, ...]
-    edges: np.ndarray
-    table: np.ndarray
+    few: parts of few rows, which go through the kernels where there are some; the others, in stacks of equal rank.
+    """
 
-    def few_at(self, number: int) -> Parts | None:
-        """The parts of few rows, for the kernels; None where no adapter of theirs acts at this site."""
-        row = self.table[number] if self.few else None
-        if row is None or not row[:, 2].any():
-            return None
-        return Parts(len(row), self.edges.ctypes.data, row.ctypes.data, self.scale.data_ptr())
-
-    @staticmethod
-    def of(
-        owners: Sequence[Loaded | None],
-        scales: Sequence[float],
-        lengths: Sequence[int],
-        device: torch.device,
-        native: bool,
-    ) -> Mix:
-        """owners, scales, lengths: of each request in the step, `lengths` in rows; those of one adapter are neighbours.
-        native: whether parts of few rows go through the kernels."""
+    def __init__(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
+                 device: torch.device, native: bool):  # fmt: skip
+        """owners, scales, lengths: of each request, `lengths` in rows. native: whether there are kernels."""
         ends = np.cumsum(lengths).tolist()
         parts: list[tuple[Loaded, int, int]] = []
         for owner, start, end in zip(owners, [0, *ends], ends, strict=False):
@@ -86,54 +97,88 @@ class Mix:
                 parts[-1] = (owner, parts[-1][1], end)
             else:
                 parts.append((owner, start, end))
-        scale = torch.tensor(np.repeat(np.asarray(scales, dtype=np.float32), lengths), device=device)
-        small = [part for part in parts if native and part[2] - part[1] <= SHORT]
-        large = tuple(part for part in parts if not (native and part[2] - part[1] <= SHORT))
-        edges = np.array([part[1:] for part in small], dtype=np.int64)
-        tables = [part[0].table for part in small]
-        table = np.ascontiguousarray(np.stack(tables, axis=1)) if small else np.zeros((0, 0, 3), dtype=np.int64)
-        return Mix(large, scale, tuple(part[0] for part in small), edges, table)
+        self.scale = torch.tensor(np.repeat(np.asarray(scales, dtype=np.float32), lengths), device=device)
+        self.few = tuple(part for part in parts if native and part[2] - part[1] <= SHORT)
+        self.others = tuple(part for part in parts if part not in self.few)
+        self._edges = np.array([part[1:] for part in self.few], dtype=np.int64)
+        tables = [part[0].table for part in self.few]
+        self._table = np.ascontiguousarray(np.stack(tables, axis=1)) if tables else np.zeros((0, 0, 3), dtype=np.int64)
+        self._stacks: dict[int, tuple[Stack, ...]] = {}
+
+    def few_at(self, number: int) -> Parts | None:
+        """The few, for the kernels; None where no adapter of theirs acts at this site."""
+        row = self._table[number] if self.few else None
+        if row is None or not row[:, 2].any():
+            return None
+        return Parts(len(row), self._edges.ctypes.data, row.ctypes.data, self.scale.data_ptr())
+
+    def stacks(self, number: int) -> tuple[Stack, ...]:
+        """The others, at this site. Made once: step after step has the same rows until a request comes or goes."""
+        if number not in self._stacks:
+            alike: dict[tuple[int, ...], list[tuple[Loaded, int, int]]] = {}
+            for i, (loaded, start, end) in enumerate(self.others):
+                if number in loaded.down:
+                    key = (len(loaded.down[number]), end - start) if end - start <= SHORT else (-1, i)
+                    alike.setdefault(key, []).append((loaded, start, end))
+            self._stacks[number] = tuple(self._stacked(number, parts) for parts in alike.values())
+        return self._stacks[number]
+
+    def _stacked(self, number: int, parts: list[tuple[Loaded, int, int]]) -> Stack:
+        if len(parts) == 1:
+            loaded, start, end = parts[0]
+            return Stack(loaded.down[number][None], loaded.up[number][None], slice(start, end))
+        rows = torch.tensor([row for _, start, end in parts for row in range(start, end)], device=self.scale.device)
+        down, up = (torch.stack([of[number] for of in which])
+                    for which in ([one.down for one, *_ in parts], [one.up for one, *_ in parts]))  # fmt: skip
+        return Stack(down, up, rows)
 
 
 class Mixer:
-    """`change` goes into attachment.adapting; `rows` and `kept` are set before every step.
+    """`change` goes into attachment.adapting; `begin` is called before every step."""
 
-    kept: the mix of the rows that reach the output head, where they are fewer.
-    """
+    def __init__(self, products: Products, device: torch.device):
+        self.products, self.kernels, self._device = products, products.kernels, device
+        self._made: dict[tuple[Any, ...], Mix] = {}
+        self._rows: Mix | None = None
+        self._kept: Mix | None = None
 
-    def __init__(self, products: Products):
-        self.products, self.kernels = products, products.kernels
-        self.rows: Mix | None = None
-        self.kept: Mix | None = None
+    def begin(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
+              kept: Sequence[int] | None) -> None:  # fmt: skip
+        """Say whose rows the next forward has. kept: of each request, how many of its rows reach the output head, where
+        not all do."""
+        made = {}
+        for counts in (lengths, kept):
+            if counts is not None:
+                key = (*owners, *scales, *counts)
+                made[key] = self._made.get(key) or Mix(owners, scales, counts, self._device, self.kernels is not None)
+        self._made = made  # of adapters that no step needs any more, nothing is held
+        mixes = list(made.values())
+        self._rows, self._kept = mixes[0], mixes[-1]
+
+    def end(self) -> None:
+        """No rows: hold nothing of an adapter."""
+        self._made, self._rows, self._kept = {}, None, None
 
     def change(self, number: int, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """What the site gives for x (1, N, d_in), with what each row's adapter adds, (1, N, d_out)."""
-        mix = self.rows
+        mix = self._rows
         if mix is not None and x.shape[-2] != len(mix.scale):
-            mix = self.kept
+            mix = self._kept
             assert mix is not None and x.shape[-2] == len(mix.scale)
         few = mix.few_at(number) if mix is not None else None
-        if mix is None or not (few or mix.parts or mix.few):
+        if mix is None or not (few or mix.others or mix.few):
             return self.products.of(number, x, original)
-        if any(number in loaded.gains for loaded in mix.few):
-            y = self.products.of(number, x, original)
-            for loaded, (start, end) in zip(mix.few, mix.edges.tolist(), strict=True):
-                _gain(loaded, number, y[0, start:end], mix.scale[start:end])
-            if few is not None and self.kernels is not None:
-                self.kernels.add(y, x.contiguous(), few)
-        else:
-            y = self.products.of(number, x, original, few)
-        for loaded, start, end in mix.parts:
-            if (down := loaded.down.get(number)) is None:
-                continue
-            own, scale = y[0, start:end], mix.scale[start:end]
-            _gain(loaded, number, own, scale)
-            inner = (x[0, start:end] @ down.T).mul_(scale[:, None])
-            own.addmm_(inner, loaded.up[number])
+        gains = [part for part in (*mix.few, *mix.others) if number in part[0].gains]
+        y = self.products.of(number, x, original, None if gains else few)
+        for loaded, start, end in gains:  # of the base's own output, so before anything is added
+            _gain(loaded.gains[number], y[0, start:end], mix.scale[start:end])
+        if gains and few is not None and self.kernels is not None:
+            self.kernels.add(y, x.contiguous(), few)
+        for stack in mix.stacks(number):
+            stack.add(y[0], x[0], mix.scale)
         return y
 
 
-def _gain(loaded: Loaded, number: int, y: Tensor, scale: Tensor) -> None:
-    if (one := loaded.gains.get(number)) is not None:
-        linear = y if one.bias is None else y - one.bias
-        y += (scale[:, None] * one.gain * linear).to(y.dtype)
+def _gain(one: Gain, y: Tensor, scale: Tensor) -> None:
+    linear = y if one.bias is None else y - one.bias
+    y += (scale[:, None] * one.gain * linear).to(y.dtype)

@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Version:
     """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
     a value. system: the system prompt it was trained with. adapter: None where it is on disk alone; loaded: None where
-    it is not hot."""
+    it is not hot. users: requests that are answered by it: while there are some, letting go would free nothing."""
 
     name: str
     number: int
@@ -39,6 +39,7 @@ class Version:
     loaded: Loaded | None = None
     pinned: bool = False
     used: int = 0
+    users: int = 0
 
     @property
     def id(self) -> str:
@@ -147,6 +148,11 @@ class Pool:
             self._make_room(version)
         return loaded
 
+    def enter(self, version: Version, users: int) -> None:
+        """So many requests more are answered by it."""
+        with self._lock:
+            version.users += users
+
     def _touch(self, version: Version) -> None:
         self._clock += 1
         version.used = self._clock
@@ -166,7 +172,7 @@ class Pool:
         for version in held:
             if total <= most:
                 return
-            if version is not kept and not version.pinned:
+            if version is not kept and not version.pinned and not version.users:
                 total -= size(version)
                 drop(version)
 

@@ -37,12 +37,13 @@ class Slot:
 
 
 class Slots:
-    """`count` slots of `room` tokens each. Tensors are made at the first step, when layers show their widths; memory is
-    taken as slots fill."""
+    """`count` slots of `room` tokens each, and two that are never given away, for probes. Tensors are made at the first
+    step, when layers show their widths; memory is taken as slots fill."""
 
     def __init__(self, count: int, room: int, kernels: Kernels | None):
         self.count, self.room, self.kernels = count, room, kernels
         self.slots = [Slot(i) for i in range(count)]
+        self.probing = Slot(count), Slot(count + 1)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._clock = 0
 
@@ -79,9 +80,11 @@ class Slots:
         return taken
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(count, heads, room, depth) of keys and of values, for a layer that gives (1, heads, N, depth)."""
+        """(count + 2, heads, room, depth) of keys and of values, for a layer that gives (1, heads, N, depth)."""
         if number not in self._layers:
-            keys, values = (one.new_empty(self.count, one.shape[1], self.room, one.shape[3]) for one in (key, value))
+            keys, values = (
+                one.new_empty(self.count + 2, one.shape[1], self.room, one.shape[3]) for one in (key, value)
+            )
             self._layers[number] = keys, values
         return self._layers[number]
 
@@ -106,15 +109,18 @@ class Long:
 class Step:
     """Where the tokens of one step go. positions (1, N), and numbers (N,) of their slots. single: rows of requests with
     one token, all N where there are no others; seen (singles, 3): their slots, and where what they attend to begins
-    there, and ends; long: the pieces of prompts."""
+    there, and ends, at `reach` at most; long: the pieces of prompts."""
 
     slots: Slots
     positions: Tensor
     numbers: Tensor
     single: Tensor
     seen: Tensor
+    reach: int
     long: tuple[Long, ...]
     _places: dict[int, Tensor] = field(default_factory=dict)
+    _seen: dict[int | None, Tensor] = field(default_factory=dict)
+    _hidden: dict[int | None, Tensor] = field(default_factory=dict)
 
     def write(self, kept: Tensor, new: Tensor) -> None:
         """Put keys or values (1, heads, N, depth) where they belong in (count, heads, room, depth)."""
@@ -123,6 +129,22 @@ class Step:
             head = torch.arange(heads, device=new.device)[:, None]
             self._places[heads] = ((self.numbers * heads + head) * self.slots.room + self.positions).flatten()
         kept.view(-1, kept.shape[-1]).index_copy_(0, self._places[heads], new.reshape(-1, new.shape[-1]))
+
+    def seen_within(self, window: int | None) -> Tensor:
+        """`seen` (singles, 3), of no more than the last `window` tokens."""
+        if window not in self._seen:
+            numbers, first, end = self.seen.unbind(1)
+            first = first if window is None else torch.maximum(first, end - window)
+            self._seen[window] = torch.stack((numbers, first, end), 1)
+        return self._seen[window]
+
+    def hidden(self, window: int | None) -> Tensor:
+        """(singles, reach): which tokens of its slot each does not attend to."""
+        if window not in self._hidden:
+            _, first, end = self.seen_within(window).unbind(1)
+            reach = torch.arange(self.reach, device=first.device)
+            self._hidden[window] = (reach < first[:, None]) | (reach >= end[:, None])
+        return self._hidden[window]
 
     @staticmethod
     def of(slots: Slots, taken: Sequence[Slot], lengths: Sequence[int], device: torch.device) -> Step:
@@ -143,7 +165,8 @@ class Step:
                 long.append(Long(start, start + n, slot.number, past))
         return Step(slots, torch.tensor([positions], device=device), torch.tensor(numbers, device=device),
                     torch.tensor(single, dtype=torch.int64, device=device),
-                    torch.tensor(seen, dtype=torch.int64, device=device).view(-1, 3), tuple(long))  # fmt: skip
+                    torch.tensor(seen, dtype=torch.int64, device=device).view(-1, 3),
+                    max((end for *_, end in seen), default=0), tuple(long))  # fmt: skip
 
 
 def attention(
@@ -184,15 +207,12 @@ def attended(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, 
 
 def _single(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
     """q (rows, H, D) → (rows, H, D_v): one token a request."""
-    numbers, first, end = step.seen.unbind(1)
-    if window is not None:
-        first = torch.maximum(first, end - window)
     if step.slots.kernels is not None and keys.shape == values.shape:
-        return step.slots.kernels.attend(q, keys, values, torch.stack((numbers, first, end), 1), scale)
-    reach = torch.arange(int(end.max()), device=q.device)
-    hidden = (reach < first[:, None]) | (reach >= end[:, None])
+        return step.slots.kernels.attend(q, keys, values, step.seen_within(window), scale)
+    hidden = step.hidden(window)
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-    k, v = (part[numbers, :, : len(reach)].masked_fill(hidden[:, None, :, None], 0) for part in (keys, values))
+    numbers = step.seen[:, 0]
+    k, v = (part[numbers, :, : step.reach].masked_fill(hidden[:, None, :, None], 0) for part in (keys, values))
     shared = q.unflatten(1, (k.shape[1], -1))  # the heads that share keys and values stand below each other
     return F.scaled_dot_product_attention(shared, k, v, mask[:, None, None], scale=scale).flatten(1, 2)
 
