@@ -1,8 +1,9 @@
-"""Serving many adapters: lorafit's engine beside vLLM on the CPU, PEFT, and each one's own bare base.
+"""Serving many adapters: lorafit's engine beside vLLM on the CPU, PEFT, llama.cpp for one stream, and bare bases.
 
     make bench-serve                        16 and 32 requests, 1 to 16 adapters, about an hour on two cores
     python bench/serve.py --quick           16 requests of 16 tokens, once: that it runs
     python bench/serve.py --arms lorafit    without peers
+    python bench/serve.py --list            the workloads by number, for --only
 
 Every arm is a process of its own that opens the same base in the same dtype and the same adapters, and serves one
 workload when it is its turn; the median of the turns counts. Each adapter is trained to say a code of its own, so that
@@ -39,11 +40,19 @@ ARMS = {
     "vllm-base": "vLLM without LoRA",
     "peft": "PEFT, adapter_names",
     "transformers": "transformers, bare",
+    "llamacpp": "llama.cpp",
+    "llamacpp-q8": "llama.cpp, Q8_0",
 }
-PEERS = {"vllm": "requirements-serve-vllm.txt", "peft": "requirements-train.txt"}
+BARE = ("vllm-base", "transformers", "llamacpp", "llamacpp-q8")
+PEERS = {
+    "vllm": "requirements-serve-vllm.txt",
+    "peft": "requirements-train.txt",
+    "llamacpp": "requirements-serve-llamacpp.txt",
+}
 # Come with vLLM, are not needed to serve text, and fail to load beside torch for the CPU: they want CUDA's libraries.
-WITHOUT = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "peft": ()}
+WITHOUT = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "peft": (), "llamacpp": ()}
 BASE = "smollm2-135m"
+INSIDE = ("switch_ms", "load", "few", "profile_base", "profile_mixed")
 COUNT = 16  # adapters of each kind
 RANKS = (4, 8, 16, 32, 64)  # of the mixed ones
 
@@ -64,6 +73,17 @@ class Workload:
             "base" if not self.adapters else f"{self.adapters} × {'rank 8' if self.kind == 'r8' else 'ranks 4 to 64'}"
         )
         return f"{self.requests} × {self.tokens}, {'512-token' if self.long else 'short'} prompts, {what}"
+
+
+def serves(arm: str, work: Workload) -> bool:
+    """Whether an arm takes part: for what it is there."""
+    if arm in BARE and work.adapters:
+        return False
+    if arm.startswith("llamacpp"):
+        return work.requests == 1
+    if arm == "lorafit-1000":
+        return work == replace(work, requests=16, adapters=8, kind="r8", long=False)
+    return arm != "lorafit-8bit" or (not work.long and work.kind == "r8")
 
 
 def workloads(quick: bool) -> list[Workload]:
@@ -171,6 +191,33 @@ def train_codes(kind: str) -> dict[str, Path]:
     return folders
 
 
+def gguf_of(dtype: str) -> Path:
+    """The base in llama.cpp's format, its weights the same numbers in another dtype; made once."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+
+    from lorafit.sources.builtin import file_of
+
+    kind = {"fp32": GGMLQuantizationType.F32, "bf16": GGMLQuantizationType.BF16, "q8": GGMLQuantizationType.Q8_0}[dtype]
+    target = BUILD / f"{BASE}-{dtype}.gguf"
+    if not target.exists():
+        source = GGUFReader(file_of(BASE))
+        part = target.with_suffix(".part")
+        writer = GGUFWriter(part, source.fields["general.architecture"].contents())
+        for name, field_ in source.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                writer.add_key_value(name, field_.contents(), field_.types[0], field_.types[-1])
+        for tensor in source.tensors:
+            values, flat = dequantize(tensor.data, tensor.tensor_type), len(tensor.shape) < 2
+            own = GGMLQuantizationType.F32 if flat else kind
+            writer.add_tensor(tensor.name, quantize(values, own), raw_dtype=own)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        part.replace(target)
+    return target
+
+
 # What is asked, and what came
 
 
@@ -209,7 +256,9 @@ def judged(workload: Workload, told: dict[str, Any], tokenizer: Any) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--turns", type=int, default=3, help="of each arm at each workload, after one to warm up")
+    parser.add_argument("--turns", type=int, default=3, help="of each lorafit arm, after one to warm up")
+    parser.add_argument("--peer-turns", type=int, default=1, help="of each other arm, after one to warm up")
+    parser.add_argument("--list", action="store_true", help="say the workloads, and end")
     parser.add_argument("--only", nargs="+", type=int, help="these workloads alone, by number, from 0")
     parser.add_argument("--quick", action="store_true", help="that it runs, not what it gives")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -218,8 +267,12 @@ def main() -> None:
     )
     parser.add_argument("--record", action="store_true", help="append the tables to bench/RESULTS.md")
     given = parser.parse_args()
+    if given.list:
+        print("\n".join(f"{i:2} {one.name}" for i, one in enumerate(workloads(given.quick))))
+        return
     import torch
 
+    import lorafit.evaluation
     from lorafit.base import fastest_dtype, open_outline
 
     dtype = given.dtype or ("bf16" if fastest_dtype() == torch.bfloat16 else "fp32")
@@ -233,12 +286,19 @@ def main() -> None:
     folders = {name: folder for kind in sorted({one.kind for one in chosen if one.adapters})
                for name, folder in train_codes(kind).items()}  # fmt: skip
     arms: list[Arm] = []
+    text = str(Path(lorafit.evaluation.__file__).with_name("general.txt"))
+    short = [one["prompt"] for one in asked_of(Workload(), outline.tokenizer)]
     for name in given.arms:
-        bare = name in {"vllm-base", "transformers"}
+        if not any(serves(name, one) for one in chosen):
+            continue
         family = {"vllm-base": "vllm", "transformers": "peft"}.get(name, name.partition("-")[0])
         job = {"more": 1000 if name == "lorafit-1000" else 0, "eight_bit": name == "lorafit-8bit",
                "model": str(outline.folder), "dtype": dtype, "slots": 16, "room": 1024, "most_rank": max(RANKS),
-               "adapters": {} if bare else {key: str(folder) for key, folder in folders.items()}}  # fmt: skip
+               "adapters": {} if name in BARE else {key: str(folder) for key, folder in folders.items()},
+               "inside": name == "lorafit" and bool(folders) and not given.quick,
+               "prompts": short, "text": text}  # fmt: skip
+        if family == "llamacpp":
+            job["gguf"] = str(gguf_of("q8" if name == "llamacpp-q8" else dtype))
         path = BUILD / f"{name}.json"
         path.write_text(json.dumps(job), encoding="utf-8")
         python = sys.executable if family == "lorafit" else environment(family, flags)
@@ -250,10 +310,10 @@ def main() -> None:
         print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)
         arms.append(arm)
     for workload, requests in asked:
-        for turn in range(1 if given.quick else given.turns + 1):  # the first warms up
+        for turn in range(1 if given.quick else max(given.turns, given.peer_turns) + 1):  # the first warms up
             for arm in arms:
-                bare = arm.name in {"vllm-base", "transformers"}
-                if arm.failed is None and not (bare and workload.adapters):
+                turns = given.turns if arm.name.startswith("lorafit") else given.peer_turns
+                if arm.failed is None and serves(arm.name, workload) and turn <= turns:
                     arm.serve(workload, requests)
                     if turn == 0 and not given.quick and arm.failed is None:
                         arm.found[workload.name].clear()
@@ -317,16 +377,42 @@ def report(
         "base_vs_vllm_base": ratio(of("lorafit", base), of("vllm-base", base)),
         "mixed_vs_peft_mixed": ratio(of("lorafit", mixed), of("peft", mixed)),
         "mixed_with_1000_registered": ratio(of("lorafit-1000", mixed), of("lorafit", mixed)),
-        "single_stream_vs_plain": ratio(of("lorafit", one), of("transformers", one)),
-        "single_stream_8bit_vs_plain": ratio(of("lorafit-8bit", one), of("transformers", one)),
-        "switch_ms": arms["lorafit"].about.get("switch_ms") if "lorafit" in arms else None,
+        f"single_stream_vs_plain_{dtype}": ratio(of("lorafit", one), of("transformers", one)),
+        f"single_stream_vs_llamacpp_{dtype}": ratio(of("lorafit", one), of("llamacpp", one)),
+        f"single_stream_8bit_vs_plain_{dtype}": ratio(of("lorafit-8bit", one), of("transformers", one)),
+        "single_stream_8bit_vs_llamacpp_q8": ratio(of("lorafit-8bit", one), of("llamacpp-q8", one)),
+        "nll_8bit": arms["lorafit-8bit"].about.get("nll") if "lorafit-8bit" in arms else None,
+        **{key: arms["lorafit"].about.get(key) if "lorafit" in arms else None for key in INSIDE},
         "tok_s": middle,
     }  # fmt: skip
     print(json.dumps(result))
     if given.record:
         ratios = ", ".join(f"{key} {value}" for key, value in result.items() if "_vs_" in key)
         failed = "".join(f"\n\n{ARMS[name]} did not run: {why}." for name, why in result["failed"].items())
-        record("Serving", result, f"{dtype}. {ratios}.{failed}\n\n" + "\n\n".join(text))
+        record("Serving", result, f"{dtype}. {ratios}.{failed}\n\n" + "\n\n".join([*text, *inside(result)]))
+
+
+def inside(result: dict[str, Any]) -> list[str]:
+    """What was measured inside the engine, in words and a table."""
+    said = []
+    if result["nll_8bit"]:
+        said.append(
+            "8-bit weights: NLL {plain:.4f} → {eight_bit:.4f} nats over {tokens} tokens ({change:+.2%}).".format(
+                **result["nll_8bit"]
+            )
+        )
+    if result["switch_ms"] is not None:
+        load = result["load"]
+        said.append(
+            f"Switching to another adapter: {result['switch_ms']:.2f} ms. While adapters come and go, "
+            f"four streams of {load['usual_p50']:.0f} ms a token (at most {load['usual_most']:.0f}) wait at most "
+            f"{load['meanwhile_most']:.0f} ms; a load takes {load['load_ms']:.0f} ms."
+        )
+    if result["profile_base"]:
+        base, mixed = result["profile_base"], result["profile_mixed"]
+        lines = [[part, f"{base.get(part, 0):.1f}", f"{ms:.1f}"] for part, ms in mixed.items()]
+        said.append("A decode step of 16 rows, in ms:\n\n" + markdown(["part", "base", "8 × rank 8"], lines))
+    return said
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+from serve_child import Asked, Served, read_job, take_turns  # isort: skip
 
 import torch
-from serve_child import Asked, Served, read_job, take_turns
+from serve_inside import nll_change, profile, stall_ms, switch_ms
 
 from lorafit.base import open_base
 from lorafit.serving import Engine, Request
-from lorafit.serving.mixing import Mix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,16 +23,20 @@ def main() -> None:
     base = open_base(job["model"], DTYPES[job["dtype"]])
     adapters = {name: Path(folder) for name, folder in job["adapters"].items()}
     held = sum(path.stat().st_size for folder in adapters.values() for path in folder.glob("*.safetensors"))
+    about: dict[str, Any] = {}
+    if job["eight_bit"]:
+        about["nll"] = nll_change(base, Path(job["text"]).read_text(encoding="utf-8"))
     with Engine(base, adapters, slots=job["slots"], room=job["room"], eight_bit=job["eight_bit"],
                 hot_bytes=2 * held + 1, warm_bytes=2 * held + 1) as engine:  # fmt: skip
         for i in range(job["more"]):  # registered, and never asked for
             engine.adapters.publish(engine.adapters.add(f"more-{i}", list(adapters.values())[i % len(adapters)]))
-        loaded = [version.loaded for version, _ in engine.adapters.listed() if version.loaded][:8]
-        began = time.perf_counter()
-        for _ in range(100):  # what a step does where its requests are not those of the step before
-            Mix.of([loaded[i * len(loaded) // 16] for i in range(16)] if loaded else [None] * 16, [1.0] * 16, [1] * 16,
-                   base.device, True)  # fmt: skip
-        switch_ms = (time.perf_counter() - began) * 10
+        about["few"] = engine._mixer.products.few
+        if job["inside"]:
+            names, prompts = list(adapters)[:8], job["prompts"]
+            about["switch_ms"] = switch_ms(engine, prompts[0], names)
+            about["load"] = stall_ms(engine, prompts[0], list(adapters.values()))
+            for kind, own in (("base", [None] * 16), ("mixed", [names[i % 8] for i in range(16)])):
+                about[f"profile_{kind}"] = profile(engine, prompts, own)
 
         def serve(asked: list[Asked]) -> list[Served]:
             began = time.perf_counter()
@@ -50,7 +56,7 @@ def main() -> None:
                 one.join()
             return served
 
-        take_turns(serve, versions={"torch": torch.__version__}, switch_ms=switch_ms)
+        take_turns(serve, versions={"torch": torch.__version__}, **about)
 
 
 if __name__ == "__main__":

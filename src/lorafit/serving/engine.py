@@ -107,8 +107,9 @@ class Engine:
             raise BaseError(
                 "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
             )
-        self._decoder = decoder_of(self._model, found)
         self._mixer = Mixer(Products(base, found, eight_bit), base.device)
+        numbers = {site.path: number for number, site in enumerate(base.sites)}
+        self._decoder = decoder_of(self._model, self._mixer, numbers)
         self._slots = Slots(slots, max(self.room, sum(PIECES)), found)
         self.adapters = Pool(base, hot_bytes, warm_bytes, accept_unknown_base)
         self._grammars: Any = None
@@ -390,12 +391,12 @@ class Engine:
             logits = logits[:-2]
         for row, part in zip(taking, ids, strict=False):
             row.slot.held += part
-        long = sum(n for n in lengths if n > 1)
-        if long >= LEAST:
-            measured = model_seconds / long
+        if sum(n for n in lengths if n > 1) >= LEAST:
+            measured = model_seconds / sum(lengths)
             self._per_token = measured if not self._per_token else 0.7 * self._per_token + 0.3 * measured
         done = [row for row, ended in zip(taking, ends, strict=False) if ended]
-        whole, likeliest = logits.isfinite().all(-1).tolist(), logits.argmax(-1).tolist()
+        most, place = logits.max(-1)  # one that is no number is the most
+        whole, likeliest = most.isfinite().tolist(), place.tolist()
         for row, own, finite, best in zip(done, logits, whole, likeliest, strict=True):
             if not finite:
                 self._break_off(row, f"'{row.asked.answer.adapter}' gives no finite numbers here: train it again")

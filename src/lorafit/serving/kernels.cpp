@@ -77,12 +77,15 @@ inline void block(const float* x, const W* w, int64_t n, float y[ROWS][COLS]) {
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES) {
         vec part[COLS];
-#pragma GCC unroll 4
-        for (int c = 0; c < COLS; c++) part[c] = read(w + c * n + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+        for (int c = 0; c < COLS; c++) {
+            part[c] = read(w + c * n + j);
+            __builtin_prefetch(w + (c + COLS) * n + j);  // of the columns after these
+        }
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             const vec own = read(x + r * n + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < COLS; c++) sum[r][c] += own * part[c];
         }
     }
@@ -93,6 +96,22 @@ inline void block(const float* x, const W* w, int64_t n, float y[ROWS][COLS]) {
             for (int64_t k = j; k < n; k++) total += x[r * n + k] * get(w[c * n + k]);
             y[r][c] = total;
         }
+}
+
+// x . w for one row: the weights are read straight on, in four sums at a time that do not wait for each other.
+template <typename W>
+inline float dot(const float* x, const W* w, int64_t n) {
+    vec sum[4] = {vec{}, vec{}, vec{}, vec{}};
+    int64_t j = 0;
+    for (; j + 4 * LANES <= n; j += 4 * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i] += read(x + j + i * LANES) * read(w + j + i * LANES);
+    for (; j + LANES <= n; j += LANES) sum[0] += read(x + j) * read(w + j);
+    const vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += all[i];
+    for (; j < n; j++) total += x[j] * get(w[j]);
+    return total;
 }
 
 // to[r * stride + c] = x[r] . w[c] for rows of x and COLS of w.
@@ -117,166 +136,202 @@ inline void columns(float* to, int64_t stride, const float* x, const W* w, int64
 template <typename W>
 inline void product(float* to, int64_t stride, const float* x, const W* w, int64_t rows, int64_t n, int64_t cols) {
     int64_t col = 0;
+    if (rows == 1)
+        for (; col < cols; col++) to[col] = dot(x, w + col * n, n);
     for (; col + 3 <= cols; col += 3) columns<3>(to + col, stride, x, w + col * n, rows, n);
     for (; col < cols; col++) columns<1>(to + col, stride, x, w + col * n, rows, n);
 }
 
-// One row of a table: where the factors of a part's adapter lie at this site. rank 0: it has none there.
+// Sums and activations are in fp32 within a step; these read a format, or write to it.
+template <typename T>
+inline void widen(float* to, const T* from, int64_t n) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) *reinterpret_cast<vec*>(to + j) = read(from + j);
+    for (; j < n; j++) to[j] = get(from[j]);
+}
+
+// e to the x, to 2e-7 relative: a power of two, and a polynomial for what is left of the exponent.
+inline vec exponential(vec x) {
+    typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+    x = x < -87.0f ? vec{} - 87.0f : x;
+    x = x > 88.0f ? vec{} + 88.0f : x;
+    const vec turns = x * 1.44269504f;
+    const ivec power = __builtin_convertvector(turns + (turns < 0.0f ? vec{} - 0.5f : vec{} + 0.5f), ivec);
+    const vec whole = __builtin_convertvector(power, vec);
+    const vec r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * (vec)((power + 127) << 23);
+}
+
+// Where the factors of a part's adapter lie at a site: a (rank, d_in), b (rank, d_out). rank 0: it has none there.
 struct Pair {
     int64_t a, b, rank;
 };
 
-// y (rows, d_out) = x (rows, d_in) wT (* of) + bias, and for the rows of each part, from edges[2p] to before
-// edges[2p + 1], + scale[row] * B (A x). The weights are read once, in order, for all rows. w (d_out, d_in): where it is
-// missing the parts are added to what y holds. of (d_out,), bias (d_out,): may be missing.
+// Rows of a step by their adapter: part p has the rows from edges[2p] to before edges[2p + 1]; scale: of every row.
+struct Parts {
+    int64_t count;
+    const int64_t* edges;
+    const Pair* pairs;
+    const float* scale;
+
+    int64_t most() const {
+        int64_t rank = 0;
+        for (int64_t p = 0; p < count; p++) rank = std::max(rank, pairs[p].rank);
+        return rank;
+    }
+};
+
+// One product of a site: y (rows, d_out) = x wT (* of) + bias + what the parts add. w (d_out, d_in): where it is missing
+// the parts are added to what y holds. of (d_out,), bias (d_out,): may be missing.
+template <typename Y, typename T, typename W>
+struct Product {
+    Y* y;
+    const W* w;
+    const float* of;
+    const T* bias;
+    int64_t d_out;
+    Parts parts;
+};
+
+// Products of one input x (rows, d_in), by all threads of a team; u (count, rows, most): room for what lies between the
+// factors. The weights are read once, in order, for all rows.
+template <typename Y, typename T, typename W>
+void products(const Product<Y, T, W>* all, int64_t count, const float* x, int64_t rows, int64_t d_in, float* u) {
+    constexpr int64_t WIDE = 48, RANKS = 12;  // columns, and ranks, that a thread takes at a time
+    constexpr int64_t TALL = 32;              // rows that stay in a core's cache while columns go by
+    int64_t most = 0, parts = 0, pieces = 0;
+    for (int64_t i = 0; i < count; i++) {
+        most = std::max(most, all[i].parts.most());
+        parts = std::max(parts, all[i].parts.count);
+        pieces += (all[i].d_out + WIDE - 1) / WIDE;
+    }
+    const int64_t chunks = (most + RANKS - 1) / RANKS;
+    if (most > 0) {
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < count * parts * chunks; t++) {
+            const int64_t i = t / (parts * chunks), p = t / chunks % parts, rank = t % chunks * RANKS;
+            if (p >= all[i].parts.count || rank >= all[i].parts.pairs[p].rank) continue;
+            const Pair pair = all[i].parts.pairs[p];
+            const int64_t first = all[i].parts.edges[2 * p], end = all[i].parts.edges[2 * p + 1];
+            const int64_t some = std::min(RANKS, pair.rank - rank);
+            float* to = u + i * rows * most;
+            product(to + first * most + rank, most, x + first * d_in, reinterpret_cast<const T*>(pair.a) + rank * d_in,
+                    end - first, d_in, some);
+            for (int64_t row = first; row < end; row++)
+                for (int64_t r = rank; r < rank + some; r++) to[row * most + r] *= all[i].parts.scale[row];
+        }
+    }
+    static thread_local std::vector<float> held;
+    held.resize(size_t(rows * WIDE));
+    float* to = held.data();
+#pragma omp for schedule(dynamic)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t i = 0, number = piece;
+        while (number >= (all[i].d_out + WIDE - 1) / WIDE) number -= (all[i++].d_out + WIDE - 1) / WIDE;
+        const Product<Y, T, W>& own = all[i];
+        const int64_t col = number * WIDE, cols = std::min(WIDE, own.d_out - col);
+        if (own.w)
+            for (int64_t row = 0; row < rows; row += TALL)
+                product(to + row * WIDE, WIDE, x + row * d_in, own.w + col * d_in, std::min(TALL, rows - row), d_in, cols);
+        else
+            for (int64_t row = 0; row < rows; row++) widen(to + row * WIDE, own.y + row * own.d_out + col, cols);
+        if (own.of || own.bias)
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t c = 0; c < cols; c++)
+                    to[row * WIDE + c] = to[row * WIDE + c] * (own.of ? own.of[col + c] : 1.0f) +
+                                         (own.bias ? get(own.bias[col + c]) : 0.0f);
+        for (int64_t p = 0; p < own.parts.count; p++) {
+            const T* b = reinterpret_cast<const T*>(own.parts.pairs[p].b) + col;
+            float line[WIDE];
+            for (int64_t r = 0; r < own.parts.pairs[p].rank; r++) {
+                widen(line, b + r * own.d_out, cols);
+                for (int64_t row = own.parts.edges[2 * p]; row < own.parts.edges[2 * p + 1]; row++) {
+                    const float much = u[(i * rows + row) * most + r];
+#pragma omp simd
+                    for (int64_t c = 0; c < cols; c++) to[row * WIDE + c] += much * line[c];
+                }
+            }
+        }
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t c = 0; c < cols; c++) put(own.y[row * own.d_out + col + c], to[row * WIDE + c]);
+    }
+}
+
+// One site, for rows in their own format.
 template <typename T, typename W>
 void linear(T* y, const T* x, const W* w, const float* of, const T* bias, int64_t rows, int64_t d_in, int64_t d_out,
-            int64_t parts, const int64_t* edges, const Pair* pairs, const float* scale) {
-    constexpr int64_t WIDE = 48, RANKS = 12;  // columns, and ranks, that a thread takes at a time
-    struct Task {
-        int64_t part, rank;
-    };
+            Parts parts) {
     static thread_local std::vector<float> wide, inner;
-    static thread_local std::vector<Task> tasks;
     wide.resize(size_t(rows * d_in));
-    for (int64_t i = 0; i < rows * d_in; i++) wide[size_t(i)] = get(x[i]);
-    int64_t most = 0;
-    tasks.clear();
-    for (int64_t p = 0; p < parts; p++) {
-        most = std::max(most, pairs[p].rank);
-        for (int64_t rank = 0; rank < pairs[p].rank; rank += RANKS) tasks.push_back({p, rank});
-    }
-    inner.resize(size_t(rows * most));
-    const float* from = wide.data();
-    float* u = inner.data();
-    const Task* all = tasks.data();
-    const int64_t count = int64_t(tasks.size()), pieces = (d_out + WIDE - 1) / WIDE;
+    inner.resize(size_t(rows * parts.most()));
+    float *from = wide.data(), *u = inner.data();
+    const Product<T, T, W> own{y, w, of, bias, d_out, parts};
 #pragma omp parallel
     {
-#pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < count; t++) {
-            const Pair pair = pairs[all[t].part];
-            const int64_t first = edges[2 * all[t].part], end = edges[2 * all[t].part + 1], rank = all[t].rank;
-            const int64_t some = std::min(RANKS, pair.rank - rank);
-            product(u + first * most + rank, most, from + first * d_in,
-                    reinterpret_cast<const T*>(pair.a) + rank * d_in, end - first, d_in, some);
-            for (int64_t row = first; row < end; row++)
-                for (int64_t r = rank; r < rank + some; r++) u[row * most + r] *= scale[row];
-        }
-        static thread_local std::vector<float> held;
-        held.resize(size_t(rows * WIDE));
-        float* to = held.data();
-#pragma omp for schedule(dynamic)
-        for (int64_t piece = 0; piece < pieces; piece++) {
-            const int64_t col = piece * WIDE, cols = std::min(WIDE, d_out - col);
-            if (w) {
-                product(to, WIDE, from, w + col * d_in, rows, d_in, cols);
-                for (int64_t row = 0; row < rows; row++)
-                    for (int64_t c = 0; c < cols; c++)
-                        to[row * WIDE + c] =
-                            to[row * WIDE + c] * (of ? of[col + c] : 1.0f) + (bias ? get(bias[col + c]) : 0.0f);
-            }
-            for (int64_t p = 0; p < parts; p++)
-                for (int64_t row = edges[2 * p]; row < edges[2 * p + 1]; row++) {
-                    float* own = to + row * WIDE;
-                    if (!w)
-                        for (int64_t c = 0; c < cols; c++) own[c] = get(y[row * d_out + col + c]);
-                    const T* b = reinterpret_cast<const T*>(pairs[p].b) + col;
-                    for (int64_t r = 0; r < pairs[p].rank; r++) {
-                        const float much = u[row * most + r];
-                        const T* line = b + r * d_out;
-#pragma omp simd
-                        for (int64_t c = 0; c < cols; c++) own[c] += much * get(line[c]);
-                    }
-                    if (!w)
-                        for (int64_t c = 0; c < cols; c++) put(y[row * d_out + col + c], own[c]);
-                }
-            if (w)
-                for (int64_t row = 0; row < rows; row++)
-                    for (int64_t c = 0; c < cols; c++) put(y[row * d_out + col + c], to[row * WIDE + c]);
-        }
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) widen(from + row * d_in, x + row * d_in, d_in);
+        products(&own, 1, from, rows, d_in, u);
     }
 }
 
-// u[k] = x[k] . a for up to 4 rows x and one row a; a is read once.
-template <int ROWS, typename T>
-inline void dots(const T* x, int64_t stride, const T* a, int64_t n, float* u, int64_t u_stride) {
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    const T *x0 = x, *x1 = x + stride, *x2 = x + 2 * stride, *x3 = x + 3 * stride;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t j = 0; j < n; j++) {
-        float w = get(a[j]);
-        s0 += w * get(x0[j]);
-        if (ROWS > 1) s1 += w * get(x1[j]);
-        if (ROWS > 2) s2 += w * get(x2[j]);
-        if (ROWS > 3) s3 += w * get(x3[j]);
-    }
-    u[0] = s0;
-    if (ROWS > 1) u[u_stride] = s1;
-    if (ROWS > 2) u[2 * u_stride] = s2;
-    if (ROWS > 3) u[3 * u_stride] = s3;
-}
-
-// u[g * n] = scale * q[g] . k for the heads that share k, four at a time.
-template <typename T>
-inline void scores_of(const T* q, const T* k, int64_t depth, int64_t shared, float scale, float* u, int64_t n) {
-    int64_t g = 0;
-    for (; g + 4 <= shared; g += 4) dots<4>(q + g * depth, depth, k, depth, u + g * n, n);
-    if (shared - g == 3) dots<3>(q + g * depth, depth, k, depth, u + g * n, n);
-    if (shared - g == 2) dots<2>(q + g * depth, depth, k, depth, u + g * n, n);
-    if (shared - g == 1) dots<1>(q + g * depth, depth, k, depth, u + g * n, n);
-    for (g = 0; g < shared; g++) u[g * n] *= scale;
-}
-
-// Attention of one new token a row: out and q (rows, heads, depth), keys and values (slots, kept, room, depth). Row i
-// sees of slot seen[3i] the tokens from seen[3i + 1] to before seen[3i + 2].
-template <typename T>
-void attend(T* out, const T* q, const T* keys, const T* values, int64_t rows, int64_t heads, int64_t kept,
-            int64_t room, int64_t depth, const int64_t* seen, float scale) {
+// Attention of one token a row, by all threads of a team: out and q (rows, heads, depth), keys and values (slots, kept,
+// room, depth). Row i sees of slot seen[3i] the tokens from seen[3i + 1] to before seen[3i + 2].
+template <typename Q, typename T>
+void attend(Q* out, const Q* q, const T* keys, const T* values, int64_t rows, int64_t heads, int64_t kept, int64_t room,
+            int64_t depth, const int64_t* seen, float scale) {
     const int64_t shared = heads / kept;
-#pragma omp parallel for collapse(2) schedule(dynamic)
+#pragma omp for collapse(2) schedule(dynamic)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t h = 0; h < kept; h++) {
             const int64_t from = seen[3 * i + 1], n = seen[3 * i + 2] - from;
             const int64_t start = ((seen[3 * i] * kept + h) * room + from) * depth;
+            const int64_t padded = (n + LANES - 1) / LANES * LANES;
             static thread_local std::vector<float> held;
-            held.resize(size_t(shared * (n + depth)));
-            float *scores = held.data(), *sum = scores + shared * n;
-            const T *k = keys + start, *v = values + start, *own = q + (i * heads + h * shared) * depth;
-            for (int64_t t = 0; t < n; t++) scores_of(own, k + t * depth, depth, shared, scale, scores + t, n);
+            held.resize(size_t(shared * (padded + 2 * depth)));
+            float *scores = held.data(), *sums = scores + shared * padded, *own = sums + shared * depth;
+            const int64_t place = (i * heads + h * shared) * depth;
+            widen(own, q + place, shared * depth);
+            product(scores, padded, own, keys + start, shared, depth, n);
+            std::fill(sums, sums + shared * depth, 0.0f);
             for (int64_t g = 0; g < shared; g++) {
-                float *s = scores + g * n, *to = sum + g * depth, most = s[0], total = 0;
+                float *s = scores + g * padded, *to = sums + g * depth, most = s[0], total = 0;
                 for (int64_t t = 1; t < n; t++) most = std::max(most, s[t]);
-#pragma omp simd reduction(+ : total)
-                for (int64_t t = 0; t < n; t++) {
-                    s[t] = std::exp(s[t] - most);
-                    total += s[t];
+                for (int64_t t = n; t < padded; t++) s[t] = most - 200.0f / scale;  // of no weight
+                for (int64_t t = 0; t < padded; t += LANES) {
+                    const vec e = exponential((*reinterpret_cast<vec*>(s + t) - most) * scale);
+                    *reinterpret_cast<vec*>(s + t) = e;
                 }
-                std::fill(to, to + depth, 0.0f);
+                for (int64_t t = 0; t < n; t++) total += s[t];
+                for (int64_t t = 0; t < n; t++) s[t] /= total;
+                const T* v = values + start;
                 int64_t t = 0;
                 for (; t + 4 <= n; t += 4) {
                     const T *b0 = v + t * depth, *b1 = b0 + depth, *b2 = b1 + depth, *b3 = b2 + depth;
-#pragma omp simd
-                    for (int64_t j = 0; j < depth; j++)
+                    int64_t j = 0;
+                    for (; j + LANES <= depth; j += LANES)
+                        *reinterpret_cast<vec*>(to + j) += s[t] * read(b0 + j) + s[t + 1] * read(b1 + j) +
+                                                           s[t + 2] * read(b2 + j) + s[t + 3] * read(b3 + j);
+                    for (; j < depth; j++)
                         to[j] += s[t] * get(b0[j]) + s[t + 1] * get(b1[j]) + s[t + 2] * get(b2[j]) + s[t + 3] * get(b3[j]);
                 }
-                for (; t < n; t++) {
-                    const T* b0 = v + t * depth;
-#pragma omp simd
-                    for (int64_t j = 0; j < depth; j++) to[j] += s[t] * get(b0[j]);
-                }
-                T* result = out + (i * heads + h * shared + g) * depth;
-                for (int64_t j = 0; j < depth; j++) put(result[j], to[j] / total);
+                for (; t < n; t++)
+                    for (int64_t j = 0; j < depth; j++) to[j] += s[t] * get(v[t * depth + j]);
             }
+            for (int64_t j = 0; j < shared * depth; j++) put(out[place + j], sums[j]);
         }
 }
 
-// x += delta, where there is one, and y = weight * x / root mean square of x; all (rows, n), weight (n,).
-template <typename T>
-void norm(T* y, T* x, const T* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {
-#pragma omp parallel for if (rows > 64)
+// x += delta, where there is one, and y = weight * x / root mean square of x; all (rows, n), weight (n,). By a team.
+template <typename X, typename T>
+void norm(X* y, X* x, const X* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {
+#pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-        T *own = x + row * n, *to = y + row * n;
+        X *own = x + row * n, *to = y + row * n;
         if (delta)
             for (int64_t j = 0; j < n; j++) put(own[j], get(own[j]) + get(delta[row * n + j]));
         float total = 0;
@@ -287,18 +342,24 @@ void norm(T* y, T* x, const T* delta, const T* weight, int64_t rows, int64_t n, 
     }
 }
 
-// gate = silu(gate) * up, of n numbers.
+// gate = silu(gate) * up, of n numbers. By a team.
 template <typename T>
 void gated(T* gate, const T* up, int64_t n) {
-#pragma omp parallel for simd if (n > 65536)
-    for (int64_t j = 0; j < n; j++) {
-        const float x = get(gate[j]);
-        put(gate[j], x / (1.0f + std::exp(-x)) * get(up[j]));
+    constexpr int64_t SOME = 1024;
+#pragma omp for
+    for (int64_t start = 0; start < n; start += SOME) {
+        const int64_t end = std::min(n, start + SOME);
+        int64_t j = start;
+        for (; j + LANES <= end; j += LANES) {
+            const vec x = read(gate + j), y = x / (1.0f + exponential(-x)) * read(up + j);
+            for (int i = 0; i < LANES; i++) put(gate[j + i], y[i]);
+        }
+        for (; j < end; j++) put(gate[j], get(gate[j]) / (1.0f + std::exp(-get(gate[j]))) * get(up[j]));
     }
 }
 
-template <typename T>
-inline void rotated(T* to, const T* x, const T* cos, const T* sin, int64_t depth) {
+template <typename To, typename X, typename T>
+inline void rotated(To* to, const X* x, const T* cos, const T* sin, int64_t depth) {
     const int64_t half = depth / 2;
     for (int64_t j = 0; j < half; j++) {
         const float a = get(x[j]), b = get(x[j + half]);
@@ -307,53 +368,126 @@ inline void rotated(T* to, const T* x, const T* cos, const T* sin, int64_t depth
     }
 }
 
-// Rotary positions for q (rows, heads, depth), in place, and for k (rows, kept, depth), which goes with v to row i's
-// place among keys and values (slots, kept, room, depth): slot number[i], token position[i]. cos, sin (rows, depth).
-template <typename T>
-void store(T* q, const T* k, const T* v, const T* cos, const T* sin, T* keys, T* values, const int64_t* number,
-           const int64_t* position, int64_t rows, int64_t heads, int64_t kept, int64_t room, int64_t depth) {
-#pragma omp parallel for if (rows > 64)
+// Where the keys and values of a step go: in layers of (slots, kept, room, depth), row i's to slot number[i], token
+// position[i].
+struct Places {
+    const int64_t *number, *position;
+    int64_t kept, room, depth;
+};
+
+// Rotary positions for q (rows, heads, depth), in place, and for k (rows, kept, depth), which goes with v to its place.
+// cos, sin (rows, depth). By a team.
+template <typename X, typename T>
+void store(X* q, const X* k, const X* v, const T* cos, const T* sin, T* keys, T* values, Places where, int64_t rows,
+           int64_t heads) {
+    const int64_t kept = where.kept, depth = where.depth;
+#pragma omp for
     for (int64_t i = 0; i < rows; i++) {
         const T *c = cos + i * depth, *s = sin + i * depth;
         for (int64_t h = 0; h < heads; h++) {
-            T* own = q + (i * heads + h) * depth;
+            X* own = q + (i * heads + h) * depth;
             rotated(own, own, c, s, depth);
         }
         for (int64_t h = 0; h < kept; h++) {
             const int64_t from = (i * kept + h) * depth;
-            const int64_t to = ((number[i] * kept + h) * room + position[i]) * depth;
+            const int64_t to = ((where.number[i] * kept + h) * where.room + where.position[i]) * depth;
             rotated(keys + to, k + from, c, s, depth);
-            std::memcpy(values + to, v + from, size_t(depth) * sizeof(T));
+            for (int64_t j = 0; j < depth; j++) put(values[to + j], get(v[from + j]));
         }
+    }
+}
+
+// A whole step of a model of Llama's shape, one token a row.
+
+// A site: its weight (d_out, d_in), the scale of each output where it is in 8 bits, its bias; 0 where there is none.
+struct Site {
+    int64_t w, of, bias, d_in, d_out, number;
+};
+
+// A block's parts in the order they act, its norms, and its keys and values.
+struct Block {
+    Site q, k, v, o, gate, up, down;
+    int64_t before, after, keys, values;
+};
+
+// x (rows, width) fp32 -> logits (rows, vocabulary) fp32. table (sites, parts): the factors of each part at each site.
+template <typename T, typename W>
+void step(float* logits, float* x, const Block* blocks, int64_t count, const Site* head, const T* last, const T* cos,
+          const T* sin, Places where, const int64_t* seen, int64_t rows, int64_t heads, float scale, float epsilon,
+          int64_t parts, const int64_t* edges, const Pair* table, int64_t sites, const float* scales) {
+    const int64_t width = head->d_in, depth = where.depth, wide = blocks[0].gate.d_out;
+    int64_t most = 0;
+    for (int64_t i = 0; i < sites * parts; i++) most = std::max(most, table[i].rank);
+    static thread_local std::vector<float> held;
+    const int64_t own = heads * depth, kept = where.kept * depth;
+    held.resize(size_t(rows * (2 * width + 2 * own + 2 * kept + 2 * wide + 3 * most)));
+    float *h = held.data(), *delta = h + rows * width, *q = delta + rows * width, *k = q + rows * own, *v = k + rows * kept,
+          *mixed = v + rows * kept, *gate = mixed + rows * own, *up = gate + rows * wide, *u = up + rows * wide;
+    const auto of = [=](const Site& site, float* y) {
+        return Product<float, T, W>{y, reinterpret_cast<const W*>(site.w), reinterpret_cast<const float*>(site.of),
+                                    reinterpret_cast<const T*>(site.bias), site.d_out,
+                                    Parts{parts, edges, table + site.number * parts, scales}};
+    };
+#pragma omp parallel
+    {
+        for (int64_t i = 0; i < count; i++) {
+            const Block& block = blocks[i];
+            T *keys = reinterpret_cast<T*>(block.keys), *values = reinterpret_cast<T*>(block.values);
+            norm(h, x, i ? delta : nullptr, reinterpret_cast<const T*>(block.before), rows, width, epsilon);
+            const Product<float, T, W> asked[] = {of(block.q, q), of(block.k, k), of(block.v, v)};
+            products(asked, 3, h, rows, width, u);
+            store(q, k, v, cos, sin, keys, values, where, rows, heads);
+            attend(mixed, q, keys, values, rows, heads, where.kept, where.room, depth, seen, scale);
+            const Product<float, T, W> out = of(block.o, delta);
+            products(&out, 1, mixed, rows, own, u);
+            norm(h, x, delta, reinterpret_cast<const T*>(block.after), rows, width, epsilon);
+            const Product<float, T, W> doors[] = {of(block.gate, gate), of(block.up, up)};
+            products(doors, 2, h, rows, width, u);
+            gated(gate, up, rows * wide);
+            const Product<float, T, W> down = of(block.down, delta);
+            products(&down, 1, gate, rows, wide, u);
+        }
+        norm(h, x, count ? delta : nullptr, last, rows, width, epsilon);
+        const Product<float, T, W> told = of(*head, logits);
+        products(&told, 1, h, rows, width, u);
     }
 }
 
 }  // namespace
 
 extern "C" {
-#define LINEAR(NAME, T, W)                                                                                             \
+#define OF_WEIGHTS(NAME, T, W)                                                                                         \
     void linear_##NAME(T* y, const T* x, const W* w, const float* of, const T* bias, int64_t rows, int64_t d_in,       \
                        int64_t d_out, int64_t parts, const int64_t* edges, const Pair* pairs, const float* scale) {    \
-        linear(y, x, w, of, bias, rows, d_in, d_out, parts, edges, pairs, scale);                                      \
+        linear(y, x, w, of, bias, rows, d_in, d_out, Parts{parts, edges, pairs, scale});                               \
+    }                                                                                                                  \
+    void step_##NAME(float* logits, float* x, const Block* blocks, int64_t count, const Site* head, const T* last,     \
+                     const T* cos, const T* sin, const int64_t* number, const int64_t* position, int64_t kept,         \
+                     int64_t room, int64_t depth, const int64_t* seen, int64_t rows, int64_t heads, float scale,       \
+                     float epsilon, int64_t parts, const int64_t* edges, const Pair* table, int64_t sites,             \
+                     const float* scales) {                                                                            \
+        step<T, W>(logits, x, blocks, count, head, last, cos, sin, Places{number, position, kept, room, depth}, seen,  \
+                   rows, heads, scale, epsilon, parts, edges, table, sites, scales);                                   \
     }
-LINEAR(fp32_fp32, float, float)
-LINEAR(fp32_int8, float, int8_t)
-LINEAR(bf16_bf16, bf16, bf16)
-LINEAR(bf16_int8, bf16, int8_t)
+OF_WEIGHTS(fp32_fp32, float, float)
+OF_WEIGHTS(fp32_int8, float, int8_t)
+OF_WEIGHTS(bf16_bf16, bf16, bf16)
+OF_WEIGHTS(bf16_int8, bf16, int8_t)
 
 #define OF_ONE_KIND(NAME, T)                                                                                            \
     void attend_##NAME(T* out, const T* q, const T* k, const T* v, int64_t rows, int64_t heads, int64_t kept,          \
                        int64_t room, int64_t depth, const int64_t* seen, float scale) {                                \
-        attend(out, q, k, v, rows, heads, kept, room, depth, seen, scale);                                             \
+        _Pragma("omp parallel") attend(out, q, k, v, rows, heads, kept, room, depth, seen, scale);                     \
     }                                                                                                                  \
     void norm_##NAME(T* y, T* x, const T* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {            \
-        norm(y, x, delta, weight, rows, n, epsilon);                                                                   \
+        _Pragma("omp parallel if (rows > 64)") norm(y, x, delta, weight, rows, n, epsilon);                            \
     }                                                                                                                  \
-    void gated_##NAME(T* gate, const T* up, int64_t n) { gated(gate, up, n); }                                         \
+    void gated_##NAME(T* gate, const T* up, int64_t n) { _Pragma("omp parallel") gated(gate, up, n); }                 \
     void store_##NAME(T* q, const T* k, const T* v, const T* cos, const T* sin, T* keys, T* values,                    \
                       const int64_t* number, const int64_t* position, int64_t rows, int64_t heads, int64_t kept,       \
                       int64_t room, int64_t depth) {                                                                   \
-        store(q, k, v, cos, sin, keys, values, number, position, rows, heads, kept, room, depth);                      \
+        _Pragma("omp parallel if (rows > 64)")                                                                         \
+            store(q, k, v, cos, sin, keys, values, Places{number, position, kept, room, depth}, rows, heads);          \
     }
 OF_ONE_KIND(fp32, float)
 OF_ONE_KIND(bf16, bf16)

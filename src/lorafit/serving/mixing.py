@@ -20,7 +20,7 @@ from lorafit.base import Base
 from lorafit.serving.native import Parts
 from lorafit.serving.products import Products
 
-SHORT = 16  # rows of one adapter up to which its products go through our kernel: beyond, torch's are faster
+SHORT = 16  # rows of one adapter up to which its products go through our kernel, or in one stack with others
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +86,9 @@ class Mix:
     """
 
     def __init__(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
-                 device: torch.device, native: bool):  # fmt: skip
-        """owners, scales, lengths: of each request, `lengths` in rows. native: whether there are kernels."""
+                 device: torch.device, few: int):  # fmt: skip
+        """owners, scales, lengths: of each request, `lengths` in rows. few: rows of a part up to which it goes through
+        the kernels."""
         ends = np.cumsum(lengths).tolist()
         parts: list[tuple[Loaded, int, int]] = []
         for owner, start, end in zip(owners, [0, *ends], ends, strict=False):
@@ -98,19 +99,28 @@ class Mix:
             else:
                 parts.append((owner, start, end))
         self.scale = torch.tensor(np.repeat(np.asarray(scales, dtype=np.float32), lengths), device=device)
-        self.few = tuple(part for part in parts if native and part[2] - part[1] <= SHORT)
+        self.few = tuple(part for part in parts if part[2] - part[1] <= few)
         self.others = tuple(part for part in parts if part not in self.few)
-        self._edges = np.array([part[1:] for part in self.few], dtype=np.int64)
+        self.edges = np.array([part[1:] for part in self.few], dtype=np.int64).reshape(-1, 2)
         tables = [part[0].table for part in self.few]
-        self._table = np.ascontiguousarray(np.stack(tables, axis=1)) if tables else np.zeros((0, 0, 3), dtype=np.int64)
+        self.table = np.ascontiguousarray(np.stack(tables, axis=1)) if tables else np.zeros((0, 0, 3), dtype=np.int64)
+        self._few: dict[int, Parts | None] = {}
         self._stacks: dict[int, tuple[Stack, ...]] = {}
+
+    @property
+    def is_few(self) -> bool:
+        """Whether the kernels do all that its adapters do."""
+        return not self.others and not any(part[0].gains for part in self.few)
 
     def few_at(self, number: int) -> Parts | None:
         """The few, for the kernels; None where no adapter of theirs acts at this site."""
-        row = self._table[number] if self.few else None
-        if row is None or not row[:, 2].any():
-            return None
-        return Parts(len(row), self._edges.ctypes.data, row.ctypes.data, self.scale.data_ptr())
+        if number not in self._few:
+            parts = None
+            if self.few and self.table[number, :, 2].any():
+                where = self.table[number].ctypes.data
+                parts = Parts(len(self.edges), self.edges.ctypes.data, where, self.scale.data_ptr())
+            self._few[number] = parts
+        return self._few[number]
 
     def stacks(self, number: int) -> tuple[Stack, ...]:
         """The others, at this site. Made once: step after step has the same rows until a request comes or goes."""
@@ -134,34 +144,35 @@ class Mix:
 
 
 class Mixer:
-    """`change` goes into attachment.adapting; `begin` is called before every step."""
+    """`change` goes into attachment.adapting; `begin` is called before every step. rows: the mix of the step."""
 
     def __init__(self, products: Products, device: torch.device):
         self.products, self.kernels, self._device = products, products.kernels, device
         self._made: dict[tuple[Any, ...], Mix] = {}
-        self._rows: Mix | None = None
+        self.rows: Mix | None = None
         self._kept: Mix | None = None
 
     def begin(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
               kept: Sequence[int] | None) -> None:  # fmt: skip
         """Say whose rows the next forward has. kept: of each request, how many of its rows reach the output head, where
         not all do."""
+        few = 0 if self.kernels is None else max(SHORT, self.products.few)
         made = {}
         for counts in (lengths, kept):
             if counts is not None:
                 key = (*owners, *scales, *counts)
-                made[key] = self._made.get(key) or Mix(owners, scales, counts, self._device, self.kernels is not None)
+                made[key] = self._made.get(key) or Mix(owners, scales, counts, self._device, few)
         self._made = made  # of adapters that no step needs any more, nothing is held
         mixes = list(made.values())
-        self._rows, self._kept = mixes[0], mixes[-1]
+        self.rows, self._kept = mixes[0], mixes[-1]
 
     def end(self) -> None:
         """No rows: hold nothing of an adapter."""
-        self._made, self._rows, self._kept = {}, None, None
+        self._made, self.rows, self._kept = {}, None, None
 
     def change(self, number: int, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """What the site gives for x (1, N, d_in), with what each row's adapter adds, (1, N, d_out)."""
-        mix = self._rows
+        mix = self.rows
         if mix is not None and x.shape[-2] != len(mix.scale):
             mix = self._kept
             assert mix is not None and x.shape[-2] == len(mix.scale)

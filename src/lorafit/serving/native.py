@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +45,10 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """The loops of kernels.cpp for one dtype. products: by the dtype of the weight; loops: the others by name."""
+    """The loops of kernels.cpp for one dtype. products, steps: by the dtype of the weights; loops: others by name."""
 
     products: dict[torch.dtype, Any]
+    steps: dict[torch.dtype, Any]
     loops: dict[str, Any]
 
     def linear(
@@ -103,6 +105,27 @@ class Kernels:
         tensors = (q, k, v, cos, sin, keys, values, numbers, positions)
         self.loops["store"](*(one.data_ptr() for one in tensors), len(q), q.shape[1], kept, room, depth)
 
+    def step(
+        self, kind: torch.dtype, x: Tensor, blocks: np.ndarray, head: np.ndarray, last: Tensor, cos: Tensor,
+        sin: Tensor, numbers: Tensor, positions: Tensor, shape: tuple[int, ...], seen: Tensor, heads: int, scale: float,
+        epsilon: float, edges: np.ndarray, table: np.ndarray, scales: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """A whole step of one token a row: x (rows, width) fp32, which it changes → logits (rows, vocabulary) fp32.
+
+        kind: dtype of the weights. blocks (blocks, 46), head (6,) int64: as `Block` and `Site` of kernels.cpp lie in
+        memory. last (width,): weight of the last norm. shape: of a layer's keys. edges (parts, 2), table (sites,
+        parts, 3): whose rows, and where their factors lie; scales (rows,) fp32.
+        """
+        logits = x.new_empty(len(x), int(head[4]))
+        _, kept, room, depth = shape
+        self.steps[kind](
+            logits.data_ptr(), x.data_ptr(), blocks.ctypes.data, len(blocks), head.ctypes.data, last.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), numbers.data_ptr(), positions.data_ptr(), kept, room, depth,
+            seen.data_ptr(), len(x), heads, scale, epsilon, len(edges), edges.ctypes.data, table.ctypes.data,
+            len(table), scales.data_ptr(),
+        )  # fmt: skip
+        return logits
+
 
 def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     """The kernels for tensors of this kind; None where there are none."""
@@ -120,11 +143,15 @@ def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     for loop, kinds in arguments.items():
         loops[loop] = getattr(library, f"{loop}_{NAMES[dtype]}")
         loops[loop].argtypes, loops[loop].restype = kinds, None
-    products = {}
+    products, steps, real = {}, {}, ctypes.c_float
     for kind, name in ((dtype, NAMES[dtype]), (torch.int8, "int8")):
         products[kind] = getattr(library, f"linear_{NAMES[dtype]}_{name}")
         products[kind].argtypes, products[kind].restype = [address] * 5 + [word] * 4 + [address] * 3, None
-    return Kernels(products, loops)
+        steps[kind] = getattr(library, f"step_{NAMES[dtype]}_{name}")
+        steps[kind].argtypes = [address] * 3 + [word] + [address] * 6 + [word] * 3 + [address, word, word, real, real,
+                                word, address, address, word, address]  # fmt: skip
+        steps[kind].restype = None
+    return Kernels(products, steps, loops)
 
 
 @cache

@@ -18,12 +18,14 @@ from lorafit.base import Base
 from lorafit.errors import BaseError
 from lorafit.serving.native import Kernels, Parts
 
-MEASURED = 64 << 20  # bytes of weights that are measured on
-MOST = 32  # rows of a step that the kernel is tried for; all of them are taken in 8 bits
+MEASURED = 64 << 20  # bytes of weights that are measured on, with few rows: more than a cache holds
+ROWS = (512, 128, 32, 16, 8, 4, 1)  # of a step, for which the kernel is tried
+MANY = 1 << 20
+EIGHT = 32  # rows up to which 8-bit weights are taken: beyond, a step is computing, not reading
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
+class Weight:
     """weight (d_out, d_in), of the base or in 8 bits; scale (d_out,) fp32 of the latter; bias (d_out,) or None."""
 
     weight: Tensor
@@ -36,37 +38,43 @@ class Products:
 
     def __init__(self, base: Base, kernels: Kernels | None, eight_bit: bool = False):
         self.kernels = kernels
-        self._weights: dict[int, _Weight] = {}
+        self.plain: dict[int, Weight] = {}
+        self.eight: dict[int, Weight] = {}
         self.few = 0
         if kernels is None:
             return
-        made: dict[int, _Weight] = {}  # a head tied to another module shares its weight
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # a head tied to another module shares its weight
         for number, site in enumerate(base.sites):
             module = base.model.get_submodule(site.path)
             if type(module) is nn.Linear and module.weight.is_contiguous():
-                weight, bias = module.weight.detach(), module.bias
-                key = weight.data_ptr()
-                if eight_bit and key not in made:
-                    made[key] = _Weight(*_in_eight_bits(weight), None)
-                kept = made[key] if eight_bit else _Weight(weight, None, None)
-                self._weights[number] = _Weight(kept.weight, kept.scale, None if bias is None else bias.detach())
-        if eight_bit and len(self._weights) < len(base.sites):
+                weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+                self.plain[number] = Weight(weight, None, bias)
+                if eight_bit:
+                    key = weight.data_ptr()
+                    made[key] = made.get(key) or _in_eight_bits(weight)
+                    self.eight[number] = Weight(*made[key], bias)
+        if eight_bit and len(self.plain) < len(base.sites):
             raise BaseError(f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: "
                             "leave it out")  # fmt: skip
-        if self._weights:
-            self.few = MOST if eight_bit else self._measured()
+        if self.plain:
+            self.few = self._measured()
 
     @property
     def bytes(self) -> int:
         """What is held beside the base."""
-        kept = {one.weight.data_ptr(): one.weight.nbytes for one in self._weights.values() if one.scale is not None}
-        return sum(kept.values())
+        return sum({one.weight.data_ptr(): one.weight.nbytes for one in self.eight.values()}.values())
+
+    def for_rows(self, rows: int) -> dict[int, Weight]:
+        """The weights the kernels take for a step of so many rows, by site; those that are not there go by torch."""
+        if rows <= EIGHT and self.eight:
+            return self.eight
+        return self.plain if rows <= self.few else {}
 
     def of(
         self, number: int, x: Tensor, original: Callable[[Tensor], Tensor], parts: Parts | None = None
     ) -> Tensor:  # fmt: skip
         """What the site gives for x (1, N, d_in), with what the adapters of these parts add."""
-        own = self._weights.get(number) if x.numel() <= self.few * x.shape[-1] else None
+        own = self.for_rows(x.shape[1]).get(number)
         if own is not None and self.kernels is not None:
             return self.kernels.linear(x.contiguous(), own.weight, own.scale, own.bias, parts)
         y = original(x)
@@ -75,18 +83,23 @@ class Products:
         return y
 
     def _measured(self) -> int:
-        """The most rows for which the kernel is faster than torch, on more weights than a cache holds."""
+        """The most rows for which the kernel is faster than torch. Where torch has no fast product for the dtype on
+        this processor, as for bf16 on many, that is as many as there are."""
         assert self.kernels is not None
-        some: list[Tensor] = []
         linear = self.kernels.linear
-        for own in self._weights.values():
-            if sum(weight.nbytes for weight in some) < MEASURED:
-                some.append(own.weight)
-        for rows in (MOST, MOST // 2, MOST // 4, 4, 1):
+        for rows in ROWS:
+            some: list[Tensor] = []
+            for own in self.plain.values():
+                if sum(weight.nbytes for weight in some) * max(rows, EIGHT) < MEASURED * EIGHT:
+                    some.append(own.weight)
             given = {width: torch.ones(1, rows, width, dtype=some[0].dtype) for width in {len(w.T) for w in some}}
-            by_torch = _seconds(lambda x: [F.linear(x[len(weight.T)], weight) for weight in some], given)
-            if _seconds(lambda x: [linear(x[len(weight.T)], weight, None, None) for weight in some], given) < by_torch:
-                return rows
+            ways = (
+                lambda x, some=some: [F.linear(x[len(weight.T)], weight) for weight in some],
+                lambda x, some=some: [linear(x[len(weight.T)], weight, None, None) for weight in some],
+            )
+            by_torch, by_kernel = (_seconds(way, given) for way in ways)
+            if by_kernel < by_torch:
+                return MANY if rows == ROWS[0] else rows
         return 0
 
 

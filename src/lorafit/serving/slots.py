@@ -44,7 +44,7 @@ class Slots:
         self.count, self.room, self.kernels = count, room, kernels
         self.slots = [Slot(i) for i in range(count)]
         self.probing = Slot(count), Slot(count + 1)
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._clock = 0
 
     @property
@@ -55,7 +55,7 @@ class Slots:
     @property
     def bytes(self) -> int:
         """What all slots take when full."""
-        return sum(part.nbytes for pair in self._layers.values() for part in pair)
+        return sum(part.nbytes for pair in self.layers.values() for part in pair)
 
     def take(self, ids: Sequence[int], key: Key) -> Slot | None:
         """A free slot for a prompt, with as many of its tokens as are known already in `held`, never all; None where
@@ -72,7 +72,7 @@ class Slots:
             others = [slot for slot in free if slot is not best]
             taken = min(others, key=lambda slot: (bool(slot.held), slot.used, slot.number))
         if best is not None and best is not taken:
-            for keys, values in self._layers.values():
+            for keys, values in self.layers.values():
                 for part in (keys, values):
                     part[taken.number, :, :n] = part[best.number, :, :n]
         self._clock += 1
@@ -81,12 +81,12 @@ class Slots:
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(count + 2, heads, room, depth) of keys and of values, for a layer that gives (1, heads, N, depth)."""
-        if number not in self._layers:
+        if number not in self.layers:
             keys, values = (
                 one.new_empty(self.count + 2, one.shape[1], self.room, one.shape[3]) for one in (key, value)
             )
-            self._layers[number] = keys, values
-        return self._layers[number]
+            self.layers[number] = keys, values
+        return self.layers[number]
 
 
 def _common(held: Sequence[int], ids: Sequence[int]) -> int:

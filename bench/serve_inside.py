@@ -1,0 +1,158 @@
+"""What `bench/serve.py` measures inside lorafit's engine: where a step's time goes, what a switch and a load cost the
+others, what 8-bit weights cost in NLL."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lorafit.attachment import adapting
+from lorafit.base import Base
+from lorafit.serving import Engine, Request
+from lorafit.serving.mixing import Mixer
+from lorafit.serving.native import kernels
+from lorafit.serving.products import Products
+
+
+def times_of(engine: Engine, request: Request) -> list[float]:
+    """Seconds from asking to each token."""
+    began, at = time.perf_counter(), []
+    for piece in engine.submit(request):
+        at += [time.perf_counter() - began] * len(piece.tokens)
+    return at
+
+
+def switch_ms(engine: Engine, prompt: Sequence[int], names: Sequence[str]) -> float:
+    """How much later a first token comes where the request before was another adapter's, in ms: the prompt is known to
+    the slots of both."""
+    firsts: dict[bool, list[float]] = {True: [], False: []}
+    order = [names[i // 2 % 2] for i in range(82)]  # a a b b a a ...: every second one is a switch
+    for i, name in enumerate(order):
+        (first,) = times_of(engine, Request(tuple(prompt), name, max_tokens=1))
+        if i > 1:
+            firsts[name != order[i - 1]].append(first)
+    return 1000 * (median(firsts[True]) - median(firsts[False]))
+
+
+def stall_ms(engine: Engine, prompt: Sequence[int], folders: Sequence[Path]) -> dict[str, float]:
+    """How much longer than usual four others wait for a token while adapters are loaded, replaced and unloaded."""
+    gaps: list[tuple[float, float]] = []
+
+    def listen() -> None:
+        at = times_of(engine, Request(tuple(prompt), max_tokens=160, ignore_end=True))
+        gaps.extend((asked + b, b - a) for a, b in pairwise(at[8:]))
+
+    asked = time.perf_counter()
+    listeners = [threading.Thread(target=listen) for _ in range(4)]
+    for one in listeners:
+        one.start()
+    while engine.stats().running < 4:
+        time.sleep(0.01)
+    time.sleep(3)
+    busy, took = [], []
+    for folder in [*folders[:3], *folders[:3]]:
+        start = time.perf_counter()
+        engine.load("loaded-meanwhile", folder)
+        busy.append((start, time.perf_counter() + 0.3))
+        took.append(time.perf_counter() - start)
+        time.sleep(0.5)
+    start = time.perf_counter()
+    engine.unload("loaded-meanwhile")
+    busy.append((start, time.perf_counter() + 0.3))
+    for one in listeners:
+        one.join()
+    meanwhile = [gap for at, gap in gaps if any(a <= at <= b for a, b in busy)]
+    quiet = [gap for at, gap in gaps if not any(a <= at <= b for a, b in busy)]
+    return {"usual_p50": 1000 * median(quiet), "usual_most": 1000 * max(quiet), "meanwhile_most": 1000 * max(meanwhile),
+            "stall_ms": 1000 * (max(meanwhile) - median(quiet)), "load_ms": 1000 * median(took)}  # fmt: skip
+
+
+def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None]) -> dict[str, Any]:
+    """ms of a decode step by part, the median of 40: products by the sites of their shape, the other loops, the rest of
+    the forward, and what is around it."""
+    found = engine._mixer.kernels
+    if found is None:
+        return {}
+    shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for site in engine.base.sites:
+        kind = site.path.rpartition(".")[2]
+        if kind not in shapes[site.d_in, site.d_out]:
+            shapes[site.d_in, site.d_out].append(kind)
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(name: Callable[..., str], work: Any) -> Any:
+        def run(*given: Any) -> None:
+            began = time.perf_counter()
+            work(*given)
+            spent[name(*given)] += time.perf_counter() - began
+
+        return run
+
+    kept = dict(found.products), dict(found.loops)
+    for dtype, work in kept[0].items():
+        found.products[dtype] = timed(
+            lambda *given: "product " + ", ".join(shapes[given[6], given[7]])
+            + ("" if given[2] else ", adapters alone"), work
+        )  # fmt: skip
+    for loop, work in kept[1].items():
+        found.loops[loop] = timed(lambda *_, loop=loop: loop, work)
+    try:
+        requests = [Request(tuple(p), n, max_tokens=60, ignore_end=True) for p, n in zip(prompts, names, strict=True)]
+        answers = [engine.submit(request) for request in requests]
+        waiting = [iter(answer) for answer in answers]
+        for one in waiting:  # all are past their prompts
+            next(one)
+        before, steps = dict(spent), engine.stats()
+        while engine.stats().steps < steps.steps + 40:
+            time.sleep(0.02)
+        after, ended = dict(spent), engine.stats()
+        for answer in answers:
+            answer.cancel()
+        for answer in answers:
+            answer.result()
+    finally:
+        found.products.update(kept[0])
+        found.loops.update(kept[1])
+    count = ended.steps - steps.steps
+    parts = {name: 1000 * (after[name] - before.get(name, 0.0)) / count for name in after}
+    model = 1000 * (ended.model_seconds - steps.model_seconds) / count
+    whole = 1000 * (ended.seconds - steps.seconds) / count
+    told = {name: ms for name, ms in sorted(parts.items(), key=lambda one: -one[1]) if ms > 0}
+    rest = {"the rest of the forward": model - sum(parts.values()), "around it": whole - model, "a step": whole}
+    return {**told, **rest}
+
+
+def nll_change(base: Base, text: str) -> dict[str, float]:
+    """Mean negative log-likelihood of a text's tokens (nats), by the base and by its 8-bit weights."""
+    ids = base.tokenizer(text, return_tensors="pt")["input_ids"]
+    found = kernels(base.dtype, base.device)
+    assert found is not None
+    mixer, told = Mixer(Products(base, found, True), base.device), {}
+    with torch.inference_mode():
+        told["plain"] = _nll(base, ids)
+        with adapting(base, mixer.change):
+            told["eight_bit"] = _nll(base, ids)
+    return {**told, "tokens": ids.shape[1], "change": told["eight_bit"] / told["plain"] - 1}
+
+
+def _nll(base: Base, ids: torch.Tensor) -> float:
+    """In windows of 512 tokens, in pieces of 32: as many as go through the 8-bit weights."""
+    total, count, model = 0.0, 0, base.model
+    for start in range(0, ids.shape[1] - 1, 512):
+        cache, part = None, ids[:, start : start + 513]
+        for at in range(0, part.shape[1] - 1, 32):
+            piece = part[:, at : min(at + 32, part.shape[1] - 1)]
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache, wanted = out.past_key_values, part[0, at + 1 : at + 1 + piece.shape[1]]
+            total += float(F.cross_entropy(out.logits[0].float(), wanted, reduction="sum"))
+            count += len(wanted)
+    return total / count
