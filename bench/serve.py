@@ -88,14 +88,14 @@ def serves(arm: str, work: Workload) -> bool:
 
 def workloads(quick: bool) -> list[Workload]:
     if quick:
-        return [Workload(tokens=16), Workload(tokens=16, adapters=8)]
+        return [Workload(1, 16), Workload(tokens=16), Workload(tokens=16, adapters=8)]
     made = [Workload(requests=1), Workload(requests=1, adapters=1)]
     made += [Workload(adapters=n) for n in (0, 1, 8, 16)] + [Workload(adapters=n, kind="mixed") for n in (8, 16)]
     made += [Workload(adapters=n, long=True) for n in (0, 8)]
     return made + [Workload(requests=32, adapters=n) for n in (0, 8)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Arm:
     """A process that serves, and what it has said."""
 
@@ -256,8 +256,8 @@ def judged(workload: Workload, told: dict[str, Any], tokenizer: Any) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--turns", type=int, default=3, help="of each lorafit arm, after one to warm up")
-    parser.add_argument("--peer-turns", type=int, default=1, help="of each other arm, after one to warm up")
+    parser.add_argument("--turns", type=int, default=3, help="of each lorafit arm, after a short one to warm up")
+    parser.add_argument("--peer-turns", type=int, default=1, help="of each other arm, after a short one to warm up")
     parser.add_argument("--list", action="store_true", help="say the workloads, and end")
     parser.add_argument("--only", nargs="+", type=int, help="these workloads alone, by number, from 0")
     parser.add_argument("--quick", action="store_true", help="that it runs, not what it gives")
@@ -310,12 +310,13 @@ def main() -> None:
         print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)
         arms.append(arm)
     for workload, requests in asked:
-        for turn in range(1 if given.quick else max(given.turns, given.peer_turns) + 1):  # the first warms up
+        turns = {arm: given.turns if arm.name.startswith("lorafit") else given.peer_turns for arm in arms}
+        for turn in range(1 if given.quick else max(turns.values()) + 1):
+            warm_up = turn == 0 and not given.quick
             for arm in arms:
-                turns = given.turns if arm.name.startswith("lorafit") else given.peer_turns
-                if arm.failed is None and serves(arm.name, workload) and turn <= turns:
-                    arm.serve(workload, requests)
-                    if turn == 0 and not given.quick and arm.failed is None:
+                if arm.failed is None and serves(arm.name, workload) and turn <= turns[arm]:
+                    arm.serve(workload, [{**one, "tokens": 4} for one in requests] if warm_up else requests)
+                    if warm_up and arm.failed is None:
                         arm.found[workload.name].clear()
         print(f"done: {workload.name}", file=sys.stderr, flush=True)
     told = {
@@ -365,7 +366,7 @@ def report(
     def ratio(a: float | None, b: float | None) -> float | None:
         return round(a / b, 3) if a and b else None
 
-    one = Workload(requests=1).name
+    one = Workload(1, tokens).name
     result = {
         "benchmark": "serve", **about, "quick": given.quick, "dtype": dtype,
         "versions": {name: arm.about.get("versions") for name, arm in arms.items()},

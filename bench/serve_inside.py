@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from lorafit.attachment import adapting
 from lorafit.base import Base
 from lorafit.serving import Engine, Request
 from lorafit.serving.mixing import Mixer
-from lorafit.serving.native import kernels
+from lorafit.serving.native import SPENT, kernels
 from lorafit.serving.products import Products
 
 
@@ -76,59 +74,29 @@ def stall_ms(engine: Engine, prompt: Sequence[int], folders: Sequence[Path]) -> 
             "stall_ms": 1000 * (max(meanwhile) - median(quiet)), "load_ms": 1000 * median(took)}  # fmt: skip
 
 
-def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None]) -> dict[str, Any]:
-    """ms of a decode step by part, the median of 40: products by the sites of their shape, the other loops, the rest of
-    the forward, and what is around it."""
-    found = engine._mixer.kernels
-    if found is None:
+def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None]) -> dict[str, float]:
+    """ms of a decode step by part, the mean of 40 steps."""
+    decoder = engine._decoder
+    if decoder is None:
         return {}
-    shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for site in engine.base.sites:
-        kind = site.path.rpartition(".")[2]
-        if kind not in shapes[site.d_in, site.d_out]:
-            shapes[site.d_in, site.d_out].append(kind)
-    spent: dict[str, float] = defaultdict(float)
-
-    def timed(name: Callable[..., str], work: Any) -> Any:
-        def run(*given: Any) -> None:
-            began = time.perf_counter()
-            work(*given)
-            spent[name(*given)] += time.perf_counter() - began
-
-        return run
-
-    kept = dict(found.products), dict(found.loops)
-    for dtype, work in kept[0].items():
-        found.products[dtype] = timed(
-            lambda *given: "product " + ", ".join(shapes[given[6], given[7]])
-            + ("" if given[2] else ", adapters alone"), work
-        )  # fmt: skip
-    for loop, work in kept[1].items():
-        found.loops[loop] = timed(lambda *_, loop=loop: loop, work)
-    try:
-        requests = [Request(tuple(p), n, max_tokens=60, ignore_end=True) for p, n in zip(prompts, names, strict=True)]
-        answers = [engine.submit(request) for request in requests]
-        waiting = [iter(answer) for answer in answers]
-        for one in waiting:  # all are past their prompts
-            next(one)
-        before, steps = dict(spent), engine.stats()
-        while engine.stats().steps < steps.steps + 40:
-            time.sleep(0.02)
-        after, ended = dict(spent), engine.stats()
-        for answer in answers:
-            answer.cancel()
-        for answer in answers:
-            answer.result()
-    finally:
-        found.products.update(kept[0])
-        found.loops.update(kept[1])
-    count = ended.steps - steps.steps
-    parts = {name: 1000 * (after[name] - before.get(name, 0.0)) / count for name in after}
-    model = 1000 * (ended.model_seconds - steps.model_seconds) / count
-    whole = 1000 * (ended.seconds - steps.seconds) / count
-    told = {name: ms for name, ms in sorted(parts.items(), key=lambda one: -one[1]) if ms > 0}
-    rest = {"the rest of the forward": model - sum(parts.values()), "around it": whole - model, "a step": whole}
-    return {**told, **rest}
+    requests = [Request(tuple(p), n, max_tokens=60, ignore_end=True) for p, n in zip(prompts, names, strict=True)]
+    answers = [engine.submit(request) for request in requests]
+    for answer in answers:  # all are past their prompts
+        next(iter(answer))
+    before, started = decoder.spent.copy(), engine.stats()
+    while engine.stats().steps < started.steps + 40:
+        time.sleep(0.02)
+    after, ended = decoder.spent.copy(), engine.stats()
+    for answer in answers:
+        answer.cancel()
+    for answer in answers:
+        answer.result()
+    count = ended.steps - started.steps
+    told = {name: 1000 * float(ms) / count for name, ms in zip(SPENT, after - before, strict=True)}
+    model = 1000 * (ended.model_seconds - started.model_seconds) / count
+    whole = 1000 * (ended.seconds - started.seconds) / count
+    rest = {"around the kernel, in Python": model - sum(told.values()), "drawing and telling tokens": whole - model}
+    return {**told, **rest, "a step": whole}
 
 
 def nll_change(base: Base, text: str) -> dict[str, float]:

@@ -293,6 +293,19 @@ def test_a_busy_slot_lends_its_beginning(base: Base, adapters: dict[str, Adapter
     assert ids_of(second) == alone(TWIN, adapters["a"], (*prompt, 97), 12)
 
 
+def test_those_that_come_at_once_read_their_common_beginning_once(base: Base, adapters: dict[str, Adapter]) -> None:
+    start = tuple(b"You answer as a clerk of this house would, and you are brief. ")
+    prompts = [(*start, 65 + i) for i in range(6)]
+    with Engine(base, adapters, slots=8) as engine:
+        held = engine.submit(plain("b", max_tokens=100))
+        next(iter(held))
+        answers = [engine.submit(plain("a", prompt=prompt)) for prompt in prompts]
+        results = [answer.result() for answer in answers]
+        held.cancel()
+    assert sorted(result.known for result in results) == [0, *[len(start)] * 5]
+    assert [ids_of(one) for one in results] == [alone(TWIN, adapters["a"], prompt, 12) for prompt in prompts]
+
+
 def test_the_scale_of_a_request_scales_what_its_adapter_adds(base: Base, adapters: dict[str, Adapter]) -> None:
     for name in ("a", "dora"):
         adapter = adapters[name]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.serving.mixing import Mix, Mixer
-from lorafit.serving.native import Kernels
+from lorafit.serving.native import SPENT, Kernels
 from lorafit.serving.products import Weight
 from lorafit.serving.slots import Slots, Step, attended
 
@@ -32,7 +32,8 @@ class Decoder:
     """The steps of one model; made by `decoder_of`."""
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels, mixer: Mixer, numbers: Mapping[str, int]):
-        """numbers: of the sites, by their path."""
+        """numbers: of the sites, by their path. spent: seconds in steps of one call, by native.SPENT."""
+        self.spent = np.zeros(len(SPENT))
         self._model: Any = model
         self._kernels, self._mixer, self._numbers = kernels, mixer, numbers
         self._tables: dict[torch.dtype, tuple[np.ndarray, np.ndarray]] = {}
@@ -55,7 +56,7 @@ class Decoder:
         return self._kernels.step(
             some, x, *self._tables[some], body.norm.weight, cos, sin, step.numbers, step.positions, shape, step.seen,
             shape[1] * mind.num_key_value_groups, mind.scaling, body.norm.variance_epsilon, mix.edges, mix.table,
-            mix.scale,
+            mix.scale, self.spent,
         )  # fmt: skip
 
     def _addresses(self, slots: Slots, weights: Mapping[int, Weight]) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,7 @@ from lorafit.serving.products import Products
 from lorafit.serving.request import Answer, Request, Token, require_valid
 from lorafit.serving.rows import Asked, Row
 from lorafit.serving.sampling import Grammar, Sampler, grammar_tokenizer
-from lorafit.serving.slots import NAME, Slot, Slots, Step, attention
+from lorafit.serving.slots import NAME, WORTH, Key, Slot, Slots, Step, attention, common
 from lorafit.serving.turns import Turns
 
 ROOM = 2048  # tokens of a slot, where the base reads as many
@@ -284,7 +284,16 @@ class Engine:
 
     def _ready(self) -> bool:
         """Whether some request that waits could be begun on; has adapters read that are on disk alone."""
-        return any(self._heated(asked) or asked.answer.is_cancelled for asked in self._turns.firsts())
+        return any(asked.answer.is_cancelled or self._can_begin(asked) for asked in self._turns.firsts())
+
+    def _can_begin(self, asked: Asked) -> bool:
+        """Whether its adapter is hot, and no other request is just reading what it would read too: the keys and values
+        of a system prompt that many have in common are computed once, also where they all come at once."""
+        if not self._heated(asked):
+            return False
+        prompt, key = asked.answer.request.prompt, self._key(asked)
+        coming = [common(row.ids, prompt) for row in self._rows if row.slot.key == key and row.left > 1]
+        return not coming or max(coming) < WORTH + max(common(held, prompt) for held in self._slots.of(key))
 
     def _heated(self, asked: Asked) -> bool:
         """Whether its adapter is hot. One that is not is read by another thread, and others go before it."""
@@ -316,7 +325,7 @@ class Engine:
             with self._lock:
                 if all(slot.busy for slot in self._slots.slots):
                     return
-                asked = next((one for one in self._turns.firsts() if self._heated(one)), None)
+                asked = next((one for one in self._turns.firsts() if self._can_begin(one)), None)
                 if asked is None:
                     return
                 self._turns.take(asked)
@@ -329,17 +338,19 @@ class Engine:
                 asked.answer.put(AdapterError(f"'{asked.answer.adapter}' cannot be begun ({error!r}): load it again"))
             self._beginning = []
 
+    def _key(self, asked: Asked) -> Key:
+        return (asked.version.digest, asked.answer.request.adapter_scale) if asked.version else (None, 1.0)
+
     def _begin(self, asked: Asked) -> None:
         request, version = asked.answer.request, asked.version
         loaded = None
         if version is not None:
             heating = self._heating.pop(version, None)
             loaded = heating.result() if heating else self.adapters.heat(version)
-        key = (version.digest, request.adapter_scale) if version else (None, 1.0)
         words = Words(self.base.tokenizer) if self.base.tokenizer is not None else None
         sampler, until = Sampler(request, asked.grammar), Until(request.stop)
         limit = min(request.max_tokens, self.room - len(request.prompt))
-        slot = self._slots.take(request.prompt, key)  # last, so that nothing fails with a slot in hand
+        slot = self._slots.take(request.prompt, self._key(asked))  # last, so that nothing fails with a slot in hand
         assert slot is not None
         known = len(slot.held)
         if version is not None:

@@ -4,6 +4,7 @@
 // Sums are in fp32. bf16 is stored as the upper half of an fp32.
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -411,10 +412,11 @@ struct Block {
 };
 
 // x (rows, width) fp32 -> logits (rows, vocabulary) fp32. table (sites, parts): the factors of each part at each site.
+// spent (9,): where the seconds of this step are added, in the order of the calls of `done`.
 template <typename T, typename W>
 void step(float* logits, float* x, const Block* blocks, int64_t count, const Site* head, const T* last, const T* cos,
           const T* sin, Places where, const int64_t* seen, int64_t rows, int64_t heads, float scale, float epsilon,
-          int64_t parts, const int64_t* edges, const Pair* table, int64_t sites, const float* scales) {
+          int64_t parts, const int64_t* edges, const Pair* table, int64_t sites, const float* scales, double* spent) {
     const int64_t width = head->d_in, depth = where.depth, wide = blocks[0].gate.d_out;
     int64_t most = 0;
     for (int64_t i = 0; i < sites * parts; i++) most = std::max(most, table[i].rank);
@@ -423,6 +425,15 @@ void step(float* logits, float* x, const Block* blocks, int64_t count, const Sit
     held.resize(size_t(rows * (2 * width + 2 * own + 2 * kept + 2 * wide + 3 * most)));
     float *h = held.data(), *delta = h + rows * width, *q = delta + rows * width, *k = q + rows * own, *v = k + rows * kept,
           *mixed = v + rows * kept, *gate = mixed + rows * own, *up = gate + rows * wide, *u = up + rows * wide;
+    auto before = std::chrono::steady_clock::now();
+    const auto done = [&](int what) {
+#pragma omp master
+        {
+            const auto now = std::chrono::steady_clock::now();
+            spent[what] += std::chrono::duration<double>(now - before).count();
+            before = now;
+        }
+    };
     const auto of = [=](const Site& site, float* y) {
         return Product<float, T, W>{y, reinterpret_cast<const W*>(site.w), reinterpret_cast<const float*>(site.of),
                                     reinterpret_cast<const T*>(site.bias), site.d_out,
@@ -434,22 +445,33 @@ void step(float* logits, float* x, const Block* blocks, int64_t count, const Sit
             const Block& block = blocks[i];
             T *keys = reinterpret_cast<T*>(block.keys), *values = reinterpret_cast<T*>(block.values);
             norm(h, x, i ? delta : nullptr, reinterpret_cast<const T*>(block.before), rows, width, epsilon);
+            done(0);
             const Product<float, T, W> asked[] = {of(block.q, q), of(block.k, k), of(block.v, v)};
             products(asked, 3, h, rows, width, u);
+            done(1);
             store(q, k, v, cos, sin, keys, values, where, rows, heads);
+            done(2);
             attend(mixed, q, keys, values, rows, heads, where.kept, where.room, depth, seen, scale);
+            done(3);
             const Product<float, T, W> out = of(block.o, delta);
             products(&out, 1, mixed, rows, own, u);
+            done(4);
             norm(h, x, delta, reinterpret_cast<const T*>(block.after), rows, width, epsilon);
+            done(0);
             const Product<float, T, W> doors[] = {of(block.gate, gate), of(block.up, up)};
             products(doors, 2, h, rows, width, u);
+            done(5);
             gated(gate, up, rows * wide);
+            done(6);
             const Product<float, T, W> down = of(block.down, delta);
             products(&down, 1, gate, rows, wide, u);
+            done(7);
         }
         norm(h, x, count ? delta : nullptr, last, rows, width, epsilon);
+        done(0);
         const Product<float, T, W> told = of(*head, logits);
         products(&told, 1, h, rows, width, u);
+        done(8);
     }
 }
 
@@ -465,9 +487,9 @@ extern "C" {
                      const T* cos, const T* sin, const int64_t* number, const int64_t* position, int64_t kept,         \
                      int64_t room, int64_t depth, const int64_t* seen, int64_t rows, int64_t heads, float scale,       \
                      float epsilon, int64_t parts, const int64_t* edges, const Pair* table, int64_t sites,             \
-                     const float* scales) {                                                                            \
+                     const float* scales, double* spent) {                                                             \
         step<T, W>(logits, x, blocks, count, head, last, cos, sin, Places{number, position, kept, room, depth}, seen,  \
-                   rows, heads, scale, epsilon, parts, edges, table, sites, scales);                                   \
+                   rows, heads, scale, epsilon, parts, edges, table, sites, scales, spent);                            \
     }
 OF_WEIGHTS(fp32_fp32, float, float)
 OF_WEIGHTS(fp32_int8, float, int8_t)

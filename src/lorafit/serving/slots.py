@@ -63,7 +63,7 @@ class Slots:
         free = [slot for slot in self.slots if not slot.busy]
         if not free:
             return None
-        alike = {slot: n for slot in self.slots if slot.key == key and (n := _common(slot.held, ids)) >= WORTH}
+        alike = {slot: n for slot in self.slots if slot.key == key and (n := common(slot.held, ids)) >= WORTH}
         best = max(alike, key=lambda slot: (alike[slot], not slot.busy), default=None)
         n = 0 if best is None else alike[best]
         if best in free and best is not None and (2 * n >= len(best.held) or len(free) == 1):
@@ -79,6 +79,10 @@ class Slots:
         taken.held, taken.key, taken.busy, taken.used = list(ids[:n]), key, True, self._clock
         return taken
 
+    def of(self, key: Key) -> list[list[int]]:
+        """What the slots of this key hold."""
+        return [slot.held for slot in self.slots if slot.key == key]
+
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(count + 2, heads, room, depth) of keys and of values, for a layer that gives (1, heads, N, depth)."""
         if number not in self.layers:
@@ -89,7 +93,7 @@ class Slots:
         return self.layers[number]
 
 
-def _common(held: Sequence[int], ids: Sequence[int]) -> int:
+def common(held: Sequence[int], ids: Sequence[int]) -> int:
     """Tokens both begin with; one of `ids` is left, for it must be computed to go on."""
     most = min(len(held), len(ids) - 1)
     return next((i for i in range(most) if held[i] != ids[i]), most)
