@@ -41,8 +41,9 @@ class Loaded:
     def __init__(self, base: Base, adapter: Adapter):
         with torch.no_grad():
             parts = served(base, adapter)
-        self.down = {n: one.A.to(base.dtype).contiguous() for n, one in parts.items()}
-        self.up = {n: one.B.T.to(base.dtype).contiguous() for n, one in parts.items()}
+        dtype = base.dtype
+        self.down = {n: one.A.to(dtype).contiguous() for n, one in parts.items()}
+        self.up = {n: one.B.T.to(dtype).contiguous() for n, one in parts.items()}
         self.gains = {n: Gain(one.gain, one.bias) for n, one in parts.items() if one.gain is not None}
         self.table = np.zeros((len(base.sites), 3), dtype=np.int64)
         for n, a in self.down.items():
