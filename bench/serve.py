@@ -6,7 +6,8 @@
     python bench/serve.py --list            the workloads by number, for --only
 
 Every arm is a process of its own that opens the same base in the same dtype and the same adapters, and serves one
-workload when it is its turn; the median of the turns counts. Each adapter is trained to say a code of its own, so that
+workload when it is its turn; the median of the turns counts. No question is asked twice: what a cache of beginnings can
+know is the system prompt. Each adapter is trained to say a code of its own, so that
 an answer by the wrong one is seen. All requests of a workload are asked at once; greedy, a fixed number of tokens. The
 last line of stdout is one JSON object; --record appends the tables to bench/RESULTS.md.
 """
@@ -221,14 +222,14 @@ def gguf_of(dtype: str) -> Path:
 # What is asked, and what came
 
 
-def asked_of(workload: Workload, tokenizer: Any) -> list[dict[str, Any]]:
+def asked_of(workload: Workload, tokenizer: Any, turn: int = 0) -> list[dict[str, Any]]:
     filler = " ".join(f"Note {i}: the office is open on weekdays and closed on holidays." for i in range(80))
     made = []
     for i, ask in enumerate(questions(workload.requests)):
-        turns = [{"role": "user", "content": ask}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        said = [{"role": "user", "content": f"{turn}-{i} {ask}"}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
         if workload.long:
-            more = tokenizer(f"{i}. {filler}")["input_ids"][: 512 - len(ids)]
+            more = tokenizer(f"{turn}-{i}. {filler}")["input_ids"][: 512 - len(ids)]
             ids = [*more, *ids]
         name = None if not workload.adapters else f"{workload.kind}-{i % workload.adapters}"
         made.append({"prompt": ids, "adapter": name, "tokens": workload.tokens})
@@ -280,7 +281,6 @@ def main() -> None:
     about = circumstances()
     chosen = workloads(given.quick)
     chosen = chosen if given.only is None else [chosen[i] for i in given.only]
-    asked = [(one, asked_of(one, outline.tokenizer)) for one in chosen]
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = os.environ.get("PIP_FLAGS", "").split()
     folders = {name: folder for kind in sorted({one.kind for one in chosen if one.adapters})
@@ -309,10 +309,10 @@ def main() -> None:
         arm.about = arm.hear() or {}
         print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)
         arms.append(arm)
-    for workload, requests in asked:
+    for workload in chosen:
         turns = {arm: given.turns if arm.name.startswith("lorafit") else given.peer_turns for arm in arms}
         for turn in range(1 if given.quick else max(turns.values()) + 1):
-            warm_up = turn == 0 and not given.quick
+            warm_up, requests = turn == 0 and not given.quick, asked_of(workload, outline.tokenizer, turn)
             for arm in arms:
                 if arm.failed is None and serves(arm.name, workload) and turn <= turns[arm]:
                     arm.serve(workload, [{**one, "tokens": 4} for one in requests] if warm_up else requests)
@@ -320,10 +320,10 @@ def main() -> None:
                         arm.found[workload.name].clear()
         print(f"done: {workload.name}", file=sys.stderr, flush=True)
     told = {
-        arm.name: {w.name: [judged(w, one, outline.tokenizer) for one in arm.found.get(w.name, ())] for w, _ in asked}
+        arm.name: {w.name: [judged(w, one, outline.tokenizer) for one in arm.found.get(w.name, ())] for w in chosen}
         for arm in arms
     }
-    report(given, about, dtype, [w for w, _ in asked], told, {arm.name: arm for arm in arms})
+    report(given, about, dtype, chosen, told, {arm.name: arm for arm in arms})
 
 
 def report(

@@ -6,7 +6,7 @@ import os
 import time
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from serve_child import Asked, Served, read_job, take_turns  # isort: skip
 

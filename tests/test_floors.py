@@ -41,6 +41,7 @@ FLOORS = {
     "chat": 14,
     "doctor": 14,
     "shown": 14,
+    "server": 14,
     "cli": 15,
     "testing": 15,
     "with_peft": 15,

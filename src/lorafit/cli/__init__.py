@@ -23,9 +23,11 @@ from lorafit.cli import (
     doctor,
     evaluate,
     explain,
+    key,
     plan,
     refine,
     report,
+    serve,
     settings,
     show,
     train,
@@ -119,6 +121,7 @@ for _name, _verb, _summary in (
     ("train", train.train, "The main job: examples to a proven adapter."),
     ("eval", evaluate.evaluate, "Compare an adapter on other examples."),
     ("chat", chat.chat, "Ask an adapter and its base."),
+    ("serve", serve.serve, "Serve adapters to OpenAI's clients."),
     ("report", report.report, "A page about a run, or several compared."),
     ("show", show.show, "What is in a run, adapter, plan or base."),
     ("trim", trim.trim, "The same adapter in fewer parameters."),
@@ -127,6 +130,10 @@ for _name, _verb, _summary in (
     ("explain", explain.explain, "Ask the guide: what LoRA is, what to choose."),
 ):
     app.command(_name, short_help=_summary)(_reported(_verb))
+
+_keys = typer.Typer(help="Who may ask a server what.", no_args_is_help=True, rich_markup_mode=None)
+_keys.command("create", short_help="Make a key for lorafit serve.")(_reported(key.create))
+app.add_typer(_keys, name="key", short_help="Who may ask a server what.")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from lorafit.sites import Site
 from lorafit.sources import hub
 
 CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
-_FILES = {CONFIG, WEIGHTS, OURS, CARD}
+FILES = {CONFIG, WEIGHTS, OURS, CARD}
 _PREFIX = "base_model.model."
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
@@ -62,7 +62,7 @@ def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, An
     Replaces an adapter folder, and nothing else: raises FormatError where the folder holds other files, and for what
     PEFT has no words for: two variants in one adapter.
     """
-    strange = sorted({path.name for path in folder.iterdir()} - _FILES) if folder.is_dir() else []
+    strange = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else []
     if strange:
         raise FormatError(
             f"{folder}: holds {', '.join(strange[:5])}, which no adapter folder does: name another folder"
@@ -138,6 +138,17 @@ def _number(value: float) -> float | int:
 def adapter_folder(path: Path) -> Path:
     """The adapter folder itself, or the one inside a run folder."""
     return path / "adapter" if (path / "run.json").exists() else path
+
+
+def glance(folder: Path) -> tuple[Rendering | None, int]:
+    """The rendering of one of our adapter folders, and the bytes of its weights, without reading these. Raises
+    FormatError."""
+    ours = read_json(folder / OURS) if (folder / OURS).exists() else {}
+    try:
+        rendering = Rendering(**ours["rendering"]) if ours.get("rendering") else None
+        return rendering, (folder / WEIGHTS).stat().st_size
+    except (AttributeError, TypeError, OSError) as error:
+        raise FormatError(f"{folder}: {error!r}: restore the folder, it was edited or damaged") from error
 
 
 def read(folder: Path) -> Adapter:

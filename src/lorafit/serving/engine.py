@@ -12,7 +12,7 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ from lorafit.serving.mixing import Loaded, Mixer
 from lorafit.serving.native import kernels
 from lorafit.serving.pool import Pool, Version
 from lorafit.serving.products import Products
-from lorafit.serving.request import Answer, Request, Token, require_valid
+from lorafit.serving.request import Answer, Piece, Request, Result, Token, require_valid
 from lorafit.serving.rows import Asked, Row
 from lorafit.serving.sampling import Grammar, Sampler, grammar_tokenizer
 from lorafit.serving.slots import NAME, WORTH, Key, Slot, Slots, Step, attention, common
@@ -45,16 +45,19 @@ from lorafit.serving.turns import Turns
 ROOM = 2048  # tokens of a slot, where the base reads as many
 MOST = 512  # tokens of prompts in one step
 LEAST = 16
-PROBED = 2  # tokens an adapter is tried on: of one alone, attention would not show what it asks and is asked
+PROBED = 4  # tokens an adapter is tried on: of one alone, attention would not show what it asks and is asked
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What the engine is doing, and what it has done since it began. served: tokens by adapter, of prompts and answers;
-    `seconds` of steps, and of that in the model."""
+    """What the engine is doing, and what it has done since it began. answering, queued: adapters of requests that are
+    answered, and that wait, the bare base apart; served: tokens by adapter, of prompts and answers; `seconds` of steps,
+    and of that in the model."""
 
     running: int
     waiting: int
+    answering: frozenset[str]
+    queued: frozenset[str]
     slots_used: float
     prompt_tokens: int
     known_tokens: int
@@ -99,10 +102,11 @@ class Engine:
         if wrong := [name for name, value in given.items() if not value > 0]:
             raise SettingsError(f"{', '.join(wrong)}: too small: choose at least 1 slot, a room of 2, a queue of 0")
         self.room = min(room or ROOM, base.context or room or ROOM, same_for_all(self._model) or room or ROOM)
-        self.queue, self._stall = queue, stall
-        self._vocabulary = int(self._model.config.get_text_config().vocab_size)
+        self.slots, self.queue, self._stall = slots, queue, stall
+        self.vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._head_alone = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        found = kernels(base.dtype, base.device) if native else None
+        alike = all(one.dtype == base.dtype for one in self._model.parameters())  # the kernels read one dtype
+        found = kernels(base.dtype, base.device) if native and alike else None
         if eight_bit and found is None:
             raise BaseError(
                 "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
@@ -119,13 +123,14 @@ class Engine:
         self._probes: deque[_Probe] = deque()
         self._rows: list[Row] = []
         self._beginning: list[str | None] = []
-        self._stats = Stats(0, 0, 0.0, 0, 0, 0, 0, 0, 0.0, 0.0, {})
-        self._per_token = 0.0  # seconds that a token of a prompt takes in a step
+        self._stats = Stats(0, 0, frozenset(), frozenset(), 0.0, 0, 0, 0, 0, 0, 0.0, 0.0, {})
+        self._per_token = 0.0  # seconds that a token of a prompt adds to a step
+        self._single = 0.0  # seconds of a step without one
         self._closing = False
         self._reader = ThreadPoolExecutor(1, "lorafit-adapters")
         self._heating: dict[Version, Future[Loaded]] = {}
-        self._thread = threading.Thread(target=self._run, name="lorafit-engine", daemon=True)
-        self._expected = at_once(self._model)
+        expected = at_once(self._model)
+        self._thread = threading.Thread(target=self._run, args=expected, name="lorafit-engine", daemon=True)
         self._measured: Future[None] = Future()
         self._thread.start()
         atexit.register(self.close)  # a thread inside torch when the interpreter ends would abort the process
@@ -145,6 +150,11 @@ class Engine:
     ) -> None:
         self.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it answers no more: it was closed, or has failed."""
+        return self._closing
+
     def close(self) -> None:
         """Break off what is being answered, and let go of the base."""
         atexit.unregister(self.close)
@@ -157,20 +167,26 @@ class Engine:
 
     # What others ask, from any thread
 
-    def submit(self, request: Request) -> Answer:
-        """Have a request answered; returns at once. Raises RequestError, UnknownAdapterError, or BusyError."""
-        require_valid(request, self._vocabulary, self.room)
+    def submit(
+        self, request: Request, listener: Callable[[Piece | Result | LorafitError], None] | None = None
+    ) -> Answer:
+        """Have a request answered; returns at once. listener: see Answer. Raises RequestError, UnknownAdapterError, or
+        BusyError."""
+        require_valid(request, self.vocabulary, self.room)
         if self.base.tokenizer is None and (request.stop or request.schema is not None):
             raise BaseError("stop and schema need text, and this base has no tokenizer: leave them out")
         version = None if request.adapter is None else self.adapters.find(request.adapter)
         grammar = self._grammar(request)  # compiled here, where no one else waits for it
-        answer = Answer(request, version.id if version else None)
+        answer = Answer(request, version.id if version else None, listener)
         asked = Asked(answer, version, grammar)
         with self._lock:
             if self._closing:
                 raise CancelledError("the engine is closed: open another")
-            if len(self._turns) >= self.queue:
+            free = self.slots - len(self._rows) - len(self._beginning)
+            if len(self._turns) >= self.queue + free:
                 raise BusyError(f"{self.queue} requests are waiting already: ask again later")
+            if version is not None:
+                self.adapters.enter(version, 1)
             self._turns.add(asked, [*(row.asked.name for row in self._rows), *self._beginning])
             self._lock.notify_all()
         return answer
@@ -205,9 +221,9 @@ class Engine:
         self.adapters.publish(version)
         return version
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str) -> list[Version]:
         """Serve `name`, or the version `name@3`, no longer. What is being answered, or waits, is answered still."""
-        self.adapters.remove(name)
+        return self.adapters.remove(name)
 
     def rollback(self, name: str) -> Version:
         """Let the name mean the version before."""
@@ -215,8 +231,10 @@ class Engine:
 
     def stats(self) -> Stats:
         with self._lock:
-            return replace(self._stats, running=len(self._rows), waiting=len(self._turns),
-                           slots_used=self._slots.used, served=dict(self._turns.served))  # fmt: skip
+            answering = frozenset(row.asked.name for row in self._rows if row.asked.name)
+            queued = frozenset(asked.name for asked in self._turns if asked.name)
+            return replace(self._stats, running=len(self._rows), waiting=len(self._turns), answering=answering,
+                           queued=queued, slots_used=self._slots.used, served=dict(self._turns.served))  # fmt: skip
 
     def _grammar(self, request: Request) -> Grammar | None:
         if request.schema is None:
@@ -224,18 +242,18 @@ class Engine:
         with self._grammar_lock:  # one of its own: making it takes a while
             if self._grammars is None:
                 assert self._renderer is not None
-                self._grammars = grammar_tokenizer(self.base.tokenizer, self._vocabulary, self._renderer.stop_ids)
+                self._grammars = grammar_tokenizer(self.base.tokenizer, self.vocabulary, self._renderer.stop_ids)
         return Grammar(self._grammars, request.schema)
 
     # What the thread does that owns the model
 
-    def _run(self) -> None:
+    def _run(self, pieces: list[list[int]], wanted: Tensor) -> None:
         try:
             with ExitStack() as held:
                 held.enter_context(torch.inference_mode())
                 held.enter_context(attending(self.base, NAME, attention))
                 held.enter_context(adapting(self.base, self._mixer.change))
-                self._measure()
+                self._measure(pieces, wanted)
                 self._measured.set_result(None)
                 while self._turn():
                     pass
@@ -253,10 +271,13 @@ class Engine:
             rows, self._rows = self._rows, []
             probes = list(self._probes)
             self._probes.clear()
+        self._mixer.end()
+        self._slots.layers.clear()
         for asked in [*waiting, *(row.asked for row in rows)]:
-            asked.answer.put(error)
+            self._end(asked, error)
         for probe in probes:
-            probe.done.set_exception(error)
+            if not probe.done.done():
+                probe.done.set_exception(error)
         if not self._measured.done():
             self._measured.set_exception(error)
 
@@ -268,7 +289,7 @@ class Engine:
                 self._lock.wait(0.05 if self._turns else None)
             if self._closing:
                 return False
-            probe = self._probes.popleft() if self._probes else None
+            probe = self._probes[0] if self._probes else None  # it stays there until it is answered, however this ends
         began = time.monotonic()
         self._drop_cancelled()
         self._admit()
@@ -276,15 +297,20 @@ class Engine:
             try:
                 self._step(began, probe)
             except Exception as error:  # a full memory, in whatever way it shows: the next requests find it emptier
-                for row in list(self._rows):
-                    self._break_off(row, f"the step failed ({error!r}): ask again, with lower slots or room")
-                if probe and not probe.done.done():
-                    probe.done.set_exception(AdapterError(f"it cannot be run ({error!r}): load it again"))
+                why = f"the step failed ({error!r})"
+                if probe and not probe.done.done():  # the others go on without it: they have lost nothing
+                    probe.done.set_exception(AdapterError(f"it cannot be tried: {why}: load it again"))
+                else:
+                    for row in list(self._rows):
+                        self._break_off(row, CancelledError(f"{why}: ask again, with lower slots or room"))
+        if probe:
+            with self._lock:
+                self._probes.popleft()
         return True
 
     def _ready(self) -> bool:
         """Whether some request that waits could be begun on; has adapters read that are on disk alone."""
-        return any(asked.answer.is_cancelled or self._can_begin(asked) for asked in self._turns.firsts())
+        return any(asked.answer.is_cancelled for asked in self._turns) or any(self._turns.offers(self._can_begin))
 
     def _can_begin(self, asked: Asked) -> bool:
         """Whether its adapter is hot, and no other request is just reading what it would read too: the keys and values
@@ -309,15 +335,18 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self._rows if row.asked.answer.is_cancelled]:
-            self._leave(row)
-            row.asked.answer.put(row.cancelled())
-            row.asked.answer.put(row.result("cancelled"))
+            if row.tokens:
+                self._leave(row)
+                row.asked.answer.put(row.cancelled())
+                self._end(row.asked, row.result("cancelled"))
+            else:
+                self._break_off(row, CancelledError("cancelled before its first token: ask again"))
         with self._lock:
             dropped = self._turns.drop(lambda asked: asked.answer.is_cancelled)
             wanted = {asked.version for asked in self._turns}
             self._heating = {one: reading for one, reading in self._heating.items() if one in wanted}
         for asked in dropped:
-            asked.answer.put(CancelledError("cancelled before its first token: ask again"))
+            self._end(asked, CancelledError("cancelled before its first token: ask again"))
 
     def _admit(self) -> None:
         """Give free slots to those who wait, the adapter that was served least first."""
@@ -325,7 +354,7 @@ class Engine:
             with self._lock:
                 if all(slot.busy for slot in self._slots.slots):
                     return
-                asked = next((one for one in self._turns.firsts() if self._can_begin(one)), None)
+                asked = next(self._turns.offers(self._can_begin), None)
                 if asked is None:
                     return
                 self._turns.take(asked)
@@ -333,9 +362,9 @@ class Engine:
             try:
                 self._begin(asked)
             except LorafitError as error:  # its folder holds another adapter by now
-                asked.answer.put(error)
+                self._end(asked, error)
             except Exception as error:  # of one request, which must not end the others
-                asked.answer.put(AdapterError(f"'{asked.answer.adapter}' cannot be begun ({error!r}): load it again"))
+                self._end(asked, AdapterError(f"'{asked.answer.adapter}' cannot be begun ({error!r}): load it again"))
             self._beginning = []
 
     def _key(self, asked: Asked) -> Key:
@@ -353,8 +382,6 @@ class Engine:
         slot = self._slots.take(request.prompt, self._key(asked))  # last, so that nothing fails with a slot in hand
         assert slot is not None
         known = len(slot.held)
-        if version is not None:
-            self.adapters.enter(version, 1)
         row = Row(asked, slot, loaded, list(request.prompt), known, sampler, words, until, limit)
         with self._lock:
             self._rows.append(row)
@@ -390,7 +417,7 @@ class Engine:
         scales = [row.asked.answer.request.adapter_scale for row in taking]
         slots = [row.slot for row in taking]
         if probe:  # it rides along: a step of its own would keep all the others waiting for it
-            text = [(5 * i * i + i + 2) % self._vocabulary for i in range(PROBED)]
+            text = [(i + 1) * self.vocabulary // (PROBED + 1) for i in range(PROBED)]
             slots += self._slots.probing
             ids, owners = [*ids, text, text], [*owners, None, probe.loaded]
             scales, ends = [*scales, 1.0, 1.0], [*ends, True, True]
@@ -402,21 +429,32 @@ class Engine:
             logits = logits[:-2]
         for row, part in zip(taking, ids, strict=False):
             row.slot.held += part
-        if sum(n for n in lengths if n > 1) >= LEAST:
-            measured = model_seconds / sum(lengths)
-            self._per_token = measured if not self._per_token else 0.7 * self._per_token + 0.3 * measured
+        self._measure_stall(lengths, model_seconds)
         done = [row for row, ended in zip(taking, ends, strict=False) if ended]
         most, place = logits.max(-1)  # one that is no number is the most
         whole, likeliest = most.isfinite().tolist(), place.tolist()
         for row, own, finite, best in zip(done, logits, whole, likeliest, strict=True):
             if not finite:
-                self._break_off(row, f"'{row.asked.answer.adapter}' gives no finite numbers here: train it again")
+                who = row.asked.answer.adapter or self.base.name
+                self._break_off(row, RequestError(f"'{who}' gives no finite numbers here: train it again"))
                 continue
             try:
                 self._advance(row, row.sampler.draw(own, best))
             except Exception as error:  # of one request, which must not end the others
-                self._break_off(row, f"the answer cannot go on ({error!r}): change the request's settings")
+                self._break_off(
+                    row, RequestError(f"the answer cannot go on ({error!r}): change the request's settings")
+                )
         self._count(steps=1, seconds=time.monotonic() - began, model_seconds=model_seconds, tokens=len(done))
+
+    def _measure_stall(self, lengths: Sequence[int], seconds: float) -> None:
+        """Learn from a step what a token of a prompt adds to it, beside what the answers under way take."""
+        long = sum(n for n in lengths if n > 1)
+        if not long:
+            self._single = seconds if not self._single else 0.9 * self._single + 0.1 * seconds
+        elif long >= LEAST:
+            others = self._single if long < sum(lengths) else 0.0
+            added = max(seconds - others, seconds / 10) / long
+            self._per_token = added if not self._per_token else 0.7 * self._per_token + 0.3 * added
 
     def _forward(
         self, slots: Sequence[Slot], ids: Sequence[Sequence[int]], owners: Sequence[Loaded | None],
@@ -445,24 +483,28 @@ class Engine:
         row.asked.answer.put(piece)
         if piece.finish:
             self._leave(row)
-            row.asked.answer.put(row.result(piece.finish))
+            self._end(row.asked, row.result(piece.finish))
 
-    def _break_off(self, row: Row, why: str) -> None:
+    def _break_off(self, row: Row, why: LorafitError) -> None:
         """End one request with an error. What its slot holds is not to be trusted."""
         row.slot.held = []
         self._leave(row)
-        row.asked.answer.put(RequestError(why))
+        self._end(row.asked, why)
 
     def _leave(self, row: Row) -> None:
         row.slot.busy = False
-        if row.asked.version is not None:
-            self.adapters.enter(row.asked.version, -1)
         with self._lock:
             self._rows.remove(row)
 
-    def _measure(self) -> None:
-        """Raise BaseError unless steps over slots compute what the model computes at once."""
-        pieces, wanted = self._expected
+    def _end(self, asked: Asked, last: Result | LorafitError) -> None:
+        """Tell the last there is to an answer, and let its adapter go."""
+        if asked.version is not None:
+            self.adapters.enter(asked.version, -1)
+        asked.answer.put(last)
+
+    def _measure(self, pieces: list[list[int]], wanted: Tensor) -> None:
+        """Raise BaseError unless steps over slots compute what the model computes at once: `wanted`, logits after each
+        of these pieces of a text."""
         slot, found = replace(self._slots.probing[0], held=[]), []
         try:
             for part in pieces:

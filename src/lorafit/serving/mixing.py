@@ -20,7 +20,7 @@ from lorafit.base import Base
 from lorafit.serving.native import Parts
 from lorafit.serving.products import Products
 
-SHORT = 16  # rows of one adapter up to which its products go through our kernel, or in one stack with others
+SHORT = 16  # rows of one adapter up to which its products go through our kernel whatever the base's do, or in a stack
 
 
 @dataclass(frozen=True, eq=False)

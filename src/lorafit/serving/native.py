@@ -27,7 +27,8 @@ from lorafit.sources.gguf import cache_folder
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # Linked apart, without -ffast-math: with it the library would switch off subnormal numbers for the whole process.
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++17", "-fPIC", "-c")
+# What is no number must stay none: it tells that an adapter has left the numbers.
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-c")
 LINK = ("-fopenmp", "-shared")
 # What a step of one token a row is made of, in the order kernels.cpp counts its time.
 SPENT = ("norms", "q, k, v", "rotary positions", "attention", "o", "gate, up", "the gate", "down", "output head")

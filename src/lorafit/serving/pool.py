@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafit.adapter import Adapter
@@ -27,7 +28,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Version:
     """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
     a value. system: the system prompt it was trained with. adapter: None where it is on disk alone; loaded: None where
-    it is not hot. users: requests that are answered by it: while there are some, letting go would free nothing."""
+    it is not hot. users: requests that wait for it, or are answered by it: while there are some it is kept hot.
+    created: unix time."""
 
     name: str
     number: int
@@ -40,6 +42,7 @@ class Version:
     pinned: bool = False
     used: int = 0
     users: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def id(self) -> str:
@@ -55,7 +58,7 @@ class Pool:
         self._accept = accept_unknown_base
         self._versions: dict[str, dict[int, Version]] = {}
         self._live: dict[str, int] = {}
-        self._next: dict[str, int] = {}  # numbers are not given twice, even after a version has gone
+        self._next: dict[str, int] = {}
         self._lock = threading.RLock()
         self._clock = 0
 
@@ -81,8 +84,29 @@ class Pool:
         """Let its name mean this version from now on."""
         with self._lock:
             self._versions.setdefault(version.name, {})[version.number] = version
-            self._live[version.name] = version.number
+            self._live[version.name] = max(version.number, self._live.get(version.name, 0))
             self._make_room(version)
+
+    def restore(self, name: str, number: int, digest: str, folder: Path, live: bool) -> None:
+        """A version that was served before, by the content it had: it is read, and compared, when it is asked for."""
+        rendering, size = peft.glance(folder)
+        version = Version(name, number, digest, size, folder, rendering.system if rendering else None, None)
+        with self._lock:
+            self._versions.setdefault(name, {})[number] = version
+            self._next[name] = max(number, self._next.get(name, 0))
+            if live:
+                self._live[name] = number
+
+    def numbers(self) -> dict[str, int]:
+        """The number that was last given, by name: none is given twice, even after its version has gone."""
+        with self._lock:
+            return dict(self._next)
+
+    def number_from(self, numbers: Mapping[str, int]) -> None:
+        """Give numbers from these on."""
+        with self._lock:
+            for name, number in numbers.items():
+                self._next[name] = max(number, self._next.get(name, 0))
 
     def find(self, name: str) -> Version:
         """The version that `name` or `name@3` means. Raises UnknownAdapterError."""
@@ -149,9 +173,11 @@ class Pool:
         return loaded
 
     def enter(self, version: Version, users: int) -> None:
-        """So many requests more are answered by it."""
+        """So many requests more need it."""
         with self._lock:
             version.users += users
+            if not version.users:
+                self._let_go(self.hot_bytes, version, lambda one: one.loaded.bytes if one.loaded else 0, _cool)
 
     def _touch(self, version: Version) -> None:
         self._clock += 1

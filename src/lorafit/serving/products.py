@@ -1,7 +1,8 @@
-"""The base's own products for few rows, where the kernel is faster than torch; and in 8 bits, if asked.
+"""The base's own products, where the kernel is faster than torch; and in 8 bits, if asked.
 
 A step that gives a few requests their next token is bound by reading the weights: each is read once, in order, for all
-rows. 8-bit weights are made from the base in memory, a scale for each output: they are a quarter to half of the bytes.
+rows. In a dtype that torch has no fast product for on this processor the kernel is taken for many rows too. 8-bit
+weights are made from the base in memory, a scale for each output: they are a quarter to half of the bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorafit.serving.native import Kernels, Parts
 MEASURED = 64 << 20  # bytes of weights that are measured on, with few rows: more than a cache holds
 ROWS = (512, 128, 32, 16, 8, 4, 1)  # of a step, for which the kernel is tried
 MANY = 1 << 20
-EIGHT = 32  # rows up to which 8-bit weights are taken: beyond, a step is computing, not reading
+READING = 32  # rows up to which a product is reading its weights, not computing
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +66,9 @@ class Products:
         return sum({one.weight.data_ptr(): one.weight.nbytes for one in self.eight.values()}.values())
 
     def for_rows(self, rows: int) -> dict[int, Weight]:
-        """The weights the kernels take for a step of so many rows, by site; those that are not there go by torch."""
-        if rows <= EIGHT and self.eight:
-            return self.eight
-        return self.plain if rows <= self.few else {}
+        """The weights the kernels take for a step of so many rows, by site; those that are not there go by torch. 8-bit
+        weights are taken for any: what a row gets must not depend on its company."""
+        return self.eight or (self.plain if rows <= self.few else {})
 
     def of(
         self, number: int, x: Tensor, original: Callable[[Tensor], Tensor], parts: Parts | None = None
@@ -90,7 +90,7 @@ class Products:
         for rows in ROWS:
             some: list[Tensor] = []
             for own in self.plain.values():
-                if sum(weight.nbytes for weight in some) * max(rows, EIGHT) < MEASURED * EIGHT:
+                if sum(weight.nbytes for weight in some) * max(rows, READING) < MEASURED * READING:
                     some.append(own.weight)
             given = {width: torch.ones(1, rows, width, dtype=some[0].dtype) for width in {len(w.T) for w in some}}
             ways = (

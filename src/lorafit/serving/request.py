@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -109,10 +109,15 @@ class Result:
 @dataclass(eq=False)
 class Answer:
     """An answer on its way: iterate over its pieces as they come, or wait for `result()`. `cancel()` ends it after the
-    step in progress. Iterating raises what broke it off."""
+    step in progress. Iterating raises what broke it off.
+
+    listener: called instead with each part, in the engine's thread, and so must not wait; a Result or an error is the
+    last. Then there is nothing to iterate over.
+    """
 
     request: Request
     adapter: str | None
+    listener: Callable[[Piece | Result | LorafitError], None] | None = None
     _pieces: queue.SimpleQueue[Piece | Result | LorafitError] = field(default_factory=queue.SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _result: Result | LorafitError | None = None
@@ -144,7 +149,13 @@ class Answer:
 
     def put(self, part: Piece | Result | LorafitError) -> None:
         """The engine's side: what comes next; a Result or an error is the last."""
-        self._pieces.put(part)
+        if self.listener is None:
+            self._pieces.put(part)
+            return
+        try:
+            self.listener(part)
+        except Exception:  # nobody listens any more; the others must not hear of it
+            self.cancel()
 
 
 def require_valid(request: Request, vocabulary: int, room: int) -> None:

@@ -52,11 +52,6 @@ class Slots:
         """Share of the room that busy slots fill."""
         return sum(len(slot.held) for slot in self.slots if slot.busy) / (self.count * self.room)
 
-    @property
-    def bytes(self) -> int:
-        """What all slots take when full."""
-        return sum(part.nbytes for pair in self.layers.values() for part in pair)
-
     def take(self, ids: Sequence[int], key: Key) -> Slot | None:
         """A free slot for a prompt, with as many of its tokens as are known already in `held`, never all; None where
         all are busy."""

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 
 from lorafit.serving.rows import Asked
+
+LOOKED_AT = 32  # requests of one adapter, of which one may begin where those before it cannot yet
 
 
 class Turns:
@@ -28,10 +31,11 @@ class Turns:
     def __iter__(self) -> Iterator[Asked]:
         return (asked for queue in self._waiting.values() for asked in queue)
 
-    def firsts(self) -> list[Asked]:
-        """The first of each adapter, in the order of turns."""
-        turns = sorted(self._waiting, key=lambda one: self._credit.get(one, 0.0))
-        return [self._waiting[name][0] for name in turns]
+    def offers(self, can_begin: Callable[[Asked], bool]) -> Iterator[Asked]:
+        """Of each adapter, in the order of turns, the first request that can be begun."""
+        for name in sorted(self._waiting, key=lambda one: self._credit.get(one, 0.0)):
+            if (found := next(filter(can_begin, islice(self._waiting[name], LOOKED_AT)), None)) is not None:
+                yield found
 
     def add(self, asked: Asked, answering: Collection[str | None]) -> None:
         """answering: the adapters of the requests that are being answered."""
@@ -43,9 +47,9 @@ class Turns:
         self._waiting.setdefault(name, deque()).append(asked)
 
     def take(self, asked: Asked) -> None:
-        """It waits no longer; it is the first of its adapter."""
+        """It waits no longer."""
         queue = self._waiting[asked.name]
-        queue.popleft()
+        queue.remove(asked)
         if not queue:
             del self._waiting[asked.name]
 

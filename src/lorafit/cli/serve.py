@@ -1,0 +1,73 @@
+"""lorafit serve: a base and its adapters behind OpenAI's interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    base: Annotated[str, typer.Argument(help="The base: built in, a folder, a .gguf file, or one of the hub.")],
+    adapter: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: a run, or its folder.")
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="A folder of adapters, NAME/ each: new ones in it are served while it runs.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine need --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="The file of keys: see lorafit key create.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name this server is called by, as behind a proxy; may be repeated.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 16,
+    room: Annotated[int | None, typer.Option(min=2, help="Tokens of a request, prompt and answer.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 1024,
+    eight_bit: Annotated[bool, typer.Option("--eight-bit", help="8-bit weights, made of the base in memory.")] = False,
+    accept_unknown_base: Annotated[
+        bool, typer.Option("--accept-unknown-base", help="Serve adapters that do not say whose they are.")
+    ] = False,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds for answers to end, after a signal.")] = 30.0,
+) -> None:
+    """Serve a base and its adapters to OpenAI's clients.
+
+    \b
+    lorafit serve smollm2-135m returns=runs/returns
+    lorafit serve smollm2-135m --adapters adapters/ --keys keys.json --host 0.0.0.0
+    """
+    from lorafit.base import open_base
+    from lorafit.cli.console import Terminal
+    from lorafit.errors import SettingsError
+
+    try:
+        from lorafit.server.app import log_line
+        from lorafit.server.run import hosts_of, serve
+        from lorafit.server.service import Service
+    except ImportError as error:
+        raise SettingsError(f"lorafit serve: {error.name} is missing: pip install 'lorafit[serve]'") from error
+    from lorafit.serving import Engine
+
+    terminal = Terminal(False)
+    named = {}
+    for one in adapter or []:
+        name, equals, folder = one.partition("=")
+        if not equals or not name or not folder:
+            raise SettingsError(f"{one}: no NAME=ADAPTER: give a name, an equals sign, and the folder of an adapter")
+        named[name] = Path(folder)
+    if adapters is not None and not adapters.is_dir():
+        raise SettingsError(f"--adapters {adapters}: there is no such folder: make it, and put adapters into it")
+    hosts = hosts_of(host, allowed_host or [], keys is not None)
+
+    def opened() -> Engine:
+        return Engine(open_base(base, None, terminal.say, terminal.watch), slots=slots, room=room, queue=queue,
+                      eight_bit=eight_bit, accept_unknown_base=accept_unknown_base)  # fmt: skip
+
+    served = Path(base).name if Path(base).exists() else base
+    service = Service(served, opened, named, adapters, keys, terminal.say)
+    where = f"[{host}]" if ":" in host else host
+    terminal.say(f"http://{where}:{port}/v1 serves '{served}' once it is open; Ctrl-C ends it")
+    serve(service, host, port, hosts, drain, log_line)

@@ -1,0 +1,1 @@
+"""The engine behind the HTTP interface that OpenAI's clients speak."""

@@ -1,0 +1,400 @@
+"""The routes: what OpenAI's clients call, and what operators do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import jinja2
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteError
+
+import lorafit
+from lorafit.errors import (
+    AdapterError,
+    BusyError,
+    CancelledError,
+    InputError,
+    LorafitError,
+    RequestError,
+    UnknownAdapterError,
+)
+from lorafit.server.guard import Guard
+from lorafit.server.keys import Key
+from lorafit.server.service import Service
+from lorafit.server.streams import Coming, Style, events, finish_of, usage_of
+from lorafit.server.wire import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadRequest,
+    NameRequest,
+    TokenizeRequest,
+    chat_logprobs,
+    completion_logprobs,
+    error,
+)
+from lorafit.serving import Request, Result, Version
+
+MOST = 4 << 20  # bytes of a body
+PATIENCE = 20.0  # seconds for a body to arrive
+SOON = "1"  # seconds after which to ask again, where that is not known
+
+
+class ErrorBody(BaseModel):
+    """What went wrong. code: the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int | None = None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorBody
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in {
+        400: "The request cannot be served as it is.", 401: "No key that is known.", 403: "The key may not.",
+        404: "There is nothing by this name.", 405: "Not with this method.", 408: "The body came too slowly.",
+        413: "The body is too large.", 421: "Another server's name.", 429: "Too much at once; see retry-after.",
+        503: "Loading, draining or ended; see retry-after.",
+    }.items()
+}  # fmt: skip
+
+
+def make_app(
+    service: Service, hosts: Collection[str] | None, log: Callable[[dict[str, Any]], None] = lambda told: None
+) -> FastAPI:
+    """The application of a service. hosts: names it may be called by; None: any."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="lorafit", version=lorafit.__version__, lifespan=life, docs_url=None, redoc_url=None, responses=ERRORS
+    )
+    _errors(app, service)
+    _watching(app, service)
+    _models(app, service)
+    _completions(app, service)
+    _tokens(app, service)
+    _admin(app, service)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_middleware(Guard, keys=service.keys, hosts=hosts, most=MOST, patience=PATIENCE, log=log)
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, without the 422 that FastAPI writes and this server never answers."""
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
+# Errors
+
+
+def _errors(app: FastAPI, service: Service) -> None:
+    def answer(
+        status: int, message: str, kind: str, param: str | None = None, retry: str | None = None
+    ) -> JSONResponse:
+        service.metrics.refused(status)
+        headers = {"retry-after": retry} if retry else None
+        return JSONResponse(error(message, kind, status, param), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        found = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
+        message = "; ".join(f"{where}: {what}" if where else what for where, what in found[:8])
+        return answer(400, message, "BadRequestError", found[0][0] or None)
+
+    @app.exception_handler(StarletteError)
+    async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
+        kind = {404: "NotFoundError"}.get(error.status_code, "BadRequestError")
+        made = answer(error.status_code, str(error.detail), kind)
+        made.headers.update(error.headers or {})
+        return made
+
+    @app.exception_handler(LorafitError)
+    async def ours(request: HttpRequest, error: LorafitError) -> JSONResponse:
+        if isinstance(error, UnknownAdapterError):
+            return answer(404, str(error), "NotFoundError", "model")
+        if isinstance(error, BusyError):
+            return answer(429, str(error), "RateLimitError", retry=SOON)
+        if isinstance(error, CancelledError):
+            return answer(503, str(error), "ServiceUnavailableError", retry=SOON)
+        if isinstance(error, InputError):
+            return answer(
+                400, str(error), "BadRequestError", str(error).partition(":")[0] if ": " in str(error) else None
+            )
+        return answer(500, str(error), "InternalServerError")
+
+    @app.exception_handler(RecursionError)
+    async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:
+        return answer(400, "the body is nested too deeply: flatten it", "BadRequestError")
+
+
+def _key(request: HttpRequest) -> Key:
+    key: Key = request.state.key
+    return key
+
+
+def _ready(service: Service) -> None:
+    """Raises HTTPException while nothing can be answered."""
+    if service.phase != "ready":
+        why = {
+            "loading": "the base is being opened",
+            "draining": "the server is ending",
+            "dead": "the server has failed",
+        }
+        raise HTTPException(503, f"{why[service.phase]}: ask again later", {"retry-after": SOON})
+
+
+# Watching over it
+
+
+def _watching(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when requests are answered; 503, with the reason in a word, while loading, draining or dead."""
+        return PlainTextResponse(service.phase, 200 if service.phase == "ready" else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": lorafit.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# Models
+
+
+def _models(app: FastAPI, service: Service) -> None:
+    def card(name: str, created: int, version: Version | None) -> dict[str, Any]:
+        return {
+            "id": name, "object": "model", "created": created, "owned_by": "lorafit",
+            "root": version.id if version else name,
+            "parent": service.base if version else None, "max_model_len": service.engine.room, "permission": [],
+        }  # fmt: skip
+
+    def cards(key: Key) -> dict[str, dict[str, Any]]:
+        """By id: the base, each adapter, and each of its versions. Nothing is read from disk."""
+        found = {service.base: card(service.base, service.began, None)}
+        for version, live in service.engine.adapters.listed():
+            if live:
+                found[version.name] = card(version.name, version.created, version)
+            found[version.id] = card(version.id, version.created, version)
+        return {name: one for name, one in found.items() if key.may_use(name.partition("@")[0])}
+
+    @app.get("/v1/models")
+    async def models(request: HttpRequest) -> dict[str, Any]:
+        """The base and its adapters, as `model` names them."""
+        _ready(service)
+        return {"object": "list", "data": list(cards(_key(request)).values())}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, request: HttpRequest) -> dict[str, Any]:
+        _ready(service)
+        found = cards(_key(request)).get(name)
+        if found is None:
+            raise UnknownAdapterError(f"'{name[:80]}': no model is served by this name: see /v1/models")
+        return found
+
+
+# Completions
+
+
+def _completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+        """A conversation's next message, by the adapter that `model` names."""
+        return await _answered(service, request, body, "chat.completion")
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+        """What follows each prompt, which is read as it is, without a template."""
+        return await _answered(service, request, body, "text_completion")
+
+
+async def _answered(
+    service: Service, request: HttpRequest, body: ChatRequest | CompletionRequest, kind: str
+) -> Response:
+    _ready(service)
+    key, engine, told = _key(request), service.engine, request.state.told
+    version = service.chosen(body.model)
+    name = version.name if version else service.base
+    if not key.may_use(name):
+        raise UnknownAdapterError(f"'{body.model[:80]}': no model is served by this name: see /v1/models")
+    told["model"] = version.id if version else name
+    coming = Coming(engine)
+    requests = await asyncio.to_thread(_requests, service, body, version)
+    if wait := service.quota.take(key, sum(len(one.prompt) for one in requests)):
+        raise HTTPException(429, f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
+                            {"retry-after": str(math.ceil(wait))})  # fmt: skip
+    await asyncio.to_thread(coming.submit, requests)
+    text_of = _text_of(engine)
+    wanted = requests[0].logprobs is not None
+    style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"])
+
+    def logprobs(tokens: Sequence[Any]) -> Any:
+        return (chat_logprobs if kind == "chat.completion" else completion_logprobs)(tokens, text_of)
+
+    def ended(results: Sequence[Result]) -> None:
+        for result in results:
+            service.metrics.answered(result, name)
+        service.quota.charge(key, sum(len(result.tokens) for result in results))
+        told.update(prompt_tokens=sum(r.prompt_tokens for r in results), tokens=sum(len(r.tokens) for r in results))
+
+    headers = {"x-lorafit-adapter": told["model"]}
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        parts = events(coming, style, logprobs if wanted else None, with_usage, ended)
+        return StreamingResponse(
+            parts, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
+        )
+    try:
+        await _unless_gone(request, coming)
+    finally:
+        coming.cancel()
+        ended(list(coming.results.values()))
+    results = [coming.results[i] for i in range(len(requests))]
+    choices = [style.choice(i, one.text, logprobs(one.tokens) if wanted else None, finish_of(one.finish))
+               for i, one in enumerate(results)]  # fmt: skip
+    return JSONResponse(style.whole(choices, usage_of(results)), headers=headers)
+
+
+def _requests(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> list[Request]:
+    """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
+    engine = service.engine
+    try:
+        if isinstance(body, ChatRequest):
+            prompts = [service.prompt([turn.message() for turn in body.messages], version)]
+        else:
+            prompts = [tuple(engine.base.tokenizer(one)["input_ids"]) if isinstance(one, str) else tuple(one)
+                       for one in body.prompts()]  # fmt: skip
+    except jinja2.TemplateError as refused:
+        raise RequestError(
+            f"messages: the base's chat template refuses them ({refused}): change their roles"
+        ) from refused
+    if body.seed is not None and not 0 <= body.seed < 2**63 - body.count:
+        raise RequestError(f"seed: {body.seed} cannot be: choose 0 to 2**63 - 1")
+    longest = max(1, engine.room - max(map(len, prompts), default=0))
+    adapter, settings = version.id if version else None, body.settings(longest)
+    seeds = [None if body.seed is None else body.seed + i for i in range(body.count)]
+    return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in seeds]
+
+
+async def _unless_gone(request: HttpRequest, coming: Coming) -> None:
+    """Wait for all answers, unless the client goes away before."""
+
+    async def all_parts() -> None:
+        async for _ in coming.pieces():
+            pass
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(all_parts()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise CancelledError("the client went away")
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _text_of(engine: Any) -> Callable[[int], str]:
+    decode = engine.base.tokenizer.decode
+    return lambda token: str(decode([token], clean_up_tokenization_spaces=False))
+
+
+# Tokens
+
+
+def _tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: HttpRequest) -> dict[str, Any]:
+        """Token ids of a text, or of a conversation as the adapter reads it."""
+        _ready(service)
+        version = service.chosen(body.model or service.base)
+        if body.messages is not None:
+            ids = await asyncio.to_thread(service.prompt, [turn.message() for turn in body.messages], version)
+        elif body.prompt is not None:
+            ids = (await asyncio.to_thread(service.engine.base.tokenizer, body.prompt))["input_ids"]
+        else:
+            raise RequestError("prompt: nothing to tokenize: give prompt or messages")
+        return {"count": len(ids), "max_model_len": service.engine.room, "tokens": list(ids)}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of token ids."""
+        _ready(service)
+        most = service.engine.vocabulary
+        if wrong := [token for token in body.tokens if not 0 <= token < most]:
+            raise RequestError(f"tokens: {wrong[0]} is not in the base's vocabulary of {most}: take it out")
+        return {"prompt": await asyncio.to_thread(service.engine.base.tokenizer.decode, body.tokens)}
+
+
+# What operators do
+
+
+def _admin(app: FastAPI, service: Service) -> None:
+    def store() -> Any:
+        _ready(service)
+        if service.store is None:
+            raise RequestError("lora_path: this server has no folder of adapters: start it with --adapters DIR")
+        return service.store
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadRequest) -> PlainTextResponse:
+        """Serve an adapter of the server's folder. load_inplace: as a new version of a name that is served already."""
+        kept = store()
+        if not body.load_inplace and any(v.name == body.lora_name for v, _ in service.engine.adapters.listed()):
+            raise AdapterError(f"lora_name: '{body.lora_name[:80]}' is loaded already: unload it first, or set "
+                               "load_inplace for a new version of it")  # fmt: skip
+        version = await asyncio.to_thread(lambda: kept.load(body.lora_name, kept.within(body.lora_path)))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully as {version.id}.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: NameRequest) -> PlainTextResponse:
+        """Serve `name`, or the version `name@3`, no longer."""
+        await asyncio.to_thread(store().unload, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @app.post("/v1/rollback_lora_adapter")
+    async def rollback(body: NameRequest) -> PlainTextResponse:
+        """Let the name mean the version before its live one."""
+        version = await asyncio.to_thread(store().rollback, body.lora_name)
+        return PlainTextResponse(f"Success: '{body.lora_name}' is {version.id}.")
+
+
+def log_line(told: dict[str, Any]) -> None:
+    """One line of JSON on stderr: who asked what of which model, how it ended; never a prompt, nor an answer."""
+    print(json.dumps(told), file=sys.stderr, flush=True)

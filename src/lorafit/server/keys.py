@@ -1,0 +1,91 @@
+"""Who may do what: keys in a file, as hashes, each with its scopes, its adapters and its quota.
+
+A key is 256 random bits, so a plain SHA-256 of it cannot be searched for; the file tells nobody a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from lorafit.errors import FormatError, SettingsError
+from lorafit.files import read_json, write_text
+
+Scope = Literal["infer", "admin"]
+PREFIX = "lf-"
+
+
+class Key(BaseModel):
+    """One key. hash: SHA-256 of it, hexadecimal. adapters: patterns of the names it may use, the base's among them.
+    requests, tokens: a minute; None: as many as there is room for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    hash: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    scopes: tuple[Scope, ...] = ("infer",)
+    adapters: tuple[str, ...] = ("*",)
+    requests: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    created: int = 0
+
+    def may_use(self, name: str) -> bool:
+        """Whether it may ask for this adapter, by name without a version, or for the base."""
+        return any(fnmatchcase(name, pattern) for pattern in self.adapters)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    keys: list[Key] = []
+
+
+def read(path: Path) -> list[Key]:
+    """The keys in a file. Raises FormatError."""
+    try:
+        return _File.model_validate(read_json(path)).keys
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FormatError(
+            f"{path}: {where}: {first['msg']}: correct it, or make keys with lorafit key create"
+        ) from error
+
+
+def create(
+    path: Path, name: str, scopes: Sequence[Scope], adapters: Sequence[str] = ("*",), requests: int | None = None,
+    tokens: int | None = None,
+) -> str:  # fmt: skip
+    """Add a key to a file, and return it: it is told this once. Raises SettingsError where the name is taken."""
+    known = read(path) if path.exists() else []
+    if any(key.name == name for key in known):
+        raise SettingsError(f"{path}: there is a key '{name}' already: choose another name, or take its entry out")
+    secret = PREFIX + secrets.token_urlsafe(32)
+    try:
+        made = Key(name=name, hash=_hash(secret), scopes=tuple(scopes), adapters=tuple(adapters), requests=requests,
+                   tokens=tokens, created=int(time.time()))  # fmt: skip
+    except ValidationError as error:
+        raise SettingsError(f"--name {name!r}: no name for a key: choose letters, digits, dots, hyphens") from error
+    write_text(path, _File(keys=[*known, made]).model_dump_json(indent=2) + "\n")
+    path.chmod(0o600)
+    return secret
+
+
+def find(keys: Sequence[Key], given: str) -> Key | None:
+    """The key that was given. Every one is compared, in the same time whichever it is."""
+    hashed, found = _hash(given), None
+    for key in keys:
+        if hmac.compare_digest(key.hash, hashed):
+            found = key
+    return found
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,99 @@
+"""A server on a port, from its start until it has drained."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import threading
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lorafit.errors import SettingsError
+from lorafit.server.app import PATIENCE, make_app
+from lorafit.server.guard import LOOPBACK
+from lorafit.server.service import Service
+
+CONNECTIONS = 512  # at once; more are told to come back
+IDLE = 30  # seconds a connection may wait for its next request
+UNREAD = 60.0  # seconds that a client may not read what is sent to it
+
+
+class Patient(H11Protocol):
+    """Connections that end when nothing comes of them: headers that arrive a byte at a time, answers nobody reads."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watched = (0, 0.0)
+        self._look()
+
+    def _look(self) -> None:
+        """Every second: since when is it in the state it is in."""
+        if self.transport.is_closing():
+            return
+        now = self.loop.time()
+        waits = self.conn.their_state is h11.IDLE and self.cycle is None
+        state = 1 if waits else 2 if self.flow.write_paused else 0
+        since = self._watched[1] if state == self._watched[0] else now
+        self._watched = state, since
+        if state and now - since > (PATIENCE if state == 1 else UNREAD):
+            self.transport.abort()
+            return
+        self.loop.call_later(1.0, self._look)
+
+
+class Server(uvicorn.Server):
+    """Ends at the first signal when what is being answered has ended, at the second at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, patience: float):
+        super().__init__(config)
+        self._service, self._patience = service, patience
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.phase == "draining":
+            self.should_exit = self.force_exit = True
+            return
+        self._service.phase = "draining"
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        self._service.drain(self._patience)
+        self.should_exit = True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def hosts_of(host: str, allowed: Collection[str], with_keys: bool) -> Collection[str] | None:
+    """The names a server may be called by; None: any, where keys keep out what a page in a browser could send.
+
+    Raises SettingsError for an address that others reach, without keys.
+    """
+    if not with_keys and not is_loopback(host):
+        raise SettingsError(f"--host {host}: others reach this address, and no keys are set: make one with lorafit key "
+                            "create --keys FILE, and start with --keys FILE")  # fmt: skip
+    if with_keys and not allowed:
+        return None
+    return {*LOOPBACK, host.lower(), *(name.lower() for name in allowed)}
+
+
+def serve(service: Service, host: str, port: int, hosts: Collection[str] | None, patience: float,
+          log: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+    """Serve until a signal comes. patience: seconds for what is being answered to end. Raises what the base or its
+    adapters could not be opened for."""
+    config = uvicorn.Config(
+        make_app(service, hosts, log), host=host, port=port, http=Patient, ws="none", log_config=None, access_log=False,
+        server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    asyncio.run(Server(config, service, patience).serve())
+    if service.failed:
+        raise service.failed

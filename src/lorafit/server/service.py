@@ -1,0 +1,124 @@
+"""What a server is made of: a base that is being opened or served, its adapters, keys, quotas, counts, its phase."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lorafit.data.examples import Message
+from lorafit.errors import InputError, LorafitError, RequestError, UnknownAdapterError
+from lorafit.server import keys
+from lorafit.server.keys import Key
+from lorafit.server.metrics import Metrics
+from lorafit.server.quota import Quota
+from lorafit.server.store import Store
+from lorafit.serving import Engine, Version
+
+Phase = Literal["loading", "ready", "draining", "dead"]
+WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
+AUTO = "auto"
+
+
+@dataclass
+class Service:
+    """base: the name it is served by. opened: makes the engine; it takes a while, and goes on beside the server.
+    root: the folder of adapters, None without one. keys_file: None where no key is needed."""
+
+    base: str
+    opened: Callable[[], Engine]
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    root: Path | None = None
+    keys_file: Path | None = None
+    say: Callable[[str], None] = print
+    phase: Phase = "loading"
+    failed: LorafitError | None = None
+    began: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics, self.quota = Metrics(self.base), Quota()
+        self.store: Store | None = None
+        self._engine: Engine | None = None
+        self._keys = keys.read(self.keys_file) if self.keys_file else None
+        self._read = self.keys_file.stat().st_mtime_ns if self.keys_file else 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="lorafit-service", daemon=True)
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def keys(self) -> Collection[Key] | None:
+        return self._keys
+
+    def drain(self, patience: float) -> None:
+        """Take nothing new, and wait until what is being answered has ended, for so many seconds at most."""
+        self.phase, end = "draining", time.monotonic() + patience
+        while self._engine and time.monotonic() < end and (stats := self._engine.stats()).running + stats.waiting:
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        self.phase = "dead" if self.failed else "draining"
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._engine:
+            self._engine.close()
+
+    def _work(self) -> None:
+        """Open the base, load what is to be served, and then look what comes."""
+        try:
+            engine = self._engine = self.opened()
+            self.metrics.watch(engine)
+            if self.root:
+                self.store = Store(engine, self.root, self.say)
+                self.store.restore()
+                self.store.look()
+            for name, folder in self.adapters.items():
+                self.say(f"serving {engine.load(name, folder).id}")
+            if self.phase == "loading":
+                self.phase = "ready"
+        except LorafitError as error:
+            self.failed, self.phase = error, "dead"
+            self.say(str(error))
+            return
+        while not self._ended.wait(WATCH):
+            self._look()
+
+    def _look(self) -> None:
+        if self.engine.is_closed:
+            self.phase = "dead"
+        try:
+            if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._read:
+                self._keys, self._read = keys.read(self.keys_file), now
+            if self.store:
+                self.store.look()
+        except (OSError, InputError) as error:
+            self.say(f"{error}")  # the keys that were read last go on
+
+    # What a request asks for
+
+    def chosen(self, model: str) -> Version | None:
+        """The version that a request's `model` means; None: the bare base. Raises UnknownAdapterError."""
+        if model == self.base:
+            return None
+        if model == AUTO:
+            raise UnknownAdapterError("'auto': this server has no router: name an adapter, or the base")
+        return self.engine.adapters.find(model)
+
+    def prompt(self, messages: Sequence[Message], version: Version | None) -> tuple[int, ...]:
+        """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
+        beginning takes the place of the adapter's."""
+        first, *rest = messages
+        system = first.content if first.role == "system" else None
+        if system is not None and not rest:
+            raise RequestError("messages: there is nothing but a system message: add what the user says")
+        own = system if system is not None else version.system if version else None
+        return tuple(self.engine.renderer(own).prompt_ids(rest if system is not None else list(messages)))

@@ -1,0 +1,144 @@
+"""Answers of the engine as they come to a coroutine, and as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from lorafit.errors import CancelledError, LorafitError
+from lorafit.server.wire import error
+from lorafit.serving import Answer, Engine, Piece, Request, Result
+
+Part = Piece | Result | LorafitError
+
+
+class Coming:
+    """Several answers on their way, their parts in the order they come. Made in the event loop; `submit` may be called
+    in another thread."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._loop = engine, asyncio.get_running_loop()
+        self._parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
+        self._answers: list[Answer] = []
+        self.results: dict[int, Result] = {}
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Raises what the engine's submit raises; then none is answered."""
+        try:
+            for number, request in enumerate(requests):
+                self._answers.append(self._engine.submit(request, partial(self._came, number)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _came(self, number: int, part: Part) -> None:
+        """In the engine's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._parts.put_nowait, (number, part))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Every piece, with the number of its answer, until all have ended. Raises what broke one off."""
+        while len(self.results) < len(self._answers):
+            number, part = await self._parts.get()
+            match part:
+                case Piece():
+                    yield number, part
+                case Result():
+                    self.results[number] = part
+                case _:
+                    raise part
+
+    def cancel(self) -> None:
+        """Those that have not ended end now."""
+        for number, answer in enumerate(self._answers):
+            if number not in self.results:
+                answer.cancel()
+
+
+@dataclass(frozen=True)
+class Style:
+    """How chat completions, or completions, are written. id, created, model: of this answer."""
+
+    kind: str  # chat.completion or text_completion
+    id: str
+    model: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "choices": choices,
+                "usage": usage, **self.extra}  # fmt: skip
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
+        kind = f"{self.kind}.chunk" if self.kind == "chat.completion" else self.kind
+        told = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **self.extra,
+        }
+        return _event(told if usage is None else {**told, "usage": usage})
+
+    def choice(self, number: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        """Of a whole answer."""
+        if self.kind == "chat.completion":
+            body: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+        else:
+            body = {"text": text}
+        return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
+
+    def delta(self, number: int, text: str, logprobs: Any, finish: str | None, is_first: bool) -> dict[str, Any]:
+        """Of a part. The role comes with the first token: clients take the first chunk for it."""
+        if self.kind == "chat.completion":
+            role = {"role": "assistant"} if is_first else {}
+            body: dict[str, Any] = {"delta": {**role, **({"content": text} if text or is_first else {})}}
+        else:
+            body = {"text": text}
+        return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
+
+
+def usage_of(results: Sequence[Result]) -> dict[str, Any]:
+    """Tokens of all prompts and answers."""
+    prompt = sum(result.prompt_tokens for result in results)
+    made = sum(len(result.tokens) for result in results)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": sum(result.known for result in results)}}  # fmt: skip
+
+
+def finish_of(finish: str | None) -> str | None:
+    return "stop" if finish == "cancelled" else finish
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+
+
+async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool, ended: Any) -> AsyncIterator[str]:
+    """Server-sent events of answers: parts, then each one's end, then what was used, then [DONE]. logprobs: of tokens,
+    how they are told, or None. ended: called once with the results, however it ends."""
+    begun: set[int] = set()
+    try:
+        async for number, piece in coming.pieces():
+            told = logprobs(piece.tokens) if logprobs and piece.tokens else None
+            is_first = number not in begun
+            begun.add(number)
+            if piece.text or told or is_first:
+                yield style.chunk([style.delta(number, piece.text, told, None, is_first)])
+            if piece.finish:
+                yield style.chunk([style.delta(number, "", None, finish_of(piece.finish), False)])
+        if with_usage:
+            yield style.chunk([], usage_of(list(coming.results.values())))
+        yield "data: [DONE]\n\n"
+    except LorafitError as broken:
+        status = 503 if isinstance(broken, CancelledError) else 400
+        yield _event(error(str(broken), type(broken).__name__, status))
+    finally:
+        coming.cancel()
+        ended(list(coming.results.values()))

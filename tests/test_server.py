@@ -1,0 +1,444 @@
+"""The server as its clients meet it: over HTTP, with the clients that people use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import byte_tokenizer, tiny_llama
+
+from lorafit.adapter import Adapter
+from lorafit.base import Base
+from lorafit.errors import FormatError, SettingsError
+from lorafit.formats import peft
+from lorafit.plan import uniform
+from lorafit.server import keys, run
+from lorafit.server.app import make_app
+from lorafit.server.quota import Quota
+from lorafit.server.service import Service
+from lorafit.serving import Engine
+from lorafit.sites import select
+from lorafit.testing import random_adapter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ASK = {"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 8}
+
+
+def base_of() -> Base:
+    return replace(Base.of(tiny_llama(), "tiny"), tokenizer=byte_tokenizer())
+
+
+def adapter_of(base: Base, seed: int) -> Adapter:
+    return random_adapter(base, uniform(select(base.sites, ["*_proj"]), 4, 16.0), seed, size=0.15)
+
+
+@dataclass
+class Running:
+    service: Service
+    app: Any
+    url: str
+    root: Path
+    log: list[dict[str, Any]]
+
+    def ask(self, model: str, key: str | None = None, **more: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(f"{self.url}/v1/chat/completions", json={**ASK, "model": model, **more}, headers=headers,
+                          timeout=60)  # fmt: skip
+
+    def said(self, model: str, **more: Any) -> str:
+        answer = self.ask(model, **more)
+        assert answer.status_code == 200, answer.text
+        text: str = answer.json()["choices"][0]["message"]["content"]
+        return text
+
+
+@contextmanager
+def served(root: Path, keys_file: Path | None = None, **engine: Any) -> Iterator[Running]:
+    """A server in a thread of this process, on a port of its own."""
+    import uvicorn
+
+    log: list[dict[str, Any]] = []
+    service = Service("tiny", lambda: Engine(base_of(), **{"slots": 4, **engine}), root=root, keys_file=keys_file,
+                      say=lambda text: None)  # fmt: skip
+    app = make_app(service, run.hosts_of("127.0.0.1", [], keys_file is not None), log.append)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=run.Patient, ws="none", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        running = Running(service, app, f"http://127.0.0.1:{port}", root, log)
+        while httpx.get(f"{running.url}/health").text == "loading":
+            time.sleep(0.02)
+        yield running
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def desks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters."""
+    root, base = tmp_path_factory.mktemp("desks"), base_of()
+    for seed, name in enumerate(("returns", "it-support", "products")):
+        peft.write(adapter_of(base, seed + 1), root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(desks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    root = tmp_path_factory.mktemp("served")
+    shutil.copytree(desks, root, dirs_exist_ok=True)
+    with served(root) as running:
+        yield running
+
+
+def test_each_name_answers_by_its_adapter(server: Running) -> None:
+    said = {model: server.said(model) for model in ("tiny", "returns", "it-support", "products", "returns@1")}
+    assert said["returns"] == said["returns@1"]
+    assert len(set(said.values())) == 4
+    assert server.ask("returns").headers["x-lorafit-adapter"] == "returns@1"
+
+
+def test_the_openai_client_is_answered(server: Running) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "system", "content": "Be brief."},
+                     {"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]  # fmt: skip
+    names = [model.id for model in client.models.list()]
+    assert {"tiny", "returns", "returns@1"} <= set(names)
+    card = client.models.retrieve("returns").model_dump()
+    assert (card["root"], card["parent"]) == ("returns@1", "tiny")
+    whole = client.chat.completions.create(model="returns", messages=messages, max_completion_tokens=8, logprobs=True,
+                                           top_logprobs=2)  # fmt: skip
+    assert whole.usage is not None and whole.usage.completion_tokens <= 8
+    content = whole.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert content and len(content[0].top_logprobs) == 2 and content[0].logprob <= 0
+    parts = list(client.chat.completions.create(model="returns", messages=messages, max_tokens=8, stream=True,
+                                                stream_options={"include_usage": True}))  # fmt: skip
+    assert parts[0].choices[0].delta.role == "assistant"
+    told = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert told == whole.choices[0].message.content
+    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == whole.choices[0].finish_reason
+    assert parts[-1].choices == [] and parts[-1].usage is not None and parts[-1].usage.total_tokens > 0
+    several = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, n=3, temperature=1, seed=1)
+    again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, n=3, temperature=1, seed=1)
+    assert [one.message.content for one in several.choices] == [one.message.content for one in again.choices]
+    assert len({one.message.content for one in several.choices}) > 1
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+              "additionalProperties": False}  # fmt: skip
+    kept = client.chat.completions.create(
+        model="returns", messages=messages, max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
+    )  # fmt: skip
+    assert json.loads(kept.choices[0].message.content or "")["city"] in {"Paris", "Rome"}
+    plain = client.completions.create(model="returns", prompt=["one", "two"], max_tokens=4, logprobs=1)
+    assert [choice.index for choice in plain.choices] == [0, 1] and plain.choices[0].logprobs is not None
+    for wrong, kind in (({"model": "nobody"}, openai.NotFoundError), ({"max_tokens": 0}, openai.BadRequestError),
+                        ({"temperature": 99}, openai.BadRequestError)):  # fmt: skip
+        with pytest.raises(kind):
+            client.chat.completions.create(**{"model": "returns", "messages": messages, **wrong})
+
+
+def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
+    deep = "[" * 100_000
+    long_prompt = {"messages": [{"role": "user", "content": "a" * 4000}]}
+    cases: list[tuple[Any, int, str]] = [
+        ({"model": "nobody"}, 404, "no adapter is served by this name"),
+        ({"model": "../../etc/passwd"}, 404, "no adapter"),
+        ({"model": "a\nb\u0000"}, 404, "no adapter"),
+        ({"model": "returns@9"}, 404, "has the versions 1"),
+        ({"model": "tiny", "max_tokens": 0}, 400, "max_tokens"),
+        ({"model": "tiny", "max_tokens": -5}, 400, "max_tokens"),
+        ({"model": "tiny", "max_tokens": "many"}, 400, "max_tokens"),
+        ({"model": "tiny", "temperature": -1}, 400, "temperature"),
+        ({"model": "tiny", "seed": -1}, 400, "seed"),
+        ({"model": "tiny", "n": 99}, 400, "n: "),
+        ({"model": "tiny", "messages": []}, 400, "messages"),
+        ({"model": "tiny", "messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
+        ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0"),
+        ({"model": "tiny", **long_prompt}, 400, "prompt: "),
+        ({"model": "tiny", "response_format": {"type": "json_schema"}}, 400, "json_schema is missing"),
+    ]
+    for body, status, words in cases:
+        found = httpx.post(f"{server.url}/v1/chat/completions", json={**ASK, **body})
+        assert found.status_code == status and words in found.json()["error"]["message"], (body, found.text)
+        assert found.json()["error"]["code"] == status
+    for raw, status in ((b"{", 400), (deep.encode(), 400), (b'{"model": "\xff\xfe"}', 400), (b"x" * (5 << 20), 413),
+                        (b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
+                        (b"", 400)):  # fmt: skip
+        found = httpx.post(f"{server.url}/v1/chat/completions", content=raw,
+                           headers={"content-type": "application/json"})  # fmt: skip
+        assert found.status_code == status and found.json()["error"]["message"], (raw[:40], found.text)
+    assert server.ask("tiny", max_tokens=10**9).status_code == 200, "as long as there is room"
+    assert httpx.get(f"{server.url}/no/such/path").json()["error"]["code"] == 404
+
+
+def test_nobody_gets_in_without_a_key(desks: Path, tmp_path: Path) -> None:
+    root, file = tmp_path / "root", tmp_path / "keys.json"
+    shutil.copytree(desks, root)
+    few = keys.create(file, "few", ["infer"], ["returns"], requests=2)
+    much = keys.create(file, "much", ["infer"], tokens=60)
+    admin = keys.create(file, "admin", ["admin"])
+    everything = file.read_text(encoding="utf-8")
+    assert not any(secret in everything for secret in (few, much, admin)) and file.stat().st_mode & 0o077 == 0
+    with served(root, file) as running:
+        routes = [(method, route.path) for route in running.app.routes for method in route.methods]
+        assert len(routes) > 10
+        for method, path in routes:
+            path = path.replace("{name:path}", "returns")
+            for secret in (None, "lf-wrong", few[:-1]):
+                headers = {"authorization": f"Bearer {secret}"} if secret is not None else {}
+                status = httpx.request(method, running.url + path, headers=headers).status_code
+                assert status == (200 if path == "/health" else 401), (method, path)
+        asked = running.ask("returns", few)
+        assert asked.status_code == 200
+        assert running.ask("products", few).status_code == 404, "not among its adapters"
+        listed = httpx.get(f"{running.url}/v1/models", headers={"authorization": f"Bearer {few}"}).json()["data"]
+        assert {card["id"] for card in listed} == {"returns", "returns@1"}
+        assert running.ask("returns", few).status_code == 200
+        refused = running.ask("returns", few)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert "quota" in refused.json()["error"]["message"]
+        assert running.ask("tiny", much, max_tokens=60).status_code == 200
+        assert running.ask("tiny", much).status_code == 429
+        load = {"lora_name": "x", "lora_path": "returns"}
+        for secret, status in ((few, 403), (admin, 200)):
+            found = httpx.post(f"{running.url}/v1/load_lora_adapter", json=load,
+                               headers={"authorization": f"Bearer {secret}"})  # fmt: skip
+            assert found.status_code == status, found.text
+        assert running.ask("returns", admin).status_code == 403
+    told = json.dumps(running.log)
+    assert "Hello?" not in told and few not in told and '"key": "few"' in told
+
+
+def test_another_host_is_refused(server: Running) -> None:
+    for host, status in (("evil.example", 421), ("localhost:80", 200), ("127.0.0.1", 200), ("", 421)):
+        assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == status
+    with pytest.raises(SettingsError, match="others reach this address, and no keys are set"):
+        run.hosts_of("0.0.0.0", [], False)
+    assert run.hosts_of("::1", ["desk.example"], False) == {*run.LOOPBACK, "::1", "desk.example"}
+    found = httpx.options(f"{server.url}/v1/chat/completions", headers={"origin": "https://evil.example",
+                          "access-control-request-method": "POST"})  # fmt: skip
+    assert "access-control-allow-origin" not in found.headers
+
+
+def admin(server: Running, verb: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/{verb}_lora_adapter", json=body, timeout=60)
+
+
+def test_adapters_come_and_go_by_request(server: Running, tmp_path: Path) -> None:
+    base, root = base_of(), server.root
+    first = server.said("returns")
+    assert admin(server, "load", lora_name="returns", lora_path="products").status_code == 400
+    loaded = admin(server, "load", lora_name="returns", lora_path="products", load_inplace=True)
+    assert loaded.status_code == 200 and "returns@2" in loaded.text
+    assert server.said("returns") == server.said("products") != first == server.said("returns@1")
+    assert admin(server, "rollback", lora_name="returns").text.endswith("returns@1.")
+    assert server.said("returns") == first
+    assert admin(server, "unload", lora_name="returns@2").status_code == 200
+    assert server.ask("returns@2").status_code == 404
+    assert admin(server, "unload", lora_name="nobody").status_code == 404
+
+    outside = tmp_path / "outside"
+    peft.write(adapter_of(base, 9), outside)
+    (root / "linked").symlink_to(outside)
+    shutil.copytree(root / "products", root / "partly")
+    (root / "partly" / peft.WEIGHTS).unlink()
+    (root / "partly" / peft.WEIGHTS).symlink_to(outside / peft.WEIGHTS)
+    pickled = root / ".pickled"
+    pickled.mkdir()
+    (pickled / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    (root.parent / f"{root.name}-evil").mkdir()
+    shutil.copytree(outside, root.parent / f"{root.name}-evil" / "x")
+    other = replace(adapter_of(base, 9), base="0" * 64)
+    peft.write(other, root / ".other")
+    for path, words in ((str(outside), "not within"), ("../outside", "not within"), ("linked", "not within"),
+                        (f"../{root.name}-evil/x", "not within"), (".", "not within"), ("partly", "a link out of"),
+                        (".lorafit/versions/returns@1", "not within"), ("nowhere", "no such folder"),
+                        ("a\0b", "not within"), (".pickled", "pickle"), (".other", "belongs to base"),
+                        ("http://evil.example/x", "no such folder"), ("~/x", "no such folder")):  # fmt: skip
+        found = admin(server, "load", lora_name="intruder", lora_path=path)
+        assert found.status_code == 400 and words in found.json()["error"]["message"], (path, found.text)
+        assert str(outside) not in found.text
+    for name in ("../x", "a/b", "a\n", ".x", "x" * 65, ""):
+        assert admin(server, "load", lora_name=name, lora_path="products").status_code == 400
+    assert {path.name for path in (root / ".lorafit" / "versions").iterdir()} <= {
+        "returns@1", "returns@2", "it-support@1", "products@1"}  # fmt: skip
+
+
+def test_two_loads_of_one_name_are_two_versions(server: Running) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(admin, server, "load", lora_name="twice", lora_path=path, load_inplace=True)
+                 for path in ("products", "it-support", "products", "it-support")]  # fmt: skip
+        told = [load.result() for load in loads]
+    assert sorted(one.text.rpartition(" as ")[2] for one in told) == [f"twice@{i}." for i in (1, 2, 3, 4)]
+    said = {server.said(f"twice@{i}") for i in (1, 2, 3, 4)}
+    assert said == {server.said("products"), server.said("it-support")}
+
+
+def test_a_folder_is_watched_and_remembered(desks: Path, tmp_path: Path) -> None:
+    root, base = tmp_path / "root", base_of()
+    shutil.copytree(desks, root)
+    with served(root) as running:
+        first = running.said("returns")
+        peft.write(adapter_of(base, 77), root / "returns")
+        peft.write(adapter_of(base, 78), root / "new-desk")
+        (root / "broken").mkdir()
+        (root / "broken" / peft.CONFIG).write_text("{}")
+        end = time.monotonic() + 30
+        while time.monotonic() < end and running.ask("new-desk").status_code != 200:
+            time.sleep(0.2)
+        second = running.said("returns")
+        assert second != first == running.said("returns@1") and second == running.said("returns@2")
+        admin(running, "rollback", lora_name="returns")
+        admin(running, "unload", lora_name="products")
+    (root / ".lorafit" / "versions" / "half@1").mkdir()
+    shutil.rmtree(root / "new-desk")
+    shutil.rmtree(root / "products")
+    with served(root) as running:
+        assert running.said("returns") == first and running.said("returns@2") == second
+        assert running.ask("new-desk").status_code == 200, "its version is kept"
+        assert running.ask("products").status_code == 404
+        assert not (root / ".lorafit" / "versions" / "half@1").exists()
+        again = admin(running, "load", lora_name="products", lora_path="it-support")
+        assert again.text.endswith("products@2."), "a number is given once"
+    (root / ".lorafit" / "registry.json").write_text('{"versions": 3}')
+    with served(root) as running:
+        answer = httpx.get(f"{running.url}/health")
+        assert (answer.status_code, answer.text) == (503, "dead")
+        assert isinstance(running.service.failed, FormatError)
+
+
+def test_metrics_are_what_prometheus_reads(server: Running) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def read() -> dict[str, float]:
+        page = httpx.get(f"{server.url}/metrics").text
+        return {f"{sample.name} {sample.labels.get('adapter', '')}".strip(): sample.value
+                for family in text_string_to_metric_families(page) for sample in family.samples}  # fmt: skip
+
+    before = read()
+    server.said("it-support", max_tokens=5, ignore_eos=True)
+    after = read()
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+                 "vllm:time_to_first_token_seconds_count", "vllm:inter_token_latency_seconds_count",
+                 "vllm:e2e_request_latency_seconds_count", "vllm:lora_requests_info"):  # fmt: skip
+        assert name in after
+    assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == 5
+    assert after["lorafit:requests_total it-support"] - before.get("lorafit:requests_total it-support", 0) == 1
+
+
+def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
+    body = {**ASK, "model": "tiny", "max_tokens": 400, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.05)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and server.service.engine.stats().running:
+        time.sleep(0.02)
+    assert server.service.engine.stats().running == 0
+
+
+def test_one_who_sends_or_reads_too_slowly_is_let_go(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PATIENCE", 1.5)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        began = time.monotonic()
+        slow.settimeout(20)
+        with pytest.raises(OSError):
+            for byte in b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.1)
+        assert time.monotonic() - began < 8
+    assert server.said("tiny")
+
+
+def test_tokens_there_and_back(server: Running) -> None:
+    told = httpx.post(f"{server.url}/tokenize", json={"prompt": "Hello"}).json()
+    back = httpx.post(f"{server.url}/detokenize", json={"tokens": told["tokens"]}).json()
+    assert back["prompt"] == "Hello" and told["count"] == len(told["tokens"])
+    assert httpx.post(f"{server.url}/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+def test_quotas_come_back_with_time() -> None:
+    now = 0.0
+    quota = Quota(lambda: now)
+    key = keys.Key(name="a", hash="0" * 64, requests=60, tokens=600)
+    assert [quota.take(key, 10) for _ in range(59)] == [0.0] * 59
+    assert quota.take(key, 10) == 0.0
+    assert quota.take(key, 10) == pytest.approx(1.0)
+    now = 2.0
+    assert quota.take(key, 10) == 0.0
+    quota.charge(key, 600)
+    assert quota.take(key, 10) > 50
+    now = 120.0
+    assert quota.take(key, 5000) == 0.0, "one that is larger than the quota waits for all of it"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_lets_answers_end_and_a_kill_loses_nothing(sign: signal.Signals, desks: Path, tmp_path: Path) -> None:
+    root, folder = tmp_path / "root", tmp_path / "tiny"
+    shutil.copytree(desks, root)
+    base = base_of()
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+
+    def start() -> tuple[subprocess.Popen[str], str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = [sys.executable, "-m", "lorafit", "serve", str(folder), "--adapters", str(root), "--port", str(port)]
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    return process, url
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError("it did not start")
+
+    process, url = start()
+    body = {**ASK, "model": "returns", "ignore_eos": True}
+    asked = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "max_tokens": 400, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(sign)
+        if sign == signal.SIGTERM:
+            time.sleep(0.1)
+            assert list(lines)[-2] == "data: [DONE]"
+        else:
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+    process.communicate(timeout=30)
+    assert process.returncode == (0 if sign == signal.SIGTERM else -signal.SIGKILL)
+    process, url = start()
+    try:
+        found = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert found == asked
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
