@@ -83,6 +83,7 @@ def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[st
     answers = [engine.submit(request) for request in requests]
     for answer in answers:  # all are past their prompts
         next(iter(answer))
+    time.sleep(0.5)
     before, started = decoder.spent.copy(), engine.stats()
     while engine.stats().steps < started.steps + 40:
         time.sleep(0.02)

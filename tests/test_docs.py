@@ -42,7 +42,9 @@ def test_commands_exist_with_their_flags(page: Path) -> None:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
             if words and Path(words[0]).name == "lorafit":
-                known = {option for p in verbs.commands[words[1]].params for option in p.opts}  # type: ignore[attr-defined]
+                command = verbs.commands[words[1]]  # type: ignore[attr-defined]
+                command = getattr(command, "commands", {}).get(words[2], command)
+                known = {option for p in command.params for option in p.opts}
                 assert {word for word in words if word.startswith("--")} <= known, line
             if words[:1] == ["make"]:
                 assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line

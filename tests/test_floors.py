@@ -42,6 +42,7 @@ FLOORS = {
     "doctor": 14,
     "shown": 14,
     "server": 14,
+    "remote": 1,
     "cli": 15,
     "testing": 15,
     "with_peft": 15,

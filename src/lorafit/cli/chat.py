@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lorafit.cli.console import Terminal
+    from lorafit.remote import Remote
 
 
 def chat(
     adapter: Annotated[Path | None, typer.Argument(help="An adapter folder, or a run; none: the bare base.")] = None,
     base: Annotated[str | None, typer.Option(help="The base; by default the adapter's, else smollm2-135m.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt; by default the one it was trained with.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask a server instead; LORAFIT_KEY holds its key.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --url: which model of the server answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     accept_unknown_base: Annotated[
         bool, typer.Option("--accept-unknown-base", help="Attach an adapter that does not say whose it is.")
@@ -25,21 +32,28 @@ def chat(
 
     \b
     lorafit chat runs/mine
+    lorafit chat --url http://127.0.0.1:8000 --model returns
     """
     from lorafit.base import open_base
     from lorafit.chat import HELP, Chat
     from lorafit.cli.console import Terminal
-    from lorafit.errors import InputError
+    from lorafit.errors import InputError, SettingsError
     from lorafit.formats import peft
+    from lorafit.remote import Remote
 
     terminal = Terminal(False)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
+    if url is not None or model is not None:
+        if url is None or adapter is not None or base is not None:
+            raise SettingsError("--url: a server is asked, or a base here: give --url with --model, or a folder")
+        _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
+        return
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
     with Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base) as talk:
         if adapter is not None:
             talk.add(adapter)
         asked = sys.stdin.isatty()
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
         if asked:
             terminal.say(f"answering: {' and '.join(talk.speaking)}\n{HELP}")
         answered = refused = 0
@@ -61,6 +75,28 @@ def chat(
                 refused += 1
         if refused and not (asked or answered):
             raise typer.Exit(2)
+
+
+def _ask_server(talk: Remote, terminal: Terminal) -> None:
+    from lorafit.errors import LorafitError
+
+    if asked := sys.stdin.isatty():
+        terminal.say(f"{talk.model} answers; the server has {', '.join(talk.models)}; /new forgets, /quit leaves")
+    for line in _typed() if asked else map(str.strip, sys.stdin):
+        if line in {"/quit", "/exit"}:
+            break
+        if line == "/new":
+            talk.history.clear()
+        elif line:
+            try:
+                talk.ask(line.encode(errors="replace").decode(), _write)
+                _end()
+            except KeyboardInterrupt:
+                _end()
+            except LorafitError as error:
+                if not asked:
+                    raise
+                terminal.say(str(error))
 
 
 def _write(piece: str) -> None:

@@ -156,7 +156,7 @@ def read(folder: Path) -> Adapter:
 
     A folder without lorafit.json carries no identity of its base: it attaches only when that is accepted.
     """
-    _refuse_other_formats(folder)
+    require_adapter_folder(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG}: not a JSON object: save the adapter again")
@@ -166,7 +166,8 @@ def read(folder: Path) -> Adapter:
     return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
 
 
-def _refuse_other_formats(folder: Path) -> None:
+def require_adapter_folder(folder: Path) -> None:
+    """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
     if folder.is_file():
         raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
     if not folder.is_dir():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from fastapi import FastAPI, HTTPException
@@ -145,9 +147,8 @@ def _errors(app: FastAPI, service: Service) -> None:
         if isinstance(error, CancelledError):
             return answer(503, str(error), "ServiceUnavailableError", retry=SOON)
         if isinstance(error, InputError):
-            return answer(
-                400, str(error), "BadRequestError", str(error).partition(":")[0] if ": " in str(error) else None
-            )
+            field_ = re.match(r"[a-z_]+(?=: )", str(error))
+            return answer(400, str(error), "BadRequestError", field_[0] if field_ else None)
         return answer(500, str(error), "InternalServerError")
 
     @app.exception_handler(RecursionError)
@@ -266,10 +267,10 @@ async def _answered(
     def ended(results: Sequence[Result]) -> None:
         for result in results:
             service.metrics.answered(result, name)
-        service.quota.charge(key, sum(len(result.tokens) for result in results))
-        told.update(prompt_tokens=sum(r.prompt_tokens for r in results), tokens=sum(len(r.tokens) for r in results))
+        service.quota.charge(key, coming.tokens)
+        told.update(prompt_tokens=sum(r.prompt_tokens for r in results), tokens=coming.tokens)
 
-    headers = {"x-lorafit-adapter": told["model"]}
+    headers = {"x-lorafit-adapter": quote(told["model"], safe="@/:")}
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         parts = events(coming, style, logprobs if wanted else None, with_usage, ended)
@@ -300,6 +301,8 @@ def _requests(service: Service, body: ChatRequest | CompletionRequest, version: 
         raise RequestError(
             f"messages: the base's chat template refuses them ({refused}): change their roles"
         ) from refused
+    if not prompts:
+        raise RequestError("prompt: it is empty: give a text, token ids, or several of them")
     if body.seed is not None and not 0 <= body.seed < 2**63 - body.count:
         raise RequestError(f"seed: {body.seed} cannot be: choose 0 to 2**63 - 1")
     longest = max(1, engine.room - max(map(len, prompts), default=0))
@@ -323,7 +326,7 @@ async def _unless_gone(request: HttpRequest, coming: Coming) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise CancelledError("the client went away")
+            raise CancelledError("the client went away: ask again")
         tasks[0].result()
     finally:
         for task in tasks:

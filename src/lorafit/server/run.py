@@ -19,7 +19,6 @@ from lorafit.server.guard import LOOPBACK
 from lorafit.server.service import Service
 
 CONNECTIONS = 512  # at once; more are told to come back
-IDLE = 30  # seconds a connection may wait for its next request
 UNREAD = 60.0  # seconds that a client may not read what is sent to it
 
 
@@ -36,7 +35,7 @@ class Patient(H11Protocol):
         if self.transport.is_closing():
             return
         now = self.loop.time()
-        waits = self.conn.their_state is h11.IDLE and self.cycle is None
+        waits = self.conn.their_state is h11.IDLE  # no whole headers of a next request yet
         state = 1 if waits else 2 if self.flow.write_paused else 0
         since = self._watched[1] if state == self._watched[0] else now
         self._watched = state, since
@@ -92,7 +91,8 @@ def serve(service: Service, host: str, port: int, hosts: Collection[str] | None,
     adapters could not be opened for."""
     config = uvicorn.Config(
         make_app(service, hosts, log), host=host, port=port, http=Patient, ws="none", log_config=None, access_log=False,
-        server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE, timeout_graceful_shutdown=5,
+        server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=int(PATIENCE),
+        timeout_graceful_shutdown=5,
     )  # fmt: skip
     asyncio.run(Server(config, service, patience).serve())
     if service.failed:

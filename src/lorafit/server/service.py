@@ -67,9 +67,8 @@ class Service:
     def close(self) -> None:
         self.phase = "dead" if self.failed else "draining"
         self._ended.set()
-        if self._thread.is_alive():
+        if self._engine:  # a base that is just being opened is let go with the process
             self._thread.join()
-        if self._engine:
             self._engine.close()
 
     def _work(self) -> None:

@@ -98,6 +98,7 @@ class Store:
             raise AdapterError(f"lora_name: {name[:80]!r}: begin with a letter or digit, and go on with up to 63 "
                                "letters, digits, dots, hyphens and underscores")  # fmt: skip
         folder = peft.adapter_folder(source)
+        peft.require_adapter_folder(folder)
         with self._lock:
             number = self.engine.adapters.numbers().get(name, 0) + 1
             target = self._folder(name, number)

@@ -19,13 +19,14 @@ Part = Piece | Result | LorafitError
 
 class Coming:
     """Several answers on their way, their parts in the order they come. Made in the event loop; `submit` may be called
-    in another thread."""
+    in another thread. tokens: that were made so far, whether anyone reads them or not."""
 
     def __init__(self, engine: Engine):
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
         self._answers: list[Answer] = []
         self.results: dict[int, Result] = {}
+        self.tokens = 0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Raises what the engine's submit raises; then none is answered."""
@@ -38,6 +39,8 @@ class Coming:
 
     def _came(self, number: int, part: Part) -> None:
         """In the engine's thread."""
+        if isinstance(part, Piece):
+            self.tokens += len(part.tokens)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._parts.put_nowait, (number, part))
 

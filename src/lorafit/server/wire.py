@@ -119,7 +119,12 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """POST /v1/completions: one prompt, a text or token ids, or several."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]]
+    prompt: (
+        Text
+        | list[int]
+        | Annotated[list[Text], Field(max_length=64)]
+        | Annotated[list[list[int]], Field(max_length=64)]
+    )
     logprobs: int | None = None
     echo: Literal[False] | None = None
 

@@ -73,6 +73,7 @@ class Stats:
 class _Probe:
     """An adapter that is tried beside a step. done: logits (2, vocabulary) of the bare base, and with it."""
 
+    name: str
     loaded: Loaded
     done: Future[Tensor]
 
@@ -207,7 +208,7 @@ class Engine:
         and ends on the version it began with. Raises AdapterError or FormatError; then all is as before."""
         version = self.adapters.add(name, source, pin)
         assert version.loaded is not None
-        probe = _Probe(version.loaded, Future())
+        probe = _Probe(version.id, version.loaded, Future())
         with self._lock:
             if self._closing:
                 raise CancelledError("the engine is closed: open another")
@@ -299,7 +300,7 @@ class Engine:
             except Exception as error:  # a full memory, in whatever way it shows: the next requests find it emptier
                 why = f"the step failed ({error!r})"
                 if probe and not probe.done.done():  # the others go on without it: they have lost nothing
-                    probe.done.set_exception(AdapterError(f"it cannot be tried: {why}: load it again"))
+                    probe.done.set_exception(AdapterError(f"'{probe.name}' cannot be tried: {why}: load it again"))
                 else:
                     for row in list(self._rows):
                         self._break_off(row, CancelledError(f"{why}: ask again, with lower slots or room"))

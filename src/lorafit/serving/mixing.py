@@ -22,6 +22,8 @@ from lorafit.serving.products import Products
 
 SHORT = 16  # rows of one adapter up to which its products go through our kernel whatever the base's do, or in a stack
 
+ALIGNED = 32  # numbers, at a multiple of which each factor begins: a line of a processor's cache
+
 
 @dataclass(frozen=True, eq=False)
 class Gain:
@@ -34,22 +36,28 @@ class Gain:
 class Loaded:
     """An adapter as the engine runs it, in the dtype of the base. Attributes are not to be changed.
 
-    down: A (rank, d_in), up: Bᵀ with the scale in it (rank, d_out), by the number of the site. table: for the kernels,
-    of each site where these two lie, and the rank.
+    down: A (rank, d_in), up: Bᵀ with the scale in it (rank, d_out), by the number of the site: parts of one tensor, so
+    that they lie together however many adapters came and went before, and their memory goes back at once. table: for
+    the kernels, of each site where these two lie, and the rank.
     """
 
     def __init__(self, base: Base, adapter: Adapter):
         with torch.no_grad():
             parts = served(base, adapter)
-        dtype = base.dtype
-        self.down = {n: one.A.to(dtype).contiguous() for n, one in parts.items()}
-        self.up = {n: one.B.T.to(dtype).contiguous() for n, one in parts.items()}
+            pairs = {n: (one.A, one.B.T) for n, one in parts.items()}
+            sizes = [-(-factor.numel() // ALIGNED) * ALIGNED for pair in pairs.values() for factor in pair]
+            whole = torch.empty(sum(sizes), dtype=base.dtype, device=base.device)
+            rooms = iter(whole.split(sizes))
+            placed = {n: tuple(next(rooms)[: one.numel()].view(one.shape).copy_(one) for one in pair)
+                      for n, pair in pairs.items()}  # fmt: skip
+        self.down = {n: pair[0] for n, pair in placed.items()}
+        self.up = {n: pair[1] for n, pair in placed.items()}
         self.gains = {n: Gain(one.gain, one.bias) for n, one in parts.items() if one.gain is not None}
         self.table = np.zeros((len(base.sites), 3), dtype=np.int64)
         for n, a in self.down.items():
             self.table[n] = a.data_ptr(), self.up[n].data_ptr(), len(a)
         gains = [one.gain for one in self.gains.values()]
-        self.bytes = sum(t.nbytes for t in (*self.down.values(), *self.up.values(), *gains))
+        self.bytes = whole.nbytes + sum(gain.nbytes for gain in gains)
 
     @property
     def is_nothing(self) -> bool:

@@ -1,0 +1,90 @@
+"""A conversation with a server that speaks OpenAI's API, lorafit's or another's."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafit.errors import BusyError, CancelledError, SettingsError
+
+PATIENCE = 120.0  # seconds without a word from the server
+
+
+@dataclass
+class Remote:
+    """url: of the API, with or without /v1. model: who answers; None: the first the server names."""
+
+    url: str
+    model: str | None = None
+    key: str | None = None
+    system: str | None = None
+    max_tokens: int = 256
+    history: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise SettingsError(f"--url {self.url}: no address of a server: give http://HOST:PORT")
+        self.url = self.url.rstrip("/").removesuffix("/v1")
+        self.models = [str(card["id"]) for card in self._asked("/v1/models", None)["data"]]
+        if not self.models:
+            raise SettingsError(f"--url {self.url}: the server serves no model: ask its operator")
+        self.model = self.model or self.models[0]
+
+    def ask(self, text: str, emit: Callable[[str], None]) -> None:
+        """Let the server answer. emit: called with each piece of text. An answer that fails is not remembered."""
+        turn = {"role": "user", "content": text}
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        body = {"model": self.model, "messages": [*system, *self.history, turn], "max_tokens": self.max_tokens,
+                "stream": True}  # fmt: skip
+        said = []
+        with self._open("/v1/chat/completions", body) as answer:
+            for line in answer:
+                event = line.decode().removeprefix("data: ").strip()
+                if event == "[DONE]":
+                    break
+                if not event:
+                    continue
+                told = json.loads(event)
+                if "error" in told:
+                    raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")
+                for choice in told["choices"]:
+                    if piece := choice["delta"].get("content"):
+                        said.append(piece)
+                        emit(piece)
+        self.history += [turn, {"role": "assistant", "content": "".join(said)}]
+
+    def _asked(self, path: str, body: Any) -> Any:
+        with self._open(path, body) as answer:
+            return json.load(answer)
+
+    def _open(self, path: str, body: Any) -> Any:
+        headers = {"content-type": "application/json"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=PATIENCE)
+        except urllib.error.HTTPError as refused:
+            told = _message(refused.read())
+            if refused.code == 401:
+                raise SettingsError(f"{self.url}: {told}: set LORAFIT_KEY to a key of the server") from refused
+            if refused.code in {429, 503}:
+                raise BusyError(f"{self.url}: {told}") from refused
+            raise SettingsError(f"{self.url}: {told}") from refused
+        except (urllib.error.URLError, TimeoutError) as error:
+            reason = getattr(error, "reason", error)
+            raise SettingsError(
+                f"--url {self.url}: no server answers there ({reason}): start one with lorafit serve"
+            ) from error
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace") or "it refused, and did not say why"
