@@ -24,7 +24,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 def cli_page() -> str:
     verbs = [command.name for command in app.registered_commands]
     parts = ["# The command line", "", "Made from the program by `scripts/make_docs.py`.", ""]
-    groups = [[group.name, command.name] for group in app.registered_groups
+    groups = [[group.name, command.name] for group in app.registered_groups if group.typer_instance
               for command in group.typer_instance.registered_commands]  # fmt: skip
     for words in ([], *([verb] for verb in verbs), *groups):
         text = CliRunner().invoke(app, [*map(str, words), "--help"], prog_name="lorafit").output

@@ -43,7 +43,7 @@ def test_commands_exist_with_their_flags(page: Path) -> None:
             words = shlex.split(line, comments=True)
             if words and Path(words[0]).name == "lorafit":
                 command = verbs.commands[words[1]]  # type: ignore[attr-defined]
-                command = getattr(command, "commands", {}).get(words[2], command)
+                command = getattr(command, "commands", {}).get("".join(words[2:3]), command)
                 known = {option for p in command.params for option in p.opts}
                 assert {word for word in words if word.startswith("--")} <= known, line
             if words[:1] == ["make"]:

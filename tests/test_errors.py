@@ -44,7 +44,7 @@ STEPS = {
     "join", "keep", "leave", "lower", "make", "merge", "move", "name", "open", "put", "raise", "remove", "rename",
     "repeat", "restore", "save", "say", "see", "shorten", "start", "train", "try", "type", "unpack", "use", "write",
     "convert", "change", "do", "load", "roll",
-    "set", "unload",
+    "set", "stop", "take", "unload",
 }  # fmt: skip
 # Where no path or flag that was typed is at fault:
 PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b|^prompt: |^'desk'|requests are waiting|the engine"

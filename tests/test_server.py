@@ -15,24 +15,26 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from conftest import byte_tokenizer, tiny_llama
 
 from lorafit.adapter import Adapter
-from lorafit.base import Base
-from lorafit.errors import FormatError, SettingsError
+from lorafit.base import Base, open_base
+from lorafit.errors import FormatError, RunError, SettingsError
 from lorafit.formats import peft
 from lorafit.plan import uniform
 from lorafit.server import keys, run
 from lorafit.server.app import make_app
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
+from lorafit.server.store import Store
 from lorafit.serving import Engine
 from lorafit.sites import select
 from lorafit.testing import random_adapter
@@ -165,15 +167,16 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
     deep = "[" * 100_000
     long_prompt = {"messages": [{"role": "user", "content": "a" * 4000}]}
     cases: list[tuple[Any, int, str]] = [
-        ({"model": "nobody"}, 404, "no adapter is served by this name"),
-        ({"model": "../../etc/passwd"}, 404, "no adapter"),
-        ({"model": "a\nb\u0000"}, 404, "no adapter"),
-        ({"model": "returns@9"}, 404, "has the versions 1"),
+        ({"model": "nobody"}, 404, "no model is served by this name"),
+        ({"model": "../../etc/passwd"}, 404, "no model"),
+        ({"model": "a\nb\u0000"}, 404, "no model"),
+        ({"model": "returns@9"}, 404, "no model"),
         ({"model": "tiny", "max_tokens": 0}, 400, "max_tokens"),
         ({"model": "tiny", "max_tokens": -5}, 400, "max_tokens"),
         ({"model": "tiny", "max_tokens": "many"}, 400, "max_tokens"),
         ({"model": "tiny", "temperature": -1}, 400, "temperature"),
         ({"model": "tiny", "seed": -1}, 400, "seed"),
+        ({"model": "tiny", "stop": "x" * 1000}, 400, "stop"),
         ({"model": "tiny", "n": 99}, 400, "n: "),
         ({"model": "tiny", "messages": []}, 400, "messages"),
         ({"model": "tiny", "messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
@@ -223,6 +226,14 @@ def test_nobody_gets_in_without_a_key(desks: Path, tmp_path: Path) -> None:
         assert "quota" in refused.json()["error"]["message"]
         assert running.ask("tiny", much, max_tokens=60).status_code == 200
         assert running.ask("tiny", much).status_code == 429
+        for path in ("/v1/load_lora_adapter%0A", "/health%0A", "/metrics"):
+            for secret in (few, None):
+                headers = {"authorization": f"Bearer {secret}"} if secret else {}
+                load = {"lora_name": "y", "lora_path": "returns"}
+                assert httpx.post(running.url + path, json=load, headers=headers).status_code in {401, 403, 404}
+        stolen = httpx.post(f"{running.url}/tokenize", headers={"authorization": f"Bearer {few}"},
+                            json={"model": "products", "messages": ASK["messages"]})  # fmt: skip
+        assert stolen.status_code == 404 and "products" in stolen.text and "it-support" not in stolen.text
         load = {"lora_name": "x", "lora_path": "returns"}
         for secret, status in ((few, 403), (admin, 200)):
             found = httpx.post(f"{running.url}/v1/load_lora_adapter", json=load,
@@ -275,7 +286,8 @@ def test_adapters_come_and_go_by_request(server: Running, tmp_path: Path) -> Non
     other = replace(adapter_of(base, 9), base="0" * 64)
     peft.write(other, root / ".other")
     for path, words in ((str(outside), "not within"), ("../outside", "not within"), ("linked", "not within"),
-                        (f"../{root.name}-evil/x", "not within"), (".", "not within"), ("partly", "a link out of"),
+                        (f"../{root.name}-evil/x", "not within"), ("x" * 400, "not within"),
+                        (".", "not within"), ("partly", "a link out of"),
                         (".lorafit/versions/returns@1", "not within"), ("nowhere", "no such folder"),
                         ("a\0b", "not within"), (".pickled", "pickle"), (".other", "belongs to base"),
                         ("http://evil.example/x", "no such folder"), ("~/x", "no such folder")):  # fmt: skip
@@ -316,11 +328,12 @@ def test_a_folder_is_watched_and_remembered(desks: Path, tmp_path: Path) -> None
         admin(running, "unload", lora_name="products")
     (root / ".lorafit" / "versions" / "half@1").mkdir()
     shutil.rmtree(root / "new-desk")
-    shutil.rmtree(root / "products")
     with served(root) as running:
         assert running.said("returns") == first and running.said("returns@2") == second
         assert running.ask("new-desk").status_code == 200, "its version is kept"
-        assert running.ask("products").status_code == 404
+        assert running.ask("products").status_code == 404, "its folder is still there: it was unloaded"
+        with pytest.raises(RunError, match="another server serves it"):
+            Store(running.service.engine, root, print, print)
         assert not (root / ".lorafit" / "versions" / "half@1").exists()
         again = admin(running, "load", lora_name="products", lora_path="it-support")
         assert again.text.endswith("products@2."), "a number is given once"
@@ -387,40 +400,42 @@ def test_quotas_come_back_with_time() -> None:
     now = 0.0
     quota = Quota(lambda: now)
     key = keys.Key(name="a", hash="0" * 64, requests=60, tokens=600)
-    assert [quota.take(key, 10) for _ in range(59)] == [0.0] * 59
-    assert quota.take(key, 10) == 0.0
-    assert quota.take(key, 10) == pytest.approx(1.0)
+    assert [quota.take(key, 1, 10) for _ in range(59)] == [0.0] * 59
+    assert quota.take(key, 1, 10) == 0.0
+    assert quota.take(key, 1, 10) == pytest.approx(1.0)
     now = 2.0
-    assert quota.take(key, 10) == 0.0
+    assert quota.take(key, 1, 10) == 0.0
     quota.charge(key, 600)
-    assert quota.take(key, 10) > 50
+    assert quota.take(key, 1, 10) > 50
     now = 180.0
-    assert quota.take(key, 5000) == 0.0, "one that is larger than the quota waits for all of it"
+    assert quota.take(key, 1, 5000) == 0.0, "one that is larger than the quota waits for all of it"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_lets_answers_end_and_a_kill_loses_nothing(sign: signal.Signals, desks: Path, tmp_path: Path) -> None:
+def test_a_signal_lets_answers_end_and_a_kill_loses_nothing(sign: signal.Signals, tmp_path: Path) -> None:
     root, folder = tmp_path / "root", tmp_path / "tiny"
-    shutil.copytree(desks, root)
-    base = base_of()
-    base.model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    root.mkdir()
+    made = base_of()
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    peft.write(adapter_of(open_base(folder, torch.float32), 5), root / "returns")
 
-    def start() -> tuple[subprocess.Popen[str], str]:
+    def start() -> tuple[subprocess.Popen[bytes], str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = [sys.executable, "-m", "lorafit", "serve", str(folder), "--adapters", str(root), "--port", str(port)]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        with (tmp_path / "log").open("ab") as log:
+            process = subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
-            try:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            with suppress(httpx.TransportError):
                 if httpx.get(f"{url}/health").status_code == 200:
                     return process, url
-            except httpx.TransportError:
-                pass
             time.sleep(0.1)
-        raise AssertionError("it did not start")
+        process.kill()
+        raise AssertionError((tmp_path / "log").read_text())
 
     process, url = start()
     body = {**ASK, "model": "returns", "ignore_eos": True}
@@ -435,7 +450,7 @@ def test_a_signal_lets_answers_end_and_a_kill_loses_nothing(sign: signal.Signals
         else:
             with pytest.raises(httpx.TransportError):
                 list(lines)
-    process.communicate(timeout=30)
+    process.wait(timeout=30)
     assert process.returncode == (0 if sign == signal.SIGTERM else -signal.SIGKILL)
     process, url = start()
     try:
@@ -443,7 +458,7 @@ def test_a_signal_lets_answers_end_and_a_kill_loses_nothing(sign: signal.Signals
         assert found == asked
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.wait(timeout=30)
 
 
 def soak(running: Running, requests: int) -> None:
@@ -556,7 +571,7 @@ def test_chat_asks_a_server(
 
     assert chat("Hello?\n", "--model", "products").strip() == server.said("products").strip()
     assert chat("Hello?\n/new\nHello?\n", "--model", "products").split("\n")[0] == server.said("products")
-    for flags, words in ((["--model", "nobody"], "no adapter is served by this name"),
+    for flags, words in ((["--model", "nobody"], "no model is served by this name"),
                          (["--base", "tiny"], "a server is asked, or a base here")):  # fmt: skip
         with pytest.raises(SystemExit):
             chat("Hello?\n", *flags)

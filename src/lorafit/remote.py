@@ -43,11 +43,11 @@ class Remote:
         said = []
         with self._open("/v1/chat/completions", body) as answer:
             for line in answer:
-                event = line.decode().removeprefix("data: ").strip()
+                kind, _, event = line.decode().strip().partition(": ")
+                if kind != "data":
+                    continue
                 if event == "[DONE]":
                     break
-                if not event:
-                    continue
                 told = json.loads(event)
                 if "error" in told:
                     raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,7 @@ import typer
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is: told in the log, never the key.")],
     keys: Annotated[Path, typer.Option(help="The file of keys, as hashes.")],
-    scope: Annotated[
-        list[Literal["infer", "admin"]] | None, typer.Option(help="What it may: infer, admin; may be repeated.")
-    ] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="What it may: infer, admin; may be repeated.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="A pattern of names it may ask, the base's among them; may be repeated.")
     ] = None,

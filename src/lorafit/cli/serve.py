@@ -44,7 +44,7 @@ def serve(
     from lorafit.errors import SettingsError
 
     try:
-        from lorafit.server.app import log_line
+        from lorafit.server.app import Log
         from lorafit.server.run import hosts_of, serve
         from lorafit.server.service import Service
     except ImportError as error:
@@ -70,4 +70,4 @@ def serve(
     service = Service(served, opened, named, adapters, keys, terminal.say)
     where = f"[{host}]" if ":" in host else host
     terminal.say(f"http://{where}:{port}/v1 serves '{served}' once it is open; Ctrl-C ends it")
-    serve(service, host, port, hosts, drain, log_line)
+    serve(service, host, port, hosts, drain, Log())

@@ -50,7 +50,8 @@ class Until:
             self.met = True
             told, self._held = self._held[: min(places)], ""
             return told
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        lengths = ((stop, n) for stop in self._stops for n in range(1, min(len(stop), len(self._held) + 1)))
+        begun = (n for stop, n in lengths if self._held.endswith(stop[:n]))
         keep = 0 if ended else max(begun, default=0)
         told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return told

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import queue
 import re
 import secrets
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -18,13 +20,12 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteError
 
 import lorafit
 from lorafit.errors import (
-    AdapterError,
     BusyError,
     CancelledError,
     InputError,
@@ -35,7 +36,7 @@ from lorafit.errors import (
 from lorafit.server.guard import Guard
 from lorafit.server.keys import Key
 from lorafit.server.service import Service
-from lorafit.server.streams import Coming, Style, events, finish_of, usage_of
+from lorafit.server.streams import Coming, Events, Style, events, finish_of, usage_of
 from lorafit.server.wire import (
     ChatRequest,
     CompletionRequest,
@@ -47,7 +48,7 @@ from lorafit.server.wire import (
     completion_logprobs,
     error,
 )
-from lorafit.serving import Request, Result, Version
+from lorafit.serving import Request, Version
 
 MOST = 4 << 20  # bytes of a body
 PATIENCE = 20.0  # seconds for a body to arrive
@@ -72,7 +73,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The request cannot be served as it is.", 401: "No key that is known.", 403: "The key may not.",
         404: "There is nothing by this name.", 405: "Not with this method.", 408: "The body came too slowly.",
-        413: "The body is too large.", 421: "Another server's name.", 429: "Too much at once; see retry-after.",
+        413: "The body is too large.",
+        421: "Another server's name.", 507: "The disk is full.", 429: "Too much at once; see retry-after.",
         503: "Loading, draining or ended; see retry-after.",
     }.items()
 }  # fmt: skip
@@ -133,7 +135,8 @@ def _errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(StarletteError)
     async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
-        kind = {404: "NotFoundError"}.get(error.status_code, "BadRequestError")
+        kinds = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+        kind = kinds.get(error.status_code, "BadRequestError")
         made = answer(error.status_code, str(error.detail), kind)
         made.headers.update(error.headers or {})
         return made
@@ -151,6 +154,10 @@ def _errors(app: FastAPI, service: Service) -> None:
             return answer(400, str(error), "BadRequestError", field_[0] if field_ else None)
         return answer(500, str(error), "InternalServerError")
 
+    @app.exception_handler(OSError)
+    async def disk(request: HttpRequest, error: OSError) -> JSONResponse:
+        return answer(507, f"the server's disk: {error.strerror or error}: make room, and ask again", "StorageError")
+
     @app.exception_handler(RecursionError)
     async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:
         return answer(400, "the body is nested too deeply: flatten it", "BadRequestError")
@@ -159,6 +166,19 @@ def _errors(app: FastAPI, service: Service) -> None:
 def _key(request: HttpRequest) -> Key:
     key: Key = request.state.key
     return key
+
+
+def _chosen(service: Service, key: Key, model: str) -> Version | None:
+    """The version that a key may ask by this name; None: the bare base. Raises UnknownAdapterError, in the same words
+    whether there is none, or none for this key."""
+    try:
+        if model == service.base or key.may_use(model.partition("@")[0]):
+            version = service.chosen(model)
+            if version is not None or key.may_use(service.base):
+                return version
+    except UnknownAdapterError:
+        pass
+    raise UnknownAdapterError(f"'{model[:80]}': no model is served by this name: see /v1/models")
 
 
 def _ready(service: Service) -> None:
@@ -246,17 +266,21 @@ async def _answered(
 ) -> Response:
     _ready(service)
     key, engine, told = _key(request), service.engine, request.state.told
-    version = service.chosen(body.model)
+    version = _chosen(service, key, body.model)
     name = version.name if version else service.base
-    if not key.may_use(name):
-        raise UnknownAdapterError(f"'{body.model[:80]}': no model is served by this name: see /v1/models")
     told["model"] = version.id if version else name
     coming = Coming(engine)
     requests = await asyncio.to_thread(_requests, service, body, version)
-    if wait := service.quota.take(key, sum(len(one.prompt) for one in requests)):
+    prompts = sum(len(one.prompt) for one in requests)
+    if wait := service.quota.take(key, len(requests), prompts):
         raise HTTPException(429, f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
                             {"retry-after": str(math.ceil(wait))})  # fmt: skip
-    await asyncio.to_thread(coming.submit, requests)
+    try:
+        await asyncio.to_thread(coming.submit, requests)
+    except BaseException:
+        coming.cancel()
+        service.quota.give_back(key, len(requests), prompts)
+        raise
     text_of = _text_of(engine)
     wanted = requests[0].logprobs is not None
     style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"])
@@ -264,24 +288,23 @@ async def _answered(
     def logprobs(tokens: Sequence[Any]) -> Any:
         return (chat_logprobs if kind == "chat.completion" else completion_logprobs)(tokens, text_of)
 
-    def ended(results: Sequence[Result]) -> None:
+    def ended() -> None:
+        coming.cancel()
+        results = list(coming.results.values())
         for result in results:
             service.metrics.answered(result, name)
         service.quota.charge(key, coming.tokens)
-        told.update(prompt_tokens=sum(r.prompt_tokens for r in results), tokens=coming.tokens)
+        told.update(prompt_tokens=prompts, tokens=coming.tokens)
 
     headers = {"x-lorafit-adapter": quote(told["model"], safe="@/:")}
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        parts = events(coming, style, logprobs if wanted else None, with_usage, ended)
-        return StreamingResponse(
-            parts, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
-        )
+        parts = events(coming, style, logprobs if wanted else None, with_usage)
+        return Events(parts, ended, headers)
     try:
         await _unless_gone(request, coming)
     finally:
-        coming.cancel()
-        ended(list(coming.results.values()))
+        ended()
     results = [coming.results[i] for i in range(len(requests))]
     choices = [style.choice(i, one.text, logprobs(one.tokens) if wanted else None, finish_of(one.finish))
                for i, one in enumerate(results)]  # fmt: skip
@@ -346,7 +369,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest, request: HttpRequest) -> dict[str, Any]:
         """Token ids of a text, or of a conversation as the adapter reads it."""
         _ready(service)
-        version = service.chosen(body.model or service.base)
+        version = _chosen(service, _key(request), body.model or service.base)
         if body.messages is not None:
             ids = await asyncio.to_thread(service.prompt, [turn.message() for turn in body.messages], version)
         elif body.prompt is not None:
@@ -379,10 +402,9 @@ def _admin(app: FastAPI, service: Service) -> None:
     async def load(body: LoadRequest) -> PlainTextResponse:
         """Serve an adapter of the server's folder. load_inplace: as a new version of a name that is served already."""
         kept = store()
-        if not body.load_inplace and any(v.name == body.lora_name for v, _ in service.engine.adapters.listed()):
-            raise AdapterError(f"lora_name: '{body.lora_name[:80]}' is loaded already: unload it first, or set "
-                               "load_inplace for a new version of it")  # fmt: skip
-        version = await asyncio.to_thread(lambda: kept.load(body.lora_name, kept.within(body.lora_path)))
+        version = await asyncio.to_thread(
+            lambda: kept.load(body.lora_name, kept.within(body.lora_path), anew=not body.load_inplace)
+        )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully as {version.id}.")
 
     @app.post("/v1/unload_lora_adapter")
@@ -398,6 +420,19 @@ def _admin(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(f"Success: '{body.lora_name}' is {version.id}.")
 
 
-def log_line(told: dict[str, Any]) -> None:
-    """One line of JSON on stderr: who asked what of which model, how it ended; never a prompt, nor an answer."""
-    print(json.dumps(told), file=sys.stderr, flush=True)
+class Log:
+    """One line of JSON on stderr for each request: who asked what of which model, how it ended; never a prompt, nor an
+    answer. Written by a thread of its own: a pipe that nobody reads keeps no client waiting."""
+
+    def __init__(self, most: int = 10_000):
+        self._lines: queue.Queue[str] = queue.Queue(most)
+        threading.Thread(target=self._write, name="lorafit-log", daemon=True).start()
+
+    def __call__(self, told: dict[str, Any]) -> None:
+        with suppress(queue.Full):
+            self._lines.put_nowait(json.dumps(told))
+
+    def _write(self) -> None:
+        while True:
+            with suppress(OSError):
+                print(self._lines.get(), file=sys.stderr, flush=True)

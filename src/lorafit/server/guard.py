@@ -26,7 +26,9 @@ SCOPES: dict[str, Scope] = {
     "/v1/load_lora_adapter": "admin",
     "/v1/unload_lora_adapter": "admin",
     "/v1/rollback_lora_adapter": "admin",
+    "/metrics": "admin",  # it names every adapter
 }
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a route's pattern may end before a line break: none gets that far
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LOCAL = Key(
@@ -82,7 +84,8 @@ class Guard:
         except Refused as refused:
             await _refuse(answer, refused)
         finally:
-            self._log({**told, "status": status, "seconds": round(time.perf_counter() - began, 4)})
+            if scope["path"] not in OPEN:
+                self._log({**told, "status": status, "seconds": round(time.perf_counter() - began, 4)})
 
     def _known(self, path: str, headers: dict[str, str]) -> Key | None:
         """Whose request it is. Raises Refused."""
@@ -91,6 +94,8 @@ class Guard:
             raise Refused(
                 421, f"this server is not called {host[:80]!r}: start it with --allowed-host", "BadRequestError"
             )
+        if CONTROL.search(path):
+            raise Refused(404, "there is no such path", "NotFoundError")
         if path in OPEN:
             return None
         keys = self._keys()
@@ -108,8 +113,7 @@ class Guard:
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         """The whole body. Raises Refused for one that is too large or too slow."""
-        large = Refused(413, f"the body is larger than {self._most:,} bytes: shorten it", "BadRequestError",
-                        {"connection": "close"})  # fmt: skip
+        large = Refused(413, f"the body is larger than {self._most:,} bytes: shorten it", "BadRequestError")
         if int(headers.get("content-length") or 0) > self._most:
             raise large
         parts, size, end = [], 0, time.monotonic() + self._patience
@@ -118,7 +122,7 @@ class Guard:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError as error:
                 raise Refused(408, f"the body did not arrive within {self._patience:g} s: send it at once",
-                              "BadRequestError", {"connection": "close"}) from error  # fmt: skip
+                              "BadRequestError") from error  # fmt: skip
             if message["type"] == "http.disconnect":
                 return b""
             parts.append(message.get("body", b""))
@@ -145,7 +149,8 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 async def _refuse(send: Send, refused: Refused) -> None:
     body = json.dumps(error(str(refused), refused.kind, refused.status)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close",
+               **refused.headers}  # fmt: skip
     await send({"type": "http.response.start", "status": refused.status,
                 "headers": [(key.encode(), value.encode()) for key, value in headers.items()]})  # fmt: skip
     await send({"type": "http.response.body", "body": body})

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -60,10 +60,13 @@ def read(path: Path) -> list[Key]:
 
 
 def create(
-    path: Path, name: str, scopes: Sequence[Scope], adapters: Sequence[str] = ("*",), requests: int | None = None,
+    path: Path, name: str, scopes: Sequence[str], adapters: Sequence[str] = ("*",), requests: int | None = None,
     tokens: int | None = None,
 ) -> str:  # fmt: skip
-    """Add a key to a file, and return it: it is told this once. Raises SettingsError where the name is taken."""
+    """Add a key to a file, and return it: it is told this once. Raises SettingsError where the name is taken, and for
+    a scope that is none."""
+    if strange := sorted({*scopes} - {*get_args(Scope)}):
+        raise SettingsError(f"--scope {strange[0]}: no scope: choose infer or admin")
     known = read(path) if path.exists() else []
     if any(key.name == name for key in known):
         raise SettingsError(f"{path}: there is a key '{name}' already: choose another name, or take its entry out")

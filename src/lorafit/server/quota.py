@@ -35,16 +35,23 @@ class Quota:
         self._lock = threading.Lock()
         self._buckets: dict[tuple[str, str], _Bucket] = {}
 
-    def take(self, key: Key, tokens: int) -> float:
-        """Take one request, and the tokens of its prompt. Returns 0, or the seconds to wait where nothing was taken."""
+    def take(self, key: Key, requests: int, tokens: int) -> float:
+        """Take requests, and the tokens of their prompts. Returns 0, or the seconds to wait where nothing was taken."""
         with self._lock:
             found = [(self._bucket(key.name, kind, size), wanted) for kind, size, wanted in
-                     (("requests", key.requests, 1), ("tokens", key.tokens, tokens)) if size]  # fmt: skip
+                     (("requests", key.requests, requests), ("tokens", key.tokens, tokens)) if size]  # fmt: skip
             wait = max((bucket.wait(wanted) for bucket, wanted in found), default=0.0)
             if not wait:
                 for bucket, wanted in found:
                     bucket.level -= wanted
             return wait
+
+    def give_back(self, key: Key, requests: int, tokens: int) -> None:
+        """What was taken for requests that were refused after all."""
+        with self._lock:
+            for kind, size, taken in (("requests", key.requests, requests), ("tokens", key.tokens, tokens)):
+                if size:
+                    self._bucket(key.name, kind, size).level += taken
 
     def charge(self, key: Key, tokens: int) -> None:
         """Take the tokens of an answer, which are known when it is there."""

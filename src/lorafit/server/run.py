@@ -27,19 +27,19 @@ class Patient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._watched = (0, 0.0)
+        self._watched: tuple[Any, ...] = ()
+        self._since = self.loop.time()
         self._look()
 
     def _look(self) -> None:
-        """Every second: since when is it in the state it is in."""
+        """Every second: since when has nothing come, or been read."""
         if self.transport.is_closing():
             return
-        now = self.loop.time()
-        waits = self.conn.their_state is h11.IDLE  # no whole headers of a next request yet
-        state = 1 if waits else 2 if self.flow.write_paused else 0
-        since = self._watched[1] if state == self._watched[0] else now
-        self._watched = state, since
-        if state and now - since > (PATIENCE if state == 1 else UNREAD):
+        now, idle = self.loop.time(), self.conn.their_state is h11.IDLE or (self.cycle and self.cycle.response_complete)
+        state = "unread" if self.flow.write_paused else "idle" if idle else "busy"
+        if (state, id(self.cycle)) != self._watched:
+            self._watched, self._since = (state, id(self.cycle)), now
+        if state != "busy" and now - self._since > (UNREAD if state == "unread" else PATIENCE):
             self.transport.abort()
             return
         self.loop.call_later(1.0, self._look)
@@ -58,6 +58,10 @@ class Server(uvicorn.Server):
             return
         self._service.phase = "draining"
         threading.Thread(target=self._drain, daemon=True).start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: also where the base could not be opened."""
+        return await super().on_tick(counter) or self._service.failed is not None
 
     def _drain(self) -> None:
         self._service.drain(self._patience)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorafit.data.examples import Message
-from lorafit.errors import InputError, LorafitError, RequestError, UnknownAdapterError
+from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError, UnknownAdapterError
 from lorafit.server import keys
 from lorafit.server.keys import Key
 from lorafit.server.metrics import Metrics
@@ -70,6 +70,8 @@ class Service:
         if self._engine:  # a base that is just being opened is let go with the process
             self._thread.join()
             self._engine.close()
+        if self.store:
+            self.store.close()
 
     def _work(self) -> None:
         """Open the base, load what is to be served, and then look what comes."""
@@ -77,16 +79,20 @@ class Service:
             engine = self._engine = self.opened()
             self.metrics.watch(engine)
             if self.root:
-                self.store = Store(engine, self.root, self.say)
+                self.store = Store(engine, self.root, self.say, lambda name: require_free(name, self.base))
                 self.store.restore()
                 self.store.look()
+                self.store.look()
             for name, folder in self.adapters.items():
+                require_free(name, self.base)
                 self.say(f"serving {engine.load(name, folder).id}")
             if self.phase == "loading":
                 self.phase = "ready"
-        except LorafitError as error:
-            self.failed, self.phase = error, "dead"
-            self.say(str(error))
+        except Exception as error:  # whatever it is, nothing will be served
+            told = f"'{self.base}' cannot be served: {error!r}: correct that first"
+            self.failed = error if isinstance(error, LorafitError) else BaseError(told)
+            self.phase = "dead"
+            self.say(str(self.failed))
             return
         while not self._ended.wait(WATCH):
             self._look()
@@ -94,13 +100,16 @@ class Service:
     def _look(self) -> None:
         if self.engine.is_closed:
             self.phase = "dead"
-        try:
-            if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._read:
-                self._keys, self._read = keys.read(self.keys_file), now
-            if self.store:
-                self.store.look()
-        except (OSError, InputError) as error:
-            self.say(f"{error}")  # the keys that were read last go on
+        for look in (self._look_at_keys, self.store.look if self.store else None):
+            try:
+                if look:
+                    look()
+            except Exception as error:  # what was read last goes on
+                self.say(f"{error}")
+
+    def _look_at_keys(self) -> None:
+        if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._read:
+            self._keys, self._read = keys.read(self.keys_file), now
 
     # What a request asks for
 
@@ -121,3 +130,9 @@ class Service:
             raise RequestError("messages: there is nothing but a system message: add what the user says")
         own = system if system is not None else version.system if version else None
         return tuple(self.engine.renderer(own).prompt_ids(rest if system is not None else list(messages)))
+
+
+def require_free(name: str, base: str) -> None:
+    """Raise AdapterError for a name that means something else."""
+    if name in {base, AUTO}:
+        raise AdapterError(f"lora_name: '{name}' means {'the base' if name == base else 'the router'}: choose another")

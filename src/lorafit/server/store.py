@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lorafit.errors import AdapterError, FormatError, LorafitError
+from lorafit.errors import AdapterError, FormatError, LorafitError, RunError
 from lorafit.files import read_json, unfinished, whole_folder, write_json
 from lorafit.formats import peft
 from lorafit.serving import Engine, Version
@@ -38,24 +38,35 @@ class Entry(BaseModel):
 
 
 class Registry(BaseModel):
-    """last: the number that was last given to a version of a name; none is given twice."""
+    """last: the number that was last given to a version of a name; none is given twice. handled: the content that was
+    last taken from each folder: what was unloaded does not come back by itself."""
 
     model_config = ConfigDict(extra="forbid")
     versions: list[Entry] = []
     last: dict[str, int] = {}
+    handled: dict[str, str] = {}
 
 
 class Store:
     """What an engine serves, kept in a folder. All methods may be called from any thread; one changes it at a time."""
 
-    def __init__(self, engine: Engine, root: Path, say: Callable[[str], None]):
-        self.engine, self.root, self._say = engine, root.resolve(), say
+    def __init__(self, engine: Engine, root: Path, say: Callable[[str], None], require_name: Callable[[str], None]):
+        """require_name: raises AdapterError for a name that means something else. Raises RunError where another server
+        has the folder."""
+        self.engine, self.root, self._say, self._require_name = engine, root.resolve(), say, require_name
         self._versions = self.root / OWN / "versions"
         self._file = self.root / OWN / "registry.json"
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[Any, ...]] = {}
+        self._taken: dict[str, tuple[Any, ...]] = {}
+        self._handled: dict[str, str] = {}
         self._gone: list[Version] = []
         self._versions.mkdir(parents=True, exist_ok=True)
+        self._held = _alone(self.root / OWN / "lock")
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        self._held.close()
 
     def restore(self) -> None:
         """Register again what was served when the server ended; nothing is read but the registry. Raises FormatError
@@ -68,14 +79,24 @@ class Store:
                                   "to begin with the adapters in the folder alone") from error  # fmt: skip
         else:
             registry = Registry()
-        kept = set()
+        kept, live, highest = set(), set[str](), dict[str, Entry]()
         for entry in registry.versions:
             folder = self._folder(entry.name, entry.number)
-            if not folder.is_dir():
-                self._say(f"{folder}: is not there any more: '{entry.name}@{entry.number}' is not served")
+            try:
+                if not NAME.fullmatch(entry.name) or not folder.is_dir():
+                    raise FormatError(f"{folder}: is not there any more: load it again")
+                self.engine.adapters.restore(entry.name, entry.number, entry.digest, folder, entry.live)
+            except FormatError as error:
+                self._say(f"'{entry.name}@{entry.number}' is not served: {error}")
                 continue
-            self.engine.adapters.restore(entry.name, entry.number, entry.digest, folder, entry.live)
             kept.add(folder)
+            live |= {entry.name} if entry.live else set()
+            if entry.number >= highest.get(entry.name, entry).number:
+                highest[entry.name] = entry
+        for name, entry in highest.items():
+            if name not in live:
+                self.engine.adapters.restore(name, entry.number, entry.digest, self._folder(name, entry.number), True)
+        self._handled = dict(registry.handled)
         self.engine.adapters.number_from(registry.last)
         for left in [*unfinished(self._versions, [path.name for path in self._versions.iterdir()]),
                      *(path for path in self._versions.iterdir() if path not in kept)]:  # fmt: skip
@@ -83,34 +104,46 @@ class Store:
 
     def within(self, path: str) -> Path:
         """The folder that a request names, which is within the root whatever links there are. Raises AdapterError."""
-        wanted = (self.root / path).resolve() if "\0" not in path else self.root
-        if wanted == self.root or not wanted.is_relative_to(self.root) or OWN in wanted.relative_to(self.root).parts:
+        try:
+            wanted = (self.root / path).resolve()
+            outside = wanted == self.root or not wanted.is_relative_to(self.root) or OWN in wanted.parts
+            there = not outside and wanted.is_dir()
+        except (OSError, ValueError, RuntimeError):  # longer than names may be, a ring of links, a zero
+            outside, there = True, False
+        if outside:
             raise AdapterError("lora_path: it is not within the server's folder of adapters: put the adapter there, "
                                "and name its folder")  # fmt: skip
-        if not wanted.is_dir():
+        if not there:
             raise AdapterError("lora_path: there is no such folder among the server's adapters: put it there first")
         return wanted
 
-    def load(self, name: str, source: Path) -> Version:
-        """Serve the adapter in a folder as a new version of `name`. Raises AdapterError or FormatError; then all is as
-        before."""
+    def load(self, name: str, source: Path, anew: bool = False) -> Version:
+        """Serve the adapter in a folder as a new version of `name`, which is not served yet if `anew`. Raises
+        AdapterError or FormatError; then all is as before.
+
+        The copy and the registry are on disk before anyone can be answered by it.
+        """
         if not NAME.fullmatch(name):
             raise AdapterError(f"lora_name: {name[:80]!r}: begin with a letter or digit, and go on with up to 63 "
                                "letters, digits, dots, hyphens and underscores")  # fmt: skip
+        self._require_name(name)
         folder = peft.adapter_folder(source)
         peft.require_adapter_folder(folder)
         with self._lock:
-            number = self.engine.adapters.numbers().get(name, 0) + 1
-            target = self._folder(name, number)
-            with whole_folder(target) as building:
-                for file in self._files(folder):
-                    shutil.copyfile(file, building / file.name)
+            if anew and any(version.name == name for version, _ in self.engine.adapters.listed()):
+                raise AdapterError(f"lora_name: '{name}' is loaded already: unload it first, or set load_inplace for a "
+                                   "new version of it")  # fmt: skip
+            target = self._folder(name, self.engine.adapters.numbers().get(name, 0) + 1)
             try:
-                version = self.engine.load(name, target)
-            except LorafitError:
+                with whole_folder(target) as building:
+                    for file in self._files(folder):
+                        shutil.copyfile(file.resolve(), building / file.name)
+                version = self.engine.tried(name, target)
+                self._write(version)
+            except BaseException:
                 shutil.rmtree(target, ignore_errors=True)
                 raise
-            self._write()
+            self.engine.adapters.publish(version)
         return version
 
     def unload(self, name: str) -> None:
@@ -136,33 +169,28 @@ class Store:
                 continue
             try:
                 files = self._files(peft.adapter_folder(folder))
-                seen = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-            except (LorafitError, OSError):
-                continue  # not whole yet, or no adapter
-            if self._seen.get(folder.name) == seen:
-                continue
-            self._seen[folder.name] = seen
-            try:
-                if not self._is_known(folder):
+                found = [(file, file.stat()) for file in files]
+                seen = tuple((str(file), stat.st_ino, stat.st_mtime_ns, stat.st_size) for file, stat in found)
+                whole = self._seen.get(folder.name) == seen  # twice the same: nobody is just writing it
+                self._seen[folder.name] = seen
+                if not whole or self._taken.get(folder.name) == seen:
+                    continue
+                self._taken[folder.name] = seen
+                digest = peft.read(peft.adapter_folder(folder)).digest()
+                if self._handled.get(folder.name) != digest:
+                    self._handled[folder.name] = digest
                     self._say(f"serving {self.load(folder.name, folder).id}")
             except (LorafitError, OSError) as error:
-                self._say(f"{folder.name}: not served: {error}")
-
-    def _is_known(self, folder: Path) -> bool:
-        """Whether what is in the folder is a version of its name already."""
-        digest = peft.read(peft.adapter_folder(folder)).digest()
-        return any(
-            version.digest == digest for version, _ in self.engine.adapters.listed() if version.name == folder.name
-        )
+                if self._taken.get(folder.name) == self._seen.get(folder.name) is not None:
+                    self._say(f"{folder.name}: not served: {error}")
 
     def _files(self, folder: Path) -> list[Path]:
         """What of a folder makes an adapter. Raises AdapterError where one is a link to somewhere else."""
-        files = [folder / name for name in peft.FILES if (folder / name).exists()]
-        if folder.resolve().is_relative_to(self.root):
-            for file in files:
-                if not file.resolve().is_relative_to(self.root):
-                    raise AdapterError(f"{folder.name}/{file.name}: a link out of the server's folder of adapters: "
-                                       "put the file itself there")  # fmt: skip
+        files = [folder / name for name in sorted(peft.FILES) if (folder / name).exists()]
+        for file in (folder, *files):
+            if not file.resolve().is_relative_to(self.root) or not (file.is_file() or file == folder):
+                raise AdapterError(f"{folder.name}/{file.name}: a link out of the server's folder of adapters, or no "
+                                   "file: put the file itself there")  # fmt: skip
         return files
 
     def _clear(self) -> None:
@@ -177,9 +205,28 @@ class Store:
     def _folder(self, name: str, number: int) -> Path:
         return self._versions / f"{name}@{number}"
 
-    def _write(self) -> None:
-        listed = [(version, live) for version, live in self.engine.adapters.listed()
-                  if version.folder is not None and version.folder.is_relative_to(self._versions)]  # fmt: skip
+    def _write(self, coming: Version | None = None) -> None:
+        """coming: a version that will be live in a moment."""
+        listed = [(version, live and not (coming and coming.name == version.name))
+                  for version, live in self.engine.adapters.listed()]  # fmt: skip
+        listed += [(coming, True)] if coming else []
+        listed = [one for one in listed if one[0].folder and one[0].folder.is_relative_to(self._versions)]
         entries = [Entry(name=version.name, number=version.number, digest=version.digest, live=live)
                    for version, live in listed]  # fmt: skip
-        write_json(self._file, Registry(versions=entries, last=self.engine.adapters.numbers()).model_dump())
+        numbers = self.engine.adapters.numbers()
+        write_json(self._file, Registry(versions=entries, last=numbers, handled=self._handled).model_dump())
+
+
+def _alone(path: Path) -> Any:
+    """An open file that no other process can lock while it is held. Raises RunError."""
+    held = path.open("a")
+    try:
+        import fcntl
+    except ImportError:  # Windows: whoever starts two servers on one folder is on their own
+        return held
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        raise RunError(f"{path.parent.parent}: another server serves it: stop that one, or name another") from error
+    return held

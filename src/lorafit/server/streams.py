@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from starlette.responses import StreamingResponse
 
 from lorafit.errors import CancelledError, LorafitError
 from lorafit.server.wire import error
@@ -123,9 +125,9 @@ def _event(value: Any) -> str:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
-async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool, ended: Any) -> AsyncIterator[str]:
+async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events of answers: parts, then each one's end, then what was used, then [DONE]. logprobs: of tokens,
-    how they are told, or None. ended: called once with the results, however it ends."""
+    how they are told, or None."""
     begun: set[int] = set()
     try:
         async for number, piece in coming.pieces():
@@ -141,7 +143,19 @@ async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool, 
         yield "data: [DONE]\n\n"
     except LorafitError as broken:
         status = 503 if isinstance(broken, CancelledError) else 400
-        yield _event(error(str(broken), type(broken).__name__, status))
-    finally:
-        coming.cancel()
-        ended(list(coming.results.values()))
+        kind = "ServiceUnavailableError" if status == 503 else "BadRequestError"
+        yield _event(error(str(broken), kind, status))
+
+
+class Events(StreamingResponse):
+    """Server-sent events. However it ends, also where nobody was there to hear the first, `ended` is called once."""
+
+    def __init__(self, parts: AsyncIterator[str], ended: Callable[[], None], headers: Mapping[str, str]):
+        super().__init__(parts, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"})
+        self._ended = ended
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()

@@ -18,6 +18,7 @@ from lorafit.serving import Token
 MOST_ANSWERS = 16
 
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
+Ids = Annotated[list[int], Field(max_length=1 << 17, fail_fast=True)]
 Model = Annotated[str, StringConstraints(max_length=256)]
 
 
@@ -119,12 +120,7 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """POST /v1/completions: one prompt, a text or token ids, or several."""
 
-    prompt: (
-        Text
-        | list[int]
-        | Annotated[list[Text], Field(max_length=64)]
-        | Annotated[list[list[int]], Field(max_length=64)]
-    )
+    prompt: Text | Ids | Annotated[list[Text], Field(max_length=64)] | Annotated[list[Ids], Field(max_length=64)]
     logprobs: int | None = None
     echo: Literal[False] | None = None
 
@@ -150,7 +146,7 @@ class DetokenizeRequest(BaseModel):
     """POST /detokenize"""
 
     model: Model | None = None
-    tokens: list[int]
+    tokens: Ids
 
 
 class LoadRequest(BaseModel):

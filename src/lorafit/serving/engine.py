@@ -206,6 +206,12 @@ class Engine:
     def load(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
         """Check an adapter, see that it changes something, and let its name mean it. What is being answered goes on,
         and ends on the version it began with. Raises AdapterError or FormatError; then all is as before."""
+        version = self.tried(name, source, pin)
+        self.adapters.publish(version)
+        return version
+
+    def tried(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
+        """As load, but nobody finds the version before `adapters.publish` is called with it."""
         version = self.adapters.add(name, source, pin)
         assert version.loaded is not None
         probe = _Probe(version.id, version.loaded, Future())
@@ -219,7 +225,6 @@ class Engine:
             raise AdapterError(f"'{version.id}': with it the base gives no finite numbers: train it again")
         if probe.loaded.is_nothing or torch.equal(bare, adapted):
             raise AdapterError(f"'{version.id}': it changes nothing: train it first")
-        self.adapters.publish(version)
         return version
 
     def unload(self, name: str) -> list[Version]:

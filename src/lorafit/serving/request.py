@@ -13,6 +13,7 @@ from lorafit.errors import LorafitError, RequestError
 
 Finish = Literal["stop", "length", "cancelled"]
 MOST_LOGPROBS = 20
+MOST_STOPS, LONGEST_STOP = 16, 256  # each token's text is compared with all of them
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Request:
             f"adapter_scale: {self.adapter_scale} cannot be: choose -8 to 8":
                 not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= 8),
             "stop: an empty text stops nothing: leave it out": any(not text for text in self.stop),
+            f"stop: a text of more than {LONGEST_STOP} characters, or more than {MOST_STOPS} texts: shorten them":
+                len(self.stop) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in self.stop),
             f"logprobs: {self.logprobs} cannot be: choose 0 to {MOST_LOGPROBS}":
                 self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS,
         }  # fmt: skip
