@@ -377,7 +377,7 @@ def report(
         "mixed_vs_vllm_base": ratio(of("lorafit", mixed), of("vllm-base", base)),
         "base_vs_vllm_base": ratio(of("lorafit", base), of("vllm-base", base)),
         "mixed_vs_peft_mixed": ratio(of("lorafit", mixed), of("peft", mixed)),
-        "mixed_with_1000_registered": ratio(of("lorafit-1000", mixed), of("lorafit", mixed)),
+        "registered": arms["lorafit-1000"].about.get("registered") if "lorafit-1000" in arms else None,
         f"single_stream_vs_plain_{dtype}": ratio(of("lorafit", one), of("transformers", one)),
         f"single_stream_vs_llamacpp_{dtype}": ratio(of("lorafit", one), of("llamacpp", one)),
         f"single_stream_8bit_vs_plain_{dtype}": ratio(of("lorafit-8bit", one), of("transformers", one)),
@@ -401,6 +401,11 @@ def inside(result: dict[str, Any]) -> list[str]:
             "8-bit weights: NLL {plain:.4f} → {eight_bit:.4f} nats over {tokens} tokens ({change:+.2%}).".format(
                 **result["nll_8bit"]
             )
+        )
+    if result["registered"]:
+        said.append(
+            "A decode step of 16 rows, 8 adapters: {without_ms:.1f} ms, with 1,000 more registered {with_ms:.1f} ms, "
+            "the medians of six turns each in one process.".format(**result["registered"])
         )
     if result["switch_ms"] is not None:
         load = result["load"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lorafit.attachment import adapting
 from lorafit.base import Base
-from lorafit.serving import Engine, Request
+from lorafit.serving import Engine, Request, Version
 from lorafit.serving.mixing import Mixer
 from lorafit.serving.native import SPENT, kernels
 from lorafit.serving.products import Products
@@ -98,6 +98,25 @@ def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[st
     whole = 1000 * (ended.seconds - started.seconds) / count
     rest = {"around the kernel, in Python": model - sum(told.values()), "drawing and telling tokens": whole - model}
     return {**told, **rest, "a step": whole}
+
+
+def registered(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str], versions: Sequence[Version]
+               ) -> dict[str, float]:  # fmt: skip
+    """ms of a decode step with these versions registered beside, and without: in turns, for a processor's speed drifts
+    by more within minutes than this could cost."""
+    found: dict[str, list[float]] = {"without": [], "with": []}
+    for turn in range(13):
+        with_them = turn % 2 == 1
+        for version in versions:
+            if with_them:
+                engine.adapters.publish(version)
+            elif turn:
+                engine.adapters.remove(version.name)
+        step = profile(engine, prompts, names)["a step"]
+        if turn:  # the first warms up
+            found["with" if with_them else "without"].append(step)
+    without, beside = (median(found[key]) for key in ("without", "with"))
+    return {"without_ms": without, "with_ms": beside, "ratio": without / beside}
 
 
 def nll_change(base: Base, text: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from serve_child import Asked, Served, read_job, take_turns  # isort: skip
 
 import torch
-from serve_inside import nll_change, profile, stall_ms, switch_ms
+from serve_inside import nll_change, profile, registered, stall_ms, switch_ms
 
 from lorafit.base import open_base
 from lorafit.serving import Engine, Request
@@ -28,8 +28,16 @@ def main() -> None:
         about["nll"] = nll_change(base, Path(job["text"]).read_text(encoding="utf-8"))
     with Engine(base, adapters, slots=job["slots"], room=job["room"], eight_bit=job["eight_bit"],
                 hot_bytes=2 * held + 1, warm_bytes=2 * held + 1) as engine:  # fmt: skip
-        for i in range(job["more"]):  # registered, and never asked for
-            engine.adapters.publish(engine.adapters.add(f"more-{i}", list(adapters.values())[i % len(adapters)]))
+        if job["more"]:  # registered, and never asked for
+            folders = list(adapters.values())
+            more = []
+            for i in range(job["more"]):  # each published before the next is read: what is not in use is let go
+                more.append(engine.adapters.add(f"more-{i}", folders[i % len(folders)]))
+                engine.adapters.publish(more[-1])
+            for version in more:
+                engine.adapters.remove(version.name)
+            asking = [list(adapters)[i % 8] for i in range(16)]
+            about["registered"] = registered(engine, job["prompts"], asking, more)
         about["few"] = engine._mixer.products.few
         if job["inside"]:
             names, prompts = list(adapters)[:8], job["prompts"]

@@ -92,7 +92,13 @@ def make_app(
         await asyncio.to_thread(service.close)
 
     app = FastAPI(
-        title="lorafit", version=lorafit.__version__, lifespan=life, docs_url=None, redoc_url=None, responses=ERRORS
+        title="lorafit",
+        version=lorafit.__version__,
+        lifespan=life,
+        docs_url=None,
+        redirect_slashes=False,
+        redoc_url=None,
+        responses=ERRORS,
     )
     _errors(app, service)
     _watching(app, service)

@@ -60,8 +60,10 @@ class Service:
 
     def drain(self, patience: float) -> None:
         """Take nothing new, and wait until what is being answered has ended, for so many seconds at most."""
-        self.phase, end = "draining", time.monotonic() + patience
-        while self._engine and time.monotonic() < end and (stats := self._engine.stats()).running + stats.waiting:
+        self.phase, end, quiet = "draining", time.monotonic() + patience, 0
+        while self._engine and time.monotonic() < end and quiet < 6:  # a request may just be on its way to the engine
+            stats = self._engine.stats()
+            quiet = 0 if stats.running + stats.waiting else quiet + 1
             time.sleep(0.05)
 
     def close(self) -> None:

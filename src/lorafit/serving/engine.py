@@ -130,8 +130,8 @@ class Engine:
         self._closing = False
         self._reader = ThreadPoolExecutor(1, "lorafit-adapters")
         self._heating: dict[Version, Future[Loaded]] = {}
-        expected = at_once(self._model)
-        self._thread = threading.Thread(target=self._run, args=expected, name="lorafit-engine", daemon=True)
+        expected = [at_once(self._model)]
+        self._thread = threading.Thread(target=self._run, args=(expected,), name="lorafit-engine", daemon=True)
         self._measured: Future[None] = Future()
         self._thread.start()
         atexit.register(self.close)  # a thread inside torch when the interpreter ends would abort the process
@@ -253,13 +253,13 @@ class Engine:
 
     # What the thread does that owns the model
 
-    def _run(self, pieces: list[list[int]], wanted: Tensor) -> None:
+    def _run(self, expected: list[tuple[list[list[int]], Tensor]]) -> None:
         try:
             with ExitStack() as held:
                 held.enter_context(torch.inference_mode())
                 held.enter_context(attending(self.base, NAME, attention))
                 held.enter_context(adapting(self.base, self._mixer.change))
-                self._measure(pieces, wanted)
+                self._measure(*expected.pop())  # needed no longer than this takes
                 self._measured.set_result(None)
                 while self._turn():
                     pass
