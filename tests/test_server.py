@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -571,8 +571,65 @@ def test_chat_asks_a_server(
 
     assert chat("Hello?\n", "--model", "products").strip() == server.said("products").strip()
     assert chat("Hello?\n/new\nHello?\n", "--model", "products").split("\n")[0] == server.said("products")
+    monkeypatch.setenv("LORAFIT_KEY", "lf-a\nkept as a hash")
+    with pytest.raises(SystemExit):
+        chat("Hello?\n")
+    assert "LORAFIT_KEY: no key" in capsys.readouterr().err
+    monkeypatch.delenv("LORAFIT_KEY")
     for flags, words in ((["--model", "nobody"], "no model is served by this name"),
                          (["--base", "tiny"], "a server is asked, or a base here")):  # fmt: skip
         with pytest.raises(SystemExit):
             chat("Hello?\n", *flags)
         assert words in capsys.readouterr().err
+
+
+def test_what_could_not_be_stored_is_tried_again(desks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / ".lorafit" / "root"  # the folder's own path may have any names in it
+    shutil.copytree(desks, root)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with served(root) as running:
+        store = running.service.store
+        assert store is not None
+        before = (root / ".lorafit" / "registry.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.copyfile", full)
+            refused = admin(running, "load", lora_name="late", lora_path="products")
+            assert refused.status_code == 507 and "No space left" in refused.json()["error"]["message"]
+            peft.write(adapter_of(base_of(), 31), root / "late")
+            store.look()
+            store.look()
+            assert "late" not in store._handled
+        assert (root / ".lorafit" / "registry.json").read_bytes() == before
+        assert running.ask("late").status_code == 404
+        peft.write(adapter_of(base_of(), 31), root / "late")  # put there again, now that there is room
+        store.look()
+        store.look()
+        assert running.said("late")
+        assert admin(running, "load", lora_name="again", lora_path="late").status_code == 200
+
+
+def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.errors import CancelledError
+    from lorafit.remote import Remote
+
+    lines = [b'data: {"choices": [{"delta": {"content": "Half"}}]}\n', b"\n", b": still here\n"]
+    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": [{"id": "desk"}]})
+    monkeypatch.setattr(Remote, "_open", lambda *_: nullcontext(lines))
+    said: list[str] = []
+    talk = Remote("http://127.0.0.1:1/v1")
+    with pytest.raises(CancelledError, match=r"broke off .*: ask again"):
+        talk.ask("Hello?", said.append)
+    assert said == ["Half"] and talk.history == []
+
+
+def test_a_key_is_all_that_a_script_reads(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "lorafit", "key", "create", "desk", "--keys", str(tmp_path / "keys.json")]
+    made = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert keys.find(keys.read(tmp_path / "keys.json"), made.stdout.rstrip("\n")) is not None
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "there is a key 'desk' already" in again.stderr
+    wrong = subprocess.run([*words, "--scope", "all"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "choose infer or admin" in wrong.stderr

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 
-from lorafit.errors import BusyError, CancelledError, SettingsError
+from lorafit.errors import BusyError, CancelledError, LorafitError, SettingsError
 
 PATIENCE = 120.0  # seconds without a word from the server
 
@@ -28,6 +29,10 @@ class Remote:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise SettingsError(f"--url {self.url}: no address of a server: give http://HOST:PORT")
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            raise SettingsError(
+                "LORAFIT_KEY: no key, for it holds more than letters and signs: set it to one key alone"
+            )
         self.url = self.url.rstrip("/").removesuffix("/v1")
         self.models = [str(card["id"]) for card in self._asked("/v1/models", None)["data"]]
         if not self.models:
@@ -41,20 +46,19 @@ class Remote:
         body = {"model": self.model, "messages": [*system, *self.history, turn], "max_tokens": self.max_tokens,
                 "stream": True}  # fmt: skip
         said = []
-        with self._open("/v1/chat/completions", body) as answer:
-            for line in answer:
-                kind, _, event = line.decode().strip().partition(": ")
-                if kind != "data":
-                    continue
-                if event == "[DONE]":
-                    break
-                told = json.loads(event)
-                if "error" in told:
-                    raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")
-                for choice in told["choices"]:
-                    if piece := choice["delta"].get("content"):
-                        said.append(piece)
-                        emit(piece)
+        try:
+            with self._open("/v1/chat/completions", body) as answer:
+                for told in _events(answer):
+                    if "error" in told:
+                        raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")
+                    for choice in told["choices"]:
+                        if piece := choice["delta"].get("content"):
+                            said.append(piece)
+                            emit(piece)
+        except (OSError, HTTPException, ValueError) as error:
+            if isinstance(error, LorafitError):
+                raise
+            raise CancelledError(f"{self.url}: the answer broke off ({error!r}): ask again") from error
         self.history += [turn, {"role": "assistant", "content": "".join(said)}]
 
     def _asked(self, path: str, body: Any) -> Any:
@@ -81,6 +85,17 @@ class Remote:
             raise SettingsError(
                 f"--url {self.url}: no server answers there ({reason}): start one with lorafit serve"
             ) from error
+
+
+def _events(answer: Iterable[bytes]) -> Iterator[Any]:
+    """What a stream tells until [DONE]. Raises ConnectionError where it ends before."""
+    for line in answer:
+        kind, _, event = line.decode().strip().partition(": ")
+        if kind == "data" and event == "[DONE]":
+            return
+        if kind == "data":
+            yield json.loads(event)
+    raise ConnectionError("it ended in the middle")
 
 
 def _message(body: bytes) -> str:

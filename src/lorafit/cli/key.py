@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +24,7 @@ def create(
     \b
     lorafit key create website --keys keys.json --adapter returns --requests 600
     """
-    from lorafit.cli.console import Terminal
     from lorafit.server import keys as known
 
     print(known.create(keys, name, scope or ["infer"], adapter or ["*"], requests, tokens))
-    Terminal(False).say(f"kept as a hash in {keys}: a server that reads it takes the key within seconds")
+    print(f"kept as a hash in {keys}: a server that reads it takes the key within seconds", file=sys.stderr)

@@ -44,8 +44,7 @@ def serve(
     from lorafit.errors import SettingsError
 
     try:
-        from lorafit.server.app import Log
-        from lorafit.server.run import hosts_of, serve
+        from lorafit.server.run import Log, hosts_of, serve
         from lorafit.server.service import Service
     except ImportError as error:
         raise SettingsError(f"lorafit serve: {error.name} is missing: pip install 'lorafit[serve]'") from error

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import queue
-import re
 import secrets
-import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel
-from starlette.exceptions import HTTPException as StarletteError
 
 import lorafit
 from lorafit.errors import (
-    BusyError,
     CancelledError,
-    InputError,
-    LorafitError,
     RequestError,
     UnknownAdapterError,
 )
 from lorafit.server.guard import Guard
 from lorafit.server.keys import Key
+from lorafit.server.refusals import ERRORS, SOON, answer_errors
 from lorafit.server.service import Service
 from lorafit.server.streams import Coming, Events, Style, events, finish_of, usage_of
 from lorafit.server.wire import (
@@ -46,38 +36,11 @@ from lorafit.server.wire import (
     TokenizeRequest,
     chat_logprobs,
     completion_logprobs,
-    error,
 )
 from lorafit.serving import Request, Version
 
 MOST = 4 << 20  # bytes of a body
 PATIENCE = 20.0  # seconds for a body to arrive
-SOON = "1"  # seconds after which to ask again, where that is not known
-
-
-class ErrorBody(BaseModel):
-    """What went wrong. code: the HTTP status."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: int | None = None
-
-
-class ErrorAnswer(BaseModel):
-    error: ErrorBody
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
-    for status, text in {
-        400: "The request cannot be served as it is.", 401: "No key that is known.", 403: "The key may not.",
-        404: "There is nothing by this name.", 405: "Not with this method.", 408: "The body came too slowly.",
-        413: "The body is too large.",
-        421: "Another server's name.", 507: "The disk is full.", 429: "Too much at once; see retry-after.",
-        503: "Loading, draining or ended; see retry-after.",
-    }.items()
-}  # fmt: skip
 
 
 def make_app(
@@ -100,7 +63,7 @@ def make_app(
         redoc_url=None,
         responses=ERRORS,
     )
-    _errors(app, service)
+    answer_errors(app, service.metrics)
     _watching(app, service)
     _models(app, service)
     _completions(app, service)
@@ -120,53 +83,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         app.openapi_schema = made
     return app.openapi_schema
-
-
-# Errors
-
-
-def _errors(app: FastAPI, service: Service) -> None:
-    def answer(
-        status: int, message: str, kind: str, param: str | None = None, retry: str | None = None
-    ) -> JSONResponse:
-        service.metrics.refused(status)
-        headers = {"retry-after": retry} if retry else None
-        return JSONResponse(error(message, kind, status, param), status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        found = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
-        message = "; ".join(f"{where}: {what}" if where else what for where, what in found[:8])
-        return answer(400, message, "BadRequestError", found[0][0] or None)
-
-    @app.exception_handler(StarletteError)
-    async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
-        kinds = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
-        kind = kinds.get(error.status_code, "BadRequestError")
-        made = answer(error.status_code, str(error.detail), kind)
-        made.headers.update(error.headers or {})
-        return made
-
-    @app.exception_handler(LorafitError)
-    async def ours(request: HttpRequest, error: LorafitError) -> JSONResponse:
-        if isinstance(error, UnknownAdapterError):
-            return answer(404, str(error), "NotFoundError", "model")
-        if isinstance(error, BusyError):
-            return answer(429, str(error), "RateLimitError", retry=SOON)
-        if isinstance(error, CancelledError):
-            return answer(503, str(error), "ServiceUnavailableError", retry=SOON)
-        if isinstance(error, InputError):
-            field_ = re.match(r"[a-z_]+(?=: )", str(error))
-            return answer(400, str(error), "BadRequestError", field_[0] if field_ else None)
-        return answer(500, str(error), "InternalServerError")
-
-    @app.exception_handler(OSError)
-    async def disk(request: HttpRequest, error: OSError) -> JSONResponse:
-        return answer(507, f"the server's disk: {error.strerror or error}: make room, and ask again", "StorageError")
-
-    @app.exception_handler(RecursionError)
-    async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:
-        return answer(400, "the body is nested too deeply: flatten it", "BadRequestError")
 
 
 def _key(request: HttpRequest) -> Key:
@@ -424,21 +340,3 @@ def _admin(app: FastAPI, service: Service) -> None:
         """Let the name mean the version before its live one."""
         version = await asyncio.to_thread(store().rollback, body.lora_name)
         return PlainTextResponse(f"Success: '{body.lora_name}' is {version.id}.")
-
-
-class Log:
-    """One line of JSON on stderr for each request: who asked what of which model, how it ended; never a prompt, nor an
-    answer. Written by a thread of its own: a pipe that nobody reads keeps no client waiting."""
-
-    def __init__(self, most: int = 10_000):
-        self._lines: queue.Queue[str] = queue.Queue(most)
-        threading.Thread(target=self._write, name="lorafit-log", daemon=True).start()
-
-    def __call__(self, told: dict[str, Any]) -> None:
-        with suppress(queue.Full):
-            self._lines.put_nowait(json.dumps(told))
-
-    def _write(self) -> None:
-        while True:
-            with suppress(OSError):
-                print(self._lines.get(), file=sys.stderr, flush=True)

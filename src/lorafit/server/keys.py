@@ -75,7 +75,7 @@ def create(
         made = Key(name=name, hash=_hash(secret), scopes=tuple(scopes), adapters=tuple(adapters), requests=requests,
                    tokens=tokens, created=int(time.time()))  # fmt: skip
     except ValidationError as error:
-        raise SettingsError(f"--name {name!r}: no name for a key: choose letters, digits, dots, hyphens") from error
+        raise SettingsError(f"{name!r}: no name for a key: choose letters, digits, dots, hyphens") from error
     write_text(path, _File(keys=[*known, made]).model_dump_json(indent=2) + "\n")
     path.chmod(0o600)
     return secret

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
+import queue
+import sys
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -66,6 +70,24 @@ class Server(uvicorn.Server):
     def _drain(self) -> None:
         self._service.drain(self._patience)
         self.should_exit = True
+
+
+class Log:
+    """One line of JSON on stderr for each request: who asked what of which model, how it ended; never a prompt, nor an
+    answer. Written by a thread of its own: a pipe that nobody reads keeps no client waiting."""
+
+    def __init__(self, most: int = 10_000):
+        self._lines: queue.Queue[str] = queue.Queue(most)
+        threading.Thread(target=self._write, name="lorafit-log", daemon=True).start()
+
+    def __call__(self, told: dict[str, Any]) -> None:
+        with suppress(queue.Full):
+            self._lines.put_nowait(json.dumps(told))
+
+    def _write(self) -> None:
+        while True:
+            with suppress(OSError):
+                print(self._lines.get(), file=sys.stderr, flush=True)
 
 
 def is_loopback(host: str) -> bool:

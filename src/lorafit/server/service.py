@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorafit.data.examples import Message
-from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError, UnknownAdapterError
+from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.server import keys
 from lorafit.server.keys import Key
 from lorafit.server.metrics import Metrics
@@ -20,7 +20,7 @@ from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
-AUTO = "auto"
+AUTO = "auto"  # what clients will say for the router: no adapter may have the name
 
 
 @dataclass
@@ -119,8 +119,6 @@ class Service:
         """The version that a request's `model` means; None: the bare base. Raises UnknownAdapterError."""
         if model == self.base:
             return None
-        if model == AUTO:
-            raise UnknownAdapterError("'auto': this server has no router: name an adapter, or the base")
         return self.engine.adapters.find(model)
 
     def prompt(self, messages: Sequence[Message], version: Version | None) -> tuple[int, ...]:

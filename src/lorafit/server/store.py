@@ -106,9 +106,9 @@ class Store:
         """The folder that a request names, which is within the root whatever links there are. Raises AdapterError."""
         try:
             wanted = (self.root / path).resolve()
-            outside = wanted == self.root or not wanted.is_relative_to(self.root) or OWN in wanted.parts
+            outside = wanted == self.root or OWN in wanted.relative_to(self.root).parts
             there = not outside and wanted.is_dir()
-        except (OSError, ValueError, RuntimeError):  # longer than names may be, a ring of links, a zero
+        except (OSError, ValueError, RuntimeError):  # elsewhere, longer than names may be, a ring of links, a zero
             outside, there = True, False
         if outside:
             raise AdapterError("lora_path: it is not within the server's folder of adapters: put the adapter there, "
@@ -177,9 +177,17 @@ class Store:
                     continue
                 self._taken[folder.name] = seen
                 digest = peft.read(peft.adapter_folder(folder)).digest()
-                if self._handled.get(folder.name) != digest:
-                    self._handled[folder.name] = digest
+                before = self._handled.get(folder.name)
+                if before == digest:
+                    continue
+                self._handled[folder.name] = digest  # goes into the registry with the version
+                try:
                     self._say(f"serving {self.load(folder.name, folder).id}")
+                except (LorafitError, OSError):
+                    self._handled.pop(folder.name)
+                    if before is not None:
+                        self._handled[folder.name] = before
+                    raise
             except (LorafitError, OSError) as error:
                 if self._taken.get(folder.name) == self._seen.get(folder.name) is not None:
                     self._say(f"{folder.name}: not served: {error}")

@@ -72,24 +72,17 @@ class Style:
     kind: str  # chat.completion or text_completion
     id: str
     model: str
-    extra: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "choices": choices,
-                "usage": usage, **self.extra}  # fmt: skip
+        return {**self._named(self.kind), "choices": choices, "usage": usage}
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         kind = f"{self.kind}.chunk" if self.kind == "chat.completion" else self.kind
-        told = {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **self.extra,
-        }
-        return _event(told if usage is None else {**told, "usage": usage})
+        return _event({**self._named(kind), "choices": choices, **({} if usage is None else {"usage": usage})})
+
+    def _named(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def choice(self, number: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         """Of a whole answer."""

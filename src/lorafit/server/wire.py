@@ -7,6 +7,7 @@ the engine is checked there, so that each rule stands once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -179,10 +180,10 @@ def chat_logprobs(tokens: Sequence[Token], text_of: Any) -> dict[str, Any]:
                         for token in tokens]}  # fmt: skip
 
 
-def completion_logprobs(tokens: Sequence[Token], text_of: Any, offset: int = 0) -> dict[str, Any]:
-    """Log-probabilities as completions tell them. offset: characters before the first token."""
+def completion_logprobs(tokens: Sequence[Token], text_of: Any) -> dict[str, Any]:
+    """Log-probabilities as completions tell them."""
     texts = [text_of(token.id) for token in tokens]
-    starts = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    starts = [0, *accumulate(map(len, texts))][: len(texts)]
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],

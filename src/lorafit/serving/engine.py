@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,19 +54,19 @@ class Stats:
     answered, and that wait, the bare base apart; served: tokens by adapter, of prompts and answers; `seconds` of steps,
     and of that in the model."""
 
-    running: int
-    waiting: int
-    answering: frozenset[str]
-    queued: frozenset[str]
-    slots_used: float
-    prompt_tokens: int
-    known_tokens: int
-    tokens: int
-    requests: int
-    steps: int
-    seconds: float
-    model_seconds: float
-    served: Mapping[str | None, int]
+    running: int = 0
+    waiting: int = 0
+    answering: frozenset[str] = frozenset()
+    queued: frozenset[str] = frozenset()
+    slots_used: float = 0.0
+    prompt_tokens: int = 0
+    known_tokens: int = 0
+    tokens: int = 0
+    requests: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    served: Mapping[str | None, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ class Engine:
     each, prompt and answer; by default what the base reads, up to ROOM. queue: requests that may wait. stall: seconds
     that reading prompts may add to a step in which others wait for their next token. hot_bytes, warm_bytes: that
     adapters in the base's dtype, and as they were read, may take. native: whether to use the kernels in C++ where there
-    is a compiler. eight_bit: make 8-bit weights of the base, for steps of few tokens; needs them.
+    is a compiler. eight_bit: compute with 8-bit weights made of the base; needs them.
 
     Raises BaseError for a base that cannot be served so.
     """
@@ -124,7 +124,7 @@ class Engine:
         self._probes: deque[_Probe] = deque()
         self._rows: list[Row] = []
         self._beginning: list[str | None] = []
-        self._stats = Stats(0, 0, frozenset(), frozenset(), 0.0, 0, 0, 0, 0, 0, 0.0, 0.0, {})
+        self._stats = Stats()
         self._per_token = 0.0  # seconds that a token of a prompt adds to a step
         self._single = 0.0  # seconds of a step without one
         self._closing = False

@@ -1,0 +1,93 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`, with the status that fits.
+
+Never 409: clients ask again at 408, 409, 429 and 5xx.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteError
+
+from lorafit.errors import BusyError, CancelledError, InputError, LorafitError, UnknownAdapterError
+from lorafit.server.metrics import Metrics
+from lorafit.server.wire import error
+
+SOON = "1"  # seconds after which to ask again, where that is not known
+
+
+class ErrorBody(BaseModel):
+    """What went wrong. code: the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int | None = None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorBody
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in {
+        400: "The request cannot be served as it is.", 401: "No key that is known.", 403: "The key may not.",
+        404: "There is nothing by this name.", 405: "Not with this method.", 408: "The body came too slowly.",
+        413: "The body is too large.",
+        421: "Another server's name.", 507: "The disk is full.", 429: "Too much at once; see retry-after.",
+        503: "Loading, draining or ended; see retry-after.",
+    }.items()
+}  # fmt: skip
+
+
+def answer_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Have an application answer whatever is raised in it."""
+
+    def answer(
+        status: int, message: str, kind: str, param: str | None = None, retry: str | None = None
+    ) -> JSONResponse:
+        metrics.refused(status)
+        headers = {"retry-after": retry} if retry else None
+        return JSONResponse(error(message, kind, status, param), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        found = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
+        message = "; ".join(f"{where}: {what}" if where else what for where, what in found[:8])
+        return answer(400, message, "BadRequestError", found[0][0] or None)
+
+    @app.exception_handler(StarletteError)
+    async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
+        kinds = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+        kind = kinds.get(error.status_code, "BadRequestError")
+        made = answer(error.status_code, str(error.detail), kind)
+        made.headers.update(error.headers or {})
+        return made
+
+    @app.exception_handler(LorafitError)
+    async def ours(request: HttpRequest, error: LorafitError) -> JSONResponse:
+        if isinstance(error, UnknownAdapterError):
+            return answer(404, str(error), "NotFoundError", "model")
+        if isinstance(error, BusyError):
+            return answer(429, str(error), "RateLimitError", retry=SOON)
+        if isinstance(error, CancelledError):
+            return answer(503, str(error), "ServiceUnavailableError", retry=SOON)
+        if isinstance(error, InputError):
+            field_ = re.match(r"[a-z_]+(?=: )", str(error))
+            return answer(400, str(error), "BadRequestError", field_[0] if field_ else None)
+        return answer(500, str(error), "InternalServerError")
+
+    @app.exception_handler(OSError)
+    async def disk(request: HttpRequest, error: OSError) -> JSONResponse:
+        return answer(507, f"the server's disk: {error.strerror or error}: make room, and ask again", "StorageError")
+
+    @app.exception_handler(RecursionError)
+    async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:
+        return answer(400, "the body is nested too deeply: flatten it", "BadRequestError")
