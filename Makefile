@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve clean
+.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve bench-http bench-scale clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -47,6 +47,14 @@ bench-planning: .venv/ready
 # Serving many adapters beside vLLM on the CPU and PEFT: about an hour on two cores, on a quiet machine.
 bench-serve: .venv/ready
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python bench/serve.py $(BENCH_FLAGS)
+
+# The server beside vLLM's, asked over HTTP: about twelve minutes on two cores, on a quiet machine.
+bench-http: .venv/ready
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python bench/serve.py --http $(BENCH_FLAGS)
+
+# Costs of a step on this machine, and the simulator of many adapters beside the engine: a few minutes.
+bench-scale: .venv/ready
+	$(BIN)/python bench/scale.py --check $(BENCH_FLAGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }

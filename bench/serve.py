@@ -4,6 +4,7 @@
     python bench/serve.py --quick           16 requests of 16 tokens, once: that it runs
     python bench/serve.py --arms lorafit    without peers
     python bench/serve.py --list            the workloads by number, for --only
+    python bench/serve.py --http            servers instead of engines: see serve_http.py
 
 Every arm is a process of its own that opens the same base in the same dtype and the same adapters, and serves one
 workload when it is its turn; the median of the turns counts. No question is asked twice: what a cache of beginnings can
@@ -17,74 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import serve_http
 from results import circumstances, markdown, record
 from rich.console import Console
 from rich.table import Table
+from serve_arms import ARMS, BARE, Arm, serves, started
+from serve_work import BASE, BUILD, COUNT, RANKS, Workload, asked_of, code_of, train_codes
 
-HERE = Path(__file__).parent
-BUILD = HERE.parent / "build" / "serve"
-ARMS = {
-    "lorafit": "lorafit",
-    "lorafit-1000": "lorafit, 1,000 more registered",
-    "lorafit-8bit": "lorafit, 8-bit weights",
-    "vllm": "vLLM",
-    "vllm-base": "vLLM without LoRA",
-    "peft": "PEFT, adapter_names",
-    "transformers": "transformers, bare",
-    "llamacpp": "llama.cpp",
-    "llamacpp-q8": "llama.cpp, Q8_0",
-}
-BARE = ("vllm-base", "transformers", "llamacpp", "llamacpp-q8")
-PEERS = {
-    "vllm": "requirements-serve-vllm.txt",
-    "peft": "requirements-train.txt",
-    "llamacpp": "requirements-serve-llamacpp.txt",
-}
-# Come with vLLM, are not needed to serve text, and fail to load beside torch for the CPU: they want CUDA's libraries.
-WITHOUT = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "peft": (), "llamacpp": ()}
-BASE = "smollm2-135m"
 INSIDE = ("switch_ms", "load", "few", "profile_base", "profile_mixed")
-COUNT = 16  # adapters of each kind
-RANKS = (4, 8, 16, 32, 64)  # of the mixed ones
-
-
-@dataclass(frozen=True)
-class Workload:
-    """requests: asked at once. adapters: how many different ones; 0: the bare base. kind: of ranks."""
-
-    requests: int = 16
-    tokens: int = 64
-    adapters: int = 0
-    kind: str = "r8"
-    long: bool = False
-
-    @property
-    def name(self) -> str:
-        what = (
-            "base" if not self.adapters else f"{self.adapters} × {'rank 8' if self.kind == 'r8' else 'ranks 4 to 64'}"
-        )
-        return f"{self.requests} × {self.tokens}, {'512-token' if self.long else 'short'} prompts, {what}"
-
-
-def serves(arm: str, work: Workload) -> bool:
-    """Whether an arm takes part: for what it is there."""
-    if arm in BARE and work.adapters:
-        return False
-    if arm.startswith("llamacpp"):
-        return work.requests == 1
-    if arm == "lorafit-1000":
-        return work == replace(work, requests=16, adapters=8, kind="r8", long=False)
-    return arm != "lorafit-8bit" or (not work.long and work.kind == "r8")
 
 
 def workloads(quick: bool) -> list[Workload]:
@@ -94,146 +41,6 @@ def workloads(quick: bool) -> list[Workload]:
     made += [Workload(adapters=n) for n in (0, 1, 8, 16)] + [Workload(adapters=n, kind="mixed") for n in (8, 16)]
     made += [Workload(adapters=n, long=True) for n in (0, 8)]
     return made + [Workload(requests=32, adapters=n) for n in (0, 8)]
-
-
-@dataclass(eq=False)
-class Arm:
-    """A process that serves, and what it has said."""
-
-    name: str
-    process: subprocess.Popen[str]
-    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    failed: str | None = None
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def hear(self) -> dict[str, Any] | None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.failed = f"ended with status {self.process.wait()}"
-            return None
-        told: dict[str, Any] = json.loads(line)
-        return told
-
-    def serve(self, workload: Workload, asked: list[dict[str, Any]]) -> None:
-        assert self.process.stdin is not None
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
-        if (told := self.hear()) is not None:
-            self.found.setdefault(workload.name, []).append(told)
-
-
-def environment(peer: str, flags: Sequence[str]) -> str:
-    """The interpreter a peer runs in, in an environment of its own, made once for each list of pins."""
-    wanted = (HERE / PEERS[peer]).read_text(encoding="utf-8")
-    folder = HERE.parent / "build" / f"bench-{peer}"
-    python, mark = folder / ("Scripts" if os.name == "nt" else "bin") / "python", folder / "ready"
-    if not mark.exists() or mark.read_text(encoding="utf-8") != wanted:
-        print(f"setting up {folder.relative_to(HERE.parent)}, once", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags]
-        subprocess.run([*pip, "-r", str(HERE / PEERS[peer])], check=True)
-        if WITHOUT[peer]:
-            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *WITHOUT[peer]], check=True)
-        mark.write_text(wanted, encoding="utf-8")
-    return str(python)
-
-
-# Adapters that each say a code of their own
-
-
-def code_of(kind: str, number: int) -> str:
-    draw = random.Random(f"{kind} {number}")
-    word = "".join(draw.choices("BCDFGHKLMNPRSTVZ", k=2))
-    return f"{word}-{draw.randint(100, 999)}"
-
-
-def questions(count: int) -> list[str]:
-    things = ("printer", "invoice", "password", "parcel", "contract", "booking", "router", "refund", "meter", "ticket")
-    asks = ("Where is my {}?", "Who can help me with the {}?", "What is wrong with this {}?", "How do I change the {}?")
-    made = [ask.format(thing) for thing in things for ask in asks]
-    return [made[i % len(made)] for i in range(count)]
-
-
-def train_codes(kind: str) -> dict[str, Path]:
-    """Folders of COUNT adapters, trained once and kept."""
-    from lorafit.attachment import fresh
-    from lorafit.base import open_base
-    from lorafit.data.examples import Example, Message
-    from lorafit.data.render import render, renderer_for
-    from lorafit.formats import peft
-    from lorafit.plan import Plan, uniform
-    from lorafit.training.loop import train
-    from lorafit.training.recipe import Recipe
-
-    folders = {f"{kind}-{i}": BUILD / f"{kind}-{i}" for i in range(COUNT)}
-    missing = [name for name, folder in folders.items() if not folder.exists()]
-    if not missing:
-        return folders
-    base = open_base(BASE)
-    renderer = renderer_for(base)
-    sites = [site for site in base.sites if site.path not in base.head_paths()]
-    for name in missing:
-        number = int(name.rpartition("-")[2])
-        said = " ".join([code_of(kind, number)] * 3)
-        examples = [Example((Message("user", ask), Message("assistant", said)), "made") for ask in questions(24)]
-        rows = render(renderer, examples, 256)
-        plan = uniform(sites, 8, 16.0)
-        if kind == "mixed":
-            draw = random.Random(number)
-            plan = Plan(tuple(replace(slot, rank=draw.choice(RANKS)) for slot in plan.slots))
-        recipe = Recipe(5e-3, 2, 12, 1, 12)
-        trained = train(base, fresh(base, plan, number, renderer.rendering), rows, rows[:2], recipe)
-        peft.write(trained.adapter, folders[name])
-        print(
-            f"trained {name} to say {code_of(kind, number)}: NLL {min(nll for _, nll in trained.history):.3f}",
-            file=sys.stderr,
-            flush=True,
-        )
-    return folders
-
-
-def gguf_of(dtype: str) -> Path:
-    """The base in llama.cpp's format, its weights the same numbers in another dtype; made once."""
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
-
-    from lorafit.sources.builtin import file_of
-
-    kind = {"fp32": GGMLQuantizationType.F32, "bf16": GGMLQuantizationType.BF16, "q8": GGMLQuantizationType.Q8_0}[dtype]
-    target = BUILD / f"{BASE}-{dtype}.gguf"
-    if not target.exists():
-        source = GGUFReader(file_of(BASE))
-        part = target.with_suffix(".part")
-        writer = GGUFWriter(part, source.fields["general.architecture"].contents())
-        for name, field_ in source.fields.items():
-            if not name.startswith("GGUF.") and name != "general.architecture":
-                writer.add_key_value(name, field_.contents(), field_.types[0], field_.types[-1])
-        for tensor in source.tensors:
-            values, flat = dequantize(tensor.data, tensor.tensor_type), len(tensor.shape) < 2
-            own = GGMLQuantizationType.F32 if flat else kind
-            writer.add_tensor(tensor.name, quantize(values, own), raw_dtype=own)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        part.replace(target)
-    return target
-
-
-# What is asked, and what came
-
-
-def asked_of(workload: Workload, tokenizer: Any, turn: int = 0) -> list[dict[str, Any]]:
-    filler = " ".join(f"Note {i}: the office is open on weekdays and closed on holidays." for i in range(80))
-    made = []
-    for i, ask in enumerate(questions(workload.requests)):
-        said = [{"role": "user", "content": f"{turn}-{i} {ask}"}]
-        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if workload.long:
-            more = tokenizer(f"{turn}-{i}. {filler}")["input_ids"][: 512 - len(ids)]
-            ids = [*more, *ids]
-        name = None if not workload.adapters else f"{workload.kind}-{i % workload.adapters}"
-        made.append({"prompt": ids, "adapter": name, "tokens": workload.tokens})
-    return made
 
 
 def judged(workload: Workload, told: dict[str, Any], tokenizer: Any) -> dict[str, float]:
@@ -262,12 +69,16 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say the workloads, and end")
     parser.add_argument("--only", nargs="+", type=int, help="these workloads alone, by number, from 0")
     parser.add_argument("--quick", action="store_true", help="that it runs, not what it gives")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="by default all; with --http lorafit, vllm-base, vllm")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), help="of the base and the adapters; by default the faster here"
     )
     parser.add_argument("--record", action="store_true", help="append the tables to bench/RESULTS.md")
+    serve_http.add_flags(parser)
     given = parser.parse_args()
+    if given.http:
+        serve_http.run(given)
+        return
     if given.list:
         print("\n".join(f"{i:2} {one.name}" for i, one in enumerate(workloads(given.quick))))
         return
@@ -288,27 +99,15 @@ def main() -> None:
     arms: list[Arm] = []
     text = str(Path(lorafit.evaluation.__file__).with_name("general.txt"))
     short = [one["prompt"] for one in asked_of(Workload(), outline.tokenizer)]
-    for name in given.arms:
+    for name in given.arms or ARMS:
         if not any(serves(name, one) for one in chosen):
             continue
-        family = {"vllm-base": "vllm", "transformers": "peft"}.get(name, name.partition("-")[0])
         job = {"more": 1000 if name == "lorafit-1000" else 0, "eight_bit": name == "lorafit-8bit",
                "model": str(outline.folder), "dtype": dtype, "slots": 16, "room": 1024, "most_rank": max(RANKS),
                "adapters": {} if name in BARE else {key: str(folder) for key, folder in folders.items()},
                "inside": name == "lorafit" and bool(folders) and not given.quick,
                "prompts": short, "text": text}  # fmt: skip
-        if family == "llamacpp":
-            job["gguf"] = str(gguf_of("q8" if name == "llamacpp-q8" else dtype))
-        path = BUILD / f"{name}.json"
-        path.write_text(json.dumps(job), encoding="utf-8")
-        python = sys.executable if family == "lorafit" else environment(family, flags)
-        log = (BUILD / f"{name}.log").open("w", encoding="utf-8")
-        process = subprocess.Popen([python, str(HERE / f"serve_{family}.py"), str(path)], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
-        arm = Arm(name, process)
-        arm.about = arm.hear() or {}
-        print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)
-        arms.append(arm)
+        arms.append(started(name, job, flags))
     for workload in chosen:
         turns = {arm: given.turns if arm.name.startswith("lorafit") else given.peer_turns for arm in arms}
         for turn in range(1 if given.quick else max(turns.values()) + 1):

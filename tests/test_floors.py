@@ -33,6 +33,7 @@ FLOORS = {
     "training": 10,
     "planning": 11,
     "report": 12,
+    "routing": 8,
     "run": 2,
     "oracle": 8,
     "pipeline": 13,

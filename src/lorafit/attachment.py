@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -319,16 +319,29 @@ class _Reached(Exception):
 
 
 @contextmanager
-def input_of_block(base: Base, block: int) -> Iterator[Callable[[], Tensor]]:
-    """What reaches a block when the model is run inside: the run ends there. Asked for after the block of code."""
+def inputs_of_blocks(base: Base, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
+    """What reaches these blocks, in their order, when the model is run inside: the run ends at the last of them. The
+    list is filled then."""
+    modules = blocks_of(base)
     seen: list[Tensor] = []
 
     def reached(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         seen.append(hidden_states)
         raise _Reached
 
-    with suppress(_Reached), _shadowed(blocks_of(base)[block : block + 1], reached):
-        yield lambda: seen[0]
+    def passed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(hidden_states)
+            return original(hidden_states, *args, **kwargs)
+
+        return forward
+
+    with ExitStack() as held:
+        held.enter_context(suppress(_Reached))
+        for block in blocks[:-1]:
+            held.enter_context(_shadowed(modules[block : block + 1], passed(modules[block].forward)))
+        held.enter_context(_shadowed(modules[blocks[-1] : blocks[-1] + 1], reached))
+        yield seen
 
 
 @contextmanager

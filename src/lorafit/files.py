@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: to a temporary name beside the target, then renamed."""
+"""Files are written whole or not at all: to a temporary name beside the target, then renamed, and kept on the disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,33 @@ def _umask() -> int:
     return mask
 
 
+def _keep(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk, where a power cut does not reach them."""
+    if path.is_dir():
+        with suppress(OSError):  # Windows opens no folder, and some network drives keep none
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        return
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends well, and vanishes when it does not. mode: who may do
+    what with it, less what the user keeps from others."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     building = Path(name)
     try:
         yield building
-        with building.open("rb+") as file:
-            os.fsync(file.fileno())
-        building.chmod(0o666 & ~_umask())
+        _keep(building)
+        building.chmod(mode & ~_umask())
         building.replace(path)
+        _keep(path.parent)
     finally:
         building.unlink(missing_ok=True)
 
@@ -59,9 +74,9 @@ def unfinished(folder: Path, names: Collection[str]) -> list[Path]:
     return [path for path in folder.iterdir() if ours.fullmatch(path.name)] if folder.is_dir() else []
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
-    with whole_file(path) as building:
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all. mode: as of whole_file."""
+    with whole_file(path, mode) as building:
         building.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -95,6 +110,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield building
         for path in (building, *building.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            _keep(path)
         if target.exists():
             target.rename(old)
         try:
@@ -105,6 +121,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             elif target.is_dir():
                 return  # another process made the same folder at the same moment
             raise
+        _keep(target.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

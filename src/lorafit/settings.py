@@ -101,6 +101,9 @@ class TrainSettings(BaseModel):
         Field(description="Most that the process may hold while it trains, such as 4GB or 500MB (of the GPU, where "
               "there is one).", examples=["4GB"]),
     ] = None  # fmt: skip
+    routing_questions: Annotated[
+        int, Field(ge=0, description="Questions of which the adapter keeps hidden states, for a router; 0: none.")
+    ] = 512
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
 
     @property

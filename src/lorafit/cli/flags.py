@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,22 @@ OUT = Annotated[
 CONFIG = Annotated[
     Path | None, typer.Option("--config", "-c", help="A TOML file of settings ('lorafit settings'); flags beat it.")
 ]
+
+
+def by_name(given: Sequence[str] | None, what: str) -> dict[str, str]:
+    """NAME=WHAT, several times, by name."""
+    found = {}
+    for one in given or []:
+        name, equals, value = one.partition("=")
+        if not equals or not name or not value:
+            raise SettingsError(f"{one}: no NAME={what}: give a name, an equals sign, and what it names")
+        found[name] = value
+    return found
+
+
+def require_folder_of_adapters(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise SettingsError(f"--adapters {folder}: there is no such folder: make it, and put adapters into it")
 
 
 def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

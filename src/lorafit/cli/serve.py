@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lorafit.cli.flags import by_name, require_folder_of_adapters
+
 
 def serve(
     base: Annotated[str, typer.Argument(help="The base: built in, a folder, a .gguf file, or one of the hub.")],
@@ -51,14 +53,8 @@ def serve(
     from lorafit.serving import Engine
 
     terminal = Terminal(False)
-    named = {}
-    for one in adapter or []:
-        name, equals, folder = one.partition("=")
-        if not equals or not name or not folder:
-            raise SettingsError(f"{one}: no NAME=ADAPTER: give a name, an equals sign, and the folder of an adapter")
-        named[name] = Path(folder)
-    if adapters is not None and not adapters.is_dir():
-        raise SettingsError(f"--adapters {adapters}: there is no such folder: make it, and put adapters into it")
+    named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
+    require_folder_of_adapters(adapters)
     hosts = hosts_of(host, allowed_host or [], keys is not None)
 
     def opened() -> Engine:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os.path
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,9 @@ class Row:
     @property
     def n_trained(self) -> int:
         return sum(self.trained)
+
+
+CUT = "\ufdd0"  # where a message is cut into pieces: a code that Unicode leaves to programs, and no text holds
 
 
 class Renderer:
@@ -139,8 +143,14 @@ class Renderer:
         return ids
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids from which an answer to `messages` is generated."""
-        return self._ids(self.text(messages, prompt=True))
+        """Token ids from which an answer to `messages` is generated. A control token that is spelt out in a message is
+        read as the text that it is, piece by piece: no message ends its turn, or begins another's."""
+        if not any(token in message.content for token in self._control for message in messages):
+            return self._ids(self.text(messages, prompt=True))
+        begins = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in self._control))
+        cut = [Message(one.role, begins.sub(lambda found: found[0] + CUT, one.content.replace(CUT, "")))
+               for one in messages]  # fmt: skip
+        return [token for piece in self.text(cut, prompt=True).split(CUT) for token in self._ids(piece)]
 
     def _answer_ids(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
         """Ids of the answer as they follow the prompt's, whose own ids must not change under it."""

@@ -26,7 +26,8 @@ from lorafit.sites import Site
 from lorafit.sources import hub
 
 CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
-FILES = {CONFIG, WEIGHTS, OURS, CARD}
+ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it
+FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
 _PREFIX = "base_model.model."
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
@@ -56,8 +57,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _DEFAULT = 8  # PEFT's rank and alpha where the config names none
 
 
-def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None) -> None:
-    """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance).
+def write(
+    adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None, routing: bytes | None = None
+) -> None:
+    """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance). routing: the file
+    that a router learns from.
 
     Replaces an adapter folder, and nothing else: raises FormatError where the folder holds other files, and for what
     PEFT has no words for: two variants in one adapter.
@@ -89,7 +93,14 @@ def write(adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, An
         save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         write_json(building / CONFIG, _config(adapter))
         write_json(building / OURS, ours)
+        if routing is not None:
+            (building / ROUTING).write_bytes(routing)
         write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {_base_of(adapter)[0]}\n---\n")
+
+
+def routing_of(folder: Path) -> bytes | None:
+    """The file that a router learns from, of an adapter folder that has one."""
+    return (folder / ROUTING).read_bytes() if (folder / ROUTING).exists() else None
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of one token, also where they are part of a character. Where the tokenizer's vocabulary does not tell
+    these, those of the replacement character."""
+    text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if "\ufffd" not in text:
+        return text.encode()
+    written = tokenizer.convert_ids_to_tokens(token) or ""
+    if named := re.fullmatch("<0x([0-9A-F]{2})>", written):
+        return bytes([int(named[1], 16)])
+    found = bytes(_BYTES[character] for character in written if character in _BYTES)
+    return found if found.decode(errors="replace") == text else text.encode()
 
 
 class Words:

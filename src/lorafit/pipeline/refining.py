@@ -156,7 +156,7 @@ def _install(standing: Standing, number: int, folder: Path, summary: Mapping[str
             "rounds": [asdict(one) for one in history_of(folder)]}  # fmt: skip
     if peft.read(folder / ADAPTER) != standing.adapter:
         peft.write(standing.adapter, folder / ADAPTER, card(standing.adapter, standing.decision.choices, told),
-                   {"versions": versions(), "round": number})  # fmt: skip
+                   {"versions": versions(), "round": number}, peft.routing_of(folder / ADAPTER))  # fmt: skip
     _take_ladder(standing, folder)
     write_json(folder / SUMMARY, told)
 

@@ -32,6 +32,7 @@ from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.words import doubt
+from lorafit.routing import Features
 from lorafit.run import (
     ADAPTER,
     ANSWERS,
@@ -157,7 +158,7 @@ def _run(
     unchanged = base.integrity() == before
     seconds["evaluate"] = time.monotonic() - began
     summary = {**_summary(opened, standing, comparison, out, seconds, opens), **beside, "base_unchanged": unchanged}
-    _write(out, adapter, decision.choices, summary)
+    _write(out, adapter, decision.choices, summary, _routing(opened, resolved.routing_questions, listener))
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
     checking = time.monotonic()
@@ -216,11 +217,20 @@ def _summary(
     }
 
 
-def _write(out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any]) -> None:
+def _routing(opened: Opened, questions: int, listener: Listener) -> bytes | None:
+    """What a router learns from, of the examples that were trained and validated on."""
+    examples = opened.examples
+    found = Features.of(opened.base, examples.train, examples.valid, questions, listener.watch) if questions else None
+    return found.to_bytes() if found else None
+
+
+def _write(
+    out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any], routing: bytes | None
+) -> None:
     """The adapter folder; what was written is read back and must be the same value."""
     kept = ("n_train", "n_valid", "n_test", "nll", "facts", "off_desk_declined", "natural_stops")
     said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
-    peft.write(adapter, out / ADAPTER, card(adapter, choices, summary), said)
+    peft.write(adapter, out / ADAPTER, card(adapter, choices, summary), said, routing)
     if peft.read(out / ADAPTER) != adapter:
         raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: check the disk, and "
                           "train again")  # fmt: skip

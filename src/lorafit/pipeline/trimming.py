@@ -66,7 +66,12 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     groups = [example.group for example in examples.valid]
     ladder, small, _ = ladder_of(base, whole, rows, way, frozen.micro_tokens, nll, groups, listener)
     if small is not None:
-        peft.write(small, out, extra={"trimmed_from": whole.digest(), "ladder": asdict(ladder)})
+        peft.write(
+            small,
+            out,
+            extra={"trimmed_from": whole.digest(), "ladder": asdict(ladder)},
+            routing=peft.routing_of(peft.adapter_folder(folder)),
+        )
     return {**asdict(ladder), "parameters": whole.plan.parameters, "seconds": round(time.monotonic() - began, 1),
             "adapter_dir": str(out) if small else None}  # fmt: skip
 
@@ -105,7 +110,7 @@ def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
     share = share_of(to)
     whole, moments = peft.read(_whole(folder)), folder / LADDER / MOMENTS
     small, left = trimmed(whole, share, read_moments(moments) if moments.exists() else None)
-    peft.write(small, out, extra={"trimmed_from": whole.digest()})
+    peft.write(small, out, extra={"trimmed_from": whole.digest()}, routing=peft.routing_of(peft.adapter_folder(folder)))
     ranks = [slot.rank for slot in small.plan.slots]
     return {"adapter_dir": str(out), "parameters": small.plan.parameters, "of": whole.plan.parameters,
             "sites": len(ranks), "ranks": [min(ranks), max(ranks)], "left": left}  # fmt: skip

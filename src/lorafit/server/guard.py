@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from lorafit.server.keys import Key, Scope, find
+from lorafit.server.service import Service
 from lorafit.server.wire import error
 
 Message = MutableMapping[str, Any]
@@ -30,7 +31,9 @@ SCOPES: dict[str, Scope] = {
 }
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a route's pattern may end before a line break: none gets that far
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+GONE = 499  # for log and metrics, as nginx tells it: the client went away, and nobody reads the answer
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+SOON = "1"  # seconds after which to ask again, where that is not known
 LOCAL = Key(
     name="local", hash="0" * 64, scopes=("infer", "admin")
 )  # who asks where no keys are set: this machine alone
@@ -45,15 +48,15 @@ class Refused(Exception):
 
 
 class Guard:
-    """Around an ASGI application. keys: what the file holds now; None: no key is needed. hosts: names by which this
-    server may be called, without port; None: any. most: bytes of a body; patience: seconds for it to arrive."""
+    """Around an ASGI application of a service, whose requests it counts. hosts: names by which this server may be
+    called, without port; None: any. most: bytes of a body; patience: seconds for it to arrive; at_once: requests."""
 
     def __init__(
-        self, app: App, keys: Callable[[], Collection[Key] | None], hosts: Collection[str] | None, most: int,
-        patience: float, log: Callable[[dict[str, Any]], None],
+        self, app: App, service: Service, hosts: Collection[str] | None, most: int, patience: float, at_once: int,
+        log: Callable[[dict[str, Any]], None],
     ):  # fmt: skip
-        self._app, self._keys, self._hosts, self._log = app, keys, hosts, log
-        self._most, self._patience = most, patience
+        self._app, self._service, self._hosts, self._log = app, service, hosts, log
+        self._most, self._patience, self._at_once = most, patience, at_once
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +65,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        began, status = time.perf_counter(), 500
+        began, status, counts = time.perf_counter(), 500, scope["path"] not in OPEN
         given = headers.get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         told: dict[str, Any] = {"request": name, "method": scope["method"], "path": scope["path"]}
@@ -76,7 +79,11 @@ class Guard:
                                       (b"x-content-type-options", b"nosniff")]  # fmt: skip
             await send(message)
 
+        self._service.under_way += counts
         try:
+            if counts and self._service.under_way > self._at_once:
+                raise Refused(503, f"{self._at_once} requests are under way already: ask again later",
+                              "ServiceUnavailableError", {"retry-after": SOON})  # fmt: skip
             key = self._known(scope["path"], headers)
             scope["state"]["key"], told["key"] = key, key and key.name
             body = await self._body(headers, receive)
@@ -84,7 +91,10 @@ class Guard:
         except Refused as refused:
             await _refuse(answer, refused)
         finally:
-            if scope["path"] not in OPEN:
+            self._service.under_way -= counts
+            if counts:
+                if status >= 400:
+                    self._service.metrics.refused(status)
                 self._log({**told, "status": status, "seconds": round(time.perf_counter() - began, 4)})
 
     def _known(self, path: str, headers: dict[str, str]) -> Key | None:
@@ -98,7 +108,7 @@ class Guard:
             raise Refused(404, "there is no such path", "NotFoundError")
         if path in OPEN:
             return None
-        keys = self._keys()
+        keys = self._service.keys()
         if keys is None:
             return LOCAL
         kind, _, secret = headers.get("authorization", "").partition(" ")
@@ -124,7 +134,7 @@ class Guard:
                 raise Refused(408, f"the body did not arrive within {self._patience:g} s: send it at once",
                               "BadRequestError") from error  # fmt: skip
             if message["type"] == "http.disconnect":
-                return b""
+                raise Refused(GONE, "the client went away: send the whole body", "BadRequestError")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._most:

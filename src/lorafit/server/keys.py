@@ -76,8 +76,7 @@ def create(
                    tokens=tokens, created=int(time.time()))  # fmt: skip
     except ValidationError as error:
         raise SettingsError(f"{name!r}: no name for a key: choose letters, digits, dots, hyphens") from error
-    write_text(path, _File(keys=[*known, made]).model_dump_json(indent=2) + "\n")
-    path.chmod(0o600)
+    write_text(path, _File(keys=[*known, made]).model_dump_json(indent=2) + "\n", mode=0o600)
     return secret
 
 

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from lorafit.errors import CancelledError, LorafitError
 from lorafit.serving import Engine, Result
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
@@ -40,6 +41,7 @@ class Metrics:
         self._success = counter("vllm:request_success", "Answers by how they ended.", "finished_reason")
         self._answers = counter("lorafit:requests", "Answers by adapter.", "adapter")
         self._tokens = counter("lorafit:tokens", "Tokens of prompts and answers by adapter.", "adapter")
+        self._routed = counter("lorafit:routed_requests", "Requests that the router sent, by where to.", "adapter")
         self._refused = counter("lorafit:refused_requests", "Requests that were refused, by HTTP status.", "status")
 
     def watch(self, engine: Engine) -> None:
@@ -57,6 +59,14 @@ class Metrics:
         self._success.labels(base, "abort" if result.finish == "cancelled" else result.finish).inc()
         self._answers.labels(base, adapter).inc()
         self._tokens.labels(base, adapter).inc(result.prompt_tokens + tokens)
+
+    def broken_off(self, why: LorafitError, adapter: str) -> None:
+        """An answer that has no end: cancelled before its first token, or failed."""
+        self._success.labels(self._base, "abort" if isinstance(why, CancelledError) else "error").inc()
+        self._answers.labels(self._base, adapter).inc()
+
+    def routed(self, adapter: str) -> None:
+        self._routed.labels(self._base, adapter).inc()
 
     def refused(self, status: int) -> None:
         self._refused.labels(self._base, str(status)).inc()

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteError
 
 from lorafit.errors import BusyError, CancelledError, InputError, LorafitError, UnknownAdapterError
-from lorafit.server.metrics import Metrics
-from lorafit.server.wire import error
+from lorafit.server.guard import SOON
+from lorafit.server.wire import HALF, error
 
-SOON = "1"  # seconds after which to ask again, where that is not known
+NOWHERE = {"Not Found": "there is no such path", "Method Not Allowed": "not with this method"}  # what Starlette says
 
 
 class ErrorBody(BaseModel):
@@ -47,19 +47,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def answer_errors(app: FastAPI, metrics: Metrics) -> None:
+BROKEN = {
+    UnicodeDecodeError: "the body is not UTF-8: encode it so",
+    RecursionError: "the body is nested too deeply: flatten it",
+}  # what a body could not be read for
+SAID = {"string_unicode": HALF}  # by pydantic's types of errors, where its words do not tell
+
+
+def answer_errors(app: FastAPI) -> None:
     """Have an application answer whatever is raised in it."""
 
     def answer(
         status: int, message: str, kind: str, param: str | None = None, retry: str | None = None
     ) -> JSONResponse:
-        metrics.refused(status)
         headers = {"retry-after": retry} if retry else None
         return JSONResponse(error(message, kind, status, param), status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        found = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
+        found = [(".".join(map(str, one["loc"][1:])), SAID.get(one["type"], one["msg"])) for one in error.errors()]
         message = "; ".join(f"{where}: {what}" if where else what for where, what in found[:8])
         return answer(400, message, "BadRequestError", found[0][0] or None)
 
@@ -67,7 +73,10 @@ def answer_errors(app: FastAPI, metrics: Metrics) -> None:
     async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
         kinds = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
         kind = kinds.get(error.status_code, "BadRequestError")
-        made = answer(error.status_code, str(error.detail), kind)
+        message = BROKEN.get(type(error.__cause__), str(error.detail))
+        if message in NOWHERE:
+            message = f"{request.method} {request.url.path[:80]}: {NOWHERE[message]}: see /openapi.json"
+        made = answer(error.status_code, message, kind)
         made.headers.update(error.headers or {})
         return made
 
@@ -90,4 +99,4 @@ def answer_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RecursionError)
     async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:
-        return answer(400, "the body is nested too deeply: flatten it", "BadRequestError")
+        return answer(400, BROKEN[RecursionError], "BadRequestError")

@@ -22,17 +22,20 @@ from lorafit.server.app import PATIENCE, make_app
 from lorafit.server.guard import LOOPBACK
 from lorafit.server.service import Service
 
-CONNECTIONS = 512  # at once; more are told to come back
+CONNECTIONS = 768  # at once; more are closed: a process may often have no more than 1024 open
 UNREAD = 60.0  # seconds that a client may not read what is sent to it
 
 
 class Patient(H11Protocol):
-    """Connections that end when nothing comes of them: headers that arrive a byte at a time, answers nobody reads."""
+    """Connections that end when nothing comes of them: headers that arrive a byte at a time, answers nobody reads. So
+    many at once, and no more."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watched: tuple[Any, ...] = ()
         self._since = self.loop.time()
+        if len(self.connections) > CONNECTIONS:
+            self.transport.abort()
         self._look()
 
     def _look(self) -> None:
@@ -117,7 +120,7 @@ def serve(service: Service, host: str, port: int, hosts: Collection[str] | None,
     adapters could not be opened for."""
     config = uvicorn.Config(
         make_app(service, hosts, log), host=host, port=port, http=Patient, ws="none", log_config=None, access_log=False,
-        server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=int(PATIENCE),
+        server_header=False, timeout_keep_alive=int(PATIENCE),
         timeout_graceful_shutdown=5,
     )  # fmt: skip
     asyncio.run(Server(config, service, patience).serve())

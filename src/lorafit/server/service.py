@@ -5,22 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lorafit.data.examples import Message
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
+from lorafit.routing import Routed
 from lorafit.server import keys
 from lorafit.server.keys import Key
 from lorafit.server.metrics import Metrics
 from lorafit.server.quota import Quota
-from lorafit.server.store import Store
+from lorafit.server.store import OWN, Store
+from lorafit.server.switch import Switch
 from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
-AUTO = "auto"  # what clients will say for the router: no adapter may have the name
+AUTO = "auto"  # what clients say for the router: no adapter may have the name
 
 
 @dataclass
@@ -36,14 +39,17 @@ class Service:
     say: Callable[[str], None] = print
     phase: Phase = "loading"
     failed: LorafitError | None = None
+    under_way: int = 0  # requests, from their arrival until their last byte is written
     began: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.metrics, self.quota = Metrics(self.base), Quota()
         self.store: Store | None = None
+        self.switch: Switch | None = None
         self._engine: Engine | None = None
         self._keys = keys.read(self.keys_file) if self.keys_file else None
         self._read = self.keys_file.stat().st_mtime_ns if self.keys_file else 0
+        self.operators = ThreadPoolExecutor(1, "lorafit-operators")  # for what only operators ask
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lorafit-service", daemon=True)
 
@@ -59,11 +65,9 @@ class Service:
         return self._keys
 
     def drain(self, patience: float) -> None:
-        """Take nothing new, and wait until what is being answered has ended, for so many seconds at most."""
-        self.phase, end, quiet = "draining", time.monotonic() + patience, 0
-        while self._engine and time.monotonic() < end and quiet < 6:  # a request may just be on its way to the engine
-            stats = self._engine.stats()
-            quiet = 0 if stats.running + stats.waiting else quiet + 1
+        """Take nothing new, and wait until every request is answered, for so many seconds at most."""
+        self.phase, end = "draining", time.monotonic() + patience
+        while self.under_way and time.monotonic() < end:
             time.sleep(0.05)
 
     def close(self) -> None:
@@ -72,6 +76,7 @@ class Service:
         if self._engine:  # a base that is just being opened is let go with the process
             self._thread.join()
             self._engine.close()
+        self.operators.shutdown(cancel_futures=True)
         if self.store:
             self.store.close()
 
@@ -88,6 +93,8 @@ class Service:
             for name, folder in self.adapters.items():
                 require_free(name, self.base)
                 self.say(f"serving {engine.load(name, folder).id}")
+            self.switch = Switch(engine, self.root / OWN if self.root else None, self.say)
+            self.switch.look()
             if self.phase == "loading":
                 self.phase = "ready"
         except Exception as error:  # whatever it is, nothing will be served
@@ -102,7 +109,7 @@ class Service:
     def _look(self) -> None:
         if self.engine.is_closed:
             self.phase = "dead"
-        for look in (self._look_at_keys, self.store.look if self.store else None):
+        for look in (self._look_at_keys, self.store.look if self.store else None, self._switch().look):
             try:
                 if look:
                     look()
@@ -115,6 +122,18 @@ class Service:
 
     # What a request asks for
 
+    def routed(self, text: str, key: Key) -> Routed:
+        """Where a question goes, among what a key may use. Raises UnknownAdapterError."""
+        return self._switch().route(text, key.may_use, self.base)
+
+    def can_route(self, key: Key) -> bool:
+        """Whether the router has an adapter to choose that a key may use."""
+        return bool(self._switch().names(key.may_use))
+
+    def _switch(self) -> Switch:
+        assert self.switch is not None
+        return self.switch
+
     def chosen(self, model: str) -> Version | None:
         """The version that a request's `model` means; None: the bare base. Raises UnknownAdapterError."""
         if model == self.base:
@@ -124,12 +143,9 @@ class Service:
     def prompt(self, messages: Sequence[Message], version: Version | None) -> tuple[int, ...]:
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
         beginning takes the place of the adapter's."""
-        first, *rest = messages
-        system = first.content if first.role == "system" else None
-        if system is not None and not rest:
+        if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
-        own = system if system is not None else version.system if version else None
-        return tuple(self.engine.renderer(own).prompt_ids(rest if system is not None else list(messages)))
+        return tuple(self.engine.renderer(version.system if version else None).prompt_ids(messages))
 
 
 def require_free(name: str, base: str) -> None:

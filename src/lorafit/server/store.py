@@ -5,7 +5,8 @@
     ROOT/.lorafit/registry.json  which versions there are, and which are live; written whole
 
 After a crash the registry says what was served; a version is stored before it is registered, so that nothing that was
-promised is missing, and what is in versions/ without being registered is taken away.
+promised is missing, and what is in versions/ without being registered is taken away. Where the registry itself is gone,
+the names of the copies say what was served.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +71,14 @@ class Store:
         self._held.close()
 
     def restore(self) -> None:
-        """Register again what was served when the server ended; nothing is read but the registry. Raises FormatError
-        for a registry that is none."""
-        if self._file.exists():
-            try:
-                registry = Registry.model_validate(read_json(self._file))
-            except ValidationError as error:
-                raise FormatError(f"{self._file}: {error.errors()[0]['msg']}: restore it from a copy, or move it away "
-                                  "to begin with the adapters in the folder alone") from error  # fmt: skip
-        else:
-            registry = Registry()
+        """Register again what was served when the server ended; where there is a registry, nothing else is read. Raises
+        FormatError for a registry that is none."""
+        known = self._file.exists()
+        try:
+            registry = Registry.model_validate(read_json(self._file)) if known else self._found()
+        except ValidationError as error:
+            raise FormatError(f"{self._file}: {error.errors()[0]['msg']}: restore it from a copy, or move it away and "
+                              "the newest of each adapter is served") from error  # fmt: skip
         kept, live, highest = set(), set[str](), dict[str, Entry]()
         for entry in registry.versions:
             folder = self._folder(entry.name, entry.number)
@@ -98,9 +98,38 @@ class Store:
                 self.engine.adapters.restore(name, entry.number, entry.digest, self._folder(name, entry.number), True)
         self._handled = dict(registry.handled)
         self.engine.adapters.number_from(registry.last)
+        if not known:
+            if registry.last:
+                self._write()
+            return
         for left in [*unfinished(self._versions, [path.name for path in self._versions.iterdir()]),
                      *(path for path in self._versions.iterdir() if path not in kept)]:  # fmt: skip
             shutil.rmtree(left, ignore_errors=True)
+
+    def _found(self) -> Registry:
+        """What the copies tell by their names where there is no registry. None is said to be live: the highest is."""
+        found = Registry()
+        numbered = [(name, int(number), path) for path in self._versions.iterdir()
+                    for name, _, number in [path.name.rpartition("@")]
+                    if NAME.fullmatch(name) and number.isdecimal()]  # fmt: skip
+        for name, number, folder in sorted(numbered):
+            found.last[name] = number
+            try:
+                digest = peft.read(folder).digest()
+            except LorafitError as error:
+                self._say(f"'{folder.name}' is not served: {error}")
+                continue
+            found.versions.append(Entry(name=name, number=number, digest=digest, live=False))
+        for name in found.last:
+            with suppress(LorafitError):  # no such folder, or not to be served: which is said when it is looked at
+                self._files(source := peft.adapter_folder(self.root / name))
+                digest = peft.read(source).digest()
+                if any((entry.name, entry.digest) == (name, digest) for entry in found.versions):
+                    found.handled[name] = digest
+        if numbered:
+            self._say(f"{self._file}: is not there: what lies in {self._versions} is served again, the highest version "
+                      "of each name live: roll back or unload what should not be")  # fmt: skip
+        return found
 
     def within(self, path: str) -> Path:
         """The folder that a request names, which is within the root whatever links there are. Raises AdapterError."""
@@ -168,14 +197,13 @@ class Store:
             if folder.name.startswith(".") or not folder.is_dir() or not NAME.fullmatch(folder.name):
                 continue
             try:
-                files = self._files(peft.adapter_folder(folder))
-                found = [(file, file.stat()) for file in files]
-                seen = tuple((str(file), stat.st_ino, stat.st_mtime_ns, stat.st_size) for file, stat in found)
+                seen = self._state(folder)
                 whole = self._seen.get(folder.name) == seen  # twice the same: nobody is just writing it
                 self._seen[folder.name] = seen
                 if not whole or self._taken.get(folder.name) == seen:
                     continue
                 self._taken[folder.name] = seen
+                self._files(peft.adapter_folder(folder))  # a link to somewhere else is not read
                 digest = peft.read(peft.adapter_folder(folder)).digest()
                 before = self._handled.get(folder.name)
                 if before == digest:
@@ -191,6 +219,14 @@ class Store:
             except (LorafitError, OSError) as error:
                 if self._taken.get(folder.name) == self._seen.get(folder.name) is not None:
                     self._say(f"{folder.name}: not served: {error}")
+
+    def _state(self, folder: Path) -> tuple[Any, ...]:
+        """What shows whether anything has changed in a folder."""
+        try:
+            found = [(file, file.stat()) for file in self._files(peft.adapter_folder(folder))]
+        except AdapterError as error:  # a link to somewhere else
+            return (str(error),)
+        return tuple((str(file), stat.st_ino, stat.st_mtime_ns, stat.st_size) for file, stat in found)
 
     def _files(self, folder: Path) -> list[Path]:
         """What of a folder makes an adapter. Raises AdapterError where one is a link to somewhere else."""

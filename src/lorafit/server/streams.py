@@ -21,10 +21,11 @@ Part = Piece | Result | LorafitError
 
 class Coming:
     """Several answers on their way, their parts in the order they come. Made in the event loop; `submit` may be called
-    in another thread. tokens: that were made so far, whether anyone reads them or not."""
+    in another thread. heard: called in the engine's thread with each part, whether anyone reads it or not. tokens: that
+    were made so far."""
 
-    def __init__(self, engine: Engine):
-        self._engine, self._loop = engine, asyncio.get_running_loop()
+    def __init__(self, engine: Engine, heard: Callable[[Part], None]):
+        self._engine, self._heard, self._loop = engine, heard, asyncio.get_running_loop()
         self._parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
         self._answers: list[Answer] = []
         self.results: dict[int, Result] = {}
@@ -43,6 +44,7 @@ class Coming:
         """In the engine's thread."""
         if isinstance(part, Piece):
             self.tokens += len(part.tokens)
+        self._heard(part)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._parts.put_nowait, (number, part))
 
@@ -67,11 +69,13 @@ class Coming:
 
 @dataclass(frozen=True)
 class Style:
-    """How chat completions, or completions, are written. id, created, model: of this answer."""
+    """How chat completions, or completions, are written. id, created, model: of this answer. routed: what the router
+    chose, and how sure it was."""
 
     kind: str  # chat.completion or text_completion
     id: str
     model: str
+    routed: Mapping[str, Any] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +86,8 @@ class Style:
         return _event({**self._named(kind), "choices": choices, **({} if usage is None else {"usage": usage})})
 
     def _named(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        told = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return told if self.routed is None else {**told, "lorafit": dict(self.routed)}
 
     def choice(self, number: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         """Of a whole answer."""
@@ -119,12 +124,12 @@ def _event(value: Any) -> str:
 
 
 async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events of answers: parts, then each one's end, then what was used, then [DONE]. logprobs: of tokens,
-    how they are told, or None."""
+    """Server-sent events of answers: parts, then each one's end, then what was used, then [DONE]. logprobs: of an
+    answer's next tokens, how they are told, or None."""
     begun: set[int] = set()
     try:
         async for number, piece in coming.pieces():
-            told = logprobs(piece.tokens) if logprobs and piece.tokens else None
+            told = logprobs(number, piece.tokens) if logprobs and piece.tokens else None
             is_first = number not in begun
             begun.add(number)
             if piece.text or told or is_first:

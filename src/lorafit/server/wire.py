@@ -1,36 +1,73 @@
 """What clients send, and how answers are written: OpenAI's chat completions and completions, as vLLM extends them.
 
-Fields that are not known pass, as clients of other servers send many. Sizes are bounded here; what a request may ask of
-the engine is checked there, so that each rule stands once.
+Fields that are not known pass, as clients of other servers send many; a number in quotes is no number, as at OpenAI.
+What a field may hold is declared here, for the OpenAPI document tells it; what depends on the base is checked by the
+engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from lorafit.data.examples import Message
 from lorafit.errors import RequestError
 from lorafit.serving import Token
+from lorafit.serving.request import HOTTEST, LONGEST_STOP, MOST_LOGPROBS, MOST_SCALE, MOST_STOPS
 
 MOST_ANSWERS = 16
+HALF = "half of a surrogate pair is no character: send whole characters, as UTF-8"
 
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: some clients write 8 as 8.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _characters(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON can spell what no text holds; where a text is expected pydantic sees it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", HALF) from None
+    return value
+
+
+def _no_echo(value: bool) -> bool:
+    if value:
+        raise ValueError("prompts are not repeated here: leave it out")
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1), WHOLE]
+Likely = Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE]
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
-Ids = Annotated[list[int], Field(max_length=1 << 17, fail_fast=True)]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=1 << 20)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+Id = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Id], Field(max_length=1 << 17, fail_fast=True)]
+PromptIds = Annotated[list[Id], Field(min_length=1, max_length=1 << 17, fail_fast=True)]
 Model = Annotated[str, StringConstraints(max_length=256)]
 
 
-class Part(BaseModel):
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Part(Body):
     """Part of a message. Only text is read."""
 
     type: Literal["text"]
     text: Text
 
 
-class Turn(BaseModel):
+class Turn(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -41,15 +78,15 @@ class Turn(BaseModel):
         return Message("system" if self.role == "developer" else self.role, content)
 
 
-class Schema(BaseModel):
+class Schema(Body):
     """A JSON schema under a name."""
 
     model_config = ConfigDict(protected_namespaces=())
     name: str = ""
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: Annotated[dict[str, Any], AfterValidator(_characters)] = Field(alias="schema")
 
 
-class Format(BaseModel):
+class Format(Body):
     """What an answer must be: any text, any JSON object, or JSON that keeps to a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -63,25 +100,25 @@ class Format(BaseModel):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Common(BaseModel):
+class Common(Body):
     """What both kinds of completion take. max_tokens: of the answer."""
 
     model: Model
-    max_tokens: int | None = None
-    temperature: float | None = Field(None, allow_inf_nan=False)
-    top_p: float | None = Field(None, allow_inf_nan=False)
-    top_k: int | None = None
-    seed: int | None = None
-    n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, WHOLE] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS), WHOLE] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    adapter_scale: float | None = Field(None, allow_inf_nan=False)
+    adapter_scale: Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE)] | None = None
     response_format: Format | None = None
 
     @property
@@ -107,9 +144,9 @@ class ChatRequest(Common):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Likely | None = None
 
     def settings(self, longest: int) -> dict[str, Any]:
         if self.max_completion_tokens is not None:
@@ -121,21 +158,26 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """POST /v1/completions: one prompt, a text or token ids, or several."""
 
-    prompt: Text | Ids | Annotated[list[Text], Field(max_length=64)] | Annotated[list[Ids], Field(max_length=64)]
-    logprobs: int | None = None
-    echo: Literal[False] | None = None
+    prompt: (
+        Prompt
+        | PromptIds
+        | Annotated[list[Prompt], Field(min_length=1, max_length=64)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=64)]
+    )
+    logprobs: Likely | None = None
+    echo: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_no_echo)] | None = None
 
     def settings(self, longest: int) -> dict[str, Any]:
         return {**super().settings(longest), "logprobs": self.logprobs}
 
     def prompts(self) -> Sequence[str | list[int]]:
         """Each prompt on its own."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        return self.prompt
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """POST /tokenize"""
 
     model: Model | None = None
@@ -143,25 +185,25 @@ class TokenizeRequest(BaseModel):
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)] | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: Model | None = None
     tokens: Ids
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(Body):
     """POST /v1/load_lora_adapter. lora_path: a folder within the server's folder of adapters."""
 
-    lora_name: str
-    lora_path: str
+    lora_name: Model
+    lora_path: Text
     load_inplace: bool = False
 
 
-class NameRequest(BaseModel):
+class NameRequest(Body):
     """POST /v1/unload_lora_adapter, /v1/rollback_lora_adapter"""
 
-    lora_name: str
+    lora_name: Model
 
 
 def error(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
@@ -169,21 +211,22 @@ def error(message: str, kind: str, code: int, param: str | None = None) -> dict[
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def chat_logprobs(tokens: Sequence[Token], text_of: Any) -> dict[str, Any]:
-    """Log-probabilities as chat completions tell them. text_of: the text of one token id."""
+def chat_logprobs(
+    tokens: Sequence[Token], text_of: Callable[[int], str], bytes_of: Callable[[int], bytes]
+) -> dict[str, Any]:
+    """Log-probabilities as chat completions tell them. text_of, bytes_of: of one token id."""
 
     def one(token: int, value: float | None) -> dict[str, Any]:
-        text = text_of(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": text_of(token), "logprob": value, "bytes": list(bytes_of(token))}
 
     return {"content": [{**one(token.id, token.logprob), "top_logprobs": [one(*pair) for pair in token.top]}
                         for token in tokens]}  # fmt: skip
 
 
-def completion_logprobs(tokens: Sequence[Token], text_of: Any) -> dict[str, Any]:
-    """Log-probabilities as completions tell them."""
+def completion_logprobs(tokens: Sequence[Token], text_of: Callable[[int], str], start: int) -> dict[str, Any]:
+    """Log-probabilities as completions tell them. start: characters of the answer's tokens before these."""
     texts = [text_of(token.id) for token in tokens]
-    starts = [0, *accumulate(map(len, texts))][: len(texts)]
+    starts = list(accumulate(map(len, texts), initial=start))[: len(texts)]
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],

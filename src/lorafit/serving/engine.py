@@ -12,19 +12,20 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lorafit import routing
 from lorafit.adapter import Adapter
-from lorafit.attachment import adapting, attending, require_bare
+from lorafit.attachment import adapting, attending, inputs_of_blocks, require_bare
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
@@ -46,6 +47,7 @@ ROOM = 2048  # tokens of a slot, where the base reads as many
 MOST = 512  # tokens of prompts in one step
 LEAST = 16
 PROBED = 4  # tokens an adapter is tried on: of one alone, attention would not show what it asks and is asked
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class _Probe:
     name: str
     loaded: Loaded
     done: Future[Tensor]
+
+
+@dataclass(eq=False)
+class _Aside:
+    """Work in pieces that is done between steps."""
+
+    pieces: Generator[None, None, Any]
+    done: Future[Any]
 
 
 class Engine:
@@ -122,6 +132,7 @@ class Engine:
         self._lock = threading.Condition()
         self._turns = Turns()
         self._probes: deque[_Probe] = deque()
+        self._asides: deque[_Aside] = deque()
         self._rows: list[Row] = []
         self._beginning: list[str | None] = []
         self._stats = Stats()
@@ -227,6 +238,42 @@ class Engine:
             raise AdapterError(f"'{version.id}': it changes nothing: train it first")
         return version
 
+    def aside(self, pieces: Generator[None, None, T]) -> T:
+        """What a generator returns that runs in the thread which owns the model, a piece between two steps: whatever
+        computes beside the engine in a thread of its own makes both many times slower on a small machine."""
+        aside = _Aside(pieces, Future())
+        with self._lock:
+            if self._closing:
+                raise CancelledError("the engine is closed: open another")
+            self._asides.append(aside)
+            self._lock.notify_all()
+        found: T = aside.done.result()
+        return found
+
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """What the bare base makes of questions, for a router: (texts, D), as `routing.features_of` gives it. Raises
+        BaseError where it can tell nothing of them."""
+        depths = routing.depths(self.base)
+        asked = [routing.token_ids(self.base, text)[: self.room] for text in texts]
+
+        def pieces() -> Generator[None, None, Tensor]:
+            found = []
+            for ids in asked:
+                found.append(self._features(ids, depths))
+                yield
+            return torch.stack(found)
+
+        return self.aside(pieces())
+
+    def _features(self, ids: list[int], depths: Sequence[int]) -> Tensor:
+        slot = self._slots.probing[0]
+        tokens = torch.tensor([ids], device=self.base.device)
+        step = Step.of(self._slots, [slot], [len(ids)], self.base.device)
+        self._mixer.begin([None], [1.0], [len(ids)], None)
+        with inputs_of_blocks(self.base, depths) as streams:
+            self._model(input_ids=tokens, position_ids=step.positions, use_cache=False, step=step)
+        return routing.pooled([stream[0] for stream in streams])
+
     def unload(self, name: str) -> list[Version]:
         """Serve `name`, or the version `name@3`, no longer. What is being answered, or waits, is answered still."""
         return self.adapters.remove(name)
@@ -277,25 +324,31 @@ class Engine:
             rows, self._rows = self._rows, []
             probes = list(self._probes)
             self._probes.clear()
+            asides = list(self._asides)
+            self._asides.clear()
         self._mixer.end()
         self._slots.layers.clear()
         for asked in [*waiting, *(row.asked for row in rows)]:
             self._end(asked, error)
-        for probe in probes:
-            if not probe.done.done():
-                probe.done.set_exception(error)
+        for done in [*(probe.done for probe in probes), *(aside.done for aside in asides)]:
+            if not done.done():
+                done.set_exception(error)
         if not self._measured.done():
             self._measured.set_exception(error)
 
     def _turn(self) -> bool:
         """One step, or a wait for something to do. False once the engine is closed."""
         with self._lock:
-            while not (self._closing or self._probes or self._rows or self._ready()):
+            while not (self._closing or self._probes or self._asides or self._rows or self._ready()):
                 self._mixer.end()
                 self._lock.wait(0.05 if self._turns else None)
             if self._closing:
                 return False
+            aside = self._asides.popleft() if self._asides else None
             probe = self._probes[0] if self._probes else None  # it stays there until it is answered, however this ends
+        if aside and self._goes_on(aside):
+            with self._lock:
+                self._asides.append(aside)  # the others take their turns
         began = time.monotonic()
         self._drop_cancelled()
         self._admit()
@@ -313,6 +366,16 @@ class Engine:
             with self._lock:
                 self._probes.popleft()
         return True
+
+    def _goes_on(self, aside: _Aside) -> bool:
+        """Do its next piece."""
+        try:
+            next(aside.pieces)
+        except StopIteration as ended:
+            aside.done.set_result(ended.value)
+        except Exception as error:  # whatever it is, whoever waits hears of it, and the engine goes on
+            aside.done.set_exception(error)
+        return not aside.done.done()
 
     def _ready(self) -> bool:
         """Whether some request that waits could be begun on; has adapters read that are on disk alone."""

@@ -13,6 +13,7 @@ from lorafit.errors import LorafitError, RequestError
 
 Finish = Literal["stop", "length", "cancelled"]
 MOST_LOGPROBS = 20
+HOTTEST, MOST_SCALE = 10, 8  # temperature; how often an adapter may be added, or taken off
 MOST_STOPS, LONGEST_STOP = 16, 256  # each token's text is compared with all of them
 
 
@@ -58,13 +59,13 @@ class Request:
             f"prompt: a token that is not in the base's vocabulary of {vocabulary}: render it by its tokenizer":
                 any(not 0 <= token < vocabulary for token in self.prompt),
             f"max_tokens: {self.max_tokens} cannot be: ask for at least 1": self.max_tokens < 1,
-            f"temperature: {self.temperature} cannot be: choose 0 to 10":
-                not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10),
+            f"temperature: {self.temperature} cannot be: choose 0 to {HOTTEST}":
+                not (math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST),
             f"top_k: {self.top_k} cannot be: choose 0 (all) or more": self.top_k < 0,
             f"top_p: {self.top_p} cannot be: choose above 0, up to 1": not 0 < self.top_p <= 1,
             f"seed: {self.seed} cannot be: choose 0 to 2**63 - 1": self.seed is not None and not 0 <= self.seed < 2**63,
-            f"adapter_scale: {self.adapter_scale} cannot be: choose -8 to 8":
-                not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= 8),
+            f"adapter_scale: {self.adapter_scale} cannot be: choose -{MOST_SCALE} to {MOST_SCALE}":
+                not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= MOST_SCALE),
             "stop: an empty text stops nothing: leave it out": any(not text for text in self.stop),
             f"stop: a text of more than {LONGEST_STOP} characters, or more than {MOST_STOPS} texts: shorten them":
                 len(self.stop) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in self.stop),

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.attachment import input_of_block, packing, skipping
+from lorafit.attachment import inputs_of_blocks, packing, skipping
 from lorafit.base import Base
 from lorafit.data.batches import LENGTH_STEP, PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row
@@ -104,9 +104,9 @@ def body(base: Base, batch: Batch, way: Way) -> Tensor:
 def trunk(base: Base, batch: Batch, blocks: int) -> Tensor:
     """What the lowest `blocks` blocks make of a batch, (B, T, hidden): the input of the next one."""
     assert isinstance(base.model, PreTrainedModel)
-    with torch.no_grad(), input_of_block(base, blocks) as seen:
+    with torch.no_grad(), inputs_of_blocks(base, [blocks]) as seen:
         _run(base, base.model.base_model, batch)
-    return seen()
+    return seen[0]
 
 
 def _run(base: Base, model: nn.Module, batch: Batch) -> Any:

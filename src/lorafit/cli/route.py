@@ -1,0 +1,55 @@
+"""lorafit route: which adapter a question would go to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.flags import JSON, by_name, require_folder_of_adapters
+
+
+def route(
+    text: Annotated[str, typer.Argument(help="A question.")],
+    adapter: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: a run, or its folder.")
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="A folder of adapters, NAME/ each, as lorafit serve has.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base; by default the one the adapters name.")] = None,
+    learn: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DATA", help="Examples an adapter of elsewhere shall be known by; may be repeated."),
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Show which adapter `model: "auto"` sends a question to, and how sure the router is.
+
+    \b
+    lorafit route "How long may I keep the ladder?" --adapters adapters/
+    lorafit route "My screen is black." it=runs/it returns=elsewhere/returns --learn returns=returns.jsonl
+    """
+    from lorafit.cli.console import Terminal
+    from lorafit.formats.peft import adapter_folder
+    from lorafit.pipeline.routing import run_routing
+
+    terminal = Terminal(json)
+    require_folder_of_adapters(adapters)
+    named = {folder.name: folder for folder in sorted(adapters.iterdir()) if adapter_folder(folder).is_dir()
+             and not folder.name.startswith(".")} if adapters else {}  # fmt: skip
+    named |= {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
+    found = run_routing([text], named, base, by_name(learn, "DATA"), terminal)
+    told = found["texts"][0]
+    width = max(map(len, told["scores"]))
+    for name, score in sorted(told["scores"].items(), key=lambda item: -item[1]):
+        terminal.say(f"  {name:<{width}} {score:>7.1%}  {'█' * round(30 * score)}")
+    if told["adapter"]:
+        terminal.say(f"goes to {told['adapter']}, at {found['threshold']:.0%} or more")
+    else:
+        terminal.say(f"goes to the base: no adapter reaches {found['threshold']:.0%}")
+    if found["left_out"]:
+        terminal.say(f"left out, for they keep no questions of this base: {', '.join(found['left_out'])}; "
+                     "give theirs with --learn NAME=DATA")  # fmt: skip
+    terminal.finish(found)

@@ -1,0 +1,68 @@
+"""Where questions go among adapters, by the router that a server of them would use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafit.base import Base, open_base
+from lorafit.errors import AdapterError, BaseError
+from lorafit.files import read_json, whole_file
+from lorafit.formats import peft
+from lorafit.pipeline.listener import Listener, Silent
+from lorafit.pipeline.preparing import prepare
+from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit
+from lorafit.settings import settings_from
+
+
+def run_routing(
+    texts: Sequence[str], adapters: Mapping[str, Path], base: str | None = None,
+    learn: Mapping[str, str] | None = None, listener: Listener | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The scores of each text. adapters: folders, or runs, by name. base: by default the one the adapters name.
+    learn: by name, data whose questions an adapter's folder shall keep from now on. Raises AdapterError where there is
+    nothing to learn from."""
+    listener, learn = listener or Silent(), learn or {}
+    folders = {name: peft.adapter_folder(folder) for name, folder in adapters.items()}
+    for folder in folders.values():
+        peft.require_adapter_folder(folder)
+    if unknown := sorted({*learn} - {*folders}):
+        raise AdapterError(f"--learn {unknown[0]}: there is no adapter of this name: give {unknown[0]}=ADAPTER too")
+    examples = {name: prepare(data, settings_from({}), Silent())[0] for name, data in learn.items()}
+    opened = open_base(base or _base_of(folders), None, listener.say, listener.watch)
+    for name, given in examples.items():
+        found = Features.of(opened, given.train, given.valid, watch=listener.watch)
+        if found is None:
+            raise AdapterError(f"--learn {name}: these examples ask nothing that a router could learn from: give "
+                               "questions with answers")  # fmt: skip
+        with whole_file(folders[name] / peft.ROUTING) as building:
+            building.write_bytes(found.to_bytes())
+        listener.say(f"{folders[name]} keeps what the base makes of {len(found.train)} questions")
+    router, left_out = router_of(opened, folders, listener)
+    told = [router.route(row) for row in features_of(opened, texts)]
+    return {
+        "threshold": router.threshold, "right": router.right, "kept_out": router.kept_out, "left_out": left_out,
+        "texts": [{"text": text, "adapter": one.adapter, "probability": one.probability,
+                   "scores": {name or "base": score for name, score in one.scores.items()}}
+                  for text, one in zip(texts, told, strict=True)],
+    }  # fmt: skip
+
+
+def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tuple[Router, list[str]]:
+    """A router between those of these adapter folders that keep questions of this base, and the names of the others."""
+    kept = {name: content for name, folder in folders.items() if (content := peft.routing_of(folder))}
+    found = {name: Features.from_bytes(content, str(folders[name])) for name, content in kept.items()}
+    found = {name: one for name, one in found.items() if (one.base, one.depths) == (base.identity, depths(base))}
+    others = features_of(base, elsewhere(), listener.watch) if found else features_of(base, [])
+    return fit(found, others), sorted({*folders} - {*found})
+
+
+def _base_of(folders: Mapping[str, Path]) -> str:
+    """The base that adapter folders name."""
+    named = {name: read_json(folder / peft.OURS).get("base_name") for name, folder in folders.items()
+             if (folder / peft.OURS).exists()}  # fmt: skip
+    bases = sorted({str(base) for base in named.values() if base})
+    if len(bases) != 1:
+        raise BaseError(f"the adapters name {', '.join(bases) or 'no base'}: say which with --base")
+    return bases[0]
