@@ -56,6 +56,10 @@ bench-http: .venv/ready
 bench-scale: .venv/ready
 	$(BIN)/python bench/scale.py --check $(BENCH_FLAGS)
 
+# Where the router sends questions, beside a plain linear classifier and TF-IDF: four minutes, needs LORAFIT_DATA.
+bench-routing: .venv/ready
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python bench/routing.py $(BENCH_FLAGS)
+
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorafit needs Python 3.11 or newer; name one: make demo PYTHON=python3.12"; exit 2; }
 	@echo "setting up .venv, once: about 1 GB of torch, transformers and the demo's base model (on Linux several more of CUDA, unless PIP_FLAGS names torch's CPU index)"

@@ -24,6 +24,7 @@ from lorafit.errors import BaseError, FormatError
 from lorafit.sources.progress import Watch, unwatched
 
 LONGEST = 128  # tokens of a question that are read: half from its beginning, half from its end
+TOGETHER = 32  # questions of like lengths that are read at once
 PARTS = ("train", "valid", "train_declined", "valid_declined")
 
 
@@ -57,14 +58,20 @@ def pooled(streams: Sequence[Tensor]) -> Tensor:
 
 def features_of(base: Base, texts: Sequence[str], watch: Watch = unwatched) -> Tensor:
     """(texts, depths · d), fp32, of the bare base. Raises BaseError as `depths` does."""
-    found, read = [], depths(base)
-    for number, text in enumerate(texts):
-        ids = torch.tensor([token_ids(base, text)], device=base.device)
+    read = depths(base)
+    asked = [token_ids(base, text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(asked[i]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(texts), TOGETHER):
+        chosen = order[start : start + TOGETHER]
+        width = len(asked[chosen[-1]])  # what is filled up stands behind a question, where none of its tokens looks
+        ids = torch.tensor([asked[i] + asked[i][:1] * (width - len(asked[i])) for i in chosen], device=base.device)
         with torch.inference_mode(), inputs_of_blocks(base, read) as streams:
             base.model(input_ids=ids, use_cache=False)
-        found.append(pooled([stream[0] for stream in streams]))
-        watch("questions for the router", number + 1, len(texts), "questions")
-    return torch.stack(found) if found else torch.empty(0, 0)
+        for row, i in enumerate(chosen):
+            found[i] = pooled([stream[row, : len(asked[i])] for stream in streams])
+        watch("questions for the router", len(found), len(texts), "questions")
+    return torch.stack([found[i] for i in range(len(texts))]) if texts else torch.empty(0, 0)
 
 
 @dataclass(frozen=True, eq=False)
