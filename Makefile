@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve bench-http bench-scale clean
+.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve bench-http bench-scale bench-routing clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo

@@ -108,7 +108,7 @@ def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> 
         "scores/answers.jsonl", "scores/test_openings.json", "scores/trained_on.json", "scores/importance.json",
         "scores/forgetting.json", "search/card.json", "ladder/rungs.json", "ladder/moments.safetensors",
         *(f"ladder/whole/{name}" for name in ADAPTER_FILES),
-        *(f"adapter/{name}" for name in ADAPTER_FILES),
+        *(f"adapter/{name}" for name in (*ADAPTER_FILES, "routing_features.safetensors")),
     }  # fmt: skip
 
 
