@@ -946,3 +946,11 @@ def test_the_router_picks_an_adapter_and_says_how_sure_it_is(tmp_path: Path) -> 
     with served(root, file) as running:
         assert asked(running, "What is 7 plus 77?").json()["lorafit"]["adapter"] == "numbers"
         assert (root / ".lorafit/router.safetensors").stat().st_mtime_ns == kept, "it is not trained again"
+        other = replace(features, train=features.train[:, :7], valid=features.valid[:, :7])
+        for name, content in (("unknown", features), ("letters", other)):  # as lorafit route --learn writes it
+            (root / name / peft.ROUTING).write_bytes(content.to_bytes())
+        for _ in range(3):
+            running.service.store.look()  # type: ignore[union-attr]
+        running.service._look()
+        assert running.service.switch is not None and running.service.switch.router is not None
+        assert running.service.switch.router.names == ("numbers", "unknown"), "what is damaged is left out"

@@ -17,6 +17,9 @@ from lorafit.settings import BY_RULE, RunFile, read_run_file
 JSON = Annotated[bool, typer.Option("--json", help="Make the last line of output one JSON object.")]
 BASE = Annotated[str | None, typer.Argument(metavar="BASE", help=RunFile.model_fields["base"].description)]
 DATA = Annotated[str | None, typer.Argument(metavar="DATA", help=RunFile.model_fields["data"].description)]
+NAMED = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: a run, or its folder.")
+]
 OUT = Annotated[
     str | None,
     typer.Option(help=f"{RunFile.model_fields['out'].description} [default: {RunFile.model_fields['out'].default}]"),

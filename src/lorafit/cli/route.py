@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.flags import JSON, by_name, require_folder_of_adapters
+from lorafit.cli.flags import JSON, NAMED, by_name, require_folder_of_adapters
 
 
 def route(
     text: Annotated[str, typer.Argument(help="A question.")],
-    adapter: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: a run, or its folder.")
-    ] = None,
+    adapter: NAMED = None,
     adapters: Annotated[
         Path | None, typer.Option(help="A folder of adapters, NAME/ each, as lorafit serve has.")
     ] = None,

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.flags import by_name, require_folder_of_adapters
+from lorafit.cli.flags import NAMED, by_name, require_folder_of_adapters
 
 
 def serve(
     base: Annotated[str, typer.Argument(help="The base: built in, a folder, a .gguf file, or one of the hub.")],
-    adapter: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: a run, or its folder.")
-    ] = None,
+    adapter: NAMED = None,
     adapters: Annotated[
         Path | None, typer.Option(help="A folder of adapters, NAME/ each: new ones in it are served while it runs.")
     ] = None,

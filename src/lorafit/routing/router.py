@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -153,7 +153,7 @@ def fitting(adapters: Mapping[str, Features], others: Tensor, key: str = "") -> 
         yield
     made = Router(key, names, mean, scale, weights, 0.5, 0.0, 0.0)
     threshold, right, kept_out = _threshold(made.probabilities(x_valid), y_valid)
-    return Router(key, names, mean, scale, weights, threshold, right, kept_out)
+    return replace(made, threshold=threshold, right=right, kept_out=kept_out)
 
 
 def _stacked(parts: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

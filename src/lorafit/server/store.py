@@ -11,6 +11,7 @@ the names of the copies say what was served.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 from collections.abc import Callable
@@ -123,9 +124,9 @@ class Store:
         for name in found.last:
             with suppress(LorafitError):  # no such folder, or not to be served: which is said when it is looked at
                 self._files(source := peft.adapter_folder(self.root / name))
-                digest = peft.read(source).digest()
-                if any((entry.name, entry.digest) == (name, digest) for entry in found.versions):
-                    found.handled[name] = digest
+                copies = [self._folder(entry.name, entry.number) for entry in found.versions if entry.name == name]
+                if (content := _content(source)) in map(_content, copies):
+                    found.handled[name] = content
         if numbered:
             self._say(f"{self._file}: is not there: what lies in {self._versions} is served again, the highest version "
                       "of each name live: roll back or unload what should not be")  # fmt: skip
@@ -204,7 +205,7 @@ class Store:
                     continue
                 self._taken[folder.name] = seen
                 self._files(peft.adapter_folder(folder))  # a link to somewhere else is not read
-                digest = peft.read(peft.adapter_folder(folder)).digest()
+                digest = _content(peft.adapter_folder(folder))
                 before = self._handled.get(folder.name)
                 if before == digest:
                     continue
@@ -259,6 +260,13 @@ class Store:
                    for version, live in listed]  # fmt: skip
         numbers = self.engine.adapters.numbers()
         write_json(self._file, Registry(versions=entries, last=numbers, handled=self._handled).model_dump())
+
+
+def _content(folder: Path) -> str:
+    """Of an adapter folder: what it computes, and what a router learns from. Raises FormatError."""
+    routing = peft.routing_of(folder)
+    told = peft.read(folder).digest()
+    return told if routing is None else f"{told}+{hashlib.sha256(routing).hexdigest()[:16]}"
 
 
 def _alone(path: Path) -> Any:

@@ -67,6 +67,9 @@ class Switch:
             return None
         if self._others is None:
             self._others = self._engine.features(routing.elsewhere())
+        for name in [name for name, found in adapters.items() if found.train.shape[1] != self._others.shape[1]]:
+            self._say(f"the router leaves '{name}' out: its file is damaged: give its questions with --learn")
+            del adapters[name]
         router = self._engine.aside(routing.fitting(adapters, self._others, key))
         if self._file is not None:
             with whole_file(self._file) as building:
