@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -69,55 +70,82 @@ inline vec read(const int8_t* from) {
 #endif
 }
 
+// As many numbers as a register holds of a row of X and of weights of W, and how both go into a sum. In: what products
+// read their rows in where all else is in T: as wide as their sums, unless the processor multiplies pairs of bf16.
+template <typename X, typename W>
+struct Lane {
+    static constexpr int64_t COUNT = LANES;
+    typedef vec many;
+    template <typename T>
+    static many of(const T* from) { return read(from); }
+    static void add(vec& sum, many x, many w) { sum += x * w; }
+};
+#ifdef __AVX512BF16__
+template <>
+struct Lane<bf16, bf16> {
+    static constexpr int64_t COUNT = 2 * LANES;
+    typedef __m512bh many;
+    static many of(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+    static void add(vec& sum, many x, many w) { sum = (vec)_mm512_dpbf16_ps((__m512)sum, x, w); }
+};
+template <typename T, typename W>
+using In = std::conditional_t<std::is_same_v<T, bf16> && std::is_same_v<W, bf16>, bf16, float>;
+#else
+template <typename T, typename W>
+using In = float;
+#endif
+
 // y[r][c] = x[r] . w[c] for ROWS rows of x and COLS of w: every number read is used COLS or ROWS times.
-template <int ROWS, int COLS, typename W>
-inline void block(const float* x, const W* w, int64_t n, float y[ROWS][COLS]) {
+template <int ROWS, int COLS, typename X, typename W>
+inline void block(const X* x, const W* w, int64_t n, float y[ROWS][COLS]) {
+    typedef Lane<X, W> Own;
     vec sum[ROWS][COLS];
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLS; c++) sum[r][c] = vec{};
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        vec part[COLS];
+    for (; j + Own::COUNT <= n; j += Own::COUNT) {
+        typename Own::many part[COLS];
 #pragma GCC unroll 8
         for (int c = 0; c < COLS; c++) {
-            part[c] = read(w + c * n + j);
+            part[c] = Own::of(w + c * n + j);
             __builtin_prefetch(w + (c + COLS) * n + j);  // of the columns after these
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            const vec own = read(x + r * n + j);
+            const typename Own::many own = Own::of(x + r * n + j);
 #pragma GCC unroll 8
-            for (int c = 0; c < COLS; c++) sum[r][c] += own * part[c];
+            for (int c = 0; c < COLS; c++) Own::add(sum[r][c], own, part[c]);
         }
     }
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLS; c++) {
             float total = 0;
             for (int i = 0; i < LANES; i++) total += sum[r][c][i];
-            for (int64_t k = j; k < n; k++) total += x[r * n + k] * get(w[c * n + k]);
+            for (int64_t k = j; k < n; k++) total += get(x[r * n + k]) * get(w[c * n + k]);
             y[r][c] = total;
         }
 }
 
 // x . w for one row: the weights are read straight on, in four sums at a time that do not wait for each other.
-template <typename W>
-inline float dot(const float* x, const W* w, int64_t n) {
+template <typename X, typename W>
+inline float dot(const X* x, const W* w, int64_t n) {
+    typedef Lane<X, W> Own;
     vec sum[4] = {vec{}, vec{}, vec{}, vec{}};
     int64_t j = 0;
-    for (; j + 4 * LANES <= n; j += 4 * LANES)
+    for (; j + 4 * Own::COUNT <= n; j += 4 * Own::COUNT)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) sum[i] += read(x + j + i * LANES) * read(w + j + i * LANES);
-    for (; j + LANES <= n; j += LANES) sum[0] += read(x + j) * read(w + j);
+        for (int i = 0; i < 4; i++) Own::add(sum[i], Own::of(x + j + i * Own::COUNT), Own::of(w + j + i * Own::COUNT));
+    for (; j + Own::COUNT <= n; j += Own::COUNT) Own::add(sum[0], Own::of(x + j), Own::of(w + j));
     const vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     float total = 0;
     for (int i = 0; i < LANES; i++) total += all[i];
-    for (; j < n; j++) total += x[j] * get(w[j]);
+    for (; j < n; j++) total += get(x[j]) * get(w[j]);
     return total;
 }
 
 // to[r * stride + c] = x[r] . w[c] for rows of x and COLS of w.
-template <int COLS, typename W>
-inline void columns(float* to, int64_t stride, const float* x, const W* w, int64_t rows, int64_t n) {
+template <int COLS, typename X, typename W>
+inline void columns(float* to, int64_t stride, const X* x, const W* w, int64_t rows, int64_t n) {
     int64_t row = 0;
 #define ROWS_AT_ONCE(ROWS)                                                                                             \
     {                                                                                                                  \
@@ -134,8 +162,8 @@ inline void columns(float* to, int64_t stride, const float* x, const W* w, int64
 }
 
 // The same for any number of columns.
-template <typename W>
-inline void product(float* to, int64_t stride, const float* x, const W* w, int64_t rows, int64_t n, int64_t cols) {
+template <typename X, typename W>
+inline void product(float* to, int64_t stride, const X* x, const W* w, int64_t rows, int64_t n, int64_t cols) {
     int64_t col = 0;
     if (rows == 1)
         for (; col < cols; col++) to[col] = dot(x, w + col * n, n);
@@ -202,7 +230,7 @@ struct Product {
 // Products of one input x (rows, d_in), by all threads of a team; u (count, rows, most): room for what lies between the
 // factors. The weights are read once, in order, for all rows.
 template <typename Y, typename T, typename W>
-void products(const Product<Y, T, W>* all, int64_t count, const float* x, int64_t rows, int64_t d_in, float* u) {
+void products(const Product<Y, T, W>* all, int64_t count, const In<T, W>* x, int64_t rows, int64_t d_in, float* u) {
     constexpr int64_t WIDE = 48, RANKS = 12;  // columns, and ranks, that a thread takes at a time
     constexpr int64_t TALL = 32;              // rows that stay in a core's cache while columns go by
     int64_t most = 0, parts = 0, pieces = 0;
@@ -268,22 +296,28 @@ template <typename T, typename W>
 void linear(T* y, const T* x, const W* w, const float* of, const T* bias, int64_t rows, int64_t d_in, int64_t d_out,
             Parts parts) {
     static thread_local std::vector<float> wide, inner;
-    wide.resize(size_t(rows * d_in));
     inner.resize(size_t(rows * parts.most()));
-    float *from = wide.data(), *u = inner.data();
+    float* u = inner.data();
     const Product<T, T, W> own{y, w, of, bias, d_out, parts};
+    if constexpr (std::is_same_v<T, In<T, W>>) {
 #pragma omp parallel
-    {
+        products(&own, 1, x, rows, d_in, u);
+    } else {
+        wide.resize(size_t(rows * d_in));
+        float* from = wide.data();
+#pragma omp parallel
+        {
 #pragma omp for
-        for (int64_t row = 0; row < rows; row++) widen(from + row * d_in, x + row * d_in, d_in);
-        products(&own, 1, from, rows, d_in, u);
+            for (int64_t row = 0; row < rows; row++) widen(from + row * d_in, x + row * d_in, d_in);
+            products(&own, 1, from, rows, d_in, u);
+        }
     }
 }
 
 // Attention of one token a row, by all threads of a team: out and q (rows, heads, depth), keys and values (slots, kept,
 // room, depth). Row i sees of slot seen[3i] the tokens from seen[3i + 1] to before seen[3i + 2].
-template <typename Q, typename T>
-void attend(Q* out, const Q* q, const T* keys, const T* values, int64_t rows, int64_t heads, int64_t kept, int64_t room,
+template <typename Out, typename Q, typename T>
+void attend(Out* out, const Q* q, const T* keys, const T* values, int64_t rows, int64_t heads, int64_t kept, int64_t room,
             int64_t depth, const int64_t* seen, float scale) {
     const int64_t shared = heads / kept;
 #pragma omp for collapse(2) schedule(dynamic)
@@ -328,11 +362,12 @@ void attend(Q* out, const Q* q, const T* keys, const T* values, int64_t rows, in
 }
 
 // x += delta, where there is one, and y = weight * x / root mean square of x; all (rows, n), weight (n,). By a team.
-template <typename X, typename T>
-void norm(X* y, X* x, const X* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {
+template <typename Y, typename X, typename T>
+void norm(Y* y, X* x, const X* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-        X *own = x + row * n, *to = y + row * n;
+        X* own = x + row * n;
+        Y* to = y + row * n;
         if (delta)
             for (int64_t j = 0; j < n; j++) put(own[j], get(own[j]) + get(delta[row * n + j]));
         float total = 0;
@@ -343,9 +378,9 @@ void norm(X* y, X* x, const X* delta, const T* weight, int64_t rows, int64_t n, 
     }
 }
 
-// gate = silu(gate) * up, of n numbers. By a team.
-template <typename T>
-void gated(T* gate, const T* up, int64_t n) {
+// to = silu(gate) * up, of n numbers; to may be gate. By a team.
+template <typename To, typename T>
+void gated(To* to, const T* gate, const T* up, int64_t n) {
     constexpr int64_t SOME = 1024;
 #pragma omp for
     for (int64_t start = 0; start < n; start += SOME) {
@@ -353,9 +388,9 @@ void gated(T* gate, const T* up, int64_t n) {
         int64_t j = start;
         for (; j + LANES <= end; j += LANES) {
             const vec x = read(gate + j), y = x / (1.0f + exponential(-x)) * read(up + j);
-            for (int i = 0; i < LANES; i++) put(gate[j + i], y[i]);
+            for (int i = 0; i < LANES; i++) put(to[j + i], y[i]);
         }
-        for (; j < end; j++) put(gate[j], get(gate[j]) / (1.0f + std::exp(-get(gate[j]))) * get(up[j]));
+        for (; j < end; j++) put(to[j], get(gate[j]) / (1.0f + std::exp(-get(gate[j]))) * get(up[j]));
     }
 }
 
@@ -422,9 +457,12 @@ void step(float* logits, float* x, const Block* blocks, int64_t count, const Sit
     for (int64_t i = 0; i < sites * parts; i++) most = std::max(most, table[i].rank);
     static thread_local std::vector<float> held;
     const int64_t own = heads * depth, kept = where.kept * depth;
-    held.resize(size_t(rows * (2 * width + 2 * own + 2 * kept + 2 * wide + 3 * most)));
-    float *h = held.data(), *delta = h + rows * width, *q = delta + rows * width, *k = q + rows * own, *v = k + rows * kept,
-          *mixed = v + rows * kept, *gate = mixed + rows * own, *up = gate + rows * wide, *u = up + rows * wide;
+    static thread_local std::vector<In<T, W>> read;
+    held.resize(size_t(rows * (width + own + 2 * kept + 2 * wide + 3 * most)));
+    read.resize(size_t(rows * (width + own + wide)));
+    float *delta = held.data(), *q = delta + rows * width, *k = q + rows * own, *v = k + rows * kept,
+          *gate = v + rows * kept, *up = gate + rows * wide, *u = up + rows * wide;
+    In<T, W>*h = read.data(), *mixed = h + rows * width, *act = mixed + rows * own;
     auto before = std::chrono::steady_clock::now();
     const auto done = [&](int what) {
 #pragma omp master
@@ -461,10 +499,10 @@ void step(float* logits, float* x, const Block* blocks, int64_t count, const Sit
             const Product<float, T, W> doors[] = {of(block.gate, gate), of(block.up, up)};
             products(doors, 2, h, rows, width, u);
             done(5);
-            gated(gate, up, rows * wide);
+            gated(act, gate, up, rows * wide);
             done(6);
             const Product<float, T, W> down = of(block.down, delta);
-            products(&down, 1, gate, rows, wide, u);
+            products(&down, 1, act, rows, wide, u);
             done(7);
         }
         norm(h, x, count ? delta : nullptr, last, rows, width, epsilon);
@@ -504,7 +542,7 @@ OF_WEIGHTS(bf16_int8, bf16, int8_t)
     void norm_##NAME(T* y, T* x, const T* delta, const T* weight, int64_t rows, int64_t n, float epsilon) {            \
         _Pragma("omp parallel if (rows > 64)") norm(y, x, delta, weight, rows, n, epsilon);                            \
     }                                                                                                                  \
-    void gated_##NAME(T* gate, const T* up, int64_t n) { _Pragma("omp parallel") gated(gate, up, n); }                 \
+    void gated_##NAME(T* gate, const T* up, int64_t n) { _Pragma("omp parallel") gated(gate, gate, up, n); }           \
     void store_##NAME(T* q, const T* k, const T* v, const T* cos, const T* sin, T* keys, T* values,                    \
                       const int64_t* number, const int64_t* position, int64_t rows, int64_t heads, int64_t kept,       \
                       int64_t room, int64_t depth) {                                                                   \
