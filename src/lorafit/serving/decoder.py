@@ -1,8 +1,8 @@
 """Steps of a model of Llama's shape, without what transformers does around each layer.
 
-A step in which every request has one token is one call of a kernel, from the embedding to the logits, with all adapters
-in it. In other steps the layers' own linear modules are called, so that adapters act as they do everywhere; norms,
-rotary positions, the gate and attention are kernels that write where the next one reads. It computes what the model's
+A step of as many tokens as the kernels are faster for is one call of them, from the embedding to the logits, with all
+adapters in it. In other steps the layers' own linear modules are called, so that adapters act as they do everywhere;
+norms, rotary positions, the gate and attention are kernels that write where the next one reads. It computes what the model's
 own forward computes, which remains the way for every other family, and the oracle of the tests.
 """
 
@@ -41,20 +41,22 @@ class Decoder:
     def logits(self, ids: Tensor, step: Step, last: Tensor | None) -> Tensor:
         """ids (1, N) → logits (N, vocabulary), or those of the rows `last`."""
         mix, weights = self._mixer.rows, self._mixer.products.for_rows(ids.shape[1])
-        if mix is not None and mix.is_few and not step.long and len(weights) == len(self._numbers):
-            logits = self._at_once(ids, step, mix, weights)
-            return logits if last is None else logits[last]
+        known = len(step.slots.layers) == len(self._model.model.layers)  # the first step of all makes their room
+        if mix is not None and mix.is_few and known and len(weights) == len(self._numbers):
+            return self._at_once(ids, step, mix, weights, last)
         return self._by_layers(ids, step, last)
 
-    def _at_once(self, ids: Tensor, step: Step, mix: Mix, weights: Mapping[int, Weight]) -> Tensor:
+    def _at_once(
+        self, ids: Tensor, step: Step, mix: Mix, weights: Mapping[int, Weight], last: Tensor | None
+    ) -> Tensor:
         body, some = self._model.model, next(iter(weights.values())).weight.dtype
         if some not in self._tables:
             self._tables[some] = self._addresses(step.slots, weights)
         cos, sin = (one[0].contiguous() for one in body.rotary_emb(self._model.lm_head.weight, step.positions))
         x, mind = body.embed_tokens(ids)[0].float(), body.layers[0].self_attn
-        shape = tuple(step.slots.layers[0][0].shape)
+        shape, ends = tuple(step.slots.layers[0][0].shape), torch.arange(len(x)) if last is None else last
         return self._kernels.step(
-            some, x, *self._tables[some], body.norm.weight, cos, sin, step.numbers, step.positions, shape, step.seen,
+            some, x, *self._tables[some], body.norm.weight, cos, sin, step.numbers, step.positions, shape, step.each, ends,
             shape[1] * mind.num_key_value_groups, mind.scaling, body.norm.variance_epsilon, mix.edges, mix.table,
             mix.scale, self.spent,
         )  # fmt: skip

@@ -95,30 +95,64 @@ template <typename T, typename W>
 using In = float;
 #endif
 
-// y[r][c] = x[r] . w[c] for ROWS rows of x and COLS of w: every number read is used COLS or ROWS times.
-template <int ROWS, int COLS, typename X, typename W>
-inline void block(const X* x, const W* w, int64_t n, float y[ROWS][COLS]) {
+// COLS: columns of w at a time for which sums of four rows, and what goes into them, fit into the registers.
+#ifdef __AVX512F__
+constexpr int COLS = 4;
+
+// What 16 sums come to, all at once: halves of two are added into one register, then quarters of those, and so on.
+inline vec totals(const vec sum[16]) {
+    const auto eighths = [&](int i, int j) {
+        const __m512 a = (__m512)sum[i], b = (__m512)sum[j];
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const auto quarters = [&](int i) {
+        const __m512 a = eighths(i, i + 4), b = eighths(i + 8, i + 12);
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    const auto pairs = [&](int i) {
+        const __m512 a = quarters(i), b = quarters(i + 1);
+        return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    };
+    const __m512 a = pairs(0), b = pairs(2);
+    return (vec)_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+#else
+constexpr int COLS = 3;
+#endif
+
+// y[r][c] = x[r] . w[c] for ROWS rows of x and WIDTH of w: every number read is used WIDTH or ROWS times.
+template <int ROWS, int WIDTH, typename X, typename W>
+inline void block(const X* x, const W* w, int64_t n, float y[ROWS][WIDTH]) {
     typedef Lane<X, W> Own;
-    vec sum[ROWS][COLS];
+    vec sum[ROWS][WIDTH];
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLS; c++) sum[r][c] = vec{};
+        for (int c = 0; c < WIDTH; c++) sum[r][c] = vec{};
     int64_t j = 0;
     for (; j + Own::COUNT <= n; j += Own::COUNT) {
-        typename Own::many part[COLS];
+        typename Own::many part[WIDTH];
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; c++) {
+        for (int c = 0; c < WIDTH; c++) {
             part[c] = Own::of(w + c * n + j);
-            __builtin_prefetch(w + (c + COLS) * n + j);  // of the columns after these
+            __builtin_prefetch(w + (c + WIDTH) * n + j);  // of the columns after these
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             const typename Own::many own = Own::of(x + r * n + j);
 #pragma GCC unroll 8
-            for (int c = 0; c < COLS; c++) Own::add(sum[r][c], own, part[c]);
+            for (int c = 0; c < WIDTH; c++) Own::add(sum[r][c], own, part[c]);
         }
     }
+#ifdef __AVX512F__
+    if constexpr (ROWS * WIDTH == 16) {
+        *reinterpret_cast<vec*>(&y[0][0]) = totals(&sum[0][0]);
+        for (int64_t k = j; k < n; k++)
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < WIDTH; c++) y[r][c] += get(x[r * n + k]) * get(w[c * n + k]);
+        return;
+    }
+#endif
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLS; c++) {
+        for (int c = 0; c < WIDTH; c++) {
             float total = 0;
             for (int i = 0; i < LANES; i++) total += sum[r][c][i];
             for (int64_t k = j; k < n; k++) total += get(x[r * n + k]) * get(w[c * n + k]);
@@ -143,16 +177,16 @@ inline float dot(const X* x, const W* w, int64_t n) {
     return total;
 }
 
-// to[r * stride + c] = x[r] . w[c] for rows of x and COLS of w.
-template <int COLS, typename X, typename W>
+// to[r * stride + c] = x[r] . w[c] for rows of x and WIDTH of w.
+template <int WIDTH, typename X, typename W>
 inline void columns(float* to, int64_t stride, const X* x, const W* w, int64_t rows, int64_t n) {
     int64_t row = 0;
 #define ROWS_AT_ONCE(ROWS)                                                                                             \
     {                                                                                                                  \
-        float found[ROWS][COLS];                                                                                       \
-        block<ROWS, COLS>(x + row * n, w, n, found);                                                                   \
+        float found[ROWS][WIDTH];                                                                                       \
+        block<ROWS, WIDTH>(x + row * n, w, n, found);                                                                   \
         for (int r = 0; r < ROWS; r++)                                                                                 \
-            for (int c = 0; c < COLS; c++) to[(row + r) * stride + c] = found[r][c];                                   \
+            for (int c = 0; c < WIDTH; c++) to[(row + r) * stride + c] = found[r][c];                                   \
     }
     for (; row + 4 <= rows; row += 4) ROWS_AT_ONCE(4)
     if (rows - row == 3) ROWS_AT_ONCE(3)
@@ -167,7 +201,7 @@ inline void product(float* to, int64_t stride, const X* x, const W* w, int64_t r
     int64_t col = 0;
     if (rows == 1)
         for (; col < cols; col++) to[col] = dot(x, w + col * n, n);
-    for (; col + 3 <= cols; col += 3) columns<3>(to + col, stride, x, w + col * n, rows, n);
+    for (; col + COLS <= cols; col += COLS) columns<COLS>(to + col, stride, x, w + col * n, rows, n);
     for (; col < cols; col++) columns<1>(to + col, stride, x, w + col * n, rows, n);
 }
 
@@ -314,7 +348,7 @@ void linear(T* y, const T* x, const W* w, const float* of, const T* bias, int64_
     }
 }
 
-// Attention of one token a row, by all threads of a team: out and q (rows, heads, depth), keys and values (slots, kept,
+// Attention of every row, by all threads of a team: out and q (rows, heads, depth), keys and values (slots, kept,
 // room, depth). Row i sees of slot seen[3i] the tokens from seen[3i + 1] to before seen[3i + 2].
 template <typename Out, typename Q, typename T>
 void attend(Out* out, const Q* q, const T* keys, const T* values, int64_t rows, int64_t heads, int64_t kept, int64_t room,
@@ -433,7 +467,8 @@ void store(X* q, const X* k, const X* v, const T* cos, const T* sin, T* keys, T*
     }
 }
 
-// A whole step of a model of Llama's shape, one token a row.
+// A whole step of a model of Llama's shape. A row is a token: the next one of an answer, or one of a prompt, which sees
+// those before it because all keys and values of the step are stored before any row attends.
 
 // A site: its weight (d_out, d_in), the scale of each output where it is in 8 bits, its bias; 0 where there is none.
 struct Site {
@@ -446,12 +481,13 @@ struct Block {
     int64_t before, after, keys, values;
 };
 
-// x (rows, width) fp32 -> logits (rows, vocabulary) fp32. table (sites, parts): the factors of each part at each site.
-// spent (9,): where the seconds of this step are added, in the order of the calls of `done`.
+// x (rows, width) fp32 -> logits (told, vocabulary) fp32 of the rows `ends`, which ascend. table (sites, parts): the
+// factors of each part at each site. spent (9,): where the seconds of this step are added, in the order of the calls of
+// `done`.
 template <typename T, typename W>
 void step(float* logits, float* x, const Block* blocks, int64_t count, const Site* head, const T* last, const T* cos,
-          const T* sin, Places where, const int64_t* seen, int64_t rows, int64_t heads, float scale, float epsilon,
-          int64_t parts, const int64_t* edges, const Pair* table, int64_t sites, const float* scales, double* spent) {
+          const T* sin, Places where, const int64_t* seen, int64_t rows, const int64_t* ends, int64_t told, int64_t heads,
+          float scale, float epsilon, int64_t parts, const int64_t* edges, const Pair* table, int64_t sites, const float* scales, double* spent) {
     const int64_t width = head->d_in, depth = where.depth, wide = blocks[0].gate.d_out;
     int64_t most = 0;
     for (int64_t i = 0; i < sites * parts; i++) most = std::max(most, table[i].rank);
@@ -472,6 +508,10 @@ void step(float* logits, float* x, const Block* blocks, int64_t count, const Sit
             before = now;
         }
     };
+    std::vector<int64_t> last_edges(size_t(2 * parts));  // of the rows that are told
+    std::vector<float> last_scales(static_cast<size_t>(told));
+    for (int64_t i = 0; i < 2 * parts; i++) last_edges[i] = std::lower_bound(ends, ends + told, edges[i]) - ends;
+    for (int64_t i = 0; i < told; i++) last_scales[i] = scales[ends[i]];
     const auto of = [=](const Site& site, float* y) {
         return Product<float, T, W>{y, reinterpret_cast<const W*>(site.w), reinterpret_cast<const float*>(site.of),
                                     reinterpret_cast<const T*>(site.bias), site.d_out,
@@ -505,10 +545,14 @@ void step(float* logits, float* x, const Block* blocks, int64_t count, const Sit
             products(&down, 1, act, rows, wide, u);
             done(7);
         }
-        norm(h, x, count ? delta : nullptr, last, rows, width, epsilon);
+#pragma omp single
+        for (int64_t i = 0; i < told; i++)
+            for (float* one : {x, delta}) std::copy_n(one + ends[i] * width, width, one + i * width);
+        norm(h, x, count ? delta : nullptr, last, told, width, epsilon);
         done(0);
-        const Product<float, T, W> told = of(*head, logits);
-        products(&told, 1, h, rows, width, u);
+        Product<float, T, W> out = of(*head, logits);
+        out.parts.edges = last_edges.data(), out.parts.scale = last_scales.data();
+        products(&out, 1, h, told, width, u);
         done(8);
     }
 }
@@ -523,11 +567,11 @@ extern "C" {
     }                                                                                                                  \
     void step_##NAME(float* logits, float* x, const Block* blocks, int64_t count, const Site* head, const T* last,     \
                      const T* cos, const T* sin, const int64_t* number, const int64_t* position, int64_t kept,         \
-                     int64_t room, int64_t depth, const int64_t* seen, int64_t rows, int64_t heads, float scale,       \
-                     float epsilon, int64_t parts, const int64_t* edges, const Pair* table, int64_t sites,             \
-                     const float* scales, double* spent) {                                                             \
+                     int64_t room, int64_t depth, const int64_t* seen, int64_t rows, const int64_t* ends, int64_t told, \
+                     int64_t heads, float scale, float epsilon, int64_t parts, const int64_t* edges,                   \
+                     const Pair* table, int64_t sites, const float* scales, double* spent) {                           \
         step<T, W>(logits, x, blocks, count, head, last, cos, sin, Places{number, position, kept, room, depth}, seen,  \
-                   rows, heads, scale, epsilon, parts, edges, table, sites, scales, spent);                            \
+                   rows, ends, told, heads, scale, epsilon, parts, edges, table, sites, scales, spent);                \
     }
 OF_WEIGHTS(fp32_fp32, float, float)
 OF_WEIGHTS(fp32_int8, float, int8_t)

@@ -30,7 +30,7 @@ COMPILERS = ("c++", "g++", "clang++")
 # What is no number must stay none: it tells that an adapter has left the numbers.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-c")
 LINK = ("-fopenmp", "-shared")
-# What a step of one token a row is made of, in the order kernels.cpp counts its time.
+# What a step of one call is made of, in the order kernels.cpp counts its time.
 SPENT = ("norms", "q, k, v", "rotary positions", "attention", "o", "gate, up", "the gate", "down", "output head")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -110,21 +110,21 @@ class Kernels:
 
     def step(
         self, kind: torch.dtype, x: Tensor, blocks: np.ndarray, head: np.ndarray, last: Tensor, cos: Tensor,
-        sin: Tensor, numbers: Tensor, positions: Tensor, shape: tuple[int, ...], seen: Tensor, heads: int, scale: float,
-        epsilon: float, edges: np.ndarray, table: np.ndarray, scales: Tensor, spent: np.ndarray,
+        sin: Tensor, numbers: Tensor, positions: Tensor, shape: tuple[int, ...], seen: Tensor, ends: Tensor, heads: int,
+        scale: float, epsilon: float, edges: np.ndarray, table: np.ndarray, scales: Tensor, spent: np.ndarray,
     ) -> Tensor:  # fmt: skip
-        """A whole step of one token a row: x (rows, width) fp32, which it changes → logits (rows, vocabulary) fp32.
+        """A whole step: x (rows, width) fp32, which it changes → logits (ends, vocabulary) fp32, of the rows `ends`.
 
         kind: dtype of the weights. blocks (blocks, 46), head (6,) int64: as `Block` and `Site` of kernels.cpp lie in
-        memory. last (width,): weight of the last norm. shape: of a layer's keys. edges (parts, 2), table (sites,
+        memory. last (width,): weight of the last norm. shape: of a layer's keys. seen (rows, 3): as for attend. edges (parts, 2), table (sites,
         parts, 3): whose rows, and where their factors lie; scales (rows,) fp32. spent: by SPENT, seconds, added to.
         """
-        logits = x.new_empty(len(x), int(head[4]))
+        logits = x.new_empty(len(ends), int(head[4]))
         _, kept, room, depth = shape
         self.steps[kind](
             logits.data_ptr(), x.data_ptr(), blocks.ctypes.data, len(blocks), head.ctypes.data, last.data_ptr(),
             cos.data_ptr(), sin.data_ptr(), numbers.data_ptr(), positions.data_ptr(), kept, room, depth,
-            seen.data_ptr(), len(x), heads, scale, epsilon, len(edges), edges.ctypes.data, table.ctypes.data,
+            seen.data_ptr(), len(x), ends.data_ptr(), len(ends), heads, scale, epsilon, len(edges), edges.ctypes.data, table.ctypes.data,
             len(table), scales.data_ptr(), spent.ctypes.data,
         )  # fmt: skip
         return logits
@@ -151,8 +151,8 @@ def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
         products[kind] = getattr(library, f"linear_{NAMES[dtype]}_{name}")
         products[kind].argtypes, products[kind].restype = [address] * 5 + [word] * 4 + [address] * 3, None
         steps[kind] = getattr(library, f"step_{NAMES[dtype]}_{name}")
-        steps[kind].argtypes = [address] * 3 + [word] + [address] * 6 + [word] * 3 + [address, word, word, real, real,
-                                word, address, address, word, address, address]  # fmt: skip
+        steps[kind].argtypes = [address] * 3 + [word] + [address] * 6 + [word] * 3 + [address, word, address, word,
+                                word, real, real, word, address, address, word, address, address]  # fmt: skip
         steps[kind].restype = None
     return Kernels(products, steps, loops)
 

@@ -20,7 +20,7 @@ from lorafit.errors import BaseError
 from lorafit.serving.native import Kernels, Parts
 
 MEASURED = 64 << 20  # bytes of weights that are measured on, with few rows: more than a cache holds
-ROWS = (512, 128, 32, 16, 8, 4, 1)  # of a step, for which the kernel is tried
+ROWS = (512, 256, 128, 32, 16, 8, 4, 1)  # of a step, for which the kernel is tried
 MANY = 1 << 20
 READING = 32  # rows up to which a product is reading its weights, not computing
 

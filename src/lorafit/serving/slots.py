@@ -129,6 +129,12 @@ class Step:
             self._places[heads] = ((self.numbers * heads + head) * self.slots.room + self.positions).flatten()
         kept.view(-1, kept.shape[-1]).index_copy_(0, self._places[heads], new.reshape(-1, new.shape[-1]))
 
+    @property
+    def each(self) -> Tensor:
+        """`seen` (N, 3) of every token, those of prompts too: what is before it, and itself."""
+        ends = self.positions[0] + 1
+        return torch.stack((self.numbers, torch.zeros_like(ends), ends), 1) if self.long else self.seen
+
     def seen_within(self, window: int | None) -> Tensor:
         """`seen` (singles, 3), of no more than the last `window` tokens."""
         if window not in self._seen:
