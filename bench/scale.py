@@ -25,7 +25,6 @@ from scale_sim import Costs, Kind, Route, Seen, Traffic, name_of, simulate
 HERE = Path(__file__).parent
 COSTS = HERE / "scale_costs.json"
 PAGE = HERE.parent / "docs" / "scale.md"
-UNKNOWN = "TO BE MEASURED"
 LOAD = 0.7  # of what machines can do
 SETTLING = 0.2  # of the requests, that are not counted
 
@@ -156,7 +155,7 @@ def gpu(shape: str, slots: int, prompt: int, answer: int, requests: int) -> Case
 def here(known: Mapping[str, Any]) -> Case:
     """The small base as it was measured: the engine's own settings, but for the room of a slot."""
     width = 2 if known["dtype"] == "bf16" else 4
-    return Case("SmolLM2-135M", Costs(**known["costs"]), width, 16, 1024, 4 << 30, 4 << 30, Traffic(0, 0, 32, 64), 1000)
+    return Case("SmolLM2-135M", Costs(**known["costs"]), width, 16, 1024, 4 << 30, 0, Traffic(0, 0, 32, 64), 1000)
 
 
 # Tables
@@ -231,29 +230,25 @@ def checked(check: Mapping[str, Mapping[str, float]]) -> Rows:
 COSTS_HEAD = ["ms", "SmolLM2-135M, measured", "1B, computed", "8B, computed"]
 
 
-def priced(cases: Sequence[Case | None]) -> Rows:
+def priced(cases: Sequence[Case]) -> Rows:
     words = {"step": "a step", "row": "each row more", "adapter": "each different adapter more",
              "piece": "prompts beside, once", "token": "each token of a prompt", "warm": "hot from memory",
              "disk": "hot from disk"}  # fmt: skip
-    return [[word, *(f"{1000 * getattr(case.costs, key):.3g}" if case else UNKNOWN for case in cases)]
+    return [[word, *(f"{1000 * getattr(case.costs, key):.3g}" for case in cases)]
             for key, word in words.items()]  # fmt: skip
-
-
-def blank(head: Sequence[str]) -> Rows:
-    return [[UNKNOWN] * len(head)]
 
 
 def tables() -> dict[str, str]:
     """All of docs/scale.md, by name."""
-    known = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.exists() else None
-    own = here(known) if known else None
+    known = json.loads(COSTS.read_text(encoding="utf-8"))
+    own = here(known)
     computed = {"1B": gpu("1B", 256, 256, 128, 1500), "8B": gpu("8B", 256, 256, 128, 1500)}
     made = {
         "paper": markdown(PAPER_HEAD, paper()),
         "costs": markdown(COSTS_HEAD, priced([own, *computed.values()])),
-        "check": markdown(CHECK_HEAD, checked(known["check"]) if known else blank(CHECK_HEAD)),
-        "one SmolLM2-135M": markdown(ONE_HEAD, one_machine(own) if own else blank(ONE_HEAD)),
-        "several SmolLM2-135M": markdown(FLEET_HEAD, several(own) if own else blank(FLEET_HEAD)),
+        "check": markdown(CHECK_HEAD, checked(known["check"])),
+        "one SmolLM2-135M": markdown(ONE_HEAD, one_machine(own)),
+        "several SmolLM2-135M": markdown(FLEET_HEAD, several(own)),
     }
     for name, case in computed.items():
         made[f"one {name}"] = markdown(ONE_HEAD, one_machine(case))
@@ -303,7 +298,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/scale.md")
     parser.add_argument("--base", help="of the check: another than the built-in one, whose costs are not kept")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the check; by default the faster here")
-    parser.add_argument("--requests", type=int, default=100, help="of the check")
+    parser.add_argument("--requests", type=int, default=400, help="of the check")
     parser.add_argument("--record", action="store_true", help="append the check to bench/RESULTS.md")
     given = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "scale", **circumstances()}

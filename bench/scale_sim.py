@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lorafit.serving.engine import LEAST, MOST
+from lorafit.serving.pace import LEAST, MOST
 from lorafit.serving.turns import Turns
 
 LOOK = 0.05  # seconds after which an engine with nothing to do looks again for an adapter that is being read
@@ -148,8 +148,9 @@ class Memory:
     def __init__(self, kind: Kind, names: Sequence[str]):
         """names: the least asked for first, all loaded in this order before the first request."""
         self._kind, self._users = kind, Counter[str]()
-        self.hot = OrderedDict.fromkeys(names[-kind.hot :])
-        self.warm = OrderedDict.fromkeys(names[-kind.warm :])
+        self.hot, self.warm = (
+            OrderedDict.fromkeys(names[max(0, len(names) - most) :]) for most in (kind.hot, kind.warm)
+        )
         self.most = {"hot": len(self.hot), "warm": len(self.warm)}
 
     def place(self, name: str | None) -> Place:

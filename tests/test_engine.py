@@ -305,7 +305,7 @@ def test_a_base_is_as_before_once_the_engine_is_closed(base: Base, adapters: dic
 def test_a_prompt_in_pieces_and_a_beginning_that_is_known_change_nothing(
     base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.serving.engine.MOST", 7)
+    monkeypatch.setattr("lorafit.serving.pace.MOST", 7)
     start = tuple(b"You answer as a clerk of this house would, and you are brief.")
     with Engine(base, adapters, slots=3) as engine:
         for end in (b" Who are you?", b" Where are you?", b" Who are you?"):

@@ -191,6 +191,8 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
         found = httpx.post(f"{server.url}/v1/chat/completions", json={**ASK, **body})
         assert found.status_code == status and words in found.json()["error"]["message"], (body, found.text)
         assert found.json()["error"]["code"] == status
+    found = httpx.post(f"{server.url}/v1/chat/completions", json={**ASK, "messages": [{"role": "user", "content": 5}]})
+    assert found.json()["error"]["param"] == "messages.0.content", "what a client sent, not what it may be"
     for raw, status in ((b"{", 400), (deep.encode(), 400), (b'{"model": "\xff\xfe"}', 400), (b"x" * (5 << 20), 413),
                         (b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
                         (b"", 400)):  # fmt: skip

@@ -6,6 +6,7 @@ Never 409: clients ask again at 408, 409, 429 and 5xx.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -54,6 +55,11 @@ BROKEN = {
 SAID = {"string_unicode": HALF}  # by pydantic's types of errors, where its words do not tell
 
 
+def _field(path: Sequence[str | int]) -> str:
+    """`messages.0.content`, without the kinds that pydantic names where a field may be of several."""
+    return ".".join(str(part) for part in path if isinstance(part, int) or re.fullmatch("[a-z_]+", part))
+
+
 def answer_errors(app: FastAPI) -> None:
     """Have an application answer whatever is raised in it."""
 
@@ -65,7 +71,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        found = [(".".join(map(str, one["loc"][1:])), SAID.get(one["type"], one["msg"])) for one in error.errors()]
+        found = [(_field(one["loc"][1:]), SAID.get(one["type"], one["msg"])) for one in error.errors()]
         message = "; ".join(f"{where}: {what}" if where else what for where, what in found[:8])
         return answer(400, message, "BadRequestError", found[0][0] or None)
 

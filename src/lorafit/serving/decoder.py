@@ -2,8 +2,8 @@
 
 A step of as many tokens as the kernels are faster for is one call of them, from the embedding to the logits, with all
 adapters in it. In other steps the layers' own linear modules are called, so that adapters act as they do everywhere;
-norms, rotary positions, the gate and attention are kernels that write where the next one reads. It computes what the model's
-own forward computes, which remains the way for every other family, and the oracle of the tests.
+norms, rotary positions, the gate and attention are kernels that write where the next one reads. It computes what the
+model's own forward computes, which remains the way for every other family, and the oracle of the tests.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Decoder:
             return self._at_once(ids, step, mix, weights, last)
         return self._by_layers(ids, step, last)
 
-    def _at_once(
-        self, ids: Tensor, step: Step, mix: Mix, weights: Mapping[int, Weight], last: Tensor | None
-    ) -> Tensor:
+    def _at_once(self, ids: Tensor, step: Step, mix: Mix, weights: Mapping[int, Weight], last: Tensor | None) -> Tensor:
         body, some = self._model.model, next(iter(weights.values())).weight.dtype
         if some not in self._tables:
             self._tables[some] = self._addresses(step.slots, weights)
@@ -56,8 +54,8 @@ class Decoder:
         x, mind = body.embed_tokens(ids)[0].float(), body.layers[0].self_attn
         shape, ends = tuple(step.slots.layers[0][0].shape), torch.arange(len(x)) if last is None else last
         return self._kernels.step(
-            some, x, *self._tables[some], body.norm.weight, cos, sin, step.numbers, step.positions, shape, step.each, ends,
-            shape[1] * mind.num_key_value_groups, mind.scaling, body.norm.variance_epsilon, mix.edges, mix.table,
+            some, x, *self._tables[some], body.norm.weight, cos, sin, step.numbers, step.positions, shape, step.each,
+            ends, shape[1] * mind.num_key_value_groups, mind.scaling, body.norm.variance_epsilon, mix.edges, mix.table,
             mix.scale, self.spent,
         )  # fmt: skip
 

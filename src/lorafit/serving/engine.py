@@ -31,10 +31,12 @@ from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import AdapterError, BaseError, BusyError, CancelledError, LorafitError, RequestError, SettingsError
 from lorafit.generation.text import Until, Words
+from lorafit.serving.beside import Aside, Probe
 from lorafit.serving.decoder import decoder_of
 from lorafit.serving.families import PIECES, at_once, require_same, same_for_all, servable
 from lorafit.serving.mixing import Loaded, Mixer
 from lorafit.serving.native import kernels
+from lorafit.serving.pace import Pace
 from lorafit.serving.pool import Pool, Version
 from lorafit.serving.products import Products
 from lorafit.serving.request import Answer, Piece, Request, Result, Token, require_valid
@@ -44,9 +46,6 @@ from lorafit.serving.slots import NAME, WORTH, Key, Slot, Slots, Step, attention
 from lorafit.serving.turns import Turns
 
 ROOM = 2048  # tokens of a slot, where the base reads as many
-MOST = 512  # tokens of prompts in one step
-LEAST = 16
-PROBED = 4  # tokens an adapter is tried on: of one alone, attention would not show what it asks and is asked
 T = TypeVar("T")
 
 
@@ -71,31 +70,15 @@ class Stats:
     served: Mapping[str | None, int] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class _Probe:
-    """An adapter that is tried beside a step. done: logits (2, vocabulary) of the bare base, and with it."""
-
-    name: str
-    loaded: Loaded
-    done: Future[Tensor]
-
-
-@dataclass(eq=False)
-class _Aside:
-    """Work in pieces that is done between steps."""
-
-    pieces: Generator[None, None, Any]
-    done: Future[Any]
-
-
 class Engine:
     """Serves a base and its adapters until it is closed: `with Engine(base, adapters) as engine: ...`.
 
     adapters: by name, each a value or the folder of one. slots: requests that are answered at once. room: tokens of
     each, prompt and answer; by default what the base reads, up to ROOM. queue: requests that may wait. stall: seconds
     that reading prompts may add to a step in which others wait for their next token. hot_bytes, warm_bytes: that
-    adapters in the base's dtype, and as they were read, may take. native: whether to use the kernels in C++ where there
-    is a compiler. eight_bit: compute with 8-bit weights made of the base; needs them.
+    adapters in the base's dtype, and as they were read, may take; by default none of the latter beside a base on the
+    CPU, where a hot one is smaller and in the same memory, and else 4 GiB. native: whether to use the kernels in C++
+    where there is a compiler. eight_bit: compute with 8-bit weights made of the base; needs them.
 
     Raises BaseError for a base that cannot be served so.
     """
@@ -103,7 +86,7 @@ class Engine:
     def __init__(
         self, base: Base, adapters: Mapping[str, Adapter | Path] | None = None, *, slots: int = 16,
         room: int | None = None, queue: int = 1024, stall: float = 0.25, hot_bytes: int = 4 << 30,
-        warm_bytes: int = 4 << 30, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
+        warm_bytes: int | None = None, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
     ):  # fmt: skip
         self.base = base
         self._renderer = renderer_for(base) if base.tokenizer is not None else None
@@ -113,7 +96,7 @@ class Engine:
         if wrong := [name for name, value in given.items() if not value > 0]:
             raise SettingsError(f"{', '.join(wrong)}: too small: choose at least 1 slot, a room of 2, a queue of 0")
         self.room = min(room or ROOM, base.context or room or ROOM, same_for_all(self._model) or room or ROOM)
-        self.slots, self.queue, self._stall = slots, queue, stall
+        self.slots, self.queue, self._pace = slots, queue, Pace(stall)
         self.vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._head_alone = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         alike = all(one.dtype == base.dtype for one in self._model.parameters())  # the kernels read one dtype
@@ -126,18 +109,18 @@ class Engine:
         numbers = {site.path: number for number, site in enumerate(base.sites)}
         self._decoder = decoder_of(self._model, self._mixer, numbers)
         self._slots = Slots(slots, max(self.room, sum(PIECES)), found)
+        if warm_bytes is None:
+            warm_bytes = 0 if base.device.type == "cpu" else 4 << 30
         self.adapters = Pool(base, hot_bytes, warm_bytes, accept_unknown_base)
         self._grammars: Any = None
         self._grammar_lock = threading.Lock()
         self._lock = threading.Condition()
         self._turns = Turns()
-        self._probes: deque[_Probe] = deque()
-        self._asides: deque[_Aside] = deque()
+        self._probes: deque[Probe] = deque()
+        self._asides: deque[Aside] = deque()
         self._rows: list[Row] = []
         self._beginning: list[str | None] = []
         self._stats = Stats()
-        self._per_token = 0.0  # seconds that a token of a prompt adds to a step
-        self._single = 0.0  # seconds of a step without one
         self._closing = False
         self._reader = ThreadPoolExecutor(1, "lorafit-adapters")
         self._heating: dict[Version, Future[Loaded]] = {}
@@ -225,23 +208,19 @@ class Engine:
         """As load, but nobody finds the version before `adapters.publish` is called with it."""
         version = self.adapters.add(name, source, pin)
         assert version.loaded is not None
-        probe = _Probe(version.id, version.loaded, Future())
+        probe = Probe(version.id, version.loaded)
         with self._lock:
             if self._closing:
                 raise CancelledError("the engine is closed: open another")
             self._probes.append(probe)
             self._lock.notify_all()
-        bare, adapted = probe.done.result()
-        if not adapted.isfinite().all():
-            raise AdapterError(f"'{version.id}': with it the base gives no finite numbers: train it again")
-        if probe.loaded.is_nothing or torch.equal(bare, adapted):
-            raise AdapterError(f"'{version.id}': it changes nothing: train it first")
+        probe.require_effect()
         return version
 
     def aside(self, pieces: Generator[None, None, T]) -> T:
         """What a generator returns that runs in the thread which owns the model, a piece between two steps: whatever
         computes beside the engine in a thread of its own makes both many times slower on a small machine."""
-        aside = _Aside(pieces, Future())
+        aside = Aside(pieces)
         with self._lock:
             if self._closing:
                 raise CancelledError("the engine is closed: open another")
@@ -346,7 +325,7 @@ class Engine:
                 return False
             aside = self._asides.popleft() if self._asides else None
             probe = self._probes[0] if self._probes else None  # it stays there until it is answered, however this ends
-        if aside and self._goes_on(aside):
+        if aside and aside.goes_on():
             with self._lock:
                 self._asides.append(aside)  # the others take their turns
         began = time.monotonic()
@@ -357,8 +336,8 @@ class Engine:
                 self._step(began, probe)
             except Exception as error:  # a full memory, in whatever way it shows: the next requests find it emptier
                 why = f"the step failed ({error!r})"
-                if probe and not probe.done.done():  # the others go on without it: they have lost nothing
-                    probe.done.set_exception(AdapterError(f"'{probe.name}' cannot be tried: {why}: load it again"))
+                if probe and not probe.done.done():
+                    probe.fail(why)
                 else:
                     for row in list(self._rows):
                         self._break_off(row, CancelledError(f"{why}: ask again, with lower slots or room"))
@@ -366,16 +345,6 @@ class Engine:
             with self._lock:
                 self._probes.popleft()
         return True
-
-    def _goes_on(self, aside: _Aside) -> bool:
-        """Do its next piece."""
-        try:
-            next(aside.pieces)
-        except StopIteration as ended:
-            aside.done.set_result(ended.value)
-        except Exception as error:  # whatever it is, whoever waits hears of it, and the engine goes on
-            aside.done.set_exception(error)
-        return not aside.done.done()
 
     def _ready(self) -> bool:
         """Whether some request that waits could be begun on; has adapters read that are on disk alone."""
@@ -461,23 +430,8 @@ class Engine:
         with self._lock:
             self._stats = replace(self._stats, **{key: getattr(self._stats, key) + n for key, n in more.items()})
 
-    def _shares(self) -> dict[Row, int]:
-        """How many tokens of each request go into this step."""
-        single = [row for row in self._rows if row.left == 1]
-        prompts = [row for row in self._rows if row.left > 1]
-        budget = MOST
-        if single and self._per_token:
-            budget = max(LEAST, min(MOST, int(self._stall / self._per_token)))
-        shares = dict.fromkeys(single, 1)
-        for row in prompts:
-            if budget <= 0:
-                break
-            shares[row] = min(row.left, budget)
-            budget -= shares[row]
-        return shares
-
-    def _step(self, began: float, probe: _Probe | None) -> None:
-        shares = self._shares()
+    def _step(self, began: float, probe: Probe | None) -> None:
+        shares = self._pace.shares(self._rows)
         taking = sorted(shares, key=lambda row: (id(row.loaded) if row.loaded else 0, row.slot.number))
         lengths = [shares[row] for row in taking]
         ends = [shares[row] == row.left for row in taking]
@@ -485,8 +439,8 @@ class Engine:
         owners = [row.loaded for row in taking]
         scales = [row.asked.answer.request.adapter_scale for row in taking]
         slots = [row.slot for row in taking]
-        if probe:  # it rides along: a step of its own would keep all the others waiting for it
-            text = [(i + 1) * self.vocabulary // (PROBED + 1) for i in range(PROBED)]
+        if probe:
+            text = probe.text(self.vocabulary)
             slots += self._slots.probing
             ids, owners = [*ids, text, text], [*owners, None, probe.loaded]
             scales, ends = [*scales, 1.0, 1.0], [*ends, True, True]
@@ -498,7 +452,7 @@ class Engine:
             logits = logits[:-2]
         for row, part in zip(taking, ids, strict=False):
             row.slot.held += part
-        self._measure_stall(lengths, model_seconds)
+        self._pace.learn(lengths, model_seconds)
         done = [row for row, ended in zip(taking, ends, strict=False) if ended]
         most, place = logits.max(-1)  # one that is no number is the most
         whole, likeliest = most.isfinite().tolist(), place.tolist()
@@ -514,16 +468,6 @@ class Engine:
                     row, RequestError(f"the answer cannot go on ({error!r}): change the request's settings")
                 )
         self._count(steps=1, seconds=time.monotonic() - began, model_seconds=model_seconds, tokens=len(done))
-
-    def _measure_stall(self, lengths: Sequence[int], seconds: float) -> None:
-        """Learn from a step what a token of a prompt adds to it, beside what the answers under way take."""
-        long = sum(n for n in lengths if n > 1)
-        if not long:
-            self._single = seconds if not self._single else 0.9 * self._single + 0.1 * seconds
-        elif long >= LEAST:
-            others = self._single if long < sum(lengths) else 0.0
-            added = max(seconds - others, seconds / 10) / long
-            self._per_token = added if not self._per_token else 0.7 * self._per_token + 0.3 * added
 
     def _forward(
         self, slots: Sequence[Slot], ids: Sequence[Sequence[int]], owners: Sequence[Loaded | None],

@@ -116,16 +116,17 @@ class Kernels:
         """A whole step: x (rows, width) fp32, which it changes → logits (ends, vocabulary) fp32, of the rows `ends`.
 
         kind: dtype of the weights. blocks (blocks, 46), head (6,) int64: as `Block` and `Site` of kernels.cpp lie in
-        memory. last (width,): weight of the last norm. shape: of a layer's keys. seen (rows, 3): as for attend. edges (parts, 2), table (sites,
-        parts, 3): whose rows, and where their factors lie; scales (rows,) fp32. spent: by SPENT, seconds, added to.
+        memory. last (width,): weight of the last norm. shape: of a layer's keys. seen (rows, 3): as for attend. edges
+        (parts, 2), table (sites, parts, 3): whose rows, and where their factors lie; scales (rows,) fp32. spent: by
+        SPENT, seconds, added to.
         """
         logits = x.new_empty(len(ends), int(head[4]))
         _, kept, room, depth = shape
         self.steps[kind](
             logits.data_ptr(), x.data_ptr(), blocks.ctypes.data, len(blocks), head.ctypes.data, last.data_ptr(),
             cos.data_ptr(), sin.data_ptr(), numbers.data_ptr(), positions.data_ptr(), kept, room, depth,
-            seen.data_ptr(), len(x), ends.data_ptr(), len(ends), heads, scale, epsilon, len(edges), edges.ctypes.data, table.ctypes.data,
-            len(table), scales.data_ptr(), spent.ctypes.data,
+            seen.data_ptr(), len(x), ends.data_ptr(), len(ends), heads, scale, epsilon, len(edges), edges.ctypes.data,
+            table.ctypes.data, len(table), scales.data_ptr(), spent.ctypes.data,
         )  # fmt: skip
         return logits
 

@@ -1,0 +1,41 @@
+"""What every route settles before it answers: whose request it is, whether anyone can answer, and who."""
+
+from __future__ import annotations
+
+from fastapi import HTTPException
+from fastapi import Request as HttpRequest
+
+from lorafit.errors import UnknownAdapterError
+from lorafit.server.guard import SOON
+from lorafit.server.keys import Key
+from lorafit.server.service import Service
+from lorafit.serving import Version
+
+
+def key_of(request: HttpRequest) -> Key:
+    key: Key = request.state.key
+    return key
+
+
+def chosen(service: Service, key: Key, model: str) -> Version | None:
+    """The version that a key may ask by this name; None: the bare base. Raises UnknownAdapterError, in the same words
+    whether there is none, or none for this key."""
+    try:
+        if model == service.base or key.may_use(model.partition("@")[0]):
+            version = service.chosen(model)
+            if version is not None or key.may_use(service.base):
+                return version
+    except UnknownAdapterError:
+        pass
+    raise UnknownAdapterError(f"'{model[:80]}': no model is served by this name: see /v1/models")
+
+
+def require_ready(service: Service) -> None:
+    """Raises HTTPException while nothing can be answered."""
+    if service.phase != "ready":
+        why = {
+            "loading": "the base is being opened",
+            "draining": "the server is ending",
+            "dead": "the server has failed",
+        }
+        raise HTTPException(503, f"{why[service.phase]}: ask again later", {"retry-after": SOON})

@@ -1,0 +1,192 @@
+"""Completions and chat completions: from what a client asks to what the engine is asked, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from lorafit.errors import RequestError
+from lorafit.generation.text import token_bytes
+from lorafit.routing import LONGEST, Routed, question_of
+from lorafit.server.admission import chosen, key_of, require_ready
+from lorafit.server.document import CHAT, PLAIN, refused
+from lorafit.server.guard import GONE
+from lorafit.server.keys import Key
+from lorafit.server.service import AUTO, Service
+from lorafit.server.streams import Coming, Events, Part, Style, events, finish_of, usage_of
+from lorafit.server.wire import ChatRequest, CompletionRequest, chat_logprobs, completion_logprobs
+from lorafit.serving import Engine, Piece, Request, Result, Token, Version
+
+
+def add(app: FastAPI, service: Service) -> None:
+    """The routes of completions, and the one that says there are no embeddings."""
+
+    @app.post("/v1/chat/completions", responses={200: CHAT, **refused(400, 429)})
+    async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+        """A conversation's next message, by the adapter that `model` names."""
+        return await _answered(service, request, body, "chat.completion")
+
+    @app.post("/v1/completions", responses={200: PLAIN, **refused(400, 429)})
+    async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+        """What follows each prompt, which is read as it is, without a template."""
+        return await _answered(service, request, body, "text_completion")
+
+    @app.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        """A causal language model was trained to go on with a text, not to place it among others."""
+        raise HTTPException(404, f"'{service.base}' writes text and gives no embeddings: ask a model made for them")
+
+
+async def _answered(
+    service: Service, request: HttpRequest, body: ChatRequest | CompletionRequest, kind: str
+) -> Response:
+    require_ready(service)
+    key, engine, told = key_of(request), service.engine, request.state.told
+    routed = await _routed(service, key, body) if body.model == AUTO else None
+    version = chosen(service, key, routed.adapter or service.base if routed else body.model)
+    name = version.name if version else service.base
+    told["model"] = version.id if version else name
+
+    coming = Coming(engine, _counted(service, key, name))
+    requests = await asyncio.to_thread(_requests, service, body, version)
+    prompts = sum(len(one.prompt) for one in requests)
+    await _submitted(service, key, coming, requests, prompts)
+    logprobs = None if requests[0].logprobs is None else _logprobs(kind, engine)
+    style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"],
+                  {"adapter": name, "probability": round(routed.probability, 4)} if routed else None)  # fmt: skip
+
+    def ended() -> None:
+        coming.cancel()
+        told.update(prompt_tokens=prompts, tokens=coming.tokens)
+
+    headers = {"x-lorafit-adapter": quote(told["model"], safe="@/:")}
+    if routed:
+        headers["x-lorafit-probability"] = f"{routed.probability:.4f}"
+        service.metrics.routed(name)
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        parts = events(coming, style, logprobs, with_usage)
+        return Events(parts, ended, headers)
+    try:
+        await _unless_gone(request, coming)
+    finally:
+        ended()
+    results = [coming.results[i] for i in range(len(requests))]
+    choices = [style.choice(i, one.text, logprobs and logprobs(i, one.tokens), finish_of(one.finish))
+               for i, one in enumerate(results)]  # fmt: skip
+    return JSONResponse(style.whole(choices, usage_of(results)), headers=headers)
+
+
+def _counted(service: Service, key: Key, name: str) -> Callable[[Part], None]:
+    """What hears each part of an answer: quotas while tokens come, for who asks again has used them up, and metrics."""
+
+    def heard(part: Part) -> None:
+        if isinstance(part, Piece):
+            service.quota.charge(key, len(part.tokens))
+        elif isinstance(part, Result):
+            service.metrics.answered(part, name)
+        else:
+            service.metrics.broken_off(part, name)
+
+    return heard
+
+
+async def _submitted(service: Service, key: Key, coming: Coming, requests: Sequence[Request], prompts: int) -> None:
+    """Ask the engine, where the key's quota allows it. prompts: tokens of them."""
+    _require_quota(service, key, len(requests), prompts)
+    try:
+        await asyncio.to_thread(coming.submit, requests)
+    except BaseException:
+        coming.cancel()
+        service.quota.give_back(key, len(requests), prompts)
+        raise
+
+
+def _logprobs(kind: str, engine: Engine) -> Callable[[int, Sequence[Token]], Any]:
+    """How the log-probabilities of an answer's next tokens are told, by its number."""
+    decode = engine.base.tokenizer.decode
+    bytes_of = partial(token_bytes, engine.base.tokenizer)
+    told_before: Counter[int] = Counter()  # characters, by answer
+
+    def text_of(token: int) -> str:
+        return str(decode([token], clean_up_tokenization_spaces=False))
+
+    def told(number: int, tokens: Sequence[Token]) -> Any:
+        if kind == "chat.completion":
+            return chat_logprobs(tokens, text_of, bytes_of)
+        made = completion_logprobs(tokens, text_of, told_before[number])
+        told_before[number] += sum(map(len, made["tokens"]))
+        return made
+
+    return told
+
+
+async def _routed(service: Service, key: Key, body: ChatRequest | CompletionRequest) -> Routed:
+    """Where the question of a request goes. Reading it takes from the key's tokens, as a prompt does."""
+    if isinstance(body, ChatRequest):
+        text = question_of([turn.message() for turn in body.messages])
+    else:
+        first, *rest = body.prompts()
+        if rest:
+            raise RequestError("model: 'auto' takes one prompt at a time: give each a request of its own")
+        text = first if isinstance(first, str) else service.engine.base.tokenizer.decode(first)
+    _require_quota(service, key, 0, min(LONGEST, len(text)))
+    return await asyncio.to_thread(service.routed, text, key)
+
+
+def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> None:
+    if wait := service.quota.take(key, requests, tokens):
+        raise HTTPException(429, f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
+                            {"retry-after": str(math.ceil(wait))})  # fmt: skip
+
+
+def _requests(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> list[Request]:
+    """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
+    engine = service.engine
+    try:
+        if isinstance(body, ChatRequest):
+            prompts = [service.prompt([turn.message() for turn in body.messages], version)]
+        else:
+            prompts = [tuple(engine.base.tokenizer(one)["input_ids"]) if isinstance(one, str) else tuple(one)
+                       for one in body.prompts()]  # fmt: skip
+    except jinja2.TemplateError as refused:
+        raise RequestError(
+            f"messages: the base's chat template refuses them ({refused}): change their roles"
+        ) from refused
+    longest = max(1, engine.room - max(map(len, prompts)))
+    adapter, settings = version.id if version else None, body.settings(longest)
+    seeds = [None if body.seed is None else (body.seed + i) % 2**63 for i in range(body.count)]
+    return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in seeds]
+
+
+async def _unless_gone(request: HttpRequest, coming: Coming) -> None:
+    """Wait for all answers, unless the client goes away before."""
+
+    async def all_parts() -> None:
+        async for _ in coming.pieces():
+            pass
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(all_parts()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise HTTPException(GONE, "the client went away: ask again")
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
