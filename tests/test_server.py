@@ -191,7 +191,9 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
         found = httpx.post(f"{server.url}/v1/chat/completions", json={**ASK, **body})
         assert found.status_code == status and words in found.json()["error"]["message"], (body, found.text)
         assert found.json()["error"]["code"] == status
-    found = httpx.post(f"{server.url}/v1/chat/completions", json={**ASK, "messages": [{"role": "user", "content": 5}]})
+    found = httpx.post(
+        f"{server.url}/v1/chat/completions", json={**ASK, "model": "tiny", "messages": [{"role": "user", "content": 5}]}
+    )
     assert found.json()["error"]["param"] == "messages.0.content", "what a client sent, not what it may be"
     for raw, status in ((b"{", 400), (deep.encode(), 400), (b'{"model": "\xff\xfe"}', 400), (b"x" * (5 << 20), 413),
                         (b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
@@ -642,13 +644,34 @@ def test_a_signal_lets_answers_end_and_a_kill_loses_nothing(sign: signal.Signals
         process.wait(timeout=30)
 
 
+ASKED = {
+    "returns": "What is {0} plus {0}{0}?",
+    "it-support": "zzzz qqqq jjjj wwww xxxx kkkk {0}",
+    "products": "Hello? {0}",
+}
+
+
+@pytest.fixture(scope="module")
+def routed_desks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters that keep their questions."""
+    root, base = tmp_path_factory.mktemp("routed"), base_of()
+    for seed, (name, text) in enumerate(ASKED.items()):
+        said = [Example((Message("user", text.format(i)), Message("assistant", "ok")), "here") for i in range(40)]
+        features = Features.of(base, said[:32], said[32:])
+        assert features is not None
+        peft.write(adapter_of(base, seed + 1), root / name, routing=features.to_bytes())
+    return root
+
+
 def soak(running: Running, requests: int) -> None:
     """Requests of many kinds while adapters come and go: no wrong answer, no 5xx, nothing left behind."""
     base, sources = base_of(), ("returns", "it-support", "products")
     body = {**ASK, "max_tokens": 12, "ignore_eos": True}
-    expected = {source: running.said(source, max_tokens=12, ignore_eos=True) for source in sources}
-    assert len(set(expected.values())) == len(sources)
-    made = {f"{source}@1": source for source in sources}
+    names = (*sources, "tiny")
+    expected = {name: running.said(name, max_tokens=12, ignore_eos=True) for name in names}
+    assert len(set(expected.values())) == len(names)
+    made = {"tiny": "tiny", **{f"{source}@1": source for source in sources}}
+    routed, took = set[str](), list[float]()
     told: list[tuple[str, str]] = []
     statuses: list[int] = []
     ended = threading.Event()
@@ -672,7 +695,7 @@ def soak(running: Running, requests: int) -> None:
         draw = random.Random(seed)
         with httpx.Client(base_url=running.url, timeout=120) as web:
             for _ in range(requests // 6):
-                model = draw.choice([*sources, "moving", "moving", "nobody"])
+                model = draw.choice([*sources, "moving", "moving", "auto", "nobody"])
                 kind = draw.random()
                 if kind < 0.1:
                     raw = draw.choice([b"{", b"\xff\xfe", b'{"model": 1}', b"[" * 5000, b""])
@@ -697,8 +720,12 @@ def soak(running: Running, requests: int) -> None:
                     if one.status_code == 200:
                         told.append((one.headers["x-lorafit-adapter"], text))
                 else:
+                    began = time.perf_counter()
                     found = web.post("/v1/chat/completions", json={**body, "model": model})
+                    took.append(time.perf_counter() - began)
                     statuses.append(found.status_code)
+                    if model == "auto":
+                        routed.add(found.json()["lorafit"]["adapter"])
                     if found.status_code == 200:
                         text = found.json()["choices"][0]["message"]["content"]
                         told.append((found.headers["x-lorafit-adapter"], text))
@@ -715,23 +742,25 @@ def soak(running: Running, requests: int) -> None:
     wrong = [(version, text) for version, text in told if text != expected[made[version]]]
     assert not wrong and len(told) > requests / 4
     assert not [status for status in statuses if status >= 500]
+    assert sorted(took)[len(took) * 99 // 100] < 5, "nobody is kept waiting, whatever comes and goes"
+    assert routed and routed <= {*names, "moving"}
     stats = running.service.engine.stats()
     assert stats.running == stats.waiting == 0
     assert base.identity == running.service.engine.base.identity
 
 
-def test_a_short_soak_over_http(desks: Path, tmp_path: Path) -> None:
-    shutil.copytree(desks, tmp_path / "root")
+def test_a_short_soak_over_http(routed_desks: Path, tmp_path: Path) -> None:
+    shutil.copytree(routed_desks, tmp_path / "root")
     with served(tmp_path / "root") as running:
         soak(running, 300)
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests_over_http(desks: Path, tmp_path: Path) -> None:
+def test_ten_thousand_requests_over_http(routed_desks: Path, tmp_path: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    shutil.copytree(desks, tmp_path / "root")
+    shutil.copytree(routed_desks, tmp_path / "root")
     with served(tmp_path / "root") as running:
         soak(running, 1000)
         admin(running, "unload", lora_name="moving")
