@@ -13,7 +13,7 @@ from lorafit.base import Base
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.reading import read_examples
 from lorafit.errors import AdapterError, BaseError, FormatError
-from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit, question_of, token_ids
+from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit, learnable, question_of, token_ids
 from lorafit.serving import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +141,7 @@ def test_the_engine_reads_questions_as_training_did() -> None:
     base, texts = base_of(), ["Where is my parcel?", "", "x" * 400]
     offline = features_of(base, texts)
     with Engine(base, slots=2) as engine:
-        assert torch.allclose(engine.features(texts), offline, atol=1e-4)
+        assert torch.allclose(engine.features(texts).result(), offline, atol=1e-4)
     assert not torch.allclose(offline[0], offline[2], atol=1e-2)
 
 
@@ -166,8 +166,26 @@ def test_work_beside_goes_on_in_turns_and_tells_its_errors() -> None:
         return name
 
     with Engine(base_of(), slots=2) as engine:
-        assert engine.aside(work("a")) == "a"
+        assert engine.aside(work("a")).result() == "a"
         with pytest.raises(ValueError, match="it fails"):
-            engine.aside(work("b", fails=True))
-        assert engine.features(["still there"]).shape[0] == 1
+            engine.aside(work("b", fails=True)).result()
+        assert engine.features(["still there"]).result().shape[0] == 1
     assert order == ["a"] * 3 + ["b"] * 3
+
+
+def test_what_cannot_be_learnt_from_is_left_out_with_the_reason() -> None:
+    base = base_of()
+    said = [Example((Message("user", f"Where is {i}?"), Message("assistant", "ok")), "here") for i in range(8)]
+    own = Features.of(base, said[:6], said[6:])
+    assert own is not None
+    narrow = replace(own, train=own.train[:, :7], valid=own.valid[:, :7])
+    contents = {
+        "own": own,
+        "elsewhere": replace(own, base="another"),
+        "deeper": replace(own, depths=(2,)),
+        "narrow": narrow,
+    }
+    files = {name: one.to_bytes() for name, one in contents.items()} | {"cut": own.to_bytes()[:-9]}
+    found, left_out = learnable(files, base, own.train.shape[1])
+    assert list(found) == ["own"] and list(left_out) == ["elsewhere", "deeper", "narrow", "cut"]
+    assert "another base" in left_out["elsewhere"] and "damaged" in left_out["narrow"] and "--learn" in left_out["cut"]

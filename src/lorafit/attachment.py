@@ -88,7 +88,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
     """
     source: Source = _Fixed(adapter) if isinstance(adapter, Adapter) else adapter
     value = source.adapter
-    _check_identity(base, value, accept_unknown_base)
+    require_base(base, value.base, value.base_name, accept_unknown_base)
     modules = _landing(base, value.plan)
     for slot in value.plan.slots:
         _require_bare(modules[slot.site.path], slot.site.path)
@@ -374,23 +374,24 @@ def _twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _check_identity(base: Base, adapter: Adapter, accept_unknown: bool) -> None:
-    if adapter.base is None:
+def require_base(base: Base, identity: str | None, name: str | None, accept_unknown: bool = False) -> None:
+    """Raise AdapterError unless this identity, which an adapter names as its base's, is the base's."""
+    if identity is None:
         if not accept_unknown:
             raise AdapterError(
                 "this adapter does not say which base it belongs to: if you know that it is "
                 f"'{base.name}', accept it with accept_unknown_base=True (--accept-unknown-base)"
             )
-    elif adapter.base != base.identity:
+    elif identity != base.identity:
         raise AdapterError(
-            f"this adapter belongs to base '{adapter.base_name}' ({adapter.base[:12]}), not to '{base.name}' "
+            f"this adapter belongs to base '{name}' ({identity[:12]}), not to '{base.name}' "
             f"({base.identity[:12]}): open the base it was trained on"
         )
 
 
 def require_fits(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> None:
     """Raise AdapterError where an adapter is another base's, or has a slot that lands on no module of its widths."""
-    _check_identity(base, adapter, accept_unknown_base)
+    require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
     _landing(base, adapter.plan)
 
 
@@ -502,7 +503,7 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
     The base is only read. Raises AdapterError where a slot's weight is shared with another module (a head tied to the
     embedding): attached, the adapter acts on that slot alone; merged, it would change both.
     """
-    _check_identity(base, adapter, accept_unknown_base)
+    require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
     modules = _landing(base, adapter.plan)
     shared = [f"{slot.site.path} (with {', '.join(tied)})" for slot in adapter.plan.slots
               if (tied := base.tied(slot.site.path))]  # fmt: skip

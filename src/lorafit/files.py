@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from lorafit.errors import FormatError, RunError
 
+_ASKING = threading.Lock()  # the process has one umask, which cannot be read without being set
 PROBE = "probe"  # of a folder that is tried
 
 
@@ -33,7 +35,8 @@ def did_you_mean(path: Path, otherwise: str) -> str:
 
 def _umask() -> int:
     """What the user keeps from others: temporary files are made private, and must end as plainly written ones would."""
-    os.umask(mask := os.umask(0o077))
+    with _ASKING:
+        os.umask(mask := os.umask(0o077))
     return mask
 
 

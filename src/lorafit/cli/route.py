@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.flags import JSON, NAMED, by_name, require_folder_of_adapters
+from lorafit.errors import FormatError
 
 
 def route(
@@ -19,7 +20,10 @@ def route(
     base: Annotated[str | None, typer.Option(help="The base; by default the one the adapters name.")] = None,
     learn: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DATA", help="Examples an adapter of elsewhere shall be known by; may be repeated."),
+        typer.Option(
+            metavar="NAME=DATA",
+            help="Examples an adapter of elsewhere shall be known by, kept in its folder; may be repeated.",
+        ),
     ] = None,
     json: JSON = False,
 ) -> None:
@@ -30,13 +34,11 @@ def route(
     lorafit route "My screen is black." it=runs/it returns=elsewhere/returns --learn returns=returns.jsonl
     """
     from lorafit.cli.console import Terminal
-    from lorafit.formats.peft import adapter_folder
     from lorafit.pipeline.routing import run_routing
 
     terminal = Terminal(json)
     require_folder_of_adapters(adapters)
-    named = {folder.name: folder for folder in sorted(adapters.iterdir()) if adapter_folder(folder).is_dir()
-             and not folder.name.startswith(".")} if adapters else {}  # fmt: skip
+    named = {folder.name: folder for folder in sorted(adapters.iterdir()) if _is_adapter(folder)} if adapters else {}
     named |= {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
     found = run_routing([text], named, base, by_name(learn, "DATA"), terminal)
     told = found["texts"][0]
@@ -51,3 +53,14 @@ def route(
         terminal.say(f"left out, for they keep no questions of this base: {', '.join(found['left_out'])}; "
                      "give theirs with --learn NAME=DATA")  # fmt: skip
     terminal.finish(found)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a server would serve it: what else lies in its folder is passed over."""
+    from lorafit.formats.peft import adapter_folder, require_adapter_folder
+
+    try:
+        require_adapter_folder(adapter_folder(folder))
+    except FormatError:
+        return False
+    return not folder.name.startswith(".")

@@ -47,7 +47,9 @@ def serve(
         from lorafit.server.run import Log, hosts_of, serve
         from lorafit.server.service import Service
     except ImportError as error:
-        raise SettingsError(f"lorafit serve: {error.name} is missing: pip install 'lorafit[serve]'") from error
+        raise SettingsError(
+            f"lorafit serve: {error.name} is missing: pip install '.[serve]' in a clone, or the wheel with [serve]"
+        ) from error
     from lorafit.serving import Engine
 
     terminal = Terminal(False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +151,22 @@ def adapter_folder(path: Path) -> Path:
     return path / "adapter" if (path / "run.json").exists() else path
 
 
-def glance(folder: Path) -> tuple[Rendering | None, int]:
-    """The rendering of one of our adapter folders, and the bytes of its weights, without reading these. Raises
-    FormatError."""
+@dataclass(frozen=True)
+class Glance:
+    """What an adapter folder tells without its weights being read. bytes: of these; base: the identity of its base."""
+
+    rendering: Rendering | None
+    bytes: int
+    base: str | None
+    base_name: str | None
+
+
+def glance(folder: Path) -> Glance:
+    """Of one of our adapter folders. Raises FormatError."""
     ours = read_json(folder / OURS) if (folder / OURS).exists() else {}
     try:
         rendering = Rendering(**ours["rendering"]) if ours.get("rendering") else None
-        return rendering, (folder / WEIGHTS).stat().st_size
+        return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), ours.get("base_name"))
     except (AttributeError, TypeError, OSError) as error:
         raise FormatError(f"{folder}: {error!r}: restore the folder, it was edited or damaged") from error
 

@@ -12,7 +12,7 @@ from lorafit.files import read_json, whole_file
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.preparing import prepare
-from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit
+from lorafit.routing import Features, Router, elsewhere, features_of, fit, learnable
 from lorafit.settings import settings_from
 
 
@@ -52,9 +52,10 @@ def run_routing(
 def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tuple[Router, list[str]]:
     """A router between those of these adapter folders that keep questions of this base, and the names of the others."""
     kept = {name: content for name, folder in folders.items() if (content := peft.routing_of(folder))}
-    found = {name: Features.from_bytes(content, str(folders[name])) for name, content in kept.items()}
-    found = {name: one for name, one in found.items() if (one.base, one.depths) == (base.identity, depths(base))}
-    others = features_of(base, elsewhere(), listener.watch) if found else features_of(base, [])
+    others = features_of(base, elsewhere() if kept else [], listener.watch)
+    found, left_out = learnable(kept, base, others.shape[1])
+    for name, why in left_out.items():
+        listener.say(f"{folders[name]} is left out: {why}")
     return fit(found, others), sorted({*folders} - {*found})
 
 

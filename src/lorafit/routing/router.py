@@ -16,8 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lorafit.base import Base
 from lorafit.errors import AdapterError, FormatError
-from lorafit.routing.features import Features, packed, unpacked
+from lorafit.routing.features import Features, depths, packed, unpacked
 
 DECAY = 1e-6  # of the weights; chosen on validation of the built-in desks among 1e-3 to 1e-6
 STEPS = 100  # of L-BFGS, at most
@@ -99,6 +100,25 @@ def key_of(contents: Mapping[str, bytes], base: str) -> str:
     for name in sorted(contents):
         total.update(f"|{name}|".encode() + hashlib.sha256(contents[name]).digest())
     return total.hexdigest()
+
+
+def learnable(contents: Mapping[str, bytes], base: Base, width: int) -> tuple[dict[str, Features], dict[str, str]]:
+    """What a router of this base can learn from, of files of features by name; and by name why not from the others.
+    width: of the features of a question."""
+    found, left_out = {}, {}
+    for name, content in contents.items():
+        try:
+            one = Features.from_bytes(content, name)
+        except FormatError as error:
+            left_out[name] = str(error)
+            continue
+        if (one.base, one.depths) != (base.identity, depths(base)):
+            left_out[name] = "its questions were read by another base: give them with lorafit route --learn"
+        elif one.train.shape[1] != width:
+            left_out[name] = "its file is damaged: give its questions with lorafit route --learn"
+        else:
+            found[name] = one
+    return found, left_out
 
 
 def fit(adapters: Mapping[str, Features], others: Tensor, key: str = "") -> Router:

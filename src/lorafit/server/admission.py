@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import HTTPException
 from fastapi import Request as HttpRequest
 
-from lorafit.errors import UnknownAdapterError
+from lorafit.errors import RequestError, UnknownAdapterError
 from lorafit.server.guard import SOON
 from lorafit.server.keys import Key
 from lorafit.server.service import Service
@@ -27,7 +29,18 @@ def chosen(service: Service, key: Key, model: str) -> Version | None:
                 return version
     except UnknownAdapterError:
         pass
-    raise UnknownAdapterError(f"'{model[:80]}': no model is served by this name: see /v1/models")
+    raise unknown(model)
+
+
+def unknown(model: str) -> UnknownAdapterError:
+    return UnknownAdapterError(f"'{model[:80]}': no model is served by this name: see /v1/models")
+
+
+def require_tokens(service: Service, tokens: Sequence[int]) -> None:
+    """Raises RequestError for what is no token of the base."""
+    most = service.engine.vocabulary
+    if wrong := [token for token in tokens if not 0 <= token < most]:
+        raise RequestError(f"tokens: {wrong[0]} is not in the base's vocabulary of {most}: take it out")
 
 
 def require_ready(service: Service) -> None:

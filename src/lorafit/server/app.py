@@ -14,9 +14,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
 
 import lorafit
-from lorafit.errors import RequestError, UnknownAdapterError
+from lorafit.errors import RequestError
 from lorafit.server import completions
-from lorafit.server.admission import chosen, key_of, require_ready
+from lorafit.server.admission import chosen, key_of, require_ready, require_tokens, unknown
 from lorafit.server.document import (
     PHASE,
     TEXT,
@@ -130,7 +130,7 @@ def _models(app: FastAPI, service: Service) -> None:
         require_ready(service)
         found = cards(key_of(request)).get(name)
         if found is None:
-            raise UnknownAdapterError(f"'{name[:80]}': no model is served by this name: see /v1/models")
+            raise unknown(name)
         return found
 
 
@@ -157,9 +157,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
         require_ready(service)
         if body.model is not None:
             chosen(service, key_of(request), body.model)
-        most = service.engine.vocabulary
-        if wrong := [token for token in body.tokens if not 0 <= token < most]:
-            raise RequestError(f"tokens: {wrong[0]} is not in the base's vocabulary of {most}: take it out")
+        require_tokens(service, body.tokens)
         return PromptAnswer(prompt=await asyncio.to_thread(service.engine.base.tokenizer.decode, body.tokens))
 
 
@@ -174,7 +172,7 @@ def _admin(app: FastAPI, service: Service) -> None:
     def store() -> Any:
         require_ready(service)
         if service.store is None:
-            raise RequestError("lora_path: this server has no folder of adapters: start it with --adapters DIR")
+            raise RequestError("this server keeps no adapters: start it with --adapters DIR")
         return service.store
 
     @app.post("/v1/load_lora_adapter", response_class=Response, responses=ADMIN)

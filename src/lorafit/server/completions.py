@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
@@ -19,12 +18,12 @@ from fastapi.responses import JSONResponse, Response
 from lorafit.errors import RequestError
 from lorafit.generation.text import token_bytes
 from lorafit.routing import LONGEST, Routed, question_of
-from lorafit.server.admission import chosen, key_of, require_ready
+from lorafit.server.admission import chosen, key_of, require_ready, require_tokens
 from lorafit.server.document import CHAT, PLAIN, refused
 from lorafit.server.guard import GONE
 from lorafit.server.keys import Key
 from lorafit.server.service import AUTO, Service
-from lorafit.server.streams import Coming, Events, Part, Style, events, finish_of, usage_of
+from lorafit.server.streams import ASKERS, Coming, Events, Part, Style, events, finish_of, usage_of
 from lorafit.server.wire import ChatRequest, CompletionRequest, chat_logprobs, completion_logprobs
 from lorafit.serving import Engine, Piece, Request, Result, Token, Version
 
@@ -58,10 +57,10 @@ async def _answered(
     name = version.name if version else service.base
     told["model"] = version.id if version else name
 
-    coming = Coming(engine, _counted(service, key, name))
+    coming = Coming(engine, version, _counted(service, key, name))
     requests = await asyncio.to_thread(_requests, service, body, version)
     prompts = sum(len(one.prompt) for one in requests)
-    await _submitted(service, key, coming, requests, prompts)
+    await _submitted(service, key, coming, requests, len(requests) - bool(routed), prompts)
     logprobs = None if requests[0].logprobs is None else _logprobs(kind, engine)
     style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"],
                   {"adapter": name, "probability": round(routed.probability, 4)} if routed else None)  # fmt: skip
@@ -98,18 +97,22 @@ def _counted(service: Service, key: Key, name: str) -> Callable[[Part], None]:
             service.metrics.answered(part, name)
         else:
             service.metrics.broken_off(part, name)
+            if not isinstance(part, ASKERS):
+                service.say(f"'{name}' could not answer: {part}")
 
     return heard
 
 
-async def _submitted(service: Service, key: Key, coming: Coming, requests: Sequence[Request], prompts: int) -> None:
-    """Ask the engine, where the key's quota allows it. prompts: tokens of them."""
-    _require_quota(service, key, len(requests), prompts)
+async def _submitted(
+    service: Service, key: Key, coming: Coming, requests: Sequence[Request], count: int, prompts: int
+) -> None:
+    """Ask the engine, where the key's quota allows it. count: requests that were not taken yet; prompts: tokens."""
+    _require_quota(service, key, count, prompts)
     try:
         await asyncio.to_thread(coming.submit, requests)
     except BaseException:
         coming.cancel()
-        service.quota.give_back(key, len(requests), prompts)
+        service.quota.give_back(key, count, prompts)
         raise
 
 
@@ -133,16 +136,21 @@ def _logprobs(kind: str, engine: Engine) -> Callable[[int, Sequence[Token]], Any
 
 
 async def _routed(service: Service, key: Key, body: ChatRequest | CompletionRequest) -> Routed:
-    """Where the question of a request goes. Reading it takes from the key's tokens, as a prompt does."""
+    """Where the question of a request goes. Reading it takes a request from the key, and tokens as a prompt does."""
     if isinstance(body, ChatRequest):
         text = question_of([turn.message() for turn in body.messages])
     else:
         first, *rest = body.prompts()
         if rest:
             raise RequestError("model: 'auto' takes one prompt at a time: give each a request of its own")
-        text = first if isinstance(first, str) else service.engine.base.tokenizer.decode(first)
-    _require_quota(service, key, 0, min(LONGEST, len(text)))
-    return await asyncio.to_thread(service.routed, text, key)
+        if isinstance(first, str):
+            text = first
+        else:
+            require_tokens(service, first)
+            text = await asyncio.to_thread(service.engine.base.tokenizer.decode, first)
+    _require_quota(service, key, 1, min(LONGEST, len(text)))
+    reading = await asyncio.to_thread(service.engine.features, [text])
+    return service.routed((await asyncio.wrap_future(reading))[0], key)
 
 
 def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> None:
@@ -154,16 +162,11 @@ def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> No
 def _requests(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> list[Request]:
     """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
     engine = service.engine
-    try:
-        if isinstance(body, ChatRequest):
-            prompts = [service.prompt([turn.message() for turn in body.messages], version)]
-        else:
-            prompts = [tuple(engine.base.tokenizer(one)["input_ids"]) if isinstance(one, str) else tuple(one)
-                       for one in body.prompts()]  # fmt: skip
-    except jinja2.TemplateError as refused:
-        raise RequestError(
-            f"messages: the base's chat template refuses them ({refused}): change their roles"
-        ) from refused
+    if isinstance(body, ChatRequest):
+        prompts = [service.prompt([turn.message() for turn in body.messages], version)]
+    else:
+        prompts = [tuple(engine.base.tokenizer(one)["input_ids"]) if isinstance(one, str) else tuple(one)
+                   for one in body.prompts()]  # fmt: skip
     longest = max(1, engine.room - max(map(len, prompts)))
     adapter, settings = version.id if version else None, body.settings(longest)
     seeds = [None if body.seed is None else (body.seed + i) % 2**63 for i in range(body.count)]

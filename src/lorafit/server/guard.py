@@ -10,7 +10,9 @@ import json
 import re
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from lorafit.server.keys import Key, Scope, find
@@ -65,7 +67,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        began, status, counts = time.perf_counter(), 500, scope["path"] not in OPEN
+        began, counts = time.perf_counter(), scope["path"] not in OPEN
+        status: int | None = None
         given = headers.get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         told: dict[str, Any] = {"request": name, "method": scope["method"], "path": scope["path"]}
@@ -90,9 +93,16 @@ class Guard:
             await self._app(scope, _again(body, receive), answer)
         except Refused as refused:
             await _refuse(answer, refused)
+        except Exception as error:  # a fault of ours; what it says may be of the request, and stays out of the log
+            told["failed"] = f"{type(error).__name__} at {_place(error)}"
+            if status is not None:
+                raise
+            await _refuse(answer, Refused(500, "the server failed at this request: tell whoever runs it",
+                                          "InternalServerError"))  # fmt: skip
         finally:
             self._service.under_way -= counts
             if counts:
+                status = status or 500
                 if status >= 400:
                     self._service.metrics.refused(status)
                 self._log({**told, "status": status, "seconds": round(time.perf_counter() - began, 4)})
@@ -141,6 +151,12 @@ class Guard:
                 raise large
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, `file:line`."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

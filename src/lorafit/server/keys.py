@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,13 +51,16 @@ class _File(BaseModel):
 def read(path: Path) -> list[Key]:
     """The keys in a file. Raises FormatError."""
     try:
-        return _File.model_validate(read_json(path)).keys
+        keys = _File.model_validate(read_json(path)).keys
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise FormatError(
             f"{path}: {where}: {first['msg']}: correct it, or make keys with lorafit key create"
         ) from error
+    if twice := [name for name, count in Counter(key.name for key in keys).items() if count > 1]:
+        raise FormatError(f"{path}: {', '.join(twice)}: twice, and quotas are by name: rename one")
+    return keys
 
 
 def create(

@@ -5,6 +5,7 @@ Never 409: clients ask again at 408, 409, 429 and 5xx.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(OSError)
     async def disk(request: HttpRequest, error: OSError) -> JSONResponse:
-        return answer(507, f"the server's disk: {error.strerror or error}: make room, and ask again", "StorageError")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return answer(507, f"the server's disk: {error.strerror}: make room, and ask again", "StorageError")
+        raise error
 
     @app.exception_handler(RecursionError)
     async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:

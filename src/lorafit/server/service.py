@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from lorafit.data.examples import Message
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.routing import Routed
@@ -74,8 +76,8 @@ class Service:
         self.phase = "dead" if self.failed else "draining"
         self._ended.set()
         if self._engine:  # a base that is just being opened is let go with the process
+            self._engine.close()  # what is being loaded ends too
             self._thread.join()
-            self._engine.close()
         self.operators.shutdown(cancel_futures=True)
         if self.store:
             self.store.close()
@@ -88,20 +90,26 @@ class Service:
             if self.root:
                 self.store = Store(engine, self.root, self.say, lambda name: require_free(name, self.base))
                 self.store.restore()
+                for version, live in engine.adapters.listed():
+                    if live:
+                        self.say(f"serving {version.id}")
                 self.store.look()
                 self.store.look()
             for name, folder in self.adapters.items():
                 require_free(name, self.base)
                 self.say(f"serving {engine.load(name, folder).id}")
             self.switch = Switch(engine, self.root / OWN if self.root else None, self.say)
-            self.switch.look()
+            self._try(self.switch.look)
             if self.phase == "loading":
                 self.phase = "ready"
         except Exception as error:  # whatever it is, nothing will be served
-            told = f"'{self.base}' cannot be served: {error!r}: correct that first"
+            if self._ended.is_set():
+                return
+            named = getattr(error, "filename", None)
+            why = f"{named}: {error.strerror}" if named and isinstance(error, OSError) else repr(error)
+            told = f"'{self.base}' cannot be served: {why}: correct that first"
             self.failed = error if isinstance(error, LorafitError) else BaseError(told)
             self.phase = "dead"
-            self.say(str(self.failed))
             return
         while not self._ended.wait(WATCH):
             self._look()
@@ -109,11 +117,16 @@ class Service:
     def _look(self) -> None:
         if self.engine.is_closed:
             self.phase = "dead"
-        for look in (self._look_at_keys, self.store.look if self.store else None, self._switch().look):
-            try:
-                if look:
-                    look()
-            except Exception as error:  # what was read last goes on
+        self._try(self._look_at_keys)
+        if self.store:
+            self._try(self.store.look)
+        self._try(self._switch().look)
+
+    def _try(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except Exception as error:  # what was read last goes on
+            if not self._ended.is_set():
                 self.say(f"{error}")
 
     def _look_at_keys(self) -> None:
@@ -122,9 +135,9 @@ class Service:
 
     # What a request asks for
 
-    def routed(self, text: str, key: Key) -> Routed:
-        """Where a question goes, among what a key may use. Raises UnknownAdapterError."""
-        return self._switch().route(text, key.may_use, self.base)
+    def routed(self, features: Tensor, key: Key) -> Routed:
+        """Where a question of these features goes, among what a key may use. Raises UnknownAdapterError."""
+        return self._switch().route(features, key.may_use, self.base)
 
     def can_route(self, key: Key) -> bool:
         """Whether the router has an adapter to choose that a key may use."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ class Store:
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[Any, ...]] = {}
         self._taken: dict[str, tuple[Any, ...]] = {}
+        self._said: dict[str, str] = {}
         self._handled: dict[str, str] = {}
+        self._unserved: list[Entry] = []
         self._gone: list[Version] = []
         self._versions.mkdir(parents=True, exist_ok=True)
         self._held = _alone(self.root / OWN / "lock")
@@ -80,32 +82,44 @@ class Store:
         except ValidationError as error:
             raise FormatError(f"{self._file}: {error.errors()[0]['msg']}: restore it from a copy, or move it away and "
                               "the newest of each adapter is served") from error  # fmt: skip
-        kept, live, highest = set(), set[str](), dict[str, Entry]()
+        served: dict[str, list[Entry]] = {}
         for entry in registry.versions:
             folder = self._folder(entry.name, entry.number)
             try:
                 if not NAME.fullmatch(entry.name) or not folder.is_dir():
                     raise FormatError(f"{folder}: is not there any more: load it again")
                 self.engine.adapters.restore(entry.name, entry.number, entry.digest, folder, entry.live)
-            except FormatError as error:
+            except (FormatError, AdapterError) as error:
                 self._say(f"'{entry.name}@{entry.number}' is not served: {error}")
+                self._unserved.append(entry)
                 continue
-            kept.add(folder)
-            live |= {entry.name} if entry.live else set()
-            if entry.number >= highest.get(entry.name, entry).number:
-                highest[entry.name] = entry
-        for name, entry in highest.items():
-            if name not in live:
-                self.engine.adapters.restore(name, entry.number, entry.digest, self._folder(name, entry.number), True)
+            served.setdefault(entry.name, []).append(entry)
+        for name, entries in served.items():
+            if not any(entry.live for entry in entries):
+                self._next_best(name, entries)
         self._handled = dict(registry.handled)
         self.engine.adapters.number_from(registry.last)
         if not known:
             if registry.last:
                 self._write()
             return
+        kept = {self._folder(entry.name, entry.number) for entry in registry.versions}
         for left in [*unfinished(self._versions, [path.name for path in self._versions.iterdir()]),
                      *(path for path in self._versions.iterdir() if path not in kept)]:  # fmt: skip
             shutil.rmtree(left, ignore_errors=True)
+
+    def _next_best(self, name: str, entries: Sequence[Entry]) -> None:
+        """Let a name whose live version cannot be served mean the highest before that one: what came after it was
+        rolled back from."""
+        lost = [entry.number for entry in self._unserved if entry.live and entry.name == name]
+        earlier = [entry for entry in entries if not lost or entry.number < lost[0]]
+        if earlier:
+            best = max(earlier, key=lambda entry: entry.number)
+            self.engine.adapters.restore(name, best.number, best.digest, self._folder(name, best.number), True)
+            if lost:
+                self._say(f"'{name}' means {name}@{best.number} now: load a new version of it")
+        else:
+            self._say(f"'{name}' is not served, its later versions by their numbers alone: load a new version of it")
 
     def _found(self) -> Registry:
         """What the copies tell by their names where there is no registry. None is said to be live: the highest is."""
@@ -147,9 +161,9 @@ class Store:
             raise AdapterError("lora_path: there is no such folder among the server's adapters: put it there first")
         return wanted
 
-    def load(self, name: str, source: Path, anew: bool = False) -> Version:
-        """Serve the adapter in a folder as a new version of `name`, which is not served yet if `anew`. Raises
-        AdapterError or FormatError; then all is as before.
+    def load(self, name: str, source: Path, anew: bool = False, content: str | None = None) -> Version:
+        """Serve the adapter in a folder as a new version of `name`, which is not served yet if `anew`. content: of the
+        folder of this name, which is taken with it. Raises AdapterError or FormatError; then all is as before.
 
         The copy and the registry are on disk before anyone can be answered by it.
         """
@@ -169,7 +183,7 @@ class Store:
                     for file in self._files(folder):
                         shutil.copyfile(file.resolve(), building / file.name)
                 version = self.engine.tried(name, target)
-                self._write(version)
+                self._write(version, content)
             except BaseException:
                 shutil.rmtree(target, ignore_errors=True)
                 raise
@@ -179,22 +193,22 @@ class Store:
     def unload(self, name: str) -> None:
         """Raises UnknownAdapterError."""
         with self._lock:
-            gone = self.engine.unload(name)
-            self._write()
-            self._gone += gone
+            self._write(without=self.engine.adapters.removable(name))
+            self._gone += self.engine.unload(name)
 
     def rollback(self, name: str) -> Version:
         """Raises UnknownAdapterError or AdapterError."""
         with self._lock:
-            version = self.engine.rollback(name)
-            self._write()
-        return version
+            self._write(self.engine.adapters.before(name))
+            return self.engine.rollback(name)
 
     def look(self) -> None:
         """Serve what has come into the folder, or has been replaced there, since the last time. What cannot be served
-        is said once."""
+        is said once; what the disk refused is tried again."""
         self._clear()
         for folder in sorted(self.root.iterdir()):
+            if self.engine.is_closed:
+                return
             if folder.name.startswith(".") or not folder.is_dir() or not NAME.fullmatch(folder.name):
                 continue
             try:
@@ -205,21 +219,19 @@ class Store:
                     continue
                 self._taken[folder.name] = seen
                 self._files(peft.adapter_folder(folder))  # a link to somewhere else is not read
-                digest = _content(peft.adapter_folder(folder))
-                before = self._handled.get(folder.name)
-                if before == digest:
-                    continue
-                self._handled[folder.name] = digest  # goes into the registry with the version
-                try:
-                    self._say(f"serving {self.load(folder.name, folder).id}")
-                except (LorafitError, OSError):
-                    self._handled.pop(folder.name)
-                    if before is not None:
-                        self._handled[folder.name] = before
-                    raise
+                content = _content(peft.adapter_folder(folder))
+                if self._handled.get(folder.name) != content:
+                    self._say(f"serving {self.load(folder.name, folder, content=content).id}")
+                self._said.pop(folder.name, None)
             except (LorafitError, OSError) as error:
-                if self._taken.get(folder.name) == self._seen.get(folder.name) is not None:
-                    self._say(f"{folder.name}: not served: {error}")
+                if self._taken.get(folder.name) != self._seen.get(folder.name):
+                    continue
+                if isinstance(error, OSError):
+                    self._taken.pop(folder.name, None)
+                told = f"{folder.name}: not served: {error}"
+                if self._said.get(folder.name) != told:
+                    self._say(told)
+                self._said[folder.name] = told
 
     def _state(self, folder: Path) -> tuple[Any, ...]:
         """What shows whether anything has changed in a folder."""
@@ -250,16 +262,24 @@ class Store:
     def _folder(self, name: str, number: int) -> Path:
         return self._versions / f"{name}@{number}"
 
-    def _write(self, coming: Version | None = None) -> None:
-        """coming: a version that will be live in a moment."""
+    def _write(
+        self, coming: Version | None = None, content: str | None = None, without: Sequence[Version] = ()
+    ) -> None:
+        """What will be in a moment, so that a disk that is full leaves all as it was. coming: a version that will be
+        live, of what its name's folder holds; without: versions that will be gone."""
         listed = [(version, live and not (coming and coming.name == version.name))
-                  for version, live in self.engine.adapters.listed()]  # fmt: skip
+                  for version, live in self.engine.adapters.listed()
+                  if version is not coming and version not in without]  # fmt: skip
         listed += [(coming, True)] if coming else []
         listed = [one for one in listed if one[0].folder and one[0].folder.is_relative_to(self._versions)]
         entries = [Entry(name=version.name, number=version.number, digest=version.digest, live=live)
                    for version, live in listed]  # fmt: skip
+        names = {version.name for version, live in listed if live}
+        entries += [one.model_copy(update={"live": one.live and one.name not in names}) for one in self._unserved]
+        handled = {**self._handled, **({coming.name: content} if coming and content else {})}
         numbers = self.engine.adapters.numbers()
-        write_json(self._file, Registry(versions=entries, last=numbers, handled=self._handled).model_dump())
+        write_json(self._file, Registry(versions=entries, last=numbers, handled=handled).model_dump())
+        self._handled = handled
 
 
 def _content(folder: Path) -> str:

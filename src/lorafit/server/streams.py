@@ -12,20 +12,22 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
-from lorafit.errors import CancelledError, LorafitError
+from lorafit.errors import CancelledError, LorafitError, RequestError
 from lorafit.server.wire import error
-from lorafit.serving import Answer, Engine, Piece, Request, Result
+from lorafit.serving import Answer, Engine, Piece, Request, Result, Version
 
 Part = Piece | Result | LorafitError
+ASKERS = (RequestError, CancelledError)  # what may break an answer off that its asker can do something about
 
 
 class Coming:
-    """Several answers on their way, their parts in the order they come. Made in the event loop; `submit` may be called
-    in another thread. heard: called in the engine's thread with each part, whether anyone reads it or not. tokens: that
-    were made so far."""
+    """Several answers of one version on their way, their parts in the order they come; version: None for the bare base.
+    Made in the event loop; `submit` may be called in another thread. heard: called in the engine's thread with each
+    part, whether anyone reads it or not. tokens: that were made so far."""
 
-    def __init__(self, engine: Engine, heard: Callable[[Part], None]):
-        self._engine, self._heard, self._loop = engine, heard, asyncio.get_running_loop()
+    def __init__(self, engine: Engine, version: Version | None, heard: Callable[[Part], None]):
+        self._engine, self._version, self._heard = engine, version, heard
+        self._loop = asyncio.get_running_loop()
         self._parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
         self._answers: list[Answer] = []
         self.results: dict[int, Result] = {}
@@ -35,7 +37,7 @@ class Coming:
         """Raises what the engine's submit raises; then none is answered."""
         try:
             for number, request in enumerate(requests):
-                self._answers.append(self._engine.submit(request, partial(self._came, number)))
+                self._answers.append(self._engine.submit(request, partial(self._came, number), self._version))
         except BaseException:
             self.cancel()
             raise
@@ -57,8 +59,10 @@ class Coming:
                     yield number, part
                 case Result():
                     self.results[number] = part
-                case _:
+                case _ if isinstance(part, ASKERS):
                     raise part
+                case _:  # of the server's files and memory, of which a client shall not hear
+                    raise CancelledError("the server could not go on with this answer: ask again later") from part
 
     def cancel(self) -> None:
         """Those that have not ended end now."""

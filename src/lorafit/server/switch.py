@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from lorafit import routing
-from lorafit.errors import BaseError, LorafitError, UnknownAdapterError
+from lorafit.errors import LorafitError, UnknownAdapterError
 from lorafit.files import whole_file
 from lorafit.formats import peft
-from lorafit.routing import Features, Routed, Router
+from lorafit.routing import Routed, Router
 from lorafit.serving import Engine
 
 FILE = "router.safetensors"
@@ -32,15 +32,18 @@ class Switch:
         seen = {name: version.id for name, version in live.items()}
         if seen == self._seen:
             return
-        self._seen = seen  # what cannot be learnt from now cannot be the next time
         contents = {}
         for name, version in live.items():
             if version.folder and (content := peft.routing_of(version.folder)):
                 contents[name] = content
         key = routing.key_of(contents, self._engine.base.identity)
-        if self.router and self.router.key == key:
-            return
-        self.router = self._kept(key) or self._trained(contents, key)
+        try:
+            if not (self.router and self.router.key == key):
+                self.router = self._kept(key) or self._trained(contents, key)
+        except LorafitError:
+            self._seen = seen  # what cannot be learnt from now cannot be the next time
+            raise
+        self._seen = seen
 
     def _kept(self, key: str) -> Router | None:
         if self._file is None or not self._file.exists():
@@ -53,27 +56,22 @@ class Switch:
         return kept if kept.key == key else None
 
     def _trained(self, contents: dict[str, bytes], key: str) -> Router | None:
-        adapters: dict[str, Features] = {}
-        for name, content in contents.items():
-            try:
-                found = Features.from_bytes(content, name)
-                if (found.base, found.depths) != (self._engine.base.identity, routing.depths(self._engine.base)):
-                    raise BaseError(f"{name}: its questions were read by another base: give them with lorafit route "
-                                    "--learn")  # fmt: skip
-                adapters[name] = found
-            except LorafitError as error:
-                self._say(f"the router leaves '{name}' out: {error}")
-        if not adapters:
+        if not contents:
             return None
         if self._others is None:
-            self._others = self._engine.features(routing.elsewhere())
-        for name in [name for name, found in adapters.items() if found.train.shape[1] != self._others.shape[1]]:
-            self._say(f"the router leaves '{name}' out: its file is damaged: give its questions with --learn")
-            del adapters[name]
-        router = self._engine.aside(routing.fitting(adapters, self._others, key))
-        if self._file is not None:
-            with whole_file(self._file) as building:
-                building.write_bytes(router.to_bytes())
+            self._others = self._engine.features(routing.elsewhere()).result()
+        adapters, left_out = routing.learnable(contents, self._engine.base, self._others.shape[1])
+        for name, why in left_out.items():
+            self._say(f"the router leaves '{name}' out: {why}")
+        if not adapters:
+            return None
+        router = self._engine.aside(routing.fitting(adapters, self._others, key)).result()
+        try:
+            if self._file is not None:
+                with whole_file(self._file) as building:
+                    building.write_bytes(router.to_bytes())
+        except OSError as error:
+            self._say(f"{self._file}: cannot be written ({error.strerror}): it is trained again at the next start")
         self._say(f"the router knows {', '.join(router.names)}: on validation {router.right:.1%} of their questions go "
                   f"to them, and {router.kept_out:.1%} of others to the base")  # fmt: skip
         return router
@@ -83,14 +81,14 @@ class Switch:
         live = {version.name for version, is_live in self._engine.adapters.listed() if is_live}
         return {name for name in self.router.names if name in live and may_use(name)} if self.router else set()
 
-    def route(self, text: str, may_use: Callable[[str], bool], base: str) -> Routed:
-        """Where a question goes, of the adapters that are live and allowed. Raises UnknownAdapterError where there is
-        nothing to choose from."""
+    def route(self, features: torch.Tensor, may_use: Callable[[str], bool], base: str) -> Routed:
+        """Where a question of these features goes, of the adapters that are live and allowed. Raises
+        UnknownAdapterError where there is nothing to choose from."""
         router, names = self.router, self.names(may_use)
         if router is None or not names:
             raise UnknownAdapterError("'auto': no adapter that you may use keeps questions that the router could learn "
                                       "from: name one of /v1/models")  # fmt: skip
-        routed = router.route(self._engine.features([text])[0], names)
+        routed = router.route(features, names)
         if routed.adapter is None and not may_use(base):
             raise UnknownAdapterError("'auto': this is a question for no adapter that you may use: name one of "
                                       "/v1/models")  # fmt: skip

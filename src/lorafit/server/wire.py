@@ -117,7 +117,7 @@ class Common(Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     adapter_scale: Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE)] | None = None
     response_format: Format | None = None
 
@@ -134,7 +134,7 @@ class Common(Body):
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": 0 if self.top_k is None or self.top_k < 0 else self.top_k,
             "stop": tuple(stops),
-            "ignore_end": self.ignore_eos,
+            "ignore_end": bool(self.ignore_eos),
             "adapter_scale": 1.0 if self.adapter_scale is None else self.adapter_scale,
             "schema": self.response_format.schema_of() if self.response_format else None,
         }

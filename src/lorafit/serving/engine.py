@@ -46,6 +46,7 @@ from lorafit.serving.slots import NAME, WORTH, Key, Slot, Slots, Step, attention
 from lorafit.serving.turns import Turns
 
 ROOM = 2048  # tokens of a slot, where the base reads as many
+ASIDE = 0.02  # seconds that work aside may take between two steps; one piece is done at least
 T = TypeVar("T")
 
 
@@ -163,14 +164,16 @@ class Engine:
     # What others ask, from any thread
 
     def submit(
-        self, request: Request, listener: Callable[[Piece | Result | LorafitError], None] | None = None
-    ) -> Answer:
-        """Have a request answered; returns at once. listener: see Answer. Raises RequestError, UnknownAdapterError, or
-        BusyError."""
+        self, request: Request, listener: Callable[[Piece | Result | LorafitError], None] | None = None,
+        version: Version | None = None,
+    ) -> Answer:  # fmt: skip
+        """Have a request answered; returns at once. listener: see Answer. version: what `adapters.find` gave for its
+        adapter before, whatever the name means by now. Raises RequestError, UnknownAdapterError, or BusyError."""
         require_valid(request, self.vocabulary, self.room)
         if self.base.tokenizer is None and (request.stop or request.schema is not None):
             raise BaseError("stop and schema need text, and this base has no tokenizer: leave them out")
-        version = None if request.adapter is None else self.adapters.find(request.adapter)
+        if version is None and request.adapter is not None:
+            version = self.adapters.find(request.adapter)
         grammar = self._grammar(request)  # compiled here, where no one else waits for it
         answer = Answer(request, version.id if version else None, listener)
         asked = Asked(answer, version, grammar)
@@ -217,8 +220,8 @@ class Engine:
         probe.require_effect()
         return version
 
-    def aside(self, pieces: Generator[None, None, T]) -> T:
-        """What a generator returns that runs in the thread which owns the model, a piece between two steps: whatever
+    def aside(self, pieces: Generator[None, None, T]) -> Future[T]:
+        """What a generator returns that runs in the thread which owns the model, in pieces between two steps: whatever
         computes beside the engine in a thread of its own makes both many times slower on a small machine."""
         aside = Aside(pieces)
         with self._lock:
@@ -226,10 +229,9 @@ class Engine:
                 raise CancelledError("the engine is closed: open another")
             self._asides.append(aside)
             self._lock.notify_all()
-        found: T = aside.done.result()
-        return found
+        return aside.done
 
-    def features(self, texts: Sequence[str]) -> Tensor:
+    def features(self, texts: Sequence[str]) -> Future[Tensor]:
         """What the bare base makes of questions, for a router: (texts, D), as `routing.features_of` gives it. Raises
         BaseError where it can tell nothing of them."""
         depths = routing.depths(self.base)
@@ -323,12 +325,9 @@ class Engine:
                 self._lock.wait(0.05 if self._turns else None)
             if self._closing:
                 return False
-            aside = self._asides.popleft() if self._asides else None
             probe = self._probes[0] if self._probes else None  # it stays there until it is answered, however this ends
-        if aside and aside.goes_on():
-            with self._lock:
-                self._asides.append(aside)  # the others take their turns
         began = time.monotonic()
+        self._go_on_aside(began + ASIDE)
         self._drop_cancelled()
         self._admit()
         if self._rows or probe:
@@ -345,6 +344,19 @@ class Engine:
             with self._lock:
                 self._probes.popleft()
         return True
+
+    def _go_on_aside(self, end: float) -> None:
+        """A piece of what there is to do between steps, and more until `end`; each in its turn."""
+        while True:
+            with self._lock:
+                aside = self._asides.popleft() if self._asides else None
+            if aside is None:
+                return
+            if aside.goes_on():
+                with self._lock:
+                    self._asides.append(aside)
+            if time.monotonic() > end:
+                return
 
     def _ready(self) -> bool:
         """Whether some request that waits could be begun on; has adapters read that are on disk alone."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import require_fits
+from lorafit.attachment import require_base, require_fits
 from lorafit.base import Base
 from lorafit.data.render import renderer_for
 from lorafit.errors import AdapterError, UnknownAdapterError
@@ -70,15 +70,19 @@ class Pool:
                                "63 letters, digits, dots, hyphens and underscores")  # fmt: skip
         folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
         adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
-        require_fits(self.base, adapter, accept_unknown_base=self._accept)
-        if adapter.rendering and self.base.tokenizer is not None:
-            renderer_for(self.base).require(adapter.rendering)
+        self._require(adapter)
         system = adapter.rendering.system if adapter.rendering else None
         version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, system, adapter, pinned=pin)
         version.loaded = Loaded(self.base, adapter)
         with self._lock:
             version.number = self._next[name] = self._next.get(name, 0) + 1
         return version
+
+    def _require(self, adapter: Adapter) -> None:
+        """Raise AdapterError unless it is this base's, and was trained on conversations rendered as here."""
+        require_fits(self.base, adapter, accept_unknown_base=self._accept)
+        if adapter.rendering and self.base.tokenizer is not None:
+            renderer_for(self.base).require(adapter.rendering)
 
     def publish(self, version: Version) -> None:
         """Let its name mean this version from now on."""
@@ -88,9 +92,12 @@ class Pool:
             self._make_room(version)
 
     def restore(self, name: str, number: int, digest: str, folder: Path, live: bool) -> None:
-        """A version that was served before, by the content it had: it is read, and compared, when it is asked for."""
-        rendering, size = peft.glance(folder)
-        version = Version(name, number, digest, size, folder, rendering.system if rendering else None, None)
+        """A version that was served before, by the content it had: it is read, and compared, when it is asked for.
+        Raises FormatError, or AdapterError where it is another base's."""
+        seen = peft.glance(folder)
+        require_base(self.base, seen.base, seen.base_name, self._accept)
+        system = seen.rendering.system if seen.rendering else None
+        version = Version(name, number, digest, seen.bytes, folder, system, None)
         with self._lock:
             self._versions.setdefault(name, {})[number] = version
             self._next[name] = max(number, self._next.get(name, 0))
@@ -127,23 +134,38 @@ class Pool:
         """Forget all versions of `name`, or `name@3` alone, which must not be the live one. Raises UnknownAdapterError
         or AdapterError."""
         with self._lock:
+            gone = self.removable(name)
+            for version in gone:
+                del self._versions[version.name][version.number]
+            if "@" not in name:
+                del self._live[name], self._versions[name]
+            return gone
+
+    def removable(self, name: str) -> list[Version]:
+        """What `remove` forgets. Raises what it raises."""
+        with self._lock:
             found = self.find(name)
             if "@" not in name:
-                del self._live[name]
-                return list(self._versions.pop(name).values())
+                return list(self._versions[name].values())
             if self._live.get(found.name) == found.number:
                 raise AdapterError(f"'{name}' is live: roll back, or load another version, and then remove it")
-            return [self._versions[found.name].pop(found.number)]
+            return [found]
 
     def rollback(self, name: str) -> Version:
         """Let the name mean the version before its live one. Raises UnknownAdapterError, or AdapterError where there is
         none."""
         with self._lock:
+            version = self.before(name)
+            self._live[version.name] = version.number
+            return version
+
+    def before(self, name: str) -> Version:
+        """The version that `rollback` goes back to. Raises what it raises."""
+        with self._lock:
             live = self.find(name)
             earlier = [number for number in self._versions[live.name] if number < live.number]
             if not earlier:
                 raise AdapterError(f"'{live.id}' is the first version that is there: load an earlier one again")
-            self._live[live.name] = max(earlier)
             return self._versions[live.name][max(earlier)]
 
     def listed(self) -> list[tuple[Version, bool]]:
@@ -166,6 +188,7 @@ class Pool:
             if adapter.digest() != version.digest:
                 raise AdapterError(f"{version.folder}: holds another adapter than when '{version.id}' was loaded: "
                                    "load it as a new version")  # fmt: skip
+            self._require(adapter)
         loaded = Loaded(self.base, adapter)
         with self._lock:
             version.adapter, version.loaded = adapter, loaded

@@ -92,7 +92,9 @@ class Grammar:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is whole and nothing may follow."""
+        """Whether the answer is whole and nothing may follow. Raises RequestError where it cannot go on."""
+        if problem := self._matcher.get_error():
+            raise RequestError(f"schema: {problem}: make it simpler")
         return bool(self._matcher.is_stopped())
 
 
@@ -101,5 +103,5 @@ def grammar_tokenizer(tokenizer: Any, vocabulary: int, stops: Sequence[int]) -> 
     try:
         from llguidance.hf import from_tokenizer
     except ImportError as error:
-        raise RequestError("schema: answers by a schema need llguidance: pip install 'lorafit[serve]'") from error
+        raise RequestError("schema: answers by a schema need llguidance: pip install llguidance") from error
     return from_tokenizer(tokenizer, vocabulary, list(stops))
