@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http", action="store_true", help="servers, asked over HTTP; the flags below are for this")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9, 1.2],
                         help="requests a second that lorafit is asked, as shares of its offline speed")  # fmt: skip
-    parser.add_argument("--peer-rates", nargs="+", type=float, default=[0.5, 0.9], help="the same, of the others")
+    parser.add_argument("--peer-rates", nargs="+", type=float, default=[0.5, 0.9, 1.2], help="the same, of the others")
     parser.add_argument("--seconds", type=float, default=24.0, help="in which the requests of a rate come")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which requests come")

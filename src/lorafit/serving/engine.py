@@ -77,9 +77,10 @@ class Engine:
     adapters: by name, each a value or the folder of one. slots: requests that are answered at once. room: tokens of
     each, prompt and answer; by default what the base reads, up to ROOM. queue: requests that may wait. stall: seconds
     that reading prompts may add to a step in which others wait for their next token. hot_bytes, warm_bytes: that
-    adapters in the base's dtype, and as they were read, may take; by default none of the latter beside a base on the
-    CPU, where a hot one is smaller and in the same memory, and else 4 GiB. native: whether to use the kernels in C++
-    where there is a compiler. eight_bit: compute with 8-bit weights made of the base; needs them.
+    adapters in the base's dtype, and as they were read, may take; by default no bytes of the latter beside a base on
+    the CPU, where a hot one is smaller and in the same memory (the one made hot last is kept), and else 4 GiB. native:
+    whether to use the kernels in C++ where there is a compiler. eight_bit: compute with 8-bit weights made of the base;
+    needs them.
 
     Raises BaseError for a base that cannot be served so.
     """

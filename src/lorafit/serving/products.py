@@ -84,8 +84,8 @@ class Products:
         return y
 
     def _measured(self) -> int:
-        """The most rows for which the kernel is no slower than torch. Where torch has no fast product for the dtype on
-        this processor, as for bf16 on many, that is as many as there are."""
+        """The most rows for which the kernel takes at most EVEN times what torch takes. Where torch has no fast product
+        for the dtype on this processor, as for bf16 on many, that is as many as there are."""
         assert self.kernels is not None
         linear = self.kernels.linear
         for rows in ROWS:
