@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import io
 import json
 import os
@@ -15,15 +16,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from select import select as readable
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from conftest import SPECIAL, byte_tokenizer, tiny_llama
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from lorafit import files
 from lorafit.adapter import Adapter
@@ -62,6 +65,7 @@ class Running:
     url: str
     root: Path
     log: list[dict[str, Any]]
+    web: Any
 
     def ask(self, model: str, key: str | None = None, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -92,7 +96,7 @@ def served(root: Path, keys_file: Path | None = None, **engine: Any) -> Iterator
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        running = Running(service, app, f"http://127.0.0.1:{port}", root, log)
+        running = Running(service, app, f"http://127.0.0.1:{port}", root, log, server)
         while httpx.get(f"{running.url}/health").text == "loading":
             time.sleep(0.02)
         yield running
@@ -251,6 +255,52 @@ def test_nobody_gets_in_without_a_key(desks: Path, tmp_path: Path) -> None:
     assert "Hello?" not in told and few not in told and '"key": "few"' in told
 
 
+def test_every_key_is_compared_whichever_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = [keys.create(tmp_path / "keys.json", f"key-{i}", ["infer"]) for i in range(5)]
+    known, compared, real = keys.read(tmp_path / "keys.json"), list[str](), hmac.compare_digest
+
+    def counted(a: str, b: str) -> bool:
+        compared.append(a)
+        return real(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", counted)
+    for number, given in enumerate([*secrets, "lf-wrong", ""]):
+        compared.clear()
+        found = keys.find(known, given)
+        assert (found and found.name) == (f"key-{number}" if number < 5 else None)
+        assert compared == [key.hash for key in known]
+
+
+def test_nothing_is_fetched_that_a_request_names(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+    home = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+
+    def connecting(own: socket.socket, address: Any) -> None:
+        asked.append(address)
+        connect(own, address)
+
+    def looking_up(host: Any, port: Any, *more: Any, **named: Any) -> Any:
+        asked.append((host, port))
+        return look_up(host, port, *more, **named)
+
+    monkeypatch.setattr(socket.socket, "connect", connecting)
+    monkeypatch.setattr(socket, "getaddrinfo", looking_up)
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:  # also told of what is opened outside Python
+        elsewhere.setblocking(False)
+        there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/x"
+        image = {"type": "image_url", "image_url": {"url": there}}
+        schemas = ({"$ref": there}, {"type": "object", "properties": {"a": {"$ref": f"{there}#/a"}}})
+        bodies: list[dict[str, Any]] = [{"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+                                        for schema in schemas]  # fmt: skip
+        for body in (*bodies, {"messages": [{"role": "user", "content": [image]}]}):
+            found = server.ask("tiny", **body)
+            assert found.status_code == 400 and found.json()["error"]["message"], (body, found.text)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+    assert asked and {*asked} == {home}
+
+
 def test_another_host_is_refused(server: Running) -> None:
     for host, status in (("evil.example", 421), ("localhost:80", 200), ("127.0.0.1", 200), ("", 421)):
         assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == status
@@ -386,6 +436,11 @@ def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_forward", forward)
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def soon(true: Callable[[], bool]) -> bool:
     """Whether something becomes true within seconds."""
     end = time.monotonic() + 10
@@ -505,7 +560,7 @@ def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
     assert soon(lambda: server.service.engine.stats().running == 0)
 
 
-def test_one_who_sends_or_reads_too_slowly_is_let_go(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_whose_headers_come_too_slowly_is_let_go(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PATIENCE", 1.5)
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as slow:
@@ -517,6 +572,102 @@ def test_one_who_sends_or_reads_too_slowly_is_let_go(server: Running, monkeypatc
                 time.sleep(0.1)
         assert time.monotonic() - began < 8
     assert server.ask("tiny").status_code == 200
+
+
+def test_one_whose_body_comes_too_slowly_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafit.server.app.PATIENCE", 0.5)
+    with served(tmp_path) as running, connected(running) as slow:
+        began = time.monotonic()
+        slow.sendall(head_of(1000))
+        with suppress(ConnectionResetError, BrokenPipeError):
+            while time.monotonic() - began < 5 and not readable([slow], [], [], 0.05)[0]:
+                slow.sendall(b"x")
+                assert running.ask("tiny", max_tokens=1).status_code == 200
+        assert 0.5 <= time.monotonic() - began < 2
+        told = slow.recv(1 << 16)
+        assert told.startswith(b"HTTP/1.1 408 ") and b"did not arrive within 0.5 s" in told
+
+
+def connected(running: Running) -> socket.socket:
+    """A connection that takes next to nothing unless it is read from."""
+    host, port = running.url.removeprefix("http://").split(":")
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    made.settimeout(10)
+    made.connect((host, int(port)))
+    return made
+
+
+def head_of(length: int) -> bytes:
+    return (f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {length}\r\n\r\n").encode()  # fmt: skip
+
+
+def ask_for_much(connection: socket.socket, **more: Any) -> None:
+    """A stream of some 1500 bytes a token."""
+    body = json.dumps({**ASK, "model": "tiny", "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20,
+                       **more}).encode()  # fmt: skip
+    connection.sendall(head_of(len(body)) + body)
+
+
+def test_one_who_does_not_read_is_let_go_and_keeps_nobody_waiting(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "UNREAD", 0.5)
+    stats = server.service.engine.stats
+    with connected(server) as deaf:
+        ask_for_much(deaf, n=16, max_tokens=480)
+        assert soon(lambda: stats().running > 0)
+        assert server.ask("returns").status_code == 200
+        assert server.service.under_way == 1, "it was let go before it had been given time"
+        assert soon(lambda: server.service.under_way == 0)
+        assert soon(lambda: stats().running == stats().waiting == 0)
+        with suppress(ConnectionResetError):
+            while told := deaf.recv(1 << 20):
+                assert b"[DONE]" not in told
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory there is in use")
+def test_a_hundred_who_do_not_read_keep_nobody_waiting(desks: Path, tmp_path: Path) -> None:
+    shutil.copytree(desks, tmp_path / "root")
+    with served(tmp_path / "root") as running, ExitStack() as opened:
+        running.web.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        before, stats = resident(), running.service.engine.stats
+        for _ in range(100):
+            ask_for_much(opened.enter_context(connected(running)), max_tokens=50)
+        began = time.monotonic()
+        assert running.ask("returns").status_code == 200
+        assert time.monotonic() - began < 3
+        assert soon(lambda: stats().requests == 101 and stats().running == 0)
+        held = [one.transport.get_write_buffer_size() for one in running.web.server_state.connections]
+        assert running.service.under_way == 100, "more was buffered than a client had read"
+        assert max(held) < 2 * HIGH_WATER_LIMIT and resident() - before < 64 << 20
+        opened.close()
+        assert soon(lambda: running.service.under_way == 0)
+    assert {one["status"] for one in running.log} == {200}
+
+
+def test_a_full_queue_says_when_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(tmp_path, slots=1, queue=1) as running, ExitStack() as opened:
+        stats = running.service.engine.stats
+        slow(running.service.engine, monkeypatch)
+        body = {**ASK, "model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        for many in (1, 2):
+            opened.enter_context(httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body))
+            assert soon(lambda many=many: stats().running + stats().waiting == many and stats().running == 1)
+        for more in ({}, {"n": 3}):
+            refused = running.ask("tiny", **more)
+            told = refused.json()["error"]
+            assert (refused.status_code, told["code"], told["type"]) == (429, 429, "RateLimitError")
+            assert refused.headers["retry-after"] == "1" and "waiting already" in told["message"]
+            assert (stats().running, stats().waiting) == (1, 1), "some of it was taken"
+        opened.close()
+        assert soon(lambda: stats().running == stats().waiting == 0)
+        before = stats().tokens
+        assert running.ask("tiny", n=3, max_tokens=400, ignore_eos=True).status_code == 429, "there is room for two"
+        assert soon(lambda: stats().running == stats().waiting == 0)
+        assert stats().tokens - before < 100, "they were answered for nobody"
+        assert running.ask("tiny", n=2).status_code == 200
 
 
 def test_tokens_there_and_back(server: Running) -> None:
@@ -664,74 +815,91 @@ def routed_desks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def soak(running: Running, requests: int) -> None:
-    """Requests of many kinds while adapters come and go: no wrong answer, no 5xx, nothing left behind."""
-    base, sources = base_of(), ("returns", "it-support", "products")
+    """Requests of many kinds while adapters come and go: no wrong answer, no wrong status, nothing left behind."""
+    base, sources, store = base_of(), ("returns", "it-support", "products"), running.service.store
+    assert store is not None
     body = {**ASK, "max_tokens": 12, "ignore_eos": True}
     names = (*sources, "tiny")
     expected = {name: running.said(name, max_tokens=12, ignore_eos=True) for name in names}
     assert len(set(expected.values())) == len(names)
+    by_content = {peft.read(running.root / source).digest(): source for source in sources}
     made = {"tiny": "tiny", **{f"{source}@1": source for source in sources}}
-    routed, took = set[str](), list[float]()
+    routed, whole, first = set[str](), list[float](), list[float]()
     told: list[tuple[str, str]] = []
-    statuses: list[int] = []
+    wrong: list[tuple[str, int]] = []
     ended = threading.Event()
+
+    def noted(what: str, status: int, right: int = 200) -> bool:
+        if status != right:
+            wrong.append((what, status))
+        return status == 200
+
+    def versions() -> list[tuple[int, bool]]:
+        """Of `moving`, the lowest first, and which is live; what each of them was made of is noted."""
+        listed = [one for one in running.service.engine.adapters.listed() if one[0].name == "moving"]
+        made.update((version.id, by_content[version.digest]) for version, _ in listed)
+        return sorted((version.number, live) for version, live in listed)
+
+    def loaded(source: str) -> None:
+        noted("load", admin(running, "load", lora_name="moving", lora_path=source, load_inplace=True).status_code)
+
+    def put(source: str) -> None:
+        """In the place of what lies in the folder, as people do."""
+        (running.root / "moving").mkdir(exist_ok=True)
+        for file in (running.root / source).iterdir():
+            shutil.copyfile(file, running.root / "moving" / file.name)
+        store.look()
+        store.look()
 
     def operator() -> None:
         draw = random.Random(1)
         while not ended.is_set():
-            source = draw.choice(sources)
-            loaded = admin(running, "load", lora_name="moving", lora_path=source, load_inplace=True)
-            version = loaded.text.rpartition(" as ")[2].rstrip(".")
-            made[version] = source
-            statuses.append(loaded.status_code)
-            number = int(version.rpartition("@")[2])
-            if draw.random() < 0.5 and number > 1:
-                statuses.append(admin(running, "rollback", lora_name="moving").status_code)
-            if number > 3:
-                statuses.append(admin(running, "unload", lora_name=f"moving@{number - 3}").status_code)
+            draw.choice([loaded, loaded, put])(draw.choice(sources))
+            found = versions()
+            if draw.random() < 0.5 and not found[0][1]:
+                noted("rollback", admin(running, "rollback", lora_name="moving").status_code)
+            for number, live in versions()[:-3]:
+                if not live:
+                    noted("unload", admin(running, "unload", lora_name=f"moving@{number}").status_code)
             time.sleep(0.01)
 
     def client(seed: int) -> None:
         draw = random.Random(seed)
         with httpx.Client(base_url=running.url, timeout=120) as web:
-            for _ in range(requests // 6):
+            for _ in range(-(-requests // 6)):
                 model = draw.choice([*sources, "moving", "moving", "auto", "nobody"])
-                kind = draw.random()
+                right, kind, began = 404 if model == "nobody" else 200, draw.random(), time.perf_counter()
                 if kind < 0.1:
                     raw = draw.choice([b"{", b"\xff\xfe", b'{"model": 1}', b"[" * 5000, b""])
-                    statuses.append(web.post("/v1/chat/completions", content=raw).status_code)
-                elif kind < 0.3:  # one that leaves
-                    with web.stream(
-                        "POST", "/v1/chat/completions", json={**body, "model": model, "stream": True}
-                    ) as one:
-                        statuses.append(one.status_code)
-                        for _, line in zip(range(draw.randint(0, 6)), one.iter_lines(), strict=False):
-                            time.sleep(0.002 * len(line[:1]))
+                    noted(repr(raw), web.post("/v1/chat/completions", content=raw).status_code, 400)
                 elif kind < 0.5:
-                    text = ""
+                    leaves = kind < 0.3
+                    lines, text = draw.randint(0, 6) if leaves else 1 << 20, ""
                     with web.stream(
                         "POST", "/v1/chat/completions", json={**body, "model": model, "stream": True}
                     ) as one:
-                        statuses.append(one.status_code)
-                        for line in one.iter_lines():
-                            if one.status_code == 200 and line.startswith("data: {"):
+                        is_answer = noted(f"stream {model}", one.status_code, right)
+                        for number, line in zip(range(lines), one.iter_lines(), strict=False):
+                            if is_answer and number == 0:
+                                first.append(time.perf_counter() - began)
+                            if is_answer and line.startswith("data: {"):
                                 for choice in json.loads(line[6:])["choices"]:
                                     text += choice["delta"].get("content", "")
-                    if one.status_code == 200:
+                            if leaves and draw.random() < 0.2:
+                                time.sleep(0.05)
+                    if is_answer and not leaves:
                         told.append((one.headers["x-lorafit-adapter"], text))
                 else:
-                    began = time.perf_counter()
                     found = web.post("/v1/chat/completions", json={**body, "model": model})
-                    took.append(time.perf_counter() - began)
-                    statuses.append(found.status_code)
-                    if model == "auto":
-                        routed.add(found.json()["lorafit"]["adapter"])
-                    if found.status_code == 200:
+                    whole.append(time.perf_counter() - began)
+                    if noted(f"whole {model}", found.status_code, right):
                         text = found.json()["choices"][0]["message"]["content"]
                         told.append((found.headers["x-lorafit-adapter"], text))
+                        if model == "auto":
+                            routed.add(found.json()["lorafit"]["adapter"])
 
-    first = admin(running, "load", lora_name="moving", lora_path="returns")
-    made[first.text.rpartition(" as ")[2].rstrip(".")] = "returns"
+    loaded("returns")
+    versions()
     moving = threading.Thread(target=operator)
     moving.start()
     with ThreadPoolExecutor(6) as pool:
@@ -739,10 +907,12 @@ def soak(running: Running, requests: int) -> None:
             one.result()
     ended.set()
     moving.join()
-    wrong = [(version, text) for version, text in told if text != expected[made[version]]]
+    versions()
+    assert not [(version, text) for version, text in told if text != expected[made[version]]]
     assert not wrong and len(told) > requests / 4
-    assert not [status for status in statuses if status >= 500]
-    assert sorted(took)[len(took) * 99 // 100] < 5, "nobody is kept waiting, whatever comes and goes"
+    assert "moving" in store._handled, "none came through the folder"
+    for took in (whole, first):
+        assert sorted(took)[len(took) * 99 // 100] < 5, "nobody is kept waiting, whatever comes and goes"
     assert routed and routed <= {*names, "moving"}
     stats = running.service.engine.stats()
     assert stats.running == stats.waiting == 0
@@ -757,9 +927,6 @@ def test_a_short_soak_over_http(routed_desks: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_requests_over_http(routed_desks: Path, tmp_path: Path) -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
     shutil.copytree(routed_desks, tmp_path / "root")
     with served(tmp_path / "root") as running:
         soak(running, 1000)

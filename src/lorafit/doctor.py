@@ -100,7 +100,9 @@ def _speeds() -> list[Finding]:
 
 def _compiler() -> Finding:
     found = next((name for name in COMPILERS if shutil.which(name)), None)
-    return Finding("C++ compiler", found or "none (nothing here needs one yet)")
+    return Finding(
+        "C++ compiler", found or "none: serving on the processor is several times slower without one: install g++"
+    )
 
 
 def opened(name: str, report: Report = silent, watch: Watch = unwatched) -> list[Finding]:

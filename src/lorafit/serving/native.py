@@ -1,6 +1,6 @@
 """Kernels in C++, compiled once for this machine into lorafit's cache; None where no compiler is at hand.
 
-Compiled from the one file beside this one, without a header of torch, which takes a second or two. The threads are
+Compiled from the one file beside this one, without a header of torch, which takes some ten seconds. The threads are
 torch's own: its OpenMP is in the process before, and is the one that is found.
 """
 
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -168,8 +169,8 @@ def _library() -> ctypes.CDLL | None:
     target = cache_folder() / "kernels" / f"{digest[:16]}.so"
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if hasattr(os, "getuid") and target.parent.stat().st_uid != os.getuid():
-            return None  # a folder of someone else's, who could put anything there
+        if hasattr(os, "getuid") and target.parent.stat().st_uid != os.getuid():  # who could put anything there
+            raise PermissionError(f"{target.parent} is someone else's folder")
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 built, part = Path(folder) / target.name, Path(folder) / "kernels.o"
@@ -177,8 +178,18 @@ def _library() -> ctypes.CDLL | None:
                     subprocess.run([compiler, *words], check=True, capture_output=True, timeout=120)
                 built.replace(target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):  # a compiler that lacks something: torch's own operations serve
+    except (OSError, subprocess.SubprocessError) as error:  # a compiler that lacks something, a full disk
+        warnings.warn(f"the C++ kernels could not be made with {compiler}: {_why(error)}: torch's own operations "
+                      "serve instead, with the same answers, several times slower on this machine: install a g++ or "
+                      "clang that has OpenMP, or name a folder of your own in LORAFIT_CACHE", stacklevel=2)  # fmt: skip
         return None
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in a line: of all that a compiler said, the first error, or its last word."""
+    said = getattr(error, "stderr", None) or b""
+    lines = said.decode(errors="replace").strip().splitlines() or [str(error)]
+    return next((line for line in lines if "error: " in line or "cannot find" in line), lines[-1]).strip()
 
 
 def _processor() -> str:
