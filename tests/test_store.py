@@ -155,6 +155,9 @@ def test_where_a_live_copy_is_damaged_what_was_rolled_back_from_does_not_come_ba
     shutil.rmtree(copies / "returns@1")
     with stored(root) as (store, said):
         assert "returns" not in live(store)
+        store.unload("products")
+    with stored(root) as (store, said):
+        assert not any("returns@1" in line for line in said), "what is gone is said once"
 
 
 def test_a_router_that_cannot_be_kept_routes_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,9 +49,8 @@ def route(
         terminal.say(f"goes to {told['adapter']}, at {found['threshold']:.0%} or more")
     else:
         terminal.say(f"goes to the base: no adapter reaches {found['threshold']:.0%}")
-    if found["left_out"]:
-        terminal.say(f"left out, for they keep no questions of this base: {', '.join(found['left_out'])}; "
-                     "give theirs with --learn NAME=DATA")  # fmt: skip
+    for name, why in found["left_out"].items():
+        terminal.say(f"{name} is left out: {why}")
     terminal.finish(found)
 
 

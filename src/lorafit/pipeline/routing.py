@@ -49,14 +49,13 @@ def run_routing(
     }  # fmt: skip
 
 
-def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tuple[Router, list[str]]:
-    """A router between those of these adapter folders that keep questions of this base, and the names of the others."""
+def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tuple[Router, dict[str, str]]:
+    """A router between those of these adapter folders that keep questions of this base, and why not the others."""
     kept = {name: content for name, folder in folders.items() if (content := peft.routing_of(folder))}
     others = features_of(base, elsewhere() if kept else [], listener.watch)
     found, left_out = learnable(kept, base, others.shape[1])
-    for name, why in left_out.items():
-        listener.say(f"{folders[name]} is left out: {why}")
-    return fit(found, others), sorted({*folders} - {*found})
+    without = {name: "it keeps no questions: give them with --learn NAME=DATA" for name in folders if name not in kept}
+    return fit(found, others), without | left_out
 
 
 def _base_of(folders: Mapping[str, Path]) -> str:

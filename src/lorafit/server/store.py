@@ -275,7 +275,8 @@ class Store:
         entries = [Entry(name=version.name, number=version.number, digest=version.digest, live=live)
                    for version, live in listed]  # fmt: skip
         names = {version.name for version, live in listed if live}
-        entries += [one.model_copy(update={"live": one.live and one.name not in names}) for one in self._unserved]
+        entries += [one.model_copy(update={"live": one.live and one.name not in names}) for one in self._unserved
+                    if self._folder(one.name, one.number).is_dir()]  # fmt: skip
         handled = {**self._handled, **({coming.name: content} if coming and content else {})}
         numbers = self.engine.adapters.numbers()
         write_json(self._file, Registry(versions=entries, last=numbers, handled=handled).model_dump())
