@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import byte_tokenizer, plain_module, tiny_llama
 from torch import Tensor
 
-from lorafit.base import Base
+from lorafit.base import Base, open_base
+from lorafit.cli import app
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.reading import read_examples
 from lorafit.errors import AdapterError, BaseError, FormatError
+from lorafit.formats import peft
+from lorafit.plan import uniform
 from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit, learnable, question_of, token_ids
 from lorafit.serving import Engine
+from lorafit.sites import select
+from lorafit.testing import random_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,3 +195,20 @@ def test_what_cannot_be_learnt_from_is_left_out_with_the_reason() -> None:
     found, left_out = learnable(files, base, own.train.shape[1])
     assert list(found) == ["own"] and list(left_out) == ["elsewhere", "deeper", "narrow", "cut"]
     assert "another base" in left_out["elsewhere"] and "damaged" in left_out["narrow"] and "--learn" in left_out["cut"]
+
+
+def test_the_command_shows_scores_and_who_is_left_out(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, root = open_base(str(tiny_folder)), tmp_path / "adapters"
+    asks = {"numbers": "What is {0} plus {0}{0}?", "letters": "zzzz qqqq jjjj wwww xxxx kkkk {0}", "without": None}
+    for seed, (name, text) in enumerate(asks.items()):
+        said = [example((text or "").format(i)) for i in range(40)]
+        features = Features.of(base, said[:32], said[32:]) if text else None
+        adapter = random_adapter(base, uniform(select(base.sites, ["*q_proj"]), 2, 4.0), seed, size=0.1)
+        peft.write(adapter, root / name, routing=features.to_bytes() if features else None)
+    (root / "notes").mkdir()
+    app(["route", "What is 7 plus 77?", "--adapters", str(root), "--base", str(tiny_folder)], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "goes to numbers" in told and "letters" in told and "base" in told
+    assert "without is left out: it keeps no questions" in told and "notes" not in told
