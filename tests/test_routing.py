@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,3 +213,18 @@ def test_the_command_shows_scores_and_who_is_left_out(
     told = capsys.readouterr().out
     assert "goes to numbers" in told and "letters" in told and "base" in told
     assert "without is left out: it keeps no questions" in told and "notes" not in told
+
+
+def test_whoever_waits_no_longer_for_work_beside_ends_nothing() -> None:
+    waited: list[Future[str]] = []
+
+    def work(leaves: bool):  # type: ignore[no-untyped-def]
+        while not waited:
+            yield
+        if leaves:
+            waited[0].cancel()
+        return "done"
+
+    with Engine(base_of(), slots=2) as engine:
+        waited.append(engine.aside(work(True)))
+        assert engine.aside(work(False)).result(timeout=10) == "done"

@@ -50,6 +50,9 @@ class Aside:
     pieces: Generator[None, None, Any]
     done: Future[Any] = field(default_factory=Future)
 
+    def __post_init__(self) -> None:
+        self.done.set_running_or_notify_cancel()  # whoever waits no longer cancels their waiting alone
+
     def goes_on(self) -> bool:
         """Do its next piece; false once there is none."""
         try:
