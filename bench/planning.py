@@ -240,7 +240,11 @@ def full(one: Opened, rate: float, seed: int) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    order = [batch for epoch in range(recipe.steps) for batch in epoch_order(rows, recipe.batch_size, seed, epoch)]
+    order = [
+        batch
+        for epoch in range(recipe.steps)
+        for batch in epoch_order(rows, recipe.batch_size, seed, epoch, packed=one.way.packed)
+    ]
     best: dict[str, Any] = {"valid_nll": float("inf")}
     for step in range(recipe.steps):
         with packing(base, one.way.packed):

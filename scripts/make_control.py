@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from lorafit.attachment import attach, fresh
+from lorafit.attachment import fresh
 from lorafit.base import open_base
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
 from lorafit.demo import BASE, SETTINGS
-from lorafit.evaluation.answers import score_answers, shuffled_answers
+from lorafit.evaluation.answers import prompts_of, score_answers, shuffled_answers
+from lorafit.evaluation.decoding import Decoding
 from lorafit.files import write_json
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.planning import decide
@@ -43,8 +44,9 @@ def run() -> dict[str, Any]:
     decision = decide(base, rows, settings)
     start = fresh(base, decision.plan, settings.seed, renderer.rendering)
     trained = train(base, start, rows, valid, decision.recipe, tell=_tell)
-    with attach(base, trained.adapter):
-        score = score_answers(base, renderer, examples.test, MAX_NEW_TOKENS)
+    prompts = prompts_of(renderer, examples.test)
+    with Decoding(base, renderer, max(map(len, prompts)), MAX_NEW_TOKENS) as decoding:
+        score = score_answers(examples.test, decoding.answers(prompts, trained.adapter))
     return {
         "facts": score.accuracy,
         "right": score.right,

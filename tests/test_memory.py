@@ -106,7 +106,7 @@ def fitted(memory: str | None, free: int | None = None, look: Footprint = LOOK) 
     recipe = Recipe(1e-3, 32, 10, 1, 5)
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
-    steps = steps_of(rows["train"], recipe, fixed=False)
+    steps = steps_of(rows["train"], recipe, fixed=False, packed=True)
     return fit(decision, lambda _: look, rows, steps, PACKED, Room(HELD, free), memory)
 
 

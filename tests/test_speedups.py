@@ -5,6 +5,7 @@ Bounds: fp32 1e-5 relative. bf16 keeps 8 bits of each number: its bounds are sta
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -32,8 +33,9 @@ from lorafit.evaluation.nll import example_nll
 from lorafit.formats import peft
 from lorafit.plan import LowRank, Plan, uniform
 from lorafit.planning.rules import all_linear
-from lorafit.tasks import completion
-from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
+from lorafit.tasks import completion, probe
+from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
+from lorafit.tasks.probe import way_of
 from lorafit.testing import random_adapter
 from lorafit.training.loop import Moment, gradient_step, train
 from lorafit.training.recipe import Recipe
@@ -339,13 +341,46 @@ FAMILIES: dict[str, tuple[dict[str, Any], Way]] = {
 }  # fmt: skip
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 FAMILY_ROWS = rows_of(20, 33, 150, 7)
+SENTENCES = (
+    "The workshop opens at eight on weekdays; ring twice, for the bell is old and the door is heavy.",
+    "Which of the two ladders may I keep over the weekend, and what does the longer one cost?",
+)
+
+
+@BOTH
+@EVERY_FAMILY
+def test_how_a_family_may_be_run_is_known_in_every_dtype(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, way = FAMILIES[family]
+    base = base_of(family, settings, dtype)
+    before = base.integrity()
+    assert way_of(base, FAMILY_ROWS) == way
+    monkeypatch.setattr(probe, "COPIED", 1)  # one block in fp32, as of a large base in bf16
+    assert way_of(base, FAMILY_ROWS) == way
+    assert base.integrity() == before
+
+
+def test_positions_that_a_pack_does_not_set_are_noticed_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows kept apart whose tokens are counted from the beginning of the pack."""
+    positions = property(lambda segments: torch.arange(sum(segments.lengths))[None])
+    monkeypatch.setattr(packs.Segments, "positions", positions)
+    for dtype in (FP32, BF16):
+        assert way_of(base_of("gpt2", GPT2, dtype), FAMILY_ROWS) == PADDED
+        assert way_of(base_of("llama", LLAMA, dtype), FAMILY_ROWS) == APART_AND_PACKED  # only distances count
+
+
+def test_rows_of_the_real_base_are_packed_in_bf16(real_base: Base) -> None:
+    """As they were not while token by token NLLs were compared, which rounding sets up to 0.45 nats apart."""
+    low = replace(real_base, model=copy.deepcopy(real_base.model).to(BF16))
+    rows = [Row(tuple(real_base.tokenizer(text)["input_ids"]), (), 0) for text in SENTENCES]
+    assert way_of(low, rows) == APART_AND_PACKED
 
 
 @EVERY_FAMILY
-def test_what_is_run_fast_of_a_family_is_known_and_equals_the_plain_way(family: str) -> None:
+def test_what_is_run_fast_of_a_family_equals_the_plain_way(family: str) -> None:
     settings, way = FAMILIES[family]
     base = base_of(family, settings)
-    assert way_of(base, FAMILY_ROWS) == way
     alone = nll_of(base, [[row] for row in FAMILY_ROWS], PLAIN)
     assert_near(nll_of(base, [FAMILY_ROWS], way), alone, 1e-5)
 

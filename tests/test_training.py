@@ -35,7 +35,8 @@ from lorafit.formats import peft
 from lorafit.generation.greedy import generate
 from lorafit.plan import uniform
 from lorafit.planning.rules import all_linear
-from lorafit.tasks.completion import PLAIN, Way, token_nll, way_of
+from lorafit.tasks.completion import PLAIN, Way, token_nll
+from lorafit.tasks.probe import way_of
 from lorafit.testing import random_adapter
 from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step, train

@@ -20,7 +20,7 @@ from lorafit.plan import uniform
 from lorafit.planning import decide
 from lorafit.settings import settings_from
 from lorafit.sites import select
-from lorafit.tasks import completion
+from lorafit.tasks import completion, probe
 from lorafit.testing import random_adapter
 from lorafit.training import trunk as trunks
 from lorafit.training.loop import train
@@ -148,7 +148,7 @@ def test_a_trunk_of_something_else_is_not_taken(
 
 
 def test_starting_at_a_block_computes_what_the_whole_model_does_bit_for_bit(tiny_base: Base, rows: list[Row]) -> None:
-    way = completion.way_of(tiny_base, rows)
+    way = probe.way_of(tiny_base, rows)
     batch = completion.batch_of(tiny_base, rows[:4], way)
     adapter = random_adapter(tiny_base, uniform(select(tiny_base.sites, ["layers.1.*"]), 4, 8.0))
     with attach(tiny_base, adapter), packing(tiny_base), torch.no_grad():

@@ -98,7 +98,8 @@ def attention(
     sizes = [group.tokens for group in segments.groups]
     parts = zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     outs = [_of_group(group, one, of, to, scale, sliding_window) for group, one, of, to in parts]
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+    # Contiguous as every attention of transformers gives it: some families view it in another shape.
+    return (outs[0].contiguous() if len(outs) == 1 else torch.cat(outs))[None], None
 
 
 def window(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
@@ -127,24 +128,26 @@ def _of_group(group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, windo
     q, k, v = (_spread(x, group).view(count, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     narrow = window is not None and window < width
     if width > SHORT:
-        mask = _mask(width, window, q) if narrow else None
+        mask = _mask(width, window, q.device).to(q.dtype) if narrow else None
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale,
                                              enable_gqa=heads != k.shape[1])  # fmt: skip
     else:  # the heads that share keys and values stand below each other: nothing is repeated
         kept = k.shape[1]
         flat = q.reshape(count * kept, -1, depth), k.reshape(-1, width, depth), v.reshape(-1, width, v.shape[-1])
-        mask = _mask(width, window, q).repeat(heads // kept, 1)
-        scores = torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scale)
-        out = torch.bmm(scores.softmax(-1, torch.float32).to(q.dtype), flat[2]).view(count, heads, width, -1)
+        mask = _mask(width, window, q.device).repeat(heads // kept, 1)
+        # Scores in fp32, as the kernels of a row on its own accumulate them: rounded to bf16 before the softmax, a
+        # score of 20 is off by up to 0.06, and so is the logarithm of the weight it becomes.
+        scores = torch.baddbmm(mask, flat[0].float(), flat[1].float().transpose(1, 2), alpha=scale)
+        out = torch.bmm(scores.softmax(-1).to(q.dtype), flat[2]).view(count, heads, width, -1)
     return _gather(out.transpose(1, 2).reshape(count * width, heads, -1), group)
 
 
-def _mask(width: int, window: int | None, like: Tensor) -> Tensor:
-    """(width, width): 0 where a token may look, −∞ where not."""
-    hidden = torch.ones(width, width, dtype=torch.bool, device=like.device).triu(1)
+def _mask(width: int, window: int | None, device: torch.device) -> Tensor:
+    """(width, width) fp32: 0 where a token may look, −∞ where not."""
+    hidden = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(-window)
-    return torch.zeros(width, width, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(width, width, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def _spread(x: Tensor, group: Group) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from lorafit.base import Base
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Renderer
 from lorafit.evaluation.statistics import groups_of
-from lorafit.generation.greedy import Answer, generate
+from lorafit.generation.greedy import Answer
 from lorafit.records import AnswerScore
 
 
@@ -36,28 +35,6 @@ def is_right(answer: str, check: Check) -> bool:
     )
 
 
-def score_answers(
-    base: Base,
-    renderer: Renderer,
-    examples: Sequence[Example],
-    max_new_tokens: int,
-    shots: Sequence[Example] = (),
-    progress: Callable[[int, int], None] = lambda done, of: None,
-    memory: int | None = None,
-) -> AnswerScore:
-    """Answer the last question of every example greedily, with whatever is attached to the base, and check it.
-
-    `shots` are answered examples put before the question, as earlier turns of the conversation. memory: bytes that
-    the answers may take.
-    """
-    if not examples:
-        return _count([], [])
-    prompts = prompts_of(renderer, examples, shots)
-    room = max_new_tokens if base.context is None else base.context - max(map(len, prompts))
-    answers = generate(base, renderer, prompts, max(1, min(max_new_tokens, room)), progress, memory)
-    return _count(examples, answers)
-
-
 def prompts_of(renderer: Renderer, examples: Sequence[Example], shots: Sequence[Example] = ()) -> list[list[int]]:
     """Token ids of every example's last question, after the `shots`."""
     before: list[Message] = []
@@ -71,7 +48,8 @@ def prompts_of(renderer: Renderer, examples: Sequence[Example], shots: Sequence[
     return prompts
 
 
-def _count(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScore:
+def score_answers(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScore:
+    """Check the answers to the last questions of these examples."""
     right = n = declined = off_desk = 0
     for example, answer in zip(examples, answers, strict=True):
         if example.check is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from lorafit.adapter import Adapter
@@ -11,10 +12,12 @@ from lorafit.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
+from lorafit.evaluation.decoding import Decoding
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.records import AnswerScore, NllScore
-from lorafit.tasks.completion import Way, way_of
+from lorafit.tasks.completion import Way
+from lorafit.tasks.probe import way_of
 
 Watch = Callable[[str, int, int], None]
 SAMPLES = 4
@@ -84,25 +87,23 @@ def compare(
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, of: watch(what, done, of)
 
-    def one(name: str) -> tuple[list[float], AnswerScore]:
-        return (
-            example_nll(base, rows, told(f"{name}: NLL"), way),
-            score_answers(base, renderer, questions, budget, (), told(f"{name}: answers"), memory),
-        )
+    def nll_of(name: str, one: Adapter | None) -> list[float]:
+        with attach(base, one, accept_unknown_base=accept_unknown_base) if one else nullcontext():
+            return example_nll(base, rows, told(f"{name}: NLL"), way)
 
-    if against is None:
-        base_nll, base_answers = one("base")
-    else:
-        with attach(base, against, accept_unknown_base=accept_unknown_base):
-            base_nll, base_answers = one("other adapter")
-    few = None
+    other = "base" if against is None else "other adapter"
+    base_nll, adapter_nll = nll_of(other, against), nll_of("adapter", adapter)
     given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if checked or answer_all else []
-    if given:
-        few = score_answers(
-            base, renderer, questions, budget, given, told(f"base, {len(given)} examples given"), memory
-        )
-    with attach(base, adapter, accept_unknown_base=accept_unknown_base):
-        adapter_nll, adapter_answers = one("adapter")
+    plain, shown_examples = prompts_of(renderer, questions), prompts_of(renderer, questions, given) if given else []
+    longest = max(map(len, [*plain, *shown_examples]), default=1)
+    with Decoding(base, renderer, longest, budget, memory, accept_unknown_base) as decoding:
+
+        def answered(what: str, prompts: Sequence[list[int]], by: Adapter | None) -> AnswerScore:
+            return score_answers(questions, decoding.answers(prompts, by, told(what)))
+
+        base_answers = answered(f"{other}: answers", plain, against)
+        few = answered(f"base, {len(given)} examples given", shown_examples, None) if given else None
+        adapter_answers = answered("adapter: answers", plain, adapter)
     answers = zip(questions, base_answers.answers, adapter_answers.answers, strict=True)
     asked_all = [Sample(q.messages[-2].content, q.answer, one, other) for q, one, other in answers]
     samples = tuple(asked_all[i] for i in shown)

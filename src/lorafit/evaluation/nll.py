@@ -12,7 +12,8 @@ from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.errors import BaseError
-from lorafit.tasks.completion import Way, batch_of, row_sums, token_nll, way_of
+from lorafit.tasks.completion import Way, batch_of, row_sums, token_nll
+from lorafit.tasks.probe import way_of
 
 EVALUATION_TOKENS = 2048  # per forward
 

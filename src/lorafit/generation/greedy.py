@@ -1,4 +1,5 @@
-"""Greedy decoding of many prompts, by transformers' own generate, with whatever is attached to the base."""
+"""Greedy decoding by transformers' own generate, with whatever is attached to the base: for the families that the
+engine does not serve, and the oracle of what it answers."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    batch = BATCH if room is None else max(1, min(BATCH, room // (GROWN * _kept_per_token(base) * longest)))
+    batch = BATCH if room is None else max(1, min(BATCH, room // (GROWN * bytes_per_token(base) * longest)))
     progress(0, len(prompts))
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
@@ -117,7 +118,7 @@ def _greedy(base: Base, renderer: Renderer, max_new_tokens: int) -> Any:
     return model
 
 
-def _kept_per_token(base: Base) -> int:
+def bytes_per_token(base: Base) -> int:
     """Bytes of keys and values, of all layers, as wide as the hidden state where the base does not say."""
     model: Any = base.model
     config = model.config.get_text_config()

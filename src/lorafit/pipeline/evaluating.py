@@ -30,7 +30,8 @@ from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
 from lorafit.records import NllScore
 from lorafit.run import count_opening, remembered, tested
 from lorafit.settings import settings_from
-from lorafit.tasks.completion import Way, way_of
+from lorafit.tasks.completion import Way
+from lorafit.tasks.probe import way_of
 
 
 def run_evaluation(

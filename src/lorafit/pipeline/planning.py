@@ -106,7 +106,7 @@ def forecast(opened: Opened, trunk_bytes: int = 0, trim: bool = False) -> Foreca
     read = (
         later * min(1.0, trunk_bytes / needed) if blocks and later > 0 else 0.0
     )  # share of the steps whose trunk is read
-    steps = steps_of(rows["train"], recipe, blocks > 0)
+    steps = steps_of(rows["train"], recipe, blocks > 0, way.packed)
     parts = [part for step in steps for part in by_tokens(rows["train"], step, recipe.micro_tokens, way.packed)]
     sizes = [sum(len(rows["train"][i].ids) for i in part) for part in parts]
     ranked = sorted(range(len(parts)), key=sizes.__getitem__)

@@ -28,7 +28,8 @@ from lorafit.planning.memory import as_begun, fit, footprint, steps_of, with_los
 from lorafit.records import Frozen
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
-from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll, way_of
+from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
+from lorafit.tasks.probe import way_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def open_all(
     if began is None:
         plain = footprint(base, before, rows["train"], way, settings.dropout)
         look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
-        steps = steps_of(rows["train"], decision.recipe, free_blocks(base, decision.plan) > 0)
+        steps = steps_of(rows["train"], decision.recipe, free_blocks(base, decision.plan) > 0, way.packed)
         decision, peak = fit(decision, look, rows, steps, way, room_of(base, processes), settings.memory)
     else:
         decision, peak = as_begun(decision, began.micro_tokens, began.recompute), None

@@ -194,11 +194,11 @@ def _at_a_time(rows: Sequence[Row]) -> int:
     return min(max(EVALUATION_TOKENS, *lengths), sum(lengths))
 
 
-def steps_of(rows: Sequence[Row], recipe: Recipe, fixed: bool) -> list[list[int]]:
-    """The row positions of every step of a run, in epochs of the same batches where they are `fixed`."""
+def steps_of(rows: Sequence[Row], recipe: Recipe, fixed: bool, packed: bool) -> list[list[int]]:
+    """The row positions of every step of a run. fixed, packed: as `epoch_order` takes them."""
     steps: list[list[int]] = []
     for epoch in range(-(-recipe.steps * recipe.batch_size // len(rows)) + 1):
-        steps += epoch_order(rows, recipe.batch_size, recipe.seed, epoch, fixed)
+        steps += epoch_order(rows, recipe.batch_size, recipe.seed, epoch, fixed, packed)
     return steps[: recipe.steps]
 
 

@@ -190,6 +190,12 @@ class Engine:
             self._lock.notify_all()
         return answer
 
+    def submit_all(self, requests: Sequence[Request]) -> list[Answer]:
+        """Have requests answered that belong together: none begins before all are there, so that the steps they share,
+        and the bits of their answers, are the same each time. Raises what `submit` raises."""
+        with self._lock:
+            return [self.submit(request) for request in requests]
+
     def prompt(
         self, messages: Sequence[Message], adapter: str | None = None, system: str | None = None
     ) -> tuple[int, ...]:

@@ -13,49 +13,27 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.attachment import inputs_of_blocks, packing, skipping
+from lorafit.attachment import inputs_of_blocks, skipping
 from lorafit.base import Base
 from lorafit.data.batches import LENGTH_STEP, PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row
 
 CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32
-PROBED = 64  # tokens of a row that `way_of` looks at
 
 
 @dataclass(frozen=True)
 class Way:
-    """How this base may be run, measured. apart: its logits are its head over its last hidden state, so that the head
-    is needed only where a token is trained. packed: rows one behind the other compute what each computes alone."""
+    """How a base may be run; `probe.way_of` finds it out.
+
+    apart: its logits are its head over its last hidden state, so that the head is needed only where a token is trained.
+    packed: rows one behind the other compute what each computes alone.
+    """
 
     apart: bool
     packed: bool
 
 
 PLAIN = Way(False, False)
-
-
-def way_of(base: Base, rows: Sequence[Row]) -> Way:
-    """Measured on the beginnings of two rows. Some families scale or cap their logits after the head, carry a state
-    from token to token, or take distances from elsewhere than position ids: for those the plain way is the only one."""
-    ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
-    few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in (ids * 2)[:2]]  # two, or nothing could leak
-    with torch.no_grad():
-        alone = torch.cat([token_nll(base, batch_of(base, [row], PLAIN), PLAIN) for row in few])
-        apart = _head(base.model) is not None and _same(base, alone, [[row] for row in few], Way(True, False))
-        return Way(apart, _same(base, alone, [few], Way(apart, True)))
-
-
-def _same(base: Base, alone: Tensor, batches: Sequence[Sequence[Row]], way: Way) -> bool:
-    """Whether rows computed this way have the NLL they have alone, within the rounding of the dtype."""
-    rounding = 1e-4 if base.dtype == torch.float32 else 5e-2
-    try:
-        with packing(base, way.packed):
-            found = torch.cat([token_nll(base, batch_of(base, rows, way), way) for rows in batches])
-    except (MemoryError, torch.OutOfMemoryError):  # says nothing of the base
-        raise
-    except Exception:  # a family that takes no such arguments, or wants a mask, fails in whatever way it does
-        return False
-    return torch.allclose(alone, found, rtol=rounding, atol=rounding)
 
 
 def batch_of(base: Base, rows: Sequence[Row], way: Way) -> Batch:
@@ -83,7 +61,7 @@ def token_nll(base: Base, batch: Batch, way: Way) -> Tensor:
     chosen = body(base, batch, way).flatten(0, 1).index_select(0, batch.before)
     if not way.apart:
         return F.cross_entropy(chosen.float(), batch.targets, reduction="none")
-    head = _head(base.model)
+    head = head_of(base.model)
     assert head is not None
     if type(head) is not nn.Linear or "forward" in vars(head):
         return _nll_of(head, chosen, batch.targets)
@@ -98,7 +76,7 @@ def body(base: Base, batch: Batch, way: Way) -> Tensor:
         return logits
     assert isinstance(base.model, PreTrainedModel)
     hidden: Tensor = _run(base, base.model.base_model, batch).last_hidden_state
-    return hidden
+    return hidden.to(base.dtype)  # some carry it in fp32, and round it for the head
 
 
 def trunk(base: Base, batch: Batch, blocks: int) -> Tensor:
@@ -120,7 +98,7 @@ def _run(base: Base, model: nn.Module, batch: Batch) -> Any:
         return model(inputs_embeds=batch.start.hidden, use_cache=False, **where)
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def head_of(model: nn.Module) -> nn.Module | None:
     """The output head of a model that has one over a body of its own."""
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return None

@@ -26,7 +26,8 @@ from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, 
 from lorafit.evaluation.nll import means, nll_sums, require_finite
 from lorafit.files import write_text
 from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
-from lorafit.tasks.completion import Way, batch_of, token_nll, way_of
+from lorafit.tasks.completion import Way, batch_of, token_nll
+from lorafit.tasks.probe import way_of
 from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
 from lorafit.training.processes import ALONE, Processes
@@ -264,7 +265,8 @@ class _Run:
         return self.trunk.begin(batch, part) if self.trunk else batch
 
     def _order(self, epoch: int) -> list[list[int]]:
-        return epoch_order(self.rows, self.recipe.batch_size, self.recipe.seed, epoch, fixed=self.blocks > 0)
+        recipe = self.recipe
+        return epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch, self.blocks > 0, self.way.packed)
 
     def _keep_trunk(self, folder: Path) -> Trunk:
         parts = [part for positions in self._order(0) for part in self._parts(positions)]

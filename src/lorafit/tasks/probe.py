@@ -1,0 +1,146 @@
+"""How a base may be run, found out by running it: see `completion.Way`.
+
+What may be skipped or packed is a property of a model's structure, so structure is what is tested, by equality of bits.
+A difference between two numbers in bf16 says nothing: packed and on its own, the same token's NLL is rounded along two
+paths, up to half a nat apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from lorafit.attachment import blocks_of, packing
+from lorafit.base import Base
+from lorafit.data.batches import Start
+from lorafit.data.render import Row
+from lorafit.tasks.completion import PLAIN, Way, batch_of, body, head_of
+
+PROBED = 64  # tokens of a row that are looked at
+COPIED = 1 << 26  # numbers of the blocks that are copied to fp32, at least one block
+ROUNDING = 1e-4  # relative, of hidden states in fp32: some 1,000 roundings of 6e-8; another position is off by 1e-2
+
+
+def way_of(base: Base, rows: Sequence[Row]) -> Way:
+    """How this base may be run, by the beginnings of two rows.
+
+    Some families scale or cap their logits after the head, carry a state from token to token, or take distances from
+    elsewhere than position ids: those are run the plain way.
+    """
+    ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
+    few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in (ids * 2)[:2]]  # two, or nothing could leak
+    with torch.no_grad():
+        separate = _succeeds(lambda: _has_separate_head(base, few))
+        return Way(separate, _succeeds(lambda: _keeps_rows_apart(base, few) and _computes_as_alone(base, few)))
+
+
+def _succeeds(test: Callable[[], bool]) -> bool:
+    """Whether a test holds; a family that takes no such arguments, or wants a mask, fails in whatever way it does."""
+    try:
+        return test()
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing of the base
+        raise
+    except Exception:
+        return False
+
+
+def _has_separate_head(base: Base, rows: Sequence[Row]) -> bool:
+    """Whether the logits are the head's output for the last hidden state, bit for bit."""
+    head, batch = head_of(base.model), batch_of(base, rows, PLAIN)
+    if head is None:
+        return False
+    logits = body(base, batch, PLAIN)
+    own: Tensor = head(body(base, batch, Way(True, False)))
+    return torch.equal(own.to(logits.dtype), logits)
+
+
+def _keeps_rows_apart(base: Base, rows: Sequence[Row]) -> bool:
+    """Whether no row of a pack depends on another: other tokens in one leave every bit of the others as it was.
+
+    An expert that is given more tokens may take another kernel, and round otherwise, so where bits differ the gradient
+    decides: it is exactly zero at every token on which a row does not depend.
+    """
+    return _leaves_others(base, rows) or _has_no_gradient_across(base, rows)
+
+
+def _leaves_others(base: Base, rows: Sequence[Row]) -> bool:
+    before = _packed(base, rows)
+    for i, row in enumerate(rows):
+        other = replace(row, ids=tuple((token + 1) % _vocabulary(base) for token in row.ids))
+        after = _packed(base, [*rows[:i], other, *rows[i + 1 :]])
+        if not all(torch.equal(before[j], after[j]) for j in range(len(rows)) if j != i):
+            return False
+    return True
+
+
+def _has_no_gradient_across(base: Base, rows: Sequence[Row]) -> bool:
+    batch, lengths = batch_of(base, rows, Way(True, True)), [len(row.ids) for row in rows]
+    assert isinstance(base.model, PreTrainedModel)
+    embedded = base.model.get_input_embeddings()(batch.ids).detach().requires_grad_()
+    with torch.enable_grad(), packing(base):
+        hidden = body(base, replace(batch, start=Start(embedded, 0)), Way(True, True))[0]
+        for i, own in enumerate(hidden[: sum(lengths)].split(lengths)):
+            # A plain sum would have no gradient behind a norm.
+            some = torch.linspace(-1, 1, own.shape[-1], dtype=own.dtype, device=own.device)
+            (gradient,) = torch.autograd.grad((own * some).sum(), embedded, retain_graph=True)
+            parts = gradient[0, : sum(lengths)].split(lengths)
+            if not parts[i].any() or any(part.any() for j, part in enumerate(parts) if j != i):
+                return False
+    return True
+
+
+def _computes_as_alone(base: Base, rows: Sequence[Row]) -> bool:
+    """Whether the rows of a pack have the hidden states that each has on its own. In fp32, where a difference that is
+    more than rounding shows: of a base in another dtype the lowest blocks are copied."""
+    wide = base if base.dtype == torch.float32 else replace(base, model=_lowest_blocks_in_fp32(base))
+    alone = [body(wide, batch_of(wide, [row], PLAIN), Way(True, False))[0, : len(row.ids)] for row in rows]
+    pairs = zip(_packed(wide, rows), alone, strict=True)
+    return all(bool(((a - b).norm(dim=-1) <= ROUNDING * b.norm(dim=-1)).all()) for a, b in pairs)
+
+
+def _packed(base: Base, rows: Sequence[Row]) -> list[Tensor]:
+    """The last hidden states (tokens, width) of each row of a pack."""
+    batch, lengths = batch_of(base, rows, Way(True, True)), [len(row.ids) for row in rows]
+    with packing(base):
+        hidden = body(base, batch, Way(True, True))[0]
+    return list(hidden[: sum(lengths)].split(lengths))
+
+
+def _vocabulary(base: Base) -> int:
+    assert isinstance(base.model, PreTrainedModel)
+    table: Any = base.model.get_input_embeddings()
+    return len(table.weight)
+
+
+class _WideLookup(nn.Module):
+    """The embedding of a base, its output in fp32. It is no submodule: what converts a copy must not reach the base."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self._of_base = (embedding,)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self._of_base[0](ids)
+        return found.float()
+
+
+def _lowest_blocks_in_fp32(base: Base) -> nn.Module:
+    """A copy of a model's body that ends after some blocks, with the base's own embedding: small beside the base."""
+    assert isinstance(base.model, PreTrainedModel)
+    blocks = blocks_of(base)
+    size = sum(parameter.numel() for parameter in blocks[0].parameters()) if blocks else 1
+    above = blocks[max(1, COPIED // size) :]
+    embedding = base.model.get_input_embeddings()
+    memo: dict[int, Any] = {id(block): None for block in above}
+    memo[id(embedding)] = _WideLookup(embedding)
+    small: nn.Module = copy.deepcopy(base.model.base_model, memo)
+    for stack in [module for module in small.modules() if isinstance(module, nn.ModuleList)]:
+        if (kept := sum(block is not None for block in stack)) < len(stack):
+            del stack[kept:]
+    return small.float()
