@@ -31,7 +31,7 @@ from rich.table import Table
 from serve_arms import ARMS, BARE, Arm, serves, started
 from serve_work import BASE, BUILD, COUNT, RANKS, Workload, asked_of, code_of, train_codes
 
-INSIDE = ("switch_ms", "load", "few", "profile_base", "profile_mixed")
+INSIDE = ("switch_ms", "load", "step_ms", "profile_base", "profile_mixed")
 
 
 def workloads(quick: bool) -> list[Workload]:

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -36,11 +39,15 @@ from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
 from lorafit.serving import Engine, Request, Result, decoder
 from lorafit.serving.families import FAMILIES
+from lorafit.serving.mixing import Loaded
 from lorafit.serving.native import kernels
+from lorafit.serving.slots import Slot
+from lorafit.serving.timing import FIRST, SECOND, Timings
 from lorafit.sites import select
 from lorafit.testing import random_adapter
 
 PROMPT = tuple(b"the capital of this country is")
+T = TypeVar("T")
 TWIN = Base.of(tiny_llama(), "tiny")  # the same base once more, to ask while an engine holds the other
 
 
@@ -149,13 +156,13 @@ def test_the_kernels_compute_what_torch_computes() -> None:
         found = []
         for native in (True, False):
             mixer = Mixer(Products(base, kernels(dtype, base.device) if native else None), base.device)
+            mixer.products.timings = SECOND
             mixer.begin(owners, scales, lengths, None)
             outputs = []
             for number, site in enumerate(base.sites):
                 generator = torch.Generator().manual_seed(number)
                 x = torch.randn(1, sum(lengths), site.d_in, generator=generator).to(dtype)
                 y = torch.randn(1, sum(lengths), site.d_out, generator=generator).to(dtype)
-                mixer.products.few = 0
                 outputs.append(mixer.change(number, x, lambda _, y=y: y.clone()) - y)
             found.append(torch.cat([part.flatten() for part in outputs]).float())
         assert found[1].norm() > 1
@@ -174,7 +181,7 @@ def test_the_products_of_few_rows_are_torchs(dtype: torch.dtype, within: float) 
     model.requires_grad_(False)
     for eight_bit, bound in ((False, within), (True, 0.02)):
         products = Products(base, kernels(dtype, base.device), eight_bit)
-        products.few = 32
+        products.timings = Timings((32, 33), (1.0, 2.0), (1.0, 1.0))
         for rows in (1, 2, 3, 4, 7, 32, 33):
             for number, layer in enumerate(model):
                 x = torch.randn(1, rows, layer.in_features).to(dtype)
@@ -245,10 +252,11 @@ def test_a_step_in_one_call_gives_what_the_model_gives(
              for n in (2, 9, 30)]  # fmt: skip
     found = []
     with Engine(base, own, slots=4, eight_bit=eight_bit) as engine:
-        engine._mixer.products.few = 1 << 20  # whatever is faster with matrices so small
         for own_way in (engine._decoder, None):
             assert own_way is not None or found
             engine._decoder = own_way
+            if own_way is not None:
+                own_way.timings = FIRST  # whatever is faster with matrices so small
             results = [answer.result() for answer in [engine.submit(request) for request in asked]]
             found.append(results)
             if own_way is not None:
@@ -264,13 +272,112 @@ def test_a_step_in_one_call_gives_what_the_model_gives(
             assert dtype == torch.bfloat16 or ids_of(one) == ids_of(other)
 
 
+def in_its_thread(engine: Engine, work: Callable[[], T]) -> T:
+    """What a function returns that runs in the thread which owns the model."""
+
+    def pieces() -> Generator[None, None, T]:
+        return work()
+        yield
+
+    return engine.aside(pieces()).result()
+
+
+def stepped(engine: Engine, texts: Sequence[Sequence[int]], owners: Sequence[Loaded | None], read: int) -> torch.Tensor:
+    """Logits after each text, of which a step has read the first tokens, and another the rest."""
+    slots = [Slot(i) for i in range(len(texts))]
+    for start, end in ((0, read), (read, None)):
+        ids = [list(text[start:end]) for text in texts]
+        logits = engine._forward(slots, ids, owners, [1.0] * len(ids), [True] * len(ids))
+        for slot, part in zip(slots, ids, strict=True):
+            slot.held += part
+    return logits.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("timings", [FIRST, SECOND], ids=["one-call", "layers"])
+@pytest.mark.parametrize("products", [FIRST, SECOND], ids=["kernel", "torch"])
+@pytest.mark.usefixtures("compiled")
+def test_steps_of_any_number_of_rows_give_what_the_model_gives_either_way(
+    dtype: torch.dtype, timings: Timings, products: Timings
+) -> None:
+    base = Base.of(tiny_llama().to(dtype), "tiny")
+    adapter = random_adapter(base, uniform(base.sites, 3, 16.0), 1, size=0.05)
+    texts = [tuple(random.Random(i).choices(range(97, 123), k=20)) for i in range(40)]
+    with torch.no_grad():
+        bare = base.model(torch.tensor(texts)).logits[:, -1].float()
+        with attach(base, adapter):
+            adapted = base.model(torch.tensor(texts)).logits[:, -1].float()
+    assert float(((adapted - bare).norm(dim=1) / bare.norm(dim=1)).min()) > 0.5, "the adapter says nothing of its own"
+    within = 1e-3 if dtype == torch.float32 else 0.1  # what a base must keep to for an engine to open
+    with Engine(base, {"a": adapter}, slots=40) as engine:
+        assert engine._decoder is not None
+        engine._decoder.timings, engine._mixer.products.timings = timings, products
+        loaded = engine.adapters.find("a").loaded
+        # one token of each text in the second step, and pieces of texts
+        for count, read in ((1, 19), (8, 19), (16, 19), (17, 19), (40, 19), (1, 3), (4, 10)):
+            bares = count // 3  # the others are one part, of up to 27 rows
+            before = engine._decoder.spent.copy()
+            owners = [None] * bares + [loaded] * (count - bares)
+            found = in_its_thread(engine, partial(stepped, engine, texts[:count], owners, read))
+            wanted = torch.cat((bare[:bares], adapted[bares:count]))
+            off = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+            assert float(off.max()) < within, f"{count} texts from token {read}"
+            assert bool((engine._decoder.spent > before).any()) == (timings is FIRST)
+
+
+def one_call(engine: Engine, rows: int, owner: Loaded | None) -> bool:
+    """Whether a step of so many rows was one call."""
+    assert engine._decoder is not None
+    before = engine._decoder.spent.copy()
+    engine._forward([Slot(0)], [[97] * rows], [owner], [1.0], [True])
+    return bool((engine._decoder.spent > before).any())
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_step_is_one_call_where_that_was_measured_to_be_faster(
+    base: Base, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = Timings((1, 9), (1.0, 9.0), (5.0, 5.0))
+    monkeypatch.setattr(decoder, "compared", lambda ways, counts: timings)
+    with Engine(base, {name: adapters[name] for name in ("a", "dora")}) as engine:
+        assert engine._decoder is not None and not engine._decoder.spent.any()
+        found = [in_its_thread(engine, partial(one_call, engine, rows, None)) for rows in range(1, 12)]
+        assert found == [rows <= 5 for rows in range(1, 12)]
+        assert in_its_thread(engine, partial(one_call, engine, 3, engine.adapters.find("a").loaded))
+        dora = engine.adapters.find("dora").loaded
+        assert not in_its_thread(engine, partial(one_call, engine, 3, dora)), "no kernel scales the base's own output"
+    with Engine(base, eight_bit=True) as engine:
+        assert in_its_thread(engine, partial(one_call, engine, 11, None)), "a row depends on its company"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("compiled")
+def test_what_is_timed_both_ways_is_one_and_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.of(tiny_llama().to(dtype), "tiny")
+    for bytes_timed, share in ((1, 1 / len(base.model.model.layers)), (1 << 30, 1.0)):
+        monkeypatch.setattr(decoder, "bytes_for", lambda rows, some=bytes_timed: some)
+        with Engine(base, slots=4, room=24) as engine:
+            assert engine._decoder is not None
+            assert max(engine._decoder.timings.rows) <= 4 * 24, "no more rows than the slots have room for"
+            for rows in (1, 4, 5, 40, 96):
+
+                def both(rows: int = rows) -> tuple[object, object, float]:
+                    first, second, part = engine._decoder._ways(rows, engine._slots)
+                    return first(), second(), part
+
+                one_call, layers, part = in_its_thread(engine, both)
+                assert part == share and one_call.shape == layers.shape
+                assert torch.allclose(one_call.float(), layers.float(), atol=1e-4 if dtype == torch.float32 else 0.5)
+
+
 @pytest.mark.usefixtures("compiled")
 def test_attention_that_left_the_numbers_is_seen_in_a_step_of_one_call(base: Base) -> None:
     plan = uniform(select(base.sites, ["*q_proj"]), 4, 16.0)
     queries = random_adapter(base, plan, 3, size=0.15)
     huge = Adapter(plan, {key: t * 1e20 for key, t in queries.tensors.items()}, queries.base, queries.base_name)
     with Engine(base) as engine:
-        engine._mixer.products.few = 1 << 20
+        assert engine._decoder is not None
+        engine._decoder.timings = FIRST
         version = engine.adapters.add("huge", huge)
         engine.adapters.publish(version)
         with pytest.raises(RequestError, match="gives no finite numbers"):
@@ -473,6 +580,8 @@ def test_the_kernels_leave_the_small_numbers_of_others_alone() -> None:
     code = """
 import numpy, torch
 from lorafit.serving.native import kernels
+from lorafit.serving.slots import Slot
+from lorafit.serving.timing import FIRST, SECOND, Timings
 assert kernels(torch.float32, torch.device("cpu"))
 print(float(numpy.float32(1e-30) * numpy.float32(1e-10)))
 """

@@ -19,6 +19,7 @@ from lorafit.plan import uniform
 from lorafit.serving import Engine, Request
 from lorafit.serving import native as made
 from lorafit.serving.native import Kernels, Parts, kernels
+from lorafit.serving.timing import FIRST
 from lorafit.sites import select
 from lorafit.testing import random_adapter
 
@@ -189,7 +190,8 @@ def test_an_engine_on_them_answers_as_one_without(level: str) -> None:
                         for which, rank in ((["*_proj"], 3), (["mlp.*", "lm_head"], 13)))  # fmt: skip
         own = {"small": random_adapter(base, small, 1, size=0.15), "large": random_adapter(base, large, 2, size=0.15)}
         with Engine(base, own, native=native) as engine:
-            engine._mixer.products.few = 1 << 20
+            if engine._decoder is not None:
+                engine._decoder.timings = FIRST
             told, read = answers(engine, prompts)
             found.append(told)
             assert any(1 in step and max(step) > 1 for step in read), "no step had both a prompt and an answer"

@@ -294,7 +294,9 @@ class Engine:
                 held.enter_context(torch.inference_mode())
                 held.enter_context(attending(self.base, NAME, attention))
                 held.enter_context(adapting(self.base, self._mixer.change))
-                self._measure(*expected.pop())  # needed no longer than this takes
+                self._require_servable(*expected.pop())  # needed no longer than this takes
+                if self._decoder is not None:
+                    self._decoder.measure(self._slots)
                 self._measured.set_result(None)
                 while self._turn():
                     pass
@@ -534,7 +536,7 @@ class Engine:
             self.adapters.enter(asked.version, -1)
         asked.answer.put(last)
 
-    def _measure(self, pieces: list[list[int]], wanted: Tensor) -> None:
+    def _require_servable(self, pieces: list[list[int]], wanted: Tensor) -> None:
         """Raise BaseError unless steps over slots compute what the model computes at once: `wanted`, logits after each
         of these pieces of a text."""
         slot, found = replace(self._slots.probing[0], held=[]), []

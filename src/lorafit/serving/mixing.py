@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,8 @@ class Mix:
     """Which rows of a step are whose. Requests of one adapter are neighbours and one part: the adapter, its first row
     and the one after its last; rows of the bare base are in none. scale (N,) fp32: of each row.
 
-    few: parts of few rows, which go through the kernels where there are some; the others, in stacks of equal rank.
+    few: parts of few rows, which go through the kernels where there are some; the others, in stacks of equal rank. In a
+    step of one call (decoder.py) all parts go through the kernels.
     """
 
     def __init__(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
@@ -108,26 +110,32 @@ class Mix:
             else:
                 parts.append((owner, start, end))
         self.scale = torch.tensor(np.repeat(np.asarray(scales, dtype=np.float32), lengths), device=device)
+        self.parts = tuple(parts)
         self.few = tuple(part for part in parts if part[2] - part[1] <= few)
         self.others = tuple(part for part in parts if part not in self.few)
-        self.edges = np.array([part[1:] for part in self.few], dtype=np.int64).reshape(-1, 2)
-        tables = [part[0].table for part in self.few]
-        self.table = np.ascontiguousarray(np.stack(tables, axis=1)) if tables else np.zeros((0, 0, 3), dtype=np.int64)
         self._few: dict[int, Parts | None] = {}
         self._stacks: dict[int, tuple[Stack, ...]] = {}
 
-    @property
-    def is_few(self) -> bool:
-        """Whether the kernels do all that its adapters do."""
-        return not self.others and not any(part[0].gains for part in self.few)
+    @cached_property
+    def has_gains(self) -> bool:
+        """Whether an adapter in it scales the base's own output, which no kernel does."""
+        return any(part[0].gains for part in self.parts)
+
+    @cached_property
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """For the kernels, of all parts: edges (parts, 2), their rows; table (sites, parts, 3), as in Loaded."""
+        return _tables(self.parts)
+
+    @cached_property
+    def _few_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return _tables(self.few)
 
     def few_at(self, number: int) -> Parts | None:
         """The few, for the kernels; None where no adapter of theirs acts at this site."""
         if number not in self._few:
-            parts = None
-            if self.few and self.table[number, :, 2].any():
-                where = self.table[number].ctypes.data
-                parts = Parts(len(self.edges), self.edges.ctypes.data, where, self.scale.data_ptr())
+            parts, (edges, table) = None, self._few_tables
+            if self.few and table[number, :, 2].any():
+                parts = Parts(len(edges), edges.ctypes.data, table[number].ctypes.data, self.scale.data_ptr())
             self._few[number] = parts
         return self._few[number]
 
@@ -152,6 +160,12 @@ class Mix:
         return Stack(down, up, rows)
 
 
+def _tables(parts: Sequence[tuple[Loaded, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    edges = np.array([part[1:] for part in parts], dtype=np.int64).reshape(-1, 2)
+    tables = [part[0].table for part in parts]
+    return edges, np.ascontiguousarray(np.stack(tables, axis=1)) if tables else np.zeros((0, 0, 3), dtype=np.int64)
+
+
 class Mixer:
     """`change` goes into attachment.adapting; `begin` is called before every step. rows: the mix of the step."""
 
@@ -165,12 +179,11 @@ class Mixer:
               kept: Sequence[int] | None) -> None:  # fmt: skip
         """Say whose rows the next forward has. kept: of each request, how many of its rows reach the output head, where
         not all do."""
-        few = 0 if self.kernels is None else max(SHORT, self.products.few)
         made = {}
         for counts in (lengths, kept):
             if counts is not None:
                 key = (*owners, *scales, *counts)
-                made[key] = self._made.get(key) or Mix(owners, scales, counts, self._device, few)
+                made[key] = self._made.get(key) or Mix(owners, scales, counts, self._device, self._few(sum(counts)))
         self._made = made  # of adapters that no step needs any more, nothing is held
         mixes = list(made.values())
         self.rows, self._kept = mixes[0], mixes[-1]
@@ -179,6 +192,13 @@ class Mixer:
         """No rows: hold nothing of an adapter."""
         self._made, self.rows, self._kept = {}, None, None
 
+    def _few(self, rows: int) -> int:
+        """Rows of a part up to which it goes through the kernels, in a step of so many rows: with the base's own
+        products any part does."""
+        if self.kernels is None:
+            return 0
+        return rows if self.products.for_rows(rows) else SHORT
+
     def change(self, number: int, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """What the site gives for x (1, N, d_in), with what each row's adapter adds, (1, N, d_out)."""
         mix = self.rows
@@ -186,9 +206,9 @@ class Mixer:
             mix = self._kept
             assert mix is not None and x.shape[-2] == len(mix.scale)
         few = mix.few_at(number) if mix is not None else None
-        if mix is None or not (few or mix.others or mix.few):
+        if mix is None or not mix.parts:
             return self.products.of(number, x, original)
-        gains = [part for part in (*mix.few, *mix.others) if number in part[0].gains]
+        gains = [part for part in mix.parts if number in part[0].gains]
         y = self.products.of(number, x, original, None if gains else few)
         for loaded, start, end in gains:  # of the base's own output, so before anything is added
             _gain(loaded.gains[number], y[0, start:end], mix.scale[start:end])

@@ -1,13 +1,13 @@
 """The base's own products, where the kernel is faster than torch; and in 8 bits, if asked.
 
 A step that gives a few requests their next token is bound by reading the weights: each is read once, in order, for all
-rows. In a dtype that torch has no fast product for on this processor the kernel is taken for many rows too. 8-bit
-weights are made from the base in memory, a scale for each output: they are a quarter to half of the bytes.
+rows. In a dtype that torch has no fast product for on this processor the kernel is taken for many rows too. Both are
+timed when the engine opens. 8-bit weights are made from the base in memory, a scale for each output: they are a quarter
+to half of the bytes.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from lorafit.base import Base
 from lorafit.errors import BaseError
 from lorafit.serving.native import Kernels, Parts
-
-MEASURED = 64 << 20  # bytes of weights that are measured on, with few rows: more than a cache holds
-ROWS = (512, 256, 128, 32, 16, 8, 4, 1)  # of a step, for which the kernel is tried
-MANY = 1 << 20
-EVEN = 1.1  # times what torch takes: a step of the kernels alone saves as much between its products
-READING = 32  # rows up to which a product is reading its weights, not computing
+from lorafit.serving.timing import ROWS, SECOND, bytes_for, compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +31,13 @@ class Weight:
 
 
 class Products:
-    """few: rows up to which the kernel is used, measured on this machine; 0 without kernels."""
+    """The products of a base's plain linear layers. timings: of the kernel, and of torch, on this machine."""
 
     def __init__(self, base: Base, kernels: Kernels | None, eight_bit: bool = False):
         self.kernels = kernels
         self.plain: dict[int, Weight] = {}
         self.eight: dict[int, Weight] = {}
-        self.few = 0
+        self.timings = SECOND
         if kernels is None:
             return
         made: dict[int, tuple[Tensor, Tensor]] = {}  # a head tied to another module shares its weight
@@ -58,8 +53,8 @@ class Products:
         if eight_bit and len(self.plain) < len(base.sites):
             raise BaseError(f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: "
                             "leave it out")  # fmt: skip
-        if self.plain:
-            self.few = self._measured()
+        if self.plain and not eight_bit:
+            self.timings = compared(self._ways, ROWS)
 
     @property
     def bytes(self) -> int:
@@ -69,7 +64,7 @@ class Products:
     def for_rows(self, rows: int) -> dict[int, Weight]:
         """The weights the kernels take for a step of so many rows, by site; those that are not there go by torch. 8-bit
         weights are taken for any: what a row gets must not depend on its company."""
-        return self.eight or (self.plain if rows <= self.few else {})
+        return self.eight or (self.plain if self.timings.faster(rows) else {})
 
     def of(
         self, number: int, x: Tensor, original: Callable[[Tensor], Tensor], parts: Parts | None = None
@@ -83,35 +78,20 @@ class Products:
             self.kernels.add(y, x.contiguous(), parts)
         return y
 
-    def _measured(self) -> int:
-        """The most rows for which the kernel takes at most EVEN times what torch takes. Where torch has no fast product
-        for the dtype on this processor, as for bf16 on many, that is as many as there are."""
+    def _ways(self, rows: int) -> tuple[Callable[[], object], Callable[[], object], float]:
+        """Products of so many rows by the kernel and by torch, for `compared`: of as many weights as are timed."""
         assert self.kernels is not None
-        linear = self.kernels.linear
-        for rows in ROWS:
-            some: list[Tensor] = []
-            for own in self.plain.values():
-                if sum(weight.nbytes for weight in some) * max(rows, READING) < MEASURED * READING:
-                    some.append(own.weight)
-            given = {width: torch.ones(1, rows, width, dtype=some[0].dtype) for width in {len(w.T) for w in some}}
-            ways = (
-                lambda x, some=some: [F.linear(x[len(weight.T)], weight) for weight in some],
-                lambda x, some=some: [linear(x[len(weight.T)], weight, None, None) for weight in some],
-            )
-            by_torch, by_kernel = (_seconds(way, given) for way in ways)
-            if by_kernel < EVEN * by_torch:
-                return MANY if rows == ROWS[0] else rows
-        return 0
-
-
-def _seconds(work: Callable[[dict[int, Tensor]], object], given: dict[int, Tensor]) -> float:
-    """The fastest of a few."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        work(given)
-        times.append(time.perf_counter() - began)
-    return min(times)
+        linear, whole = self.kernels.linear, [one.weight for one in self.plain.values()]
+        some: list[Tensor] = []
+        for weight in whole:
+            if sum(one.nbytes for one in some) < bytes_for(rows):
+                some.append(weight)
+        given = {width: torch.ones(1, rows, width, dtype=some[0].dtype) for width in {one.shape[1] for one in some}}
+        return (
+            lambda: [linear(given[weight.shape[1]], weight, None, None) for weight in some],
+            lambda: [F.linear(given[weight.shape[1]], weight) for weight in some],
+            sum(one.nbytes for one in some) / sum(one.nbytes for one in whole),
+        )
 
 
 def _in_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,88 @@
+"""Two ways to compute one thing, timed for a few numbers of rows, and the faster one chosen for any number.
+
+Which way is faster depends on the processor, the dtype and the number of rows, so it is measured when an engine opens.
+The time of each way is a line through what was measured, and the lower line is taken: so the time of what is chosen has
+no jump that neither way has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+# Those that tell most come first: where the budget ends early, the line through the others is nearly the same.
+ROWS = (16, 128, 1, 32, 4, 256, 64, 8, 2, 512)
+BUDGET = 0.4  # seconds, after which nothing more is timed
+RUNS = 3  # of each way and number of rows, two at least; the fastest counts
+MEASURED = 64 << 20  # bytes of weights that are timed with few rows: more than most caches hold
+READING = 32  # rows up to which a product is bound by reading its weights, not by arithmetic
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that two ways take, first (n,) and second (n,), for the numbers of rows (n,), which ascend."""
+
+    rows: tuple[int, ...]
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    def at(self, rows: int) -> tuple[float, float]:
+        """Seconds of each way for any number of rows: on the line between its two neighbours. Fewer rows than were
+        timed take what the fewest take; beyond the most, which are arithmetic alone, time grows as the rows do."""
+        most = self.rows[-1]
+        times = (float(np.interp(rows, self.rows, way)) * max(rows, most) / most for way in (self.first, self.second))
+        return next(times), next(times)
+
+    def faster(self, rows: int) -> bool:
+        """Whether the first way takes no longer than the second."""
+        return self._choices[min(rows, self.rows[-1])]
+
+    @cached_property
+    def _choices(self) -> list[bool]:  # asked for at every layer of every step
+        return [first <= second for first, second in map(self.at, range(self.rows[-1] + 1))]
+
+
+FIRST, SECOND = Timings((1,), (0.0,), (1.0,)), Timings((1,), (1.0,), (0.0,))  # whatever the number of rows
+
+
+def bytes_for(rows: int) -> int:
+    """Bytes of weights that are to be timed with so many rows: so many that a cache does not hold them, or that their
+    arithmetic takes as long."""
+    return MEASURED * READING // max(rows, READING)
+
+
+def compared(
+    ways: Callable[[int], tuple[Callable[[], object], Callable[[], object], float]], counts: Sequence[int]
+) -> Timings:
+    """Time two ways in turns.
+
+    Args:
+        ways: gives, for a number of rows, what runs each way, and the share this is of the whole.
+        counts: numbers of rows, the most important ones first; the first is timed, the others within BUDGET.
+
+    Returns:
+        The seconds the whole takes each way.
+    """
+    end = time.perf_counter() + BUDGET
+    found: dict[int, tuple[float, float]] = {}
+    for rows in counts:
+        if found and time.perf_counter() > end:
+            break
+        first, second, share = ways(rows)
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < 2 or (len(pairs) < RUNS and time.perf_counter() < end):  # the first may read from a disk
+            pairs.append((_seconds(first), _seconds(second)))
+        fastest = [min(times) / share for times in zip(*pairs, strict=True)]
+        found[rows] = fastest[0], fastest[1]
+    ascending = sorted(found)
+    return Timings(tuple(ascending), *(tuple(found[rows][way] for rows in ascending) for way in (0, 1)))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
