@@ -191,8 +191,8 @@ class Engine:
         return answer
 
     def submit_all(self, requests: Sequence[Request]) -> list[Answer]:
-        """Have requests answered that belong together: none begins before all are there, so that the steps they share,
-        and the bits of their answers, are the same each time. Raises what `submit` raises."""
+        """Have requests answered that belong together: none begins before all are there, so that they share the same
+        steps each time. Raises what `submit` raises."""
         with self._lock:
             return [self.submit(request) for request in requests]
 
