@@ -151,10 +151,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_train_says_what_it_holds(tmp_path: Path) -> None:
-    write_rows(tmp_path / "training.jsonl", [GOOD])
-    (problem,) = problems_of(tmp_path)
-    assert "training.jsonl: not a name that is read: rename it to train.jsonl" in problem
-    (tmp_path / "training.jsonl").rename(tmp_path / "lessons.jsonl")
+    write_rows(tmp_path / "lessons.jsonl", [GOOD])
     (problem,) = problems_of(tmp_path)
     assert "no train.jsonl" in problem
     assert "lessons.jsonl" in problem
@@ -227,7 +224,14 @@ BAD = {
     "no messages": ({"messages": []}, "2: messages: not a list"),
     "unknown role": ({"messages": [user("a"), {"role": "bot", "content": "b"}]}, '2: messages[1].role: unknown'),
     "no role": ({"messages": [user("a"), {"content": "b"}]}, "2: messages: a turn without 'role' (it has content)"),
-    "not learnt": ({"messages": [user("a"), {**assistant("b"), "weight": 0}]}, "2: messages[1].weight: an answer not"),
+    "not learnt": ({"messages": [user("a"), {**assistant("b"), "weight": 0}]}, "2: messages: every answer is marked"),
+    "half learnt": ({"messages": [user("a"), {**assistant("b"), "weight": 0.5}]}, "2: messages[1].weight: 0.5, where"),
+    "a picture": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "image_url", "url": "b"}]}]},
+                  "2: messages[1].content[0]: a part of type \"image_url\", which is not learnt"),
+    "a tool": ({"messages": [user("a"), {"role": "tool", "content": "b"}, assistant("c")]},
+               "2: messages[1].role: a turn of a tool (tool), which is not learnt"),
+    "numpy's print": ({"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"}, "2: messages: text that is neither"),
+    "two system prompts": ({"messages": [system("a"), user("b"), assistant("c")], "system": "d"}, "2: system: another"),
     "role no text": ({"messages": [user("a"), {"role": [], "content": "b"}]}, "2: messages[1].role: unknown role []"),
     "content no text": ({"messages": [user("a"), {"role": "assistant", "content": [1]}]}, "2: messages[1].content: no"),
     "completion no text": ({"prompt": "a", "completion": 4}, "2: completion: not text but a number"),
@@ -243,7 +247,7 @@ BAD = {
     "system late": ({"messages": [user("a"), system("b"), assistant("c")]}, "2: messages[1].role: a system message"),
     "two systems": ({"messages": [system("a"), system("b"), user("c"), assistant("d")]}, "2: messages[1].role: a sys"),
     "group a list": ({**GOOD, "group": [3]}, "2: group: not text but a list"),
-    "text and answer": ({"text": "a", "completion": "b"}, "2: both text and completion"),
+    "text and answer": ({"text": "a", "completion": "b"}, "2: nothing reads 'completion', which may carry"),
 }  # fmt: skip
 
 
@@ -391,6 +395,76 @@ def test_labels_that_differ_in_case_or_that_training_lacks_are_remarked(tmp_path
 
 
 def test_kinds_of_examples_that_are_mixed_are_remarked(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"text": "A film.", "label": "good"}, *[{"text": f"Prose {i}."} for i in range(3)]]
+    rows: list[dict[str, object]] = [{"prompt": "Q", "completion": "A"}, *[{"text": f"Prose {i}."} for i in range(3)]]
     found = describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks
-    assert [(one.what, one.examples) for one in found] == [("are texts with a label, where most are plain text", 1)]
+    assert [(one.what, one.examples) for one in found] == [("are conversations, where most are plain text", 1)]
+
+
+# One reading of a message
+
+ONE_READING: dict[str, dict[str, Any]] = {
+    "parts of text": {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "So."}]}]},
+    "an empty system message": {"messages": [system(" "), user("Why?"), assistant("So.")]},
+    "roles in capitals": {"messages": [{"role": "User", "content": "Why?"}, {"role": "ASSISTANT", "content": "So."}]},
+    "roles of others": {"messages": [{"role": "human", "content": "Why?"}, {"role": "gpt", "content": "So."}]},
+    "sharegpt under our name": {"messages": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    "our turns under sharegpt's name": {"conversations": [user("Why?"), assistant("So.")]},
+    "both spellings, one of them null": {"messages": [{**user("Why?"), "from": None, "value": None},
+                                                      {"role": None, "content": None, "from": "gpt", "value": "So."}]},
+    "weights of questions": {"messages": [{**user("Why?"), "weight": 0}, {**assistant("So."), "weight": 1}]},
+    "marks that say learn": {"messages": [user("Why?"), {**assistant("So."), "train": True, "loss_weight": 1.0}]},
+    "marks that are null": {"messages": [user("Why?"), {**assistant("So."), "weight": None}]},
+    "two lists": {"prompt": [user("Why?")], "completion": [assistant("So.")]},
+    "a list and a text": {"prompt": [user("Why?")], "completion": "So."},
+    "a null where a conversation may be": {"messages": None, "prompt": "Why?", "completion": "So."},
+    "as Python prints it": {"messages": str([user("Why?"), assistant("So.")])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ONE_READING.values(), ids=ONE_READING)
+def test_a_message_is_read_in_every_spelling(tmp_path: Path, row: dict[str, Any]) -> None:
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [row])).train
+    assert example.messages == (Message("user", "Why?"), Message("assistant", "So."))
+
+
+def test_a_developer_is_the_system(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"messages": [{"role": "developer", "content": "Be short."}, user("Why?"), assistant("So.")]}
+    assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].messages[0] == Message("system", "Be short.")
+
+
+def test_an_answer_that_is_json_stays_text(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"prompt": "[1, 2]", "completion": '[{"name": "Ann"}]'}
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [row])).train
+    assert (example.question, example.answer) == ("[1, 2]", '[{"name": "Ann"}]')
+
+
+NOT_TO_LEARN = {"weight": 0, "train": False, "training": False, "trainable": False, "loss": 0.0, "loss_weight": "0"}
+
+
+@pytest.mark.parametrize(("mark", "value"), NOT_TO_LEARN.items())
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_an_answer_marked_as_not_to_be_learnt_is_context_alone(
+    tmp_path: Path, form: str, mark: str, value: object
+) -> None:
+    turns = [user("a"), {**assistant("bad"), mark: value}, user("b"), assistant("good")]
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{form: turns}])).train
+    assert [message.learnt for message in example.messages] == [True, False, True, True]
+
+
+def test_what_follows_the_last_answer_to_learn_is_left_out(tmp_path: Path) -> None:
+    turns = [user("a"), assistant("good"), user("b"), {**assistant("bad"), "weight": 0}]
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{"messages": turns}])).train
+    assert example.answer == "good"
+
+
+def test_the_digest_tells_apart_what_is_learnt_and_is_what_it_was_for_all_else(tmp_path: Path) -> None:
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    marked = [user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d")]
+    whole, part = (read_examples(write_rows(tmp_path / f"{i}.jsonl", [{"messages": one}])).digest()
+                   for i, one in enumerate((turns, marked)))  # fmt: skip
+    assert whole != part
+    assert (
+        whole == "9e9467df8e32ef73b02cb126c7f2936564985b7bc66693a15f4290a5da8b6d33"
+    )  # as adapters have it that were saved before messages had marks

@@ -48,8 +48,9 @@ STEPS = {
 }  # fmt: skip
 # Where no path or flag that was typed is at fault:
 PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b|^prompt: |^'desk'|requests are waiting|the engine"
-COMPUTED = {  # the next step is written elsewhere: by _reform, the error passed on, beside the limit, what the hub says
+COMPUTED = {  # the next step is written elsewhere: by advice.py and _uneven, the error passed on, what the hub says
     "…: of no form that is known (fields: …): …",
+    "…:…: … cells under … columns…: …",
     "…: …",
     "…: … tokens, the limit is …: …",
     "'…': there is no such path, and …: …",

@@ -103,7 +103,44 @@ def test_columns_of_other_names_are_named(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "short row": ("a.csv", b"prompt,completion\nQ,A\nonly one\n", r"a\.csv:3: 1 cells under 2 columns"),
+    "short row": (
+        "a.csv",
+        b"prompt;completion;id\nQ;A;1\nQ;A\n",
+        r"a\.csv:3: 2 cells under 3 columns: cells are missing .*';'",
+    ),
+    "long row": ("a.csv", b"prompt,completion\nQ,A\nQ,A,\n", r"a\.csv:3: 3 cells under 2 columns: put cells .*','"),
+    "a title": (
+        "a.csv",
+        b"Questions of May\nprompt,completion\nQ,A\n",
+        r"a\.csv:2: 2 cells under 1 column: if the first line, 'Questions of May', is a title, remove it",
+    ),
+    "the header again": (
+        "a.csv",
+        b"prompt,completion\nQ,A\n\xef\xbb\xbfprompt,completion\nQ,A\n",
+        r"a\.csv:3: the header once more: remove the line",
+    ),
+    "lines of JSON": (
+        "a.csv",
+        b'{"prompt": "Q", "completion": "A"}\n',
+        r"a\.csv: JSON in .* a table: rename it to a\.jsonl",
+    ),
+    "a list of JSON": ("a.tsv", b'[{"prompt": "Q", "completion": "A"}]', r"a\.tsv: JSON in .*: rename it to a\.jsonl"),
+    "glued objects": (
+        "a.jsonl",
+        b'{"prompt": "Q"}{"prompt": "R"}',
+        r"a\.jsonl:1: one JSON object after another: put a line",
+    ),
+    "commas between": ("a.jsonl", b'{"prompt": "Q"},\n{"prompt": "R"}', r"a\.jsonl:1: a comma behind the object"),
+    "objects over lines": (
+        "a.json",
+        b'{\n "prompt": "Q"\n}\n{\n "prompt": "R"\n}',
+        r"a\.json:1: JSON objects over several",
+    ),
+    "Python's print": (
+        "a.jsonl",
+        b"{'prompt': 'Q', 'completion': None}",
+        r"a\.jsonl:1: not JSON, but an object as Python",
+    ),
     "after a long cell": ("a.csv", b'prompt,completion\n"Q\n\nQ",A\nx\n', r"a\.csv:5: 1 cells"),
     "open quote": ("a.csv", b'prompt,completion\n"Q,A\n', r"a\.csv:2: not a table"),
     "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:2: of no form .*prompt, column 2\): add completion"),
@@ -218,7 +255,12 @@ NO_DATA = {
     "one file": ({"input.txt": "x", "LICENSE.txt": "y"}, r"give that file, .*input\.txt, or call it train\.txt"),
     "an archive": ({"set.zip": "PK"}, "unpack set.zip"),
     "nothing": ({}, "it holds nothing"),
-    "misnamed, packed": ({"dev.jsonl.gz": "x"}, r"rename it to valid\.jsonl\.gz"),
+    "one file, packed": ({"dev.jsonl.gz": "x"}, r"or call it train\.jsonl\.gz"),
+    "saved by datasets": ({"dataset_dict.json": "{}"}, r"load_from_disk\(FOLDER\)\[SPLIT\]\.to_json"),
+    "two of one meaning": (
+        {"train.jsonl": "x", "val.jsonl": "x", "dev.jsonl": "x"},
+        r"two valid files: val\.jsonl, dev",
+    ),
 }
 
 
@@ -366,6 +408,15 @@ ODD_TABLES = {
     "a check in a cell": ("a.csv", 'prompt,completion,check\nWhere?,Here.,"{""contains"": [""here""]}"\n'),
     "line ends of an old machine": ("a.jsonl", json.dumps(FOUND[0]) + "\r" + "\r"),
     "a list in a file of lines": ("a.jsonl", json.dumps(FOUND)),
+    "bars": ("a.csv", "prompt|completion\nWhere?|Here.\n"),
+    "bars and commas": ("a.csv", "old, id|prompt|completion\n1|Where?|Here.\n"),
+    "a comment": ("a.csv", "# by hand, in May, twice\n#\nprompt,completion\nWhere?,Here.\n"),
+    "numbered by a sign": ("a.csv", "#,prompt,completion\n1,Where?,Here.\n"),
+    "a comma in a quoted name": ("a.csv", '"prompt";"completion";"id, of, all, these"\nWhere?;Here.;\n'),
+    "more commas in a name than columns": ("a.csv", "prompt;completion;a, b, c, d\nWhere?;Here.;\n"),
+    "blanks before quotes": ("a.csv", 'prompt, completion\n"Where?", "Here."\n'),
+    "a mark before a line": ("a.jsonl", "\n\ufeff" + json.dumps(FOUND[0])),
+    "a mark in a name": ("a.jsonl", json.dumps({"\ufeffprompt": "Where?", "completion": "\ufeffHere."})),
 }
 
 
@@ -452,3 +503,73 @@ def test_the_advice_for_common_names_can_be_followed(tmp_path: Path, row: str, s
         read_examples(tmp_path / "a.jsonl")
     assert said in caught.value.problems[0].fix
     assert read_examples(tmp_path / "a.jsonl", [word for word in said.split() if "=" in word]).train
+
+
+CRLF = {
+    "csv": 'prompt,completion\r\n"Where?\r\nSay.","Here.\r\n\r\nThere."\r\n',
+    "csv of an old machine": 'prompt,completion\r"Where?\rSay.","Here.\r\rThere."\r',
+    "jsonl": json.dumps({"prompt": "Where?\r\nSay.", "completion": "Here.\r\n\r\nThere."}),
+    "jsonl translated twice": json.dumps({"prompt": "Where?\r\r\nSay.", "completion": "Here.\r\r\n\r\r\nThere."}),
+    "json": json.dumps([{"messages": [{"role": "user", "content": "Where?\rSay."},
+                                      {"role": "assistant", "content": "Here.\r\n\nThere."}]}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CRLF)
+def test_lines_within_a_text_end_in_one_way(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind.partition(' ')[0]}"
+    path.write_bytes(CRLF[kind].encode())
+    assert asked(read_examples(path)) == [("Where?\nSay.", "Here.\n\nThere.")]
+
+
+def test_lines_within_a_cell_of_parquet_end_in_one_way(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", [{"prompt": "Where?", "completion": "Here.\r\nThere."}])
+    assert asked(read_examples(tmp_path / "a.parquet")) == [("Where?", "Here.\nThere.")]
+
+
+@pytest.mark.parametrize("given", ["", "data"])
+def test_a_folder_as_the_hub_has_it(tmp_path: Path, given: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("A set.", encoding="utf-8")
+    for name in ("train", "validation", "test"):
+        parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet", [{"prompt": name, "completion": "Here."}])
+    splits = read_examples(tmp_path / given).by_name().values()
+    assert [[e.question for e in split] for split in splits] == [["train"], ["validation"], ["test"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("dev", "valid"), ("Val", "valid"), ("training", "train"), ("tests", "test")]
+)
+def test_splits_are_read_by_the_names_of_others(tmp_path: Path, name: str, split: str) -> None:
+    for one in {"train", name} - ({"train"} if split == "train" else set()):
+        (tmp_path / f"{one}.jsonl").write_text(json.dumps({"prompt": one, "completion": "Here."}), encoding="utf-8")
+    assert [e.question for e in read_examples(tmp_path).by_name()[split]] == [name]
+
+
+def test_our_name_of_a_split_stands_before_that_of_others(tmp_path: Path) -> None:
+    for one in ("train", "valid", "validation"):
+        (tmp_path / f"{one}.jsonl").write_text(json.dumps({"prompt": one, "completion": "Here."}), encoding="utf-8")
+    found = read_examples(tmp_path)
+    assert ([e.question for e in found.valid], found.unread) == (["valid"], ("validation.jsonl",))
+
+
+def test_labels_of_parquet_are_learnt_by_their_names(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": ["dull", "fair"], "_type": "ClassLabel"},
+    }
+    table = pa.table({"text": ["A.", "B.", "C."], "label": [1, 0, -1]})
+    kept = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(kept), tmp_path / "a.parquet")
+    found = read_examples(tmp_path / "a.parquet", skip_bad=True)
+    assert [e.answer for e in found.train] == ["fair", "dull"]
+    assert [str(p).partition("a.parquet:")[2] for p in found.skipped] == [
+        "row 3: label: missing, where other rows have one: write it, or leave the row out (--skip-bad)"
+    ]
+
+
+def test_a_long_cell_does_not_hide_the_dialect(tmp_path: Path) -> None:
+    rows = ["prompt;completion", *(f'"Where, {i}?\n{"x" * 9000}";"Here; {i}."' for i in range(300))]
+    (tmp_path / "a.csv").write_text("\n".join(rows), encoding="utf-8")
+    assert asked(read_examples(tmp_path / "a.csv"))[-1][1] == "Here; 299."

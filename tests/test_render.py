@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -111,6 +111,15 @@ def test_the_answers_with_their_ends_of_turn_are_trained_and_nothing_else(family
     renderer = Renderer(family.tokenizer())
     texts = [text.removeprefix(" ") for text in trained_texts(renderer, renderer.rows(TALK, 0))]
     assert texts == [family.thought + TURNS[i].content + family.end for i in (1, 3)]
+
+
+def test_an_answer_that_is_not_to_be_learnt_is_context_alone(family: Family) -> None:
+    renderer = Renderer(family.tokenizer())
+    turns = (TURNS[0], replace(TURNS[1], learnt=False), *TURNS[2:])
+    rows = renderer.rows(replace(TALK, messages=turns), 0)
+    whole = renderer.rows(TALK, 0)[-1]
+    assert [row.ids for row in rows] == [whole.ids]
+    assert trained_texts(renderer, rows) == trained_texts(renderer, renderer.rows(TALK, 0))[-1:]
 
 
 def test_every_answer_follows_what_generation_starts_from(family: Family) -> None:

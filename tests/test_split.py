@@ -332,3 +332,21 @@ def test_prompts_that_differ_in_a_repeated_sign_alone_are_two_questions() -> Non
     many = example("How many zeros are in 1000000?", "test:1", "It is six.")
     assert shingles(few.question) == shingles(many.question)
     assert require_apart(Examples((few,), (), (many,))) == 1
+
+
+def lines(n: int, first: int = 0) -> list[Example]:
+    """Answers of their own to one request."""
+    return [example("Write a line.", f"x:{i}", words(random.Random(first + i))) for i in range(n)]
+
+
+def test_where_all_ask_one_thing_the_answers_are_split() -> None:
+    split = complete(Examples((*lines(20), *lines(20))), 0).by_name()
+    answers = {name: {one.answer for one in held} for name, held in split.items()}
+    assert all(answers.values())
+    assert not any(a & b for a, b in combinations(answers.values(), 2))
+
+
+def test_where_all_ask_one_thing_an_answer_on_two_sides_is_a_leak() -> None:
+    require_apart(Examples(tuple(lines(12)), (), tuple(lines(3, 100))))
+    with pytest.raises(DataError, match="near-identical to x:5 in train"):
+        require_apart(Examples(tuple(lines(12)), (), (example("Write a line.", "y:1", lines(12)[5].answer),)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import shutil
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from lorafit.planning import Choice
     from lorafit.training.loop import Moment
 
-OPTIONAL_FIELDS = ("check", "group", "input", "system")  # of a row; a misspelt one is passed over
 SECONDS_BETWEEN_LINES = 10.0
 MOST_LABELS = 12  # shown of a split
 WIDTH_OF_REASONS = 100  # columns below which a table of reasons is a pillar of single words
@@ -119,7 +117,7 @@ class Terminal:
         for name, split in report.splits.items():
             if split.contradictions:
                 self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
-        passed_over = [f"'{field}' ({count:,} line{'s' * (count != 1)}{_meant(field)})"
+        passed_over = [f"'{field}' ({count:,} line{'s' * (count != 1)})"
                        for field, count in report.passed_over.items()]  # fmt: skip
         if passed_over:
             self.out.print(Text(f"field{'s' * (len(passed_over) > 1)} passed over: {', '.join(passed_over)}"))
@@ -245,11 +243,6 @@ class Terminal:
         self._end_bar()
         if self.as_json:
             print(json.dumps(summary, allow_nan=False))
-
-
-def _meant(field: str) -> str:
-    near = [one for one in difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.75) if one != field]
-    return f": did you mean {near[0]}?" if near else ""
 
 
 def clipped(text: str, longest: int = 240) -> str:

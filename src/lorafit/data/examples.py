@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lorafit.errors import Problem
 
@@ -14,8 +14,11 @@ TEXT = "text"  # the role of plain text, which answers nothing and is learnt who
 
 @dataclass(frozen=True)
 class Message:
+    """What one side says. learnt: False for an answer that others follow and that is not to be learnt itself."""
+
     role: str
     content: str
+    learnt: bool = field(default=True, repr=False)  # digests are over the repr
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation, or one piece of plain text. `where` is `file:line`; `extra` names fields that were passed over.
+    """One conversation, or one piece of plain text. `where` is `file:line`; `extra` names harmless fields that nothing
+    reads.
 
     `group` names the source it shares with others (a document, a fact): a split keeps a group on one side, and
     intervals resample whole groups.
@@ -51,6 +55,11 @@ class Example:
     def is_text(self) -> bool:
         """Plain text: no question, no answer, every token learnt."""
         return self.messages[0].role == TEXT
+
+    @property
+    def not_learnt(self) -> tuple[int, ...]:
+        """Places of the messages that are marked as not to be learnt."""
+        return tuple(i for i, message in enumerate(self.messages) if not message.learnt)
 
     @property
     def question(self) -> str:
@@ -97,5 +106,5 @@ class Examples:
 
     def digest(self) -> str:
         """SHA-256 over the messages and checks of all splits, whatever files they came from."""
-        content = [[(e.messages, e.check) for e in split] for split in self.by_name().values()]
+        content = [[(e.messages, e.check, *e.not_learnt) for e in split] for split in self.by_name().values()]
         return hashlib.sha256(repr(content).encode()).hexdigest()

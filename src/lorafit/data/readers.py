@@ -14,14 +14,18 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import Problem
 from lorafit.files import did_you_mean
 
+LOOKED_AT, PEEK = 200, 1 << 20  # rows and characters by which the dialect of a table is told
 PIECE = 2000  # characters of plain text that make one example, rounded up to whole paragraphs
+LINE_END = re.compile(r"\r+\n|\r")  # of other systems
+MARK = "\ufeff"  # the byte order mark
 ARCHIVES = (".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
 
 
@@ -75,31 +79,46 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
         wide = next((name for mark, name in WIDE.items() if raw.startswith(mark)), None)
         fix = "save it as UTF-8" if wide else f"give one of {', '.join(READERS)}"
         return refuse(f"{wide}, not UTF-8" if wide else "a binary file", fix)
-    begins = raw.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if ending != ".parquet":
+        raw = raw.replace(codecs.BOM_UTF8, b"")  # joined files have some in the middle
+    begins = raw.lstrip()[:1]
     if ending not in READERS and begins != b"{":
         fix = f"copy it to {path.stem}.txt if it is plain text to be learnt whole, or give one of {', '.join(READERS)}"
         return refuse(f"of no kind that is read ({ending or 'its name has no ending'})", fix)
-    if ending == ".txt" and begins == b"{" and _is_object(raw):
-        return refuse("JSON lines in a file of plain text", f"rename it to {path.stem}.jsonl")
-    records = list(READERS.get(ending, _jsonl)(path, raw, problems))
+    if ending in (".txt", ".csv", ".tsv") and _is_json(raw):
+        meant = "plain text" if ending == ".txt" else "a table"
+        return refuse(f"JSON in a file that is called {meant}", f"rename it to {path.stem}.jsonl")
+    found = READERS.get(ending, _jsonl)(path, raw, problems)
+    records = [Record(record.where, _clean(record.fields)) for record in found]
     if not records and len(problems) == before:
         return refuse("no examples in it", "write at least one")
     return records
 
 
-def _is_object(raw: bytes) -> bool:
-    """Whether the first line is a JSON object."""
+def _is_json(raw: bytes) -> bool:
+    """Whether the first line is a JSON object, or a list of objects begins."""
+    begins = raw.lstrip()
+    if re.match(rb'\[\s*\{\s*"', begins):
+        return True
     try:
-        return isinstance(json.loads(raw.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0]), dict)
+        return isinstance(json.loads(begins.partition(b"\n")[0]), dict)
     except (ValueError, RecursionError):
         return False
 
 
+def _clean(value: Any) -> Any:
+    """The same with one kind of line end and without byte order marks."""
+    if isinstance(value, str):
+        return LINE_END.sub("\n", value.replace(MARK, "")) if "\r" in value or MARK in value else value
+    if isinstance(value, dict):
+        return {_clean(name): _clean(held) for name, held in value.items()}
+    return [_clean(held) for held in value] if isinstance(value, list) else value
+
+
 def _text(path: Path, raw: bytes, problems: list[Problem]) -> str | None:
-    """The file as text; the first line that is not UTF-8 is named."""
-    raw = raw.removeprefix(codecs.BOM_UTF8)
+    """The file as text with one kind of line end; the first line that is not UTF-8 is named."""
     try:
-        return raw.decode()
+        return LINE_END.sub("\n", raw.decode())
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.append(_not_utf8(f"{path}:{line}", raw[error.start], whole=True))
@@ -115,9 +134,12 @@ def _not_utf8(where: str, byte: int, whole: bool = False) -> Problem:
 
 
 def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
-    raw = raw.removeprefix(codecs.BOM_UTF8)
     if raw.lstrip()[:1] == b"[":
         yield from _json(path, raw, problems)
+        return
+    if re.match(rb"\s*\{\s*[\r\n]", raw):
+        fix = "write one JSON object per line (jq -c . OLD > NEW)"
+        problems.append(Problem(f"{path}:1", "JSON objects over several lines", fix, whole=True))
         return
     lines = re.split(rb"\r\n|\n|\r", raw)  # not splitlines: JSON strings may hold other separators
     for number, line in enumerate(lines, 1):
@@ -129,14 +151,24 @@ def _jsonl(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             problems.append(_not_utf8(where, line[error.start]))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            said = _why(error)
-            if number == len(lines):
-                fix = "write the last line again"
-                problems.append(Problem(where, f"not JSON ({said}), and the file ends here: half-written?", fix))
-            else:
-                problems.append(Problem(where, f"not JSON ({said})", "write one JSON object per line"))
+            problems.append(Problem(where, *_not_json(line.decode(), error, last=number == len(lines))))
         else:
             yield from _object(where, row, problems)
+
+
+def _not_json(line: str, error: ValueError | RecursionError, last: bool) -> tuple[str, str]:
+    """What is wrong with a line that is no JSON, and what to do."""
+    if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+        behind = line[error.pos :].strip()
+        if behind == ",":
+            return "a comma behind the object", "write one JSON object per line, without commas between them"
+        if behind.startswith("{"):
+            return "one JSON object after another", "put a line break between them (jq -c . OLD > NEW)"
+    if re.match(r"\s*\{\s*'", line):
+        return "not JSON, but an object as Python prints it", "write it with json.dumps"
+    if last and not line.rstrip().endswith("}"):
+        return f"not JSON ({_why(error)}), and the file ends here: half-written?", "write the last line again"
+    return f"not JSON ({_why(error)})", "write one JSON object per line"
 
 
 def _loaded(text: str) -> Any:
@@ -207,18 +239,25 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
         text = _text(path, raw, problems)
         if not text or not text.strip():
             return
-        above = len(text) - len(text.lstrip("\r\n"))
-        above, text = text[:above].count("\n"), text.lstrip("\r\n")
-        head = text.partition("\n")[0]
-        delimiter = max(delimiters, key=head.count)  # a comma, or what spreadsheets of other countries write
+        above = len(text) - len(text.lstrip("\n"))
+        text = text.lstrip("\n")
+        head, _, below = text.partition("\n")
         if re.fullmatch(r"sep=.\s*", head):  # a spreadsheet's own first line
-            delimiter, text, above = head[4], text.partition("\n")[2], above + 1
+            dialect, text, above = _dialect(head[4], below), below, above + 1
+        else:
+            dialect = _dialect(delimiters, text)
+            while text.startswith("#"):  # a comment before the header, if it has other cells than the header
+                beneath = _dialect(delimiters, below)
+                if beneath.width(text) == beneath.width(below):
+                    break
+                dialect, text, above = beneath, below, above + 1
+                below = text.partition("\n")[2]
         found: list[Problem] = []
-        records = list(_rows(path, text, above, delimiter, csv.QUOTE_MINIMAL, found))
+        records = list(_rows(path, text, above, dialect, found))
         joined = any("\t" in str(cell) or "\n" in str(cell) for record in records for cell in record.fields.values())
-        if delimiter == "\t" and (found or joined):  # most of these files quote nothing
+        if dialect.delimiter == "\t" and (found or joined):  # most of these files quote nothing
             bare: list[Problem] = []
-            again = list(_rows(path, text, above, delimiter, csv.QUOTE_NONE, bare))
+            again = list(_rows(path, text, above, replace(dialect, quoting=csv.QUOTE_NONE), bare))
             if not bare or len(bare) < len(found):
                 records, found = again, bare
         problems += found
@@ -227,12 +266,50 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
     return read
 
 
-def _rows(
-    path: Path, text: str, above: int, delimiter: str, quoting: Literal[0, 3], problems: list[Problem]
-) -> Iterator[Record]:
+@dataclass(frozen=True)
+class Dialect:
+    """How a table is written. blanks: whether blanks after a delimiter belong to no cell."""
+
+    delimiter: str
+    blanks: bool = False
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+
+    def rows(self, text: str) -> Any:
+        """A reader of the cells of each row, which raises csv.Error."""
+        csv.field_size_limit(1 << 30)
+        return csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True, quoting=self.quoting,
+                          skipinitialspace=self.blanks)  # fmt: skip
+
+    def width(self, text: str) -> int:
+        """Cells of the first line."""
+        try:
+            return len(next(self.rows(text.partition("\n")[0]), []))
+        except csv.Error:
+            return 0
+
+
+def _dialect(delimiters: str, text: str) -> Dialect:
+    """The dialect in which most of the first rows have as many cells as the header, the more the better; none of them
+    a quoted text with a blank before it."""
+
+    def fit(dialect: Dialect) -> tuple[int, int]:
+        found: list[list[str]] = []
+        try:
+            found.extend(islice(dialect.rows(text[:PEEK]), LOOKED_AT))
+        except csv.Error:
+            if len(text) <= PEEK or not found:  # else what was cut off may be the end of a quoted cell
+                return (-1, 0)
+        header, *rows = [row for row in found if row] or [[]]
+        even = [row for row in rows if len(row) == len(header) > 1]
+        odd = [row for row in [header, *rows] if any(re.match(r"\s+\".*\"\s*$", cell, re.DOTALL) for cell in row)]
+        return (len(even) - len(odd), len(header))
+
+    return max((Dialect(one, blanks) for blanks in (False, True) for one in delimiters), key=fit)
+
+
+def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Problem]) -> Iterator[Record]:
     """The records of a table. above: lines of the file before the header."""
-    csv.field_size_limit(1 << 30)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    rows = dialect.rows(text)
     started = above
     try:
         header = [name.strip() or f"column {i}" for i, name in enumerate(next(rows, []), 1)]
@@ -247,15 +324,28 @@ def _rows(
             where, started = f"{path}:{started + 1}", above + rows.line_num
             if not any(cell.strip() for cell in cells):
                 continue
-            if len(cells) != len(header):
-                what = f"{len(cells)} cells under {len(header)} columns"
-                problems.append(Problem(where, what, "put cells that hold a comma or line break in quotes"))
-            else:
+            if len(cells) == len(header) > 1 and [cell.strip() for cell in cells] == header:
+                problems.append(Problem(where, "the header once more", "remove the line"))
+            elif len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
+            else:
+                what = f"{len(cells)} cells under {len(header)} column{'s' * (len(header) != 1)}"
+                problems.append(Problem(where, what, _uneven(len(cells), header, dialect.delimiter)))
     except csv.Error as error:
         fix = "write a quote inside quotes twice"
         what = f"not a table ({error}), perhaps a quote that is not closed"
         problems.append(Problem(f"{path}:{started + 1}", what, fix, whole=True))
+
+
+def _uneven(cells: int, header: list[str], delimiter: str) -> str:
+    """What to do about a row with other cells than its header."""
+    named = "a tab" if delimiter == "\t" else f"'{delimiter}'"
+    if cells < len(header):
+        return f"cells are missing at its end: write {named} for each of them, even if it is empty"
+    if len(header) == 1:
+        return (f"if the first line, '{header[0][:40]}', is a title, remove it: the names of the columns come first; "
+                f"else put cells that hold {named} in quotes")  # fmt: skip
+    return f"put cells that hold {named} or a line break in quotes"
 
 
 def _parquet(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
@@ -276,7 +366,8 @@ def _parquet(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record
         what, fix = f"two columns are named '{twice[0]}'", "give every column a name of its own"
         problems.append(Problem(str(path), what, fix, whole=True))
         return
-    columns = [_values(column) for column in table.columns]
+    labels = _label_names(table.schema.metadata or {})
+    columns = [_named(_values(column), labels.get(name)) for name, column in zip(names, table.columns, strict=True)]
     for number, cells in enumerate(zip(*columns, strict=True), 1):
         row = {name: value for name, value in zip(names, cells, strict=True) if value is not None}
         yield Record(f"{path}:row {number}", row)
@@ -289,6 +380,23 @@ def _values(column: Any) -> list[Any]:
     except (ValueError, OverflowError):
         values = column.cast("string").to_pylist()
     return values
+
+
+def _label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """The names of the labels of each column that holds their numbers, as `datasets` keeps them in the schema."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _named(values: list[Any], names: list[str] | None) -> list[Any]:
+    """Names for numbers of labels; -1 is a row without a label."""
+    if names is None:
+        return values
+    return [names[value] if type(value) is int and 0 <= value < len(names) else None if value == -1 else value
+            for value in values]  # fmt: skip
 
 
 def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
@@ -312,7 +420,7 @@ def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Rec
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
     """Lines with their places; one longer than two pieces in parts that end where sentences do."""
-    for number, line in enumerate(re.sub(r"\r\n?", "\n", text).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         part, place, cut = "", f"{number}", 1
         for sentence in re.split(r"(?<=[.!?…]\s)|(?<=[。！？])", line) if len(line) > 2 * PIECE else [line]:
             if len(part) >= 2 * PIECE:
@@ -333,7 +441,7 @@ READERS: dict[str, Callable[[Path, bytes, list[Problem]], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".csv": _table(",;\t"),
+    ".csv": _table(",;\t|"),
     ".tsv": _table("\t"),
     ".parquet": _parquet,
     ".txt": _paragraphs,

@@ -9,12 +9,14 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from lorafit.data.examples import SPLITS, Check, Examples
-from lorafit.data.forms import fields_of, form_of, formless, parsed, renamed_columns
+from lorafit.data.advice import formless, unread_fields
+from lorafit.data.examples import SPLITS, Check, Example, Examples
+from lorafit.data.fields import UNUSED, fields_of, renamed_columns
+from lorafit.data.forms import form_of, parsed
 from lorafit.data.readers import Record, kinds, read_records
 from lorafit.errors import DataError, Problem
 
-MISNAMED = {
+ALSO_CALLED = {
     "validation": "valid",
     "val": "valid",
     "dev": "valid",
@@ -22,7 +24,9 @@ MISNAMED = {
     "training": "train",
     "tests": "test",
 }
-NOT_EXAMPLES = {"readme", "license", "licence", "copying", "notice"}  # names of files that come with data
+NOT_EXAMPLES = {  # names of files that come with data
+    "readme", "license", "licence", "copying", "notice", "dataset_dict", "dataset_info", "dataset_infos", "state",
+}  # fmt: skip
 TEXTS = "texts"  # of a folder that holds nothing else: all are trained on, each a group
 SHARD = r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$"  # what ends the names of files that are parts of one
 MOST_LABELS = 30  # named in the system prompt
@@ -38,9 +42,15 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     `messages`; `conversations` (sharegpt); `prompt`, `completion`; `instruction`, `input`, `output` (alpaca); `text`,
     `label` (classification); `text`. It may carry a `check` and a `group`.
 
-    columns: `field=column` for columns of other names, such as `prompt=question`. skip_bad: leave out rows that cannot
-    be used, kept in `Examples.skipped`.
-    Raises DataError with all problems of all files, SettingsError for columns that cannot be.
+    Args:
+        path: the file or folder, or `builtin`.
+        columns: `field=column` for columns of other names, such as `prompt=question`; `unused=column` for a column that
+            is to be passed over.
+        skip_bad: leave out rows that cannot be used, kept in `Examples.skipped`.
+
+    Raises:
+        DataError: with all problems of all files.
+        SettingsError: for columns that cannot be.
     """
     renamed = renamed_columns(columns)
     splits = {}
@@ -49,22 +59,52 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     for split, parts in given.items():
         before, file = len(problems), parts[0]
         records = [record for part in parts for record in _records(part, problems, file_is_group=split == TEXTS)]
-        lost = [name for name in renamed if records and not any(name in record.fields for record in records)]
+        lost = [name for name, field in renamed.items()
+                if records and field != UNUSED and not any(name in record.fields for record in records)]  # fmt: skip
         if lost:
             there = sorted({name for record in records[:100] for name in record.fields})[:12]
             fix = f"name another, --columns may name: {', '.join(there)}"
             problems += [Problem(str(file), f"no column '{name}'", fix, whole=True) for name in lost]
             continue
-        if len(records) > 1 and not any(form_of(fields_of(record, renamed)) for record in records):
-            problems.append(replace(formless(str(file), records[0].fields), whole=True))
-            continue
-        found = [parsed(record, renamed, problems) for record in records]
+        found = _parsed(str(file), records, renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)
-        splits["train" if split == TEXTS else split] = tuple(example for example in found if example is not None)
+        splits["train" if split == TEXTS else split] = found
+    splits = _labelled(splits, problems)
     skippable = skip_bad and not any(problem.whole for problem in problems) and all(splits.values())
     if problems and not skippable:
         raise DataError(problems)
     return _with_labels(Examples((), skipped=tuple(problems), unread=unread).with_splits(splits))
+
+
+def _parsed(
+    file: str, records: Sequence[Record], renamed: dict[str, str], problems: list[Problem]
+) -> tuple[Example, ...]:
+    """The examples of the records of one split, with every problem told."""
+    rows = [fields_of(record.fields, renamed) for record in records]
+    forms = [form_of(row) for row in rows]
+    if len(records) > 1 and not any(forms):
+        problems.append(replace(formless(file, records, renamed), whole=True))
+        return ()
+    found: list[Example | None] = []
+    unknown: dict[str, Record] = {}
+    for record, row, form in zip(records, rows, forms, strict=True):
+        if form is None:
+            problems.append(formless(record.where, [record], renamed))
+        else:
+            found.append(parsed(record, row, form, problems, unknown))
+    if unknown:
+        problems.append(unread_fields(unknown, renamed))
+    return tuple(example for example in found if example is not None)
+
+
+def _labelled(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -> dict[str, tuple[Example, ...]]:
+    """The splits without texts that lack the label that others have, each told."""
+    if not any(example.label is not None for split in splits.values() for example in split):
+        return splits
+    fix = "write it, or leave the row out (--skip-bad)"
+    problems += [Problem(f"{e.where}: label", "missing, where other rows have one", fix)
+                 for split in splits.values() for e in split if e.is_text]  # fmt: skip
+    return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
 
 
 def _line(problem: Problem) -> int:
@@ -98,23 +138,16 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
             raise DataError([Problem(str(path), f"{what}, not examples", "give a file or folder of examples here")])
     if not path.is_dir():
         return {"train": [path]}, ()
-    named: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(path.iterdir()):
-        stem, _, ending = file.name.lower().partition(".")
-        if f".{ending.removesuffix('.gz')}" in kinds() and stem not in NOT_EXAMPLES:
-            named[re.sub(SHARD, "", stem)].append(file)
-    problems = [Problem(str(file), "not a name that is read",
-                        f"rename it to {MISNAMED[stem]}{file.name[len(stem):]}")
-                for stem in MISNAMED for file in named[stem]]  # fmt: skip
-    problems += [
-        Problem(str(path), f"two {split} files: {', '.join(file.name for file in named[split])}", "leave one of them")
-        for split in SPLITS
-        if len(named[split]) > 1 and not all(re.search(SHARD, file.name.partition(".")[0]) for file in named[split])
-    ]
+    named = _by_name(path)
+    problems = []
     for split in SPLITS:
-        parts = re.search(SHARD, named[split][0].name.partition(".")[0]) if named[split] else None
-        if parts and int(parts[1]) != len(named[split]):
-            what = f"{len(named[split])} of the {int(parts[1])} parts of {split} are here"
+        stems = {_stem(file) for file in named[split]}
+        parts = next((int(found[1]) for file in named[split] if (found := re.search(SHARD, _stem(file)))), 1)
+        if len({re.sub(SHARD, "", stem) for stem in stems}) > 1 or (parts == 1 and len(named[split]) > 1):
+            what = f"two {split} files: {', '.join(file.name for file in named[split])}"
+            problems.append(Problem(str(path), what, "leave one of them"))
+        elif named[split] and parts != len(named[split]):
+            what = f"{len(named[split])} of the {parts} parts of {split} are here"
             problems.append(Problem(str(path), what, "copy the others too"))
     if problems:
         raise DataError(problems)
@@ -124,11 +157,15 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         return given, tuple(file.name for file in readable if not any(file in parts for parts in given.values()))
     if len(readable) > 1 and all(file.suffix == ".txt" for file in readable) and not (named["valid"] or named["test"]):
         return {TEXTS: readable}, ()
+    if not readable and (path / "data").is_dir():  # as the hub has it
+        return _files(path / "data")
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     here = ", ".join(names[:8]) + (" ..." if names[8:] else "") or "nothing"
     packed = next((name for name in names if name.endswith(".zip")), None)
-    if len(readable) == 1:
-        fix = f"give that file, {readable[0]}, or call it train{readable[0].suffix}"
+    if any(name in ("dataset_dict.json", "dataset_info.json") for name in names):
+        fix = "write each split with datasets.load_from_disk(FOLDER)[SPLIT].to_json('SPLIT.jsonl'), and give these"
+    elif len(readable) == 1:
+        fix = f"give that file, {readable[0]}, or call it train.{readable[0].name.partition('.')[2]}"
     elif readable:
         fix = "name the files train, valid and test, or give one of them"
     elif packed or any(file.is_dir() for file in path.iterdir()):
@@ -137,6 +174,25 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         fix = "give files named train, valid and test (jsonl, json, csv, tsv, parquet or txt), or one file"
     what = f"no train.jsonl or other training file in this folder (it holds {here})"
     raise DataError([Problem(str(path), what, fix)])
+
+
+def _by_name(path: Path) -> dict[str, list[Path]]:
+    """The files of a folder by what they are called, parts of one file together. A split that other programs call
+    otherwise has our name, unless a file of that name is there too."""
+    named: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(path.iterdir()):
+        stem, _, ending = file.name.lower().partition(".")
+        if f".{ending.removesuffix('.gz')}" in kinds() and stem not in NOT_EXAMPLES:
+            named[re.sub(SHARD, "", stem)].append(file)
+    given = {split for split in SPLITS if split in named}
+    for name, split in ALSO_CALLED.items():
+        if split not in given:
+            named[split] += named.pop(name, [])
+    return named
+
+
+def _stem(file: Path) -> str:
+    return file.name.lower().partition(".")[0]
 
 
 def _with_labels(examples: Examples) -> Examples:

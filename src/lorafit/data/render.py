@@ -160,14 +160,15 @@ class Renderer:
         return [*ids, self.stop_ids[0]] if last is None else ids[: last + 1]
 
     def rows(self, example: Example, index: int) -> list[Row]:
-        """One row with every answer trained; or one row per answer, where the template writes earlier turns
-        differently once later ones follow (then no single text is what the model sees at each answer).
+        """One row with every answer trained, but those marked as not to be learnt; or one row per answer, where the
+        template writes earlier turns differently once later ones follow (then no single text is what the model sees at
+        each answer).
 
         Plain text is no conversation: no template, every token trained, the end of the text included."""
         if example.is_text:
             ids = [*self._ids(example.answer, whole=True), self.stop_ids[0]]
             return [Row(tuple(ids), (False, *[True] * (len(ids) - 1)), index)]
-        turns = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
+        turns = [i for i, message in enumerate(example.messages) if message.role == "assistant" and message.learnt]
         built = [self._turn(example.messages, i) for i in turns]
         ids, trained = built[0]
         for next_ids, next_trained in built[1:]:

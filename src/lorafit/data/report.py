@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorafit.data.examples import Example, Examples
-from lorafit.data.split import identical, near_pairs, shingle_sets
+from lorafit.data.split import asks_one_thing, identical, near_pairs, shingle_sets
 
 MANY = 10  # examples with one answer that are worth a remark
 CUT = 100  # characters: no shorter answers are taken for cut off
@@ -136,6 +136,9 @@ def _remarks(given: dict[str, tuple[Example, ...]]) -> tuple[Remark, ...]:
     if len(cut) > max(MANY, len(answered) // 20) and longest > CUT:
         what = f"have an answer of exactly {longest:,} characters, which is the longest"
         found.append((what, cut, "go back to the source if they were cut there"))
+    if asks_one_thing(everything):
+        advice = "right for teaching a voice; else give the questions that were asked"
+        found.append(("ask one and the same thing, so that answers are what is held out", everything, advice))
     found += _mixed(everything) + _labels(given)
     taught = {e.group for e in given.get("train", ()) if e.group is not None}
     shared = [e for name in given if name != "train" for e in given[name] if e.group in taught]
@@ -179,7 +182,7 @@ def _describe(split: Sequence[Example]) -> SplitReport:
     said: dict[str, set[str]] = defaultdict(set)
     for example in split:
         said[" ".join(example.question.lower().split())].add(" ".join(example.answer.lower().split()))
-    answers = [m for example in split for m in example.messages if m.role == "assistant"]
+    answers = [m for example in split for m in example.messages if m.role == "assistant" and m.learnt]
     return SplitReport(
         examples=len(split),
         answers=len(answers),

@@ -23,6 +23,7 @@ from lorafit.errors import DataError, Problem
 
 SIMILAR = 0.85
 ALIKE = 0.5  # of answers
+VOICE = 10  # different answers to one request that teach how something is said
 # Signs that stand for sounds in scripts that write vowels above and below the line; re does not count them to words.
 _MARKS = "".join(one for one in map(chr, range(0x10000)) if unicodedata.category(one)[0] == "M")
 # How a thing is written, not what: "12+5?" and "12-5?" stay two questions, and so do "a = b?" and "a != b?".
@@ -87,9 +88,30 @@ def near_pairs(
             bucket.append(j)
 
 
+def asks_one_thing(examples: Sequence[Example]) -> bool:
+    """Whether all examples ask the same and answer differently, as where a voice is taught by one request: then what
+    can be held out is answers."""
+    if any(example.is_text for example in examples):
+        return False
+    questions, answers = ({_plain(text) for text in texts} for texts in (
+        [example.question for example in examples], [example.answer for example in examples]))  # fmt: skip
+    return len(questions) == 1 and len(answers) >= VOICE
+
+
+def _told_apart_by(examples: Sequence[Example]) -> list[str]:
+    """The text by which each example is told apart from the others."""
+    by_answer = asks_one_thing(examples)
+    return [example.answer if by_answer else example.question for example in examples]
+
+
+def _plain(text: str) -> str:
+    """What is said, without how it is written."""
+    return _FORM.sub(" ", text.lower()).strip()
+
+
 def clusters(examples: Sequence[Example]) -> list[list[int]]:
-    """Positions of examples that must stay together: near-identical prompts, chains of them, and those of one
-    `group`; in order of first member."""
+    """Positions of examples that must stay together: near-identical prompts (near-identical answers, where all ask one
+    thing), chains of them, and those of one `group`; in order of first member."""
     parent = list(range(len(examples)))
 
     def root(i: int) -> int:
@@ -106,7 +128,7 @@ def clusters(examples: Sequence[Example]) -> list[list[int]]:
     for i, example in enumerate(examples):
         if example.group is not None:
             join(named.setdefault(example.group, i), i)
-    sets = shingle_sets([example.question for example in examples])
+    sets = shingle_sets(_told_apart_by(examples))
     same = identical(sets)
     for first, positions in same.items():
         for i in positions:
@@ -160,9 +182,10 @@ def require_apart(examples: Examples) -> int:
 
     Near-identical are examples whose prompts are, unless the prompts differ at all and their answers are different
     (similarity below 0.5): "open[yes]" and "open[no]" ask for two answers. Returns how many of those there are.
+    Where all examples ask one thing, near-identical are those whose answers are.
     """
     everything = [(side, example) for side, split in examples.by_name().items() for example in split]
-    sets = shingle_sets([example.question for _, example in everything])
+    sets = shingle_sets(_told_apart_by([example for _, example in everything]))
     same = identical(sets)
     sides = {first: {everything[i][0] for i in positions} for first, positions in same.items()}
     beside: dict[int, list[int]] = defaultdict(list)  # an example, and the near-identical ones of earlier splits
@@ -186,7 +209,7 @@ def require_apart(examples: Examples) -> int:
 
 def _alike(one: Example, other: Example) -> bool:
     """Of two examples with near-identical prompts: whether knowing one is knowing the other."""
-    if _FORM.sub(" ", one.question.lower()).strip() == _FORM.sub(" ", other.question.lower()).strip():
+    if _plain(one.question) == _plain(other.question):
         return True
     return similarity(shingles(one.answer), shingles(other.answer)) >= ALIKE
 

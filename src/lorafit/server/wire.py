@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from lorafit.data.examples import Message
+from lorafit.data.messages import ROLES, joined
 from lorafit.errors import RequestError
 from lorafit.serving import Token
 from lorafit.serving.request import HOTTEST, LONGEST_STOP, MOST_LOGPROBS, MOST_SCALE, MOST_STOPS
@@ -74,8 +75,8 @@ class Turn(Body):
     content: Text | list[Part]
 
     def message(self) -> Message:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, content)
+        content = self.content if isinstance(self.content, str) else joined(part.text for part in self.content)
+        return Message(ROLES[self.role], content)
 
 
 class Schema(Body):

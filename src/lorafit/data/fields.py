@@ -1,0 +1,179 @@
+"""Names of fields: what a column of another name most likely is, what may be passed over, what must not be.
+
+A field that holds something is used, or harmless by its name, or refused. Nothing that carries meaning is passed over
+in silence.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import string
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from lorafit.errors import SettingsError
+
+UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
+FIELDS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
+                    "text", "label", "check", "group"})  # fmt: skip
+OPTIONAL = ("system", "check", "group")  # fields of a row of any form (of plain text, no system)
+TURNS = frozenset({"messages", "conversations"})
+SPOKEN = TURNS | {"prompt", "completion"}  # fields that may hold a list of messages
+PACKED = TURNS | {"check"}  # fields that the cell of a table holds as JSON
+SPEAKERS = frozenset({"role", "from"})  # fields by which a message says who speaks
+MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight")  # whether something is to be learnt
+TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"  # what shows nothing
+
+ALSO = {  # what others call these fields, in the public data sets met so far
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "prompt": ("instruction", "question", "query", "source", "mr", "problem", "document", "original_text", "ask",
+               "user"),
+    "input": ("context", "passage", "schema"),
+    "completion": ("output", "answer", "response", "reply", "target", "ref", "reference", "summary",
+                   "reference_summary", "solution", "assistant", "chosen"),
+    "text": ("sentence", "utterance", "review", "content", "body", "comment", "message"),
+    "label": ("intent", "category", "class", "sentiment", "topic", "label_text", "label_name"),
+}  # fmt: skip
+
+# Where a row comes from, when it was made, how long it is: nothing that an answer depends on.
+HARMLESS = frozenset({
+    "id", "ids", "idx", "index", "nr", "no", "row", "uid", "uuid", "guid", "key", "hash", "sha", "md5", "checksum",
+    "source", "sources", "origin", "author", "authors", "by", "at", "url", "urls", "uri", "link", "links",
+    "license", "licence", "annotator", "annotators", "worker", "contributor", "dataset", "data_source", "subset",
+    "split", "config", "file", "filename", "file_name", "path", "file_path", "page", "pages", "line", "section",
+    "created", "created_at", "updated", "updated_at", "modified", "date", "time", "datetime", "timestamp", "year",
+    "month", "lead_time", "duration", "language", "lang", "languages", "locale", "version", "model", "model_name",
+    "generator", "created_by", "meta", "metadata", "length", "token_count", "num_tokens", "n_tokens", "num_turns",
+    "n_turns", "num_words", "n_words",
+})  # fmt: skip
+ENDS_OF_HARMLESS = ("_id", "_ids", "_idx", "_index", "_uuid", "_hash", "_url", "_date", "_time", "_at", "_timestamp")
+# What a row is about: told by its question too, but not by a text that is learnt alone.
+DESCRIPTIONS = frozenset({
+    "category", "categories", "topic", "topics", "domain", "subject", "subjects", "tag", "tags", "type", "kind",
+    "task", "task_type", "difficulty", "level", "desk", "department", "team", "queue", "channel", "wording",
+})  # fmt: skip
+HARMLESS_OF_TEXT = frozenset({"title"})  # as encyclopedias have it
+HARMLESS_OF_MESSAGES = HARMLESS | {"name", "annotations"}
+
+_TOOL = ("a call of a tool, which is not learnt", "write it as text, or leave the row out (--skip-bad)")
+_TOOLS = ("tools, whose calls are not learnt", "leave the row out (--skip-bad)")
+_MEDIA = ("pictures, sounds or films, which are not read", "leave the row out (--skip-bad)")
+_EARLIER = ("earlier turns, which would be left out", "write the conversation as messages")
+_PREFERENCE = (
+    "a preference (a better and a worse answer), and learning from preferences is not there yet",
+    "leave the row out (--skip-bad)",
+)
+MEANING = {
+    **dict.fromkeys(("tool_calls", "tool_call", "function_call", "tool_call_id"), _TOOL),
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("history", "chat_history", "conversation_history", "previous", "earlier"), _EARLIER),
+    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+}
+
+
+def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
+    """The field that each named column holds.
+
+    Args:
+        columns: texts of the form FIELD=COLUMN. The field `unused` may be given to any number of columns.
+
+    Raises:
+        SettingsError: a text of another form, an unknown field, or a field or column that is named twice.
+    """
+    found: dict[str, str] = {}
+    for given in columns:
+        field, _, column = given.partition("=")
+        if field not in FIELDS | {UNUSED} or not column:
+            known = ", ".join(sorted(FIELDS))
+            raise SettingsError(
+                f"--columns {given}: write FIELD=COLUMN, such as prompt=question; FIELD is one of {known}, or "
+                f"{UNUSED} for a column that is passed over"
+            )
+        if column in found or (field in found.values() and field != UNUSED):
+            twice = column if column in found else field
+            raise SettingsError(f"--columns {given}: '{twice}' is named twice: leave one of them")
+        found[column] = field
+    return found
+
+
+def fields_of(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a row under the names that the forms know, without those that are unused. What is named by a flag
+    stands before a column that has the name by itself."""
+    taken = {field for column, field in renamed.items() if column in row}
+    named = {name: value for name, value in row.items() if name in renamed or name not in taken}
+    found = {renamed.get(name, name): value for name, value in named.items() if renamed.get(name) != UNUSED}
+    found |= {name: unpacked(found[name]) for name in PACKED & set(found)}
+    found |= {name: turns for name in SPOKEN & set(found) if (turns := turns_in(found[name]))}
+    unused = {name for name, field in renamed.items() if field == UNUSED and "[]." in name}
+    for name in SPOKEN & set(found) if unused else ():
+        found[name] = _without(found[name], {key for one, _, key in (path.partition("[].") for path in unused)
+                                             if one == name})  # fmt: skip
+    return found
+
+
+def _without(turns: Any, keys: set[str]) -> Any:
+    if not isinstance(turns, list):
+        return turns
+    return [{k: v for k, v in turn.items() if k not in keys} if isinstance(turn, dict) else turn for turn in turns]
+
+
+def unpacked(value: Any) -> Any:
+    """What a cell of a table holds as JSON, or as Python prints it; anything else as it is."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(value.strip())
+    return value
+
+
+def turns_in(value: Any) -> list[dict[str, Any]] | None:
+    """The messages that a value holds, as a list or as the text of one; None for anything else."""
+    held = unpacked(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    whole = isinstance(held, list) and held and all(isinstance(one, dict) and SPEAKERS & set(one) for one in held)
+    return held if whole else None
+
+
+def filled(value: Any) -> bool:
+    """Whether a value says anything: a null, a blank text, a list or object of such do not."""
+    if isinstance(value, str):
+        return value.strip(BLANK) not in ("", "[]", "{}")
+    if isinstance(value, float):
+        return not math.isnan(value)
+    if isinstance(value, dict):
+        return any(filled(held) for held in value.values())
+    if isinstance(value, list):
+        return any(filled(held) for held in value)
+    return value is not None
+
+
+def truth_of(value: Any) -> bool | None:
+    """What a mark says, whether as a number, as true or false, or as text; None for anything else."""
+    return TRUTH.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
+
+
+def meaning_of(path: str) -> tuple[str, str] | None:
+    """What a field holds that must not be passed over, and what to do; None for other fields."""
+    return MEANING.get(_plain(path.rpartition("[].")[2]))
+
+
+def is_harmless(path: str, value: Any, form: str | None) -> bool:
+    """Whether a field may be passed over because of its name, in a row of this form. A column without a name may, where
+    it counts."""
+    of_message, name = "[]." in path, _plain(path.rpartition("[].")[2])
+    if not name or name.startswith(("unnamed", "column_", "index_level")):
+        return str(value).strip().replace(".", "", 1).isdigit()
+    if name.endswith(ENDS_OF_HARMLESS):
+        return True
+    if of_message:
+        return name in HARMLESS_OF_MESSAGES
+    return name in HARMLESS | (HARMLESS_OF_TEXT if form == "text" else DESCRIPTIONS)
+
+
+def _plain(name: str) -> str:
+    return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

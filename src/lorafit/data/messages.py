@@ -1,0 +1,163 @@
+"""One reading of a message, for examples that are learnt and for requests that are answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorafit.data.examples import Message
+from lorafit.data.fields import BLANK, MARKS, filled, meaning_of, truth_of
+
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
+ROLES_OF_TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a message that is text
+BY, SAYS = ("role", "from"), ("content", "value")  # who says a message, and what it says: OpenAI's and sharegpt's names
+KINDS: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", int: "a number",
+                          float: "a number"}  # fmt: skip
+
+Wrong = Callable[..., None]
+"""wrong(what, fix, field): report a problem of the row at hand."""
+
+
+def role_of(name: str) -> str | None:
+    """The role that a name means, in whatever case; None for a name that means none."""
+    return ROLES.get(name.strip().lower())
+
+
+def joined(texts: Iterable[str]) -> str:
+    """The content of a message that is given in parts."""
+    return "".join(texts)
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value of this type."""
+    return KINDS.get(type(value), type(value).__name__)
+
+
+def read_turns(given: Mapping[str, Any], wrong: Wrong) -> tuple[Message, ...]:
+    """The messages of one conversation, up to the last answer that is to be learnt.
+
+    Args:
+        given: one or more lists of messages by the name of their field, in order.
+        wrong: is told every problem.
+
+    Returns:
+        The messages, without empty system messages; of no use where a problem was told.
+    """
+    found: list[Message | None] = []
+    for name, turns in given.items():
+        if isinstance(turns, str) and turns.strip()[:1] in ("[", "{"):
+            wrong("text that is neither JSON nor a list as Python prints it", "write it with json.dumps", name)
+            return ()
+        if not isinstance(turns, list) or not turns:
+            wrong("not a list of messages", 'write [{"role": "user", "content": "..."}, ...]', name)
+            return ()
+        found += [_turn(turn, name, i, wrong) for i, turn in enumerate(turns)]
+    read = [message for message in found if message is not None]
+    if len(read) < len(found):
+        return ()
+    name, first = next((name, turns[0]) for name, turns in given.items())
+    spoken = [message for message in read if message.content]
+    _order(spoken, name, field_of(first, BY) or BY[0], wrong)
+    return _up_to_last_learnt(spoken, name, wrong)
+
+
+def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
+    """The message, or None with its problems told; one without content is an empty system message."""
+    place = f"{name}[{i}]"
+    if not isinstance(turn, dict):
+        wrong("not an object", 'write {"role": "user", "content": "..."}', place)
+        return None
+    by, says = field_of(turn, BY), field_of(turn, SAYS) or ("value" if "from" in turn else "content")
+    if by is None:
+        wrong(f"a turn without 'role' (it has {', '.join(list(turn)[:6])})", "rename its fields to role and content",
+              name)  # fmt: skip
+        return None
+    told = turn[by]
+    role = role_of(told) if isinstance(told, str) else None
+    if role is None and isinstance(told, str) and told.strip().lower() in ROLES_OF_TOOLS:
+        wrong(f"a turn of a tool ({told}), which is not learnt", "leave the row out (--skip-bad)", f"{place}.{by}")
+        return None
+    if role is None:
+        wrong(f"unknown role {json.dumps(told, default=str)}", "use system, user, assistant", f"{place}.{by}")
+        return None
+    if not filled(turn.get(says)) and any(meaning_of(key) and filled(value) for key, value in turn.items()):
+        return None  # a call without words: told with all that must not be passed over
+    message = said(role, turn.get(says), f"{place}.{says}", wrong)
+    marks = {mark: turn[mark] for mark in MARKS if role == "assistant" and filled(turn.get(mark))}
+    for mark, value in marks.items():
+        if truth_of(value) is None:
+            wrong(f"{json.dumps(value, default=str)}, where an answer is learnt or not", "write 0 or 1",
+                  f"{place}.{mark}")  # fmt: skip
+            return None
+    return message and replace(message, learnt=all(truth_of(value) for value in marks.values()))
+
+
+def field_of(turn: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first of the names that the turn has, before all one that holds something."""
+    there = [name for name in names if name in turn]
+    return next((name for name in there if turn[name] is not None), next(iter(there), None))
+
+
+def said(role: str, content: Any, field: str, wrong: Wrong) -> Message | None:
+    """A message of this content, or None with the problem told. A system message may be empty, which is none."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
+        strange = next((i for i, part in enumerate(content) if part["type"] not in TEXT_PARTS), None)
+        if strange is not None:
+            what = f"a part of type {json.dumps(content[strange]['type'], default=str)}, which is not learnt"
+            wrong(what, "write text alone, or leave the row out (--skip-bad)", f"{field}[{strange}]")
+            return None
+        texts = [part.get(field_of(part, ("text", "value")) or "text") for part in content]
+        content = joined(texts) if all(isinstance(text, str) for text in texts) else content
+    if not isinstance(content, str):
+        wrong(f"not text but {kind_of(content)}", "write a string", field)
+    elif not encodable(content):
+        wrong("holds half of a character (a lone surrogate, \\ud800 to \\udfff)", "write the whole character", field)
+    elif content.strip(BLANK):
+        return Message(role, content)
+    elif role == "system":
+        return Message(role, "")
+    else:
+        what = "an empty answer: nothing to learn" if role == "assistant" else "empty"
+        wrong(what, "fill it in, or remove the line", field)
+    return None
+
+
+def encodable(text: str) -> bool:
+    """Whether a text holds whole characters alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _order(turns: list[Message], name: str, by: str, wrong: Wrong) -> None:
+    roles = [turn.role for turn in turns]
+    if "assistant" not in roles:
+        wrong("no assistant message: nothing to learn", "add the answer, or remove the line", name)
+    elif roles[-1] != "assistant":
+        wrong(f"ends with a {roles[-1]} message", "end with the assistant's answer", name)
+    if "system" in roles[1:]:
+        wrong("a system message that is not the first", "put it first", f"{name}[{roles.index('system', 1)}].{by}")
+    spoken = [role for role in roles if role != "system"]
+    if spoken and spoken[0] == "assistant":
+        wrong("begins with an answer", "begin with a user message", f"{name}[0].{by}")
+    for i in range(1, len(spoken)):
+        if spoken[i] == spoken[i - 1]:
+            wrong(f"two {spoken[i]} messages in a row", "join them into one", name)
+            break
+
+
+def _up_to_last_learnt(turns: list[Message], name: str, wrong: Wrong) -> tuple[Message, ...]:
+    """What follows the last answer that is learnt has no part in learning it."""
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    learnt = [i for i in answers if turns[i].learnt]
+    if answers and not learnt:
+        wrong("every answer is marked as not to be learnt", "give the one to learn weight 1, or remove the line", name)
+    return tuple(turns[: learnt[-1] + 1] if learnt else turns)
