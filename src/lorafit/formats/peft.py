@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapter import FORMAT, Adapter
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json, whole_folder, write_json, write_text
 from lorafit.plan import LowRank, Plan
@@ -33,7 +33,8 @@ _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vect
 
 # What in our adapter_config.json decides what PEFT computes.
 _COMPUTES = {
-    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "bias",
 }  # fmt: skip
 
 # Settings of PEFT that change what an adapter computes and that are not read here, each with its neutral values.
@@ -77,7 +78,7 @@ def write(
             f"PEFT knows one variant per adapter, this one has {', '.join(sorted(variants))}: train one of them"
         )
     ours = {
-        "format": 1,
+        "format": FORMAT,
         "plan": adapter.plan.to_json(),
         "base": adapter.base,
         "base_name": adapter.base_name,
@@ -103,7 +104,17 @@ def routing_of(folder: Path) -> bytes | None:
     return (folder / ROUTING).read_bytes() if (folder / ROUTING).exists() else None
 
 
-def _config(adapter: Adapter) -> dict[str, Any]:
+def _exactly(path: str) -> str:
+    """A pattern of PEFT's that no longer path ends in: it puts `(.*\\.)?` before each pattern."""
+    return f"^{re.escape(path)}"
+
+
+def _nothing_but(paths: Iterable[str]) -> str:
+    """A pattern for every path but these."""
+    return f"(?!({'|'.join(map(re.escape, paths))})$).*"
+
+
+def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[str, Any]:
     slots = adapter.plan.slots
     rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
     alpha = Counter(slot.alpha for slot in slots).most_common(1)[0][0]
@@ -115,10 +126,11 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "revision": revision,
         "r": rank,
         "lora_alpha": _number(alpha),
-        # Whole paths: a bare name could also match a module that the plan leaves alone.
         "target_modules": [slot.site.path for slot in slots],
-        "rank_pattern": {slot.site.path: slot.rank for slot in slots if slot.rank != rank},
-        "alpha_pattern": {slot.site.path: _number(slot.alpha) for slot in slots if slot.alpha != alpha},
+        # PEFT takes a target for the end of longer paths as well (fc for block.fc): all others are excluded.
+        "exclude_modules": _nothing_but(slot.site.path for slot in slots),
+        "rank_pattern": {pattern(slot.site.path): slot.rank for slot in slots if slot.rank != rank},
+        "alpha_pattern": {pattern(slot.site.path): _number(slot.alpha) for slot in slots if slot.alpha != alpha},
         "lora_dropout": 0.0,
         "fan_in_fan_out": all(slot.site.kind == "conv1d" for slot in slots),
         "bias": "none",
@@ -127,6 +139,11 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _config_of_format_1(adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json as it was written with format 1: plain paths as patterns."""
+    return {key: value for key, value in _config(adapter, pattern=str).items() if key != "exclude_modules"}
 
 
 def _base_of(adapter: Adapter) -> tuple[str | None, str | None]:
@@ -163,7 +180,7 @@ class Glance:
 
 def glance(folder: Path) -> Glance:
     """Of one of our adapter folders. Raises FormatError."""
-    ours = read_json(folder / OURS) if (folder / OURS).exists() else {}
+    ours = _ours(folder) if (folder / OURS).exists() else {}
     try:
         rendering = Rendering(**ours["rendering"]) if ours.get("rendering") else None
         return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), ours.get("base_name"))
@@ -235,8 +252,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _ours(folder: Path) -> dict[str, Any]:
+    """lorafit.json of a folder. Raises FormatError for a format that is not known."""
     ours = read_json(folder / OURS)
+    if not isinstance(ours, dict) or type(number := ours.get("format")) is not int:
+        raise FormatError(f"{folder / OURS}: 'format' is missing or odd: restore the file, it was edited or damaged")
+    if not 1 <= number <= FORMAT:
+        raise FormatError(
+            f"{folder / OURS}: of format {number}, and this lorafit reads 1 to {FORMAT}: use a newer lorafit"
+        )
+    return ours
+
+
+def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
         adapter = Adapter(plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None)
@@ -244,12 +273,13 @@ def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor])
         raise FormatError(
             f"{folder / OURS}: {error!r} is missing or odd: restore the file, it was edited or damaged"
         ) from error
-    if adapter.digest() != digest:
+    if (adapter.digest_of_format_1() if ours["format"] == 1 else adapter.digest()) != digest:
         raise FormatError(
             f"{folder}: the tensors are not those that were saved: restore the folder, or delete "
             f"{OURS} to read it as an adapter of unknown origin"
         )
-    edited = [key for key, value in _config(adapter).items() if key in _COMPUTES and config.get(key) != value]
+    written = _config_of_format_1(adapter) if ours["format"] == 1 else _config(adapter)
+    edited = [key for key, value in written.items() if key in _COMPUTES and config.get(key) != value]
     if edited:
         raise FormatError(
             f"{folder / CONFIG}: {', '.join(edited)} differ from {OURS}: PEFT would compute something else than "
