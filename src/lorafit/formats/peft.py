@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorafit.adapter import FORMAT, Adapter
+from lorafit.adapter import FORMAT, Adapter, Claims
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json, whole_folder, write_json, write_text
+from lorafit.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
 from lorafit.plan import LowRank, Plan
 from lorafit.records import Rendering
 from lorafit.sites import Site
@@ -28,7 +29,6 @@ from lorafit.sources import hub
 CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it
 FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
-_PREFIX = "base_model.model."
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 # What in our adapter_config.json decides what PEFT computes.
@@ -36,24 +36,6 @@ _COMPUTES = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
     "use_dora", "bias",
 }  # fmt: skip
-
-# Settings of PEFT that change what an adapter computes and that are not read here, each with its neutral values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
 
 _DEFAULT = 8  # PEFT's rank and alpha where the config names none
 
@@ -84,12 +66,13 @@ def write(
         "base_name": adapter.base_name,
         "rendering": asdict(adapter.rendering) if adapter.rendering else None,
         "digest": adapter.digest(),
+        **({"claims": asdict(adapter.claims)} if adapter.claims else {}),
         **(extra or {}),
     }
     tensors = {}
     for key, tensor in adapter.tensors.items():
         path, _, factor = key.rpartition(".")
-        tensors[f"{_PREFIX}{path}.{_SUFFIX[factor]}"] = tensor
+        tensors[f"{PREFIX}{path}.{_SUFFIX[factor]}"] = tensor
     with whole_folder(folder) as building:
         save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         write_json(building / CONFIG, _config(adapter))
@@ -197,9 +180,9 @@ def read(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG}: not a JSON object: save the adapter again")
+    require_plain(folder / CONFIG, config)
     if (folder / OURS).exists():
         return _read_ours(folder, config, _read_tensors(folder / WEIGHTS))
-    _require_plain(folder / CONFIG, config)
     return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
 
 
@@ -225,31 +208,13 @@ def require_adapter_folder(folder: Path) -> None:
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> Pairs:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: damaged or not safetensors ({error}): copy it again") from error
-    if not tensors:
-        raise FormatError(f"{path}: holds no tensors, and would change nothing: save the adapter again")
-    found: dict[str, Tensor] = {}
-    strange = []
-    for name, tensor in tensors.items():
-        plain = name.removesuffix(".weight")
-        for factor, suffix in _SUFFIX.items():
-            ending = "." + suffix.removesuffix(".weight")
-            if name.startswith(_PREFIX) and plain.endswith(ending):
-                found[f"{plain.removeprefix(_PREFIX).removesuffix(ending)}.{factor}"] = tensor
-                break
-        else:
-            strange.append(name)
-    if strange:
-        shown = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
-        raise FormatError(
-            f"{path}: {len(strange)} tensors that no low-rank adapter has ({shown}): save the adapter without them"
-        )
-    return found
+    return pairs_of(path, named)
 
 
 def _ours(folder: Path) -> dict[str, Any]:
@@ -264,16 +229,18 @@ def _ours(folder: Path) -> dict[str, Any]:
     return ours
 
 
-def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
-        adapter = Adapter(plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None)
+        adapter = Adapter(plan, pairs.tensors, ours["base"], ours["base_name"],
+                          Rendering(**rendering) if rendering else None,
+                          Claims(**ours["claims"]) if ours.get("claims") else None)  # fmt: skip
     except (KeyError, TypeError) as error:
         raise FormatError(
             f"{folder / OURS}: {error!r} is missing or odd: restore the file, it was edited or damaged"
         ) from error
-    if (adapter.digest_of_format_1() if ours["format"] == 1 else adapter.digest()) != digest:
+    if (adapter.digest_of_format_1() if ours["format"] == 1 else adapter.digest()) != digest or pairs.weights:
         raise FormatError(
             f"{folder}: the tensors are not those that were saved: restore the folder, or delete "
             f"{OURS} to read it as an adapter of unknown origin"
@@ -288,27 +255,20 @@ def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor])
     return adapter
 
 
-def _require_plain(where: Path, config: dict[str, Any]) -> None:
-    """Raise FormatError naming every setting of PEFT that is not read here."""
-    odd = [f"{key} = {config[key]!r}" for key, fine in _NEUTRAL.items() if key in config and config[key] not in fine]
-    if config.get("peft_type") != "LORA":
-        odd.insert(0, f"peft_type = {config.get('peft_type')!r}")
-    if odd:
-        raise FormatError(f"{where}: not a plain LoRA or DoRA adapter: {'; '.join(odd)}: merge or convert it first")
-
-
-def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     try:
-        slots, problems = _foreign_slots(config, tensors)
+        slots, problems = _foreign_slots(config, pairs.tensors)
+        claims = Claims(choosing(config), pairs.weights)
+        problems += [f"{slot.site.path}: has tensors, and the config's target_modules do not name it" for slot in slots
+                     if selects(claims.selects, slot.site.path) is False]  # fmt: skip
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise FormatError(
             f"{folder / CONFIG}: a rank, alpha or pattern in it is odd ({error}): save the adapter again"
         ) from error
-    problems += _never_landed(config.get("target_modules"), [slot.site.path for slot in slots])
     if problems:
         raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12])
                           + "\nsave the adapter again, or restore the folder")  # fmt: skip
-    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=_named_base(config))
+    return Adapter(Plan(tuple(slots)), pairs.tensors, base=None, base_name=_named_base(config), claims=claims)
 
 
 def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[list[LowRank], list[str]]:
@@ -322,31 +282,12 @@ def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
             problems.append(f"{path}: lora_A and lora_B are not a pair of matrices")
             continue
         rank = a.shape[0]
-        said = _by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
+        said = by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
         if said != rank:
             problems.append(f"{path}: rank {rank} in the tensors, {said} in the config")
-        alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
+        alpha = float(by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
         if config.get("use_rslora"):
             alpha *= rank**0.5  # s = alpha / √rank (arXiv 2312.03732)
         kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
         slots.append(LowRank(Site(path, kind, a.shape[1], b.shape[0]), rank, alpha, variant))
     return slots, problems
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that ends the path at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
-
-
-def _never_landed(targets: Any, paths: list[str]) -> list[str]:
-    """Targets that the config names and no tensor belongs to."""
-    if not isinstance(targets, list):
-        return []
-    return [
-        f"target '{target}' has no tensors"
-        for target in targets
-        if not any(path == target or path.endswith(f".{target}") for path in paths)
-    ]
