@@ -441,7 +441,8 @@ def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None)
     """An adapter for `base` that changes nothing yet: what training starts from."""
     modules = _landing(base, plan)
     weights = {slot.site.path: KINDS[slot.site.kind].weight(modules[slot.site.path]) for slot in plan.slots}
-    return initial(plan, weights, seed, base=base.identity, base_name=base.name, rendering=rendering)
+    name = base.address or base.name
+    return initial(plan, weights, seed, base=base.identity, base_name=name, rendering=rendering)
 
 
 def served(base: Base, adapter: Adapter) -> dict[int, Served]:

@@ -34,6 +34,12 @@ def did_you_mean(path: Path, otherwise: str) -> str:
     return f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else otherwise
 
 
+def absolute(name: str) -> str:
+    """A path that is there, from the root on; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def _umask() -> int:
     """What the user keeps from others: temporary files are made private, and must end as plainly written ones would."""
     with _ASKING:

@@ -41,7 +41,11 @@ _DEFAULT = 8  # PEFT's rank and alpha where the config names none
 
 
 def write(
-    adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None, routing: bytes | None = None
+    adapter: Adapter,
+    folder: str | Path,
+    card: str = "",
+    extra: Mapping[str, Any] | None = None,
+    routing: bytes | None = None,
 ) -> None:
     """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance). routing: the file
     that a router learns from.
@@ -49,6 +53,7 @@ def write(
     Replaces an adapter folder, and nothing else: raises FormatError where the folder holds other files, and for what
     PEFT has no words for: two variants in one adapter.
     """
+    folder = Path(folder)
     strange = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else []
     if strange:
         raise FormatError(
@@ -82,8 +87,9 @@ def write(
         write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {_base_of(adapter)[0]}\n---\n")
 
 
-def routing_of(folder: Path) -> bytes | None:
+def routing_of(folder: str | Path) -> bytes | None:
     """The file that a router learns from, of an adapter folder that has one."""
+    folder = Path(folder)
     return (folder / ROUTING).read_bytes() if (folder / ROUTING).exists() else None
 
 
@@ -142,12 +148,20 @@ def _named_base(config: Mapping[str, Any]) -> str | None:
     return f"{name}@{revision}" if known else name
 
 
+def _recorded(name: str | None) -> str | None:
+    """The base as lorafit.json names it. A model of the hub is named with its commit, so that ORG/NAME without one was
+    a folder, given from another folder by earlier versions: it is not asked of the hub."""
+    wanted = hub.parse(name or "")
+    return f"./{name}" if wanted and not wanted.is_commit else name
+
+
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def adapter_folder(path: Path) -> Path:
+def adapter_folder(path: str | Path) -> Path:
     """The adapter folder itself, or the one inside a run folder."""
+    path = Path(path)
     return path / "adapter" if (path / "run.json").exists() else path
 
 
@@ -161,21 +175,30 @@ class Glance:
     base_name: str | None
 
 
-def glance(folder: Path) -> Glance:
+def glance(folder: str | Path) -> Glance:
     """Of one of our adapter folders. Raises FormatError."""
+    folder = Path(folder)
     ours = _ours(folder) if (folder / OURS).exists() else {}
     try:
         rendering = Rendering(**ours["rendering"]) if ours.get("rendering") else None
-        return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), ours.get("base_name"))
+        return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), _recorded(ours.get("base_name")))
     except (AttributeError, TypeError, OSError) as error:
         raise FormatError(f"{folder}: {error!r}: restore the folder, it was edited or damaged") from error
 
 
-def read(folder: Path) -> Adapter:
-    """The adapter in a PEFT folder, ours or another's. Raises FormatError, naming the file, or AdapterError.
+def read(folder: str | Path) -> Adapter:
+    """The adapter in a PEFT folder, ours or another's, or in a run.
 
     A folder without lorafit.json carries no identity of its base: it attaches only when that is accepted.
+
+    Args:
+        folder: The adapter folder, or the run folder that holds it.
+
+    Raises:
+        FormatError: A file is not what it should be; the message names it.
+        AdapterError: Tensors and plan do not match.
     """
+    folder = adapter_folder(folder)
     require_adapter_folder(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
@@ -186,8 +209,9 @@ def read(folder: Path) -> Adapter:
     return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
 
 
-def require_adapter_folder(folder: Path) -> None:
+def require_adapter_folder(folder: str | Path) -> None:
     """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
+    folder = Path(folder)
     if folder.is_file():
         raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
     if not folder.is_dir():
@@ -233,7 +257,7 @@ def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
-        adapter = Adapter(plan, pairs.tensors, ours["base"], ours["base_name"],
+        adapter = Adapter(plan, pairs.tensors, ours["base"], _recorded(ours["base_name"]),
                           Rendering(**rendering) if rendering else None,
                           Claims(**ours["claims"]) if ours.get("claims") else None)  # fmt: skip
     except (KeyError, TypeError) as error:
