@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MambaConfig, MambaForCausalLM
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, merged, require_fits
 from lorafit.base import Base
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import peft
+from lorafit.formats.oddities import misread_by_peft
 from lorafit.plan import LowRank, Plan
+from lorafit.planning.rules import all_linear
 from lorafit.sites import Site
 from lorafit.testing import random_adapter
 
@@ -326,3 +330,45 @@ def test_every_setting_of_pefts_own_default_config_passes(tmp_path: Path) -> Non
     defaults = {name: value for name, value in LoraConfig().to_dict().items() if name != "target_modules"}
     put(tmp_path, **defaults | {"r": 3, "lora_alpha": 5, "peft_type": "LORA"})
     peft.read(tmp_path)
+
+
+# Families in which PEFT means other modules
+
+
+def tiny_deepseek() -> nn.Module:
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=261, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+            qk_nope_head_dim=8, v_head_dim=8, max_position_embeddings=64, bos_token_id=None, eos_token_id=256,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_modules_that_peft_passes_over_are_said_before_training(tmp_path: Path) -> None:
+    base = Base.of(tiny_deepseek(), "tiny")
+    sites = [site for site in base.sites if site.name in {"o_proj", "up_proj", "gate_proj", "down_proj"}]
+    peft.write(random_adapter(base, Plan(tuple(LowRank(site, 2, 4.0) for site in sites))), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(tiny_deepseek(), str(tmp_path / "adapter"))
+    adapted = {name.partition(".lora_A")[0].removeprefix(INNER) for name in theirs.state_dict() if ".lora_A" in name}
+    passed_over = [site.path for site in sites if site.path not in adapted]
+    said = misread_by_peft(base.model, [site.path for site in sites])
+    assert passed_over and said is not None
+    assert f"pass over {len(passed_over)} modules of this plan, such as {passed_over[0]}" in said
+    assert misread_by_peft(base.model, [site.path for site in sites if site.name == "o_proj"]) is None
+
+
+def test_the_output_of_a_mamba_is_left_out_as_peft_does() -> None:
+    torch.manual_seed(0)
+    base = Base.of(
+        MambaForCausalLM(MambaConfig(vocab_size=261, hidden_size=16, num_hidden_layers=1, state_size=4)), "m"
+    )
+    names = {site.name for site in all_linear(base)}
+    assert "in_proj" in names and "out_proj" not in names
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        get_peft_model(base.model, LoraConfig(target_modules=["out_proj"]))
+    assert "PEFT refuses out_proj of a mamba" in str(misread_by_peft(base.model, ["backbone.layers.0.mixer.out_proj"]))
