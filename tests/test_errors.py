@@ -193,7 +193,7 @@ def furnish(folder: Path) -> Shell:
     adapter = lorafit.fresh(base, plan, 0)
     peft.write(adapter, folder / "downloaded")
     (folder / "downloaded" / "lorafit.json").unlink()
-    edited = json.dumps(plan.to_json()).replace('"rank": 2', '"rank": 200', 1)
+    edited = json.dumps(plan.to_json()).replace('"rank": 2', '"rank": 0', 1)
     (folder / "edited.json").write_text(edited, encoding="utf-8")
     (folder / "excel.csv").write_bytes("prompt;completion\nWo?;Im Caf\u00e9.\n".encode("cp1252"))
     (folder / "weights").mkdir()

@@ -25,6 +25,7 @@ FLOORS = {
     "adapter": 4,
     "formats": 5,
     "base": 6,
+    "landing": 6,
     "attachment": 7,
     "data": 7,
     "tasks": 8,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from conftest import plain_module, tiny_gpt2, tiny_llama
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +28,7 @@ from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import peft
 from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
+from lorafit.sites import Site
 from lorafit.testing import random_adapter
 
 # PEFT 0.21.2 asks transformers 5 for a property by its old name when it prepares a model.
@@ -91,6 +97,70 @@ def test_peft_adapts_the_planned_sites_and_no_others(tmp_path: Path) -> None:
     assert adapted == {f"base_model.model.{path}"}
 
 
+class Nested(nn.Module):
+    """Layers whose paths end in each other's, and one with a name that means something else as a pattern."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"fc": nn.Linear(6, 6), "block": nn.ModuleDict({"fc": nn.Linear(6, 6)})})
+        self.add_module("a+c", nn.Linear(6, 6))
+        self.aac = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.fc, self.block["fc"], self.block["block"]["fc"], self.get_submodule("a+c"), self.aac):  # type: ignore[index]
+            x = torch.tanh(layer(x))
+        return x
+
+
+# Ranks and alphas by path; what is named in no case is left alone.
+NESTED = [
+    {"fc": (1, 2.0), "block.fc": (2, 8.0), "block.block.fc": (2, 16.0), "a+c": (2, 3.0), "aac": (2, 8.0)},
+    {"fc": (2, 8.0), "a+c": (1, 2.0)},
+    {"block.fc": (2, 8.0)},
+]
+
+
+def nested() -> Nested:
+    torch.manual_seed(0)
+    return Nested().eval()
+
+
+def nested_adapter(base: Base, case: dict[str, tuple[int, float]]) -> Adapter:
+    sites = {site.path: site for site in base.sites}
+    return random_adapter(base, Plan(tuple(LowRank(sites[path], *case[path]) for path in case)), size=0.5)
+
+
+@pytest.mark.parametrize("case", NESTED, ids=str)
+def test_peft_reads_a_path_that_ends_another_as_that_path_alone(
+    tmp_path: Path, case: dict[str, tuple[int, float]]
+) -> None:
+    base = Base.of(nested(), "nested")
+    adapter, x = nested_adapter(base, case), torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    with attach(base, adapter), torch.no_grad():
+        ours = base.model(x)
+    peft.write(adapter, tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(nested(), str(tmp_path / "adapter")).eval()(x)
+    assert_the_same(ours, theirs, base.model(x).detach())
+
+
+@pytest.mark.parametrize("case", NESTED, ids=str)
+def test_pefts_own_matcher_finds_the_planned_ranks_and_alphas_and_no_others(
+    tmp_path: Path, case: dict[str, tuple[int, float]]
+) -> None:
+    base = Base.of(nested(), "nested")
+    peft.write(nested_adapter(base, case), tmp_path / "adapter")
+    config = LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+    taken = {path for path, _ in base.model.named_modules() if path and bool(check_target_module_exists(config, path))}
+    found = {
+        path: (config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r),
+               config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha))
+        for path in taken
+    }  # fmt: skip
+    assert found == case
+
+
 def test_the_check_by_peft_runs_from_the_command_line(tmp_path: Path, tiny_base: Base, tiny_folder: Path) -> None:
     peft.write(mixed(tiny_base, "dora"), tmp_path / "adapter")
     command = [sys.executable, "-m", "lorafit.with_peft", str(tmp_path / "adapter"), str(tiny_folder)]
@@ -122,6 +192,8 @@ LLAMA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
 FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {**LLAMA, "r": 4, "lora_alpha": 8}),
+    "a rank above the narrow side": ("llama", {"target_modules": ["k_proj", "o_proj"], "r": 40}),
+    "dora above the narrow side": ("llama", {"target_modules": ["k_proj", "o_proj"], "r": 40, "use_dora": True}),
     "patterns": ("llama", {**LLAMA, "rank_pattern": {"q_proj": 2, r"layers\.1\..*\.v_proj": 3},
                            "alpha_pattern": {"layers.0.mlp.down_proj": 5}}),
     "rslora": ("llama", {**LLAMA, "r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 3}}),
@@ -236,7 +308,9 @@ def test_a_tensor_too_many_is_named(whose: str, request: pytest.FixtureRequest) 
 
 def test_tensors_of_another_kind_are_named(foreign: Path) -> None:
     rewrite(foreign, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
-    with pytest.raises(FormatError, match=r"no low-rank adapter has \(base_model\.model\.lm_head\.weight\)"):
+    with pytest.raises(
+        FormatError, match=r"1 of 29 tensors are whole weights \(base_model\.model\.lm_head\.weight\).*: merge"
+    ):
         peft.read(foreign)
 
 
@@ -286,8 +360,13 @@ def test_a_rank_that_config_and_tensors_disagree_on_is_named(foreign: Path) -> N
 
 def test_a_target_without_tensors_is_named(foreign: Path) -> None:
     edit(foreign, lambda config: config["target_modules"].append("lm_head"))
-    with pytest.raises(FormatError, match="target 'lm_head' has no tensors"):
-        peft.read(foreign)
+    edit(foreign, lambda config: config.pop("exclude_modules"))
+    base = Base.of(tiny_llama(), "tiny")
+    with (
+        pytest.raises(AdapterError, match=r"1 modules of 'tiny' that have no tensors in it \(lm_head\)"),
+        attach(base, peft.read(foreign), accept_unknown_base=True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("odd", [{"lora_alpha": "many"}, {"rank_pattern": [1]}, {"alpha_pattern": {"(": 2}}], ids=str)
@@ -307,6 +386,69 @@ def test_a_config_that_is_no_json_object_is_refused(foreign: Path, text: str) ->
 def test_an_edited_lorafit_json_is_refused(folder: Path) -> None:
     edit(folder, lambda ours: ours.pop("digest"), "lorafit.json")
     with pytest.raises(FormatError, match=r"lorafit\.json.*'digest'"):
+        peft.read(folder)
+
+
+# Formats of lorafit.json
+
+
+OLD = Path(__file__).parent / "adapters_of_format_1"
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "one-slot"])
+def test_a_folder_of_format_1_is_read_for_ever(name: str) -> None:
+    adapter = peft.read(OLD / name)
+    slots = {slot.site.path: (slot.rank, slot.alpha, slot.variant) for slot in adapter.plan.slots}
+    assert slots["model.layers.0.self_attn.q_proj"] == (2, 4.0, "dora" if name != "lora" else "lora")
+    assert adapter.base_name == "tiny"
+
+
+def test_a_changed_tensor_in_a_folder_of_format_1_is_noticed(tmp_path: Path) -> None:
+    folder = Path(copytree(OLD / "lora", tmp_path / "old"))
+    rewrite(folder, lambda tensors: tensors[min(tensors)].view(torch.int32)[0, 0].bitwise_xor_(1))
+    with pytest.raises(FormatError, match="not those that were saved"):
+        peft.read(folder)
+
+
+def test_what_is_read_of_format_1_is_written_and_read_again(tmp_path: Path) -> None:
+    adapter = peft.read(OLD / "lora")
+    peft.write(adapter, tmp_path / "new")
+    assert peft.read(tmp_path / "new") == adapter
+
+
+def test_a_digest_is_the_same_in_a_later_version_with_one_more_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Wider(LowRank):
+        count: int = 1
+
+    base = Base.of(tiny_llama(), "tiny")
+    today = random_adapter(base, Plan((LowRank(base.sites[0], 2, 4.0),)))
+    later = Adapter(Plan((Wider(base.sites[0], 2, 4.0),)), today.tensors)
+    other = Adapter(Plan((Wider(base.sites[0], 2, 4.0, count=2),)), today.tensors)
+    assert later.digest() == today.digest() != other.digest()
+
+
+def test_a_digest_is_this_one() -> None:
+    """It is kept in folders and registries: where this fails, raise FORMAT and keep the old one readable."""
+    site = Site("fc", "linear", 2, 2)
+    ones = {"fc.A": torch.ones(1, 2), "fc.B": torch.ones(2, 1)}
+    plan = '{"format":2,"slots":[{"alpha":4.0,"rank":1,"site":{"d_in":2,"d_out":2,"kind":"linear","path":"fc"}}]}'
+    by_hand = hashlib.sha256(plan.encode() + b"fc.A" + bytes.fromhex("0000803f" * 2) + b"fc.B"
+                             + bytes.fromhex("0000803f" * 2))  # fmt: skip
+    assert Adapter(Plan((LowRank(site, 1, 4.0),)), ones).digest() == by_hand.hexdigest()
+
+
+@pytest.mark.parametrize("look", [peft.read, peft.glance])
+def test_a_folder_of_a_later_format_is_refused_with_the_way_out(folder: Path, look: Callable[[Path], object]) -> None:
+    edit(folder, lambda ours: ours.update(format=3), "lorafit.json")
+    with pytest.raises(FormatError, match=r"lorafit\.json: of format 3, .*: use a newer lorafit"):
+        look(folder)
+
+
+@pytest.mark.parametrize("odd", [None, "2", True, 0])
+def test_a_format_that_is_none_is_refused(folder: Path, odd: object) -> None:
+    edit(folder, lambda ours: ours.update(format=odd), "lorafit.json")
+    with pytest.raises(FormatError, match=r"lorafit\.json"):
         peft.read(folder)
 
 

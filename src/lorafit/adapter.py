@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,20 @@ from lorafit.plan import Plan
 from lorafit.records import Rendering
 from lorafit.variants import VARIANTS
 
+FORMAT = 2  # of what a digest is taken over; raise it when that changes, and keep the older ones readable
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What an adapter from elsewhere says of its base, to be compared with the base that it is attached to.
+
+    selects: the settings of its config that choose modules, such as `target_modules`.
+    weights: digests of base weights that came with it, by path and dtype.
+    """
+
+    selects: Mapping[str, Any]
+    weights: Mapping[str, Mapping[str, str]]
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -22,7 +38,7 @@ class Adapter:
 
     `tensors` maps `<site path>.<factor>` to fp32 tensors of the plan's shapes. They are copied on the way
     in, so that no later training step reaches them. Two adapters are equal when their digests are.
-    `base` is None for an adapter that came from elsewhere without saying whose it is.
+    `base` is None for an adapter that came from elsewhere without saying whose it is; it may have `claims`.
     """
 
     plan: Plan
@@ -30,6 +46,7 @@ class Adapter:
     base: str | None = None
     base_name: str | None = None
     rendering: Rendering | None = None
+    claims: Claims | None = None
 
     def __post_init__(self) -> None:
         expected = {f"{s.site.path}.{name}": shape for s in self.plan.slots for name, shape in s.shapes().items()}
@@ -61,7 +78,20 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over plan and tensors: the content, whatever file or name it lives under."""
-        total = hashlib.sha256(repr(self.plan).encode())
+        plan = json.dumps({"format": FORMAT, **self.plan.content()}, sort_keys=True, separators=(",", ":"))
+        return self._digest_with(plan)
+
+    def digest_of_format_1(self) -> str:
+        """The digest that folders of format 1 hold, over the plan as Python printed it then."""
+        slots = [
+            f"LowRank(site=Site(path={s.site.path!r}, kind={s.site.kind!r}, d_in={s.site.d_in!r}, "
+            f"d_out={s.site.d_out!r}), rank={s.rank!r}, alpha={s.alpha!r}, variant={s.variant!r})"
+            for s in self.plan.slots
+        ]
+        return self._digest_with(f"Plan(slots=({', '.join(slots)}{',' if len(slots) == 1 else ''}))")
+
+    def _digest_with(self, plan: str) -> str:
+        total = hashlib.sha256(plan.encode())
         for key in sorted(self.tensors):
             total.update(key.encode())
             total.update(self.tensors[key].numpy().tobytes())

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from lorafit import landing
 from lorafit import packing as packs
 from lorafit.adapter import Adapter, initial
 from lorafit.base import Base
@@ -86,9 +87,10 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
     base's weights need no gradient inside the block. `backward()` under activation checkpointing must run
     inside it too. Raises AdapterError, or AttachError for a model in a state that cannot be adapted.
     """
-    source: Source = _Fixed(adapter) if isinstance(adapter, Adapter) else adapter
-    value = source.adapter
+    value = adapter if isinstance(adapter, Adapter) else adapter.adapter
     require_base(base, value.base, value.base_name, accept_unknown_base)
+    value = landed(base, value) if value is adapter else value
+    source: Source = _Fixed(value) if isinstance(adapter, Adapter) else adapter
     modules = _landing(base, value.plan)
     for slot in value.plan.slots:
         _require_bare(modules[slot.site.path], slot.site.path)
@@ -392,7 +394,12 @@ def require_base(base: Base, identity: str | None, name: str | None, accept_unkn
 def require_fits(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> None:
     """Raise AdapterError where an adapter is another base's, or has a slot that lands on no module of its widths."""
     require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
-    _landing(base, adapter.plan)
+    _landing(base, landed(base, adapter).plan)
+
+
+def landed(base: Base, adapter: Adapter) -> Adapter:
+    """The adapter under the base's paths, checked: `landing.landed`."""
+    return landing.landed(adapter, base.model, base.sites, base.name)
 
 
 def _landing(base: Base, plan: Plan) -> dict[str, nn.Module]:
@@ -434,11 +441,13 @@ def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None)
     """An adapter for `base` that changes nothing yet: what training starts from."""
     modules = _landing(base, plan)
     weights = {slot.site.path: KINDS[slot.site.kind].weight(modules[slot.site.path]) for slot in plan.slots}
-    return initial(plan, weights, seed, base=base.identity, base_name=base.name, rendering=rendering)
+    name = base.address or base.name
+    return initial(plan, weights, seed, base=base.identity, base_name=name, rendering=rendering)
 
 
 def served(base: Base, adapter: Adapter) -> dict[int, Served]:
     """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.sites`."""
+    adapter = landed(base, adapter)
     modules = _landing(base, adapter.plan)
     numbers = {site.path: number for number, site in enumerate(base.sites)}
     factors = adapter.factors(torch.float32, base.device)
@@ -504,6 +513,7 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
     embedding): attached, the adapter acts on that slot alone; merged, it would change both.
     """
     require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
+    adapter = landed(base, adapter)
     modules = _landing(base, adapter.plan)
     shared = [f"{slot.site.path} (with {', '.join(tied)})" for slot in adapter.plan.slots
               if (tied := base.tied(slot.site.path))]  # fmt: skip

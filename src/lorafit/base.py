@@ -31,7 +31,8 @@ from lorafit.sources.progress import Report, Watch, silent, unwatched
 class Base:
     """A frozen model. `tokenizer` and `folder` are None for a module that did not come from a folder.
 
-    `name` opens it again: that of a model of the hub ends in the commit, as `org/name@commit`.
+    `name` opens it again: that of a model of the hub ends in the commit, as `org/name@commit`. `address` is the same
+    from every folder, for what is written to disk.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Base:
     identity: str
     tokenizer: Any = None
     folder: Path | None = None
+    address: str | None = None
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -112,7 +114,7 @@ def open_base(
     folder, known_as = sources.found(str(name), report, watch)
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
-    return Base(known_as, model, identity, tokenizer, folder)
+    return Base(known_as, model, identity, tokenizer, folder, sources.address(known_as))
 
 
 def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwatched) -> Base:
@@ -131,7 +133,7 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
             )
     except Exception as error:  # a damaged file may raise anything; tokenizers raises bare Exceptions
         raise BaseError(f"{folder}: its config or tokenizer cannot be opened ({error}): copy it again") from error
-    return Base(known_as, model, "", tokenizer, folder)
+    return Base(known_as, model, "", tokenizer, folder, sources.address(known_as))
 
 
 def require_base(name: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import hashlib
 import json
@@ -31,6 +32,12 @@ def did_you_mean(path: Path, otherwise: str) -> str:
     except OSError:  # a folder that cannot be listed
         near = []
     return f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else otherwise
+
+
+def absolute(name: str) -> str:
+    """A path that is there, from the root on; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def _umask() -> int:
@@ -72,9 +79,17 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 def unfinished(folder: Path, names: Collection[str]) -> list[Path]:
-    """What killed writers of `names` have left in `folder`: temporary files and folders that never took their name."""
+    """What killed writers of `names` have left in `folder`: temporary files and folders that never took their name.
+
+    A folder that was moved aside, and whose name nothing has taken since, is no such thing: it gets its name back.
+    """
     ours = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.\w{{8}}(\.old)?")
-    return [path for path in folder.iterdir() if ours.fullmatch(path.name)] if folder.is_dir() else []
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    found = [(path, match) for path in paths if (match := ours.fullmatch(path.name))]
+    for path, match in found:
+        if match[2] and not (folder / match[1]).exists():
+            path.rename(folder / match[1])
+    return [path for path, _ in found if path.exists()]
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
@@ -104,8 +119,13 @@ def read_json(path: Path) -> Any:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    An existing `target` is moved aside first, and put back if its replacement cannot take the name.
+    An existing `target` and its replacement change names in one step where the system can (Linux). Elsewhere it is
+    moved aside first, and put back if its replacement cannot take the name; `unfinished` puts it back after a kill.
+    Raises RunError, before anything is built, where `target` is a file.
     """
+    target = target.resolve()  # what a link leads to is replaced, and not the link
+    if target.exists() and not target.is_dir():
+        raise RunError(f"{target}: a file, not a folder: name another folder, or move the file away")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = building.with_name(building.name + ".old")
@@ -114,6 +134,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for path in (building, *building.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
             _keep(path)
+        if target.exists() and _exchanged(building, target):
+            _keep(target.parent)
+            return
         if target.exists():
             target.rename(old)
         try:
@@ -128,6 +151,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Have two paths change names in one step, which no kill can halve; False where system or disk cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old library
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def make_folder(path: Path, flag: str = "--out") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lorafit.errors import FormatError, PlanError
@@ -40,16 +40,15 @@ class LowRank:
         return VARIANTS[self.variant].shapes(self.site, self.rank)
 
     def problems(self) -> list[str]:
-        """What cannot be about this slot."""
-        largest = min(self.site.d_in, self.site.d_out)
+        """What cannot be about this slot.
+
+        A rank above the narrow side of the weight is allowed: it adds nothing, but PEFT makes such adapters.
+        """
         found = []
         if self.variant not in VARIANTS:
             found.append(f"{self.site.path}: unknown variant '{self.variant}': choose from {', '.join(VARIANTS)}")
-        if not isinstance(self.rank, int) or not 1 <= self.rank <= largest:
-            found.append(
-                f"{self.site.path}: rank {self.rank} cannot be: choose 1 to {largest}, "
-                f"the smaller side of its {self.site.d_out} × {self.site.d_in} weight"
-            )
+        if not isinstance(self.rank, int) or self.rank < 1:
+            found.append(f"{self.site.path}: rank {self.rank} cannot be: choose a whole number, 1 or more")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             found.append(f"{self.site.path}: alpha {self.alpha} cannot be: choose a number above 0")
         return found
@@ -89,6 +88,13 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"slots": [asdict(slot) for slot in self.slots]}
 
+    def content(self) -> dict[str, Any]:
+        """The plan as a digest sees it: `to_json` without the fields that are at their defaults.
+
+        A field that is added later, with a default that means what was meant before it, changes no digest.
+        """
+        return {"slots": [_content(slot) for slot in self.slots]}
+
     @staticmethod
     def from_json(value: Mapping[str, Any], where: str = "plan") -> Plan:
         """A plan as `to_json` gives it. `where` names it in errors: PlanError, or FormatError for what is no plan."""
@@ -99,6 +105,12 @@ class Plan:
         except (KeyError, TypeError) as error:
             what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else error
             raise FormatError(f"{where}: not a plan of this version ({what}): name a plan.json of a run") from error
+
+
+def _content(value: LowRank | Site) -> dict[str, Any]:
+    said = {field.name: getattr(value, field.name) for field in fields(value)
+            if getattr(value, field.name) != field.default}  # fmt: skip
+    return {name: _content(part) if isinstance(part, Site) else part for name, part in said.items()}
 
 
 def uniform(sites: Sequence[Site], rank: int, alpha: float, variant: str = "lora") -> Plan:

@@ -17,7 +17,7 @@ import transformers
 
 import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
-from lorafit.files import PROBE, make_folder, read_json, unfinished, write_json
+from lorafit.files import PROBE, absolute, make_folder, read_json, unfinished, write_json
 from lorafit.records import Frozen
 from lorafit.settings import TrainSettings, settings_from
 
@@ -61,7 +61,7 @@ def open_run(
             raise RunError(f"{out}: this run is finished: see lorafit show {out}")
         asked = read_run(out)
         stored = settings_from(asked["settings"])
-        now, began = settings_from(given).model_dump(mode="json"), stored.model_dump(mode="json")
+        now, began = settings_written(settings_from(given)), settings_written(stored)
         odd = [f"{key}: {began[key]!r} when it began, {now[key]!r} now" for key in given if began[key] != now[key]]
         if odd:
             raise SettingsError(f"{out}: not the run that is here: " + "; ".join(odd) + ": leave these out")
@@ -77,6 +77,12 @@ def open_run(
     settings = settings_from(given)
     make_folder(out)
     return base_name, data, settings, None
+
+
+def settings_written(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as they go into run.json: a file by its absolute path."""
+    said = settings.model_dump(mode="json")
+    return said | {"general": said["general"] and absolute(said["general"])}
 
 
 def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapter import FORMAT, Adapter, Claims
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json, whole_folder, write_json, write_text
+from lorafit.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
 from lorafit.plan import LowRank, Plan
 from lorafit.records import Rendering
 from lorafit.sites import Site
@@ -28,37 +29,23 @@ from lorafit.sources import hub
 CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it
 FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
-_PREFIX = "base_model.model."
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 # What in our adapter_config.json decides what PEFT computes.
 _COMPUTES = {
-    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "bias",
 }  # fmt: skip
-
-# Settings of PEFT that change what an adapter computes and that are not read here, each with its neutral values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
 
 _DEFAULT = 8  # PEFT's rank and alpha where the config names none
 
 
 def write(
-    adapter: Adapter, folder: Path, card: str = "", extra: Mapping[str, Any] | None = None, routing: bytes | None = None
+    adapter: Adapter,
+    folder: str | Path,
+    card: str = "",
+    extra: Mapping[str, Any] | None = None,
+    routing: bytes | None = None,
 ) -> None:
     """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance). routing: the file
     that a router learns from.
@@ -66,6 +53,7 @@ def write(
     Replaces an adapter folder, and nothing else: raises FormatError where the folder holds other files, and for what
     PEFT has no words for: two variants in one adapter.
     """
+    folder = Path(folder)
     strange = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else []
     if strange:
         raise FormatError(
@@ -77,18 +65,19 @@ def write(
             f"PEFT knows one variant per adapter, this one has {', '.join(sorted(variants))}: train one of them"
         )
     ours = {
-        "format": 1,
+        "format": FORMAT,
         "plan": adapter.plan.to_json(),
         "base": adapter.base,
         "base_name": adapter.base_name,
         "rendering": asdict(adapter.rendering) if adapter.rendering else None,
         "digest": adapter.digest(),
+        **({"claims": asdict(adapter.claims)} if adapter.claims else {}),
         **(extra or {}),
     }
     tensors = {}
     for key, tensor in adapter.tensors.items():
         path, _, factor = key.rpartition(".")
-        tensors[f"{_PREFIX}{path}.{_SUFFIX[factor]}"] = tensor
+        tensors[f"{PREFIX}{path}.{_SUFFIX[factor]}"] = tensor
     with whole_folder(folder) as building:
         save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         write_json(building / CONFIG, _config(adapter))
@@ -98,12 +87,23 @@ def write(
         write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {_base_of(adapter)[0]}\n---\n")
 
 
-def routing_of(folder: Path) -> bytes | None:
+def routing_of(folder: str | Path) -> bytes | None:
     """The file that a router learns from, of an adapter folder that has one."""
+    folder = Path(folder)
     return (folder / ROUTING).read_bytes() if (folder / ROUTING).exists() else None
 
 
-def _config(adapter: Adapter) -> dict[str, Any]:
+def _exactly(path: str) -> str:
+    """A pattern of PEFT's that no longer path ends in: it puts `(.*\\.)?` before each pattern."""
+    return f"^{re.escape(path)}"
+
+
+def _nothing_but(paths: Iterable[str]) -> str:
+    """A pattern for every path but these."""
+    return f"(?!({'|'.join(map(re.escape, paths))})$).*"
+
+
+def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[str, Any]:
     slots = adapter.plan.slots
     rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
     alpha = Counter(slot.alpha for slot in slots).most_common(1)[0][0]
@@ -115,10 +115,11 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "revision": revision,
         "r": rank,
         "lora_alpha": _number(alpha),
-        # Whole paths: a bare name could also match a module that the plan leaves alone.
         "target_modules": [slot.site.path for slot in slots],
-        "rank_pattern": {slot.site.path: slot.rank for slot in slots if slot.rank != rank},
-        "alpha_pattern": {slot.site.path: _number(slot.alpha) for slot in slots if slot.alpha != alpha},
+        # PEFT takes a target for the end of longer paths as well (fc for block.fc): all others are excluded.
+        "exclude_modules": _nothing_but(slot.site.path for slot in slots),
+        "rank_pattern": {pattern(slot.site.path): slot.rank for slot in slots if slot.rank != rank},
+        "alpha_pattern": {pattern(slot.site.path): _number(slot.alpha) for slot in slots if slot.alpha != alpha},
         "lora_dropout": 0.0,
         "fan_in_fan_out": all(slot.site.kind == "conv1d" for slot in slots),
         "bias": "none",
@@ -127,6 +128,11 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _config_of_format_1(adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json as it was written with format 1: plain paths as patterns."""
+    return {key: value for key, value in _config(adapter, pattern=str).items() if key != "exclude_modules"}
 
 
 def _base_of(adapter: Adapter) -> tuple[str | None, str | None]:
@@ -142,12 +148,20 @@ def _named_base(config: Mapping[str, Any]) -> str | None:
     return f"{name}@{revision}" if known else name
 
 
+def _recorded(name: str | None) -> str | None:
+    """The base as lorafit.json names it. A model of the hub is named with its commit, so that ORG/NAME without one was
+    a folder, given from another folder by earlier versions: it is not asked of the hub."""
+    wanted = hub.parse(name or "")
+    return f"./{name}" if wanted and not wanted.is_commit else name
+
+
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def adapter_folder(path: Path) -> Path:
+def adapter_folder(path: str | Path) -> Path:
     """The adapter folder itself, or the one inside a run folder."""
+    path = Path(path)
     return path / "adapter" if (path / "run.json").exists() else path
 
 
@@ -161,33 +175,43 @@ class Glance:
     base_name: str | None
 
 
-def glance(folder: Path) -> Glance:
+def glance(folder: str | Path) -> Glance:
     """Of one of our adapter folders. Raises FormatError."""
-    ours = read_json(folder / OURS) if (folder / OURS).exists() else {}
+    folder = Path(folder)
+    ours = _ours(folder) if (folder / OURS).exists() else {}
     try:
         rendering = Rendering(**ours["rendering"]) if ours.get("rendering") else None
-        return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), ours.get("base_name"))
+        return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), _recorded(ours.get("base_name")))
     except (AttributeError, TypeError, OSError) as error:
         raise FormatError(f"{folder}: {error!r}: restore the folder, it was edited or damaged") from error
 
 
-def read(folder: Path) -> Adapter:
-    """The adapter in a PEFT folder, ours or another's. Raises FormatError, naming the file, or AdapterError.
+def read(folder: str | Path) -> Adapter:
+    """The adapter in a PEFT folder, ours or another's, or in a run.
 
     A folder without lorafit.json carries no identity of its base: it attaches only when that is accepted.
+
+    Args:
+        folder: The adapter folder, or the run folder that holds it.
+
+    Raises:
+        FormatError: A file is not what it should be; the message names it.
+        AdapterError: Tensors and plan do not match.
     """
+    folder = adapter_folder(folder)
     require_adapter_folder(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG}: not a JSON object: save the adapter again")
+    require_plain(folder / CONFIG, config)
     if (folder / OURS).exists():
         return _read_ours(folder, config, _read_tensors(folder / WEIGHTS))
-    _require_plain(folder / CONFIG, config)
     return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
 
 
-def require_adapter_folder(folder: Path) -> None:
+def require_adapter_folder(folder: str | Path) -> None:
     """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
+    folder = Path(folder)
     if folder.is_file():
         raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
     if not folder.is_dir():
@@ -208,48 +232,45 @@ def require_adapter_folder(folder: Path) -> None:
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> Pairs:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: damaged or not safetensors ({error}): copy it again") from error
-    if not tensors:
-        raise FormatError(f"{path}: holds no tensors, and would change nothing: save the adapter again")
-    found: dict[str, Tensor] = {}
-    strange = []
-    for name, tensor in tensors.items():
-        plain = name.removesuffix(".weight")
-        for factor, suffix in _SUFFIX.items():
-            ending = "." + suffix.removesuffix(".weight")
-            if name.startswith(_PREFIX) and plain.endswith(ending):
-                found[f"{plain.removeprefix(_PREFIX).removesuffix(ending)}.{factor}"] = tensor
-                break
-        else:
-            strange.append(name)
-    if strange:
-        shown = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
-        raise FormatError(
-            f"{path}: {len(strange)} tensors that no low-rank adapter has ({shown}): save the adapter without them"
-        )
-    return found
+    return pairs_of(path, named)
 
 
-def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _ours(folder: Path) -> dict[str, Any]:
+    """lorafit.json of a folder. Raises FormatError for a format that is not known."""
     ours = read_json(folder / OURS)
+    if not isinstance(ours, dict) or type(number := ours.get("format")) is not int:
+        raise FormatError(f"{folder / OURS}: 'format' is missing or odd: restore the file, it was edited or damaged")
+    if not 1 <= number <= FORMAT:
+        raise FormatError(
+            f"{folder / OURS}: of format {number}, and this lorafit reads 1 to {FORMAT}: use a newer lorafit"
+        )
+    return ours
+
+
+def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
+    ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
-        adapter = Adapter(plan, tensors, ours["base"], ours["base_name"], Rendering(**rendering) if rendering else None)
+        adapter = Adapter(plan, pairs.tensors, ours["base"], _recorded(ours["base_name"]),
+                          Rendering(**rendering) if rendering else None,
+                          Claims(**ours["claims"]) if ours.get("claims") else None)  # fmt: skip
     except (KeyError, TypeError) as error:
         raise FormatError(
             f"{folder / OURS}: {error!r} is missing or odd: restore the file, it was edited or damaged"
         ) from error
-    if adapter.digest() != digest:
+    if (adapter.digest_of_format_1() if ours["format"] == 1 else adapter.digest()) != digest or pairs.weights:
         raise FormatError(
             f"{folder}: the tensors are not those that were saved: restore the folder, or delete "
             f"{OURS} to read it as an adapter of unknown origin"
         )
-    edited = [key for key, value in _config(adapter).items() if key in _COMPUTES and config.get(key) != value]
+    written = _config_of_format_1(adapter) if ours["format"] == 1 else _config(adapter)
+    edited = [key for key, value in written.items() if key in _COMPUTES and config.get(key) != value]
     if edited:
         raise FormatError(
             f"{folder / CONFIG}: {', '.join(edited)} differ from {OURS}: PEFT would compute something else than "
@@ -258,27 +279,20 @@ def _read_ours(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor])
     return adapter
 
 
-def _require_plain(where: Path, config: dict[str, Any]) -> None:
-    """Raise FormatError naming every setting of PEFT that is not read here."""
-    odd = [f"{key} = {config[key]!r}" for key, fine in _NEUTRAL.items() if key in config and config[key] not in fine]
-    if config.get("peft_type") != "LORA":
-        odd.insert(0, f"peft_type = {config.get('peft_type')!r}")
-    if odd:
-        raise FormatError(f"{where}: not a plain LoRA or DoRA adapter: {'; '.join(odd)}: merge or convert it first")
-
-
-def _read_foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     try:
-        slots, problems = _foreign_slots(config, tensors)
+        slots, problems = _foreign_slots(config, pairs.tensors)
+        claims = Claims(choosing(config), pairs.weights)
+        problems += [f"{slot.site.path}: has tensors, and the config's target_modules do not name it" for slot in slots
+                     if selects(claims.selects, slot.site.path) is False]  # fmt: skip
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise FormatError(
             f"{folder / CONFIG}: a rank, alpha or pattern in it is odd ({error}): save the adapter again"
         ) from error
-    problems += _never_landed(config.get("target_modules"), [slot.site.path for slot in slots])
     if problems:
         raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12])
                           + "\nsave the adapter again, or restore the folder")  # fmt: skip
-    return Adapter(Plan(tuple(slots)), tensors, base=None, base_name=_named_base(config))
+    return Adapter(Plan(tuple(slots)), pairs.tensors, base=None, base_name=_named_base(config), claims=claims)
 
 
 def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[list[LowRank], list[str]]:
@@ -292,31 +306,12 @@ def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
             problems.append(f"{path}: lora_A and lora_B are not a pair of matrices")
             continue
         rank = a.shape[0]
-        said = _by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
+        said = by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
         if said != rank:
             problems.append(f"{path}: rank {rank} in the tensors, {said} in the config")
-        alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
+        alpha = float(by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
         if config.get("use_rslora"):
             alpha *= rank**0.5  # s = alpha / √rank (arXiv 2312.03732)
         kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
         slots.append(LowRank(Site(path, kind, a.shape[1], b.shape[0]), rank, alpha, variant))
     return slots, problems
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that ends the path at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
-
-
-def _never_landed(targets: Any, paths: list[str]) -> list[str]:
-    """Targets that the config names and no tensor belongs to."""
-    if not isinstance(targets, list):
-        return []
-    return [
-        f"target '{target}' has no tensors"
-        for target in targets
-        if not any(path == target or path.endswith(f".{target}") for path in paths)
-    ]

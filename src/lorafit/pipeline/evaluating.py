@@ -36,13 +36,13 @@ from lorafit.tasks.probe import way_of
 
 def run_evaluation(
     base_name: str | None,
-    adapter_folder: Path,
-    data: str,
+    adapter_folder: str | Path,
+    data: str | Path,
     settings: Mapping[str, Any] = MappingProxyType({}),
     *,
-    against: Path | None = None,
+    against: str | Path | None = None,
     split: str = "test",
-    answers: Path | None = None,
+    answers: str | Path | None = None,
     accept_unknown_base: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def run_evaluation(
     answers go there, one JSON object a line; a file that is there already is refused.
     """
     listener = listener or Silent()
+    answers, data = None if answers is None else Path(answers), str(data)
     if answers is not None:
         require_new(answers, "--answers")
     keep_freed_memory()

@@ -21,6 +21,7 @@ from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.forgetting import general_rows, general_text
 from lorafit.evaluation.statistics import FEWEST, groups_of
+from lorafit.formats.oddities import misread_by_peft
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
@@ -83,6 +84,8 @@ def open_all(
     else:
         decision, peak = as_begun(decision, began.micro_tokens, began.recompute), None
     listener.plan(decision.choices)
+    if said := misread_by_peft(base.model, [slot.site.path for slot in decision.plan.slots]):
+        listener.say(said)
     names = {dtype: name for name, dtype in DTYPES.items()}
     recipe = decision.recipe
     frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), way.apart, way.packed, recipe.micro_tokens,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.base import Base, open_base
 from lorafit.errors import AdapterError, BaseError
-from lorafit.files import read_json, whole_file
+from lorafit.files import whole_file
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.preparing import prepare
@@ -60,7 +60,7 @@ def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tu
 
 def _base_of(folders: Mapping[str, Path]) -> str:
     """The base that adapter folders name."""
-    named = {name: read_json(folder / peft.OURS).get("base_name") for name, folder in folders.items()
+    named = {name: peft.glance(folder).base_name for name, folder in folders.items()
              if (folder / peft.OURS).exists()}  # fmt: skip
     bases = sorted({str(base) for base in named.values() if base})
     if len(bases) != 1:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from lorafit.adapter import Adapter
+from lorafit.data.reading import BUILTIN
 from lorafit.errors import DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
-from lorafit.files import make_folder, write_json, write_text
+from lorafit.files import absolute, make_folder, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.listener import Listener, Silent
@@ -47,6 +48,7 @@ from lorafit.run import (
     remember_questions,
     require_same,
     room_to_write,
+    settings_written,
     versions,
 )
 from lorafit.settings import TrainSettings, settings_from
@@ -54,9 +56,9 @@ from lorafit.training.processes import ALONE, Processes
 
 
 def run_training(
-    base_name: str | None,
-    data: str | None,
-    out: Path,
+    base_name: str | Path | None,
+    data: str | Path | None,
+    out: str | Path,
     settings: Mapping[str, Any],
     *,
     resume: bool = False,
@@ -71,10 +73,12 @@ def run_training(
     its machine is taken from run.json, its number of threads too. extra: goes into run.json.
     processes: called alike in each of them; the first alone speaks and writes, the others return {} after training.
     """
+    out = Path(out)
     if not processes.first:
         return _train_along(out, resume, processes)
     listener = listener or Silent()
-    base_name, data, resolved, began = open_run(out, base_name, data, settings, resume)
+    named, given = (None if one is None else str(one) for one in (base_name, data))
+    base_name, data, resolved, began = open_run(out, named, given, settings, resume)
     keep_freed_memory()
     with on_threads(began.threads if began else torch.get_num_threads(), listener):
         try:
@@ -115,7 +119,8 @@ def _run(
     """From the plan on: everything here writes into the run folder."""
     base, rows = opened.base, opened.rows
     before = base.integrity()
-    asked = {"base": base_name, "data": data, "settings": resolved.model_dump(mode="json")}
+    asked = {"base": base.address or base.name, "data": data if data == BUILTIN else absolute(data),
+             "typed": {"base": base_name, "data": data}, "settings": settings_written(resolved)}  # fmt: skip
     if resume:
         require_same(out, _decides(opened, processes))
     else:

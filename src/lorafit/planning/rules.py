@@ -14,6 +14,7 @@ from lorafit.attachment import blocks_below, free_blocks
 from lorafit.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError
+from lorafit.formats.oddities import refused_by_peft
 from lorafit.plan import Plan, uniform
 from lorafit.settings import TrainSettings
 from lorafit.sites import Site, select
@@ -77,9 +78,9 @@ def learning_rate_by_width(hidden: int) -> float:
 
 
 def all_linear(base: Base) -> tuple[Site, ...]:
-    """Every site of the base but its output head."""
+    """Every site of the base but its output head, and what PEFT adapts in no model of this family."""
     head = base.head_paths()
-    return tuple(site for site in base.sites if site.path not in head)
+    return tuple(site for site in base.sites if site.path not in head and not refused_by_peft(base.model, site.name))
 
 
 def hidden_size(base: Base) -> int:

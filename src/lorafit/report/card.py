@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorafit.adapter import Adapter
@@ -30,7 +31,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         f"tags: [lora, lorafit, {variant}]" if variant != "lora" else "tags: [lora, lorafit]",
         "---",
         "",
-        f"# A {variant} adapter for {adapter.base_name}",
+        f"# A {variant} adapter for {_short(adapter.base_name)}",
         "",
         f"Trained by lorafit on {summary['n_train']:,} examples; scored on {summary['n_test']:,} that this "
         f"run did not use to choose (opened {summary['test_openings']} time{'s' * (summary['test_openings'] != 1)}).",
@@ -53,7 +54,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "```python",
         "from lorafit import Message, attach, generate, open_base, read_adapter, renderer_for",
         "",
-        'adapter = read_adapter("this folder")',
+        'adapter = read_adapter(".")  # this folder',
         "base = open_base(adapter.base_name)",
         "renderer = renderer_for(base, adapter.rendering.system)",
         'prompt = renderer.prompt_ids([Message("user", "your question")])',
@@ -77,6 +78,11 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
     if adapter.rendering and adapter.rendering.system:
         lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
     return "\n".join(lines)
+
+
+def _short(name: str | None) -> str:
+    """A base by its name: of a folder the last part."""
+    return Path(name).name if name and Path(name).is_absolute() else str(name)
 
 
 def _before(summary: Mapping[str, Any]) -> list[str]:

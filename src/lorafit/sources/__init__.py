@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lorafit.errors import BaseError
-from lorafit.files import did_you_mean
+from lorafit.files import absolute, did_you_mean
 from lorafit.sources import builtin, folder, gguf, hub
 from lorafit.sources.progress import Report, Watch, silent, unwatched
 
@@ -23,6 +23,14 @@ def found(name: str, report: Report = silent, watch: Watch = unwatched, *, weigh
     return path, known_as
 
 
+def address(name: str) -> str:
+    """The name under which the same base opens from every folder: what goes to disk.
+
+    A local path is absolute, and so is never taken for a model of the hub.
+    """
+    return name if name in builtin.BUILTIN else absolute(name)
+
+
 def require(name: str) -> None:
     """Raise BaseError where `name` can be no base. Nothing is fetched, converted or opened."""
     meant = _meant(name)
@@ -35,7 +43,8 @@ def _located(name: str, report: Report, watch: Watch, weights: bool) -> tuple[Pa
     if isinstance(meant, hub.Wanted):
         return hub.fetched(meant, report, watch, weights=weights)
     if meant.is_dir():
-        return meant, gguf.name_of(meant) or name
+        kept = gguf.name_of(meant)
+        return meant, kept if kept in builtin.BUILTIN else name
     return gguf.converted(meant, name if name in builtin.BUILTIN else meant.stem, report, watch), name
 
 

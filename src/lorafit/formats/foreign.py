@@ -1,0 +1,193 @@
+"""Adapters that other programs wrote in PEFT's layout: their tensor names, their settings, what they say of a base.
+
+Names differ by what was wrapped around the model when it was saved (torch.compile, DDP, FSDP, a multimodal model), and
+by PEFT's age. What is left without the wrappers is the path of a module; `landing` finds it in the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.errors import FormatError
+
+PREFIX = "base_model.model."
+_FACTORS = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m"}
+_TENSOR = re.compile(rf"(?P<path>.+)\.(?P<factor>{'|'.join(_FACTORS)})(\.(?P<adapter>[^.]+))??(\.weight)?")
+_COPY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<part>weight|bias)")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # PyTorch's names, anywhere in a path
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Settings that are read, or that change nothing of what a trained adapter computes. (Nothing is read of PEFT itself:
+# these are the fields of its LoraConfig, 0.3 to 0.21, and those that other trainers add.)
+_KNOWN = {
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision",
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+    "merge_weights", "unsloth_fixed",
+}  # fmt: skip
+# Settings that are not read here and that pass where they are at these values; any other setting where it says nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+_SAYS_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a file of tensors holds. tensors: by site path and factor. weights: digests of base weights, by path."""
+
+    tensors: dict[str, Tensor]
+    weights: dict[str, dict[str, str]]
+
+
+def require_plain(where: Path, config: Mapping[str, Any]) -> None:
+    """Raise FormatError naming every setting of PEFT that may change what an adapter computes and is not read here."""
+    odd = [
+        f"{key} = {value!r}"
+        for key, value in config.items()
+        if key not in _KNOWN and not any(value is fine or value == fine for fine in _NEUTRAL.get(key, _SAYS_NOTHING))
+    ]
+    if config.get("peft_type") != "LORA":
+        odd.insert(0, f"peft_type = {config.get('peft_type')!r}")
+    if odd:
+        raise FormatError(f"{where}: not a plain LoRA or DoRA adapter: {'; '.join(odd)}: merge or convert it first")
+
+
+def pairs_of(path: Path, named: Mapping[str, Tensor]) -> Pairs:
+    """The low-rank pairs in a file, under the paths of their modules. Raises FormatError for what is none."""
+    if not named:
+        raise FormatError(f"{path}: holds no tensors, and would change nothing: save the adapter again")
+    empty = [name for name, tensor in named.items() if not tensor.numel()]
+    if empty:
+        raise FormatError(
+            f"{path}: {len(empty)} of {len(named)} tensors are empty ({_shown(empty)}), as DeepSpeed ZeRO-3 and FSDP "
+            "leave them where the shards were not gathered: save the adapter again inside GatheredParameters "
+            "(FSDP: summon_full_params)"
+        )
+    found: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    fronts, adapters, strange, twice = set(), set(), [], []
+    for name, tensor in named.items():
+        front, module = _unwrapped(name)
+        match, copy = _TENSOR.fullmatch(module), _COPY.fullmatch(module)
+        if match:
+            key = f"{match['path']}.{_FACTORS[match['factor']]}"
+            twice += [name] if key in found else []
+            found[key] = tensor
+            fronts.add(front)
+            adapters.add(match["adapter"])
+        elif copy:
+            copies[f"{copy['path']}.{copy['part']}"] = tensor
+        else:
+            strange.append(name)
+    adapted = {key.rpartition(".")[0] for key in found}
+    strange += [name for name in copies if name.rpartition(".")[0] not in adapted]
+    if strange:
+        raise FormatError(f"{path}: {_why_strange(strange, len(named))}")
+    if twice or len(adapters) > 1:
+        names = ", ".join(sorted(name or "one without a name" for name in adapters))
+        raise FormatError(f"{path}: holds several adapters in one file ({names}): save the one that is wanted")
+    if len(fronts) > 1:
+        ways = ", ".join(repr(front) for front in sorted(fronts))
+        raise FormatError(f"{path}: its names begin in {len(fronts)} ways ({ways}): save the adapter again, as one")
+    return Pairs(found, {key: weight_digests(tensor) for key, tensor in copies.items()})
+
+
+def _unwrapped(name: str) -> tuple[str, str]:
+    """What stands before the path of the module, and the rest: neither with the names of PyTorch's wrappers in it."""
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    before, prefix, module = plain.rpartition(PREFIX)
+    return before + prefix, module
+
+
+def _why_strange(names: list[str], of: int) -> str:
+    """What tensors are that belong to no pair, and what to do about them."""
+    shown = f"{len(names)} of {of} tensors"
+    embeddings = [name for name in names if "lora_embedding_" in name]
+    if embeddings:
+        where = sorted({_unwrapped(name)[1].partition(".lora_embedding_")[0] for name in embeddings})
+        return (f"it adapts an embedding ({', '.join(where)}), which is not read here: merge it into its base first "
+                "(PEFT: merge_and_unload), for without these tensors it is another adapter")  # fmt: skip
+    if any(re.search(r"lora[._](down|up)\.|\.lora_(linear_)?[ab]\b", name) for name in names):
+        return f"{shown} are pairs under another program's names ({_shown(names)}): convert them to PEFT's layout first"
+    if all(name.endswith((".weight", ".bias")) and "lora" not in name for name in names):
+        return (
+            f"{shown} are whole weights ({_shown(names)}), as PEFT saves them with modules_to_save or for a vocabulary "
+            "that was resized: merge the adapter into its base first (PEFT: merge_and_unload)"
+        )
+    return f"{shown} are of no kind that a low-rank adapter has ({_shown(names)}): merge or convert it first"
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule for ranks and alphas: the first pattern that ends the path at a dot."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def choosing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that choose modules. Raises ValueError or re.error for values that cannot be."""
+    found = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform",
+                                              "layers_pattern")}  # fmt: skip
+    selects(found, "")
+    return found
+
+
+def selects(choice: Mapping[str, Any], path: str) -> bool | None:
+    """PEFT's rule for modules: whether the settings choose the one at this path; None where they do not say."""
+    targets, excluded = choice["target_modules"], choice["exclude_modules"]
+    if targets is None or targets == "all-linear":
+        return None
+    if excluded and _named(excluded, path):
+        return False
+    if isinstance(targets, str) or not _named(targets, path):
+        return _named(targets, path)
+    layers = choice["layers_to_transform"]
+    if layers is None or layers == []:
+        return True
+    patterns = choice["layers_pattern"] or []
+    ways = [rf"(?:^|.*?\.){one}\.(\d+)\..*" for one in ([patterns] if isinstance(patterns, str) else patterns)]
+    match = next((m for way in ways or [r".*?\.[^.]*\.(\d+)\..*"] if (m := re.fullmatch(way, path))), None)
+    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _named(names: str | Iterable[str], path: str) -> bool:
+    """A pattern for the whole path, or names that end it at a dot."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def weight_digests(weight: Tensor) -> dict[str, str]:
+    """SHA-256 of a weight's numbers in its own dtype and in those that are coarser, by dtype: the own one first."""
+    coarser = [dtype for dtype in _DTYPES if dtype.itemsize < weight.dtype.itemsize]
+    return {str(dtype): _digest(weight, dtype) for dtype in (weight.dtype, *coarser)}
+
+
+def is_weight(digests: Mapping[str, str], weight: Tensor) -> bool:
+    """Whether a weight in memory is the one of these digests, in the coarser of the two dtypes."""
+    own = next(iter(digests))
+    name = str(weight.dtype) if str(weight.dtype) in digests else own
+    dtype = next((dtype for dtype in (*_DTYPES, weight.dtype) if str(dtype) == name), None)
+    return dtype is not None and _digest(weight, dtype) == digests[name]
+
+
+def _digest(weight: Tensor, dtype: torch.dtype) -> str:
+    plain = weight.detach().to("cpu", dtype).contiguous()
+    content = plain.reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(f"{tuple(plain.shape)}|".encode() + hashlib.sha256(content).digest()).hexdigest()
