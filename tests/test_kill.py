@@ -319,7 +319,7 @@ def test_a_run_killed_before_it_has_begun_is_begun_again(runs: Runs) -> None:
 
 def test_only_what_killed_writes_have_left_is_removed(tmp_path: Path) -> None:
     theirs = [".gitignore", ".notes.txt.abcd1234", ".run.json.saved", "run.json", "checkpoints/last.safetensors",
-              "scores/.run.json.abcd1234", "mine/.run.json.abcd1234"]  # fmt: skip
+              "scores/.run.json.abcd1234", "mine/.run.json.abcd1234", "adapter/README.md"]  # fmt: skip
     ours = [".run.json.abcd1234", ".probe.a_cd1234", ".adapter.abcd1234/adapter_model.safetensors",
             ".adapter.abcd1234.old/README.md", "checkpoints/.last.safetensors.abcd1234",
             "scores/.answers.jsonl.abcd1234"]  # fmt: skip
