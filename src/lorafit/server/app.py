@@ -146,7 +146,8 @@ def _tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = await asyncio.to_thread(service.prompt, [turn.message() for turn in body.messages], version)
         elif body.prompt is not None:
-            ids = (await asyncio.to_thread(service.engine.base.tokenizer, body.prompt))["input_ids"]
+            read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
+            ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]
         else:
             raise RequestError("prompt: nothing to tokenize: give prompt or messages")
         return TokensAnswer(count=len(ids), max_model_len=service.engine.room, tokens=list(ids))
