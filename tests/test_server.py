@@ -32,7 +32,7 @@ from lorafit import files
 from lorafit.adapter import Adapter
 from lorafit.base import Base, open_base
 from lorafit.data.examples import Example, Message
-from lorafit.errors import FormatError, RunError, SettingsError
+from lorafit.errors import CancelledError, FormatError, RunError, SettingsError
 from lorafit.formats import peft
 from lorafit.plan import uniform
 from lorafit.routing import Features
@@ -41,7 +41,7 @@ from lorafit.server.app import make_app
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
 from lorafit.server.store import Store
-from lorafit.serving import Engine
+from lorafit.serving import Answer, Engine, Request
 from lorafit.sites import select
 from lorafit.testing import random_adapter
 
@@ -463,6 +463,40 @@ def test_another_host_is_refused(server: Running) -> None:
     found = httpx.options(f"{server.url}/v1/chat/completions", headers={"origin": "https://evil.example",
                           "access-control-request-method": "POST"})  # fmt: skip
     assert "access-control-allow-origin" not in found.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site", "origin": "http://localhost:3000"}, 403),
+        (
+            {"sec-fetch-site": "same-origin", "origin": "http://elsewhere.example"},
+            200,
+        ),  # behind a proxy with another name
+        ({"sec-fetch-site": "none"}, 200),  # typed into the address bar
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://localhost:1"}, 403),
+        ({"origin": "http://HERE"}, 200),
+        ({"origin": "https://HERE"}, 200),
+        ({}, 200),
+    ],
+    ids=str,
+)
+def test_a_page_of_another_origin_is_refused_before_anything_is_done(
+    server: Running, headers: dict[str, str], status: int
+) -> None:
+    here = server.url.removeprefix("http://")
+    headers = {name: value.replace("HERE", here) for name, value in headers.items()}
+    before = server.service.engine.stats().requests
+    for method, path, body in (("POST", "/v1/chat/completions", {**ASK, "model": "tiny"}), ("GET", "/v1/models", None),
+                               ("GET", "/health", None)):  # fmt: skip
+        found = httpx.request(method, server.url + path, json=body, headers=headers, timeout=60)
+        assert found.status_code == status, (path, found.text)
+        if status == 403:
+            assert "a page of another origin" in found.json()["error"]["message"]
+    assert server.service.engine.stats().requests == before + (status == 200)
 
 
 def admin(server: Running, verb: str, **body: Any) -> httpx.Response:
@@ -1142,7 +1176,6 @@ def test_what_could_not_be_stored_is_tried_again(desks: Path, tmp_path: Path, mo
 
 
 def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafit.errors import CancelledError
     from lorafit.remote import Remote
 
     lines = [b'data: {"choices": [{"delta": {"content": "Half"}}]}\n', b"\n", b": still here\n"]
@@ -1153,6 +1186,132 @@ def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytes
     with pytest.raises(CancelledError, match=r"broke off .*: ask again"):
         talk.ask("Hello?", said.append)
     assert said == ["Half"] and talk.history == []
+
+
+def test_a_stream_is_read_as_its_standard_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.remote import Remote
+
+    told = b"""\xef\xbb\xbf: hello
+event: message
+data:{"choices": [{"delta": {"role": "assistant"}}]}
+
+data: {"choices": [{"delta": {"content": "Half"}}]}\r
+\r
+data: {"choices": [
+data: {"delta": {"content": ": whole"}}]}
+
+data: {"choices": [], "usage": {}}
+
+data: {"usage": null}
+
+data: {"choices": [{"delta": null, "finish_reason": "stop"}]}
+
+data:[DONE]
+"""
+    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": [{"id": "desk"}]})
+    monkeypatch.setattr(Remote, "_open", lambda *_: nullcontext(told.splitlines(keepends=True)))
+    said: list[str] = []
+    talk = Remote("http://127.0.0.1:1/v1")
+    talk.ask("Hello?", said.append)
+    assert said == ["Half", ": whole"] and talk.history[-1]["content"] == "Half: whole"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_in_use_is_one_sentence(host: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = [sys.executable, "-m", "lorafit", "serve", "smollm2-135m", "--host", host, "--port", str(port)]
+        ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert (
+        ran.stderr == f"lorafit: --port {port}: in use by another program: end that one, or name another with --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("192.0.2.1", "--host 192.0.2.1: no address of this machine"), ("no-such-host.invalid", "--host no-such-host.inv"),
+     ("a" * 70, "--host aaa"), ("", "--host : ")],
+)  # fmt: skip
+def test_an_address_that_cannot_be_listened_at_is_said(host: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=": name another with --host") as refused:
+        run.listening(host, 0)
+    assert str(refused.value).startswith(words)
+
+
+def test_a_server_listens_at_every_address_of_its_name() -> None:
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(one) for one in run.listening("localhost", 0)]
+        assert {one.family for one in sockets} >= {socket.AF_INET}
+        for one in sockets:
+            opened.enter_context(socket.create_connection(one.getsockname()[:2]))
+
+
+def test_what_is_cancelled_while_it_is_submitted_is_not_submitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from lorafit.server.streams import Coming
+
+    taken: list[Answer] = []
+
+    class Busy:
+        def submit(self, request: Request, listener: Any, version: Any) -> Answer:
+            taken.append(Answer(request, None, listener))
+            if len(taken) == 2:
+                coming.cancel()  # as when the client goes away
+            return taken[-1]
+
+    async def made() -> Coming:
+        return Coming(Busy(), None, lambda part: None)  # type: ignore[arg-type]
+
+    coming = asyncio.run(made())
+    with pytest.raises(CancelledError):
+        coming.submit([Request((1,))] * 5)
+    assert len(taken) == 2 and all(one.is_cancelled for one in taken)
+
+
+def test_a_fault_that_stays_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, told = tmp_path / "keys.json", list[str]()
+    secret = keys.create(file, "desk", ["infer", "admin"])
+    (tmp_path / "root").mkdir()
+    monkeypatch.setattr("lorafit.server.service.WATCH", 1e6)
+    with served(tmp_path / "root", file) as running:
+        service = running.service
+        service.say = told.append
+        good = file.read_text(encoding="utf-8")
+
+        def gone() -> None:
+            raise RuntimeError("the drive is gone")
+
+        assert service.store is not None
+        monkeypatch.setattr(service.store, "look", gone)
+        for content, words in (("{", "not JSON"), (None, "keys.json"), ('{"keys": 3}', "keys")):
+            told.clear()
+            file.unlink() if content is None else file.write_text(content, encoding="utf-8")
+            for _ in range(3):
+                service._look()
+            assert sum(words in line for line in told) == 1, told
+            assert running.ask("tiny", secret).status_code == 200, "what was read last goes on"
+            monkeypatch.setattr(service.store, "look", gone)
+        assert not [line for line in told if "the drive" in line], "it was said before"
+        file.write_text(good, encoding="utf-8")
+        monkeypatch.undo()
+        service._look()
+        told.clear()
+        file.write_text("{", encoding="utf-8")
+        service._look()
+        assert len(told) == 1, "one that comes again is said again"
+
+
+def test_a_renderer_is_made_once_for_all_conversations(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.data.render import Renderer
+
+    server.said("tiny")
+    made: list[str | None] = []
+    monkeypatch.setattr(Renderer, "__init__", lambda *given, **named: made.append("renderer"))
+    for model in ("tiny", "returns", "tiny"):
+        server.said(model)
+    assert made == []
 
 
 def test_a_key_is_all_that_a_script_reads(tmp_path: Path) -> None:

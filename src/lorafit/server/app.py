@@ -59,6 +59,7 @@ def make_app(
         docs_url=None,
         redirect_slashes=False,
         redoc_url=None,
+        strict_content_type=True,  # a page may send a body of no type without asking this server first
     )
     answer_errors(app)
     _watching(app, service)
