@@ -823,7 +823,14 @@ def test_on_the_real_base_rows_part_at_near_ties_alone(dtype: torch.dtype) -> No
             for (name, _), prompt in zip(asked, prompts, strict=True)
         ]
         together = [answer.result() for answer in [engine.submit(request) for request in requests]]
-        by_itself = [engine.submit(request).result() for request in requests]
+    by_itself: list[Result] = []
+    for name, one in own.items():  # an engine that has no other adapter, nor keys and values of the batch
+        with Engine(real, {name: one} if name and one else {}, slots=1) as engine:
+            for request in (request for request in requests if request.adapter == name):
+                by_itself.append(engine.submit(request).result())
+                assert by_itself[-1].known == 0
+                engine._slots.slots[0].held = []
+    assert len({result.text for result in by_itself}) > len(own), "the adapters say nothing of their own"
     for one, other in zip(together, by_itself, strict=True):
         tokens += len(one.tokens)
         for here, there in zip(one.tokens, other.tokens, strict=True):

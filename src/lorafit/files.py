@@ -36,7 +36,8 @@ def _umask() -> int:
     """What the user keeps from others: temporary files are made private, and must end as plainly written ones would.
     It is not asked by setting it, which would make private what other threads write meanwhile."""
     with suppress(OSError):
-        if told := re.search(r"^Umask:\s*([0-7]+)$", STATUS.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        status = STATUS.read_text(encoding="utf-8", errors="replace")
+        if told := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
             return int(told[1], 8)
     with tempfile.TemporaryDirectory() as folder:  # elsewhere it shows in what is made
         made = Path(folder) / PROBE
