@@ -230,6 +230,9 @@ def informed(document: dict[str, Any]) -> dict[str, Any]:
     models = {"enum": ["tiny", "returns", "returns@1", "it-support"]}
     for name in ("ChatRequest", "CompletionRequest"):
         schemas[name]["properties"]["model"] = models
+        bias = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
+        (known,) = bias["patternProperties"].values()
+        bias["patternProperties"] = {"^([0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-5][0-9]|260)$": known}
     for name in ("TokenizeRequest", "DetokenizeRequest"):
         schemas[name]["properties"]["model"] = {"anyOf": [models, {"type": "null"}]}
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["maximum"] = 260

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ from lorafit.serving import Engine, Request, Result, decoder
 from lorafit.serving.families import FAMILIES
 from lorafit.serving.mixing import Loaded
 from lorafit.serving.native import kernels
+from lorafit.serving.sampling import Sampler
 from lorafit.serving.slots import Slot
 from lorafit.serving.timing import FIRST, SECOND, Timings
 from lorafit.sites import select
@@ -482,14 +483,76 @@ def test_drawing_depends_on_the_seed_alone(base: Base, adapters: dict[str, Adapt
 
 
 def test_draws_have_the_frequencies_of_their_probabilities() -> None:
-    from lorafit.serving.sampling import Sampler
-
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     shares = (logits / 0.7).softmax(-1)
     kept = torch.where(torch.arange(4) < 3, shares, 0)  # .74 + .18 is not yet .95: the third is in, the last is not
     sampler = Sampler(Request((1,), temperature=0.7, top_p=0.95, seed=0))
     counts = torch.bincount(torch.tensor([sampler.draw(logits, 0).id for _ in range(4000)]), minlength=4)
     assert torch.allclose(counts / 4000, kept / kept.sum(), atol=0.03) and counts[3] == 0
+
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, -1.0])
+
+
+def drawn(count: int, **settings: Any) -> list[int]:
+    """The tokens that one sampler draws of LOGITS, one after the other."""
+    sampler = Sampler(Request((0, 0, 2), **settings))
+    return [sampler.draw(LOGITS, 0).id for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids"),
+    [
+        # once each is 0.6 off, whatever its number: 2 1.5 1 | 1.4 1.5 | 1.4 .9 1 | again 0
+        ({"presence_penalty": 0.6}, [0, 1, 0, 0]),
+        # 0.4 for each time: 2 | 1.6 | 1.2 1.5 | 1.2 1.1 1 | .8 1.1 1
+        ({"frequency_penalty": 0.4}, [0, 0, 1, 0, 1]),
+        # both: 2 | 1.2 1.5 | 1.2 .7 1 | .9 .7 1 (token 0 twice: 2 - .5 - .6)
+        ({"frequency_penalty": 0.3, "presence_penalty": 0.5}, [0, 1, 0, 2]),
+        ({"presence_penalty": -2.0}, [0, 0, 0, 0]),
+        # the prompt's 0 and 2 count too, each once however often: 2/1.5 1.5 1/1.5 | 1.33 1 .67
+        ({"repetition_penalty": 1.5}, [1, 0, 0]),
+        ({"logit_bias": {2: 1.1}}, [2, 2]),
+        ({"logit_bias": {0: -100, 1: -100}}, [2, 2]),
+        # a bias comes before the penalty, which multiplies what is below 0: -2 -1 -3 -1.9 | -2 -2 -3 -1.9
+        ({"logit_bias": {0: -3, 1: -2.5, 2: -2.5, 3: -0.9}, "repetition_penalty": 2.0}, [1, 3]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_penalties_and_biases_are_what_others_compute(settings: dict[str, Any], ids: list[int]) -> None:
+    assert drawn(len(ids), **settings) == ids
+    assert drawn(len(ids), **settings, temperature=1.0, top_k=1, seed=0) == ids, "drawn too"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"min_p": 0.5}, {0, 1}),  # the shares to the largest: 1, .61, .37, .05
+        ({"min_p": 0.3}, {0, 1, 2}),
+        ({"min_p": 1.0}, {0}),
+        ({"min_p": 0.5, "temperature": 2.0}, {0, 1, 2}),  # after temperature: 1, .78, .61, .22
+        ({"min_p": 0.3, "top_p": 0.8}, {0, 1}),  # of what is left .51 .31 .19: the first two make .81
+        ({"min_p": 0.3, "top_k": 2}, {0, 1}),
+    ],
+)
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(settings: dict[str, Any], kept: set[int]) -> None:
+    assert {*drawn(300, **{"temperature": 1.0, "seed": 0, **settings})} == kept
+
+
+def test_the_penalties_of_an_answer_are_its_own_and_leave_log_probabilities_alone(base: Base) -> None:
+    loud = plain(frequency_penalty=2.0, logprobs=3, max_tokens=30)
+    with Engine(base) as engine:
+        results = [answer.result() for answer in [engine.submit(one) for one in (loud, plain(max_tokens=30), loud)]]
+        again = engine.submit(plain(logit_bias={ids_of(results[1])[0]: -100.0}, logprobs=1)).result()
+    assert ids_of(results[0]) == ids_of(results[2]) != ids_of(results[1]) == alone(TWIN, None, PROMPT, 30)
+    assert again.tokens[0].id != again.tokens[0].top[0][0] == ids_of(results[1])[0], "as the model has them"
+    with torch.no_grad():
+        logits = TWIN.model(torch.tensor([[*PROMPT, *ids_of(results[0])]])).logits[0, len(PROMPT) - 1 : -1]
+    counts = torch.zeros(logits.shape[1])
+    for row, token in zip(logits, results[0].tokens, strict=True):
+        assert int((row - 2.0 * counts).argmax()) == token.id
+        assert token.logprob == pytest.approx(float(row.log_softmax(-1)[token.id]), abs=1e-4)
+        counts[token.id] += 1
 
 
 def test_log_probabilities_are_those_of_the_model(base: Base, adapters: dict[str, Adapter]) -> None:
@@ -537,10 +600,17 @@ def test_an_answer_keeps_to_its_schema(base: Base, adapters: dict[str, Adapter])
 def test_what_cannot_be_asked_is_told_all_at_once(base: Base) -> None:
     with Engine(base, room=64) as engine:
         wrong = Request((), max_tokens=0, temperature=float("nan"), top_p=0, seed=-1, stop=("",), logprobs=99,
-                        adapter_scale=float("inf"), top_k=-1)  # fmt: skip
+                        adapter_scale=float("inf"), top_k=-1, presence_penalty=2.5, frequency_penalty=float("nan"),
+                        repetition_penalty=0, min_p=1.5, logit_bias={300: 1.0, 2: 101.0})  # fmt: skip
         with pytest.raises(RequestError) as told:
             engine.submit(wrong)
+        assert "logit_bias: token 300 is not in the base's vocabulary of 261: take it out" in str(told.value)
         for field in (
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "min_p",
+            "logit_bias",
             "prompt",
             "max_tokens",
             "temperature",
@@ -565,7 +635,9 @@ def test_what_cannot_be_asked_is_told_all_at_once(base: Base) -> None:
 def test_what_is_of_the_wrong_type_is_refused_before_it_is_begun(base: Base) -> None:
     with Engine(base) as engine:
         for wrong, field in (({"top_k": 2.5}, "top_k"), ({"seed": 1.5}, "seed"), ({"prompt": (97, 98.5)}, "prompt"),
-                             ({"stop": "END"}, "stop"), ({"stop": (5,)}, "stop")):  # fmt: skip
+                             ({"stop": "END"}, "stop"), ({"stop": (5,)}, "stop"), ({"min_p": "0"}, "min_p"),
+                             ({"logit_bias": {"5": 1.0}}, "logit_bias"), ({"logit_bias": [5]}, "logit_bias"),
+                             ({"presence_penalty": None}, "presence_penalty")):  # fmt: skip
             with pytest.raises(RequestError, match=f"{field}: "):
                 engine.submit(plain(**wrong))
         assert len(engine.submit(plain()).result().tokens) == 12
@@ -859,7 +931,14 @@ def test_on_the_real_base_rows_part_at_near_ties_alone(dtype: torch.dtype) -> No
             for (name, _), prompt in zip(asked, prompts, strict=True)
         ]
         together = [answer.result() for answer in [engine.submit(request) for request in requests]]
-        by_itself = [engine.submit(request).result() for request in requests]
+    by_itself: list[Result] = []
+    for name, one in own.items():  # an engine that has no other adapter, nor keys and values of the batch
+        with Engine(real, {name: one} if name and one else {}, slots=1) as engine:
+            for request in (request for request in requests if request.adapter == name):
+                by_itself.append(engine.submit(request).result())
+                assert by_itself[-1].known == 0
+                engine._slots.slots[0].held = []
+    assert len({result.text for result in by_itself}) > len(own), "the adapters say nothing of their own"
     for one, other in zip(together, by_itself, strict=True):
         tokens += len(one.tokens)
         for here, there in zip(one.tokens, other.tokens, strict=True):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import importlib
 import io
 import json
 import os
+import pickle
 import pkgutil
 import re
 import shlex
@@ -265,6 +267,16 @@ def tree() -> list[type[LorafitError]]:
 
 def test_all_errors_live_in_one_tree() -> None:
     assert {kind.__module__ for kind in tree()} == {errors.__name__}
+
+
+def test_every_error_comes_whole_from_another_process() -> None:
+    problems = [errors.Problem("a.jsonl:3", "nothing to learn in it", "fill in the answer"),
+                errors.Problem("b.csv", "no table", "save it again", whole=True)]  # fmt: skip
+    for kind in tree():
+        error = kind(problems) if kind is errors.DataError else kind("a place: what is wrong: correct it")  # type: ignore[arg-type]
+        back = pickle.loads(pickle.dumps(error))
+        assert (type(back), str(back), vars(back)) == (kind, str(error), vars(error))
+        assert copy.copy(error).args == error.args
 
 
 def test_every_error_has_its_section() -> None:

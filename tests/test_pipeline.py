@@ -534,6 +534,28 @@ def test_what_is_written_is_as_private_as_the_user_wants(tmp_path: Path) -> None
     assert modes == ["0o600", "0o700", "0o600"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_what_others_write_meanwhile_is_as_they_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_proc: bool
+) -> None:
+    """The process has one umask: whoever sets it to read it makes private what another thread writes just then."""
+    mask = 0o027
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda _: pytest.fail("it is set for all threads"))
+            if not has_proc:
+                patch.setattr("lorafit.files.STATUS", tmp_path / "no-such-file")
+            write_json(tmp_path / "a.json", 1)
+            with whole_folder(tmp_path / "b") as building:
+                (building / "c").write_text("c")
+    finally:
+        os.umask(before)
+    found = [oct((tmp_path / name).stat().st_mode & 0o777) for name in ("a.json", "b", "b/c")]
+    assert found == ["0o640", "0o750", "0o640"]
+
+
 def test_an_adapter_replaces_no_folder_that_holds_other_things(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

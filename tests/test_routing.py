@@ -57,8 +57,23 @@ def test_questions_go_to_the_adapter_they_are_like() -> None:
     assert abstained.adapter is None and abstained.probability > 0.5
     assert sum(abstained.scores.values()) == pytest.approx(1) and set(abstained.scores) == {"it", "returns", None}
     assert (router.right, router.kept_out) == (1.0, 1.0)
-    allowed = router.route(places[0], {"returns"})
-    assert set(allowed.scores) == {"returns", None}, "an adapter that may not be used has no score"
+
+
+def test_what_is_for_an_adapter_that_may_not_be_used_goes_to_the_base() -> None:
+    adapters, others, places = three()
+    router = fit(adapters, others)
+    question = places[0] + 0.2 * places[1]  # for `it`; of the others `returns` is the nearest
+    whole = router.route(question)
+    assert whole.adapter == "it"
+    for allowed in ({"returns"}, set[str]()):
+        found = router.route(question, allowed)
+        assert found.adapter is None, "chosen among all, and then masked"
+        assert set(found.scores) == {*allowed, None}, "an adapter that may not be used has no score"
+        assert sum(found.scores.values()) == pytest.approx(1)
+        assert all(found.scores[name] == pytest.approx(whole.scores[name]) for name in allowed)
+        assert found.probability == pytest.approx(found.scores[None]), "of that nothing it may use answers"
+    own = router.route(places[1], {"returns"})
+    assert own == replace(router.route(places[1]), scores=own.scores) and own.adapter == "returns"
 
 
 def test_what_an_adapters_data_declines_is_for_none() -> None:

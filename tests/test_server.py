@@ -32,7 +32,7 @@ from lorafit import files
 from lorafit.adapter import Adapter
 from lorafit.base import Base, open_base
 from lorafit.data.examples import Example, Message
-from lorafit.errors import FormatError, RunError, SettingsError
+from lorafit.errors import CancelledError, FormatError, RunError, SettingsError
 from lorafit.formats import peft
 from lorafit.plan import uniform
 from lorafit.routing import Features
@@ -41,7 +41,7 @@ from lorafit.server.app import make_app
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
 from lorafit.server.store import Store
-from lorafit.serving import Engine
+from lorafit.serving import Answer, Engine, Request
 from lorafit.sites import select
 from lorafit.testing import random_adapter
 
@@ -182,7 +182,8 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
         ({"model": "tiny", "max_tokens": -5}, 400, "max_tokens"),
         ({"model": "tiny", "max_tokens": "many"}, 400, "max_tokens"),
         ({"model": "tiny", "temperature": -1}, 400, "temperature"),
-        ({"model": "tiny", "seed": -1}, 400, "seed"),
+        ({"model": "tiny", "seed": -2}, 400, "seed"),
+        ({"model": "tiny", "max_tokens": -2}, 400, "max_tokens"),
         ({"model": "tiny", "stop": "x" * 1000}, 400, "stop"),
         ({"model": "tiny", "n": 99}, 400, "n: "),
         ({"model": "tiny", "messages": []}, 400, "messages"),
@@ -205,8 +206,160 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
         found = httpx.post(f"{server.url}/v1/chat/completions", content=raw,
                            headers={"content-type": "application/json"})  # fmt: skip
         assert found.status_code == status and found.json()["error"]["message"], (raw[:40], found.text)
+    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+        found = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps({**ASK, "model": "tiny"}).encode(),
+                           headers=headers)  # fmt: skip
+        assert found.status_code == 400 and "content-type: application/json" in found.text, "as a page may send it"
     assert server.ask("tiny", max_tokens=10**9).status_code == 200, "as long as there is room"
     assert httpx.get(f"{server.url}/no/such/path").json()["error"]["code"] == 404
+
+
+SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Sure, the"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tool_choice": "required"}, "tool_choice: "),
+        ({"tool_choice": {"type": "function", "function": {"name": "find"}}}, "tool_choice: "),
+        ({"function_call": {"name": "find"}}, "function_call: "),
+        ({"guided_json": {"type": "object"}}, "guided_json: no answer is bound so here: give response_format"),
+        ({"guided_choice": ["yes", "no"]}, "guided_choice: "),
+        ({"guided_regex": "a+"}, "guided_regex: "),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "structured_outputs: "),
+        ({"grammar": 'root ::= "a"'}, "grammar: "),
+        ({"continue_final_message": True, "messages": SAID}, "continue_final_message: "),
+        ({"add_generation_prompt": False}, "add_generation_prompt: "),
+        ({"messages": [SAID[0], {**SAID[1], "prefix": True}]}, "messages.1: "),
+        ({"suffix": "the end"}, "suffix: "),
+        ({"best_of": 3}, "best_of: "),
+        ({"best_of": 3, "n": 2}, "best_of: "),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs: "),
+        ({"chat_template": "{{ messages }}"}, "chat_template: "),
+        ({"documents": [{"text": "x"}]}, "documents: "),
+        ({"reasoning_effort": "high"}, "reasoning_effort: "),
+        ({"top_logprobs": 3}, "top_logprobs: "),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs: "),
+        ({"prompt_logprobs": 0}, "prompt_logprobs: "),
+        ({"stop_token_ids": [5]}, "stop_token_ids: "),
+        ({"min_tokens": 5}, "min_tokens: "),
+        ({"bad_words": ["x"]}, "bad_words: "),
+        ({"use_beam_search": True}, "use_beam_search: "),
+        ({"length_penalty": 0.5}, "length_penalty: "),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output: "),
+        ({"skip_special_tokens": False}, "skip_special_tokens: "),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: "),
+        ({"repeat_penalty": 1.3}, "repeat_penalty: it is not read by this name: give repetition_penalty"),
+        ({"modalities": ["text", "audio"]}, "modalities: "),
+        ({"web_search_options": {}}, "web_search_options: "),
+        ({"presence_penalty": 3}, "presence_penalty: "),
+        ({"frequency_penalty": -3}, "frequency_penalty: "),
+        ({"repetition_penalty": 0}, "repetition_penalty: "),
+        ({"min_p": 2}, "min_p: "),
+        ({"logit_bias": {"104": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the base's vocabulary"),
+        ({"guided_regex": "a", "suffix": "b"}, "guided_regex: "),
+        ({"guided_regex": "a", "suffix": "b"}, "suffix: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_would_change_the_answer_and_is_not_done_is_refused(
+    server: Running, fields: dict[str, Any], words: str
+) -> None:
+    found = server.ask("tiny", **fields)
+    assert found.status_code == 400, found.text
+    told = found.json()["error"]
+    assert words in told["message"] and "Value error" not in told["message"]
+    assert told["param"] and told["param"].partition(".")[0] in fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ""}, {"stop": ["", "never said"]}, {"stop": []}, {"seed": -1}, {"max_tokens": -1, "ignore_eos": False},
+        {"max_completion_tokens": -1}, {"tools": [{"type": "function", "function": {"name": "find"}}]},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, {"tool_choice": "none"},
+        {"functions": [{"name": "find"}], "function_call": "auto"},
+        {"guided_json": None, "guided_choice": None, "guided_regex": "", "guided_grammar": None},
+        {"structured_outputs": {"json": None, "choice": None}}, {"structured_outputs": {}}, {"suffix": ""},
+        {"continue_final_message": False, "add_generation_prompt": True}, {"best_of": 1}, {"logit_bias": {}},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_p": 0, "logit_bias": None},
+        {"presence_penalty": None, "frequency_penalty": None, "repetition_penalty": None, "min_p": None},
+        {"chat_template_kwargs": {}, "chat_template": None, "documents": [], "reasoning_effort": "none"},
+        {"top_logprobs": 0}, {"top_logprobs": None, "logprobs": None}, {"prompt_logprobs": None, "min_tokens": 0},
+        {"stop_token_ids": [], "bad_words": [], "use_beam_search": False, "length_penalty": 1.0},
+        {"skip_special_tokens": True, "include_stop_str_in_output": False, "modalities": ["text"]},
+        {"user": "a", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "no_such_field": 5},
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_asks_for_nothing_changes_nothing(server: Running, fields: dict[str, Any]) -> None:
+    as_long_as_it_will = {"max_tokens", "max_completion_tokens"} & {*fields}
+    plain: dict[str, Any] = {"max_tokens": None} if as_long_as_it_will else {"ignore_eos": True}
+    assert server.said("tiny", **{**plain, **fields}) == server.said("tiny", **plain)
+
+
+def test_penalties_and_biases_reach_the_sampler(server: Running) -> None:
+    def tokens(**fields: Any) -> list[str]:
+        found = server.ask("tiny", logprobs=True, ignore_eos=True, max_tokens=30, **fields)
+        assert found.status_code == 200, found.text
+        return [one["token"] for one in found.json()["choices"][0]["logprobs"]["content"]]
+
+    letter = {one: str(byte_tokenizer().convert_tokens_to_ids(one)) for one in "xy"}
+    plain = tokens()
+    for field in ({"presence_penalty": 2}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.9},
+                  {"logit_bias": {letter["x"]: 100}}):  # fmt: skip
+        assert tokens(**field) != plain, field
+    assert {*tokens(logit_bias={letter["x"]: 100})} == {"x"}
+    assert tokens(temperature=2, min_p=1, seed=3) == plain != tokens(temperature=2, seed=3)
+    body = {"model": "tiny", "prompt": "Hello?", "max_tokens": 5, "logit_bias": {letter["y"]: 100}}
+    assert httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"] == "yyyyy"
+
+
+def test_an_assistant_who_said_nothing_has_an_empty_turn(server: Running) -> None:
+    def tokens(*messages: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{server.url}/tokenize", json={"messages": [*messages, {"role": "user", "content": "b"}]})
+
+    user, empty = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
+    wanted = tokens(user, empty).json()["tokens"]
+    for silent in ({"role": "assistant"}, {"role": "assistant", "content": None}, {**empty, "tool_calls": []},
+                   {"role": "assistant", "tool_calls": None, "function_call": None, "content": []}):  # fmt: skip
+        assert tokens(user, silent).json().get("tokens") == wanted, silent
+    find = {"name": "find", "arguments": "{}"}
+    call = {"id": "c1", "type": "function", "function": find}
+    for turn in ({"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "bay 3"},
+                 {"role": "function", "name": "find", "content": "bay 3"},
+                 {"role": "assistant", "content": "", "function_call": find}):  # fmt: skip
+        told = tokens(user, turn).json()["error"]
+        assert told["message"].startswith("messages.1: calls of tools, and their answers, are not read here: ")
+        assert told["param"] == "messages.1"
+    for wrong, words in (({"role": "user"}, "messages.1.content: "), ({"role": "user", "content": None}, "give a text"),
+                         ({"role": "user", "content": [{"type": "image_url"}]}, "only text is read"),
+                         ({"role": "user", "content": "x", "images": ["aGk="]}, "only text is read"),
+                         ({"role": "user", "content": 5}, "give a text")):  # fmt: skip
+        told = tokens(user, wrong).json()["error"]
+        assert words in told["message"] and "Input should be" not in told["message"], told
+        assert told["param"].startswith("messages.1")
+
+
+def test_completions_refuse_what_they_do_not_do(server: Running) -> None:
+    body = {"model": "tiny", "prompt": "Hello?", "max_tokens": 4}
+
+    def asked(**fields: Any) -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/completions", json={**body, **fields})
+
+    wanted = asked().json()["choices"][0]["text"]
+    for neutral in ({"suffix": None}, {"best_of": 1}, {"echo": False}, {"add_special_tokens": True}):
+        assert asked(**neutral).json()["choices"][0]["text"] == wanted
+    for fields, words in (({"suffix": "x"}, "suffix: "), ({"echo": True}, "echo: prompts are not repeated"),
+                          ({"best_of": 2}, "best_of: "), ({"guided_regex": "x"}, "guided_regex: ")):  # fmt: skip
+        found = asked(**fields)
+        assert found.status_code == 400 and found.json()["error"]["message"].startswith(words), found.text
+        assert found.json()["error"]["param"] == words.partition(":")[0]
+    assert asked(best_of=2, n=2).status_code == 200, "as many are made as are wanted"
+    bare = httpx.post(f"{server.url}/tokenize", json={"prompt": "x", "add_special_tokens": False}).json()["tokens"]
+    assert bare == byte_tokenizer()("x", add_special_tokens=False)["input_ids"]
 
 
 def test_nobody_gets_in_without_a_key(desks: Path, tmp_path: Path) -> None:
@@ -310,6 +463,40 @@ def test_another_host_is_refused(server: Running) -> None:
     found = httpx.options(f"{server.url}/v1/chat/completions", headers={"origin": "https://evil.example",
                           "access-control-request-method": "POST"})  # fmt: skip
     assert "access-control-allow-origin" not in found.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site", "origin": "http://localhost:3000"}, 403),
+        (
+            {"sec-fetch-site": "same-origin", "origin": "http://elsewhere.example"},
+            200,
+        ),  # behind a proxy with another name
+        ({"sec-fetch-site": "none"}, 200),  # typed into the address bar
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://localhost:1"}, 403),
+        ({"origin": "http://HERE"}, 200),
+        ({"origin": "https://HERE"}, 200),
+        ({}, 200),
+    ],
+    ids=str,
+)
+def test_a_page_of_another_origin_is_refused_before_anything_is_done(
+    server: Running, headers: dict[str, str], status: int
+) -> None:
+    here = server.url.removeprefix("http://")
+    headers = {name: value.replace("HERE", here) for name, value in headers.items()}
+    before = server.service.engine.stats().requests
+    for method, path, body in (("POST", "/v1/chat/completions", {**ASK, "model": "tiny"}), ("GET", "/v1/models", None),
+                               ("GET", "/health", None)):  # fmt: skip
+        found = httpx.request(method, server.url + path, json=body, headers=headers, timeout=60)
+        assert found.status_code == status, (path, found.text)
+        if status == 403:
+            assert "a page of another origin" in found.json()["error"]["message"]
+    assert server.service.engine.stats().requests == before + (status == 200)
 
 
 def admin(server: Running, verb: str, **body: Any) -> httpx.Response:
@@ -989,7 +1176,6 @@ def test_what_could_not_be_stored_is_tried_again(desks: Path, tmp_path: Path, mo
 
 
 def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafit.errors import CancelledError
     from lorafit.remote import Remote
 
     lines = [b'data: {"choices": [{"delta": {"content": "Half"}}]}\n', b"\n", b": still here\n"]
@@ -1000,6 +1186,132 @@ def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytes
     with pytest.raises(CancelledError, match=r"broke off .*: ask again"):
         talk.ask("Hello?", said.append)
     assert said == ["Half"] and talk.history == []
+
+
+def test_a_stream_is_read_as_its_standard_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.remote import Remote
+
+    told = b"""\xef\xbb\xbf: hello
+event: message
+data:{"choices": [{"delta": {"role": "assistant"}}]}
+
+data: {"choices": [{"delta": {"content": "Half"}}]}\r
+\r
+data: {"choices": [
+data: {"delta": {"content": ": whole"}}]}
+
+data: {"choices": [], "usage": {}}
+
+data: {"usage": null}
+
+data: {"choices": [{"delta": null, "finish_reason": "stop"}]}
+
+data:[DONE]
+"""
+    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": [{"id": "desk"}]})
+    monkeypatch.setattr(Remote, "_open", lambda *_: nullcontext(told.splitlines(keepends=True)))
+    said: list[str] = []
+    talk = Remote("http://127.0.0.1:1/v1")
+    talk.ask("Hello?", said.append)
+    assert said == ["Half", ": whole"] and talk.history[-1]["content"] == "Half: whole"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_in_use_is_one_sentence(host: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = [sys.executable, "-m", "lorafit", "serve", "smollm2-135m", "--host", host, "--port", str(port)]
+        ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert (
+        ran.stderr == f"lorafit: --port {port}: in use by another program: end that one, or name another with --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("192.0.2.1", "--host 192.0.2.1: no address of this machine"), ("no-such-host.invalid", "--host no-such-host.inv"),
+     ("a" * 70, "--host aaa"), ("", "--host : ")],
+)  # fmt: skip
+def test_an_address_that_cannot_be_listened_at_is_said(host: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=": name another with --host") as refused:
+        run.listening(host, 0)
+    assert str(refused.value).startswith(words)
+
+
+def test_a_server_listens_at_every_address_of_its_name() -> None:
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(one) for one in run.listening("localhost", 0)]
+        assert {one.family for one in sockets} >= {socket.AF_INET}
+        for one in sockets:
+            opened.enter_context(socket.create_connection(one.getsockname()[:2]))
+
+
+def test_what_is_cancelled_while_it_is_submitted_is_not_submitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from lorafit.server.streams import Coming
+
+    taken: list[Answer] = []
+
+    class Busy:
+        def submit(self, request: Request, listener: Any, version: Any) -> Answer:
+            taken.append(Answer(request, None, listener))
+            if len(taken) == 2:
+                coming.cancel()  # as when the client goes away
+            return taken[-1]
+
+    async def made() -> Coming:
+        return Coming(Busy(), None, lambda part: None)  # type: ignore[arg-type]
+
+    coming = asyncio.run(made())
+    with pytest.raises(CancelledError):
+        coming.submit([Request((1,))] * 5)
+    assert len(taken) == 2 and all(one.is_cancelled for one in taken)
+
+
+def test_a_fault_that_stays_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, told = tmp_path / "keys.json", list[str]()
+    secret = keys.create(file, "desk", ["infer", "admin"])
+    (tmp_path / "root").mkdir()
+    monkeypatch.setattr("lorafit.server.service.WATCH", 1e6)
+    with served(tmp_path / "root", file) as running:
+        service = running.service
+        service.say = told.append
+        good = file.read_text(encoding="utf-8")
+
+        def gone() -> None:
+            raise RuntimeError("the drive is gone")
+
+        assert service.store is not None
+        monkeypatch.setattr(service.store, "look", gone)
+        for content, words in (("{", "not JSON"), (None, "keys.json"), ('{"keys": 3}', "keys")):
+            told.clear()
+            file.unlink() if content is None else file.write_text(content, encoding="utf-8")
+            for _ in range(3):
+                service._look()
+            assert sum(words in line for line in told) == 1, told
+            assert running.ask("tiny", secret).status_code == 200, "what was read last goes on"
+            monkeypatch.setattr(service.store, "look", gone)
+        assert not [line for line in told if "the drive" in line], "it was said before"
+        file.write_text(good, encoding="utf-8")
+        monkeypatch.undo()
+        service._look()
+        told.clear()
+        file.write_text("{", encoding="utf-8")
+        service._look()
+        assert len(told) == 1, "one that comes again is said again"
+
+
+def test_a_renderer_is_made_once_for_all_conversations(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.data.render import Renderer
+
+    server.said("tiny")
+    made: list[str | None] = []
+    monkeypatch.setattr(Renderer, "__init__", lambda *given, **named: made.append("renderer"))
+    for model in ("tiny", "returns", "tiny"):
+        server.said(model)
+    assert made == []
 
 
 def test_a_key_is_all_that_a_script_reads(tmp_path: Path) -> None:

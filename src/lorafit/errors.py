@@ -75,6 +75,9 @@ class DataError(InputError):
         count = len(self.problems)
         super().__init__(f"{count} problem{'s' * (count != 1)} in the data\n  " + "\n  ".join(lines))
 
+    def __reduce__(self) -> tuple[type[DataError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)  # what it is made of is not its message: pickle would make it of that
+
     def _also(self, more: Sequence[Problem]) -> str:
         """Where else the same is wrong."""
         if not more:

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from lorafit.errors import FormatError, RunError
 
-_ASKING = threading.Lock()  # the process has one umask, which cannot be read without being set
+STATUS = Path("/proc/self/status")  # where Linux tells the umask
 PROBE = "probe"  # of a folder that is tried
 
 
@@ -41,10 +40,16 @@ def absolute(name: str) -> str:
 
 
 def _umask() -> int:
-    """What the user keeps from others: temporary files are made private, and must end as plainly written ones would."""
-    with _ASKING:
-        os.umask(mask := os.umask(0o077))
-    return mask
+    """What the user keeps from others: temporary files are made private, and must end as plainly written ones would.
+    It is not asked by setting it, which would make private what other threads write meanwhile."""
+    with suppress(OSError):
+        status = STATUS.read_text(encoding="utf-8", errors="replace")
+        if told := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
+            return int(told[1], 8)
+    with tempfile.TemporaryDirectory() as folder:  # elsewhere it shows in what is made
+        made = Path(folder) / PROBE
+        made.mkdir(0o777)
+        return ~made.stat().st_mode & 0o777
 
 
 def _keep(path: Path) -> None:

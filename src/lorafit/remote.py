@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from itertools import chain
 from typing import Any
 
 from lorafit.errors import BusyError, CancelledError, LorafitError, SettingsError
@@ -51,8 +52,8 @@ class Remote:
                 for told in _events(answer):
                     if "error" in told:
                         raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")
-                    for choice in told["choices"]:
-                        if piece := choice["delta"].get("content"):
+                    for choice in told.get("choices") or ():
+                        if piece := (choice.get("delta") or {}).get("content"):
                             said.append(piece)
                             emit(piece)
         except (OSError, HTTPException, ValueError) as error:
@@ -88,13 +89,18 @@ class Remote:
 
 
 def _events(answer: Iterable[bytes]) -> Iterator[Any]:
-    """What a stream tells until [DONE]. Raises ConnectionError where it ends before."""
-    for line in answer:
-        kind, _, event = line.decode().strip().partition(": ")
-        if kind == "data" and event == "[DONE]":
+    """What a stream of server-sent events tells until [DONE]: an event's data may be several lines, each with a space
+    after the colon or without one. Raises ConnectionError where it ends before."""
+    data: list[str] = []
+    for line in chain(answer, (b"",)):
+        field, _, value = line.decode().rstrip("\r\n").partition(":")
+        if field == "data":
+            data.append(value.removeprefix(" "))
+        if data == ["[DONE]"]:
             return
-        if kind == "data":
-            yield json.loads(event)
+        if not (field or value) and data:  # an empty line ends an event, one that begins with a colon says nothing
+            yield json.loads("\n".join(data))
+            data = []
     raise ConnectionError("it ended in the middle")
 
 

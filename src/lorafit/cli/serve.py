@@ -44,7 +44,7 @@ def serve(
     from lorafit.errors import SettingsError
 
     try:
-        from lorafit.server.run import Log, hosts_of, serve
+        from lorafit.server.run import Log, hosts_of, listening, serve
         from lorafit.server.service import Service
     except ImportError as error:
         raise SettingsError(
@@ -64,5 +64,6 @@ def serve(
     served = Path(base).name if Path(base).exists() else base
     service = Service(served, opened, named, adapters, keys, terminal.say)
     where = f"[{host}]" if ":" in host else host
-    terminal.say(f"http://{where}:{port}/v1 serves '{served}' once it is open; Ctrl-C ends it")
-    serve(service, host, port, hosts, drain, Log())
+    sockets = listening(host, port)
+    terminal.say(f"http://{where}:{sockets[0].getsockname()[1]}/v1 serves '{served}' once it is open; Ctrl-C ends it")
+    serve(service, sockets, hosts, drain, Log())

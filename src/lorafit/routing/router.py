@@ -35,8 +35,8 @@ def elsewhere() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Routed:
-    """Where a question goes. adapter: None for the base. probability: of that; scores: of each that was asked for,
-    None for what is for no adapter; together 1."""
+    """Where a question goes. adapter: None for the base. probability: of that; scores: of each adapter that may be
+    used, None for what is for none of them; together 1."""
 
     adapter: str | None
     probability: float
@@ -63,15 +63,18 @@ class Router:
         return _logits(self, features).softmax(1)
 
     def route(self, features: Tensor, allowed: Collection[str] | None = None) -> Routed:
-        """Of one question, (D,), among the adapters of these names; None: all."""
-        names = [name for name in self.names if allowed is None or name in allowed]
-        places = [self.names.index(name) for name in names]
-        found = _logits(self, features[None])[0, [*places, -1]].softmax(0).tolist()
-        scores = dict(zip([*names, None], found, strict=True))
-        best = max(names, key=lambda name: scores[name], default=None)
-        if best is None or scores[best] < self.threshold:
-            return Routed(None, 1.0 - (scores[best] if best else 0.0), scores)
-        return Routed(best, scores[best], scores)
+        """Of one question, (D,): to the adapter it is for, of all, where that is one of these names; None: any is.
+        Among a few alone nearly every question of another adapter would look like one of theirs."""
+        found = dict(zip(self.names, self.probabilities(features[None])[0].tolist(), strict=False))
+        scores: dict[str | None, float] = {
+            name: score for name, score in found.items() if allowed is None or name in allowed
+        }
+        nearest = max(scores.values(), default=0.0)
+        scores[None] = max(0.0, 1.0 - sum(scores.values()))  # whose it is beside these is not told
+        best = max(found, key=lambda name: found[name])
+        if best not in scores or found[best] < self.threshold:
+            return Routed(None, 1.0 - nearest, scores)
+        return Routed(best, found[best], scores)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""

@@ -59,6 +59,7 @@ def make_app(
         docs_url=None,
         redirect_slashes=False,
         redoc_url=None,
+        strict_content_type=True,  # a page may send a body of no type without asking this server first
     )
     answer_errors(app)
     _watching(app, service)
@@ -146,7 +147,8 @@ def _tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = await asyncio.to_thread(service.prompt, [turn.message() for turn in body.messages], version)
         elif body.prompt is not None:
-            ids = (await asyncio.to_thread(service.engine.base.tokenizer, body.prompt))["input_ids"]
+            read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
+            ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]
         else:
             raise RequestError("prompt: nothing to tokenize: give prompt or messages")
         return TokensAnswer(count=len(ids), max_model_len=service.engine.room, tokens=list(ids))

@@ -165,12 +165,11 @@ def _requests(service: Service, body: ChatRequest | CompletionRequest, version: 
     if isinstance(body, ChatRequest):
         prompts = [service.prompt([turn.message() for turn in body.messages], version)]
     else:
-        prompts = [tuple(engine.base.tokenizer(one)["input_ids"]) if isinstance(one, str) else tuple(one)
-                   for one in body.prompts()]  # fmt: skip
+        read = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
+        prompts = [tuple(read(one)["input_ids"] if isinstance(one, str) else one) for one in body.prompts()]
     longest = max(1, engine.room - max(map(len, prompts)))
     adapter, settings = version.id if version else None, body.settings(longest)
-    seeds = [None if body.seed is None else (body.seed + i) % 2**63 for i in range(body.count)]
-    return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in seeds]
+    return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in body.seeds]
 
 
 async def _unless_gone(request: HttpRequest, coming: Coming) -> None:

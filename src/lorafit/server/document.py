@@ -152,8 +152,7 @@ def finish(made: dict[str, Any], with_keys: bool, open_paths: tuple[str, ...]) -
         for operation in operations.values():
             operation["responses"].pop("422", None)
             if path in open_paths:
-                for status in ("401", "403"):
-                    operation["responses"].pop(status)
+                operation["responses"].pop("401")
             elif with_keys:
                 operation["security"] = [{"key": []}]
     for unused in ("HTTPValidationError", "ValidationError"):

@@ -114,6 +114,11 @@ class Guard:
             raise Refused(
                 421, f"this server is not called {host[:80]!r}: start it with --allowed-host", "BadRequestError"
             )
+        if _is_foreign(headers):
+            raise Refused(
+                403, "a page of another origin asked this: ask from a program, or through a server of that page's own",
+                "PermissionDeniedError",
+            )  # fmt: skip
         if CONTROL.search(path):
             raise Refused(404, "there is no such path", "NotFoundError")
         if path in OPEN:
@@ -151,6 +156,15 @@ class Guard:
                 raise large
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+def _is_foreign(headers: dict[str, str]) -> bool:
+    """Whether a browser asks for a page of another origin, which must not make this server work though it could not
+    read the answer. Browsers say so, and no page can change what they say; the older ones name the page's origin."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
 
 
 def _place(error: BaseException) -> str:

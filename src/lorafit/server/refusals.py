@@ -40,7 +40,8 @@ class ErrorAnswer(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in {
-        400: "The request cannot be served as it is.", 401: "No key that is known.", 403: "The key may not.",
+        400: "The request cannot be served as it is.", 401: "No key that is known.",
+        403: "The key may not, or a page of another origin asks.",
         404: "There is nothing by this name.", 405: "Not with this method.", 408: "The body came too slowly.",
         413: "The body is too large.",
         421: "Another server's name.", 507: "The disk is full.", 429: "Too much at once; see retry-after.",
@@ -53,12 +54,31 @@ BROKEN = {
     UnicodeDecodeError: "the body is not UTF-8: encode it so",
     RecursionError: "the body is nested too deeply: flatten it",
 }  # what a body could not be read for
-SAID = {"string_unicode": HALF}  # by pydantic's types of errors, where its words do not tell
+NO_OBJECT = "the body is no JSON object: send one, with the header content-type: application/json"
+SAID = {  # by pydantic's types of errors, where its words do not tell
+    "string_unicode": HALF,
+    "model_attributes_type": "no JSON object: send one",
+}
 
 
 def _field(path: Sequence[str | int]) -> str:
     """`messages.0.content`, without the kinds that pydantic names where a field may be of several."""
     return ".".join(str(part) for part in path if isinstance(part, int) or re.fullmatch("[a-z_]+", part))
+
+
+def _words(problem: Any) -> str:
+    """What one of pydantic's errors says, without what it puts before words of ours."""
+    if problem["type"] == "value_error":
+        return f"{problem['ctx']['error']}"
+    if problem["loc"] == ("body",) and problem["type"] == "model_attributes_type":
+        return NO_OBJECT
+    return SAID.get(problem["type"]) or str(problem["msg"])
+
+
+def _named(message: str) -> str | None:
+    """The field that a message begins with."""
+    found = re.match(r"[a-z_]+(?=: )", message)
+    return found[0] if found else None
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -72,9 +92,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        found = [(_field(one["loc"][1:]), SAID.get(one["type"], one["msg"])) for one in error.errors()]
-        message = "; ".join(f"{where}: {what}" if where else what for where, what in found[:8])
-        return answer(400, message, "BadRequestError", found[0][0] or None)
+        found = dict.fromkeys((_field(one["loc"][1:]), _words(one)) for one in error.errors())
+        message = "; ".join(f"{where}: {what}" if where else what for where, what in [*found][:8])
+        return answer(400, message, "BadRequestError", next(iter(found))[0] or _named(message))
 
     @app.exception_handler(StarletteError)
     async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
@@ -96,8 +116,7 @@ def answer_errors(app: FastAPI) -> None:
         if isinstance(error, CancelledError):
             return answer(503, str(error), "ServiceUnavailableError", retry=SOON)
         if isinstance(error, InputError):
-            field_ = re.match(r"[a-z_]+(?=: )", str(error))
-            return answer(400, str(error), "BadRequestError", field_[0] if field_ else None)
+            return answer(400, str(error), "BadRequestError", _named(str(error)))
         return answer(500, str(error), "InternalServerError")
 
     @app.exception_handler(OSError)

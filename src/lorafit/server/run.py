@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
+import os
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Callable, Collection
@@ -23,6 +26,7 @@ from lorafit.server.guard import LOOPBACK
 from lorafit.server.service import Service
 
 CONNECTIONS = 768  # at once; more are closed: a process may often have no more than 1024 open
+BACKLOG = 2048  # connections that wait to be taken
 UNREAD = 60.0  # seconds that a client may not read what is sent to it
 
 
@@ -114,15 +118,68 @@ def hosts_of(host: str, allowed: Collection[str], with_keys: bool) -> Collection
     return {*LOOPBACK, host.lower(), *(name.lower() for name in allowed)}
 
 
-def serve(service: Service, host: str, port: int, hosts: Collection[str] | None, patience: float,
+def listening(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen at every address of a host, at one port.
+
+    host: a name or an address of this machine.
+    port: 0 for one that is free.
+    Raises SettingsError where another program listens there, or nobody can.
+    """
+    opened: list[socket.socket] = []
+    missing: OSError | None = None
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host or ".", port, type=socket.SOCK_STREAM):
+            try:
+                opened.append(_listener(family, kind, protocol, (address[0], port, *address[2:])))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error  # as of localhost's two addresses one may be, where there is no IPv6
+                continue
+            port = port or opened[0].getsockname()[1]
+        if missing and not opened:
+            raise missing
+    except (OSError, UnicodeError) as error:
+        for one in opened:
+            one.close()
+        raise SettingsError(_refusal(host, port, error)) from error
+    return opened
+
+
+def _listener(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
+    made = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would take the port away from another program
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+        made.listen(BACKLOG)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _refusal(host: str, port: int, error: OSError | UnicodeError) -> str:
+    """Why nobody can listen there, and what to do."""
+    code = error.errno if isinstance(error, OSError) and not isinstance(error, socket.gaierror) else None
+    if code == errno.EADDRINUSE:
+        return f"--port {port}: in use by another program: end that one, or name another with --port"
+    if code == errno.EACCES:
+        return f"--port {port}: this user may not listen at it: name one above 1023 with --port"
+    return f"--host {host}: no address of this machine ({error}): name another with --host"
+
+
+def serve(service: Service, sockets: list[socket.socket], hosts: Collection[str] | None, patience: float,
           log: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
-    """Serve until a signal comes. patience: seconds for what is being answered to end. Raises what the base or its
-    adapters could not be opened for."""
+    """Serve until a signal comes. sockets: that listen. patience: seconds for what is being answered to end. Raises
+    what the base or its adapters could not be opened for."""
     config = uvicorn.Config(
-        make_app(service, hosts, log), host=host, port=port, http=Patient, ws="none", log_config=None, access_log=False,
+        make_app(service, hosts, log), http=Patient, ws="none", log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=int(PATIENCE),
         timeout_graceful_shutdown=5,
     )  # fmt: skip
-    asyncio.run(Server(config, service, patience).serve())
+    asyncio.run(Server(config, service, patience).serve(sockets))
     if service.failed:
         raise service.failed

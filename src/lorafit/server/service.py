@@ -52,6 +52,7 @@ class Service:
         self._keys = keys.read(self.keys_file) if self.keys_file else None
         self._read = self.keys_file.stat().st_mtime_ns if self.keys_file else 0
         self.operators = ThreadPoolExecutor(1, "lorafit-operators")  # for what only operators ask
+        self._faults: dict[str, str] = {}  # of what is watched, each said already
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lorafit-service", daemon=True)
 
@@ -99,7 +100,7 @@ class Service:
                 require_free(name, self.base)
                 self.say(f"serving {engine.load(name, folder).id}")
             self.switch = Switch(engine, self.root / OWN if self.root else None, self.say)
-            self._try(self.switch.look)
+            self._try("the router", self.switch.look)
             if self.phase == "loading":
                 self.phase = "ready"
         except Exception as error:  # whatever it is, nothing will be served
@@ -117,17 +118,23 @@ class Service:
     def _look(self) -> None:
         if self.engine.is_closed:
             self.phase = "dead"
-        self._try(self._look_at_keys)
+        self._try("the file of keys", self._look_at_keys)
         if self.store:
-            self._try(self.store.look)
-        self._try(self._switch().look)
+            self._try("the folder of adapters", self.store.look)
+        self._try("the router", self._switch().look)
 
-    def _try(self, look: Callable[[], None]) -> None:
+    def _try(self, what: str, look: Callable[[], None]) -> None:
+        """A fault is said once, until there is none or another; what was read last goes on."""
         try:
             look()
-        except Exception as error:  # what was read last goes on
-            if not self._ended.is_set():
-                self.say(f"{error}")
+        except Exception as error:  # whatever it is, it must not end the watch
+            why = f"{what}: {type(error).__name__}: {error}: correct that: until then what was read last goes on"
+            told = str(error) if isinstance(error, LorafitError) else why
+            if self._faults.get(what) != told and not self._ended.is_set():
+                self.say(told)
+            self._faults[what] = told
+        else:
+            self._faults.pop(what, None)
 
     def _look_at_keys(self) -> None:
         if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._read:

@@ -30,14 +30,19 @@ class Coming:
         self._loop = asyncio.get_running_loop()
         self._parts: asyncio.Queue[tuple[int, Part]] = asyncio.Queue()
         self._answers: list[Answer] = []
+        self._is_cancelled = False
         self.results: dict[int, Result] = {}
         self.tokens = 0
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Raises what the engine's submit raises; then none is answered."""
+        """Raises what the engine's submit raises, and CancelledError where `cancel` was called meanwhile; then none is
+        answered."""
         try:
             for number, request in enumerate(requests):
-                self._answers.append(self._engine.submit(request, partial(self._came, number), self._version))
+                if not self._is_cancelled:
+                    self._answers.append(self._engine.submit(request, partial(self._came, number), self._version))
+            if self._is_cancelled:  # it did not see the last one that was taken
+                raise CancelledError("cancelled before it was taken: ask again")
         except BaseException:
             self.cancel()
             raise
@@ -65,7 +70,8 @@ class Coming:
                     raise CancelledError("the server could not go on with this answer: ask again later") from part
 
     def cancel(self) -> None:
-        """Those that have not ended end now."""
+        """Those that have not ended end now, and no more are taken."""
+        self._is_cancelled = True
         for number, answer in enumerate(self._answers):
             if number not in self.results:
                 answer.cancel()

@@ -1,6 +1,7 @@
 """What clients send, and how answers are written: OpenAI's chat completions and completions, as vLLM extends them.
 
-Fields that are not known pass, as clients of other servers send many; a number in quotes is no number, as at OpenAI.
+Fields that are not known pass, as clients of other servers send many, and those that are known and not done pass where
+their value asks for nothing (unsupported.py); a number in quotes is no number, as at OpenAI.
 What a field may hold is declared here, for the OpenAPI document tells it; what depends on the base is checked by the
 engine.
 """
@@ -12,17 +13,42 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lorafit.data.examples import Message
 from lorafit.data.messages import ROLES, joined
 from lorafit.errors import RequestError
+from lorafit.server import unsupported
 from lorafit.serving import Token
-from lorafit.serving.request import HOTTEST, LONGEST_STOP, MOST_LOGPROBS, MOST_SCALE, MOST_STOPS
+from lorafit.serving.request import (
+    HOTTEST,
+    LONGEST_STOP,
+    MOST_BIAS,
+    MOST_BIASES,
+    MOST_LOGPROBS,
+    MOST_PENALTY,
+    MOST_SCALE,
+    MOST_STOPS,
+)
 
 MOST_ANSWERS = 16
+NONE = -1  # what other servers' programs send for no number at all
 HALF = "half of a surrogate pair is no character: send whole characters, as UTF-8"
+TOOLS = "calls of tools, and their answers, are not read here: leave the turn out, or say in words what it found"
+TEXT = 'only text is read here: give a text, or parts of {"type": "text", "text": ...}'
+SILENT = "nothing is said in it: give a text"
+OPEN = "an answer is not gone on with here: end with what the user says"
 
 
 def _whole(value: Any) -> Any:
@@ -39,6 +65,17 @@ def _characters(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _wrong(words: str) -> PydanticCustomError:
+    """An error of pydantic's in words of ours."""
+    return PydanticCustomError("lorafit", "{words}", {"words": words})
+
+
+def _count(value: int) -> int:
+    if value < 1 and value != NONE:
+        raise ValueError(f"{value} tokens are no answer: ask for at least 1, or leave it out")
+    return value
+
+
 def _no_echo(value: bool) -> bool:
     if value:
         raise ValueError("prompts are not repeated here: leave it out")
@@ -46,11 +83,14 @@ def _no_echo(value: bool) -> bool:
 
 
 WHOLE = BeforeValidator(_whole)
-Count = Annotated[int, Field(ge=1), WHOLE]
+Count = Annotated[int, Field(json_schema_extra={"minimum": NONE, "not": {"const": 0}}), WHOLE, AfterValidator(_count)]
 Likely = Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE]
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=1 << 20)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[str, StringConstraints(max_length=LONGEST_STOP)]
+Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY)]
+Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
+IdText = Annotated[str, StringConstraints(pattern="^(0|[1-9][0-9]{0,8})$")]  # JSON's names are texts
 Id = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[Id], Field(max_length=1 << 17, fail_fast=True)]
 PromptIds = Annotated[list[Id], Field(min_length=1, max_length=1 << 17, fail_fast=True)]
@@ -61,6 +101,17 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+class Asked(Body):
+    """A body that may ask for what is not done."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (found := unsupported.problems(value)):
+            raise _wrong("; ".join(found))
+        return value
+
+
 class Part(Body):
     """Part of a message. Only text is read."""
 
@@ -69,14 +120,43 @@ class Part(Body):
 
 
 class Turn(Body):
-    """A message of a conversation."""
+    """A message of a conversation. An assistant may have said nothing."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
+    ]})  # fmt: skip
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Annotated[Text | list[Part] | None, Field(validate_default=True)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if value.get("role") in ("tool", "function") or value.get("tool_calls") or value.get("function_call"):
+                raise _wrong(TOOLS)
+            if value.get("images") or value.get("audio"):
+                raise _wrong(TEXT)
+            if value.get("prefix") or value.get("partial"):
+                raise _wrong(OPEN)
+        return value
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("role") != "assistant":
+            raise _wrong(SILENT)
+        parts = value if isinstance(value, list) else []
+        if not isinstance(value, str | list | None) or not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in parts
+        ):
+            raise _wrong(TEXT)
+        return value
 
     def message(self) -> Message:
-        content = self.content if isinstance(self.content, str) else joined(part.text for part in self.content)
-        return Message(ROLES[self.role], content)
+        parts = [self.content or ""] if not isinstance(self.content, list) else [part.text for part in self.content]
+        return Message(ROLES[self.role], joined(parts))
 
 
 class Schema(Body):
@@ -105,15 +185,20 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Common(Body):
-    """What both kinds of completion take. max_tokens: of the answer."""
+class Common(Asked):
+    """What both kinds of completion take. max_tokens: of the answer; logit_bias: by token id."""
 
     model: Model
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, WHOLE] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63), WHOLE] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
+    logit_bias: Annotated[dict[IdText, Bias], Field(max_length=MOST_BIASES)] | None = None
+    seed: Annotated[int, Field(ge=NONE, lt=1 << 63), WHOLE] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
@@ -126,15 +211,27 @@ class Common(Body):
     def count(self) -> int:
         return self.n or 1
 
+    @property
+    def seeds(self) -> list[int | None]:
+        """Of each answer to a prompt."""
+        if self.seed is None or self.seed == NONE:
+            return [None] * self.count
+        return [(self.seed + i) % 2**63 for i in range(self.count)]
+
     def settings(self, longest: int) -> dict[str, Any]:
         """What the engine's Request takes of it. longest: of an answer whose length is not said, in tokens."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return {
-            "max_tokens": longest if self.max_tokens is None else self.max_tokens,
+            "max_tokens": longest if self.max_tokens in (None, NONE) else self.max_tokens,
             "temperature": 0.0 if self.temperature is None else self.temperature,  # as what was proven was measured
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": 0 if self.top_k is None or self.top_k < 0 else self.top_k,
-            "stop": tuple(stops),
+            "min_p": self.min_p or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()} if self.logit_bias else None,
+            "stop": tuple(stop for stop in stops if stop),
             "ignore_end": bool(self.ignore_eos),
             "adapter_scale": 1.0 if self.adapter_scale is None else self.adapter_scale,
             "schema": self.response_format.schema_of() if self.response_format else None,
@@ -150,7 +247,7 @@ class ChatRequest(Common):
     top_logprobs: Likely | None = None
 
     def settings(self, longest: int) -> dict[str, Any]:
-        if self.max_completion_tokens is not None:
+        if self.max_completion_tokens not in (None, NONE):
             longest = self.max_completion_tokens
         told = super().settings(longest)
         return {**told, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
@@ -166,6 +263,7 @@ class CompletionRequest(Common):
         | Annotated[list[PromptIds], Field(min_length=1, max_length=64)]
     )
     logprobs: Likely | None = None
+    add_special_tokens: bool | None = None
     echo: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_no_echo)] | None = None
 
     def settings(self, longest: int) -> dict[str, Any]:
@@ -178,12 +276,13 @@ class CompletionRequest(Common):
         return self.prompt
 
 
-class TokenizeRequest(Body):
-    """POST /tokenize"""
+class TokenizeRequest(Asked):
+    """POST /tokenize. add_special_tokens: to a prompt."""
 
     model: Model | None = None
     prompt: Text | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)] | None = None
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Body):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ from lorafit.serving.slots import NAME, WORTH, Key, Slot, Slots, Step, attention
 from lorafit.serving.turns import Turns
 
 ROOM = 2048  # tokens of a slot, where the base reads as many
+RENDERERS = 256  # that are kept, by system prompt: each looks through its template once
 ASIDE = 0.02  # seconds that work aside may take between two steps; one piece is done at least
 T = TypeVar("T")
 
@@ -91,7 +93,8 @@ class Engine:
         warm_bytes: int | None = None, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
     ):  # fmt: skip
         self.base = base
-        self._renderer = renderer_for(base) if base.tokenizer is not None else None
+        self._renderers = lru_cache(RENDERERS)(partial(renderer_for, base))
+        self._renderer = self._renderers(None) if base.tokenizer is not None else None
         self._model = servable(base)
         require_bare(base)
         given = {"slots": slots, "room": 2 if room is None else room - 1, "queue": queue + 1, "stall": stall}
@@ -205,7 +208,7 @@ class Engine:
 
     def renderer(self, system: str | None = None) -> Renderer:
         """The base's renderer with this system prompt."""
-        return renderer_for(self.base, system)
+        return self._renderers(system)
 
     def load(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
         """Check an adapter, see that it changes something, and let its name mean it. What is being answered goes on,

@@ -15,6 +15,7 @@ Finish = Literal["stop", "length", "cancelled"]
 MOST_LOGPROBS = 20
 HOTTEST, MOST_SCALE = 10, 8  # temperature; how often an adapter may be added, or taken off
 MOST_STOPS, LONGEST_STOP = 16, 256  # each token's text is compared with all of them
+MOST_PENALTY, MOST_BIAS, MOST_BIASES = 2, 100, 1024  # as at OpenAI; of one token; tokens
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Request:
     prompt: token ids, as a Renderer makes them. adapter: a name (its live version), `name@3`, or None for the bare
     base. adapter_scale: times what the adapter adds. max_tokens: of the answer. temperature 0: the likeliest token
     every time; else the logits are divided by it, and of the likeliest `top_k` tokens (0: all) those that make up
-    `top_p` of the probability are drawn from, by `seed` (None: another one each time). stop: texts at which the answer
+    `top_p` of the probability are drawn from, by `seed` (None: another one each time), and of these none that is less
+    than `min_p` times as likely as the likeliest. presence_penalty, frequency_penalty: taken off the logit of a token
+    that the answer holds, once, and for each time it does. repetition_penalty: what the logits of tokens that prompt or
+    answer hold are divided by (multiplied, below 0). logit_bias: what is added to the logits of tokens, by id, before
+    all of these. stop: texts at which the answer
     ends, not part of it. ignore_end: go on after the token that ends a turn. logprobs: for each token its natural
     log-probability before temperature, and those of so many likeliest; None: none. schema: a JSON schema the answer
     keeps to.
@@ -37,6 +42,11 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
@@ -52,6 +62,12 @@ class Request:
             wrong.append("prompt: it holds what is no token id: give whole numbers")
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             wrong.append("stop: it is no tuple of texts: give them as (text, text)")
+        for name in ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+            if not _is_number(value := getattr(self, name)):
+                wrong.append(f"{name}: {value!r} is no number: give one")
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping) or not all(type(one) is int and _is_number(bias[one]) for one in bias):
+            wrong.append("logit_bias: it is no mapping of token ids to numbers: give it as {token: bias}")
         if wrong:
             return wrong
         checks = {
@@ -63,6 +79,15 @@ class Request:
                 not (math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST),
             f"top_k: {self.top_k} cannot be: choose 0 (all) or more": self.top_k < 0,
             f"top_p: {self.top_p} cannot be: choose above 0, up to 1": not 0 < self.top_p <= 1,
+            f"min_p: {self.min_p} cannot be: choose 0 (off) to 1": not 0 <= self.min_p <= 1,
+            f"presence_penalty: {self.presence_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}":
+                not abs(self.presence_penalty) <= MOST_PENALTY,
+            f"frequency_penalty: {self.frequency_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}":
+                not abs(self.frequency_penalty) <= MOST_PENALTY,
+            f"repetition_penalty: {self.repetition_penalty} cannot be: choose above 0, up to {MOST_PENALTY}":
+                not 0 < self.repetition_penalty <= MOST_PENALTY,
+            f"logit_bias: a bias cannot be: choose -{MOST_BIAS} to {MOST_BIAS}, for at most {MOST_BIASES} tokens":
+                len(bias) > MOST_BIASES or not all(abs(one) <= MOST_BIAS for one in bias.values()),
             f"seed: {self.seed} cannot be: choose 0 to 2**63 - 1": self.seed is not None and not 0 <= self.seed < 2**63,
             f"adapter_scale: {self.adapter_scale} cannot be: choose -{MOST_SCALE} to {MOST_SCALE}":
                 not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= MOST_SCALE),
@@ -72,7 +97,13 @@ class Request:
             f"logprobs: {self.logprobs} cannot be: choose 0 to {MOST_LOGPROBS}":
                 self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS,
         }  # fmt: skip
-        return [problem for problem, wrong in checks.items() if wrong]
+        strange = [f"logit_bias: token {token} is not in the base's vocabulary of {vocabulary}: take it out"
+                   for token in bias if not 0 <= token < vocabulary]  # fmt: skip
+        return [problem for problem, wrong in checks.items() if wrong] + strange[:1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,11 @@ class Sampler:
 
     def __init__(self, request: Request, grammar: Grammar | None = None):
         self.request, self.grammar = request, grammar
+        bias = request.logit_bias or {}
+        self._bias = torch.tensor([*bias], dtype=torch.long), torch.tensor([*bias.values()], dtype=torch.float32)
+        penalties = request.presence_penalty, request.frequency_penalty, request.repetition_penalty
+        self._changes = bool(bias) or penalties != (0, 0, 1)
+        self._said: Counter[int] = Counter()  # tokens of the answer
         self._generator: torch.Generator | None = None
         if request.temperature >= COLD:
             seed = secrets.randbits(63) if request.seed is None else request.seed
@@ -32,11 +39,15 @@ class Sampler:
 
     def draw(self, logits: Tensor, likeliest: int) -> Token:
         """logits (vocabulary,): of the next token. likeliest: the largest one's place, found for all rows at once."""
-        allowed = logits if self.grammar is None else self.grammar.masked(logits)
+        allowed = self._changed(logits.float().cpu()) if self._changes else logits
+        if self.grammar is not None:
+            allowed = self.grammar.masked(allowed)
         if self._generator is not None:
             chosen = self._drawn(allowed.float().cpu())
         else:
-            chosen = likeliest if self.grammar is None else int(allowed.argmax())
+            chosen = likeliest if allowed is logits else int(allowed.argmax())
+        if self._changes:
+            self._said[chosen] += 1
         if self.grammar is not None:
             self.grammar.take(chosen)
         if self.request.logprobs is None:
@@ -46,8 +57,24 @@ class Sampler:
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return Token(chosen, float(known[chosen]), top)
 
+    def _changed(self, logits: Tensor) -> Tensor:
+        """A copy of logits (vocabulary,) with the request's bias and penalties, in the order that vLLM has them."""
+        request, logits = self.request, logits.clone()
+        tokens, bias = self._bias
+        logits[tokens] += bias
+        if request.repetition_penalty != 1:
+            held = torch.tensor([*{*request.prompt, *self._said}])
+            values = logits[held]
+            logits[held] = values * torch.where(values > 0, 1 / request.repetition_penalty, request.repetition_penalty)
+        if self._said:
+            counts = torch.tensor([*self._said.values()])
+            logits[torch.tensor([*self._said])] -= request.presence_penalty + request.frequency_penalty * counts
+        return logits
+
     def _drawn(self, logits: Tensor) -> int:
         request, logits = self.request, logits / self.request.temperature
+        if request.min_p:
+            logits = logits.masked_fill(logits < logits.max() + math.log(request.min_p), -torch.inf)
         if not request.top_k and request.top_p == 1:
             return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
         most = min(request.top_k or len(logits), len(logits))
