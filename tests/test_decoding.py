@@ -14,7 +14,8 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh, require_bare
 from lorafit.base import Base, open_base
 from lorafit.data.examples import Example, Message
-from lorafit.data.render import render, renderer_for
+from lorafit.data.render import Renderer, render, renderer_for
+from lorafit.errors import BaseError
 from lorafit.evaluation import decoding
 from lorafit.evaluation.decoding import Decoding
 from lorafit.generation.greedy import Answer, generate
@@ -101,9 +102,9 @@ def test_one_answer_at_a_time_in_little_memory_is_the_same_answer(tmp_path: Path
     base = base_in(tmp_path, tiny_llama())
     wanted = by_generate(base, None)
     with Decoding(base, renderer_for(base), max(map(len, PROMPTS)), 24, memory=0) as answering:
+        assert answering.answers(PROMPTS) == wanted
         assert answering._engine is not None
         assert answering._engine.slots == 1
-        assert answering.answers(PROMPTS) == wanted
 
 
 def test_an_adapter_that_changes_nothing_is_measured_too(tmp_path: Path) -> None:
@@ -120,6 +121,48 @@ def test_answers_end_where_the_context_ends(tmp_path: Path) -> None:
     with Decoding(base, renderer_for(base), longest, 600) as answering:
         found = answering.answers(PROMPTS)
     assert found == by_generate(base, None, 512 - longest)
+
+
+def test_without_a_question_no_engine_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_in(tmp_path, tiny_llama())
+    monkeypatch.setattr(decoding, "Engine", no_generate)
+    with Decoding(base, renderer_for(base), 1, 8) as answering:
+        assert answering.answers([]) == []
+
+
+def test_a_full_memory_at_opening_is_no_family_that_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_in(tmp_path, tiny_llama())
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lorafit.serving.decoder.Decoder.measure", full)
+    with Decoding(base, renderer_for(base), 60, 8) as answering, pytest.raises(BaseError, match="MemoryError"):
+        answering.answers(PROMPTS)
+
+
+def test_what_ends_an_answer_is_what_the_renderer_says(tmp_path: Path) -> None:
+    base = base_in(tmp_path, tiny_llama())
+    first = int(base.model(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())
+    other = Renderer(base.tokenizer, stop_ids=(first,))
+    with Decoding(base, other, max(map(len, PROMPTS)), 8) as answering:
+        found = answering.answers(PROMPTS)
+    assert found == generate(base, other, PROMPTS, 8)
+    assert found[0].stopped
+
+
+def test_a_family_whose_config_names_no_one_width_of_keys_is_answered(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gemma4_text", vocab_size=261, hidden_size=32, num_hidden_layers=2, intermediate_size=48, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, global_head_dim=16, eos_token_id=256,
+        vocab_size_per_layer_input=261, hidden_size_per_layer_input=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = base_in(tmp_path, AutoModelForCausalLM.from_config(config).eval())
+    with Decoding(base, renderer_for(base), max(map(len, PROMPTS)), 4) as answering:
+        assert len(answering.answers(PROMPTS)) == len(PROMPTS)
 
 
 def test_progress_counts_every_answer_once(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lorafit.attachment import attach, require_fits
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
-from lorafit.errors import BaseError, SettingsError
+from lorafit.errors import NotServedError, SettingsError
 from lorafit.formats import peft
 from lorafit.generation.greedy import stream
 from lorafit.serving import Engine, Request
@@ -142,7 +142,7 @@ class Chat:
         """Answer by the engine, which keeps what it has read of a conversation; without, where it refuses the base."""
         if not self._tried:
             self._tried = True
-            with suppress(BaseError):
+            with suppress(NotServedError):
                 self._engine = Engine(self.base, slots=2, room=min(self.base.context or LONGEST, LONGEST),
                                       accept_unknown_base=self.accept_unknown_base)  # fmt: skip
         if self._engine is None:

@@ -7,6 +7,7 @@
     │   ├── TargetError (LookupError)        a target that matches no site, or one that never fires
     │   ├── PlanError                        a rank, scale or variant that cannot be
     │   ├── BaseError                        a base that cannot be opened
+    │   │   └── NotServedError               a base that the engine does not serve
     │   ├── AdapterError                     an adapter that does not fit its plan or its base
     │   ├── FormatError                      a file that is not what its name says
     │   ├── RunError (FileExistsError)       a run folder that cannot be used
@@ -101,6 +102,10 @@ class PlanError(InputError):
 
 class BaseError(InputError):
     """A base that cannot be opened, or lacks what is asked of it."""
+
+
+class NotServedError(BaseError):
+    """A base that the engine does not serve: of a family that was not tried, or whose state is of another kind."""
 
 
 class AdapterError(InputError):

@@ -14,13 +14,16 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.base import Base
 from lorafit.data.render import Renderer
-from lorafit.errors import BaseError
+from lorafit.errors import BaseError, CancelledError, NotServedError, RequestError
 from lorafit.generation.greedy import Answer, bytes_per_token, generate
+from lorafit.serving import Answer as Waiting
 from lorafit.serving import Engine, Request
+from lorafit.serving.families import same_for_all, servable
 
 SLOTS = 32  # answers at a time: with more, a step of SmolLM2 takes as long as it has tokens more
+PROBES = 2  # slots that an engine has besides
 KEPT = 1 << 30  # bytes of keys and values, where no limit is set
-UNHURRIED = 1e6  # seconds a step may take: nobody waits for the next token, and steps depend on no clock
+UNHURRIED = 1e6  # seconds a step may take: nobody waits for the next token
 
 Progress = Callable[[int, int], None]
 
@@ -44,19 +47,9 @@ class Decoding:
             memory: bytes that keys and values may take; by default KEPT.
             accept_unknown_base: attach adapters that do not say which base they belong to.
         """
-        self.base, self.renderer, self.most = base, renderer, most
+        self.base, self.renderer, self.longest, self.most = base, renderer, longest, most
         self._memory, self._accept = memory, accept_unknown_base
-        room = longest + most if base.context is None else min(longest + most, base.context)
-        slots = max(1, min(SLOTS, (KEPT if memory is None else memory) // (bytes_per_token(base) * room)))
-        try:
-            engine = Engine(base, slots=slots, room=room, queue=1 << 30, stall=UNHURRIED,
-                            accept_unknown_base=accept_unknown_base)  # fmt: skip
-        except BaseError:  # of a family that it does not serve
-            self._engine = None
-            return
-        self._engine = engine if engine.room >= room else None
-        if self._engine is None:  # it reads no prompt as long
-            engine.close()
+        self._engine: Engine | None = None
 
     def __enter__(self) -> Decoding:
         return self
@@ -66,6 +59,25 @@ class Decoding:
     ) -> None:
         if self._engine is not None:
             self._engine.close()
+
+    def _opened(self) -> Engine | None:
+        """The engine, opened for the first prompts; None where it does not serve the base, or none as long."""
+        if self._engine is None:
+            try:
+                model = servable(self.base)
+                room = self.longest + self.most
+                room = room if self.base.context is None else min(room, self.base.context)
+                if (same_for_all(model) or room) < room:
+                    return None
+                kept = bytes_per_token(self.base) * room
+                slots = (KEPT if self._memory is None else self._memory) // kept - PROBES
+                self._engine = Engine(
+                    self.base, slots=max(1, min(SLOTS, slots)), room=room, queue=1 << 30, stall=UNHURRIED,
+                    accept_unknown_base=self._accept, timed=False, renderer=self.renderer,
+                )  # fmt: skip
+            except NotServedError:
+                return None
+        return self._engine
 
     def answers(
         self, prompts: Sequence[list[int]], adapter: Adapter | None = None, progress: Progress = lambda done, of: None
@@ -81,8 +93,8 @@ class Decoding:
             return []
         rest = self.most if self.base.context is None else self.base.context - max(map(len, prompts))
         most = max(1, min(self.most, rest))
-        if self._engine is not None:
-            return self._by_engine(self._engine, prompts, most, adapter, progress)
+        if (engine := self._opened()) is not None:
+            return self._by_engine(engine, prompts, most, adapter, progress)
         on = attach(self.base, adapter, accept_unknown_base=self._accept) if adapter else nullcontext()
         with on:
             return generate(self.base, self.renderer, prompts, most, progress, self._memory)
@@ -100,10 +112,19 @@ class Decoding:
             found = []
             progress(0, len(prompts))
             for answer in waiting:
-                result = answer.result()
-                found.append(Answer(result.text.strip(), result.finish == "stop"))
+                found.append(_answer(answer))
                 progress(len(found), len(prompts))
             return found
         finally:
             if name is not None:
                 engine.unload(name)
+
+
+def _answer(waiting: Waiting) -> Answer:
+    try:
+        result = waiting.result()
+    except RequestError:  # the adapter gives no finite numbers there: no answer, and a wrong one
+        return Answer("", False)
+    except CancelledError as error:
+        raise BaseError(f"answers could not be decoded ({error}): give more memory (--memory), or free some") from error
+    return Answer(result.text.strip(), result.finish == "stop")

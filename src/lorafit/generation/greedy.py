@@ -71,7 +71,7 @@ def generate(
         for k, i in enumerate(part):
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
-            text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True)
+            text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             answers[i] = Answer(text.strip(), end is not None)
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]

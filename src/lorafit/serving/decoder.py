@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lorafit.serving.mixing import Mix, Mixer
 from lorafit.serving.native import SPENT, Kernels
 from lorafit.serving.slots import Slots, Step, attended
-from lorafit.serving.timing import FIRST, ROWS, SECOND, bytes_for, compared
+from lorafit.serving.timing import FIRST, ROWS, SECOND, UNTIMED, bytes_for, compared
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2"})
 
@@ -57,7 +57,9 @@ class Decoder:
     def measure(self, slots: Slots) -> None:
         """Time steps of the bare base both ways, and choose by that from now on. The slots have their room, and hold
         nothing. With 8-bit weights there is no choice: what a row gets must not depend on its company."""
-        if self.timings is FIRST and not self._mixer.products.eight:
+        if self._mixer.products.timings is UNTIMED:
+            self.timings = UNTIMED if self.timings is FIRST else SECOND
+        elif self.timings is FIRST and not self._mixer.products.eight:
             self.timings = compared(
                 lambda rows: self._ways(rows, slots), [rows for rows in ROWS if rows <= slots.count * slots.room]
             )

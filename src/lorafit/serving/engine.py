@@ -30,7 +30,16 @@ from lorafit.attachment import adapting, attending, inputs_of_blocks, require_ba
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
-from lorafit.errors import AdapterError, BaseError, BusyError, CancelledError, LorafitError, RequestError, SettingsError
+from lorafit.errors import (
+    AdapterError,
+    BaseError,
+    BusyError,
+    CancelledError,
+    LorafitError,
+    NotServedError,
+    RequestError,
+    SettingsError,
+)
 from lorafit.generation.text import Until, Words
 from lorafit.serving.beside import Aside, Probe
 from lorafit.serving.decoder import decoder_of
@@ -82,19 +91,22 @@ class Engine:
     adapters in the base's dtype, and as they were read, may take; by default no bytes of the latter beside a base on
     the CPU, where a hot one is smaller and in the same memory (the one made hot last is kept), and else 4 GiB. native:
     whether to use the kernels in C++ where there is a compiler. eight_bit: compute with 8-bit weights made of the base;
-    needs them.
+    needs them. timed: choose between ways to compute a step by their time on this machine; without, by its number of
+    rows only, so that the answers to the same requests are the same each time. renderer: whose tokens end an answer; by
+    default the base's.
 
-    Raises BaseError for a base that cannot be served so.
+    Raises NotServedError for a base that cannot be served so.
     """
 
     def __init__(
         self, base: Base, adapters: Mapping[str, Adapter | Path] | None = None, *, slots: int = 16,
         room: int | None = None, queue: int = 1024, stall: float = 0.25, hot_bytes: int = 4 << 30,
         warm_bytes: int | None = None, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
+        timed: bool = True, renderer: Renderer | None = None,
     ):  # fmt: skip
         self.base = base
         self._renderers = lru_cache(RENDERERS)(partial(renderer_for, base))
-        self._renderer = self._renderers(None) if base.tokenizer is not None else None
+        self._renderer = renderer or (self._renderers(None) if base.tokenizer is not None else None)
         self._model = servable(base)
         require_bare(base)
         given = {"slots": slots, "room": 2 if room is None else room - 1, "queue": queue + 1, "stall": stall}
@@ -110,7 +122,7 @@ class Engine:
             raise BaseError(
                 "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
             )
-        self._mixer = Mixer(Products(base, found, eight_bit), base.device)
+        self._mixer = Mixer(Products(base, found, eight_bit, timed), base.device)
         numbers = {site.path: number for number, site in enumerate(base.sites)}
         self._decoder = decoder_of(self._model, self._mixer, numbers)
         self._slots = Slots(slots, max(self.room, sum(PIECES)), found)
@@ -550,6 +562,8 @@ class Engine:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a family that takes no such arguments fails in whatever way it does
-            raise BaseError(f"'{self.base.name}' cannot be served ({error}): open a base of another family") from error
+            raise NotServedError(
+                f"'{self.base.name}' cannot be served ({error}): open a base of another family"
+            ) from error
         exact = self.base.dtype == torch.float32 and not self._mixer.products.bytes
         require_same(self.base, torch.stack(found), wanted, 1e-3 if exact else 0.1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.base import Base
-from lorafit.errors import BaseError
+from lorafit.errors import NotServedError
 
 # Families whose attention is all that passes from token to token, through transformers' attention interface. Each is
 # tested; a base of one of them is still measured before it is served.
@@ -18,14 +18,18 @@ PIECES = (11, 1, 7, 5)  # tokens of the text that is measured, in pieces
 
 
 def servable(base: Base) -> PreTrainedModel:
-    """The model of a base of one of these families. Raises BaseError for another."""
+    """The model of a base of one of these families. Raises NotServedError for another."""
     model = base.model
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise BaseError(f"'{base.name}' cannot be served: it is no causal language model of transformers: open one")
+        raise NotServedError(
+            f"'{base.name}' cannot be served: it is no causal language model of transformers: open one"
+        )
     kind = model.config.model_type
     if kind not in FAMILIES:
-        raise BaseError(f"'{base.name}' cannot be served: the family {kind} has not been tried: open a base of one of "
-                        f"{', '.join(sorted(FAMILIES))}")  # fmt: skip
+        raise NotServedError(
+            f"'{base.name}' cannot be served: the family {kind} has not been tried: open a base of one of "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
     return model
 
 
@@ -52,8 +56,8 @@ def at_once(model: PreTrainedModel) -> tuple[list[list[int]], Tensor]:
 
 
 def require_same(base: Base, found: Tensor, wanted: Tensor, rounding: float) -> None:
-    """Raise BaseError unless logits piece by piece are those at once, within `rounding` relative."""
+    """Raise NotServedError unless logits piece by piece are those at once, within `rounding` relative."""
     off = float((found.float() - wanted.float()).norm() / wanted.float().norm())
     if not off <= rounding:
-        raise BaseError(f"'{base.name}' cannot be served: token by token it computes something else than "
+        raise NotServedError(f"'{base.name}' cannot be served: token by token it computes something else than "
                         f"at once (by {off:.1%}): open a base whose state is in keys and values alone")  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorafit.base import Base
 from lorafit.errors import BaseError
 from lorafit.serving.native import Kernels, Parts
-from lorafit.serving.timing import ROWS, SECOND, bytes_for, compared
+from lorafit.serving.timing import ROWS, SECOND, UNTIMED, bytes_for, compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Weight:
 class Products:
     """The products of a base's plain linear layers. timings: of the kernel, and of torch, on this machine."""
 
-    def __init__(self, base: Base, kernels: Kernels | None, eight_bit: bool = False):
+    def __init__(self, base: Base, kernels: Kernels | None, eight_bit: bool = False, timed: bool = True):
         self.kernels = kernels
         self.plain: dict[int, Weight] = {}
         self.eight: dict[int, Weight] = {}
@@ -54,7 +54,7 @@ class Products:
             raise BaseError(f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: "
                             "leave it out")  # fmt: skip
         if self.plain and not eight_bit:
-            self.timings = compared(self._ways, ROWS)
+            self.timings = compared(self._ways, ROWS) if timed else UNTIMED
 
     @property
     def bytes(self) -> int:

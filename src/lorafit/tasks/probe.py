@@ -119,26 +119,26 @@ def _vocabulary(base: Base) -> int:
 
 
 class _WideLookup(nn.Module):
-    """The embedding of a base, its output in fp32. It is no submodule: what converts a copy must not reach the base."""
+    """An embedding of a base, its output in fp32. It is no submodule: what converts a copy must not reach the base."""
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
         self._of_base = (embedding,)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self._of_base[0](ids)
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        found: Tensor = self._of_base[0](*given, **named)
         return found.float()
 
 
 def _lowest_blocks_in_fp32(base: Base) -> nn.Module:
-    """A copy of a model's body that ends after some blocks, with the base's own embedding: small beside the base."""
+    """A copy of a model's body that ends after some blocks, with the base's own embeddings: small beside the base."""
     assert isinstance(base.model, PreTrainedModel)
     blocks = blocks_of(base)
     size = sum(parameter.numel() for parameter in blocks[0].parameters()) if blocks else 1
     above = blocks[max(1, COPIED // size) :]
-    embedding = base.model.get_input_embeddings()
     memo: dict[int, Any] = {id(block): None for block in above}
-    memo[id(embedding)] = _WideLookup(embedding)
+    tables = {module for module in base.model.modules() if isinstance(module, nn.Embedding)}
+    memo |= {id(table): _WideLookup(table) for table in tables | {base.model.get_input_embeddings()}}
     small: nn.Module = copy.deepcopy(base.model.base_model, memo)
     for stack in [module for module in small.modules() if isinstance(module, nn.ModuleList)]:
         if (kept := sum(block is not None for block in stack)) < len(stack):

@@ -19,7 +19,7 @@ import torch
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
-from lorafit.data.batches import Batch, by_tokens, epoch_order
+from lorafit.data.batches import ORDER, Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
@@ -178,6 +178,7 @@ class _Run:
             "rows": rows,
             "recipe": asdict(self.recipe),
             "way": asdict(self.way),
+            "order": ORDER,
             "dtype": str(self.base.dtype),
             "device": self.base.device.type,
             "threads": torch.get_num_threads(),
@@ -272,7 +273,7 @@ class _Run:
         parts = [part for positions in self._order(0) for part in self._parts(positions)]
         packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
         name = f"trunk-{self.processes.rank}"
-        same = {key: self.identity[key] for key in ("way", "dtype", "device", "threads", "torch")}
+        same = {key: self.identity[key] for key in ("way", "order", "dtype", "device", "threads", "torch")}
         same["rows"] = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
         room = room_for(folder, self.trunk_bytes) // self.processes.count
         return Trunk(folder, name, self.base, repr(same), packs, self.blocks, room)
