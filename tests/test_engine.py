@@ -652,8 +652,6 @@ def test_the_kernels_leave_the_small_numbers_of_others_alone() -> None:
     code = """
 import numpy, torch
 from lorafit.serving.native import kernels
-from lorafit.serving.slots import Slot
-from lorafit.serving.timing import FIRST, SECOND, Timings
 assert kernels(torch.float32, torch.device("cpu"))
 print(float(numpy.float32(1e-30) * numpy.float32(1e-10)))
 """
