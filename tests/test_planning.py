@@ -400,7 +400,8 @@ def test_forgetting_is_the_difference_on_general_text_and_scales_are_traded(
     score = found.general[source]
     before = example_nll(tiny_base, text, way=PLAIN)
     assert score.base == pytest.approx(np.mean(before))
-    assert score.difference > 0
+    assert score.difference == pytest.approx(score.adapter - score.base)
+    assert score.difference != 0  # of a base with random weights, either way
     assert [one.scale for one in found.trades] == [0.5, 0.75, 1.0, 1.25]
     with attach(tiny_base, scaled(trained, 0.5)):
         half = example_nll(tiny_base, rows[30:], way=PLAIN)
