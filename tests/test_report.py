@@ -32,7 +32,7 @@ PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    rows = [{**row, "note": "x"} for row in capitals(80)]
+    rows = [{**row, "source": "x"} for row in capitals(80)]
     rows[0]["prompt"] = "What of <script>alert(1)</script> & co?"
     data = write_rows(folder / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +74,7 @@ def test_what_the_data_hold_is_text_and_not_markup(copy: Path) -> None:
 def test_the_page_says_what_the_summary_says(run: Path) -> None:
     text, summary = (run / "report.html").read_text(encoding="utf-8"), read_json(run / "summary.json")
     said = (f"{summary['nll']['base']:.3f}", f"{summary['nll']['adapter']:.3f}", f"{summary['nll']['difference']:+.3f}",
-            "Fields that were passed over: note", "set by you", summary["base_identity"])  # fmt: skip
+            "Fields that were passed over: source", "set by you", summary["base_identity"])  # fmt: skip
     assert [one for one in said if one not in text] == []
 
 
