@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="need
 
 STEPS, EVERY = 24, 4  # what SETTINGS come to
 SETTINGS: dict[str, Any] = {
-    "epochs": 4.0, "batch_size": 4, "rank": 4, "learning_rate": 5e-3, "patience": 99, "validations": 6, "few_shot": 0,
+    "epochs": 4.0, "batch_size": 4, "rank": 4, "learning_rate": 3e-3, "patience": 99, "validations": 6, "few_shot": 0,
 }  # fmt: skip
 CLOCK = {"seconds", "beside"}  # how long things took
 
