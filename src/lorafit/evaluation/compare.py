@@ -77,7 +77,7 @@ def compare(
     not given; both are scored in the same one.
     """
     way = way or way_of(base, rows)
-    budget = 5 * max(row.n_trained for row in rows) // 4 + 8
+    budget = answer_tokens(rows)
     checked = [i for i, example in enumerate(examples) if example.check is not None]
     open_ended = [i for i, example in enumerate(examples) if not example.is_text]
     asked = open_ended if answer_all else checked or [open_ended[i] for i in _spread(len(open_ended), UNCHECKED)]
@@ -110,6 +110,11 @@ def compare(
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     each = tuple(zip(base_nll, adapter_nll, strict=True))
     return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, len(given))
+
+
+def answer_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that an answer may have: a quarter more than the longest reference, and 8."""
+    return 5 * max(row.n_trained for row in rows) // 4 + 8
 
 
 def nll_score(base: Sequence[float], adapter: Sequence[float], groups: Sequence[str | None]) -> NllScore:
