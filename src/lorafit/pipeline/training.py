@@ -32,6 +32,7 @@ from lorafit.planning import Choice
 from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
+from lorafit.report.result import Result
 from lorafit.report.words import doubt
 from lorafit.routing import Features
 from lorafit.run import (
@@ -176,7 +177,7 @@ def _run(
     write_json(out / SUMMARY, summary)
     write_report([out], out / REPORT)
     listener.say(f"report: {out / REPORT}")
-    return summary
+    return Result(summary, out)
 
 
 def _about_data(opened: Opened) -> dict[str, Any]:
