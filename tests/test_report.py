@@ -26,7 +26,7 @@ from lorafit.report.story import read_story
 from lorafit.report.words import headline
 from lorafit.shown import shown
 
-PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE = Path(charts.__file__).with_name("parts.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_the_page_needs_nothing_beside_it(run: Path) -> None:
     text = (run / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<(?:script|link|img|iframe)\b|@import|url\((?!#)", text) == []
     assert re.findall(r'(?:src|href)="(?!#)[^"]*"', text) == []
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
 
 
 def test_the_pictures_lie_beside_it(run: Path) -> None:
-    for name in ("curves", "scores", "examples"):
+    for name in ("curves", "scores", "examples", "forgetting"):
         assert (run / f"report-{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
