@@ -73,7 +73,7 @@ def one(verb: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
     recipe = opened.decision.recipe
     taken = {"micro_tokens": recipe.micro_tokens, "recompute": recipe.recompute}
     if verb == "plan":
-        cost = forecast(opened)
+        cost = forecast(opened, settings_from(settings))
         return {**taken, "gb": cost.peak_gb - imported, "step": cost.step}
     done = train(opened.base, opened.start, opened.rows["train"], opened.rows["valid"], recipe)
     step = done.tokens / recipe.steps / done.tokens_per_second

@@ -45,6 +45,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
         arms = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     began = time.monotonic()
     with attach(one.base, one.start):
-        example_nll(one.base, one.rows["valid"], way=one.way)
+        before = fmean(example_nll(one.base, one.rows["valid"], way=one.way))
     scoring = time.monotonic() - began
     began = time.monotonic()
     whole = trained(one, found.decision.plan, found.decision.recipe)
@@ -190,7 +191,8 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     result = scored(one, whole)
     began = time.monotonic()
     groups = [example.group for example in one.examples.valid]
-    ladder, small, moments = ladder_of(one.base, whole, one.rows, one.way, recipe.micro_tokens, result["valid"], groups,
+    at_a_time = recipe.micro_tokens, recipe.recompute
+    ladder, small, moments = ladder_of(one.base, whole, one.rows, one.way, at_a_time, result["valid"], before, groups,
                                        Silent())  # fmt: skip
     trimming = time.monotonic() - began
     ways = {

@@ -490,9 +490,11 @@ def test_a_disk_without_room_for_a_conversion_is_called_slow(
     assert doctor._disk().state == state
 
 
-def test_the_forecast_is_of_four_operations_per_parameter_and_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "matrix_speed", lambda dtype: 54.0)
-    assert doctor._speeds()[1].value.startswith("trains at up to 100 tokens/s")  # 54e9 / (4 x 135 million)
+def test_doctor_times_a_step_of_the_base_it_is_given(lorafit: Lorafit, tiny_folder: Path) -> None:
+    assert "training" not in [one["what"] for one in lorafit("doctor", "--json").last_object["findings"]]
+    told = lorafit("doctor", tiny_folder, "--json").last_object["findings"]
+    (found,) = (one["value"] for one in told if one["what"] == "training")
+    assert re.match(r"[1-9]\d* tokens/s, of one step that was timed: 4 rows of 64 tokens", found)
 
 
 @pytest.mark.parametrize(

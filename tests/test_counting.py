@@ -255,8 +255,6 @@ def test_a_notebook_draws_verdict_table_samples_and_pictures_and_data_are_no_mar
     summary = summary_of(counts_of(labelled(60), [one.answer for one in labelled(60)]))
     summary["forgetting"] = {
         "general": {"the built-in pages": {"base": 3.0, "adapter": 3.1, "difference": 0.1, "ci95": (0.05, 0.15)}},
-        "trades": [{"scale": 1.0, "validation": 0.1, "general": {"the built-in pages": 3.1}},
-                   {"scale": 0.5, "validation": 0.4, "general": {"the built-in pages": 3.02}}],
     }  # fmt: skip
     result = Result(summary)
     page = result._repr_html_()

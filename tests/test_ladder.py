@@ -35,13 +35,13 @@ SHARES = (0.5, 0.25, 0.125, 0.0625)
 
 
 def climbed(costs: dict[float, float], noise: float, n: int = 200, seed: int = 0) -> Ladder:
-    """Validation NLL of a whole of about 1 nat, and rungs that cost so many of them, differing by noise."""
+    """Validation NLL of a whole of about 1 nat that gained 1 nat, and rungs that cost so many, differing by noise."""
     draw = np.random.default_rng(seed)
     whole = draw.gamma(4, 0.25, n)
     groups = [None] * n
     rungs = [rung(share, 10, (whole + cost + draw.normal(0, noise, n)).tolist(), whole.tolist(), groups)
              for share, cost in costs.items()]  # fmt: skip
-    return climb_down(whole.tolist(), rungs, groups)
+    return climb_down(whole.tolist(), float(whole.mean()) + 1, rungs, groups)
 
 
 def test_the_smallest_that_costs_nothing_is_shipped() -> None:
@@ -63,13 +63,13 @@ def test_it_is_refused_at_the_rung_where_it_comes_in() -> None:
 def test_what_cannot_be_told_says_how_many_examples_may_decide() -> None:
     whole, spread = [1.0] * 60, [(-1) ** i * 0.1 for i in range(60)]  # differences of mean zero
     small = [one + off for one, off in zip(whole, spread, strict=True)]
-    found = climb_down(whole, [rung(0.5, 1, small, whole, [None] * 60)], [None] * 60)
+    found = climb_down(whole, 2.0, [rung(0.5, 1, small, whole, [None] * 60)], [None] * 60)
     assert found.chosen == 1.0
     named = re.search(r"validation cannot tell: .* about ([\d,]+) independent examples instead of 60", found.reason)
     assert named is not None
     assert int(named[1].replace(",", "")) == pytest.approx((1.645 * 0.1 / 0.005) ** 2, rel=0.25)
     few = [rung(0.5, 1, [1.0 + 50 * off for off in spread], whole, [None] * 60)]
-    assert "more than a hundred times as many" in climb_down(whole, few, [None] * 60).reason
+    assert "more than a hundred times as many" in climb_down(whole, 2.0, few, [None] * 60).reason
 
 
 def test_too_few_examples_decide_nothing_and_the_number_wanted_is_named() -> None:
@@ -82,11 +82,27 @@ def test_where_nothing_could_be_cut_that_is_said() -> None:
     assert climbed({}, 0.0).reason == "untrimmed: half of it would be less than one direction of a pair"
 
 
-def test_one_percent_is_one_percent_of_a_small_nll_too() -> None:
-    whole = [0.1] * 20
-    ladder = climb_down(whole, [rung(0.5, 1, [0.101] * 20, whole, [None] * 20)], [None] * 20)
-    assert ladder.chosen == 1.0
-    assert "0.5% of the NLL is allowed, 0.0005" in ladder.reason
+def one_rung(whole: float, base: float, half: float) -> Ladder:
+    """Twenty examples of this NLL under the whole adapter, with half of its parameters, and under the base."""
+    groups = [None] * 20
+    return climb_down([whole] * 20, base, [rung(0.5, 1, [half] * 20, [whole] * 20, groups)], groups)
+
+
+def test_what_may_be_given_up_is_a_share_of_what_was_gained() -> None:
+    """0.01 nats are nearly half of the NLL after a training that succeeded, and nearly all of a small gain."""
+    succeeded = one_rung(whole=0.013, base=3.84, half=0.023)
+    assert succeeded.chosen == 0.5
+    assert "0.5% of the 3.8270 nats that were gained may be given up, 0.0191" in succeeded.reason
+    assert succeeded.reason.startswith("0.5 of the parameters were given up for +0.0100 validation NLL")
+    hardly = one_rung(whole=2.40, base=2.411, half=2.41)
+    assert hardly.chosen == 1.0
+    assert hardly.reason.startswith("untrimmed: 50% already costs +0.0100")
+
+
+def test_where_nothing_was_gained_nothing_is_given_up() -> None:
+    found = one_rung(whole=2.4, base=2.3, half=2.41)
+    assert found.chosen == 1.0
+    assert "validation shows no gain over the base" in found.reason
 
 
 def test_a_loss_of_just_the_margin_passes_as_seldom_as_the_certainty_says() -> None:
@@ -101,11 +117,14 @@ def rows(tiny_base: Base) -> list[Row]:
     return render(renderer_for(tiny_base, system="Geography"), examples, 512)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_moments_are_those_of_what_flows_through_each_pair(tiny_base: Base, rows: list[Row], packed: bool) -> None:
+def test_moments_are_those_of_what_flows_through_each_pair(
+    tiny_base: Base, rows: list[Row], packed: bool, recompute: bool
+) -> None:
     """Against the same read off the modules' own inputs and gradients, site by site."""
     adapter, way = random_adapter(tiny_base, uniform(all_linear(tiny_base), 3, 6.0)), Way(True, packed)
-    found = moments_of(tiny_base, adapter, rows, way)
+    found = moments_of(tiny_base, adapter, rows, way, recompute=recompute)
     kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str) -> None:
@@ -136,7 +155,10 @@ def test_moments_are_those_of_what_flows_through_each_pair(tiny_base: Base, rows
 
 
 def test_nothing_is_left_on_the_model_after_observing(tiny_base: Base) -> None:
-    with pytest.raises(KeyError), observing(tiny_base, [site.path for site in tiny_base.sites], lambda *_: None):
+    with (
+        pytest.raises(KeyError),
+        observing(tiny_base, [site.path for site in tiny_base.sites], lambda *_: None, lambda *_: None),
+    ):
         raise KeyError
     assert not any(module._forward_hooks for module in tiny_base.model.modules())
 

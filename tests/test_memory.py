@@ -21,11 +21,12 @@ from lorafit.attachment import attach, fresh, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import AttachError, SettingsError
+from lorafit.evaluation.decoding import bytes_held
 from lorafit.pipeline import memory
 from lorafit.pipeline.memory import free_in_container, room_of
 from lorafit.plan import uniform
 from lorafit.planning import Decision
-from lorafit.planning.memory import MARGIN, Footprint, Room, fit, footprint, kept, peak, steps_of
+from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
 from lorafit.settings import bytes_of, settings_from
 from lorafit.sites import Site
@@ -102,12 +103,14 @@ PACKED = Way(True, True)
 HELD = 500_000_000
 
 
-def fitted(memory: str | None, free: int | None = None, look: Footprint = LOOK) -> tuple[Decision, int]:
+def fitted(
+    memory: str | None, free: int | None = None, look: Footprint = LOOK, answering: Answering = lambda left: 0
+) -> tuple[Decision, int]:  # fmt: skip
     recipe = Recipe(1e-3, 32, 10, 1, 5)
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
     steps = steps_of(rows["train"], recipe, fixed=False, packed=True)
-    return fit(decision, lambda _: look, rows, steps, PACKED, Room(HELD, free), memory)
+    return fit(decision, lambda _: look, answering, rows, steps, PACKED, Room(HELD, free), memory)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,24 @@ def test_the_fastest_settings_that_stay_under_the_limit_are_taken(
 def test_without_a_setting_what_is_free_is_the_limit() -> None:
     assert fitted(None, free=800_000_000)[0].recipe.micro_tokens == 512
     assert fitted(None, free=10_000)[0].choices[-1].reason.startswith("more than is free")
+
+
+def test_what_a_run_holds_includes_decoding_its_answers() -> None:
+    def answering(left: int | None) -> int:
+        return 3_000_000_000 if left is None else max(200_000_000, min(3_000_000_000, left))
+
+    assert fitted(None, answering=answering)[1] == HELD + 3_000_000_000
+    decision, most = fitted("840MB", answering=answering)
+    assert decision.recipe.micro_tokens == 256, "it decodes fewer answers at a time, and trains as it would"
+    assert most <= 840_000_000
+    with pytest.raises(SettingsError, match=r"raise it to that"):
+        fitted("650MB", answering=answering)
+
+
+def test_decoding_holds_no_more_than_it_may_and_answers_one_at_a_time_at_least(tiny_base: Base) -> None:
+    least, most = bytes_held(tiny_base, 100, 0), bytes_held(tiny_base, 100)
+    assert least < bytes_held(tiny_base, 100, (least + most) // 2) <= (least + most) // 2
+    assert bytes_held(tiny_base, 100, 10 * most) == most
 
 
 def test_the_longest_row_may_be_in_the_test() -> None:
@@ -199,11 +220,13 @@ from pathlib import Path
 from lorafit.files import read_json
 from lorafit.pipeline import run_training
 from lorafit.pipeline.memory import peak_gb
+from lorafit.run import LADDER, RUNGS
 before = peak_gb()
 out = Path(sys.argv[3])
 summary = run_training(sys.argv[1], sys.argv[2], out, json.loads(sys.argv[4]))
 plan = read_json(out / "plan.json")
-print(json.dumps({"before": before, "peak": summary["peak_rss_gb"], "recipe": plan["recipe"], "said": plan["choices"]}))
+print(json.dumps({"before": before, "peak": summary["peak_rss_gb"], "recipe": plan["recipe"], "said": plan["choices"],
+                  "trimmed": (out / LADDER / RUNGS).exists()}))
 """
 
 
@@ -225,7 +248,7 @@ def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ran(base: Path, tmp_path: Path, **settings: object) -> dict[str, Any]:
     data = write_rows(
-        tmp_path / "data.jsonl", [{**row, "prompt": f"{row['prompt']} {'why ' * 12}"} for row in capitals(40)]
+        tmp_path / "data.jsonl", [{**row, "prompt": f"{row['prompt']} {'why ' * 12}"} for row in capitals(120)]
     )
     given = {"batch_size": 16, "epochs": 1, "dtype": "fp32", "few_shot": 0, "rank": 4, "validations": 1, **settings}
     words = [str(base), str(data), str(tmp_path / "run"), json.dumps(given)]
@@ -243,6 +266,7 @@ def test_a_run_stays_under_the_memory_it_was_given(deep_folder: Path, tmp_path: 
     (tmp_path / "again").mkdir()
     held = ran(deep_folder, tmp_path / "again", memory=f"{1000 * limit:.0f}MB")
     assert held["recipe"]["micro_tokens"] < free["recipe"]["micro_tokens"] or held["recipe"]["recompute"]
+    assert free["trimmed"] and held["trimmed"], "trimming takes memory too"
     assert held["peak"] <= limit < free["peak"]
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from conftest import NotATransformer, capitals, write_rows
 from rich.console import Console
 from torch import nn
 
-from lorafit import demo, pipeline
+from lorafit import demo, pipeline, read_adapter
 from lorafit.attachment import fired, require_fired
 from lorafit.base import Base, open_base
 from lorafit.cli.console import Terminal
@@ -36,7 +36,7 @@ from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
-from lorafit.run import open_run, openings, read_run, remember_questions
+from lorafit.run import open_run, openings, read_run, remember_questions, sole_writer
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
 from lorafit.sites import select
@@ -371,7 +371,64 @@ def test_a_peft_that_cannot_be_asked_is_told_and_costs_no_run(
     assert "PEFT did not read the adapter: " in capsys.readouterr().out
 
 
+def test_a_peft_that_would_take_more_memory_than_is_left_is_not_asked(
+    tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare_with_peft(tmp_path / "nothing", tiny_base, [[1, 2]], Terminal(False).say, 1 << 20) is None
+    assert "PEFT was not asked to read the adapter: to open the base in fp32 once more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("sites_that_mattered", "which sites mattered"), ("forgotten", "forgetting"), ("_routing", "what a router"),
+     ("write_report", "report")],
+)  # fmt: skip
+def test_what_comes_after_the_scores_ends_no_run(
+    place: str, name: str, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base whose hidden states have four dimensions broke the router's features, and hours of training were lost."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("too many indices for tensor of dimension 4\nand a second line")
+
+    monkeypatch.setattr(f"lorafit.pipeline.training.{place}", broken)
+    hears = Hears()
+    summary = pipeline.run_training(None, None, unfinished, {}, resume=True, listener=hears)
+    ((named, reason),) = summary["passed_over"].items()
+    assert (named.startswith(name), reason) == (True, "RuntimeError: too many indices for tensor of dimension 4")
+    assert any(said.startswith(f"{named}: passed over, for it failed") for said in hears.said)
+    assert json.loads((unfinished / "summary.json").read_text(encoding="utf-8")) == summary
+    assert read_adapter(unfinished / "adapter").plan.parameters == summary["trainable_parameters"]
+
+
+def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree(unfinished / "adapter")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no answers")
+
+    monkeypatch.setattr("lorafit.pipeline.training.compare", broken)
+    with pytest.raises(RuntimeError, match="no answers"):
+        pipeline.run_training(None, None, unfinished, {}, resume=True)
+    assert read_adapter(unfinished / "adapter").plan.parameters > 0
+    assert not (unfinished / "summary.json").exists()
+
+
 # The run folder
+
+
+def test_of_two_processes_in_one_run_folder_the_second_is_told(unfinished: Path) -> None:
+    with sole_writer(unfinished), pytest.raises(RunError, match="another process is at work in this run"):
+        pipeline.run_training(None, None, unfinished, {}, resume=True)
+    pipeline.run_training(None, None, unfinished, {}, resume=True)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.run.free_bytes", lambda folder: 1000)
+    with pytest.raises(RunError, match=r"this run writes up to \d+\.\d MB, and 0\.0 MB are free on that disk"):
+        pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS)
 
 
 def begin(tiny_folder: Path, data: Path, out: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:

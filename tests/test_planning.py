@@ -21,7 +21,7 @@ from lorafit.attachment import attach, fresh
 from lorafit.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
-from lorafit.evaluation.forgetting import forgetting, general_rows, general_text, scaled
+from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import detectable
 from lorafit.formats import peft
@@ -390,23 +390,17 @@ def test_an_ablation_is_the_adapter_without_the_part(tiny_base: Base, rows: list
     assert found["block 1"].ci95 is not None
 
 
-def test_forgetting_is_the_difference_on_general_text_and_scales_are_traded(
-    tiny_base: Base, rows: list[Row], trained: Adapter
-) -> None:
+def test_forgetting_is_the_difference_on_general_text(tiny_base: Base, trained: Adapter) -> None:
     source, paragraphs = general_text()
     text = general_rows(tiny_base.tokenizer, paragraphs, 64)
     assert len(text) >= len(paragraphs) >= 20
-    found = forgetting(tiny_base, trained, {source: text}, rows[30:], PLAIN)
-    score = found.general[source]
+    score = forgetting(tiny_base, trained, {source: text}, PLAIN)[source]
     before = example_nll(tiny_base, text, way=PLAIN)
     assert score.base == pytest.approx(np.mean(before))
     assert score.difference == pytest.approx(score.adapter - score.base)
     assert score.difference != 0  # of a base with random weights, either way
-    assert [one.scale for one in found.trades] == [0.5, 0.75, 1.0, 1.25]
-    with attach(tiny_base, scaled(trained, 0.5)):
-        half = example_nll(tiny_base, rows[30:], way=PLAIN)
-    assert found.trades[0].validation == pytest.approx(np.mean(half))
-    assert found.trades[2].general[source] == pytest.approx(score.adapter)
+    with attach(tiny_base, trained):
+        assert score.adapter == pytest.approx(np.mean(example_nll(tiny_base, text, way=PLAIN)))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama, write_rows
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -327,18 +328,38 @@ def whole(runs: Runs) -> str:
     return runs.here("whole")
 
 
-def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_bit_identical(runs: Runs, whole: str) -> None:
-    process = runs.begin("stopped")
-    runs.wait_for_lines("stopped", 40, process)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_bit_identical(
+    runs: Runs, whole: str, sent: signal.Signals
+) -> None:
+    name = f"stopped-{sent.name}"
+    process = runs.begin(name)
+    runs.wait_for_lines(name, 40, process)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, len(runs.lines("stopped")) < len(runs.lines("whole"))) == (130, True), said
+    assert (process.returncode, len(runs.lines(name)) < len(runs.lines("whole"))) == (130, True), said
     assert "--resume" in said
-    again = runs.begin("stopped", "--resume")
+    again = runs.begin(name, "--resume")
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
-    assert runs.digest("stopped") == whole
-    assert runs.told("stopped") == runs.told("whole")
+    assert runs.digest(name) == whole
+    assert runs.told(name) == runs.told("whole")
+
+
+def test_a_run_whose_terminal_is_closed_saves_the_step_in_progress(runs: Runs) -> None:
+    """The reader of its words is gone, and so is the terminal, which sends SIGHUP, often twice."""
+    process = runs.begin("closed")
+    runs.wait_for_lines("closed", 40, process)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    process.wait(60)
+    assert process.returncode == 130
+    saved = runs.folder / "closed" / "checkpoints" / "last.safetensors"
+    with safe_open(saved, framework="pt") as file:
+        step = json.loads(file.metadata()["progress"])["step"]
+    assert step == max(at for at, _ in runs.told("closed"))
 
 
 def test_a_killed_run_goes_on_bit_identical_with_no_step_told_twice(runs: Runs, whole: str) -> None:

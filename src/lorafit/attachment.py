@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lorafit.records import Rendering
 from lorafit.variants import VARIANTS, Frozen, Served
 
 Forward = Callable[[], object]
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -476,14 +477,24 @@ def fired(base: Base, forward: Forward) -> frozenset[str]:
 
 
 @contextmanager
-def observing(base: Base, paths: Iterable[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Have `see(path, x, g)` called for these sites in every backward inside: x (tokens, d_in) what a site was given, g
-    (tokens, d_out) the gradient at what came out of it. Goes inside `attach`."""
+def observing(
+    base: Base, paths: Iterable[str], keep: Callable[[str, Tensor], T], see: Callable[[str, T, Tensor], None]
+) -> Iterator[None]:  # fmt: skip
+    """Watch these sites in every forward and backward inside. Goes inside `attach`.
+
+    Args:
+        base: the base whose sites are watched.
+        paths: paths of the sites.
+        keep: called in the forward with the path and x (tokens, d_in), what the site was given. Only what it returns is
+            held until the backward, so where blocks are computed twice the inputs need not be held.
+        see: called in the backward with the path, what `keep` returned, and g (tokens, d_out), the gradient at what
+            came out of the site.
+    """
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def seen(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            x = given[0].detach()
-            output.register_hook(lambda g: see(path, x.flatten(0, -2), g.flatten(0, -2)))
+            kept = keep(path, given[0].detach().flatten(0, -2))
+            output.register_hook(lambda g: see(path, kept, g.flatten(0, -2)))
 
         return seen
 

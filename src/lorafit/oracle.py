@@ -11,19 +11,36 @@ from pathlib import Path
 
 from lorafit.base import Base
 
+FP32 = 4  # bytes of a parameter
+BESIDE = int(0.6e9)  # bytes of a process that has imported torch and PEFT, and its activations (measured: 0.5e9)
+
 
 def compare_with_peft(
-    folder: Path, base: Base, rows: Sequence[Sequence[int]], say: Callable[[str], None]
+    folder: Path, base: Base, rows: Sequence[Sequence[int]], say: Callable[[str], None], room: int | None = None
 ) -> dict[str, float] | None:
-    """Largest logit difference between PEFT's reading of the folder and ours in fp32, and the adapter's own effect.
+    """Ask PEFT to read an adapter folder, in a process of its own that opens the base in fp32.
 
-    Runs in a process of its own; None, with the reason told, where PEFT cannot be asked.
+    Args:
+        folder: the adapter folder.
+        base: the base, opened from a folder.
+        rows: token ids on which the logits are compared.
+        say: told that PEFT is asked, or why it is not.
+        room: bytes that the process may take; None for as many as there are.
+
+    Returns:
+        The largest logit difference between PEFT's reading and ours, and the adapter's own effect; None where PEFT
+        cannot be asked.
     """
     if base.folder is None:
         say("the base is open in this process alone, so PEFT was not asked to read the adapter: open it from a folder")
         return None
     if importlib.util.find_spec("peft") is None:
         say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
+        return None
+    needed = FP32 * sum(parameter.numel() for parameter in base.model.parameters()) + BESIDE
+    if room is not None and needed > room:
+        say(f"PEFT was not asked to read the adapter: to open the base in fp32 once more takes about "
+            f"{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left")  # fmt: skip
         return None
     say("asking PEFT to read the adapter and compute the same")
     command = [sys.executable, "-m", "lorafit.with_peft", str(folder.resolve()), str(base.folder.resolve())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import transformers
 
 import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
-from lorafit.files import PROBE, absolute, make_folder, read_json, unfinished, write_json
+from lorafit.files import PROBE, absolute, free_bytes, make_folder, read_json, shown, unfinished, write_json
 from lorafit.records import Frozen
 from lorafit.settings import TrainSettings, settings_from
 
@@ -126,6 +127,40 @@ def require_same(out: Path, now: Mapping[str, Any]) -> None:
     if odd:
         raise RunError(f"{out}: cannot go on, for something has changed since\n  " + "\n  ".join(odd)
                        + "\nrestore it, or start anew with another --out")  # fmt: skip
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Keep other processes from writing into the run folder `out` for the length of the block; a process that is killed
+    keeps nobody out. Where the system or the disk knows no locks (Windows, some network drives) nobody is kept out.
+
+    Raises RunError where another process is at work there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{out}: another process is at work in this run: let it end, or stop it with Ctrl-C there, "
+                           "which saves, and go on with --resume") from None  # fmt: skip
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def require_disk(out: Path, size: int) -> None:
+    """Raise RunError where `size` bytes, which the run is going to write into `out`, are not free there."""
+    free = free_bytes(out)
+    if size > free:
+        raise RunError(f"{out}: this run writes up to {shown(size)}, and {shown(free)} are free on that disk: make "
+                       "room, name another disk with --out, or train less with --rank or --targets")  # fmt: skip
 
 
 @contextmanager

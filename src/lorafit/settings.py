@@ -99,7 +99,7 @@ class TrainSettings(BaseModel):
     ] = 4.0
     memory: Annotated[
         str | None,
-        Field(description="Most that the process may hold while it trains, such as 4GB or 500MB (of the GPU, where "
+        Field(description="Most that the process may hold in a whole run, such as 4GB or 500MB (of the GPU, where "
               "there is one).", examples=["4GB"]),
     ] = None  # fmt: skip
     routing_questions: Annotated[

@@ -3,11 +3,13 @@ verbs, so that --help answers at once."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any
 
@@ -138,9 +140,40 @@ _keys.command("create", short_help="Make a key for lorafit serve.")(_reported(ke
 app.add_typer(_keys, name="key", short_help="Who may ask a server what.")
 
 
+class _Stream:
+    """A standard stream whose reader may leave: a terminal that is closed, a pipe into `head`. A run that has nobody to
+    tell goes on, and what was to be told is dropped; any other fault of writing (a full disk) is raised."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _deserted():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _deserted():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _deserted() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+
+
 def main() -> None:
     """Entry point of the command. A terminal or pipe that lacks a character shows another in its place."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+            setattr(sys, name, _Stream(stream))
     app()

@@ -24,8 +24,8 @@ def bases(
     """List the bases at hand, where they are and what they take on disk."""
     from lorafit.cli.console import Terminal
     from lorafit.doctor import bases_at_hand
+    from lorafit.files import free_bytes, shown
     from lorafit.sources import gguf
-    from lorafit.sources.progress import free_bytes, shown
 
     terminal = Terminal(json)
     gone = gguf.remove(remove) if remove is not None else []

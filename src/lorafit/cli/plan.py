@@ -43,10 +43,10 @@ def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], pic
     cost, steps = found["forecast"], found["recipe"]["steps"]
     terminal.say(
         f"training takes about {clock(cost['seconds'])} here: {steps} steps of {cost['step']:.2f} s, validations of "
-        f"{cost['validation']:.1f} s (a few were tried); the evaluation comes on top"
+        f"{cost['validation']:.1f} s (a few were tried); the evaluation after it about {clock(cost['evaluation'])}"
     )
     folder = f"{cost['disk'] / 1e6:.0f} MB in the run folder"
-    terminal.say(f"training holds at most about {cost['peak_gb']:.1f} GB of memory, {folder} at most")
+    terminal.say(f"the run holds at most about {cost['peak_gb']:.1f} GB of memory, {folder} at most")
     if (search := found["search"])["seconds"]:
         terminal.say(f"the search before it takes about {clock(search['seconds'])}: {search['reason']}")
     terminal.evidence(found)

@@ -33,11 +33,11 @@ def classified(known: Sequence[Example], asked: Sequence[Example]) -> list[str] 
 
     # Pieces of words rather than words: they serve languages that put no space between them.
     features = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, max_features=MOST_FEATURES)
+    model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear", random_state=0))
     try:
-        learnt = features.fit_transform([example.question for example in known])
+        model.fit(features.fit_transform([example.question for example in known]), wanted)
     except ValueError:  # no piece of two characters in any question
         return None
-    model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear", random_state=0)).fit(learnt, wanted)
     spelt: dict[str, Counter[str]] = {}
     for example, key in zip(known, wanted, strict=True):
         spelt.setdefault(key, Counter())[example.answer] += 1

@@ -83,11 +83,8 @@ def compare(
     here where it is not given; both are scored in the same one.
     """
     way = way or way_of(base, rows)
-    budget = 5 * max(row.n_trained for row in rows) // 4 + 8
-    checked = [i for i, example in enumerate(examples) if example.check is not None]
-    open_ended = [i for i, example in enumerate(examples) if not example.is_text]
-    unchecked = min(MOST, max(LEAST, ANSWERED // budget))
-    asked = open_ended if answer_all else checked or [open_ended[i] for i in _spread(len(open_ended), unchecked)]
+    budget = answer_tokens(rows)
+    asked = asked_of(examples, rows, answer_all)
     questions = [examples[i] for i in asked]
 
     def told(what: str) -> Callable[[int, int], None]:
@@ -117,6 +114,20 @@ def compare(
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     each = tuple(zip(base_nll, adapter_nll, strict=True))
     return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, counts, len(given))
+
+
+def asked_of(examples: Sequence[Example], rows: Sequence[Row], answer_all: bool = False) -> list[int]:
+    """Positions of the examples that are answered: with answer_all every question; else those that carry a check, and
+    where none does a number that takes about ANSWERED tokens, spread."""
+    checked = [i for i, example in enumerate(examples) if example.check is not None]
+    every = [i for i, example in enumerate(examples) if not example.is_text]
+    most = min(MOST, max(LEAST, ANSWERED // answer_tokens(rows)))
+    return every if answer_all else checked or [every[i] for i in _spread(len(every), most)]
+
+
+def answer_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that an answer may have: a quarter more than the longest reference, and 8."""
+    return 5 * max(row.n_trained for row in rows) // 4 + 8
 
 
 def nll_score(base: Sequence[float], adapter: Sequence[float], groups: Sequence[str | None]) -> NllScore:

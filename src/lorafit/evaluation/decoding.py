@@ -19,10 +19,13 @@ from lorafit.generation.greedy import Answer, bytes_per_token, generate
 from lorafit.serving import Answer as Waiting
 from lorafit.serving import Engine, Request
 from lorafit.serving.families import same_for_all, servable
+from lorafit.serving.pace import MOST
 
 SLOTS = 32  # answers at a time: with more, a step of SmolLM2 takes as long as it has tokens more
 PROBES = 2  # slots that an engine has besides
-KEPT = 1 << 30  # bytes of keys and values, where no limit is set
+KEPT = 1 << 30  # bytes of keys and values at most
+STEP = MOST + SLOTS  # tokens of a step at most: pieces of prompts, and one of each answer
+WIDE = 10  # numbers held for each of them, in widths of the widest layer: what goes into it and out, and the stream
 UNHURRIED = 1e6  # seconds a step may take: nobody waits for the next token
 
 Progress = Callable[[int, int], None]
@@ -44,7 +47,7 @@ class Decoding:
             renderer: whose tokens end an answer.
             longest: tokens of the longest prompt.
             most: tokens of an answer at most; fewer where the base's context ends before.
-            memory: bytes that keys and values may take; by default KEPT.
+            memory: bytes that decoding may take; None for as many as go well.
             accept_unknown_base: attach adapters that do not say which base they belong to.
         """
         self.base, self.renderer, self.longest, self.most = base, renderer, longest, most
@@ -69,10 +72,8 @@ class Decoding:
                 room = room if self.base.context is None else min(room, self.base.context)
                 if (same_for_all(model) or room) < room:
                     return None
-                kept = bytes_per_token(self.base) * room
-                slots = (KEPT if self._memory is None else self._memory) // kept - PROBES
                 self._engine = Engine(
-                    self.base, slots=max(1, min(SLOTS, slots)), room=room, queue=1 << 30, stall=UNHURRIED,
+                    self.base, slots=_slots(self.base, room, self._memory), room=room, queue=1 << 30, stall=UNHURRIED,
                     accept_unknown_base=self._accept, timed=False, renderer=self.renderer,
                 )  # fmt: skip
             except NotServedError:
@@ -118,6 +119,30 @@ class Decoding:
         finally:
             if name is not None:
                 engine.unload(name)
+
+
+def bytes_held(base: Base, room: int, memory: int | None = None) -> int:
+    """Bytes that decoding holds at most, beside the base.
+
+    Args:
+        base: what answers.
+        room: tokens of the longest prompt with its answer.
+        memory: bytes that it may take; None for as many as go well. The least that it needs may be more.
+    """
+    return (_slots(base, room, memory) + PROBES) * bytes_per_token(base) * room + _working(base)
+
+
+def _slots(base: Base, room: int, memory: int | None) -> int:
+    """How many answers are decoded at a time."""
+    kept = KEPT if memory is None else min(KEPT, memory - _working(base))
+    return max(1, min(SLOTS, kept // (bytes_per_token(base) * room) - PROBES))
+
+
+def _working(base: Base) -> int:
+    """Bytes that a step of the engine holds at most."""
+    head = base.head_paths()
+    widest = max((max(site.d_in, site.d_out) for site in base.sites if site.path not in head), default=0)
+    return STEP * WIDE * widest * base.dtype.itemsize
 
 
 def _answer(waiting: Waiting) -> Answer:

@@ -1,9 +1,9 @@
-"""Forgetting: NLL of general text with the adapter and without, and what a weaker or stronger one would trade."""
+"""Forgetting: NLL of general text with the adapter and without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,8 @@ from lorafit.files import did_you_mean
 from lorafit.records import NllScore
 from lorafit.tasks.completion import Way
 
-SCALES = (0.5, 0.75, 1.25)  # beside 1
 LONGEST, MOST = 256, 100  # tokens of a piece; pieces read of a text
 BUILTIN = "general.txt"
-
-
-@dataclass(frozen=True)
-class Trade:
-    """An adapter that counts `scale` times: mean NLL of the validation examples, and of each general text."""
-
-    scale: float
-    validation: float
-    general: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """general: base against adapter on each general text, by its source. trades: by scale, that of the adapter itself
-    among them; validated: on so many validation examples."""
-
-    general: dict[str, NllScore]
-    trades: tuple[Trade, ...]
-    validated: int
 
 
 def general_text(named: str | None = None) -> tuple[str, list[str]]:
@@ -79,37 +59,36 @@ def general_rows(tokenizer: Any, paragraphs: Sequence[str], context: int | None)
 
 
 def forgetting(
-    base: Base, adapter: Adapter, general: Mapping[str, Sequence[Row]], valid: Sequence[Row], way: Way,
-    watch: Callable[[int, int], None] = lambda done, of: None,
-) -> Forgetting:  # fmt: skip
-    """general: rows by source. valid: validation rows on which the scales are compared; where a variant has more than A
-    and B there is but one scale, for what it adds has none."""
-    scales = sorted({1.0, *SCALES}) if all(slot.is_pair for slot in adapter.plan.slots) else [1.0]
-    texts = {"": valid, **general}
-    steps, done = len(general) + len(texts) * len(scales), 0
-    watch(0, steps)
+    base: Base, adapter: Adapter, general: Mapping[str, Sequence[Row]], way: Way,
+    watch: Callable[[int, int], None] = lambda done, of: None, *, against: Adapter | None = None,
+    accept_unknown_base: bool = False,
+) -> dict[str, NllScore]:  # fmt: skip
+    """NLL of general text without the adapter and with it.
 
-    def scored(on: Sequence[Row]) -> list[float]:
+    Args:
+        base: the base the adapter belongs to.
+        adapter: what may have made it forget.
+        general: rows of text, by its source.
+        way: how rows are computed.
+        watch: called with the texts scored so far, of how many.
+        against: what the adapter is compared with, in place of the bare base.
+        accept_unknown_base: attach adapters that do not say which base they belong to.
+
+    Returns:
+        By source, base against adapter, paired by row.
+    """
+    done = 0
+    watch(0, 2 * len(general))
+
+    def scored(by: Adapter | None) -> dict[str, list[float]]:
         nonlocal done
-        found = example_nll(base, on, way=way)
-        done += 1
-        watch(done, steps)
+        found = {}
+        with attach(base, by, accept_unknown_base=accept_unknown_base) if by else nullcontext():
+            for source, rows in general.items():
+                found[source] = example_nll(base, rows, way=way)
+                done += 1
+                watch(done, 2 * len(general))
         return found
 
-    before = {source: scored(rows) for source, rows in general.items()}
-    found: dict[float, dict[str, list[float]]] = {}
-    for scale in scales:
-        with attach(base, scaled(adapter, scale)):
-            found[scale] = {source: scored(rows) for source, rows in texts.items()}
-    trades = []
-    for scale, each in found.items():
-        means = {source: sum(values) / len(values) for source, values in each.items()}
-        trades.append(Trade(scale, means.pop(""), means))
-    scores = {source: nll_score(before[source], found[1.0][source], [None] * len(before[source])) for source in general}
-    return Forgetting(scores, tuple(trades), len({row.example for row in valid}))
-
-
-def scaled(adapter: Adapter, by: float) -> Adapter:
-    """The adapter whose pairs count `by` times what they did."""
-    slots = tuple(replace(slot, alpha=by * slot.alpha) for slot in adapter.plan.slots)
-    return replace(adapter, plan=replace(adapter.plan, slots=slots))
+    before, after = scored(against), scored(adapter)
+    return {source: nll_score(before[source], after[source], [None] * len(before[source])) for source in general}

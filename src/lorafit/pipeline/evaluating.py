@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lorafit.adapter import Adapter
-from lorafit.attachment import attach
-from lorafit.base import Base
 from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
 from lorafit.errors import AdapterError, DataError, InputError, Problem, SettingsError
-from lorafit.evaluation.compare import compare, nll_score
-from lorafit.evaluation.forgetting import general_rows, general_text
-from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.compare import compare
+from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.files import require_new, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import opened_base, render_all, require_passing, sifted
 from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
-from lorafit.records import NllScore
 from lorafit.report.result import Result
 from lorafit.run import count_opening, remembered, tested
 from lorafit.settings import settings_from
-from lorafit.tasks.completion import Way
 from lorafit.tasks.probe import way_of
 
 
@@ -103,7 +95,10 @@ def run_evaluation(
     if answers is not None:
         write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
-    lost = _forgotten(base, adapter, other, resolved.general, way, accept_unknown_base, listener)
+    texts = dict(general_text(named) for named in dict.fromkeys((None, resolved.general)))
+    general = {source: general_rows(base.tokenizer, text, base.context) for source, text in texts.items()}
+    lost = forgetting(base, adapter, general, way, lambda done, of: listener.watch("forgetting", done, of, "texts"),
+                      against=other, accept_unknown_base=accept_unknown_base)  # fmt: skip
     done = time.monotonic()
     return Result(
         {
@@ -122,22 +117,6 @@ def run_evaluation(
             "peak_rss_gb": peak_gb(),
         }
     )
-
-
-def _forgotten(
-    base: Base, adapter: Adapter, other: Adapter | None, named: str | None, way: Way, accept: bool, listener: Listener
-) -> dict[str, NllScore]:  # fmt: skip
-    """NLL of general text, by source: under what the adapter is compared with, and under the adapter."""
-    found = {}
-    for source, paragraphs in dict(general_text(one) for one in dict.fromkeys((None, named))).items():
-        text = general_rows(base.tokenizer, paragraphs, base.context)
-        told = partial(listener.watch, f"general text ({source})")
-        with attach(base, other, accept_unknown_base=accept) if other else nullcontext():
-            before = example_nll(base, text, told, way)
-        with attach(base, adapter, accept_unknown_base=accept):
-            after = example_nll(base, text, told, way)
-        found[source] = nll_score(before, after, [None] * len(before))
-    return found
 
 
 def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:

@@ -28,16 +28,17 @@ from lorafit.training.recipe import Recipe
 def trim_trained(opened: Opened, trained: Trained, how: str, out: Path, listener: Listener) -> tuple[Ladder, Adapter]:
     """The ladder, and the adapter that is shipped. The run keeps the ladder, by which `lorafit trim` takes another
     rung, and where a smaller one is shipped the whole."""
-    whole = trained.adapter
+    whole, before = trained.adapter, trained.history[0][1]
     why = "untrimmed, as you set (--trim)" if how == "none" else untrimmable(whole)
     if why:
-        return kept_whole(trained.each, why), whole
+        return kept_whole(trained.each, before, why), whole
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
         why = f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
-        return kept_whole(trained.each, why), whole
-    ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, opened.frozen.micro_tokens,
-                                       trained.each, groups, listener)  # fmt: skip
+        return kept_whole(trained.each, before, why), whole
+    at_a_time = opened.frozen.micro_tokens, opened.frozen.recompute
+    ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, at_a_time, trained.each, before,
+                                       groups, listener)  # fmt: skip
     make_folder(out / LADDER)
     write_moments(moments, out / LADDER / MOMENTS)
     if small is not None:
@@ -53,24 +54,27 @@ def told_ladder(decision: Decision, ladder: Ladder, adapter: Adapter) -> Decisio
     return told(decision, "trim", f"{value}, {adapter.plan.bytes / 1e6:.1f} MB", ladder.reason, "--trim")
 
 
-def look_back(
-    opened: Opened, recipe: Recipe, whole: Adapter, shipped: Adapter, out: Path, listener: Listener
-) -> dict[str, Any]:  # fmt: skip
-    """Which sites mattered, measured on the adapter as it was trained, and what the one that is shipped has made the
-    base forget. Both go into files of the run; returns what the summary says of them."""
-    base, valid = opened.base, opened.rows["valid"]
+def sites_that_mattered(opened: Opened, recipe: Recipe, whole: Adapter, out: Path, listener: Listener) -> None:
+    """Which sites mattered, measured on the adapter as it was trained; into a file of the run."""
+    base = opened.base
     parts = parts_of([slot.site.path for slot in whole.plan.slots])
     count = examples_for(len(parts), recipe.steps, recipe.batch_size, len(opened.examples.valid))
-    groups = [example.group for example in opened.examples.valid]
-    places = spread_over(count, groups)
-    few, groups = some(valid, places), [groups[i] for i in places]
+    every = [example.group for example in opened.examples.valid]
+    places = spread_over(count, every)
+    few, groups = some(opened.rows["valid"], places), [every[i] for i in places]
     first = first_order(base, whole, few, opened.way, opened.frozen.micro_tokens, recipe.recompute)
     taken = ablations(base, whole, few, parts, opened.way, groups,
                       lambda done, of: listener.watch("which sites mattered", done, of, "parts"))  # fmt: skip
     make_folder(out / SCORES)
     mattered = {"examples": count, "first_order": first, "ablations": [asdict(one) for one in taken]}
     write_json(out / SCORES / IMPORTANCE, mattered)
-    lost = forgetting(base, shipped, opened.general, few, opened.way,
+
+
+def forgotten(opened: Opened, shipped: Adapter, out: Path, listener: Listener) -> dict[str, Any]:
+    """What the adapter that is shipped has made the base forget; into a file of the run, and returned."""
+    lost = forgetting(opened.base, shipped, opened.general, opened.way,
                       lambda done, of: listener.watch("forgetting", done, of, "texts"))  # fmt: skip
-    write_json(out / SCORES / FORGETTING, asdict(lost))
-    return {"forgetting": asdict(lost)}
+    make_folder(out / SCORES)
+    told = {"general": {source: asdict(score) for source, score in lost.items()}}
+    write_json(out / SCORES / FORGETTING, told)
+    return told

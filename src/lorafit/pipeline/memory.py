@@ -13,7 +13,7 @@ import torch
 
 from lorafit.base import Base
 from lorafit.pipeline.listener import Listener
-from lorafit.planning.memory import Room
+from lorafit.planning.memory import MARGIN, USABLE, Room
 from lorafit.settings import bytes_of
 
 
@@ -67,9 +67,12 @@ def free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def left_of(memory: str | None, base: Base) -> int | None:
-    """Bytes that are left of a limit as it is set; None where none is."""
-    limit = bytes_of(memory) if memory else None
-    return None if limit is None else max(0, limit - room_of(base).held)
+    """Bytes that may be planned with: of the limit that is set, or else of what is free here, less what estimates are
+    off by. None where neither is known."""
+    room = room_of(base)
+    if memory:
+        return max(0, int(((bytes_of(memory) or 0) - room.held) / MARGIN))
+    return None if room.free is None else int(USABLE * room.free / MARGIN)
 
 
 class Meter:

@@ -16,15 +16,27 @@ from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row
+from lorafit.evaluation.compare import asked_of
 from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.searching import look, obstacle, places_cost, places_tried, rates_tried, spread_over, told_by
-from lorafit.planning import halving
+from lorafit.pipeline.searching import (
+    Pace,
+    look,
+    obstacle,
+    places_cost,
+    places_tried,
+    rates_tried,
+    spread_over,
+    told_by,
+)
+from lorafit.plan import Plan
+from lorafit.planning import Decision, halving
+from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of
 from lorafit.planning.rules import hidden_size
-from lorafit.settings import settings_from
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import batch_of, length_step, trunk
 from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step, own_randomness
@@ -34,16 +46,20 @@ from lorafit.training.trunk import room_for
 TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest
 EVIDENCE = 64  # validation examples by which is told what validation can show
 VALIDATED = 16  # examples whose NLL is timed
+RUNGS_TRIED = 2  # of the ladder, as a rule
+BACKWARD = 2.5  # forwards that a step of training takes as long as
+DECODED = 3.0  # tokens of a prompt that a token of an answer takes as long as
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of training, of one step and of one validation among them; GB of memory while training (of the
-    process, or of the GPU) and bytes of the run folder, at most. The evaluation that follows comes on top."""
+    """Seconds of training, of one step and of one validation among them, and of the evaluation that follows; GB of
+    memory of the whole run (of the process, or of the GPU) and bytes of the run folder, at most."""
 
     seconds: float
     step: float
     validation: float
+    evaluation: float
     peak_gb: float
     disk: int
 
@@ -56,9 +72,9 @@ def run_planning(
     resolved = settings_from(settings)
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener)
-    cost = forecast(opened, room_for(Path(), resolved.trunk_bytes), resolved.trim == "auto")
+    cost = forecast(opened, resolved, room_for(Path(), resolved.trunk_bytes))
     places = spread_over(EVIDENCE, [one.group for one in opened.examples.valid])
-    known, card = look(opened, listener, places)
+    known, card, _ = look(opened, listener, places)
     decision, steps = opened.decision, opened.decision.recipe.steps
     rates, why = rates_tried(opened, resolved)
     plans, offered = places_tried(opened, resolved, card)
@@ -91,13 +107,12 @@ def run_planning(
     }
 
 
-def forecast(opened: Opened, trunk_bytes: int = 0, trim: bool = False) -> Forecast:
+def forecast(opened: Opened, settings: TrainSettings, trunk_bytes: int = 0) -> Forecast:
     """Try a short, a middling and the longest micro-batch of the first epoch, and reckon with all of the run.
 
     Whatever the batch size, six forwards and backwards are tried, and three more where a trunk is kept. A micro-batch
     takes some time of its own and some for each token; a size that comes for the first time takes a preparation, which
     is long in some kernels. trunk_bytes: how much may be kept of what the lowest blocks make.
-    trim: whether a ladder is kept.
     """
     base, rows, recipe, way = opened.base, opened.rows, opened.decision.recipe, opened.way
     blocks = free_blocks(base, opened.decision.plan)
@@ -145,14 +160,46 @@ def forecast(opened: Opened, trunk_bytes: int = 0, trim: bool = False) -> Foreca
     )
     step = computing / recipe.steps + updating
     count = -(-recipe.steps // recipe.validate_every) + 1
-    disk = 2 * 4 * opened.decision.plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
-    disk += min(trunk_bytes, needed) if read else 0
-    if trim:  # a checkpoint, the adapter as trained and as shipped, and moments in fp64
-        moments = sum(2 * 8 * slot.rank**2 for slot in opened.decision.plan.slots)
-        disk = max(disk, 6 * opened.decision.plan.bytes + moments)
-    return Forecast(
-        recipe.steps * step + count * validation, step, validation, round((opened.peak or 0) / 1e9, 2), disk
-    )
+    kept = min(trunk_bytes, needed) if read else 0
+    disk = max(disk_of(opened.decision.plan, False) + kept, disk_of(opened.decision.plan, settings.trim == "auto"))
+    scoring = evaluation_seconds(opened, validation / _tokens(rows["valid"]), settings)
+    return Forecast(recipe.steps * step + count * validation, step, validation, scoring,
+                    round((opened.peak or 0) / 1e9, 2), disk)  # fmt: skip
+
+
+def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings) -> float:
+    """About how long everything takes that follows training: trimming, which sites mattered, forgetting, the NLL of the
+    test, and its answers. per_token: seconds of a token in a forward."""
+    rows, recipe = opened.rows, opened.decision.recipe
+    parts = len(parts_of([slot.site.path for slot in opened.decision.plan.slots])) + 1
+    valid, test = _tokens(rows["valid"]), _tokens(rows["test"])
+    mattering = parts * examples_for(parts - 1, recipe.steps, recipe.batch_size, len(rows["valid"]))
+    tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
+    if settings.trim == "auto":
+        tokens += RUNGS_TRIED * valid
+    asked = len(asked_of(opened.examples.test, rows["test"]))
+    answers = (2 + (settings.few_shot > 0)) * asked / len(opened.examples.test)
+    answer_tokens = sum(row.n_trained for row in rows["test"])
+    return per_token * (tokens + answers * (test - answer_tokens + DECODED * answer_tokens))
+
+
+def ahead(opened: Opened, decision: Decision, pace: Pace, settings: TrainSettings) -> tuple[float, float]:
+    """About how many seconds training and the evaluation after it take, at the pace that was measured."""
+    rows, recipe = opened.rows, decision.recipe
+    step = pace.step or BACKWARD * pace.forward
+    tokens = recipe.steps * recipe.batch_size * _tokens(rows["train"]) / len(rows["train"])
+    validations = -(-recipe.steps // recipe.validate_every)
+    training = step * tokens + validations * pace.forward * _tokens(rows["valid"])
+    return training, evaluation_seconds(replace(opened, decision=decision), pace.forward, settings)
+
+
+def disk_of(plan: Plan, trim: bool) -> int:
+    """Bytes that a run of this plan writes into its folder at most, without a trunk. trim: whether a ladder is kept."""
+    training = 2 * 4 * plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
+    if not trim:
+        return training
+    moments = sum(2 * 8 * slot.rank**2 for slot in plan.slots)  # in fp64
+    return max(training, 6 * plan.bytes + moments)  # a checkpoint, the adapter as trained and as shipped, and moments
 
 
 def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -19,13 +19,14 @@ from lorafit.data.report import DataReport, describe
 from lorafit.data.split import complete, require_apart
 from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.formats.oddities import misread_by_peft
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
-from lorafit.planning.memory import as_begun, fit, footprint, steps_of, with_losses
+from lorafit.planning.memory import as_begun, fit, footprint, room_to_answer, steps_of, with_losses
 from lorafit.records import Frozen
 from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
@@ -37,8 +38,8 @@ from lorafit.tasks.probe import way_of
 class Opened:
     """A base with data checked and rendered for it, and the decision how to train on them.
 
-    start: the adapter before training. general: rows of general text, by source. peak: bytes that training
-    holds at most, foretold; None for a run that is gone on with."""
+    start: the adapter before training. general: rows of general text, by source. peak: bytes that the
+    run holds at most, estimated; None for a run that is gone on with."""
 
     base: Base
     examples: Examples
@@ -80,7 +81,9 @@ def open_all(
         plain = footprint(base, before, rows["train"], way, settings.dropout)
         look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
         steps = steps_of(rows["train"], decision.recipe, free_blocks(base, decision.plan) > 0, way.packed)
-        decision, peak = fit(decision, look, rows, steps, way, room_of(base, processes), settings.memory)
+        answering = partial(bytes_held, base, room_to_answer(base, rows, settings.few_shot))
+        held = room_of(base, processes)
+        decision, peak = fit(decision, look, answering, rows, steps, way, held, settings.memory)
     else:
         decision, peak = as_begun(decision, began.micro_tokens, began.recompute), None
     listener.plan(decision.choices)

@@ -49,6 +49,7 @@ from lorafit.run import (
     read_run,
     read_summary,
     room_to_write,
+    sole_writer,
     versions,
 )  # fmt: skip
 from lorafit.settings import TrainSettings, settings_from
@@ -119,7 +120,7 @@ def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, An
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
     keep_freed_memory()
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
-    with on_threads(frozen.threads, listener), room_to_write(folder):
+    with on_threads(frozen.threads, listener), sole_writer(folder), room_to_write(folder):
         opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
         if (opened.base.identity, opened.examples.digest()) != (asked["base_identity"], asked["data_digest"]):
             raise RunError(f"{folder}: its base or its data have changed since it was trained: restore them")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,20 @@ from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import absolute, make_folder, write_json, write_text
 from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
+from lorafit.pipeline.extras import Extras
 from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.looking_back import look_back, told_ladder, trim_trained
+from lorafit.pipeline.looking_back import forgotten, sites_that_mattered, told_ladder, trim_trained
 from lorafit.pipeline.memory import keep_freed_memory, left_of, on_threads, peak_gb
+from lorafit.pipeline.planning import ahead, disk_of
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.refining import Standing, figures_of, history_of, refine, write_plan
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.pipeline.searching import Order, carry_out, search
-from lorafit.planning import Choice
 from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.result import Result
-from lorafit.report.words import doubt
+from lorafit.report.words import clock, doubt
 from lorafit.routing import Features
 from lorafit.run import (
     ADAPTER,
@@ -47,9 +49,11 @@ from lorafit.run import (
     count_opening,
     open_run,
     remember_questions,
+    require_disk,
     require_same,
     room_to_write,
     settings_written,
+    sole_writer,
     versions,
 )
 from lorafit.settings import TrainSettings, settings_from
@@ -91,7 +95,8 @@ def run_training(
                     out.rmdir()  # it was empty when this run took it
             raise
         make_folder(out)
-        with room_to_write(out):
+        with sole_writer(out), room_to_write(out):
+            require_disk(out, disk_of(opened.decision.plan, resolved.trim == "auto"))
             return _run(base_name, data, out, resolved, opened, resume, listener, extra or {}, processes)
 
 
@@ -133,6 +138,9 @@ def _run(
     decision, seconds = found.decision, {"load": opened.seconds, "search": found.seconds}
     if not (out / PLAN).exists():
         write_plan(decision, out)
+    if found.pace:
+        minutes = [clock(seconds) for seconds in ahead(opened, decision, found.pace, resolved)]
+        listener.say("about {} of training and {} of evaluation are ahead".format(*minutes))
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
     order = Order(decision.plan, decision.recipe, known=found.known)
@@ -153,7 +161,13 @@ def _run(
         path.unlink()
     began = time.monotonic()
     adapter, decision = standing.adapter, standing.decision
-    beside = look_back(opened, decision.recipe, standing.whole(), adapter, out, listener)
+    _write(out, adapter)
+    listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit; now it is scored")
+    extras = Extras(listener)
+    extras.get("which sites mattered",
+               lambda: sites_that_mattered(opened, decision.recipe, standing.whole(), out, listener))  # fmt: skip
+    lost = extras.get("forgetting", lambda: forgotten(opened, adapter, out, listener))
+    beside: dict[str, Any] = {"forgetting": lost} if lost else {}
     if resolved.rounds:
         beside["rounds"] = [asdict(one) for one in history_of(out)]
     opens = count_opening(out)
@@ -164,19 +178,24 @@ def _run(
     unchanged = base.integrity() == before
     seconds["evaluate"] = time.monotonic() - began
     summary = {**_summary(opened, standing, comparison, out, seconds, opens), **beside, "base_unchanged": unchanged}
-    _write(out, adapter, decision.choices, summary, _routing(opened, resolved.routing_questions, listener))
+    routing = extras.get("what a router learns from", lambda: _routing(opened, resolved.routing_questions, listener))
+    _write(out, adapter, card(adapter, decision.choices, summary), _scores(summary), routing)
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
-    listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit")
+    summary |= {"peak_rss_gb": peak_gb(), "passed_over": extras.passed_over}
+    write_json(out / SUMMARY, summary)  # before a process is started that takes as much memory again
     checking = time.monotonic()
     probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
-    summary["peft"] = compare_with_peft(out / ADAPTER, base, probes, listener.say)
+    room = left_of(resolved.memory, base)
+    theirs = partial(compare_with_peft, out / ADAPTER, base, probes, listener.say, room)
+    summary["peft"] = extras.get("PEFT's own reading", theirs)
     if doubt(summary):
         write_text(out / ADAPTER / "README.md", card(adapter, decision.choices, summary))
     summary["seconds"]["check"] = round(time.monotonic() - checking, 2)
-    summary["peak_rss_gb"] = peak_gb()
     write_json(out / SUMMARY, summary)
-    write_report([out], out / REPORT)
-    listener.say(f"report: {out / REPORT}")
+    if extras.get("report", lambda: write_report([out], out / REPORT)) is None:
+        write_json(out / SUMMARY, summary)  # with what was passed over
+    else:
+        listener.say(f"report: {out / REPORT}")
     return Result(summary, out)
 
 
@@ -230,13 +249,17 @@ def _routing(opened: Opened, questions: int, listener: Listener) -> bytes | None
     return found.to_bytes() if found else None
 
 
+def _scores(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the adapter folder says of how it was scored."""
+    kept = ("n_train", "n_valid", "n_test", "nll", "facts", "off_desk_declined", "natural_stops")
+    return {"scores": {key: summary[key] for key in kept}}
+
+
 def _write(
-    out: Path, adapter: Adapter, choices: Sequence[Choice], summary: dict[str, Any], routing: bytes | None
+    out: Path, adapter: Adapter, text: str = "", scores: Mapping[str, Any] | None = None, routing: bytes | None = None
 ) -> None:
     """The adapter folder; what was written is read back and must be the same value."""
-    kept = ("n_train", "n_valid", "n_test", "nll", "facts", "off_desk_declined", "natural_stops")
-    said = {"scores": {key: summary[key] for key in kept}, "versions": versions()}
-    peft.write(adapter, out / ADAPTER, card(adapter, choices, summary), said, routing)
+    peft.write(adapter, out / ADAPTER, text, {**(scores or {}), "versions": versions()}, routing)
     if peft.read(out / ADAPTER) != adapter:
         raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: check the disk, and "
                           "train again")  # fmt: skip

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafit.adapter import Adapter
-from lorafit.attachment import attach, observing, packing
+from lorafit.attachment import attach, observing, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
@@ -49,7 +49,7 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     if not (folder / RUN).exists():
         raise RunError(f"{folder}: no run, and only a run has validation examples: name one, or give --to 25%")
     asked = read_run(folder)
-    if read_summary(folder) is None:
+    if (summary := read_summary(folder)) is None:
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     whole, way = peft.read(_whole(folder)), Way(frozen.apart, frozen.packed)
@@ -64,7 +64,9 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     with attach(base, whole):
         nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
     groups = [example.group for example in examples.valid]
-    ladder, small, _ = ladder_of(base, whole, rows, way, frozen.micro_tokens, nll, groups, listener)
+    before = float(summary["validation"][0][1])
+    at_a_time = frozen.micro_tokens, frozen.recompute
+    ladder, small, _ = ladder_of(base, whole, rows, way, at_a_time, nll, before, groups, listener)
     if small is not None:
         peft.write(
             small,
@@ -77,14 +79,26 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
 
 
 def ladder_of(
-    base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, micro_tokens: int, nll: Sequence[float],
-    groups: Sequence[str | None], listener: Listener,
+    base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, at_a_time: tuple[int, bool],
+    nll: Sequence[float], before: float, groups: Sequence[str | None], listener: Listener,
 ) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:  # fmt: skip
     """Down the ladder until validation refuses a rung: the ladder as far as it was climbed, the smallest adapter that
-    is not worse (None where that is the whole), and the moments by which it was cut. nll: the whole adapter's, of every
-    validation example."""
+    is not worse (None where that is the whole), and the moments by which it was cut.
+
+    Args:
+        base: what the adapter was trained on.
+        whole: the adapter as it was trained.
+        rows: the run's, by split; `train` gives the moments, `valid` the scores.
+        way: how rows are computed.
+        at_a_time: tokens of a forward with its backward, and whether blocks are computed twice: as in training, so that
+            trimming needs no more memory.
+        nll: of every validation example under the whole, nats per token.
+        before: mean NLL of them under the base.
+        groups: of the validation examples.
+        listener: hears how far it has come.
+    """
     spread = rows["train"][:: max(1, len(rows["train"]) // LOOKED_AT)][:LOOKED_AT]
-    moments = moments_of(base, whole, spread, way, micro_tokens)
+    moments = moments_of(base, whole, spread, way, *at_a_time)
     small: dict[float, Adapter] = {}
     rungs: list[Rung] = []
     for share in RUNGS:
@@ -95,10 +109,10 @@ def ladder_of(
         with attach(base, small[share]):
             found = example_nll(base, rows["valid"], watch, way)
         rungs.append(rung(share, small[share].plan.parameters, found, nll, groups))
-        ladder = climb_down(nll, rungs, groups)
+        ladder = climb_down(nll, before, rungs, groups)
         if ladder.chosen != share:
             break
-    ladder = climb_down(nll, rungs, groups)
+    ladder = climb_down(nll, before, rungs, groups)
     return ladder, small.get(ladder.chosen), moments
 
 
@@ -146,22 +160,26 @@ def _require_new(out: Path) -> None:
 
 
 def moments_of(
-    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024
+    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024, recompute: bool = False
 ) -> dict[str, Moments]:  # fmt: skip
     """Second moments inside the adapter's pairs, over what the rows are laid into, with the gradient of their mean NLL.
-    A pair that took no part has moments of zero. Inputs of all pairs are held, whatever the recipe recomputes."""
+    A pair that took no part has moments of zero. It holds no more than a training step of as many tokens, and A x of
+    every pair."""
     state = TrainState(adapter, base.device)
     pairs = {slot.site.path: slot for slot in adapter.plan.slots if slot.is_pair}
     factors = adapter.factors(torch.float32, base.device)
     sums = {path: [torch.zeros(slot.rank, slot.rank, dtype=torch.float64) for _ in range(2)]
             for path, slot in pairs.items()}  # fmt: skip
 
-    def see(path: str, x: Tensor, g: Tensor) -> None:
-        inside = x.float() @ factors[path]["A"].T, g.float() @ factors[path]["B"]
-        for total, values in zip(sums[path], inside, strict=True):
+    def inside(path: str, x: Tensor) -> Tensor:
+        return x.float() @ factors[path]["A"].T
+
+    def see(path: str, inside: Tensor, g: Tensor) -> None:
+        for total, values in zip(sums[path], (inside, g.float() @ factors[path]["B"]), strict=True):
             total += (values.double().T @ values.double()).cpu()
 
     parts = by_tokens(rows, range(len(rows)), micro_tokens, way.packed)
-    with attach(base, state), packing(base, way.packed), observing(base, pairs, see):
+    watched = observing(base, pairs, inside, see)
+    with attach(base, state), packing(base, way.packed), recomputing(base, recompute), watched:
         gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
     return {path: Moments(*each) for path, each in sums.items()}

@@ -10,7 +10,7 @@ from statistics import fmean
 from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
 
 RUNGS = (0.5, 0.25, 0.125, 0.0625)  # shares of the parameters
-TOLERATED = 0.005  # share of the NLL that a smaller adapter may cost at most
+TOLERATED = 0.005  # share of what the whole adapter gained over its base that a smaller one may give up at most
 SURE = 0.95  # one-sided
 
 
@@ -29,8 +29,8 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Rungs from the largest down; `margin` is what a difference may be. chosen: the share that is shipped, 1 for the
-    whole; reason: why, in a sentence."""
+    """Rungs from the largest down; `nll` is the whole adapter's, `margin` what a difference to it may be. chosen: the
+    share that is shipped, 1 for the whole; reason: why, in a sentence."""
 
     nll: float
     margin: float
@@ -39,10 +39,14 @@ class Ladder:
     reason: str
 
 
-def kept_whole(whole: Sequence[float], reason: str) -> Ladder:
-    """The ladder of which no rung was tried."""
+def kept_whole(whole: Sequence[float], base: float, reason: str) -> Ladder:
+    """The ladder of which no rung was tried. whole, base: as `climb_down` takes them."""
     nll = fmean(whole)
-    return Ladder(nll, TOLERATED * nll, (), 1.0, reason)
+    return Ladder(nll, _margin(nll, base), (), 1.0, reason)
+
+
+def _margin(nll: float, base: float) -> float:
+    return TOLERATED * max(0.0, base - nll)
 
 
 def rung(
@@ -54,25 +58,44 @@ def rung(
     return Rung(share, parameters, fmean(small), fmean(differences), found.high if found else None)
 
 
-def climb_down(whole: Sequence[float], rungs: Sequence[Rung], groups: Sequence[str | None]) -> Ladder:
+def climb_down(
+    whole: Sequence[float], base: float, rungs: Sequence[Rung], groups: Sequence[str | None]
+) -> Ladder:  # fmt: skip
     """The smallest rung that is not worse by more than the margin: down from the largest, until one may be. A fixed
-    order of tests keeps the error of all at that of one (Westfall and Krishen 2001)."""
+    order of tests keeps the error of all at that of one (Westfall and Krishen 2001).
+
+    The margin is a share of what was gained. A share of the NLL itself would forbid every cut after a training that
+    brought it close to zero, and after one that hardly lowered it would allow to lose all that was learnt.
+
+    Args:
+        whole: NLL of every validation example under the whole adapter, nats per token.
+        base: mean NLL of the same examples under the base.
+        rungs: from the largest down.
+        groups: of the examples; those of one group count as one.
+    """
     nll = fmean(whole)
-    margin = TOLERATED * nll
+    margin = _margin(nll, base)
     chosen: Rung | None = None
     for each in rungs:
         if each.bound is None or each.bound > margin:
             break
         chosen = each
-    return Ladder(nll, margin, tuple(rungs), chosen.share if chosen else 1.0, _reason(chosen, rungs, margin, groups))
+    reason = _reason(chosen, rungs, base - nll, margin, groups)
+    return Ladder(nll, margin, tuple(rungs), chosen.share if chosen else 1.0, reason)
 
 
-def _reason(chosen: Rung | None, rungs: Sequence[Rung], margin: float, groups: Sequence[str | None]) -> str:
+def _reason(
+    chosen: Rung | None, rungs: Sequence[Rung], gained: float, margin: float, groups: Sequence[str | None]
+) -> str:  # fmt: skip
     n = len(set(groups_of(groups)))
-    allowed = f"{TOLERATED:.1%} of the NLL is allowed, {margin:.4f}"
+    allowed = (
+        f"{TOLERATED:.1%} of the {gained:.4f} nats that were gained may be given up, {margin:.4f}"
+        if gained > 0
+        else "validation shows no gain over the base, so nothing may be given up"
+    )
     if chosen is not None:
-        said = (f"validation NLL differs by {chosen.difference:+.4f}, with 95 % certainty by less than "
-                f"{chosen.bound:+.4f}; {allowed}")  # fmt: skip
+        said = (f"{1 - chosen.share:.4g} of the parameters were given up for {chosen.difference:+.4f} validation NLL, "
+                f"with 95 % certainty less than {chosen.bound:+.4f}; {allowed}")  # fmt: skip
         following = [each for each in rungs if each.share < chosen.share]
         return said + (f"; the next smaller may cost {following[0].bound:+.4f}" if following else "")
     if not rungs:
@@ -80,7 +103,7 @@ def _reason(chosen: Rung | None, rungs: Sequence[Rung], margin: float, groups: S
     first = rungs[0]
     if first.bound is None:
         return f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
-    if first.difference >= margin:
+    if first.difference > margin or margin == 0:
         return f"untrimmed: {first.share:.0%} already costs {first.difference:+.4f}; {allowed}"
     more = ((first.bound - first.difference) / (margin - first.difference)) ** 2
     wanted = f"about {math.ceil(n * more):,}" if more < 100 else "more than a hundred times as many"

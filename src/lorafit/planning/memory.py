@@ -1,4 +1,4 @@
-"""What training holds in memory, reckoned from a look at the base, and the settings under which it holds less.
+"""What a run holds in memory, estimated from a look at the base, and the settings under which it holds less.
 
 What a forward keeps for its backward is most of it, and grows with the tokens that are run at a time: three tiny
 forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by an amount that hardly
@@ -19,6 +19,7 @@ from lorafit.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError
+from lorafit.evaluation.compare import answer_tokens
 from lorafit.evaluation.nll import EVALUATION_TOKENS
 from lorafit.packing import SHORT
 from lorafit.planning.rules import Choice, Decision, hidden_size
@@ -183,15 +184,17 @@ def peak(
         for step in steps
         for part in by_tokens(train, step, recipe.micro_tokens, way.packed)
     )
-    seen = max(_at_a_time(rows["valid"]), _at_a_time(rows["test"]))
+    seen = max(EVALUATION_TOKENS, *(len(row.ids) for name in ("valid", "test") for row in rows[name]))
     looking = look.looking * seen + min(look.most_logits, look.logits * seen)
     return look.state + max(largest, (1 + SLACK) * looking)
 
 
-def _at_a_time(rows: Sequence[Row]) -> int:
-    """Tokens of the largest forward that only looks."""
-    lengths = [len(row.ids) for row in rows]
-    return min(max(EVALUATION_TOKENS, *lengths), sum(lengths))
+def room_to_answer(base: Base, rows: dict[str, list[Row]], shots: int) -> int:
+    """Tokens of the longest prompt of the test with its answer, where so many examples are given in it, at most."""
+    answer = answer_tokens(rows["test"])
+    prompt = max(len(row.ids) for row in rows["test"])
+    whole = prompt + shots * max(len(row.ids) for row in rows["train"]) + answer
+    return whole if base.context is None else min(whole, base.context)
 
 
 def steps_of(rows: Sequence[Row], recipe: Recipe, fixed: bool, packed: bool) -> list[list[int]]:
@@ -212,6 +215,7 @@ def _thriftier(recipe: Recipe, blocks: int) -> Iterable[Recipe]:
 
 
 Look = Callable[[bool], Footprint]  # whether blocks are computed twice → what is held then
+Answering = Callable[[int | None], int]  # bytes that decoding may take, None where there is no limit → what it takes
 
 
 @dataclass(frozen=True)
@@ -223,17 +227,20 @@ class Room:
 
 
 def fit(
-    decision: Decision, look: Look, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]], way: Way, room: Room,
-    memory: str | None,
+    decision: Decision, look: Look, answering: Answering, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]],
+    way: Way, room: Room, memory: str | None,
 ) -> tuple[Decision, int]:  # fmt: skip
     """The decision with how much is run at a time, chosen so that the process stays under `memory`, or by rule under
-    what is free here; and the bytes it will hold at most. Raises SettingsError where even the least is too much."""
+    what is free here, from opening to the last answer of the evaluation; and the bytes it will hold at most. Raises
+    SettingsError where even the least is too much."""
     limit = bytes_of(memory) if memory else None
     bound = limit if limit is not None else None if room.free is None else room.held + USABLE * room.free
+    left = None if bound is None else max(0, int((bound - room.held) / MARGIN))
     recipe, least = decision.recipe, float("inf")
     for tried in _thriftier(recipe, look(False).blocks):
-        above = peak(look(tried.recompute), rows, steps, tried, way)
-        needed = room.held + above
+        training = peak(look(tried.recompute), rows, steps, tried, way)
+        needed = room.held + max(training, answering(left))
+        above = max(training, answering(0))
         least = min(least, room.held + MARGIN * above)
         if bound is None or room.held + MARGIN * above <= bound:
             return _with(decision, tried, needed, _reason(recipe, tried, memory)), round(needed)

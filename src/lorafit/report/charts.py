@@ -33,6 +33,7 @@ BARS = {"base": ("", "base"), "base_few_shot": ("base, with examples", "few"),
         "most_frequent": ("most frequent answer", "muted"), "classifier": ("", "run4"),
         "adapter": ("", "adapter")}  # fmt: skip
 LEAST_NLL = 1e-4  # where a logarithmic axis ends
+LEAST_SPAN = 0.1  # nats on both sides
 WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
 
 
@@ -138,23 +139,24 @@ def _differences(found: Sequence[tuple[str, Mapping[str, Any], str]]) -> Figure 
 
 
 def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
-    """NLL of general text against the base, by how much the adapter counts. None where it was not measured."""
-    lost = (summary or {}).get("forgetting")
-    if not lost or not lost["general"]:
+    """NLL of each general text under the base and with the adapter. None where it was not measured."""
+    found = ((summary or {}).get("forgetting") or summary or {}).get("general")
+    if not found:
         return None
-    figure, axes = _canvas(2.6)
-    axes.axhline(0, color=COLOURS["muted"], linewidth=1)
-    for i, (source, score) in enumerate(lost["general"].items()):
-        colour = COLOURS["adapter"] if i == 0 else run_colour(i)
-        points = {0.0: 0.0, 1.0: score["difference"]}
-        points |= {one["scale"]: one["general"][source] - score["base"] for one in lost["trades"]}
-        scales = sorted(points)
-        axes.plot(scales, [points[scale] for scale in scales], color=colour, marker="o", markersize=4, linewidth=1.6,
-                  label=_SHOWN + PurePath(source).name)  # fmt: skip
+    figure, axes = _canvas(1.3 + 0.42 * len(found))
+    for place, score in enumerate(reversed(found.values())):
         if score["ci95"] is not None:
-            axes.plot([1, 1], score["ci95"], color=colour, linewidth=3, solid_capstyle="round", alpha=0.5)
-    axes.set_xlabel("how much the adapter counts (0: the base alone, 1: as it is, with its 95 % interval)")
-    axes.set_ylabel("rise in NLL")
+            ends = [score["base"] + end for end in score["ci95"]]
+            axes.plot(ends, [place, place], color=COLOURS["adapter"], linewidth=2, solid_capstyle="round")
+        for who in ("base", "adapter"):
+            axes.plot(score[who], place, color=COLOURS[who], marker="o", markersize=8, linestyle="none",
+                      label=who if place == 0 else None)  # fmt: skip
+    middle = [value for score in found.values() for value in (score["base"], score["adapter"])]
+    spare = max(0.1 * (max(middle) - min(middle)), LEAST_SPAN)  # a difference of nothing is not to look like one
+    axes.set_xlim(min(middle) - spare, max(middle) + spare)
+    axes.set_yticks(range(len(found)), [PurePath(source).name for source in reversed(found)], parse_math=False)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_xlabel("NLL of general text, nats per token (to the right is worse)")
     _legend(axes)
     return figure
 

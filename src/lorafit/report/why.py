@@ -156,14 +156,7 @@ def _forgetting(story: Story) -> str:
             f"On general text ({source}) the NLL goes from {score['base']:.3f} to {score['adapter']:.3f} with the "
             f"adapter, {score['difference']:+.3f}{sure}: {_lost(ends)}."
         )
-    if len(lost["trades"]) < 2:
-        return " ".join(sentences)
-    trades = "; ".join(
-        f"at {one['scale']:g}: {one['validation']:.3f} on validation, "
-        + ", ".join(f"{value:.3f}" for value in one["general"].values()) + " on general text"
-        for one in lost["trades"]
-    )  # fmt: skip
-    return " ".join([*sentences, f"An adapter that counted more or less would trade one for the other ({trades})."])
+    return " ".join(sentences)
 
 
 def _lost(ends: Sequence[float] | None) -> str:

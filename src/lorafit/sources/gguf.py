@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lorafit.errors import BaseError, FormatError
-from lorafit.files import read_json, sha256_file, whole_folder, write_json
-from lorafit.sources.progress import Report, Watch, free_bytes, require_room, shown
+from lorafit.files import free_bytes, read_json, sha256_file, shown, whole_folder, write_json
+from lorafit.sources.progress import Report, Watch, require_room
 
 _CONVERSION = 1  # raise it when converting changes what is written
 _OURS = "lorafit-base.json"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from lorafit.errors import BaseError
+from lorafit.files import free_bytes, shown
 
 Report = Callable[[str], None]  # one line for each step that takes a while
 Watch = Callable[[str, int, int, str], None]  # what, done, of, unit ("bytes" or a plural): progress of one step
@@ -18,17 +18,6 @@ def silent(_: str) -> None:
 
 def unwatched(*_: object) -> None:
     """A Watch by no one."""
-
-
-def shown(size: int) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def free_bytes(folder: Path) -> int:
-    """Room on the disk where `folder` is, or will be."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 def require_room(size: int, folder: Path, what: str, setting: str) -> None:

@@ -91,8 +91,8 @@ def train(
     """Train a fresh adapter; the best by mean validation NLL per example is returned, the base is not written to.
 
     folder: where checkpoints and metrics.jsonl go; None keeps nothing. With `resume` the run goes on from its last
-    checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM) ends after the step in
-    progress, saved, with Interrupted; a second one at once. Raises DivergedError when the loss leaves the numbers.
+    checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM, SIGHUP) ends after the
+    step in progress, saved, with Interrupted; a second at once. Raises DivergedError when the loss leaves the numbers.
     trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
     of them and the family allows; it saves time and changes no bit. trunk_in: another folder for it, where it stays for
     other trainings on the same rows, and one that is there is used. way: as `way_of` measured it; measured here where
@@ -411,8 +411,9 @@ class _Stopped(Exception):
 
 @contextmanager
 def _interruptible(launched: bool) -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM sets the event; a second one ends the process as it would without us. Not where it
-    was launched among others: the launcher repeats what the process may have had already, and kills what does not end.
+    """The first SIGINT, SIGTERM or SIGHUP sets the event; a second SIGINT or SIGTERM ends the process as it would
+    without us. Not where it was launched among others: the launcher repeats what the process may have had already, and
+    kills what does not end. A terminal that closes sends SIGHUP, often twice; under nohup it stays ignored.
 
     Python delivers signals to the main thread only; in any other, the event is never set.
     """
@@ -421,6 +422,8 @@ def _interruptible(launched: bool) -> Iterator[threading.Event]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and (hangup := signal.getsignal(signal.SIGHUP)) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = hangup
 
     def first(number: int, frame: object) -> None:
         stop.set()
