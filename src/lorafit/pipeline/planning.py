@@ -159,7 +159,7 @@ def forecast(opened: Opened, settings: TrainSettings, trunk_bytes: int = 0) -> F
         + preparing * len({-(-size // length_step(base, way)) for size in sizes})
     )
     step = computing / recipe.steps + updating
-    count = -(-recipe.steps // recipe.validate_every) + 1
+    count = recipe.validations_after(0) + 1
     kept = min(trunk_bytes, needed) if read else 0
     disk = max(disk_of(opened.decision.plan, False) + kept, disk_of(opened.decision.plan, settings.trim == "auto"))
     scoring = evaluation_seconds(opened, validation / _tokens(rows["valid"]), settings)
@@ -188,8 +188,7 @@ def ahead(opened: Opened, decision: Decision, pace: Pace, settings: TrainSetting
     rows, recipe = opened.rows, decision.recipe
     step = pace.step or BACKWARD * pace.forward
     tokens = recipe.steps * recipe.batch_size * _tokens(rows["train"]) / len(rows["train"])
-    validations = -(-recipe.steps // recipe.validate_every)
-    training = step * tokens + validations * pace.forward * _tokens(rows["valid"])
+    training = step * tokens + recipe.validations_after(0) * pace.forward * _tokens(rows["valid"])
     return training, evaluation_seconds(replace(opened, decision=decision), pace.forward, settings)
 
 
