@@ -10,7 +10,7 @@ from lorafit.data.alike import compared
 from lorafit.data.examples import Example
 
 MOST_ANSWERS = 200  # different ones: a model is fitted for each
-MOST_EXAMPLES, MOST_FEATURES = 5_000, 20_000  # that are learnt from: seconds, and some hundred MB
+MOST_EXAMPLES, MOST_FEATURES, MOST_CHARACTERS = 4_000, 20_000, 1_000  # what is learnt from: seconds, and 200 MB
 
 
 def classified(known: Sequence[Example], asked: Sequence[Example]) -> list[str] | None:
@@ -35,14 +35,19 @@ def classified(known: Sequence[Example], asked: Sequence[Example]) -> list[str] 
     features = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, max_features=MOST_FEATURES)
     model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear", random_state=0))
     try:
-        model.fit(features.fit_transform([example.question for example in known]), wanted)
+        model.fit(features.fit_transform([_asked(example) for example in known]), wanted)
     except ValueError:  # no piece of two characters in any question
         return None
     spelt: dict[str, Counter[str]] = {}
     for example, key in zip(known, wanted, strict=True):
         spelt.setdefault(key, Counter())[example.answer] += 1
-    found = model.predict(features.transform([example.question for example in asked]))
+    found = model.predict(features.transform([_asked(example) for example in asked]))
     return [spelt[str(key)].most_common(1)[0][0] for key in found]
+
+
+def _asked(example: Example) -> str:
+    """The end of what comes before the answer, where the question stands."""
+    return example.question[-MOST_CHARACTERS:]
 
 
 def is_installed() -> bool:
