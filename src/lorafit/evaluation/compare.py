@@ -23,7 +23,7 @@ from lorafit.tasks.probe import way_of
 Watch = Callable[[str, int, int], None]
 SAMPLES = 4
 # Questions answered where no example carries a check: as many as take ANSWERED tokens at most, between two bounds.
-ANSWERED, LEAST, MOST = 16_000, 32, 200
+ANSWERED, LEAST, MOST = 8_000, 32, 200
 
 
 @dataclass(frozen=True)
