@@ -171,7 +171,7 @@ def test_recall_and_confusions_say_which_answer_is_taken_for_which() -> None:
     )
     counts = counts_of(questions, given)
     assert [(one.answer, one.n, one.right, one.given) for one in counts.recall] == [
-        (REPLIES[0], 10, 10, 14), (REPLIES[1], 10, 6, 6), (REPLIES[2], 10, 8, 8),
+        (REPLIES[1], 10, 6, 6), (REPLIES[2], 10, 8, 8), (REPLIES[0], 10, 10, 14),
     ]  # fmt: skip
     assert [(one.reference, one.given, one.n) for one in counts.confusions] == [(REPLIES[1], REPLIES[0], 4)]
     assert (counts.few, counts.distinct, counts.other) == (True, 3, 2)

@@ -66,7 +66,7 @@ class Counts:
     most frequent reference; classifier. The last two are missing where no reference occurs twice, and where none could
     be fitted.
     against: the adapter and each of the others, by `by`.
-    recall, confusions: the most frequent ones, where answers are few; other: wrong answers that are nobody's reference.
+    recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong answers that are nobody's reference.
     classifier_missing: "not installed" where one would be of use.
     """
 
@@ -159,7 +159,8 @@ def _by_answer(
     spelt = {key: one.answer for key, one in zip(reversed(keys), reversed(asked), strict=True)}
     said = [compared(text) for text in given]
     times, rights = Counter(keys), Counter(key for key, fine in zip(keys, good, strict=True) if fine)
-    recall = [Recall(spelt[key], n, rights[key], said.count(key)) for key, n in times.most_common(SHOWN)]
+    worst = sorted(times, key=lambda key: (rights[key] - times[key], -times[key]))[:SHOWN]
+    recall = [Recall(spelt[key], times[key], rights[key], said.count(key)) for key in worst]
     shown = dict(zip(said, given, strict=True))
     wrong = Counter((key, one) for key, one, fine in zip(keys, said, good, strict=True) if not fine)
     taken = [Confusion(spelt[key], spelt.get(one, shown[one]), n)
