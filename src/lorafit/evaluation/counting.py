@@ -66,7 +66,8 @@ class Counts:
     most frequent reference; classifier. The last two are missing where no reference occurs twice, and where none could
     be fitted.
     against: the adapter and each of the others, by `by`.
-    recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong answers that are nobody's reference.
+    recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong
+    answers that are nobody's reference.
     classifier_missing: "not installed" where one would be of use.
     """
 
