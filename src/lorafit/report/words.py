@@ -49,9 +49,11 @@ def headline(summary: Mapping[str, Any]) -> str:
             f", though it {though} than {other}" if base == MORE or says == "better" else ""
         )
     if base == MORE:
-        but = [f"a simple classifier {SIMPLE} answers more"] if against(summary, "classifier") == FEWER else []
+        but = []
         if against(summary, "base_few_shot") in (FEWER, NOT_SHOWN):
-            but.append("it is not shown to answer more than the base with examples in its prompt")
+            but.append("is not shown to answer more than the base with examples in its prompt")
+        if against(summary, "classifier") == FEWER:
+            but.append(f"a simple classifier {SIMPLE} answers more")
         return f"The adapter answers more questions right than {other}" + (", but " + ", and ".join(but) if but else "")
     if says == "better":
         return f"The adapter predicts the answers better than {other}" + (
