@@ -27,7 +27,8 @@ from lorafit.settings import TrainSettings
 
 VERBS = ["data", "plan", "train", "eval", "show", "trim", "demo", "doctor", "bases", "chat", "settings", "report",
          "explain"]  # fmt: skip
-SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged"}
+SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged",
+          "counts"}  # fmt: skip
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
     "trainable_parameters", "best_step", "steps", "validation", "seconds", "tokens_per_second", "dtype", "peft",

@@ -268,7 +268,24 @@ CHECKS: dict[str, object] = {
     "words true": {"contains": ["a"], "max_words": True},
     "declines a number": {"contains": ["a"], "declines": 1},
     "misspelt key": {"contains": ["a"], "lack": ["b"]},
+    "half a pattern": {"pattern": "(a"},
+    "pattern a list": {"pattern": ["a"]},
+    "exact blank": {"exact": " "},
+    "number a text": {"number": "4"},
+    "number true": {"number": True},
+    "lacks alone": {"lacks": ["five"]},
 }
+
+
+def test_what_a_check_asks_of_the_whole_answer_is_read(tmp_path: Path) -> None:
+    check = {"exact": "Four.", "json": {"b": 1.0, "a": None}, "number": 4, "pattern": "^F", "contains": None}
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{**GOOD, "check": check}])).train
+    assert example.check == Check((), (), 10**9, False, "Four.", '{"a": null, "b": 1}', 4.0, "^F")
+
+
+def test_a_pattern_that_is_none_is_told_with_its_fault(tmp_path: Path) -> None:
+    said = one_problem(tmp_path, {**GOOD, "check": {"pattern": "(a"}})
+    assert said.startswith("2: check: not a check, for its pattern is no regular expression (missing )")
 
 
 def test_a_misspelt_key_of_a_check_is_told_with_the_right_one(tmp_path: Path) -> None:

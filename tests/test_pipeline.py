@@ -105,6 +105,7 @@ def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> 
     assert found == {
         "run.json", "data.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
         "report.html", "report-curves.png", "report-examples.png", "report-layers.png", "report-scores.png",
+        "report-forgetting.png",
         "scores/answers.jsonl", "scores/test_openings.json", "scores/trained_on.json", "scores/importance.json",
         "scores/forgetting.json", "search/card.json", "ladder/rungs.json", "ladder/moments.safetensors",
         *(f"ladder/whole/{name}" for name in ADAPTER_FILES),

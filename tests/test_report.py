@@ -26,7 +26,7 @@ from lorafit.report.story import read_story
 from lorafit.report.words import headline
 from lorafit.shown import shown
 
-PAGE = Path(charts.__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE = Path(charts.__file__).with_name("parts.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_the_page_needs_nothing_beside_it(run: Path) -> None:
     text = (run / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<(?:script|link|img|iframe)\b|@import|url\((?!#)", text) == []
     assert re.findall(r'(?:src|href)="(?!#)[^"]*"', text) == []
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
 
 
 def test_the_pictures_lie_beside_it(run: Path) -> None:
-    for name in ("curves", "scores", "examples"):
+    for name in ("curves", "scores", "examples", "forgetting"):
         assert (run / f"report-{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -84,6 +84,41 @@ def test_every_test_example_is_kept_with_its_nll(run: Path) -> None:
     assert len(story.answers) == story.summary["n_test"]
     mean = sum(answer["nll"]["adapter"] for answer in story.answers) / len(story.answers)
     assert mean == pytest.approx(story.summary["nll"]["adapter"])
+
+
+def test_a_run_without_checks_counts_the_answers_that_equal_their_references(run: Path) -> None:
+    counts = read_json(run / "summary.json")["counts"]
+    assert (counts["by"], counts["n"], counts["few"]) == ("equality", 8, True)
+    assert {"base", "base_few_shot", "adapter"} <= set(counts["right"])
+    story, text = read_story(run), (run / "report.html").read_text(encoding="utf-8")
+    for who in ("base", "base_few_shot", "adapter"):
+        assert sum(answer["equal"][who] for answer in story.answers) / 8 == counts["equal"][who]["share"]
+    assert "equal to the reference, of 8" in text and "Answer by answer" in text
+
+
+def test_wrong_answers_stand_first_on_the_page(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"right": {"adapter": i != 5}, "question": f"question {i}", "adapter": "said"}
+    write_rows(copy / "scores" / "answers.jsonl", lines)
+    text = write_report([copy], copy / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'class="q">(question \d)', text)[0] == "question 5"
+    assert "wrong ones first (1 of 8 are)" in text
+
+
+def test_the_curve_is_drawn_in_logarithms_with_marks_that_are_numbers(run: Path) -> None:
+    figure = charts.curves([read_story(run)])
+    assert figure is not None
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "log"
+    assert len(axes.get_yticks()) >= 2
+    assert all(float(label.get_text()) > 0 for label in axes.get_yticklabels())
+
+
+def test_a_comparison_breaks_long_names_and_is_as_broad_as_the_screen(run: Path, copy: Path) -> None:
+    text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
+    assert '<main class="broad">' in text
+    assert "main td:not(.n) { min-width: 6rem; overflow-wrap: anywhere; }" in text
 
 
 def test_an_unfinished_run_tells_what_there_is(copy: Path) -> None:

@@ -454,6 +454,16 @@ def test_validations_are_told_of_while_they_go_on(tiny_base: Base) -> None:
     assert told == [(0, 2)] * 3  # three validations of two rows in one batch, whose end comes with the result
 
 
+def test_one_validation_more_comes_early_and_changes_nothing_else(tiny_base: Base) -> None:
+    rows = rows_of(tiny_base, 6)
+    recipe = replace(SHORT, validate_early=1)
+    plain = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT)
+    trained = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], recipe)
+    assert [step for step, _ in trained.history] == [0, 1, 3, 6]
+    assert tuple(one for one in trained.history if one[0] != 1) == plain.history
+    assert [recipe.validations_after(step) for step in (0, 1, 3, 6)] == [3, 2, 1, 0]
+
+
 # What is kept of a run
 
 OVERFITS = Recipe(learning_rate=2e-2, batch_size=4, steps=60, warmup=1, validate_every=4, patience=99)

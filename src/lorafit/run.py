@@ -25,7 +25,7 @@ from lorafit.settings import TrainSettings, settings_from
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 SEARCH, LADDER, ROUNDS = "search", "ladder", "rounds"
-PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples"))
+PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples", "forgetting"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, SEARCH, LADDER, ROUNDS,
            *PICTURES}  # all in a run folder  # fmt: skip
 LAST = "last.safetensors"  # below CHECKPOINTS

@@ -68,7 +68,9 @@ class TrainSettings(BaseModel):
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's decay of the matrices.")] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the pairs.")] = 0.0
-    validations: Annotated[int, Field(ge=1, description="Validations during the run, beside the first.")] = 3
+    validations: Annotated[
+        int, Field(ge=1, description="Validations during the run, beside the first and an early one.")
+    ] = 3
     patience: Annotated[int, Field(ge=1, description="Stop after so many validations without a better one.")] = 3
     max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
     columns: Annotated[

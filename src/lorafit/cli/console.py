@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from lorafit.report.words import clock, headline, interval, percent
+from lorafit.report.words import ASIDE, clock, headline, interval, lines, of_a_hundred, percent
 
 if TYPE_CHECKING:
     from lorafit.data.render import Renderer, Row
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 MOST_LABELS = 12  # shown of a split
+MOST_CONFUSIONS = 3
 WIDTH_OF_REASONS = 100  # columns below which a table of reasons is a pillar of single words
 _drawn: weakref.WeakSet[Progress] = weakref.WeakSet()
 
@@ -187,54 +188,64 @@ class Terminal:
 
     def results(self, summary: Mapping[str, Any]) -> None:
         """Sample answers, the table, and what it allows to say."""
-        nll, facts = summary["nll"], summary["facts"]
-        other = "other adapter" if summary.get("against") else "base"
-        self._samples(summary["samples"], other)
-        columns = {other: "base", "adapter": "adapter"}
-        if facts["base_few_shot"] is not None:
-            columns = {other: "base", f"base, {facts['few_shot_examples']} examples given": "base_few_shot", **columns}
-        if facts["shuffled_control"] is not None:
-            columns["control"] = "shuffled_control"
+        nll, counts, scores = summary["nll"], summary.get("counts"), lines(summary)
+        self._samples(summary["samples"], scores[0].name)
         kind = "held-out examples" if "split" not in summary else f"{summary['split'] or ''} examples".strip()
-        table = Table(f"on {summary['n_test']} {kind}", *columns)
-        scores = {"base": f"{nll['base']:.3f}", "adapter": f"{nll['adapter']:.3f}"}
-        table.add_row("NLL of the answers, nats per token", *(scores.get(key, "") for key in columns.values()))
-        if facts["adapter"] is not None:
-            table.add_row(f"facts right (of {facts['n']})", *(percent(facts[key]) for key in columns.values()))
-        for what, share in (("off-topic declined", summary["off_desk_declined"]),
-                            ("answers that end by themselves", summary["natural_stops"])):  # fmt: skip
-            if share is not None:
-                table.add_row(what, *(percent(share) if key == "adapter" else "" for key in columns.values()))
+        table = Table(f"on {summary['n_test']} {kind}", *(line.name for line in scores))
+        table.add_row("NLL of the answers, nats per token",
+                      *("" if line.nll is None else f"{line.nll:.3f}" for line in scores))  # fmt: skip
+        for what, of, shares in (
+            ("facts right", counts["n"] if counts else summary["facts"]["n"], [line.right for line in scores]),
+            ("equal to the reference", (counts or {}).get("n"), [line.equal for line in scores]),
+        ):
+            if any(shares):
+                table.add_row(f"{what} (of {of})", *(percent(one[0]) if one else "" for one in shares))
+        for what, of_all in (("off-topic declined", summary["off_desk_declined"]),
+                             ("answers that end by themselves", summary["natural_stops"])):  # fmt: skip
+            if of_all is not None:
+                table.add_row(what, *(percent(of_all) if line.key == "adapter" else "" for line in scores))
         self.out.print(table)
         self.out.print("NLL: how much the right answers surprise a model; lower is better, 0 is certainty")
-        if "control" in columns:
+        if any(line.equal for line in scores):
+            self.out.print(f"equal to the reference: {ASIDE}")
+        if any(line.key == "shuffled_control" for line in scores):
             self.out.print("control: an adapter trained on shuffled answers, recorded beforehand (make control)")
         self.out.print(
             f"{headline(summary)}; paired difference in NLL {nll['difference']:+.3f}, {interval(nll['ci95'])}"
         )
         if summary.get("seen_in_training"):
             self.out.print(f"but {summary['seen_in_training']} of these it was trained or validated on: that is memory")
-        if facts["ci95"]:
-            low, high = facts["ci95"]
-            self.out.print(f"facts right: {percent(facts['adapter'])}, 95 % interval {low:.1%} to {high:.1%}")
+        if sentence := of_a_hundred(summary):
+            self.out.print(sentence)
         else:
             self.out.print("whether answers are right was not measured: give examples a check (docs/data.md)")
+        if counts:
+            self._confusions(counts)
 
-    def _samples(self, samples: Sequence[Mapping[str, str]], other: str) -> None:
+    def _confusions(self, counts: Mapping[str, Any]) -> None:
+        """The answers that are taken for each other most often, and what would be of use to compare with."""
+        for one in counts["confusions"][:MOST_CONFUSIONS]:
+            given, reference = (clipped(one[key], 60) for key in ("given", "reference"))
+            self.out.print(Text(f"{one['n']} × {given!r} where {reference!r} is right"))
+        if counts["classifier_missing"]:
+            self.out.print("pip install scikit-learn, and a simple classifier is compared with the adapter too")
+
+    def _samples(self, samples: Sequence[Mapping[str, Any]], other: str) -> None:
         """Side by side where there is room, else one below the other."""
         names = {"question": "question", "reference": "reference", other: "base", "adapter": "adapter"}
         cut = [{name: clipped(sample[key]) for name, key in names.items()} for sample in samples]
+        marks = [{True: "✓", False: "✗"}.get(sample.get("right"), "") for sample in samples]
         if samples and self.out.width >= 120:
-            table = Table(*names, show_lines=True)
-            for sample in cut:
-                table.add_row(*(Text(text) for text in sample.values()))
+            table = Table(*names, *(["right"] if any(marks) else []), show_lines=True)
+            for sample, mark in zip(cut, marks, strict=True):
+                table.add_row(*(Text(text) for text in sample.values()), *([mark] if any(marks) else []))
             self.out.print(table)
             return
-        for sample in cut:
+        for sample, mark in zip(cut, marks, strict=True):
             table = Table.grid(padding=(0, 2))
             table.add_column(justify="right", style="dim", min_width=13)
             for name, text in sample.items():
-                table.add_row(name, Text(text))
+                table.add_row(f"{mark} {name}".strip() if name == "adapter" else name, Text(text))
             self.out.print(table)
             self.out.print()
 

@@ -27,12 +27,24 @@ class Check:
 
     It contains each of `contains` and none of `lacks` (whatever the case, at word boundaries), within
     `max_words`. With `declines`, the example is a question that must be turned away, and is scored apart.
+    exact: the answer is this text, case included, white space around it aside. json: it is JSON with this content, as
+    `alike.json_form` writes it. number: its last number is this one. pattern: this regular expression is found in it.
     """
 
     contains: tuple[str, ...]
     lacks: tuple[str, ...]
     max_words: int
     declines: bool = False
+    exact: str | None = field(default=None, repr=False)  # digests are over the repr
+    json: str | None = field(default=None, repr=False)
+    number: float | None = field(default=None, repr=False)
+    pattern: str | None = field(default=None, repr=False)
+
+    @property
+    def forms(self) -> tuple[tuple[str, str | float], ...]:
+        """What is asked of the answer as a whole, by name."""
+        found = {"exact": self.exact, "json": self.json, "number": self.number, "pattern": self.pattern}
+        return tuple((name, value) for name, value in found.items() if value is not None)
 
 
 @dataclass(frozen=True)
@@ -106,5 +118,8 @@ class Examples:
 
     def digest(self) -> str:
         """SHA-256 over the messages and checks of all splits, whatever files they came from."""
-        content = [[(e.messages, e.check, *e.not_learnt) for e in split] for split in self.by_name().values()]
+        content = [
+            [(e.messages, e.check, *e.not_learnt, *(e.check.forms if e.check else ())) for e in split]
+            for split in self.by_name().values()
+        ]
         return hashlib.sha256(repr(content).encode()).hexdigest()

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
+from lorafit.data.alike import json_form
 from lorafit.data.examples import TEXT, Check, Example, Message
 from lorafit.data.fields import (
     MARKS,
@@ -191,23 +194,54 @@ FORMS = {
 }
 
 
+CHECKS = ("contains", "lacks", "max_words", "declines", "exact", "json", "number", "pattern")
+MOST_WORDS = 100  # of an answer, where its check sets no limit and does not say the whole of it
+NO_LIMIT = 10**9
+
+
 def _check(value: Any, wrong: Wrong) -> Check | None:
     if value is None:
         return None
     fix = 'write {"contains": ["21 days"], "lacks": ["14 days"], "max_words": 30}'
-    keys = ("contains", "lacks", "max_words", "declines")
-    strange = [name for name in value if name not in keys] if isinstance(value, dict) else []
+    strange = [name for name in value if name not in CHECKS] if isinstance(value, dict) else []
     if strange:
-        near = difflib.get_close_matches(strange[0], keys, n=1)
+        near = difflib.get_close_matches(strange[0], CHECKS, n=1)
         wrong(f"not a check, for it has '{strange[0]}'", f"did you mean {near[0]}?" if near else fix, "check")
         return None
     if not isinstance(value, dict):
         wrong("not a check", fix, "check")
         return None
-    lists = [value.get("contains", []), value.get("lacks", [])]
-    words, declines = value.get("max_words", 100), value.get("declines", False)
+    given = {name: one for name, one in value.items() if one is not None}  # tables write what is not there as null
+    lists = [given.get("contains", []), given.get("lacks", [])]
+    whole = {name: given[name] for name in ("exact", "json", "number", "pattern") if name in given}
+    longest = NO_LIMIT if {"exact", "json"} & {*whole} else MOST_WORDS
+    words, declines = given.get("max_words", longest), given.get("declines", False)
     texts = all(isinstance(one, list) and all(isinstance(t, str) and t.strip() for t in one) for one in lists)
-    if not texts or not lists[0] or type(words) is not int or words < 1 or not isinstance(declines, bool):
+    if not texts or not (lists[0] or whole) or type(words) is not int or words < 1 or not isinstance(declines, bool):
         wrong("not a check", fix, "check")
         return None
-    return Check(tuple(lists[0]), tuple(lists[1]), words, declines)
+    for name, one in whole.items():
+        if (why := _unusable(name, one)) is not None:
+            wrong(f"not a check, for its {name} is {why[0]}", why[1], "check")
+            return None
+    return Check(
+        tuple(lists[0]), tuple(lists[1]), words, declines, whole.get("exact"),
+        json_form(whole["json"]) if "json" in whole else None,
+        float(whole["number"]) if "number" in whole else None, whole.get("pattern"),
+    )  # fmt: skip
+
+
+def _unusable(name: str, value: Any) -> tuple[str, str] | None:
+    """What is wrong with what a check asks of an answer as a whole, and what to do."""
+    if name in ("exact", "pattern") and not (isinstance(value, str) and value.strip()):
+        return "no text" if not isinstance(value, str) else "empty", "write a text, or leave it out"
+    if name == "number" and (type(value) not in (int, float) or not math.isfinite(value)):
+        return "no number", "write one, such as 12.5, or leave it out"
+    if name == "json" and isinstance(value, float) and not math.isfinite(value):
+        return "no JSON", "write the data that the answer should hold, or leave it out"
+    if name == "pattern":
+        try:
+            regex.compile(value)
+        except regex.error as error:
+            return f"no regular expression ({error})", "correct it, or leave it out"
+    return None

@@ -1,18 +1,23 @@
-"""Answers checked against the facts their examples list."""
+"""Answers checked against what their examples ask of them, or held against their references."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import regex
 
+from lorafit.data.alike import compared, json_of, last_number
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Renderer
 from lorafit.evaluation.statistics import groups_of
 from lorafit.generation.greedy import Answer
 from lorafit.records import AnswerScore
+
+SECONDS = 2.0  # a pattern may take over one answer
 
 
 def occurs(phrase: str, text: str) -> bool:
@@ -27,12 +32,31 @@ def occurs(phrase: str, text: str) -> bool:
 
 
 def is_right(answer: str, check: Check) -> bool:
-    """All of `contains`, none of `lacks`, no longer than `max_words`."""
+    """All that the check asks: see `Check`."""
+    number = None if check.number is None else last_number(answer)
     return (
         len(answer.split()) <= check.max_words
         and all(occurs(phrase, answer) for phrase in check.contains)
         and not any(occurs(phrase, answer) for phrase in check.lacks)
+        and (check.exact is None or answer.strip() == check.exact.strip())
+        and (check.json is None or json_of(answer) == check.json)
+        and (check.number is None or (number is not None and math.isclose(number, check.number)))
+        and (check.pattern is None or _is_found(check.pattern, answer))
     )
+
+
+def _is_found(pattern: str, text: str) -> bool:
+    """Whether a regular expression is found; one that would look for longer than SECONDS is not."""
+    try:
+        return regex.search(pattern, text, timeout=SECONDS) is not None
+    except TimeoutError:
+        return False
+
+
+def is_equal(answer: str, reference: str) -> bool:
+    """Whether an answer is its reference: JSON objects and arrays by their content, other texts whatever the case and
+    the white space."""
+    return compared(answer) == compared(reference)
 
 
 def prompts_of(renderer: Renderer, examples: Sequence[Example], shots: Sequence[Example] = ()) -> list[list[int]]:

@@ -12,6 +12,7 @@ from lorafit.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
+from lorafit.evaluation.counting import Counts, counted, right
 from lorafit.evaluation.decoding import Decoding
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
@@ -21,26 +22,29 @@ from lorafit.tasks.probe import way_of
 
 Watch = Callable[[str, int, int], None]
 SAMPLES = 4
-UNCHECKED = 32  # questions answered where no example carries a check
+# Questions answered where no example carries a check: as many as take ANSWERED tokens at most, between two bounds.
+ANSWERED, LEAST, MOST = 8_000, 32, 200
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with its reference and both answers."""
+    """One question with its reference and both answers. right: whether the adapter's answer is; None where answers are
+    free text, of which nobody can say it without a check."""
 
     question: str
     reference: str
     base: str
     adapter: str
+    right: bool | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """`base` is what the adapter is compared with: the bare base, or another adapter attached to it.
 
-    Where no example carries a check, a few questions were answered for the samples and the natural stops. `shots`: how
-    many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its context.
-    `asked`: the positions of the examples that were answered; `nll_of_each`: (base, adapter) of every example.
+    `shots`: how many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its
+    context. `asked`: the positions of the examples that were answered; `nll_of_each`: (base, adapter) of every example.
+    `counts`: right answers, None where none could be counted.
     """
 
     nll: NllScore
@@ -50,6 +54,7 @@ class Comparison:
     samples: tuple[Sample, ...]
     asked: tuple[int, ...]
     nll_of_each: tuple[tuple[float, float], ...]
+    counts: Counts | None
     shots: int = 0
 
 
@@ -71,18 +76,16 @@ def compare(
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Those that carry a check are answered, else a few, or with `answer_all` every question there is. Answers are decoded
-    greedily, at most a quarter longer than the longest reference answer (plus 8 tokens). memory: bytes that decoding
-    may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured here where it is
-    not given; both are scored in the same one.
+    Those that carry a check are answered; where none does, up to MOST, fewer where answers are long; with `answer_all`
+    every question there is. Answers are decoded greedily, at most a quarter longer than the longest reference answer
+    (plus 8 tokens). shots_from: training examples, which give the shots and teach the classifier of the counts. memory:
+    bytes that decoding may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured
+    here where it is not given; both are scored in the same one.
     """
     way = way or way_of(base, rows)
     budget = answer_tokens(rows)
-    checked = [i for i, example in enumerate(examples) if example.check is not None]
-    open_ended = [i for i, example in enumerate(examples) if not example.is_text]
-    asked = open_ended if answer_all else checked or [open_ended[i] for i in _spread(len(open_ended), UNCHECKED)]
+    asked = asked_of(examples, rows, answer_all)
     questions = [examples[i] for i in asked]
-    shown = _samples_of(questions)
 
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, of: watch(what, done, of)
@@ -93,7 +96,7 @@ def compare(
 
     other = "base" if against is None else "other adapter"
     base_nll, adapter_nll = nll_of(other, against), nll_of("adapter", adapter)
-    given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if checked or answer_all else []
+    given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if questions else []
     plain, shown_examples = prompts_of(renderer, questions), prompts_of(renderer, questions, given) if given else []
     longest = max(map(len, [*plain, *shown_examples]), default=1)
     with Decoding(base, renderer, longest, budget, memory, accept_unknown_base) as decoding:
@@ -104,12 +107,22 @@ def compare(
         base_answers = answered(f"{other}: answers", plain, against)
         few = answered(f"base, {len(given)} examples given", shown_examples, None) if given else None
         adapter_answers = answered("adapter: answers", plain, adapter)
-    answers = zip(questions, base_answers.answers, adapter_answers.answers, strict=True)
-    asked_all = [Sample(q.messages[-2].content, q.answer, one, other) for q, one, other in answers]
-    samples = tuple(asked_all[i] for i in shown)
+    answers = {"base": base_answers.answers, "adapter": adapter_answers.answers}
+    answers |= {"base_few_shot": few.answers} if few else {}
+    counts = counted(questions, answers, shots_from)
+    samples = _samples(questions, base_answers.answers, adapter_answers.answers, counts)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     each = tuple(zip(base_nll, adapter_nll, strict=True))
-    return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, len(given))
+    return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, counts, len(given))
+
+
+def asked_of(examples: Sequence[Example], rows: Sequence[Row], answer_all: bool = False) -> list[int]:
+    """Positions of the examples that are answered: with answer_all every question; else those that carry a check, and
+    where none does a number that takes about ANSWERED tokens, spread."""
+    checked = [i for i, example in enumerate(examples) if example.check is not None]
+    every = [i for i, example in enumerate(examples) if not example.is_text]
+    most = min(MOST, max(LEAST, ANSWERED // answer_tokens(rows)))
+    return every if answer_all else checked or [every[i] for i in _spread(len(every), most)]
 
 
 def answer_tokens(rows: Sequence[Row]) -> int:
@@ -140,10 +153,21 @@ def _spread(n: int, k: int) -> list[int]:
     return sorted({i * n // k for i in range(k)}) if n >= k else list(range(n))
 
 
-def _samples_of(questions: Sequence[Example]) -> list[int]:
-    """A few positions spread over the questions, the last one a question to decline where there is one."""
-    chosen = _spread(len(questions), SAMPLES)
+def _samples(
+    questions: Sequence[Example], base: Sequence[str], adapter: Sequence[str], counts: Counts | None
+) -> tuple[Sample, ...]:
+    """A few questions with their answers: half of them wrong ones, which come first, where so many are; the others
+    spread, the last one a question to decline where there is one."""
+    told = counts is not None and counts.tells
+    good = [right(q, text) if told or q.check is not None else None for q, text in zip(questions, adapter, strict=True)]
+    wrong = [i for i, fine in enumerate(good) if fine is False]
+    others = [i for i, fine in enumerate(good) if fine is not False]
+    few = max(SAMPLES // 2, SAMPLES - len(others))
+    chosen = [wrong[i] for i in _spread(len(wrong), few)]
+    chosen += [others[i] for i in _spread(len(others), SAMPLES - len(chosen))]
     declining = [i for i, q in enumerate(questions) if q.check is not None and q.check.declines]
     if declining and not set(declining) & set(chosen):
         chosen[-1] = declining[0]
-    return chosen
+    return tuple(
+        Sample(questions[i].messages[-2].content, questions[i].answer, base[i], adapter[i], good[i]) for i in chosen
+    )

@@ -56,6 +56,18 @@ def detectable(values: Sequence[float], groups: Sequence[str | None] | None = No
     return (found.high - found.low) / 2 / z(0.975) * (z(0.975) + z(0.8))
 
 
+def sign_test(differences: Sequence[float], groups: Sequence[str | None]) -> tuple[int, int, float]:
+    """Groups whose mean difference is above zero, those below it, and how likely a coin would part them as unevenly:
+    two-sided and exact (Conover 1999, section 3.4); of single examples that are right or wrong it is McNemar's test."""
+    sums: dict[str, float] = {}
+    for name, difference in zip(groups_of(groups), differences, strict=True):
+        sums[name] = sums.get(name, 0.0) + difference
+    above, below = sum(one > 0 for one in sums.values()), sum(one < 0 for one in sums.values())
+    n = above + below
+    tail = sum(math.comb(n, k) for k in range(min(above, below) + 1))
+    return above, below, min(1.0, 2 * tail / 2**n)
+
+
 def student(df: int, share: float = 0.975) -> float:
     """A quantile of Student's t, to 2e-5 from 9 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(share)

@@ -21,6 +21,7 @@ from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import opened_base, render_all, require_passing, sifted
 from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
+from lorafit.report.result import Result
 from lorafit.run import count_opening, remembered, tested
 from lorafit.settings import settings_from
 from lorafit.tasks.probe import way_of
@@ -85,7 +86,8 @@ def run_evaluation(
                     listener)  # fmt: skip
     loaded = time.monotonic()
     way = way_of(base, rows["train"])
-    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=examples.train,
+    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other,
+                         shots_from=examples.train if may_show else (),
                          shots=resolved.few_shot if may_show else 0, answer_all=answers is not None,
                          watch=listener.watch, accept_unknown_base=accept_unknown_base, way=way)  # fmt: skip
     for run in runs:
@@ -98,21 +100,23 @@ def run_evaluation(
     lost = forgetting(base, adapter, general, way, lambda done, of: listener.watch("forgetting", done, of, "texts"),
                       against=other, accept_unknown_base=accept_unknown_base)  # fmt: skip
     done = time.monotonic()
-    return {
-        "base": base.name,
-        "adapter_dir": str(adapter_folder),
-        "against": str(against) if against else None,
-        "split": None if single else split,
-        "seen_in_training": seen[0],
-        "seen_by_other": seen[1] if against else None,
-        **scores_json(comparison),
-        "general": {source: asdict(score) for source, score in lost.items()},
-        "base_unchanged": base.integrity() == before,
-        "trainable_parameters": adapter.plan.parameters,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
-        "peak_rss_gb": peak_gb(),
-    }
+    return Result(
+        {
+            "base": base.name,
+            "adapter_dir": str(adapter_folder),
+            "against": str(against) if against else None,
+            "split": None if single else split,
+            "seen_in_training": seen[0],
+            "seen_by_other": seen[1] if against else None,
+            **scores_json(comparison),
+            "general": {source: asdict(score) for source, score in lost.items()},
+            "base_unchanged": base.integrity() == before,
+            "trainable_parameters": adapter.plan.parameters,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "seconds": {"load": round(loaded - start, 2), "evaluate": round(done - loaded, 2)},
+            "peak_rss_gb": peak_gb(),
+        }
+    )
 
 
 def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:

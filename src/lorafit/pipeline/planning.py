@@ -16,7 +16,7 @@ from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.base import Base
 from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row
-from lorafit.evaluation.compare import UNCHECKED
+from lorafit.evaluation.compare import asked_of
 from lorafit.evaluation.nll import example_nll
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
@@ -159,7 +159,7 @@ def forecast(opened: Opened, settings: TrainSettings, trunk_bytes: int = 0) -> F
         + preparing * len({-(-size // length_step(base, way)) for size in sizes})
     )
     step = computing / recipe.steps + updating
-    count = -(-recipe.steps // recipe.validate_every) + 1
+    count = recipe.validations_after(0) + 1
     kept = min(trunk_bytes, needed) if read else 0
     disk = max(disk_of(opened.decision.plan, False) + kept, disk_of(opened.decision.plan, settings.trim == "auto"))
     scoring = evaluation_seconds(opened, validation / _tokens(rows["valid"]), settings)
@@ -177,8 +177,8 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
     if settings.trim == "auto":
         tokens += RUNGS_TRIED * valid
-    asked = len(rows["test"]) if any(one.check for one in opened.examples.test) else min(UNCHECKED, len(rows["test"]))
-    answers = (2 + (settings.few_shot > 0)) * asked / len(rows["test"])
+    asked = len(asked_of(opened.examples.test, rows["test"]))
+    answers = (2 + (settings.few_shot > 0)) * asked / len(opened.examples.test)
     answer_tokens = sum(row.n_trained for row in rows["test"])
     return per_token * (tokens + answers * (test - answer_tokens + DECODED * answer_tokens))
 
@@ -188,8 +188,7 @@ def ahead(opened: Opened, decision: Decision, pace: Pace, settings: TrainSetting
     rows, recipe = opened.rows, decision.recipe
     step = pace.step or BACKWARD * pace.forward
     tokens = recipe.steps * recipe.batch_size * _tokens(rows["train"]) / len(rows["train"])
-    validations = -(-recipe.steps // recipe.validate_every)
-    training = step * tokens + validations * pace.forward * _tokens(rows["valid"])
+    training = step * tokens + recipe.validations_after(0) * pace.forward * _tokens(rows["valid"])
     return training, evaluation_seconds(replace(opened, decision=decision), pace.forward, settings)
 
 

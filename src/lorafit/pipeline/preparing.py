@@ -186,7 +186,7 @@ def require_passing(examples: Examples) -> None:
     """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
     problems = [
         Problem(f"{example.where}: check", "its own answer does not pass it",
-                "correct the answer, or contains, lacks and max_words")
+                "correct the answer, or what the check asks of it")
         for split in examples.by_name().values()
         for example in split
         if example.check is not None and not is_right(example.answer, example.check)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorafit.data.examples import Example
-from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.compare import Comparison
 from lorafit.evaluation.statistics import wilson
 from lorafit.records import AnswerScore
@@ -36,6 +36,7 @@ def scores_json(comparison: Comparison) -> dict[str, Any]:
         },
         "off_desk_declined": adapter.declined / adapter.off_desk_n if adapter.off_desk_n else None,
         "natural_stops": adapter.natural_stops / len(adapter.answers) if adapter.answers else None,
+        "counts": asdict(comparison.counts) | {"tells": comparison.counts.tells} if comparison.counts else None,
         "samples": [asdict(sample) for sample in comparison.samples],
     }
 
@@ -53,7 +54,7 @@ def example_digest(example: Example) -> str:
 
 def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
     """Every test example as a JSON line: fingerprint, question, reference, NLL; where it was answered, its answers and
-    whether they pass its check."""
+    whether they equal the reference and pass its check."""
     few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
     answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
     given = {i: dict(zip(("base", "base_few_shot", "adapter"), answers, strict=True)) for i, *answers in answered}
@@ -68,7 +69,10 @@ def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
             "nll": dict(zip(("base", "adapter"), comparison.nll_of_each[i], strict=True)),
             **said,
         }
+        told = {who: text for who, text in said.items() if text is not None}
+        if told:
+            one["equal"] = {who: is_equal(text, example.answer) for who, text in told.items()}
         if example.check is not None:
-            one["right"] = {who: is_right(text, example.check) for who, text in said.items() if text is not None}
+            one["right"] = {who: is_right(text, example.check) for who, text in told.items()}
         lines.append(json.dumps(one, ensure_ascii=False) + "\n")
     return "".join(lines)

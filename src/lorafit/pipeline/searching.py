@@ -331,8 +331,10 @@ class _Search:
             if one["cell"] == cell:
                 return Tried(arm, one["steps"], None if one["each"] is None else tuple(one["each"]))
         self.listener.say(f"search: {told}, for {steps} steps")
-        recipe = replace(self.opened.decision.recipe, learning_rate=arm.rate, steps=steps,
-                         warmup=max(1, round(self.settings.warmup * steps)), validate_every=steps)  # fmt: skip
+        recipe = replace(
+            self.opened.decision.recipe, learning_rate=arm.rate, steps=steps, validate_every=steps, validate_early=0,
+            warmup=max(1, round(self.settings.warmup * steps)),
+        )  # fmt: skip
         order = Order(self.plans[arm.plan], recipe, f"{SEARCH}/{cell}", tuple(self.places), self.before)
         self.processes.agreed(order.to_json)
         each: tuple[float, ...] | None

@@ -34,6 +34,7 @@ from lorafit.pipeline.searching import Order, carry_out, search
 from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
+from lorafit.report.result import Result
 from lorafit.report.words import clock, doubt
 from lorafit.routing import Features
 from lorafit.run import (
@@ -195,7 +196,7 @@ def _run(
         write_json(out / SUMMARY, summary)  # with what was passed over
     else:
         listener.say(f"report: {out / REPORT}")
-    return summary
+    return Result(summary, out)
 
 
 def _about_data(opened: Opened) -> dict[str, Any]:

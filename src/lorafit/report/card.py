@@ -8,13 +8,14 @@ from typing import Any
 
 from lorafit.adapter import Adapter
 from lorafit.planning import Choice
-from lorafit.report.words import headline, interval
+from lorafit.report.words import ASIDE, headline, interval, of_a_hundred
+from lorafit.report.words import lines as scores
 from lorafit.sources import hub
 
 
 def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:
     """Markdown with the front matter that hubs and PEFT read."""
-    nll, facts = summary["nll"], summary["facts"]
+    nll = summary["nll"]
     variant = adapter.plan.slots[0].variant
     wanted = hub.parse(adapter.base_name or "")
     wanted = wanted if wanted and wanted.is_commit else None
@@ -43,8 +44,15 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "|---|--:|--:|",
         f"| completion NLL, nats per token | {nll['base']:.3f} | {nll['adapter']:.3f} |",
     ]
-    if facts["adapter"] is not None:
-        lines.append(f"| answers right | {facts['base']:.1%} | {facts['adapter']:.1%} |")
+    of = {line.key: line for line in scores(summary)}
+    for what, base, ours in (
+        ("answers right", of["base"].right, of["adapter"].right),
+        (f"answers equal to the reference ({ASIDE})", of["base"].equal, of["adapter"].equal),
+    ):
+        if base and ours:
+            lines.append(f"| {what} | {base[0]:.1%} | {ours[0]:.1%} |")
+    if sentence := of_a_hundred(summary):
+        lines += ["", f"{sentence[0].upper()}{sentence[1:]}."]
     lines += [
         "",
         f"Paired difference in NLL {nll['difference']:+.3f} ({interval(nll['ci95'])}).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 from warnings import catch_warnings, filterwarnings
 
@@ -13,9 +14,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lorafit.planning.signal import block_of, kinds_of
 from lorafit.report.story import Story
+from lorafit.report.words import lines, share
 
 # Drawn in these colours; in the SVG each becomes the page's variable of that name, which differs by light and dark.
 COLOURS = {
@@ -25,6 +28,12 @@ COLOURS = {
 }  # fmt: skip
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f4f6", "#5fb3a8", "#0b5a52"])  # as well on dark paper
 _SHOWN = "run "  # before a name in a legend, which leaves out those that begin with _
+# What is drawn of those that answer: a shorter name, and the colour.
+BARS = {"base": ("", "base"), "base_few_shot": ("base, with examples", "few"),
+        "most_frequent": ("most frequent answer", "muted"), "classifier": ("", "run4"),
+        "adapter": ("", "adapter")}  # fmt: skip
+LEAST_NLL = 1e-4  # where a logarithmic axis ends
+LEAST_SPAN = 0.1  # nats on both sides
 WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
 
 
@@ -36,19 +45,20 @@ def curves(stories: Sequence[Story]) -> Figure | None:
     if len(stories) == 1:
         story = stories[0]
         steps, smooth = _smoothed(story.training)
-        axes.plot(steps, smooth, color=COLOURS["muted"], linewidth=1, label="training (running mean)")
+        axes.plot(steps, _positive(smooth), color=COLOURS["muted"], linewidth=1, label="training (running mean)")
     for i, story in enumerate(stories):
         colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
         label = "validation" if len(stories) == 1 else _SHOWN + story.name
-        points = story.validation
-        if not points:
+        if not story.validation:
             continue
+        steps, values = zip(*story.validation, strict=True)
+        points = list(zip(steps, _positive(values), strict=True))
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         best = min(points, key=lambda point: point[1])
         axes.plot(*best, color=colour, marker="*", markersize=13, linestyle="none")
     axes.set_xlabel("step (★ the best by validation: this is the adapter)")
-    axes.set_ylabel("NLL, nats per token")
-    axes.set_ylim(bottom=0)
+    _logarithmic(axes)
+    axes.set_ylabel("NLL, nats per token (log scale)")
     _legend(axes)
     return figure
 
@@ -71,39 +81,83 @@ def examples(story: Story) -> Figure | None:
 
 
 def scores(stories: Sequence[Story]) -> Figure | None:
-    """Share of right answers with its interval, or, where a run has none, the difference in NLL of each."""
-    alone = len(stories) == 1
-    finished = [("adapter" if alone else story.name, COLOURS["adapter"] if alone else run_colour(i), story.summary)
-                for i, story in enumerate(stories) if story.summary is not None]  # fmt: skip
-    checked = all(summary["facts"]["adapter"] is not None for *_, summary in finished)
-    bars: list[tuple[str, float, Sequence[float] | None, str]] = []
-    for name, colour, summary in finished:
-        nll, facts = summary["nll"], summary["facts"]
-        if not checked:
-            bars.append((name, nll["difference"], nll["ci95"], colour))
-            continue
-        if alone:
-            bars.append(("base", facts["base"], facts.get("ci95_base"), COLOURS["base"]))
-        if alone and facts["base_few_shot"] is not None:
-            given = f"base, {facts['few_shot_examples']} examples"
-            bars.append((given, facts["base_few_shot"], facts.get("ci95_base_few_shot"), COLOURS["few"]))
-        bars.append((name, facts["adapter"], facts["ci95"], colour))
+    """Right answers of each with their interval, or, where a run has none, the difference in NLL. None before any."""
+    finished = [(story.name, story.summary) for story in stories if story.summary is not None]
+    if len(stories) == 1:
+        return scores_of(finished[0][1]) if finished else None
+    shares = [(name, share(summary)) for name, summary in finished]
+    if all(found for _, found in shares):
+        return _bars([(name, *found, run_colour(i)) for i, (name, found) in enumerate(shares) if found])
+    return _differences([(name, summary["nll"], run_colour(i)) for i, (name, summary) in enumerate(finished)])
+
+
+def scores_of(summary: Mapping[str, Any]) -> Figure | None:
+    """The picture of one run's or evaluation's scores: of all that answer, or the difference in NLL."""
+    if share(summary) is None:
+        return _differences([("adapter", summary["nll"], COLOURS["adapter"])])
+    found = [(line, line.right or line.equal) for line in lines(summary) if line.key in BARS]
+    return _bars([(BARS[line.key][0] or line.name, *shared, COLOURS[BARS[line.key][1]])
+                  for line, shared in found if shared])  # fmt: skip
+
+
+Bar = tuple[str, float, Sequence[float] | None, str]
+"""Name, value, its 95 % interval, colour."""
+
+
+def _bars(bars: Sequence[Bar]) -> Figure | None:
+    """Shares as bars with their intervals, the first one on top."""
     if not bars:
         return None
     figure, axes = _canvas(0.9 + 0.42 * len(bars))
-    for place, (_, value, interval, colour) in enumerate(reversed(bars)):
-        if interval is not None:
-            axes.plot(interval, [place, place], color=colour, linewidth=2, solid_capstyle="round")
+    for place, (_, value, ends, colour) in enumerate(reversed(bars)):
+        axes.barh(place, value, height=0.55, color=colour, alpha=0.35, linewidth=0)
+        if ends is not None:
+            axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="round")
         axes.plot(value, place, color=colour, marker="o", markersize=8)
     axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], parse_math=False)
     axes.set_ylim(-0.6, len(bars) - 0.4)
-    if checked:
-        axes.set_xlim(-0.02, 1.02)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-        axes.set_xlabel("answers right, 95 % interval")
-    else:
-        axes.axvline(0, color=COLOURS["muted"], linewidth=1)
-        axes.set_xlabel("difference in NLL to the base, 95 % interval (below 0 is better)")
+    axes.set_xlim(0, 1.02)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlabel("answers right, 95 % interval")
+    return figure
+
+
+def _differences(found: Sequence[tuple[str, Mapping[str, Any], str]]) -> Figure | None:
+    """Differences in NLL, each with its interval."""
+    if not found:
+        return None
+    figure, axes = _canvas(0.9 + 0.42 * len(found))
+    for place, (_, nll, colour) in enumerate(reversed(found)):
+        if nll["ci95"] is not None:
+            axes.plot(nll["ci95"], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+        axes.plot(nll["difference"], place, color=colour, marker="o", markersize=8)
+    axes.set_yticks(range(len(found)), [name for name, *_ in reversed(found)], parse_math=False)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.axvline(0, color=COLOURS["muted"], linewidth=1)
+    axes.set_xlabel("difference in NLL to the base, 95 % interval (below 0 is better)")
+    return figure
+
+
+def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
+    """NLL of each general text under the base and with the adapter. None where it was not measured."""
+    found = ((summary or {}).get("forgetting") or summary or {}).get("general")
+    if not found:
+        return None
+    figure, axes = _canvas(1.3 + 0.42 * len(found))
+    for place, score in enumerate(reversed(found.values())):
+        if score["ci95"] is not None:
+            ends = [score["base"] + end for end in score["ci95"]]
+            axes.plot(ends, [place, place], color=COLOURS["adapter"], linewidth=2, solid_capstyle="round")
+        for who in ("base", "adapter"):
+            axes.plot(score[who], place, color=COLOURS[who], marker="o", markersize=8, linestyle="none",
+                      label=who if place == 0 else None)  # fmt: skip
+    middle = [value for score in found.values() for value in (score["base"], score["adapter"])]
+    spare = max(0.1 * (max(middle) - min(middle)), LEAST_SPAN)  # a difference of nothing is not to look like one
+    axes.set_xlim(min(middle) - spare, max(middle) + spare)
+    axes.set_yticks(range(len(found)), [PurePath(source).name for source in reversed(found)], parse_math=False)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_xlabel("NLL of general text, nats per token (to the right is worse)")
+    _legend(axes)
     return figure
 
 
@@ -221,6 +275,23 @@ def _legend(axes: Axes) -> None:
     """The names as they are: no formulas between $, and none left out that begins with _."""
     for text in axes.legend(frameon=False, labelcolor=COLOURS["ink"]).get_texts():
         text.set(text=text.get_text().removeprefix(_SHOWN), parse_math=False)
+
+
+def _positive(values: Sequence[float]) -> list[float]:
+    """Values for a logarithmic axis, which has no zero."""
+    return [max(value, LEAST_NLL) for value in values]
+
+
+def _logarithmic(axes: Axes) -> None:
+    """The y axis in logarithms, its marks written as numbers."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    round_ones = [digit * 10.0**power for power in range(-5, 5) for digit in (1, 2, 5)]
+    marks = [mark for mark in round_ones if low <= mark <= high]
+    if len(marks) < 3:
+        marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low <= mark <= high]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 import lorafit
 from lorafit.errors import RunError
@@ -18,11 +14,12 @@ from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import require_new, whole_file, write_text
 from lorafit.report import charts
 from lorafit.report.story import Story, read_story
+from lorafit.report.templates import template
 from lorafit.report.why import why
-from lorafit.report.words import clock, doubt, headline, interval, percent, verdict
+from lorafit.report.words import headline, share
 from lorafit.settings import BY_RULE
 
-PICTURES = ("curves", "search", "layers", "scores", "examples")
+PICTURES = ("curves", "search", "layers", "scores", "examples", "forgetting")
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
 
@@ -57,6 +54,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         "layers": charts.layers(stories[0]) if len(stories) == 1 else None,
         "scores": None if _apart(stories) else charts.scores(stories),
         "examples": charts.examples(stories[0]) if len(stories) == 1 else None,
+        "forgetting": charts.forgetting(stories[0].summary) if len(stories) == 1 else None,
     }
     for name, figure in drawn.items():
         if figure is not None:
@@ -84,11 +82,7 @@ def _is_ours(out: Path) -> bool:
 
 
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict, doubt=doubt)
-    environment.filters["quoted"] = lambda path: shlex.quote(str(path))
-    text = files("lorafit.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(text).render(
+    return template("page.html").render(
         stories=stories,
         pictures=pictures,
         one=_one(stories[0]) if len(stories) == 1 else None,
@@ -102,31 +96,30 @@ def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
 
 def _one(story: Story) -> dict[str, Any]:
     """What the page says about a single run beyond what its files say."""
-    answered = [answer for answer in story.answers if answer["adapter"] is not None]
-    asked = answered or [answer for answer in story.answers if answer["question"]]
-    shown = asked[:: max(1, len(asked) // SHOWN)][:SHOWN]
-    worst = sorted(story.answers, key=lambda answer: answer["nll"]["base"] - answer["nll"]["adapter"])
-    worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in story.answers)
+    tells = bool(((story.summary or {}).get("counts") or {}).get("tells"))
+    answers = [{**answer, "good": _marks(answer, tells)} for answer in story.answers]
+    answered = [answer for answer in answers if answer["adapter"] is not None]
+    wrong = [answer for answer in answered if answer["good"].get("adapter") is False]
+    asked = [answer for answer in answered or answers if answer["question"] and answer not in wrong]
+    shown = _spread(wrong, SHOWN // 2)
+    shown += _spread(asked, SHOWN - len(shown))
+    folded = [*(one for one in wrong if one not in shown), *(one for one in asked if one not in shown)]
+    worst = sorted(answers, key=lambda answer: answer["nll"]["base"] - answer["nll"]["adapter"])
+    worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in answers)
     sites = Counter(slot["site"]["path"].rpartition(".")[2] for slot in story.plan["slots"]) if story.plan else {}
-    return {"shown": shown, "folded": [a for a in answered if a not in shown][:FOLDED], "answered": len(answered),
-            "worst": worst[:3] if len(worst) > SHOWN else [], "worse": worse, "sites": sites, "why": why(story),
-            **_scored(story.summary)}  # fmt: skip
+    told = {"headline": headline(story.summary), "share": share(story.summary)} if story.summary else {}
+    return {"shown": shown, "folded": folded[:FOLDED] if answered else [], "answered": len(answered),
+            "wrong": len(wrong), "worst": worst[:3] if len(worst) > SHOWN else [], "worse": worse, "sites": sites,
+            "why": why(story), **told}  # fmt: skip
 
 
-def _scored(summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The headline; the models a run compares, as (name, key); the interval of each one's share of right answers."""
-    if summary is None:
-        return {}
-    facts = summary["facts"]
-    models = [("base", "base")]
-    if facts["base_few_shot"] is not None:
-        models.append((f"base, {facts['few_shot_examples']} examples in its prompt", "base_few_shot"))
-    models.append(("adapter", "adapter"))
-    if facts["shuffled_control"] is not None:
-        models.append(("control: trained on shuffled answers", "shuffled_control"))
-    ends = {"base": facts.get("ci95_base"), "base_few_shot": facts.get("ci95_base_few_shot"), "adapter": facts["ci95"],
-            "shuffled_control": None}  # fmt: skip
-    return {"models": models, "ends": ends, "headline": headline(summary)}
+def _marks(answer: Mapping[str, Any], tells: bool) -> dict[str, bool]:
+    """Whose answers are right, by their check, or by equality where that tells."""
+    return dict(answer.get("right") or (answer.get("equal") if tells else None) or {})
+
+
+def _spread(answers: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    return list(answers[:: max(1, -(-len(answers) // max(1, most)))][:most])
 
 
 def _apart(stories: Sequence[Story]) -> list[str]:

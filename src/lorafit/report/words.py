@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorafit.oracle import same_as_peft
+
+SURE = 0.05  # probability below which chance is no longer held for the reason
+MORE, FEWER, NOT_SHOWN = "more", "fewer", "not shown"
+SIMPLE = "(TF-IDF with logistic regression)"
+ASIDE = "whatever the case and the white space; JSON by its content"  # how answers equal a reference
 
 
 def doubt(summary: Mapping[str, Any]) -> str | None:
@@ -22,35 +28,112 @@ def headline(summary: Mapping[str, Any]) -> str:
     """What a run or an evaluation has shown, in the one sentence that terminal, page and card say."""
     if why := doubt(summary):
         return f"Do not use this adapter: {why}"
-    nll, facts = summary["nll"]["ci95"], summary["facts"]
+    nll = summary["nll"]["ci95"]
     other = "the other adapter" if summary.get("against") else "its base"
     if nll is None:
         return "Too few test examples to tell whether the adapter helps"
-    says, right = verdict(nll), facts["ci95"]
-    more = right is not None and right[0] > facts["ci95_base"][1]
-    fewer = right is not None and right[1] < facts["ci95_base"][0]
-    if fewer:
+    says, base, constant = verdict(nll), against(summary, "base"), against(summary, "most_frequent")
+    if base == FEWER:
         return f"The adapter is worse than {other}: it answers fewer questions right" + (
             ", though it predicts the answers better" if says == "better" else ""
         )
     if says == "worse":
         return f"The adapter is worse than {other} at predicting the answers" + (
-            ", though it answers more of them right" if more else ""
+            ", though it answers more of them right" if base == MORE else ""
         )
-    if more:
-        few = facts["ci95_base_few_shot"]
-        return f"The adapter answers more questions right than {other}" + (
-            ", but is not shown to answer more than the base with examples in its prompt" if few and right[0] <= few[1]
-            else ""
-        )  # fmt: skip
+    if constant in (FEWER, NOT_SHOWN):
+        share = summary["counts"]["right"]["most_frequent"]["share"]
+        does = "does worse than" if constant == FEWER else "is not shown to do better than"
+        though = "answers more questions right" if base == MORE else "predicts the answers better"
+        return f"The adapter {does} always giving the most frequent answer, which is right in {percent(share)}" + (
+            f", though it {though} than {other}" if base == MORE or says == "better" else ""
+        )
+    if base == MORE:
+        but = []
+        if against(summary, "base_few_shot") in (FEWER, NOT_SHOWN):
+            but.append("is not shown to answer more than the base with examples in its prompt")
+        if against(summary, "classifier") == FEWER:
+            but.append(f"a simple classifier {SIMPLE} answers more")
+        return f"The adapter answers more questions right than {other}" + (", but " + ", and ".join(but) if but else "")
     if says == "better":
         return f"The adapter predicts the answers better than {other}" + (
-            ", but is not shown to answer more of them right" if right else ""
+            ", but is not shown to answer more of them right" if base else ""
         )
     if tuple(nll) == (0, 0):
         return f"The adapter is the same as {other}: it changes nothing"
-    return (f"The adapter is not shown to answer more questions right than {other}" if right
+    return (f"The adapter is not shown to answer more questions right than {other}" if base
             else f"No difference between the adapter and {other} has been shown")  # fmt: skip
+
+
+def against(summary: Mapping[str, Any], who: str) -> str | None:
+    """Whether the adapter answers MORE questions right than another, FEWER, or neither is shown; None where answers say
+    nothing of it. who: base, base_few_shot, most_frequent or classifier."""
+    if counts := summary.get("counts"):
+        paired = counts["against"].get(who)
+        if paired is None:
+            return None
+        if paired["p"] <= SURE:
+            return MORE if paired["more"] > paired["fewer"] else FEWER
+        return NOT_SHOWN if counts["tells"] else None
+    facts = summary["facts"]  # a run from before answers were counted in pairs
+    right, ends = facts["ci95"], facts.get({"base": "ci95_base", "base_few_shot": "ci95_base_few_shot"}.get(who))
+    if right is None or ends is None:
+        return None
+    return MORE if right[0] > ends[1] else FEWER if right[1] < ends[0] else NOT_SHOWN
+
+
+@dataclass(frozen=True)
+class Line:
+    """Scores of one that answers: its name in full and as a key; NLL; shares of right answers, by check and by equality
+    with the reference, each (share, its 95 % interval or None). None for what was not measured."""
+
+    name: str
+    key: str
+    nll: float | None
+    right: tuple[float, Sequence[float] | None] | None
+    equal: tuple[float, Sequence[float] | None] | None
+
+
+def lines(summary: Mapping[str, Any]) -> list[Line]:
+    """The table of scores, one line for each that answers."""
+    nll, facts, counts = summary["nll"], summary["facts"], summary.get("counts")
+    few = f"base, {facts['few_shot_examples']} examples in its prompt"
+    names = {"base": "other adapter" if summary.get("against") else "base", "base_few_shot": few,
+             "most_frequent": "always the most frequent answer", "classifier": "simple classifier",
+             "adapter": "adapter", "shuffled_control": "control: trained on shuffled answers"}  # fmt: skip
+    ends = {"base": "ci95_base", "base_few_shot": "ci95_base_few_shot", "adapter": "ci95"}
+    found = []
+    for key, name in names.items():
+        right = equal = None
+        if counts and key in counts["right"]:
+            right, equal = ((one["share"], one["ci95"]) for one in (counts["right"][key], counts["equal"][key]))
+            right = right if counts["by"] == "check" else None
+        elif facts.get(key) is not None:
+            right = facts[key], facts.get(ends.get(key))
+        if key in ("base", "adapter") or right or equal:
+            found.append(Line(name, key, nll.get(key), right, equal))
+    return found
+
+
+def share(summary: Mapping[str, Any]) -> tuple[float, Sequence[float] | None] | None:
+    """Share of right answers with its 95 % interval; None where nobody can say which are right."""
+    counts = summary.get("counts")
+    if counts and not counts["tells"]:
+        return None
+    adapter = next(line for line in lines(summary) if line.key == "adapter")
+    return adapter.right or adapter.equal
+
+
+def of_a_hundred(summary: Mapping[str, Any]) -> str | None:
+    """How many of a hundred who ask get the right answer; None where nobody can say."""
+    found = share(summary)
+    if found is None:
+        return None
+    right, ends = found
+    sure = f", {100 * ends[0]:.0f} to {100 * ends[1]:.0f} with 95 % certainty" if ends else ""
+    by = (summary.get("counts") or {}).get("by", "check")
+    measure = "the answer passes its check" if by == "check" else "the answer is the reference"
+    return f"of 100 questions like these about {100 * right:.0f} are answered right{sure} (right: {measure})"
 
 
 def interval(ci95: Sequence[float] | None) -> str:

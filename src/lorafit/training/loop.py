@@ -198,7 +198,7 @@ class _Run:
         recipe, at = self.recipe, self.at
         try:
             while True:
-                due = at.step % recipe.validate_every == 0 or at.step == recipe.steps
+                due = at.step % recipe.validate_every == 0 or at.step in (recipe.validate_early, recipe.steps)
                 if due and (not at.history or at.history[-1][0] < at.step):
                     self._validate(stop)
                 if at.step == recipe.steps or self._stale() >= recipe.patience:
@@ -358,7 +358,7 @@ class _Run:
     def _tell(self, train_nll: float | None, valid_nll: float | None, rate: float) -> None:
         at = self.at
         steps = self.recipe.steps - at.step
-        validations = math.ceil(steps / self.recipe.validate_every)
+        validations = self.recipe.validations_after(at.step)
         left = steps * at.seconds / at.step + validations * self.one_validation if at.step else math.nan
         speed = at.tokens / at.seconds if at.seconds else 0.0
         self.tell(Moment(at.step, self.recipe.steps, train_nll, valid_nll, rate, left, speed))

@@ -1,0 +1,170 @@
+"""Right answers counted: against the base, against the most frequent answer, answer by answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorafit.data.alike import compared, json_of
+from lorafit.data.examples import Example
+from lorafit.evaluation.answers import is_equal, is_right
+from lorafit.evaluation.classifier import MOST_ANSWERS, classified, is_installed
+from lorafit.evaluation.statistics import groups_of, sign_test, wilson
+
+USES = 4  # examples for each different answer, on average, from which on answers are few
+SHOWN = 12  # answers, and pairs of them, that are listed
+ADAPTER, CONSTANT, SIMPLE = "adapter", "most_frequent", "classifier"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share of right answers. ci95: Wilson's interval, in which a group counts as one piece of evidence."""
+
+    share: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The adapter against another on the same questions: groups in which it is right more often, groups in which it is
+    right less often, and the probability that a coin parts them as unevenly (`statistics.sign_test`)."""
+
+    more: int
+    fewer: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Recall:
+    """An answer: how often it is the reference, on how many of these the adapter is right, how often the adapter gives
+    it."""
+
+    answer: str
+    n: int
+    right: int
+    given: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """An answer that the adapter gave where another one is the reference, `n` times."""
+
+    reference: str
+    given: str
+    n: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Right answers to n questions, those that must be turned away left out.
+
+    by: what makes an answer right: "check" where the examples carry checks, else "equality" with the reference.
+    json: references that are JSON objects or arrays, to which an answer is equal by content.
+    few: whether the references are few different answers (`distinct`), used again and again.
+    right, equal: shares by name of who answers: base, base_few_shot, adapter; most_frequent, which always gives the
+    most frequent reference; classifier. The last two are missing where no reference occurs twice, and where none could
+    be fitted.
+    against: the adapter and each of the others, by `by`.
+    recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong
+    answers that are nobody's reference.
+    classifier_missing: "not installed" where one would be of use.
+    """
+
+    by: str
+    n: int
+    json: int
+    distinct: int
+    few: bool
+    right: dict[str, Share]
+    equal: dict[str, Share]
+    against: dict[str, Paired]
+    most_frequent: str | None
+    recall: tuple[Recall, ...]
+    confusions: tuple[Confusion, ...]
+    other: int
+    classifier_missing: str | None
+
+    @property
+    def tells(self) -> bool:
+        """Whether the shares say how good the answers are: of free text, which has no one right wording, equality
+        does not."""
+        return self.by == "check" or self.few or self.json == self.n
+
+
+def counted(
+    questions: Sequence[Example], answers: Mapping[str, Sequence[str]], known: Sequence[Example] = ()
+) -> Counts | None:
+    """Count the answers to these questions.
+
+    Args:
+        questions: examples that were asked. Where some carry checks, the others do not count.
+        answers: by name of who answers, one to each question; `adapter` among them.
+        known: examples of training, from which a classifier learns.
+
+    Returns:
+        None where no question counts.
+    """
+    checked = any(example.check is not None for example in questions)
+    places = [i for i, one in enumerate(questions) if not checked or (one.check is not None and not one.check.declines)]
+    if not places:
+        return None
+    asked = [questions[i] for i in places]
+    texts = {who: [each[i] for i in places] for who, each in answers.items()}
+    known = [one for one in known if not one.is_text and not (one.check and one.check.declines)]
+    keys = [compared(one.answer) for one in asked]
+    every = set(keys) | {compared(one.answer) for one in known}
+    few = USES * len(every) <= len(asked) + len(known)
+    (most, times), *_ = Counter(keys).most_common(1)
+    constant = asked[keys.index(most)].answer if times > 1 else None
+    if constant is not None:
+        texts[CONSTANT] = [constant] * len(asked)
+    wanted = few and 2 <= len(every) <= MOST_ANSWERS and bool(known)
+    if wanted and (simple := classified(known, asked)) is not None:
+        texts[SIMPLE] = simple
+    groups = [one.group for one in asked]
+    evidence = len(set(groups_of(groups)))
+
+    def share(good: Sequence[bool]) -> Share:
+        of = sum(good) / len(good)
+        return Share(of, wilson(of * evidence, evidence))
+
+    good = {who: [right(q, text) for q, text in zip(asked, each, strict=True)] for who, each in texts.items()}
+    same = {who: [is_equal(text, q.answer) for q, text in zip(asked, each, strict=True)] for who, each in texts.items()}
+    against = {
+        who: Paired(*sign_test([a - b for a, b in zip(good[ADAPTER], each, strict=True)], groups))
+        for who, each in good.items()
+        if who != ADAPTER
+    }
+    recall, confusions, other = _by_answer(asked, keys, texts[ADAPTER], good[ADAPTER], every) if few else ((), (), 0)
+    return Counts(
+        by="check" if checked else "equality", n=len(asked),
+        json=sum(json_of(one.answer) is not None and one.answer.lstrip()[:1] in ("{", "[") for one in asked),
+        distinct=len(set(keys)), few=few, right={who: share(each) for who, each in good.items()},
+        equal={who: share(each) for who, each in same.items()}, against=against, most_frequent=constant,
+        recall=recall, confusions=confusions, other=other,
+        classifier_missing="not installed" if wanted and not is_installed() else None,
+    )  # fmt: skip
+
+
+def right(question: Example, text: str) -> bool:
+    """Whether an answer passes the check of its question; without one, whether it equals the reference."""
+    return is_equal(text, question.answer) if question.check is None else is_right(text, question.check)
+
+
+def _by_answer(
+    asked: Sequence[Example], keys: Sequence[str], given: Sequence[str], good: Sequence[bool], every: set[str]
+) -> tuple[tuple[Recall, ...], tuple[Confusion, ...], int]:
+    """How the adapter does on each reference, which answers it takes for each other, and how many of its wrong ones are
+    the reference of no example."""
+    spelt = {key: one.answer for key, one in zip(reversed(keys), reversed(asked), strict=True)}
+    said = [compared(text) for text in given]
+    times, rights = Counter(keys), Counter(key for key, fine in zip(keys, good, strict=True) if fine)
+    worst = sorted(times, key=lambda key: (rights[key] - times[key], -times[key]))[:SHOWN]
+    recall = [Recall(spelt[key], times[key], rights[key], said.count(key)) for key in worst]
+    shown = dict(zip(said, given, strict=True))
+    wrong = Counter((key, one) for key, one, fine in zip(keys, said, good, strict=True) if not fine)
+    taken = [Confusion(spelt[key], spelt.get(one, shown[one]), n)
+             for (key, one), n in wrong.most_common() if one in every]  # fmt: skip
+    other = sum(n for (_, one), n in wrong.items() if one not in every)
+    return tuple(recall), tuple(taken[:SHOWN]), other

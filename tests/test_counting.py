@@ -1,0 +1,283 @@
+"""Right answers counted: by equality, by check, against the most frequent answer, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from lorafit.cli.console import Terminal
+from lorafit.data.alike import compared, json_of, last_number
+from lorafit.data.examples import Check, Example, Examples, Message
+from lorafit.evaluation import answers as answers_module
+from lorafit.evaluation.answers import is_equal, is_right
+from lorafit.evaluation.classifier import classified, is_installed
+from lorafit.evaluation.compare import SAMPLES, _samples
+from lorafit.evaluation.counting import Counts, counted
+from lorafit.evaluation.statistics import sign_test
+from lorafit.report import charts
+from lorafit.report.result import Result
+from lorafit.report.words import headline, lines, of_a_hundred, share
+
+REPLIES = ("We send a new one.", "Please call the shop.", "The refund takes a week.")
+
+
+def asked(question: str, answer: str, check: Check | None = None, group: str | None = None) -> Example:
+    return Example((Message("user", question), Message("assistant", answer)), f"x:{question}", check, group)
+
+
+def labelled(n: int) -> list[Example]:
+    """Questions of which three in five are answered with yes."""
+    return [asked(f"question {i}", "yes" if i % 5 < 3 else "no") for i in range(n)]
+
+
+def counts_of(
+    questions: Sequence[Example], adapter: Sequence[str], base: Sequence[str] = (), known: Sequence[Example] = ()
+) -> Counts:
+    found = counted(questions, {"base": base or ["eh"] * len(questions), "adapter": adapter}, known)
+    assert found is not None
+    return found
+
+
+def summary_of(counts: Counts | None, nll: tuple[float, float] | None = (-3.0, -2.0)) -> dict[str, Any]:
+    """A summary as a run writes it, in which the adapter predicts the answers better unless `nll` says otherwise."""
+    facts = dict.fromkeys(("base", "base_few_shot", "adapter", "shuffled_control", "ci95", "ci95_base"))
+    told = None if counts is None else asdict(counts) | {"tells": counts.tells}
+    sample = {"question": "<q>", "reference": "<r>", "base": "b", "adapter": "<script>", "right": False}
+    return {
+        "nll": {"base": 4.41, "adapter": 0.05, "difference": -4.36, "ci95": nll},
+        "facts": {**facts, "ci95_base_few_shot": None, "n": 0, "few_shot_examples": 0},
+        "counts": told, "n_test": 60, "off_desk_declined": None, "natural_stops": 1.0, "samples": [sample],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("  we send\na NEW one. ", REPLIES[0], True),
+        ("We send a new one", REPLIES[0], False),
+        ('{"to": "A", "sum": 2.0}', '{"sum": 2, "to": "A"}', True),
+        ('{"to": "a", "sum": 2}', '{"sum": 2, "to": "A"}', False),
+        ('{"paid": 1}', '{"paid": true}', False),
+        ('Here: {"sum": 2}', '{"sum": 2}', False),
+        ("[1, 2]", "[1,2]", True),
+        ("[" * 100_000, "[1,2]", False),
+        ("", "yes", False),
+    ],
+)
+def test_an_answer_equals_its_reference_by_what_it_says(answer: str, reference: str, same: bool) -> None:
+    assert is_equal(answer, reference) is same
+
+
+CHECKS = {
+    "exact": ({"exact": "BX-7"}, [" BX-7\n"], ["bx-7", "BX-7.", ""]),
+    "json": ({"json": json_of('{"a": [1, null], "b": "x"}')}, ['{"b":"x","a":[1.0,null]}'], ['{"a":[1]}', "{", "x"]),
+    "number": ({"number": 1234.5}, ["It is 1,234.50 in all.", "1234.5"], ["1234", "1234.5 of 2", "none", ""]),
+    "minus": ({"number": -3.0}, ["−3 °C", "-3.0"], ["3", "-30"]),
+    "pattern": ({"pattern": r"^\d{4}-\d{2}$"}, ["2026-11"], ["In 2026-11", ""]),
+}
+
+
+@pytest.mark.parametrize(("asks", "good", "bad"), CHECKS.values(), ids=CHECKS)
+def test_a_check_asks_of_the_whole_answer_what_it_says(asks: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    check = Check((), (), 100, **asks)
+    assert [is_right(text, check) for text in (*good, *bad)] == [True] * len(good) + [False] * len(bad)
+
+
+def test_a_pattern_that_never_comes_to_an_end_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "SECONDS", 0.2)
+    start = time.monotonic()
+    assert not is_right("a" * 60 + "b", Check((), (), 9, pattern="(a|aa)+$"))
+    assert time.monotonic() - start < 30
+
+
+def test_data_with_other_patterns_are_other_data_and_data_without_are_what_they_were() -> None:
+    old, one, other = (asked("a", "b", Check(("b",), (), 9, **more)) for more in ({}, {"pattern": "b"}, {"exact": "b"}))
+    assert repr(old.check) == repr(one.check) == "Check(contains=('b',), lacks=(), max_words=9, declines=False)"
+    assert len({Examples((example,)).digest() for example in (old, one, other)}) == 3
+
+
+def test_a_number_and_what_stands_for_an_answer() -> None:
+    assert [last_number(text) for text in ("v2", "5-3", "a 1e3.", "12.5%")] == [None, 3.0, 1000.0, 12.5]
+    assert compared(" Yes\n sir") == "yes sir"
+
+
+def test_the_sign_test_counts_groups_and_is_exact() -> None:
+    assert sign_test([1, 1, 1, 1, 0, -1], [None] * 6) == (4, 1, pytest.approx(12 / 32))
+    assert sign_test([1] * 8, ["one"] * 8) == (1, 0, 1.0)
+    assert sign_test([0.0, 0.0], [None] * 2) == (0, 0, 1.0)
+
+
+# The most frequent answer
+
+
+def test_one_that_always_says_the_same_is_not_praised() -> None:
+    """It was: 61.7 % right against 0 % of the base, and predicts the answers better."""
+    summary = summary_of(counts_of(labelled(60), ["yes"] * 60))
+    assert headline(summary) == (
+        "The adapter is not shown to do better than always giving the most frequent answer, which is right in 60.0 %, "
+        "though it answers more questions right than its base"
+    ).replace(" %", "%")
+    worse = summary_of(counts_of(labelled(60), ["perhaps"] * 60))
+    assert "does worse than always giving the most frequent answer" in headline(worse)
+
+
+def test_labels_that_carry_checks_are_held_against_the_most_frequent_one_too() -> None:
+    questions = [asked(one.question, one.answer, Check((one.answer,), (), 1)) for one in labelled(60)]
+    counts = counts_of(questions, ["yes"] * 60)
+    assert (counts.by, counts.right["most_frequent"].share, counts.most_frequent) == ("check", 0.6, "yes")
+    assert "is not shown to do better than always" in headline(summary_of(counts))
+
+
+def test_one_that_knows_is_praised_for_what_it_is() -> None:
+    counts = counts_of(labelled(60), [one.answer.upper() for one in labelled(60)])
+    assert headline(summary_of(counts)) == "The adapter answers more questions right than its base"
+    assert of_a_hundred(summary_of(counts)) == (
+        "of 100 questions like these about 100 are answered right, 94 to 100 with 95 % certainty (right: the answer is "
+        "the reference)"
+    )
+
+
+def test_a_classifier_that_is_better_is_named_in_the_verdict() -> None:
+    texts = {"base": ["eh"] * 60, "adapter": ["yes"] * 36 + [one.answer for one in labelled(60)][36:]}
+    counts = counted(labelled(60), {**texts, "classifier": [one.answer for one in labelled(60)]})
+    assert counts is not None and counts.against["classifier"].fewer > 5
+    assert "but a simple classifier (TF-IDF with logistic regression) answers more" in headline(summary_of(counts))
+
+
+# What is counted
+
+
+def test_a_check_on_one_field_does_not_hide_that_the_whole_differs() -> None:
+    def invoice(n: int, to: str) -> str:
+        return json.dumps({"sum": n, "to": to})
+
+    questions = [asked(f"invoice {n}", invoice(n, "Ann"), Check((str(n),), (), 99)) for n in range(36)]
+    counts = counts_of(questions, [invoice(n, "Ann" if n < 8 else "Bob") for n in range(36)])
+    assert (counts.right["adapter"].share, counts.equal["adapter"].share, counts.json) == (1.0, 8 / 36, 36)
+    assert [(line.right, line.equal) for line in lines(summary_of(counts)) if line.key == "adapter"] == [
+        ((1.0, counts.right["adapter"].ci95), (8 / 36, counts.equal["adapter"].ci95))
+    ]
+
+
+def test_recall_and_confusions_say_which_answer_is_taken_for_which() -> None:
+    questions = [asked(f"{reply} {i}", reply) for reply in REPLIES for i in range(10)]
+    given = (
+        [REPLIES[0]] * 10 + [REPLIES[0].upper()] * 4 + [REPLIES[1]] * 6 + ["Words of its own."] * 2 + [REPLIES[2]] * 8
+    )
+    counts = counts_of(questions, given)
+    assert [(one.answer, one.n, one.right, one.given) for one in counts.recall] == [
+        (REPLIES[1], 10, 6, 6), (REPLIES[2], 10, 8, 8), (REPLIES[0], 10, 10, 14),
+    ]  # fmt: skip
+    assert [(one.reference, one.given, one.n) for one in counts.confusions] == [(REPLIES[1], REPLIES[0], 4)]
+    assert (counts.few, counts.distinct, counts.other) == (True, 3, 2)
+
+
+def test_of_free_text_nobody_says_whether_it_is_right() -> None:
+    questions = [asked(f"tell {i}", f"A tale of {i} mice.") for i in range(40)]
+    counts = counts_of(questions, [f"A story of {i} mice." for i in range(40)])
+    summary = summary_of(counts)
+    assert (counts.few, counts.tells, counts.most_frequent, share(summary)) == (False, False, None, None)
+    assert headline(summary) == "The adapter predicts the answers better than its base"
+
+
+def test_equal_answers_of_free_text_count_where_they_show_something() -> None:
+    questions = [asked(f"what is {i} and {i}", str(2 * i)) for i in range(40)]
+    assert "answers more questions right" in headline(summary_of(counts_of(questions, [e.answer for e in questions])))
+
+
+def test_questions_to_turn_away_and_questions_without_a_check_do_not_count_among_checked_ones() -> None:
+    check, away = Check(("a",), (), 9), Check(("no",), (), 9, declines=True)
+    questions = [asked("1", "a", check), asked("2", "no", away), asked("3", "b")]
+    counts = counts_of(questions, ["a", "no", "b"])
+    assert (counts.n, counts.right["adapter"].share, counts.by) == (1, 1.0, "check")
+    assert counted([asked("2", "no", away)], {"base": ["x"], "adapter": ["no"]}) is None
+
+
+def test_a_group_is_one_piece_of_evidence() -> None:
+    questions = [asked(f"{i}", f"{i % 2}", group=f"g{i % 4}") for i in range(40)]
+    counts = counts_of(questions, [one.answer for one in questions])
+    assert (counts.against["base"].more, counts.against["base"].p) == (4, 0.125)
+    assert counts.right["adapter"].ci95[0] < 0.6
+
+
+def test_answers_that_the_test_seldom_has_are_few_where_training_has_them_often() -> None:
+    known = [asked(f"k{i}", f"reply {i % 20}") for i in range(200)]
+    test = [asked(f"t{i}", f"reply {i}") for i in range(20)]
+    assert counts_of(test, ["x"] * 20, known=known).few
+    assert not counts_of(test, ["x"] * 20).few
+
+
+# The simple classifier
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_the_simple_classifier_learns_from_training_alone() -> None:
+    about = ("my parcel is broken", "where do I complain about prices", "when is my money back")
+    known = [asked(f"{about[i % 3]} {i}", REPLIES[i % 3]) for i in range(60)]
+    test = [asked(f"{about[i % 3]}, said customer {i}", REPLIES[i % 3]) for i in range(30)]
+    counts = counts_of(test, [REPLIES[0]] * 30, known=known)
+    assert counts.right["classifier"].share == 1.0
+    assert counts.classifier_missing is None
+    assert classified(known[:1], test) is None
+    assert classified([asked("?", REPLIES[i % 2]) for i in range(9)], test) is None
+
+
+def test_that_no_classifier_is_there_is_said_where_it_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    known = labelled(40)
+    found: Mapping[bool, str | None] = {
+        bool(given): counts_of(labelled(20), ["yes"] * 20, known=given).classifier_missing for given in (known, [])
+    }
+    assert found == {True: None if is_installed() else "not installed", False: None}
+    Terminal().results(summary_of(counts_of(labelled(20), ["yes"] * 20, known=known)))
+    assert ("pip install scikit-learn" in capsys.readouterr().out) is not is_installed()
+
+
+# What is shown
+
+
+def test_wrong_answers_come_first_among_the_samples() -> None:
+    questions = labelled(20)
+    adapter = [one.answer for one in questions]
+    adapter[13] = "perhaps"
+    counts = counts_of(questions, adapter)
+    samples = _samples(questions, ["eh"] * 20, adapter, counts)
+    assert [sample.right for sample in samples] == [False, *[True] * (SAMPLES - 1)]
+    wrong = _samples(questions, ["eh"] * 20, ["perhaps"] * 20, counts_of(questions, ["perhaps"] * 20))
+    assert [sample.right for sample in wrong] == [False] * SAMPLES
+
+
+def test_a_notebook_draws_verdict_table_samples_and_pictures_and_data_are_no_markup() -> None:
+    summary = summary_of(counts_of(labelled(60), [one.answer for one in labelled(60)]))
+    summary["forgetting"] = {
+        "general": {"the built-in pages": {"base": 3.0, "adapter": 3.1, "difference": 0.1, "ci95": (0.05, 0.15)}},
+    }  # fmt: skip
+    result = Result(summary)
+    page = result._repr_html_()
+    assert "<h3>The adapter answers more questions right than its base</h3>" in page
+    assert "always the most frequent answer" in page and "60.0%" in page
+    assert (page.count("<svg"), page.count("&lt;script&gt;"), page.count("<script")) == (2, 1, 0)
+    assert "https://" not in page.replace("https://matplotlib.org", "")
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(summary))
+    assert repr(result).startswith("The adapter answers more questions right than its base; of 100 questions")
+
+
+def test_the_bars_hold_the_adapter_against_the_most_frequent_answer() -> None:
+    figure = charts.scores_of(summary_of(counts_of(labelled(60), ["yes"] * 60)))
+    assert figure is not None
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["adapter", "most frequent answer", "base"]
+    assert sorted(bar.get_width() for bar in figure.axes[0].patches) == [0.0, 0.6, 0.6]
+
+
+def test_the_terminal_says_what_is_taken_for_what(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [one.answer for one in labelled(60)]
+    given[:3] = ["no"] * 3
+    Terminal().results(summary_of(counts_of(labelled(60), given)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 × 'no' where 'yes' is right" in said
+    assert "of 100 questions like these about 95 are answered right" in said
