@@ -35,6 +35,7 @@ FLOORS = {
     "oracle": 8,
     "serving": 9,
     "evaluation": 10,
+    "prepared": 11,
     "training": 11,
     "planning": 12,
     "report": 13,

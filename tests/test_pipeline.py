@@ -34,6 +34,7 @@ from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
+from lorafit.prepared import prepare
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
 from lorafit.run import open_run, openings, read_run, remember_questions
@@ -165,7 +166,7 @@ def test_eval_gives_the_scores_of_the_run_again(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out, summary = finished
-    examples, _ = pipeline.prepare(str(data), settings_from(SETTINGS), pipeline.Silent())
+    examples, _ = prepare(str(data), settings_from(SETTINGS), pipeline.Silent())
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")
@@ -467,7 +468,7 @@ def test_a_share_for_data_with_splits_of_its_own_is_refused(tmp_path: Path) -> N
     for i, name in enumerate(("train", "valid", "test")):
         write_rows(tmp_path / f"{name}.jsonl", rows[12 * i : 12 * i + 12])
     with pytest.raises(SettingsError, match=r"--val-share 0\.3: does nothing"):
-        pipeline.prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
+        prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
 
 
 def test_resuming_on_changed_data_is_refused_and_changes_nothing(

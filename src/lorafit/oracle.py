@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorafit.base import Base
+if TYPE_CHECKING:
+    from lorafit.base import Base
 
 
 def compare_with_peft(

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
-import transformers
 
 import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
-from lorafit.files import PROBE, absolute, make_folder, read_json, unfinished, write_json
+from lorafit.files import PROBE, absolute, did_you_mean, make_folder, read_json, unfinished, write_json
 from lorafit.records import Frozen
 from lorafit.settings import TrainSettings, settings_from
 
@@ -42,7 +40,6 @@ SCORED = {  # what a summary says at least, with the parts it has
 }  # fmt: skip
 SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "trainable_parameters", "best_step",
         "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def open_run(
@@ -53,12 +50,8 @@ def open_run(
     Raises RunError or SettingsError. That base and data hold what they held is for `require_same`: their names may be
     others.
     """
-    known = out / RUN
     if resume:
-        if not known.exists():
-            raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
-        if (out / SUMMARY).exists():
-            raise RunError(f"{out}: this run is finished: see lorafit show {out}")
+        require_out(out, resume)
         asked = read_run(out)
         stored = settings_from(asked["settings"])
         now, began = settings_written(settings_from(given)), settings_written(stored)
@@ -68,15 +61,34 @@ def open_run(
         return base_name or asked["base"], data or asked["data"], stored, frozen_of(out, asked)
     if base_name is None or data is None:
         raise SettingsError("a new run needs a base and data: name both")
+    require_out(out, resume)
+    settings = settings_from(given)
+    make_folder(out)
+    return base_name, data, settings, None
+
+
+def require_out(out: Path, resume: bool) -> None:
+    """Raise RunError where `out` holds no run that could be resumed, or is not free for a new one. Writes nothing."""
+    known = out / RUN
+    if resume:
+        if not known.exists():
+            raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
+        if (out / SUMMARY).exists():
+            raise RunError(f"{out}: this run is finished: see lorafit show {out}")
+        return
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
         hint = "" if state == "finished" else " go on with --resume, or"
         raise RunError(f"{out}: holds a run already ({state}):{hint} name another folder with --out")
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(left_by_kills(out))):
         raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
-    settings = settings_from(given)
-    make_folder(out)
-    return base_name, data, settings, None
+
+
+def require_run(folder: Path) -> None:
+    """Raise RunError where a folder holds no run."""
+    if not (folder / RUN).exists():
+        near = "" if folder.exists() else did_you_mean(folder, "")
+        raise RunError(f"{folder}: no run: {near or 'name a folder that lorafit train wrote'}")
 
 
 def settings_written(settings: TrainSettings) -> dict[str, Any]:
@@ -95,7 +107,7 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
     counts = (frozen.threads, frozen.micro_tokens)
     flags = (frozen.apart, frozen.packed, frozen.recompute)
     whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
-    if frozen.dtype not in DTYPES or not whole:
+    if frozen.dtype not in ("fp32", "bf16") or not whole:
         raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
     return frozen
 
@@ -164,6 +176,9 @@ def read_summary(out: Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Of lorafit and what computes its results."""
+    import torch  # of weight: whether a folder holds a run is told without them
+    import transformers
+
     return {
         "lorafit": lorafit.__version__,
         "python": platform.python_version(),

@@ -26,8 +26,9 @@ def show(
     lorafit show smollm2-135m
     """
     from lorafit.cli.console import Terminal
-    from lorafit.shown import shown
+    from lorafit.shown import require_shown, shown
 
+    require_shown(path)
     terminal = Terminal(json)
     found: dict[str, Any] = shown(path)
     for key, value in found.items():

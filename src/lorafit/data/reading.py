@@ -76,6 +76,18 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     return _with_labels(Examples((), skipped=tuple(problems), unread=unread).with_splits(splits))
 
 
+def require_data(path: str | Path) -> None:
+    """Raise DataError where `path` can be no data. No file is read: asked before slow work."""
+    if str(path) == BUILTIN:
+        return
+    given, _ = _files(Path(path).expanduser())
+    problems: list[Problem] = []
+    for file in (file for parts in given.values() for file in parts if not file.is_file()):
+        read_records(file, problems)
+    if problems:
+        raise DataError(problems)
+
+
 def _parsed(
     file: str, records: Sequence[Record], renamed: dict[str, str], problems: list[Problem]
 ) -> tuple[Example, ...]:

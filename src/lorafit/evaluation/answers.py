@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafit.data.examples import Check, Example, Message
-from lorafit.data.render import Renderer
 from lorafit.evaluation.statistics import groups_of
-from lorafit.generation.greedy import Answer
 from lorafit.records import AnswerScore
+
+if TYPE_CHECKING:  # torch and transformers are behind them
+    from lorafit.data.render import Renderer
+    from lorafit.generation.greedy import Answer
 
 
 def occurs(phrase: str, text: str) -> bool:

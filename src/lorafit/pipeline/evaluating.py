@@ -25,8 +25,9 @@ from lorafit.files import require_new, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
-from lorafit.pipeline.preparing import opened_base, render_all, require_passing, sifted
+from lorafit.pipeline.preparing import opened_base, render_all
 from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
+from lorafit.prepared import require_passing, sifted
 from lorafit.records import NllScore
 from lorafit.run import count_opening, remembered, tested
 from lorafit.settings import settings_from
