@@ -192,6 +192,21 @@ def test_eval_answers_every_question_in_order_when_asked_for_them(
     assert len({line["nll"]["base"] for line in lines}) > 1
 
 
+def test_eval_on_a_new_file_takes_its_few_shots_from_what_the_run_was_trained_on(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    checked = [{**row, "check": {"contains": [row["completion"]]}} for row in new_rows()]
+    new, few = write_rows(tmp_path / "new.jsonl", checked), {"few_shot": 2, "dtype": "fp32"}
+    found = pipeline.run_evaluation(None, finished[0], new, few)
+    assert found["facts"]["few_shot_examples"] == 2
+    assert found["facts"]["base_few_shot"] is not None
+    with pytest.raises(SettingsError, match="nothing is left that is not asked here"):
+        pipeline.run_evaluation(None, finished[0], data, few)
+    alone = Path(copytree(finished[0] / "adapter", tmp_path / "alone" / "adapter"))
+    with pytest.raises(SettingsError, match="alone is no run: give a run"):
+        pipeline.run_evaluation(None, alone, new, few)
+
+
 def test_eval_on_the_tests_own_examples_opens_the_test_once_more(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, data: Path
 ) -> None:

@@ -41,7 +41,7 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
             f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own, "
             "as it must be in data to text; elsewhere such a test may be easier than life"
         )
-    examples = complete(examples, settings.seed, settings.val_share)
+    examples = complete(examples, settings.val_share)
     report = describe(examples)
     listener.data(report)
     independent = len(set(groups_of([example.group for example in examples.test])))

@@ -228,13 +228,13 @@ def remember_questions(out: Path, questions: Sequence[str]) -> None:
     write_json(out / SCORES / TRAINED_ON, [_print(question) for question in questions])
 
 
-def remembered(out: Path, questions: Sequence[str]) -> int | None:
-    """How many of the questions the run was trained or validated on; None where there is no run."""
+def remembered(out: Path, questions: Sequence[str]) -> list[bool] | None:
+    """Whether the run was trained or validated on each of the questions; None where there is no run."""
     known = out / SCORES / TRAINED_ON
     if not known.exists():
         return None
     trained = set(read_json(known))
-    return sum(_print(question) in trained for question in questions)
+    return [_print(question) in trained for question in questions]
 
 
 def _print(question: str) -> str:

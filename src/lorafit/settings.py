@@ -105,7 +105,12 @@ class TrainSettings(BaseModel):
     routing_questions: Annotated[
         int, Field(ge=0, description="Questions of which the adapter keeps hidden states, for a router; 0: none.")
     ] = 512
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
+    seed: Annotated[
+        int,
+        Field(
+            ge=0, lt=1 << 63, description="Of everything a run draws; which examples are held out is fixed by the data."
+        ),
+    ] = 0
 
     @property
     def trunk_bytes(self) -> int:

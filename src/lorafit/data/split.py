@@ -9,6 +9,7 @@ banding (Broder 1997), each is then verified exactly: at 0.85 none is missed in 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 import zlib
@@ -141,9 +142,12 @@ def clusters(examples: Sequence[Example]) -> list[list[int]]:
     return list(found.values())
 
 
-def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
-    """Take a missing validation or test split out of training: seeded, with no near-identical prompts, and no
-    group, on two sides. Splits that were given stay as they are.
+def complete(examples: Examples, share: float = 0.1) -> Examples:
+    """Take a missing validation or test split out of training, with no near-identical prompts, and no group, on two
+    sides. Splits that were given stay as they are.
+
+    What is held out is fixed by the data: in whatever order the rows stand, and whatever the seed of a run, so that
+    runs of several seeds are judged on the same examples.
 
     Raises DataError where that leaves nothing to judge by: too few examples, or too few that differ.
     """
@@ -153,8 +157,7 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
         return examples
     together = clusters(examples.train)
     taken: dict[str, list[list[int]]] = {"train": [], **{name: [] for name in want}}
-    for k in np.random.default_rng(seed_of(seed, "split")).permutation(len(together)):
-        members = together[k]
+    for members in sorted(together, key=lambda members: min(_draw(examples.train[i]) for i in members)):
         side = next((name for name in want if sum(map(len, taken[name])) + len(members) <= want[name]), "train")
         taken[side].append(members)
     for name in want:
@@ -174,6 +177,12 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
     order = {name: sorted(chain.from_iterable(groups)) for name, groups in taken.items()}
     sides = {name: tuple(examples.train[i] for i in numbers) for name, numbers in order.items()}
     return examples.with_splits(sides)
+
+
+def _draw(example: Example) -> bytes:
+    """As good as random, and always the same for the same messages."""
+    said = json.dumps([[message.role, message.content] for message in example.messages])
+    return hashlib.sha256(said.encode()).digest()
 
 
 def require_apart(examples: Examples) -> int:
