@@ -51,9 +51,9 @@ def run_evaluation(
 
     settings: fields of TrainSettings that bear on an evaluation: few_shot (by default as many as in a run, where the
     folder has training examples; given for other data, examples of what the run was trained on), dtype, max_length,
-    columns, skip_bad. A single file is scored whole; of a folder, `split`. The base is the one the adapter names, unless
-    given. With `answers` every question is answered, and the answers go there, one JSON object a line; a file that is
-    there already is refused.
+    columns, skip_bad. A single file is scored whole; of a folder, `split`. The base is the one the adapter names,
+    unless given. With `answers` every question is answered, and the answers go there, one JSON object a line; a file
+    that is there already is refused.
     """
     listener = listener or Silent()
     answers, data = None if answers is None else Path(answers), str(data)
