@@ -48,8 +48,8 @@ class TrainSettings(BaseModel):
     learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None
     search: Annotated[
         Literal["none", "fast", "thorough"],
-        Field(description="Short runs before the run, compared on validation: fast tries learning rates, for less than "
-              "half of the run's time; thorough also where to adapt, and the rank."),
+        Field(description="Short runs before the run, compared on validation: fast tries learning rates, for about "
+              "half of the run's time at most; thorough also where to adapt, and the rank."),
     ] = "fast"  # fmt: skip
     trim: Annotated[
         Literal["auto", "none"],
