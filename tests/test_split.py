@@ -6,27 +6,20 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from lorafit.data.alike import SIMILAR, TextIndex, largest_similarity, shingles, similarity
 from lorafit.data.examples import SPLITS, Example, Examples, Message
 from lorafit.data.reading import BUILTIN_FOLDER, read_examples
 from lorafit.data.report import DataReport
-from lorafit.data.split import (
-    SIMILAR,
-    complete,
-    identical,
-    largest_similarity,
-    near_pairs,
-    require_apart,
-    shingle_sets,
-    shingles,
-    similarity,
-)
+from lorafit.data.split import complete, require_apart
 from lorafit.errors import DataError
 from lorafit.evaluation.answers import is_right
 from lorafit.prepared import prepare
@@ -38,9 +31,11 @@ ROOT = Path(__file__).parents[1]
 
 def pairs_of(texts: Sequence[str]) -> list[tuple[int, int]]:
     """The first of every distinct text with those near-identical to it."""
-    sets = shingle_sets(texts)
-    same = identical(sets)
-    return sorted([*near_pairs(sets, same), *((first, i) for first, all_of in same.items() for i in all_of[1:])])
+    index = TextIndex(texts)
+    rows = [index.row(text) for text in texts]
+    near = index.pairs(rows, lambda i, j: np.ones(len(i), np.bool_))
+    same = [(rows.index(row), k) for k, row in enumerate(rows) if row in rows[:k]]
+    return sorted([*((rows.index(i), rows.index(j)) for i, j in near), *same])
 
 
 class Deaf:
@@ -107,6 +102,40 @@ def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
     assert pairs_of(texts) == exact
 
 
+def test_what_a_caller_knows_already_is_not_verified_again() -> None:
+    texts = [f"{LONG} {n}" for n in range(15)]
+    index = TextIndex(texts)
+    joined = np.arange(len(index))
+    found = 0
+    for i, j in index.pairs(range(len(index)), lambda i, j: joined[i] != joined[j]):
+        joined[joined == joined[j]] = joined[i]
+        found += 1
+    assert (found, len(set(joined.tolist()))) == (14, 1)
+
+
+def test_equal_minima_estimate_the_similarity() -> None:
+    rng = random.Random(5)
+    whole = words(rng, 150).split()
+    texts = [" ".join([*whole[:n], *words(rng, 150 - n).split()]) for n in (150, 140, 120, 90)]
+    index = TextIndex(texts)
+    for i, j in combinations(range(4), 2):
+        share = float((index._lowest[i] == index._lowest[j]).mean())
+        assert share == pytest.approx(similarity(shingles(texts[i]), shingles(texts[j])), abs=0.13)
+
+
+def test_near_identical_texts_are_found_in_memory_that_does_not_grow_with_their_length() -> None:
+    """Sets of hashes took 59 KB for a prompt of 570 characters."""
+    rng = random.Random(6)
+    texts = [words(rng, 1500) for _ in range(60)]
+    tracemalloc.start()
+    index = TextIndex(texts)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 60 * 2_000 + 50_000
+    assert peak < 45e6  # of which 42 MB count what texts share
+    assert len(index) == 60
+
+
 def test_identical_prompts_are_all_tied_to_the_first() -> None:
     assert pairs_of(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"]) == [(0, 2), (0, 3)]
 
@@ -114,7 +143,7 @@ def test_identical_prompts_are_all_tied_to_the_first() -> None:
 @pytest.mark.parametrize(("one", "other"), [("In C, when is a = b taken?", "In C, when is a != b taken?"),
                                               ("लड़का कहाँ है?", "लड़की कहाँ है?")])  # fmt: skip
 def test_signs_and_vowels_that_tell_prompts_apart_are_letters_of_them(one: str, other: str) -> None:
-    assert shingles(one) != shingles(other)
+    assert not np.array_equal(shingles(one), shingles(other))
 
 
 @pytest.mark.parametrize("answers", ["AB", "BA"])
@@ -357,7 +386,7 @@ def test_the_builtin_files_are_what_their_script_writes() -> None:
 def test_prompts_that_differ_in_a_repeated_sign_alone_are_two_questions() -> None:
     few = example("How many zeros are in 100000?", "train:1", "Five.")
     many = example("How many zeros are in 1000000?", "test:1", "It is six.")
-    assert shingles(few.question) == shingles(many.question)
+    assert np.array_equal(shingles(few.question), shingles(many.question))
     assert require_apart(Examples((few,), (), (many,))) == 1
 
 

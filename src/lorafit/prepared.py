@@ -9,7 +9,7 @@ from typing import Protocol
 from lorafit.data.examples import Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.report import DataReport, describe
-from lorafit.data.split import complete, require_apart
+from lorafit.data.split import Questions, complete, require_apart
 from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.statistics import FEWEST, groups_of
@@ -35,14 +35,15 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
         listener.say(f"not read: {', '.join(examples.unread)}: the files of a folder are train, valid and test")
     different: list[int] = []
     examples = sifted(examples, require_passing, settings.skip_bad, listener)
-    examples = sifted(examples, lambda e: different.append(require_apart(e)), settings.skip_bad, listener)
+    questions = Questions.of(examples)
+    examples = sifted(examples, lambda e: different.append(require_apart(e, questions)), settings.skip_bad, listener)
     if different[-1]:
         listener.say(
             f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own, "
             "as it must be in data to text; elsewhere such a test may be easier than life"
         )
-    examples = complete(examples, settings.val_share)
-    report = describe(examples)
+    examples = complete(examples, settings.val_share, questions)
+    report = describe(examples, questions)
     listener.data(report)
     independent = len(set(groups_of([example.group for example in examples.test])))
     if independent < FEWEST:
