@@ -32,7 +32,10 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
     if examples.unread:
-        listener.say(f"not read: {', '.join(examples.unread)}: the files of a folder are train, valid and test")
+        others = "texts in folders" if examples.notes else "files called train, valid and test"
+        listener.say(f"not read: {', '.join(examples.unread)}: of this folder, {others} are")
+    for note in examples.notes:
+        listener.say(note)
     different: list[int] = []
     examples = sifted(examples, require_passing, settings.skip_bad, listener)
     questions = Questions.of(examples)

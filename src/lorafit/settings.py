@@ -74,8 +74,8 @@ class TrainSettings(BaseModel):
     columns: Annotated[
         tuple[str, ...] | None,
         Field(
-            description="Columns of other names: FIELD=COLUMN, e.g. prompt=question; unused=COLUMN passes one over. "
-            "Once for each.",
+            description="Columns of other names: FIELD=COLUMN, e.g. prompt=question; unused=COLUMN passes one over; "
+            "columns in braces are joined, e.g. 'completion=Team: {Team}\\n{Reply}'. Once for each.",
             examples=[["prompt=question", "completion=answer"]],
         ),
     ] = None

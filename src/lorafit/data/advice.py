@@ -52,7 +52,9 @@ def _column(field: str, renamed: Mapping[str, str]) -> str:
 
 
 def _written(columns: Sequence[str]) -> str:
-    return " ".join(f"--columns {shlex.quote(column)}" for column in columns)
+    """As flags; a brace in a name stands for itself."""
+    doubled = (column.replace("{", "{{").replace("}", "}}") for column in columns)
+    return " ".join(f"--columns {shlex.quote(column)}" for column in doubled)
 
 
 def _flags(record: Record, renamed: Mapping[str, str]) -> str | None:

@@ -11,12 +11,10 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
-
-from lorafit.errors import SettingsError
 
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
 FIELDS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
@@ -86,31 +84,6 @@ MEANING = {
     **dict.fromkeys(("history", "chat_history", "conversation_history", "previous", "earlier"), _EARLIER),
     **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
 }
-
-
-def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
-    """The field that each named column holds.
-
-    Args:
-        columns: texts of the form FIELD=COLUMN. The field `unused` may be given to any number of columns.
-
-    Raises:
-        SettingsError: a text of another form, an unknown field, or a field or column that is named twice.
-    """
-    found: dict[str, str] = {}
-    for given in columns:
-        field, _, column = given.partition("=")
-        if field not in FIELDS | {UNUSED} or not column:
-            known = ", ".join(sorted(FIELDS))
-            raise SettingsError(
-                f"--columns {given}: write FIELD=COLUMN, such as prompt=question; FIELD is one of {known}, or "
-                f"{UNUSED} for a column that is passed over"
-            )
-        if column in found or (field in found.values() and field != UNUSED):
-            twice = column if column in found else field
-            raise SettingsError(f"--columns {given}: '{twice}' is named twice: leave one of them")
-        found[column] = field
-    return found
 
 
 def fields_of(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
