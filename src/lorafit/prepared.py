@@ -33,7 +33,7 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
         listener.say(f"left out: {problem}")
     if examples.unread:
         others = "texts in folders" if examples.notes else "files called train, valid and test"
-        listener.say(f"not read: {', '.join(examples.unread)}: of this folder, {others} are")
+        listener.say(f"not read: {', '.join(examples.unread)}: only {others} are read of a folder")
     for note in examples.notes:
         listener.say(note)
     different: list[int] = []

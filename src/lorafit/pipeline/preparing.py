@@ -12,6 +12,7 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import fired, free_blocks, fresh, require_fired
 from lorafit.base import DTYPES, Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples
+from lorafit.data.languages import strange_language
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport
 from lorafit.errors import DataError, Problem
@@ -124,6 +125,8 @@ def rendered(
     rows: dict[str, list[Row]] = {}
     examples = sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
                        listener)  # fmt: skip
+    if said := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1])):
+        listener.say(said)
     listener.example(rows["train"][0], renderer)
     return examples, renderer, rows
 
