@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 0,
     "records": 0,
     "settings": 1,
+    "tracking": 1,
     "explain": 1,
     "files": 1,
     "sites": 1,

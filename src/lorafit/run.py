@@ -18,13 +18,14 @@ from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import PROBE, absolute, did_you_mean, make_folder, read_json, unfinished, write_json
 from lorafit.records import Frozen
 from lorafit.settings import TrainSettings, settings_from
+from lorafit.tracking import TENSORBOARD, WANDB
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 SEARCH, LADDER, ROUNDS = "search", "ladder", "rounds"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, SEARCH, LADDER, ROUNDS,
-           *PICTURES}  # all in a run folder  # fmt: skip
+           TENSORBOARD, WANDB, *PICTURES}  # all in a run folder  # fmt: skip
 LAST = "last.safetensors"  # below CHECKPOINTS
 CARD, TRIED = "card.json", "tried.json"  # below SEARCH: what was measured before; what each arm came to
 RUNGS, MOMENTS, WHOLE = "rungs.json", "moments.safetensors", "whole"  # below LADDER; WHOLE is an adapter folder

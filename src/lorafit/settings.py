@@ -105,6 +105,11 @@ class TrainSettings(BaseModel):
     routing_questions: Annotated[
         int, Field(ge=0, description="Questions of which the adapter keeps hidden states, for a router; 0: none.")
     ] = 512
+    report_to: Annotated[
+        Literal["none", "tensorboard", "trackio", "wandb", "mlflow"],
+        Field(description="A tracking program that is given curves and scores too, by its own library (the extra of "
+              "its name)."),
+    ] = "none"  # fmt: skip
     seed: Annotated[
         int,
         Field(

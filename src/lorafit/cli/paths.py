@@ -11,6 +11,7 @@ from lorafit.data.reading import require_data
 from lorafit.files import text_of
 from lorafit.formats.folder import adapter_folder, require_adapter_folder
 from lorafit.settings import settings_from
+from lorafit.tracking import require_tracker
 
 
 def require(
@@ -28,8 +29,11 @@ def require(
     Raises:
         LorafitError: what the library function would raise.
     """
-    if settings is not None and (general := settings_from(settings).general):
-        text_of(Path(general), "--general")
+    if settings is not None:
+        resolved = settings_from(settings)
+        require_tracker(resolved.report_to)
+        if resolved.general:
+            text_of(Path(resolved.general), "--general")
     for adapter in adapters:
         if adapter is not None:
             require_adapter_folder(adapter_folder(adapter))

@@ -28,8 +28,8 @@ def show(
     from lorafit.cli.console import Terminal
     from lorafit.shown import require_shown, shown
 
-    require_shown(path)
     terminal = Terminal(json)
+    require_shown(path)
     found: dict[str, Any] = shown(path)
     for key, value in found.items():
         terminal.say(f"{key:>22}  {value}")
