@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from conftest import NotATransformer, capitals, write_rows
 from rich.console import Console
 from torch import nn
 
-from lorafit import demo, pipeline
-from lorafit.attachment import fired, require_fired
+from lorafit import demo, explain, pipeline
+from lorafit.attachment import attach, fired, merged, require_fired
 from lorafit.base import Base, open_base
 from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude
@@ -769,3 +770,22 @@ def test_few_shots_hold_one_that_declines() -> None:
 
 def test_no_shots_asked_for_are_none() -> None:
     assert few_shots(numbered(3), 0) == []
+
+
+def test_the_guides_way_to_a_merged_folder_answers_as_the_adapter_does(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """What `lorafit explain export` says, typed."""
+    said = explain.answer("how do I export to GGUF").section
+    assert said is not None
+    base, adapter = open_base(tiny_folder, torch.float32), peft.read(finished[0] / "adapter")
+    lines = re.findall(r"`(base\.[^`]+)`", said.text)
+    assert len(lines) == 2
+    for line in lines:
+        exec(line, {"base": base, "adapter": adapter, "merged": merged, "folder": tmp_path / "merged"})
+    ids = torch.tensor([base.tokenizer("Where is it?")["input_ids"]])
+    with torch.no_grad(), attach(base, adapter):
+        expected = base.model(ids).logits
+    again = open_base(tmp_path / "merged", torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(ids).logits, expected, rtol=1e-4, atol=1e-4)

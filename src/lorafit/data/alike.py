@@ -92,7 +92,8 @@ class Form:
 
     @staticmethod
     def _places(found: Shingles) -> tuple[Shingles, Shingles]:
-        return tuple((found * np.uint32(odd)) >> np.uint32(32 - _SKETCH) for odd in (0x85C3A1B3, 0xA5F3D2C9))  # type: ignore[return-value]
+        shift = np.uint32(32 - _SKETCH)
+        return (found * np.uint32(0x85C3A1B3)) >> shift, (found * np.uint32(0xA5F3D2C9)) >> shift
 
     def without(self, found: Shingles) -> Shingles:
         """The shingles that are no form; all of them, where nothing else is there."""
