@@ -545,8 +545,13 @@ def test_folders_of_texts_are_texts_with_a_label(tmp_path: Path) -> None:
 def test_folders_of_texts_in_folders_of_splits_keep_the_split(tmp_path: Path) -> None:
     texts(tmp_path / "train", "neg", "pos")
     texts(tmp_path / "validation", "neg", "pos")
+    texts(tmp_path, "unsup")
     found = read_examples(tmp_path)
-    assert (len(found.train), len(found.valid), len(found.test)) == (4, 4, 0)
+    assert (len(found.train), len(found.valid), len(found.test), found.unread) == (4, 4, 0, ("unsup/",))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "one.txt").write_text("No label.", encoding="utf-8")
+    with pytest.raises(DataError, match="no train.jsonl or other training file"):
+        read_examples(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["Ele-Txt/rows.jsonl", "more/rows.csv"])

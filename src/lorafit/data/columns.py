@@ -1,4 +1,4 @@
-"""Columns joined into one text, as in `Team: {Team}\\n{Reply}`."""
+"""What --columns says: which column is which field, and columns joined into one text (`Team: {Team}\\n{Reply}`)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Template:
             texts = [re.sub(r"\\([nt\\])", lambda one: _ESCAPES[one[1]], text) for text in texts]
         return Template(tuple(texts), tuple(columns))
 
-    def filled(self, record: Record, field: str, problems: list[Problem]) -> str | None:
+    def made_of(self, record: Record, field: str, problems: list[Problem]) -> str | None:
         """The text of a record; None where a column holds nothing or no text, each told."""
         found, before = [self.texts[0]], len(problems)
         for column, text in zip(self.columns, self.texts[1:], strict=True):
@@ -117,7 +117,7 @@ def joined(
     used = {column for template in templates.values() for column in template.columns} - set(named)
     found = []
     for record in records:
-        made = {field: template.filled(record, field, problems) for field, template in templates.items()}
+        made = {field: template.made_of(record, field, problems) for field, template in templates.items()}
         if None not in made.values():
             kept = {name: value for name, value in record.fields.items() if name not in used}
             found.append(Record(record.where, {**kept, **made}))

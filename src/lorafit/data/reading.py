@@ -215,15 +215,18 @@ def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     splits = {ALSO_CALLED.get(one.name.lower(), one.name.lower()): one for one in folders}
     if "train" in splits:  # each split is a folder of such folders
         found = {split: _by_level(splits[split]) for split in SPLITS if split in splits}
-        given = {split: parts["train"] for split, (parts, _) in found.items() if parts}
-        return given if "train" in given else {}, tuple(name for _, left in found.values() for name in left)
+        if not all(parts for parts, _ in found.values()):
+            return {}, ()
+        more = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
+        others = [f"{splits[split].name}/{name}" for split, (_, left) in found.items() for name in left]
+        return {split: parts["train"] for split, (parts, _) in found.items()}, (*more, *others)
     parts: list[Part] = []
     left: list[str] = []
     for folder in folders:
         files = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
-        texts = [one for one in files if one.suffix == ".txt" and one.is_file()]
-        others = [one for one in files if one not in texts]
-        if not texts or any(one.is_file() and one.suffix in kinds() for one in others):
+        texts = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
+        others = sorted({*files} - {*texts})
+        if not texts or any(one.is_file() and one.suffix.lower() in kinds() for one in others):
             return {}, ()
         parts += [Part(one, {"group": _without_level(one.stem, folder.name), "label": folder.name}) for one in texts]
         left += [f"{folder.name}/{one.name}" for one in others]
