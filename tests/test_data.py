@@ -550,7 +550,7 @@ def test_folders_of_texts_in_folders_of_splits_keep_the_split(tmp_path: Path) ->
     assert (len(found.train), len(found.valid), len(found.test), found.unread) == (4, 4, 0, ("unsup/",))
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "one.txt").write_text("No label.", encoding="utf-8")
-    with pytest.raises(DataError, match="no train.jsonl or other training file"):
+    with pytest.raises(DataError, match="or other training file in this folder"):
         read_examples(tmp_path)
 
 
