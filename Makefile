@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BENCH_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve bench-http bench-scale bench-routing clean
+.PHONY: demo test test-all check control bench-train bench-cache bench-forecast bench-planning bench-serve bench-http bench-scale bench-alike bench-routing clean
 
 demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
@@ -55,6 +55,10 @@ bench-http: .venv/ready
 # Costs of a step on this machine, and the simulator of many adapters beside the engine: a few minutes.
 bench-scale: .venv/ready
 	$(BIN)/python bench/scale.py --check $(BENCH_FLAGS)
+
+# Near-identical examples among many: seconds and memory, three minutes.
+bench-alike: .venv/ready
+	$(BIN)/python bench/alike.py $(BENCH_FLAGS)
 
 # Where the router sends questions, beside a plain linear classifier and TF-IDF: four minutes, needs LORAFIT_DATA.
 bench-routing: .venv/ready

@@ -105,7 +105,7 @@ def use(programs: Path, room: Path, demo: bool) -> None:
     require(json.loads(run("lorafit", "explain", "what is rank", "--json"))["answered"], "the guide is there")
     require(json.loads(run("lorafit", "doctor", "--json").splitlines()[-1])["ok"], "this machine can train")
     require("smollm2-135m" in run("lorafit", "bases"), "the base is at hand")
-    counts = json.loads(run("lorafit", "data", "builtin", "--base", "none", "--json").splitlines()[-1])["splits"]
+    counts = json.loads(run("lorafit", "data", "builtin", "--json").splitlines()[-1])["splits"]
     require(set(counts) == {"train", "valid", "test"}, "the built-in data are there")
     plan = json.loads(run("lorafit", "plan", "smollm2-135m", "builtin", "--json").splitlines()[-1])
     require(plan["trainable_parameters"] > 0, "a run is planned")

@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lorafit.data.split import largest_similarity, shingles
+from lorafit.data.alike import largest_similarity, shingles
 from lorafit.evaluation.answers import occurs
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "src" / "lorafit" / "data" / "builtin"
@@ -89,7 +89,7 @@ def check_splits(rows: dict[str, list[Row]], wordings: dict[str, Any]) -> dict[s
     for labels in (families, topics):
         assert len(set().union(*labels.values())) == sum(map(len, labels.values())), labels
     questions = {split: [row["messages"][0]["content"] for row in rows[split]] for split in SPLITS}
-    everything = [shingles(question) for split in SPLITS for question in questions[split]]
+    everything = [shingles(question).tobytes() for split in SPLITS for question in questions[split]]
     assert len(set(everything)) == len(everything)
     largest = {split: largest_similarity(questions[split], questions["train"]) for split in ("valid", "test")}
     assert max(largest.values()) < MAX_SIMILARITY, largest

@@ -185,3 +185,13 @@ def test_a_server_is_measured_over_http() -> None:
         assert closed["failed"] == 0 and closed["wrong"] == 0
         assert all(one["completed"] == one["asked"] for one in work["rates"].values())
     assert all(kept > 0 for kept in found["http_vs_offline"]["lorafit"].values())
+
+
+@pytest.mark.parametrize("name", ["prompts", "contracts"])
+def test_near_identical_examples_of_the_benchmark_are_found_and_their_memory_is_told(name: str) -> None:
+    command = [sys.executable, str(BENCH / "alike.py"), "--only", name, "--share", "0.004"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["found"] == found["planted"] > 0
+    assert 0 < found["before"] <= found["peak"] < 0.3e9
+    assert set(found["seconds"]) == {"index", "split", "apart", "report"}

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import capitals, write_rows
 
-from lorafit import doctor
+from lorafit import cli, doctor
 from lorafit.cli import main
 from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
@@ -145,6 +146,71 @@ def test_help_opens_no_heavy_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_data_and_mistakes_in_arguments_are_reported_before_a_library_of_weight_is_imported(
+    tiny_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data.csv").write_text("x", encoding="utf-8")
+    wrong = [
+        ["data", "nowhere.jsonl"], ["data", rows, "--base", "nowhere"], ["plan", tiny_folder, "nowhere.jsonl"],
+        ["plan", "nowhere", rows], ["plan", tiny_folder, rows, "--general", "nowhere.txt"],
+        ["plan", tiny_folder, rows, "--picture", rows], ["train", tiny_folder, "nowhere.jsonl"],
+        ["train", "nowhere", rows], ["train", tiny_folder, rows, "--rank", "0"],
+        ["train", tiny_folder, rows, "--out", tmp_path], ["train", "--resume", "--out", "nowhere"],
+        ["eval", "nowhere", rows], ["eval", tiny_folder, rows], ["eval", "nowhere", rows, "--answers", rows],
+        ["chat", "nowhere"], ["chat", "--base", "nowhere"], ["route", "Where?", "it=nowhere"],
+        ["route", "Where?", "--adapters", "nowhere"], ["route", "Where?", "--learn", "it=nowhere"],
+        ["serve", "nowhere"], ["serve", tiny_folder, "it=nowhere"], ["report", "nowhere"], ["show", "nowhere"],
+        ["show", rows], ["trim", "nowhere", "--out", "out"], ["refine", "nowhere"],
+    ]  # fmt: skip
+    code = (
+        "import sys\nfrom lorafit.cli import main\n"
+        f"for words in {[[*map(str, words)] for words in [['data', rows], *wrong]]}:\n"
+        "    sys.argv = ['lorafit', *words]\n"
+        "    try: main()\n"
+        "    except SystemExit as end: print('status', end.code or 0, *words[:2])\n"
+        "    print('heavy', sorted({'torch', 'transformers'} & set(sys.modules)), *words)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    said = done.stdout.splitlines()
+    assert [line for line in said if line.startswith("heavy ") and not line.startswith("heavy []")] == []
+    assert [line.split()[1] for line in said if line.startswith("status ")] == ["0", *("2" for _ in wrong)], said
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("word", "meant"), [("list", "lorafit bases"), ("merge", "lorafit.merged"),
+                                             ("export", "PEFT's layout"), ("EVALUATE", "lorafit eval"),
+                                             ("finetune", "lorafit train"), ("trian", "train")])  # fmt: skip
+def test_a_verb_of_another_program_is_answered_with_what_is_meant(lorafit: Lorafit, word: str, meant: str) -> None:
+    done = lorafit(word)
+    assert (done.status, meant in " ".join(done.err.split())) == (2, True), done.err
+
+
+def test_what_is_meant_names_verbs_and_flags_that_there_are() -> None:
+    group = typer.main.get_command(cli.app)
+    for meant in cli.MEANT.values():
+        for verb, flags in re.findall(r"lorafit (\w+)((?: (?:--?)?[\w/]+)*)", meant):
+            command = group.commands[verb]  # type: ignore[attr-defined]
+            known = {option for p in command.params for option in p.opts}
+            assert {word for word in flags.split() if word.startswith("--")} <= known, meant
+
+
+def test_a_file_where_a_verb_belongs_is_answered_with_the_verb(lorafit: Lorafit, rows: Path) -> None:
+    assert f"lorafit data {rows} checks examples" in " ".join(lorafit(rows).err.split())
+
+
+@pytest.mark.parametrize("words", [["-h"], ["help"], ["help", "train"], ["train", "-h"], ["key", "create", "-h"]])
+def test_help_is_given_however_it_is_asked_for(lorafit: Lorafit, words: list[str]) -> None:
+    meant = [word for word in words if word not in ("-h", "help")]
+    done = lorafit(*words)
+    assert (done.status, done.out) == (0, lorafit(*meant, "--help").out)
+
+
+@pytest.mark.parametrize("verb", ["train", "demo", "trim", "report"])
+def test_whatever_writes_takes_o_for_out(verb: str) -> None:
+    command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    assert [p.opts for p in command.params if p.name == "out"] == [["--out", "-o"]]
+
+
 @pytest.mark.parametrize("verb", ["train", "plan"])
 @pytest.mark.parametrize("name", TrainSettings.model_fields)
 def test_every_setting_is_a_flag_with_its_description(lorafit: Lorafit, verb: str, name: str) -> None:
@@ -181,7 +247,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown verb": (["trian"], "trian"),
     "too long": (["plan", "BASE", "ROWS", "--max-length", "8"], "tokens, the limit is 8"),
     "share of data": (["data", "ROWS", "--val-share", "0.9"], "--val-share 0.9: "),
-    "seed of data": (["data", "ROWS", "--seed", "-1"], "--seed -1: "),
+    "system prompt of no base": (["data", "ROWS", "--system", "x"], "--system: without a base there is nothing"),
     "base of data": (["data", "ROWS", "--base", "no-such-base"], "'no-such-base': neither"),
     "no adapter": (["eval", "BASE", "ROWS"], "adapter_config.json"),
     "showing nothing": (["show", "nowhere"], "nowhere: there is no such path: check the path"),
@@ -235,7 +301,17 @@ def test_data_describes_the_splits_as_json(lorafit: Lorafit, tiny_folder: Path, 
 
 
 def test_data_needs_no_base(lorafit: Lorafit, rows: Path) -> None:
-    assert lorafit("data", rows, "--base", "none").status == 0
+    done = lorafit("data", rows)
+    assert (done.status, "--base BASE shows an example" in done.out) == (0, True)
+
+
+def test_data_of_a_settings_file_are_seen_as_its_base_sees_them_unless_told_not_to(
+    lorafit: Lorafit, tiny_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my.toml").write_text(f'base = "{tiny_folder}"\nsystem = "Help desk"\n', encoding="utf-8")
+    given = ["data", rows, "-c", tmp_path / "my.toml", "--json"]
+    assert lorafit(*given).last_object["tokens"]["train"]["all"] > 0
+    assert lorafit(*given, "--base", "none").last_object["tokens"] == {}
 
 
 def test_data_marks_what_is_trained(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
@@ -252,7 +328,7 @@ def test_data_refuses_what_is_too_long_for_training(lorafit: Lorafit, tiny_folde
 
 def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{**row, "source": "atlas"} for row in capitals()])
-    assert "field passed over: 'source' (24 lines)" in lorafit("data", path, "--base", "none").out
+    assert "field passed over: 'source' (24 lines)" in lorafit("data", path).out
 
 
 def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
@@ -355,13 +431,13 @@ def test_targets_may_be_given_either_way(lorafit: Lorafit, tiny_folder: Path, ro
 def test_a_check_that_its_own_answer_fails_is_refused(lorafit: Lorafit, tmp_path: Path) -> None:
     data = capitals()
     data[3]["check"] = {"contains": ["nowhere"]}
-    done = lorafit("data", write_rows(tmp_path / "a.jsonl", data), "--base", "none")
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", data))
     assert (done.status, "a.jsonl:4: check: its own answer does not pass it" in done.err) == (2, True)
 
 
 def test_contradictions_are_pointed_out(lorafit: Lorafit, tmp_path: Path) -> None:
     data = [*capitals(), {"prompt": capitals()[0]["prompt"], "completion": "It is elsewhere."}]
-    done = lorafit("data", write_rows(tmp_path / "a.jsonl", data), "--base", "none")
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", data))
     assert "1 prompts occur with different answers" in done.out
 
 

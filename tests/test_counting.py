@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorafit.cli.console import Terminal
-from lorafit.data.alike import compared, json_of, last_number
+from lorafit.data.equality import compared, json_of, last_number
 from lorafit.data.examples import Check, Example, Examples, Message
 from lorafit.evaluation import answers as answers_module
 from lorafit.evaluation.answers import is_equal, is_right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import write_rows
 from lorafit.data.examples import Check, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
-from lorafit.errors import DataError
+from lorafit.errors import DataError, InputError
 
 GOOD = {"prompt": "What is two and two?", "completion": "Four."}
 
@@ -485,3 +486,95 @@ def test_the_digest_tells_apart_what_is_learnt_and_is_what_it_was_for_all_else(t
     assert (
         whole == "9e9467df8e32ef73b02cb126c7f2936564985b7bc66693a15f4290a5da8b6d33"
     )  # as adapters have it that were saved before messages had marks
+
+
+def test_columns_are_joined_by_a_template(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('Subject,Body,Team,Reply,n\nWhere?,"{It} is lost.",IT,Here.,3\n', encoding="utf-8")
+    given = [r"prompt={Subject}\n\n{Body}", r"completion=Team: {Team}\n{Reply}\\n {{{n}}}", "unused=x"]
+    (example,) = read_examples(tmp_path / "a.csv", given).train
+    assert (example.question, example.answer) == ("Where?\n\n{It} is lost.", "Team: IT\nHere.\\n {3}")
+    assert example.extra == ()
+
+
+def test_a_column_may_be_joined_and_be_a_field_too(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"q": "Where?", "Team": "IT", "Reply": "Here."}])
+    given = ["prompt={Team}: {q}", "completion={Reply} ({Team})", "group=Team"]
+    (example,) = read_examples(path, given).train
+    assert (example.question, example.answer, example.group) == ("IT: Where?", "Here. (IT)", "IT")
+
+
+def test_a_row_in_which_a_joined_column_is_empty_is_a_problem_of_that_row(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "Where?", "Team": "IT", "Reply": "Here."}]
+    rows += [{**rows[0], "Team": " "}, {"prompt": "Where?", "Reply": "Here."}, {**rows[0], "Reply": ["Here."]}]
+    path, given = write_rows(tmp_path / "a.jsonl", rows), ["completion={Team}: {Reply}"]
+    with pytest.raises(DataError) as caught:
+        read_examples(path, given)
+    assert [(p.where.removeprefix(str(path)), p.what) for p in caught.value.problems] == [
+        (":2: Team", "empty, and 'completion' is made of it"),
+        (":3: Team", "empty, and 'completion' is made of it"),
+        (":4: Reply", "a list, and 'completion' is made of it"),
+    ]
+    assert len(read_examples(path, given, skip_bad=True).train) == 1
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (["completion={Tem}"], r"no column 'Tem': name another, --columns may name: Reply, Team"),
+    (["completion={Team"], "a '{' that stands alone: write {COLUMN}"),
+    (["completion=Team}"], "a '}' that stands alone"),
+    (["messages={Team}"], "'messages' is no text"), (["check={Team}"], "'check' is no text"),
+    (["completion={Team}", "completion=Reply"], "'completion' is named twice"),
+    (["completion={{Team}}"], "no column '{Team}'"),
+])  # fmt: skip
+def test_a_template_that_cannot_be_is_refused(tmp_path: Path, given: list[str], said: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Where?", "Team": "IT", "Reply": "Here."}])
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_examples(path, given)
+
+
+def test_flags_that_are_proposed_for_a_name_with_braces_mean_that_name(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Where?", "completion": "Here.", "the {mood}": "kind"}])
+    with pytest.raises(DataError, match=re.escape("--columns 'unused=the {{mood}}'")):
+        read_examples(path)
+    assert read_examples(path, ["unused=the {{mood}}"]).train[0].answer == "Here."
+
+
+def texts(folder: Path, *levels: str) -> Path:
+    for level in levels:
+        (folder / level).mkdir(parents=True)
+        for name in ("Rain", "Old roads"):
+            (folder / level / f"{name}-{level[:3].lower()}.txt").write_text(f"{name}, {level}.", encoding="utf-8")
+    return folder
+
+
+def test_folders_of_texts_are_texts_with_a_label(tmp_path: Path) -> None:
+    texts(tmp_path, "Adv-Txt", "Ele-Txt")
+    (tmp_path / "Ele-Txt" / "notes.pdf").write_bytes(b"%PDF")
+    (tmp_path / "Ele-Txt" / ".DS_Store").write_bytes(b"x")
+    found = read_examples(tmp_path)
+    assert {(e.question, e.label, e.group) for e in found.train} == {
+        (f"{name}, {level}.", level, name) for name in ("Rain", "Old roads") for level in ("Adv-Txt", "Ele-Txt")
+    }
+    assert found.system == "Answer with the label alone: Adv-Txt, Ele-Txt."
+    assert found.unread == ("Ele-Txt/notes.pdf",)
+    assert "(Adv-Txt, Ele-Txt) are the labels of their texts" in found.notes[0]
+
+
+def test_folders_of_texts_in_folders_of_splits_keep_the_split(tmp_path: Path) -> None:
+    texts(tmp_path / "train", "neg", "pos")
+    texts(tmp_path / "validation", "neg", "pos")
+    texts(tmp_path, "unsup")
+    found = read_examples(tmp_path)
+    assert (len(found.train), len(found.valid), len(found.test), found.unread) == (4, 4, 0, ("unsup/",))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "one.txt").write_text("No label.", encoding="utf-8")
+    with pytest.raises(DataError, match="or other training file in this folder"):
+        read_examples(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["Ele-Txt/rows.jsonl", "more/rows.csv"])
+def test_folders_that_hold_more_than_texts_are_no_labels(tmp_path: Path, file: str) -> None:
+    texts(tmp_path, "Adv-Txt", "Ele-Txt")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="give a folder or file further down"):
+        read_examples(tmp_path)

@@ -313,7 +313,7 @@ def test_a_mistake_is_answered_as_the_page_says(mistake: Mistake, shell: Shell) 
 def test_a_script_sees_an_error_on_stderr_alone(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
     out, status = io.StringIO(), 0
     with contextlib.redirect_stdout(out):
-        _, _, status = Shell({}).lorafit(["data", "nowhere.jsonl", "--base", "none", "--json"])
+        _, _, status = Shell({}).lorafit(["data", "nowhere.jsonl", "--json"])
     assert (out.getvalue(), status) == ("", 2)
 
 

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from lorafit import explain
+from lorafit.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "src" / "lorafit" / "guide"
@@ -88,6 +90,11 @@ ANSWERED = {
     "how do I serve the adapter": "Serving",
     "can I use the adapter in PEFT": "PEFT",
     "what is the p-value": "Interval|interval",
+    "does it work with Ollama?": "Exporting to Ollama",
+    "how do I use my adapter in llama.cpp": "Exporting to Ollama",
+    "how do I export to GGUF": "Exporting to Ollama",
+    "is there a server": "Serving",
+    "how do I run it as an API": "Serving",
 }  # fmt: skip
 UNKNOWN = [
     "What is the capital of France?",
@@ -214,6 +221,34 @@ def test_questions_it_was_not_calibrated_on_are_mostly_answered_and_strange_ones
              and any(part in f"{section.page}: {section.heading}" for part in headings.split("|"))]  # fmt: skip
     answered = [question for question in HELD_UNKNOWN if found[question]]
     assert (len(right) >= 20, len(answered) <= 1) == (True, True), (set(HELD_KNOWN) - set(right), answered)
+
+
+def test_every_verb_is_known_by_its_name() -> None:
+    group = typer.main.get_command(app)
+    for verb in group.commands:  # type: ignore[attr-defined]
+        for question in (verb, f"lorafit {verb}", f"what does `lorafit {verb}` do?"):
+            found = explain.answer(question).section
+            assert found is not None, question
+            assert (found.page, found.heading) == ("verbs.md", f"lorafit {verb}")
+
+
+DOCS = sorted(str(path.relative_to(ROOT)) for folder in ("docs", "docs/stories", "docs/why")
+              for path in (ROOT / folder).glob("*.md"))  # fmt: skip
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_every_page_of_the_docs_is_known_by_its_title_and_its_path(page: str) -> None:
+    title = (ROOT / page).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    for question in (f"where is the page {title}?", f"what does {page} say"):
+        found = explain.answer(question).section
+        assert found is not None, question
+        assert (found.page, found.heading, found.text.startswith(f"{page}. ")) == ("pages.md", title, True)
+
+
+def test_where_the_guide_speaks_of_serving_it_names_the_verb_and_the_page() -> None:
+    found = explain.answer("how do I serve the adapter").section
+    assert found is not None
+    assert [word for word in ("`lorafit serve ", "docs/server.md", "docs/serving.md") if word not in found.text] == []
 
 
 def test_the_list_of_pages_is_what_the_folder_holds() -> None:

@@ -63,6 +63,11 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "pictures": ({**PAIR, "images": ["a.png"]}, ("How far?", "Two miles.")),
     "earlier turns": ({**PAIR, "history": [["Who?", "Ann."]]}, ("How far?", "Two miles.")),
     "a rejected answer": ({**PAIR, "rejected": "Three."}, ("How far?", "Two miles.")),
+    "stars beside a reply": ({"review": "Dull film.", "rating": 2, "reply": "Sorry."}, ("Dull film.", "Sorry.")),
+    "stars beside a text": ({"text": "Dull film.", "rating": 2}, ("Dull film.", "2")),
+    "a judgement of an answer": ({**PAIR, "score": 0.1}, ("How far?", "Two miles.")),
+    "what may explain an answer": ({**PAIR, "note": "by the old road"}, ("How far?", "Two miles.")),
+    "a number that counts no text": ({**PAIR, "num_miles": 2}, ("How far?", "Two miles.")),
     "a number of a class": ({**PAIR, "label": 3}, ("How far?", "Two miles.")),
     "a weight in kilograms": ({**PAIR, "weight": 70}, ("How far?", "Two miles.")),
 }  # fmt: skip
@@ -101,6 +106,8 @@ def test_a_field_is_refused_once_for_a_file_and_never_skipped(tmp_path: Path) ->
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
+    "who published it": {**PAIR, "publisher": "Ann's Press", "published_on": "2020", "doi": "10.1/2"},
+    "counts": {**PAIR, "num_words": 5, "token_count": 7, "completion_tokens_count": 3, "characters_len": 20},
     "ids and sources": {**PAIR, "id": 1, "custom_id": "a", "source": "atlas", "url": "x", "created_at": "2026"},
     "what it is about": {**PAIR, "category": "roads", "topic": "miles", "task-type": "qa"},
     "a number without a name": {**PAIR, "Unnamed: 0": 7},

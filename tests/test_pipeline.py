@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from conftest import NotATransformer, capitals, write_rows
 from rich.console import Console
 from torch import nn
 
-from lorafit import demo, pipeline, read_adapter
-from lorafit.attachment import fired, require_fired
+from lorafit import demo, explain, pipeline, read_adapter
+from lorafit.attachment import attach, fired, merged, require_fired
 from lorafit.base import Base, open_base
 from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude
@@ -34,6 +35,7 @@ from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
+from lorafit.prepared import prepare
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
 from lorafit.run import open_run, openings, read_run, remember_questions, sole_writer
@@ -166,7 +168,7 @@ def test_eval_gives_the_scores_of_the_run_again(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out, summary = finished
-    examples, _ = pipeline.prepare(str(data), settings_from(SETTINGS), pipeline.Silent())
+    examples, _ = prepare(str(data), settings_from(SETTINGS), pipeline.Silent())
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")
@@ -190,6 +192,21 @@ def test_eval_answers_every_question_in_order_when_asked_for_them(
     ]
     assert all(isinstance(line[who], str) for line in lines for who in ("base", "base_few_shot", "adapter"))
     assert len({line["nll"]["base"] for line in lines}) > 1
+
+
+def test_eval_on_a_new_file_takes_its_few_shots_from_what_the_run_was_trained_on(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    checked = [{**row, "check": {"contains": [row["completion"]]}} for row in new_rows()]
+    new, few = write_rows(tmp_path / "new.jsonl", checked), {"few_shot": 2, "dtype": "fp32"}
+    found = pipeline.run_evaluation(None, finished[0], new, few)
+    assert found["facts"]["few_shot_examples"] == 2
+    assert found["facts"]["base_few_shot"] is not None
+    with pytest.raises(SettingsError, match="nothing is left that is not asked here"):
+        pipeline.run_evaluation(None, finished[0], data, few)
+    alone = Path(copytree(finished[0] / "adapter", tmp_path / "alone" / "adapter"))
+    with pytest.raises(SettingsError, match="alone is no run: give a run"):
+        pipeline.run_evaluation(None, alone, new, few)
 
 
 def test_eval_on_the_tests_own_examples_opens_the_test_once_more(
@@ -525,7 +542,7 @@ def test_a_share_for_data_with_splits_of_its_own_is_refused(tmp_path: Path) -> N
     for i, name in enumerate(("train", "valid", "test")):
         write_rows(tmp_path / f"{name}.jsonl", rows[12 * i : 12 * i + 12])
     with pytest.raises(SettingsError, match=r"--val-share 0\.3: does nothing"):
-        pipeline.prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
+        prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
 
 
 def test_resuming_on_changed_data_is_refused_and_changes_nothing(
@@ -811,3 +828,22 @@ def test_few_shots_hold_one_that_declines() -> None:
 
 def test_no_shots_asked_for_are_none() -> None:
     assert few_shots(numbered(3), 0) == []
+
+
+def test_the_guides_way_to_a_merged_folder_answers_as_the_adapter_does(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """What `lorafit explain export` says, typed."""
+    said = explain.answer("how do I export to GGUF").section
+    assert said is not None
+    base, adapter = open_base(tiny_folder, torch.float32), peft.read(finished[0] / "adapter")
+    lines = re.findall(r"`(base\.[^`]+)`", said.text)
+    assert len(lines) == 2
+    for line in lines:
+        exec(line, {"base": base, "adapter": adapter, "merged": merged, "folder": tmp_path / "merged"})
+    ids = torch.tensor([base.tokenizer("Where is it?")["input_ids"]])
+    with torch.no_grad(), attach(base, adapter):
+        expected = base.model(ids).logits
+    again = open_base(tmp_path / "merged", torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -6,28 +6,24 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from lorafit.data.alike import SIMILAR, TextIndex, largest_similarity, shingles, similarity
 from lorafit.data.examples import SPLITS, Example, Examples, Message
 from lorafit.data.reading import BUILTIN_FOLDER, read_examples
-from lorafit.data.split import (
-    SIMILAR,
-    complete,
-    identical,
-    largest_similarity,
-    near_pairs,
-    require_apart,
-    shingle_sets,
-    shingles,
-    similarity,
-)
+from lorafit.data.report import DataReport
+from lorafit.data.split import complete, require_apart
 from lorafit.errors import DataError
 from lorafit.evaluation.answers import is_right
+from lorafit.prepared import prepare
+from lorafit.settings import settings_from
 
 LONG = "When does the night train from the coast to the capital leave on working days in winter"
 ROOT = Path(__file__).parents[1]
@@ -35,9 +31,16 @@ ROOT = Path(__file__).parents[1]
 
 def pairs_of(texts: Sequence[str]) -> list[tuple[int, int]]:
     """The first of every distinct text with those near-identical to it."""
-    sets = shingle_sets(texts)
-    same = identical(sets)
-    return sorted([*near_pairs(sets, same), *((first, i) for first, all_of in same.items() for i in all_of[1:])])
+    index = TextIndex(texts)
+    rows = [index.row(text) for text in texts]
+    near = index.pairs(rows, lambda i, j: np.ones(len(i), np.bool_))
+    same = [(rows.index(row), k) for k, row in enumerate(rows) if row in rows[:k]]
+    return sorted([*((rows.index(i), rows.index(j)) for i, j in near), *same])
+
+
+class Deaf:
+    def say(self, text: str) -> None: ...
+    def data(self, report: DataReport) -> None: ...
 
 
 def example(prompt: str, where: str = "x:1", answer: str = "Yes.", group: str | None = None) -> Example:
@@ -99,6 +102,40 @@ def test_the_pairs_found_are_those_of_comparing_each_with_each() -> None:
     assert pairs_of(texts) == exact
 
 
+def test_what_a_caller_knows_already_is_not_verified_again() -> None:
+    texts = [f"{LONG} {n}" for n in range(15)]
+    index = TextIndex(texts)
+    joined = np.arange(len(index))
+    found = 0
+    for i, j in index.pairs(range(len(index)), lambda i, j: joined[i] != joined[j]):
+        joined[joined == joined[j]] = joined[i]
+        found += 1
+    assert (found, len(set(joined.tolist()))) == (14, 1)
+
+
+def test_equal_minima_estimate_the_similarity() -> None:
+    rng = random.Random(5)
+    whole = words(rng, 150).split()
+    texts = [" ".join([*whole[:n], *words(rng, 150 - n).split()]) for n in (150, 140, 120, 90)]
+    index = TextIndex(texts)
+    for i, j in combinations(range(4), 2):
+        share = float((index._lowest[i] == index._lowest[j]).mean())
+        assert share == pytest.approx(similarity(shingles(texts[i]), shingles(texts[j])), abs=0.13)
+
+
+def test_near_identical_texts_are_found_in_memory_that_does_not_grow_with_their_length() -> None:
+    """Sets of hashes took 59 KB for a prompt of 570 characters."""
+    rng = random.Random(6)
+    texts = [words(rng, 1500) for _ in range(60)]
+    tracemalloc.start()
+    index = TextIndex(texts)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 60 * 2_000 + 50_000
+    assert peak < 45e6  # of which 42 MB count what texts share
+    assert len(index) == 60
+
+
 def test_identical_prompts_are_all_tied_to_the_first() -> None:
     assert pairs_of(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"]) == [(0, 2), (0, 3)]
 
@@ -106,7 +143,7 @@ def test_identical_prompts_are_all_tied_to_the_first() -> None:
 @pytest.mark.parametrize(("one", "other"), [("In C, when is a = b taken?", "In C, when is a != b taken?"),
                                               ("लड़का कहाँ है?", "लड़की कहाँ है?")])  # fmt: skip
 def test_signs_and_vowels_that_tell_prompts_apart_are_letters_of_them(one: str, other: str) -> None:
-    assert shingles(one) != shingles(other)
+    assert not np.array_equal(shingles(one), shingles(other))
 
 
 @pytest.mark.parametrize("answers", ["AB", "BA"])
@@ -140,7 +177,7 @@ def test_an_instruction_that_all_prompts_share_does_not_make_them_near_identical
         before = [Message("system", shared)] if role == "system" else []
         question = asked if role == "system" else f"{shared}\n\n{asked}"
         examples.append(Example((*before, Message("user", question), Message("assistant", "Yes.")), f"x:{i}"))
-    whole = complete(Examples(tuple(examples)), 0)
+    whole = complete(Examples(tuple(examples)))
     assert (len(whole.train), len(whole.valid), len(whole.test)) == (48, 6, 6)
     require_apart(whole)
 
@@ -149,22 +186,41 @@ def test_prompts_in_other_scripts_are_told_apart() -> None:
     assert pairs_of(["как пройти в библиотеку", "сколько стоит этот билет", "図書館はどこですか"]) == []
 
 
-def test_the_same_seed_gives_the_same_split() -> None:
-    assert complete(Examples(tuple(family(0))), 3) == complete(Examples(tuple(family(0))), 3)
+def test_what_is_held_out_is_fixed_by_the_data_in_whatever_order_the_rows_stand() -> None:
+    rows = family(0)
+    one, other = (complete(Examples(tuple(given))) for given in (rows, rows[::-1]))
+    assert {e.where for e in one.test} == {e.where for e in other.test}
+    assert {e.where for e in one.valid} == {e.where for e in other.valid}
 
 
-def test_another_seed_gives_another_split() -> None:
-    assert complete(Examples(tuple(family(0))), 3).test != complete(Examples(tuple(family(0))), 4).test
+def test_the_seed_of_a_run_leaves_what_is_held_out(tmp_path: Path) -> None:
+    rows = [{"prompt": e.question, "completion": e.answer} for e in family(0)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = [prepare(str(tmp_path / "a.jsonl"), settings_from({"seed": seed}), Deaf())[0] for seed in (1, 2)]
+    assert found[0].digest() == found[1].digest()
+
+
+def test_other_rows_give_another_split() -> None:
+    assert set(asked(complete(Examples(tuple(family(0)))).test)) != set(
+        asked(complete(Examples(tuple(family(1)))).test)
+    )
+
+
+def test_a_few_rows_more_leave_most_of_what_is_held_out() -> None:
+    rng = random.Random(4)
+    rows = [example(words(rng), f"x:{i}") for i in range(200)]
+    before, after = (complete(Examples(tuple(given))) for given in (rows, [*rows, *family(9)[:4]]))
+    assert len({e.where for e in before.test} & {e.where for e in after.test}) >= 16
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_near_identical_prompts_are_never_on_two_sides(seed: int) -> None:
-    require_apart(complete(Examples(tuple(family(seed))), seed))
+    require_apart(complete(Examples(tuple(family(seed)))))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_group_is_never_on_two_sides(seed: int) -> None:
-    split = complete(Examples(tuple(family(seed))), seed, share=0.2).by_name()
+    split = complete(Examples(tuple(family(seed))), share=0.2).by_name()
     groups = [{e.group for e in examples} - {None} for examples in split.values()]
     assert sum(map(len, groups)) == len(set().union(*groups)) > 0
 
@@ -172,35 +228,35 @@ def test_a_group_is_never_on_two_sides(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_split_uses_every_example_once(seed: int) -> None:
     every = family(seed)
-    split = complete(Examples(tuple(every)), seed)
+    split = complete(Examples(tuple(every)))
     assert sorted(e.where for side in split.by_name().values() for e in side) == sorted(e.where for e in every)
 
 
 def test_the_share_is_what_is_taken_for_validation_and_for_test() -> None:
     rng = random.Random(0)
-    split = complete(Examples(tuple(example(words(rng)) for _ in range(50))), 0, share=0.2)
+    split = complete(Examples(tuple(example(words(rng)) for _ in range(50))), share=0.2)
     assert [len(side) for side in split.by_name().values()] == [30, 10, 10]
 
 
 def test_too_few_examples_are_refused() -> None:
     with pytest.raises(DataError, match=r"too few to split: 2 examples, 2 of them .* 3 are needed"):
-        complete(Examples((example("alpha beta gamma"), example("one two three"))), 0)
+        complete(Examples((example("alpha beta gamma"), example("one two three"))))
 
 
 def test_examples_that_all_say_the_same_are_refused() -> None:
     with pytest.raises(DataError, match="40 examples, 1 of them independent"):
-        complete(Examples(tuple(example(LONG + "?" * i) for i in range(40))), 0)
+        complete(Examples(tuple(example(LONG + "?" * i) for i in range(40))))
 
 
 def test_examples_of_one_group_are_refused() -> None:
     rng = random.Random(0)
     with pytest.raises(DataError, match="30 examples, 1 of them independent"):
-        complete(Examples(tuple(example(words(rng), group="one") for _ in range(30))), 0)
+        complete(Examples(tuple(example(words(rng), group="one") for _ in range(30))))
 
 
 def test_three_groups_are_enough_however_large_they_are() -> None:
     rng = random.Random(0)
-    split = complete(Examples(tuple(example(words(rng), group="abc"[i % 3]) for i in range(30))), 0)
+    split = complete(Examples(tuple(example(words(rng), group="abc"[i % 3]) for i in range(30))))
     groups = [{e.group for e in side} for side in split.by_name().values()]
     assert [len(one) for one in groups] == [1, 1, 1]
     assert len(set.union(*groups)) == 3
@@ -209,7 +265,7 @@ def test_three_groups_are_enough_however_large_they_are() -> None:
 def test_given_splits_stay_as_they_are() -> None:
     rng = random.Random(0)
     given = Examples(*(tuple(example(words(rng)) for _ in range(5)) for _ in SPLITS))
-    assert complete(given, 0) is given
+    assert complete(given) is given
 
 
 @pytest.mark.parametrize("missing", ["valid", "test"])
@@ -217,7 +273,7 @@ def test_only_the_missing_split_is_taken_from_training(missing: str) -> None:
     rng = random.Random(0)
     train, held = (tuple(example(words(rng), f"{k}:{i}") for i in range(20)) for k in "ab")
     kept = "test" if missing == "valid" else "valid"
-    split = complete(Examples(train, **{kept: held}), 0).by_name()
+    split = complete(Examples(train, **{kept: held})).by_name()
     assert (split[kept], len(split[missing]), len(split["train"])) == (held, 2, 18)
 
 
@@ -330,7 +386,7 @@ def test_the_builtin_files_are_what_their_script_writes() -> None:
 def test_prompts_that_differ_in_a_repeated_sign_alone_are_two_questions() -> None:
     few = example("How many zeros are in 100000?", "train:1", "Five.")
     many = example("How many zeros are in 1000000?", "test:1", "It is six.")
-    assert shingles(few.question) == shingles(many.question)
+    assert np.array_equal(shingles(few.question), shingles(many.question))
     assert require_apart(Examples((few,), (), (many,))) == 1
 
 
@@ -340,7 +396,7 @@ def lines(n: int, first: int = 0) -> list[Example]:
 
 
 def test_where_all_ask_one_thing_the_answers_are_split() -> None:
-    split = complete(Examples((*lines(20), *lines(20))), 0).by_name()
+    split = complete(Examples((*lines(20), *lines(20)))).by_name()
     answers = {name: {one.answer for one in held} for name, held in split.items()}
     assert all(answers.values())
     assert not any(a & b for a, b in combinations(answers.values(), 2))

@@ -26,6 +26,8 @@ from lorafit.sites import Site
 from lorafit.sources.folder import weight_files
 from lorafit.sources.progress import Report, Watch, silent, unwatched
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in settings and run.json
+
 
 @dataclass(frozen=True, eq=False)
 class Base:

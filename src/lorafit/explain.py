@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-PAGES = ("lora", "using", "choosing", "data", "report", "when-not", "glossary")  # in the order in which they are read
+GUIDE = ("lora", "using", "choosing", "data", "report", "when-not", "glossary")  # in the order in which they are read
+REFERENCE = ("verbs", "pages")  # a section for every verb and for every page of the docs, found where one is named
+PAGES = (*GUIDE, *REFERENCE)
 ENOUGH = 0.4  # share of a question's weight that a section must hold; calibrated on tests/test_explain.py
 BESIDE = 0.6  # what a word counts towards it that stands in the text and not in the heading
 HEADING = 3.0  # how much more a heading tells than a text
@@ -48,6 +50,7 @@ _NAMES = {
     "repeat": "reproducible", "cut": "truncated",
 }  # fmt: skip
 SAME = {said: name for name, others in _NAMES.items() for said in others.split()}
+_ABOUT_PAGES = re.compile(r"\b(?:pages?|docs?|documentation)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def _stem(word: str) -> str:
 
 @dataclass(frozen=True)
 class _Index:
-    """Words of every section, with the heading's; of every heading; and the weight of each word (BM25's idf)."""
+    """Sections; the words of each, with the heading's; of every heading; and the weight of each word (BM25's idf)."""
 
+    sections: tuple[Section, ...]
     texts: tuple[Counter[str], ...]
     headings: tuple[frozenset[str], ...]
     weight: dict[str, float]
@@ -140,7 +144,7 @@ class _Index:
         said = sum(self.weight[w] * text[w] * (_K + 1) / (text[w] + room) for w in asked if w in text)
         named = self.of(w for w in asked if w in heading)
         score = said + (HEADING * named * named / self.of(heading) if heading else 0.0)
-        section = sections()[i]
+        section = self.sections[i]
         aside = section.heading == section.title or (section.page == "glossary.md" and not heading.issuperset(asked))
         return ASIDE * score if aside else score
 
@@ -161,22 +165,53 @@ class _Index:
 
 
 @cache
-def _index() -> _Index:
-    headings = tuple(frozenset(words(section.heading)) for section in sections())
-    texts = tuple(Counter(words(f"{section.heading}\n{section.text}")) for section in sections())
+def _index(pages: tuple[str, ...]) -> _Index:
+    of_pages = tuple(section for section in sections() if section.page.removesuffix(".md") in pages)
+    headings = tuple(frozenset(words(section.heading)) for section in of_pages)
+    texts = tuple(Counter(words(f"{section.heading}\n{section.text}")) for section in of_pages)
     held = Counter(word for text in texts for word in text)
     n = len(texts)
-    return _Index(texts, headings, {word: math.log(1 + (n - k + 0.5) / (k + 0.5)) for word, k in held.items()})
+    weight = {word: math.log(1 + (n - k + 0.5) / (k + 0.5)) for word, k in held.items()}
+    return _Index(of_pages, texts, headings, weight)
 
 
 def answer(question: str) -> Answer:
-    """The section of the guide that fits the question best, and those nearest to it; no section where none fits."""
-    index = _index()
+    """The section that fits the question best, and those nearest to it; no section where none fits.
+
+    A verb that is named (`lorafit trim`, or `trim` alone) and a page of the docs are answered from the reference, all
+    else from the guide.
+    """
+    named = _named(question)
+    if named is None and _ABOUT_PAGES.search(question):
+        found = _searched(_ABOUT_PAGES.sub(" ", question), _index(("pages",)))
+        if found[0] is not None:
+            return Answer(question, *found)
+    section, near = _searched(question, _index(GUIDE))
+    if named is not None:
+        near = tuple(one for one in (section, *near) if one is not None)[:NEAREST]
+    return Answer(question, named or section, near)
+
+
+def _named(question: str) -> Section | None:
+    """The section of the verb, or of the page of the docs, that the question names."""
+    plain = re.sub(r"[`\"'?!]", "", question).strip()
+    for section in sections():
+        verb = section.heading if section.page == "verbs.md" else ""
+        path = section.text.partition(". ")[0] if section.page == "pages.md" else ""
+        if verb and (plain.lower() == verb.removeprefix("lorafit ") or re.search(rf"\b{verb}\b", plain)):
+            return section
+        if path.endswith(".md") and path in plain:
+            return section
+    return None
+
+
+def _searched(question: str, index: _Index) -> tuple[Section | None, tuple[Section, ...]]:
+    """The section of an index that holds enough of the question, and those nearest to it."""
     asked = [w for w in dict.fromkeys(words(question)) if w in index.weight or not w.isdigit()]
     if all(word.replace(".", "").isdigit() for word in asked):
         asked = []  # a number alone asks nothing
     scores = [index.score(i, asked) for i in range(len(index.texts))]
     near = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: -scores[i])[: NEAREST + 1]
     best = next((i for i in near if index.knows(asked) and index.holds(i, asked) >= ENOUGH), None)
-    others = tuple(sections()[i] for i in near if i != best)[:NEAREST]
-    return Answer(question, None if best is None else sections()[best], others)
+    others = tuple(index.sections[i] for i in near if i != best)[:NEAREST]
+    return None if best is None else index.sections[best], others

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import FormatError, RunError
+from lorafit.errors import FormatError, RunError, SettingsError
 
 STATUS = Path("/proc/self/status")  # where Linux tells the umask
 PROBE = "probe"  # of a folder that is tried
@@ -178,6 +178,16 @@ def make_folder(path: Path, flag: str = "--out") -> None:
     except OSError as error:
         reason = error.strerror or error
         raise RunError(f"{path}: cannot be written ({reason}): name another folder with {flag}") from error
+
+
+def text_of(path: Path, flag: str) -> str:
+    """The text of a file that `flag` names. Raises SettingsError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SettingsError(f"{flag} {path}: there is no such file: {did_you_mean(path, 'check the path')}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{flag} {path}: cannot be read as text in UTF-8 ({error}): name another") from error
 
 
 def require_new(path: Path, flag: str) -> None:

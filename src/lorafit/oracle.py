@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorafit.base import Base
+if TYPE_CHECKING:
+    from lorafit.base import Base
 
 FP32 = 4  # bytes of a parameter
 BESIDE = int(0.6e9)  # bytes of a process that has imported torch and PEFT, and its activations (measured: 0.5e9)

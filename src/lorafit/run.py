@@ -13,21 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
-import transformers
 
 import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
-from lorafit.files import PROBE, absolute, free_bytes, make_folder, read_json, shown, unfinished, write_json
+from lorafit.files import (
+    PROBE,
+    absolute,
+    did_you_mean,
+    free_bytes,
+    make_folder,
+    read_json,
+    shown,
+    unfinished,
+    write_json,
+)
 from lorafit.records import Frozen
 from lorafit.settings import TrainSettings, settings_from
+from lorafit.tracking import TENSORBOARD, WANDB
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 SEARCH, LADDER, ROUNDS = "search", "ladder", "rounds"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples", "forgetting"))
 WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, SEARCH, LADDER, ROUNDS,
-           *PICTURES}  # all in a run folder  # fmt: skip
+           TENSORBOARD, WANDB, *PICTURES}  # all in a run folder  # fmt: skip
 LAST = "last.safetensors"  # below CHECKPOINTS
 CARD, TRIED = "card.json", "tried.json"  # below SEARCH: what was measured before; what each arm came to
 RUNGS, MOMENTS, WHOLE = "rungs.json", "moments.safetensors", "whole"  # below LADDER; WHOLE is an adapter folder
@@ -43,7 +52,6 @@ SCORED = {  # what a summary says at least, with the parts it has
 }  # fmt: skip
 SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "trainable_parameters", "best_step",
         "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def open_run(
@@ -54,12 +62,8 @@ def open_run(
     Raises RunError or SettingsError. That base and data hold what they held is for `require_same`: their names may be
     others.
     """
-    known = out / RUN
     if resume:
-        if not known.exists():
-            raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
-        if (out / SUMMARY).exists():
-            raise RunError(f"{out}: this run is finished: see lorafit show {out}")
+        require_out(out, resume)
         asked = read_run(out)
         stored = settings_from(asked["settings"])
         now, began = settings_written(settings_from(given)), settings_written(stored)
@@ -69,15 +73,34 @@ def open_run(
         return base_name or asked["base"], data or asked["data"], stored, frozen_of(out, asked)
     if base_name is None or data is None:
         raise SettingsError("a new run needs a base and data: name both")
+    require_out(out, resume)
+    settings = settings_from(given)
+    make_folder(out)
+    return base_name, data, settings, None
+
+
+def require_out(out: Path, resume: bool) -> None:
+    """Raise RunError where `out` holds no run that could be resumed, or is not free for a new one. Writes nothing."""
+    known = out / RUN
+    if resume:
+        if not known.exists():
+            raise RunError(f"{out}: there is no run to resume here: leave --resume out to begin one")
+        if (out / SUMMARY).exists():
+            raise RunError(f"{out}: this run is finished: see lorafit show {out}")
+        return
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
         hint = "" if state == "finished" else " go on with --resume, or"
         raise RunError(f"{out}: holds a run already ({state}):{hint} name another folder with --out")
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(left_by_kills(out))):
         raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
-    settings = settings_from(given)
-    make_folder(out)
-    return base_name, data, settings, None
+
+
+def require_run(folder: Path) -> None:
+    """Raise RunError where a folder holds no run."""
+    if not (folder / RUN).exists():
+        near = "" if folder.exists() else did_you_mean(folder, "")
+        raise RunError(f"{folder}: no run: {near or 'name a folder that lorafit train wrote'}")
 
 
 def settings_written(settings: TrainSettings) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
     counts = (frozen.threads, frozen.micro_tokens)
     flags = (frozen.apart, frozen.packed, frozen.recompute)
     whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
-    if frozen.dtype not in DTYPES or not whole:
+    if frozen.dtype not in ("fp32", "bf16") or not whole:
         raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
     return frozen
 
@@ -199,6 +222,9 @@ def read_summary(out: Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Of lorafit and what computes its results."""
+    import torch  # of weight: whether a folder holds a run is told without them
+    import transformers
+
     return {
         "lorafit": lorafit.__version__,
         "python": platform.python_version(),
@@ -248,13 +274,13 @@ def remember_questions(out: Path, questions: Sequence[str]) -> None:
     write_json(out / SCORES / TRAINED_ON, [_print(question) for question in questions])
 
 
-def remembered(out: Path, questions: Sequence[str]) -> int | None:
-    """How many of the questions the run was trained or validated on; None where there is no run."""
+def remembered(out: Path, questions: Sequence[str]) -> list[bool] | None:
+    """Whether the run was trained or validated on each of the questions; None where there is no run."""
     known = out / SCORES / TRAINED_ON
     if not known.exists():
         return None
     trained = set(read_json(known))
-    return sum(_print(question) in trained for question in questions)
+    return [_print(question) in trained for question in questions]
 
 
 def _print(question: str) -> str:

@@ -48,8 +48,8 @@ class TrainSettings(BaseModel):
     learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None
     search: Annotated[
         Literal["none", "fast", "thorough"],
-        Field(description="Short runs before the run, compared on validation: fast tries learning rates, for less than "
-              "half of the run's time; thorough also where to adapt, and the rank."),
+        Field(description="Short runs before the run, compared on validation: fast tries learning rates, for about "
+              "half of the run's time at most; thorough also where to adapt, and the rank."),
     ] = "fast"  # fmt: skip
     trim: Annotated[
         Literal["auto", "none"],
@@ -76,8 +76,8 @@ class TrainSettings(BaseModel):
     columns: Annotated[
         tuple[str, ...] | None,
         Field(
-            description="Columns of other names: FIELD=COLUMN, e.g. prompt=question; unused=COLUMN passes one over. "
-            "Once for each.",
+            description="Columns of other names: FIELD=COLUMN, e.g. prompt=question; unused=COLUMN passes one over; "
+            "columns in braces are joined, e.g. 'completion=Team: {Team}\\n{Reply}'. Once for each.",
             examples=[["prompt=question", "completion=answer"]],
         ),
     ] = None
@@ -107,7 +107,17 @@ class TrainSettings(BaseModel):
     routing_questions: Annotated[
         int, Field(ge=0, description="Questions of which the adapter keeps hidden states, for a router; 0: none.")
     ] = 512
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of everything that is drawn.")] = 0
+    report_to: Annotated[
+        Literal["none", "tensorboard", "trackio", "wandb", "mlflow"],
+        Field(description="A tracking program that is given curves and scores too, by its own library (the extra of "
+              "its name)."),
+    ] = "none"  # fmt: skip
+    seed: Annotated[
+        int,
+        Field(
+            ge=0, lt=1 << 63, description="Of everything a run draws; which examples are held out is fixed by the data."
+        ),
+    ] = 0
 
     @property
     def trunk_bytes(self) -> int:

@@ -4,34 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorafit.base import open_base
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json
-from lorafit.formats import peft
-from lorafit.plan import Plan
+from lorafit.formats.folder import CONFIG
 from lorafit.run import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
 from lorafit.sources import hub
 from lorafit.sources.builtin import BUILTIN
+
+if TYPE_CHECKING:
+    from lorafit.plan import Plan
 
 
 def shown(path: Path) -> dict[str, Any]:
     """Facts about a run, adapter, plan or base, by name; `kind` says which it is. Raises FormatError for others."""
     if (path / RUN).exists():
         return _run(path)
-    if (path / peft.CONFIG).exists():
+    if (path / CONFIG).exists():
         return _adapter(path)
     if path.suffix == ".json":
+        from lorafit.plan import Plan
+
         return {"kind": "plan", **_plan(Plan.from_json(read_json(path), str(path)))}
+    require_shown(path)
+    from lorafit.base import open_base
+
+    base = open_base(path)
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    names = dict(Counter(site.name for site in base.sites))
+    return {"kind": "base", "name": base.name, "folder": str(base.folder), "parameters": parameters,
+            "identity": base.identity, "sites": len(base.sites), "site names": names}  # fmt: skip
+
+
+def require_shown(path: Path) -> None:
+    """Raise FormatError for what cannot be shown. Opens nothing, and imports nothing of weight."""
+    if any((path / name).exists() for name in (RUN, CONFIG, "config.json")):
+        return
+    if str(path) in BUILTIN or (path.suffix in (".json", ".gguf") and path.exists()):
+        return
     named = hub.parse(str(path)) if not path.exists() else None
-    at_hand = named is not None and hub.at_hand(named) is not None  # showing never downloads
-    if str(path) in BUILTIN or (path / "config.json").exists() or path.suffix == ".gguf" or at_hand:
-        base = open_base(path)
-        parameters = sum(parameter.numel() for parameter in base.model.parameters())
-        names = dict(Counter(site.name for site in base.sites))
-        return {"kind": "base", "name": base.name, "folder": str(base.folder), "parameters": parameters,
-                "identity": base.identity, "sites": len(base.sites), "site names": names}  # fmt: skip
+    if named is not None and hub.at_hand(named) is not None:  # showing never downloads
+        return
     if not path.exists():
         raise FormatError(f"{path}: there is no such path: {did_you_mean(path, 'check the path')}")
     raise FormatError(f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base: name one of these; "
@@ -44,6 +58,8 @@ def _run(path: Path) -> dict[str, Any]:
     last = accepted_round(path)
     plan = (path / ROUNDS / str(last) if last else path) / PLAN
     if plan.exists():
+        from lorafit.plan import Plan
+
         found |= _plan(Plan.from_json(read_json(plan), str(plan)))
     summary = read_summary(path)
     if summary is None:
@@ -53,6 +69,8 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
+    from lorafit.formats import peft
+
     adapter = peft.read(path)
     system = adapter.rendering.system if adapter.rendering else None
     return {"kind": "adapter", "base": adapter.base_name, "base identity": adapter.base or "unknown",

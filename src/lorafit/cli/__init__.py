@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,49 @@ WORDS = {  # of the library that reads the flags, and ours
 }
 
 
+_TRAIN = "lorafit train BASE DATA trains an adapter"
+_CHAT = "lorafit chat RUN asks an adapter, lorafit serve BASE NAME=RUN serves it"
+_SHOW = "lorafit bases lists bases, lorafit show FOLDER says what a run or an adapter is"
+_FOLDER = ("the adapter folder, RUN/adapter, is in PEFT's layout as it stands, which vLLM and transformers read; "
+           "lorafit explain export says what else reads it")  # fmt: skip
+MEANT = {  # what is typed by those who know other programs
+    **dict.fromkeys(("list", "ls", "models", "runs"), _SHOW),
+    **dict.fromkeys(("info", "status", "inspect"), _SHOW),
+    "merge": f"merged weights are made in Python, lorafit.merged(base, adapter), as new tensors; {_FOLDER}",
+    **dict.fromkeys(("export", "convert", "save", "push"), _FOLDER),
+    **dict.fromkeys(("fit", "finetune", "fine-tune", "tune", "sft", "run", "start"), _TRAIN),
+    "resume": "lorafit train --resume --out RUN goes on with a run",
+    **dict.fromkeys(
+        ("evaluate", "test", "score", "benchmark"), "lorafit eval RUN DATA compares an adapter with its base"
+    ),
+    **dict.fromkeys(("ask", "generate", "predict", "infer", "inference", "prompt"), _CHAT),
+    **dict.fromkeys(("check", "validate", "dataset"), "lorafit data FILE checks examples"),
+    **dict.fromkeys(("server", "deploy", "api"), _CHAT),
+    **dict.fromkeys(("config", "init"), "lorafit settings > my.toml writes every setting to a file"),
+    **dict.fromkeys(
+        ("download", "pull"), "a base of the hub is fetched when it is first used, as by lorafit doctor ORG/NAME"
+    ),
+    "compare": "lorafit eval RUN DATA --against OTHER compares two adapters, lorafit report RUN OTHER two runs",
+    **dict.fromkeys(("prune", "compress", "shrink"), "lorafit trim RUN --out FOLDER makes an adapter smaller"),
+    **dict.fromkeys(("docs", "man", "guide"), "lorafit explain lists the guide, and answers questions from it"),
+    "version": "lorafit --version",
+}
+
+
 class _Verbs(typer.core.TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        if word not in self.commands:
+            if meant := MEANT.get(word.lower()):
+                ctx.fail(f"there is no verb '{word}': {meant}")
+            if Path(word).exists():
+                else_is = f", lorafit show {word} says what else it is" if Path(word).is_dir() else ""
+                ctx.fail(f"'{word}' is no verb: lorafit data {word} checks examples{else_is}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -60,6 +103,7 @@ app = typer.Typer(
     name="lorafit",
     cls=_Verbs,
     help="Fit low-rank adapters to your task, prove that they help, leave the base untouched.\n\nFirst: lorafit demo",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

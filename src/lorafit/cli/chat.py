@@ -34,11 +34,9 @@ def chat(
     lorafit chat runs/mine
     lorafit chat --url http://127.0.0.1:8000 --model returns
     """
-    from lorafit.base import open_base
-    from lorafit.chat import HELP, Chat
     from lorafit.cli.console import Terminal
+    from lorafit.cli.paths import require
     from lorafit.errors import InputError, SettingsError
-    from lorafit.formats import peft
     from lorafit.remote import Remote
 
     terminal = Terminal(False)
@@ -49,6 +47,11 @@ def chat(
             raise SettingsError("--url: a server is asked, or a base here: give --url with --model, or a folder")
         _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
         return
+    require(base=base, adapters=(adapter,))
+    from lorafit.base import open_base
+    from lorafit.chat import HELP, Chat
+    from lorafit.formats import peft
+
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
     with Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base) as talk:
         if adapter is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -275,7 +276,12 @@ def end_bars() -> None:
 
 
 def quiet_libraries() -> None:
-    """Transformers draws bars of its own for steps that we report; ours are enough."""
+    """Transformers draws bars of its own for steps that we report; ours are enough. Where it is not imported yet, it is
+    told by its environment: importing it takes seconds, and not every verb needs it."""
+    if "transformers" not in sys.modules:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        return
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -3,53 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorafit.cli.flags import DATA, JSON, with_settings
 
+if TYPE_CHECKING:
+    from lorafit.cli.console import Terminal
+    from lorafit.data.examples import Examples
+    from lorafit.settings import TrainSettings
 
-@with_settings("columns", "skip_bad", "system", "seed", "val_share", "max_length")
+OF_A_BASE = ("system", "max_length")  # settings that say how a base sees examples
+
+
+@with_settings("columns", "skip_bad", "val_share", *OF_A_BASE)
 def data(
     data: DATA = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Count tokens and show one example as this base sees them; 'none' for no base. [default: smollm2-135m]"
+            help="Also count tokens, and show one example, as this base sees them; 'none': not even the base of a file "
+            "given with -c. [default: none]"
         ),
     ] = None,
     *,
     json: JSON = False,
     settings: dict[str, Any],
+    typed: frozenset[str],
 ) -> None:
-    """Check examples and describe them: counts, lengths, duplicates, overlap, one example as the model sees it.
+    """Check examples and describe them: counts, lengths, duplicates, overlap. Opens no model, and needs no base.
 
     \b
     lorafit data my.jsonl
-    lorafit data folder --base none --skip-bad
+    lorafit data my.jsonl --base smollm2-135m     # one example as the model sees it, and tokens
+    lorafit data folder --skip-bad
     """
-    from lorafit.base import open_outline, require_base
     from lorafit.cli.console import Terminal
-    from lorafit.pipeline import prepare, rendered
+    from lorafit.cli.paths import require
+    from lorafit.errors import SettingsError
+    from lorafit.prepared import prepare
     from lorafit.settings import settings_from
-    from lorafit.sources.builtin import is_at_hand
 
     assert data is not None  # with_settings sees to it
-    base = base or "smollm2-135m"
+    base = None if base == "none" else base
+    if base is None and (idle := [f"--{name.replace('_', '-')}" for name in OF_A_BASE if name in typed]):
+        raise SettingsError(f"{' and '.join(idle)}: without a base there is nothing it could change: add --base BASE")
     terminal, chosen = Terminal(json), settings_from(settings)
-    shows = base != "none" and (base != "smollm2-135m" or is_at_hand(base))
-    if shows:
-        require_base(base)
+    require(base=base, data=data)
     examples, report = prepare(data, chosen, terminal)
-    tokens: dict[str, dict[str, int]] = {}
-    if shows:
-        rows = rendered(open_outline(base, terminal.say, terminal.watch), examples, chosen, terminal)[2]
-        for name, split in rows.items():
-            lengths = [len(row.ids) for row in split]
-            tokens[name] = {"all": sum(lengths), "longest": max(lengths), "trained": sum(r.n_trained for r in split)}
-            terminal.say(
-                "{}: {:,} tokens, at most {:,} in an example, {:,} trained".format(name, *tokens[name].values())
-            )
-    terminal.say("the data are in order")
+    tokens = {} if base is None else _seen_by(base, examples, chosen, terminal)
+    terminal.say("the data are in order" + ("" if base else "; --base BASE shows an example as a model sees it"))
     terminal.finish({**asdict(report), "tokens": tokens})
+
+
+def _seen_by(
+    base: str, examples: Examples, settings: TrainSettings, terminal: Terminal
+) -> dict[str, dict[str, int]]:  # fmt: skip
+    """Show the examples as a base sees them, and count their tokens by split."""
+    from lorafit.base import open_outline
+    from lorafit.pipeline import rendered
+
+    tokens: dict[str, dict[str, int]] = {}
+    rows = rendered(open_outline(base, terminal.say, terminal.watch), examples, settings, terminal)[2]
+    for name, split in rows.items():
+        lengths = [len(row.ids) for row in split]
+        tokens[name] = {"all": sum(lengths), "longest": max(lengths), "trained": sum(r.n_trained for r in split)}
+        terminal.say("{}: {:,} tokens, at most {:,} in an example, {:,} trained".format(name, *tokens[name].values()))
+    return tokens

@@ -11,7 +11,8 @@ from lorafit.cli.flags import JSON
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The run folder to write.")] = Path("runs/demo"), json: JSON = False
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write.")] = Path("runs/demo"),
+    json: JSON = False,
 ) -> None:
     """Teach the built-in base the help desk of an invented company, and prove it, in under eight minutes."""
     from lorafit.cli.console import Terminal

@@ -36,10 +36,16 @@ def evaluate(
     lorafit eval runs/mine folder --answers answers.jsonl
     """
     from lorafit.cli.console import Terminal
+    from lorafit.cli.paths import require
     from lorafit.errors import BaseChangedError
-    from lorafit.pipeline import run_evaluation
+    from lorafit.files import require_new
 
     assert data is not None  # with_settings sees to it
+    if answers is not None:
+        require_new(answers, "--answers")
+    require(base=base, data=data, adapters=(adapter, against), settings=settings)
+    from lorafit.pipeline import run_evaluation
+
     if "few_shot" not in typed and (split == "train" or Path(data).is_file()):
         settings = {**settings, "few_shot": 0}  # a file made for training may ask for examples that are not there
     terminal = Terminal(json)

@@ -22,7 +22,11 @@ NAMED = Annotated[
 ]
 OUT = Annotated[
     str | None,
-    typer.Option(help=f"{RunFile.model_fields['out'].description} [default: {RunFile.model_fields['out'].default}]"),
+    typer.Option(
+        "--out",
+        "-o",
+        help=f"{RunFile.model_fields['out'].description} [default: {RunFile.model_fields['out'].default}]",
+    ),
 ]
 CONFIG = Annotated[
     Path | None, typer.Option("--config", "-c", help="A TOML file of settings ('lorafit settings'); flags beat it.")

@@ -26,19 +26,22 @@ def plan(
     lorafit plan -c my.toml
     """
     from lorafit.cli.console import Terminal
+    from lorafit.cli.paths import require
 
     assert base is not None and data is not None  # with_settings sees to it
+    require(base=base, data=data, settings=settings)
     show_plan(Terminal(json), base, data, settings, picture)
 
 
 def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], picture: Path | None = None) -> None:
     """The plan and what it costs, what validation can show, and the layer card."""
     from lorafit.files import require_new
-    from lorafit.pipeline import run_planning
-    from lorafit.report.words import clock
 
     if picture is not None:
         require_new(picture, "--picture")
+    from lorafit.pipeline import run_planning
+    from lorafit.report.words import clock
+
     found = run_planning(base, data, settings, terminal)
     cost, steps = found["forecast"], found["recipe"]["steps"]
     terminal.say(

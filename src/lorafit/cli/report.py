@@ -14,7 +14,9 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="The page to write. [default: report.html in the run; of several, comparison.html]"),
+        typer.Option(
+            "--out", "-o", help="The page to write. [default: report.html in the run; of several, comparison.html]"
+        ),
     ] = None,
     json: JSON = False,
 ) -> None:
@@ -25,8 +27,11 @@ def report(
     lorafit report runs/mine runs/other --out both.html
     """
     from lorafit.cli.console import Terminal
+    from lorafit.run import REPORT, require_run
+
+    for run in runs:
+        require_run(run)
     from lorafit.report.page import write_report
-    from lorafit.run import REPORT
 
     terminal = Terminal(json)
     chosen = out or (runs[0] / REPORT if len(runs) == 1 else Path("comparison.html"))

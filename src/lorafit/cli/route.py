@@ -34,13 +34,19 @@ def route(
     lorafit route "My screen is black." it=runs/it returns=elsewhere/returns --learn returns=returns.jsonl
     """
     from lorafit.cli.console import Terminal
-    from lorafit.pipeline.routing import run_routing
+    from lorafit.cli.paths import require
 
     terminal = Terminal(json)
     require_folder_of_adapters(adapters)
     named = {folder.name: folder for folder in sorted(adapters.iterdir()) if _is_adapter(folder)} if adapters else {}
     named |= {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
-    found = run_routing([text], named, base, by_name(learn, "DATA"), terminal)
+    examples = by_name(learn, "DATA")
+    require(base=base, adapters=named.values())
+    for data in examples.values():
+        require(data=data)
+    from lorafit.pipeline.routing import run_routing
+
+    found = run_routing([text], named, base, examples, terminal)
     told = found["texts"][0]
     width = max(map(len, told["scores"]))
     for name, score in sorted(told["scores"].items(), key=lambda item: -item[1]):
@@ -56,7 +62,7 @@ def route(
 
 def _is_adapter(folder: Path) -> bool:
     """Whether a server would serve it: what else lies in its folder is passed over."""
-    from lorafit.formats.peft import adapter_folder, require_adapter_folder
+    from lorafit.formats.folder import adapter_folder, require_adapter_folder
 
     try:
         require_adapter_folder(adapter_folder(folder))

@@ -39,9 +39,14 @@ def serve(
     lorafit serve smollm2-135m returns=runs/returns
     lorafit serve smollm2-135m --adapters adapters/ --keys keys.json --host 0.0.0.0
     """
-    from lorafit.base import open_base
     from lorafit.cli.console import Terminal
+    from lorafit.cli.paths import require
     from lorafit.errors import SettingsError
+
+    named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
+    require_folder_of_adapters(adapters)
+    require(base=base, adapters=named.values())
+    from lorafit.base import open_base
 
     try:
         from lorafit.server.run import Log, hosts_of, listening, serve
@@ -53,8 +58,6 @@ def serve(
     from lorafit.serving import Engine
 
     terminal = Terminal(False)
-    named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
-    require_folder_of_adapters(adapters)
     hosts = hosts_of(host, allowed_host or [], keys is not None)
 
     def opened() -> Engine:

@@ -26,9 +26,10 @@ def show(
     lorafit show smollm2-135m
     """
     from lorafit.cli.console import Terminal
-    from lorafit.shown import shown
+    from lorafit.shown import require_shown, shown
 
     terminal = Terminal(json)
+    require_shown(path)
     found: dict[str, Any] = shown(path)
     for key, value in found.items():
         terminal.say(f"{key:>22}  {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,21 +35,28 @@ def train(
     lorafit train -c my.toml --rank 16 --dry-run
     """
     from lorafit.cli.console import Terminal
+    from lorafit.cli.paths import require
     from lorafit.cli.plan import show_plan
     from lorafit.errors import DivergedError, Interrupted, LorafitError, RunError, SettingsError
-    from lorafit.pipeline import run_training
-    from lorafit.training.processes import launched
+    from lorafit.run import require_out
 
     assert out is not None  # with_settings sees to it
     if dry_run and resume:
         raise SettingsError(
             "--dry-run --resume: a run that is gone on with has its plan already: leave one of them out"
         )
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # of several processes the first alone says what is wrong
+        require(base=base, data=data, settings=settings)
+        if not dry_run:
+            require_out(Path(out), resume)
     terminal = Terminal(json)
     if dry_run:
         assert base is not None and data is not None
         show_plan(terminal, base, data, settings)
         return
+    from lorafit.pipeline import run_training
+    from lorafit.training.processes import launched
+
     with launched() as processes:
         if not processes.first:
             try:

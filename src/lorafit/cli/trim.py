@@ -12,7 +12,7 @@ from lorafit.cli.flags import JSON
 
 def trim(
     adapter: Annotated[Path, typer.Argument(help="A run; with --to also an adapter folder (PEFT's layout).")],
-    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The adapter folder to write.")],
     to: Annotated[
         str | None,
         typer.Option(help="How much of it to keep, such as 25%. [default: as little as the run's validation allows]"),
@@ -27,6 +27,9 @@ def trim(
     lorafit eval runs/quarter more.jsonl --against runs/mine
     """
     from lorafit.cli.console import Terminal
+    from lorafit.cli.paths import require
+
+    require(adapters=(adapter,))
     from lorafit.pipeline.trimming import cut, run_trimming
 
     terminal = Terminal(json)

@@ -52,7 +52,9 @@ def _column(field: str, renamed: Mapping[str, str]) -> str:
 
 
 def _written(columns: Sequence[str]) -> str:
-    return " ".join(f"--columns {shlex.quote(column)}" for column in columns)
+    """As flags; a brace in a name stands for itself."""
+    doubled = (column.replace("{", "{{").replace("}", "}}") for column in columns)
+    return " ".join(f"--columns {shlex.quote(column)}" for column in doubled)
 
 
 def _flags(record: Record, renamed: Mapping[str, str]) -> str | None:
@@ -89,8 +91,8 @@ def _candidates(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         {"messages": turns},
         {"instruction": asked, "input": given, "output": answered},
         {"instruction": asked, "output": answered} if alpaca else {"prompt": asked, "completion": answered},
-        {"text": texts, "label": labels},
         {"prompt": texts, "completion": answered},
+        {"text": texts, "label": labels},
         {"prompt": given, "completion": answered},
         {"messages": answered},
         {"text": texts},

@@ -92,7 +92,7 @@ class Examples:
     """Examples by split; a split that was not given is empty.
 
     system: a system prompt that the form of the data calls for. skipped: problems of rows that were left out.
-    unread: files of the folder that are no split of it.
+    unread: files of the folder that are no split of it. notes: how the data were taken, where that is to be told.
     """
 
     train: tuple[Example, ...]
@@ -101,6 +101,7 @@ class Examples:
     system: str | None = None
     skipped: tuple[Problem, ...] = ()
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def by_name(self) -> dict[str, tuple[Example, ...]]:
         return {"train": self.train, "valid": self.valid, "test": self.test}

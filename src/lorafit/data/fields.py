@@ -9,12 +9,12 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
-
-from lorafit.errors import SettingsError
 
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
 FIELDS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
@@ -36,10 +36,13 @@ ALSO = {  # what others call these fields, in the public data sets met so far
     "completion": ("output", "answer", "response", "reply", "target", "ref", "reference", "summary",
                    "reference_summary", "solution", "assistant", "chosen"),
     "text": ("sentence", "utterance", "review", "content", "body", "comment", "message"),
-    "label": ("intent", "category", "class", "sentiment", "topic", "label_text", "label_name"),
+    "label": ("intent", "category", "class", "sentiment", "emotion", "rating", "stars", "topic", "label_text",
+              "label_name"),
 }  # fmt: skip
 
-# Where a row comes from, when it was made, how long it is: nothing that an answer depends on.
+# Where a row comes from, who made it and when, how long it is: nothing that an answer depends on. What judges an answer
+# (score, rating, votes, quality, confidence) is not among them: low ones mark answers that are not to be learnt, and
+# beside a text alone it is the answer. Nor is what may explain an answer or belong to a question (note, comment).
 HARMLESS = frozenset({
     "id", "ids", "idx", "index", "nr", "no", "row", "uid", "uuid", "guid", "key", "hash", "sha", "md5", "checksum",
     "source", "sources", "origin", "author", "authors", "by", "at", "url", "urls", "uri", "link", "links",
@@ -47,10 +50,17 @@ HARMLESS = frozenset({
     "split", "config", "file", "filename", "file_name", "path", "file_path", "page", "pages", "line", "section",
     "created", "created_at", "updated", "updated_at", "modified", "date", "time", "datetime", "timestamp", "year",
     "month", "lead_time", "duration", "language", "lang", "languages", "locale", "version", "model", "model_name",
-    "generator", "created_by", "meta", "metadata", "length", "token_count", "num_tokens", "n_tokens", "num_turns",
-    "n_turns", "num_words", "n_words",
+    "generator", "created_by", "meta", "metadata", "length", "batch", "fold",
+    "source_file", "source_name", "source_type", "source_dataset", "doc_name", "document_name", "site", "website",
+    "publisher", "publication", "doi", "isbn", "posted", "posted_on", "published", "published_on", "created_on",
+    "updated_on", "date_created", "last_modified", "last_updated", "editor", "reviewer", "labeler", "labeller", "rater",
+    "username", "user_name", "revision", "commit", "release", "snapshot", "encoding", "mime_type",
 })  # fmt: skip
 ENDS_OF_HARMLESS = ("_id", "_ids", "_idx", "_index", "_uuid", "_hash", "_url", "_date", "_time", "_at", "_timestamp")
+_UNIT = "tokens?|words?|chars?|characters?|turns?|sentences?|lines?|messages?|bytes"
+COUNTS = re.compile(
+    rf"(?:num|n|nb|number_of|count_of)_(?:{_UNIT})|(?:{_UNIT})_(?:count|length|len)|.+_(?:{_UNIT})_count"
+)
 # What a row is about: told by its question too, but not by a text that is learnt alone.
 DESCRIPTIONS = frozenset({
     "category", "categories", "topic", "topics", "domain", "subject", "subjects", "tag", "tags", "type", "kind",
@@ -76,39 +86,16 @@ MEANING = {
 }
 
 
-def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
-    """The field that each named column holds.
-
-    Args:
-        columns: texts of the form FIELD=COLUMN. The field `unused` may be given to any number of columns.
-
-    Raises:
-        SettingsError: a text of another form, an unknown field, or a field or column that is named twice.
-    """
-    found: dict[str, str] = {}
-    for given in columns:
-        field, _, column = given.partition("=")
-        if field not in FIELDS | {UNUSED} or not column:
-            known = ", ".join(sorted(FIELDS))
-            raise SettingsError(
-                f"--columns {given}: write FIELD=COLUMN, such as prompt=question; FIELD is one of {known}, or "
-                f"{UNUSED} for a column that is passed over"
-            )
-        if column in found or (field in found.values() and field != UNUSED):
-            twice = column if column in found else field
-            raise SettingsError(f"--columns {given}: '{twice}' is named twice: leave one of them")
-        found[column] = field
-    return found
-
-
 def fields_of(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a row under the names that the forms know, without those that are unused. What is named by a flag
     stands before a column that has the name by itself."""
-    taken = {field for column, field in renamed.items() if column in row}
-    named = {name: value for name, value in row.items() if name in renamed or name not in taken}
-    found = {renamed.get(name, name): value for name, value in named.items() if renamed.get(name) != UNUSED}
-    found |= {name: unpacked(found[name]) for name in PACKED & set(found)}
-    found |= {name: turns for name in SPOKEN & set(found) if (turns := turns_in(found[name]))}
+    found = dict(row)
+    if renamed:
+        taken = {field for column, field in renamed.items() if column in row}
+        named = {name: value for name, value in row.items() if name in renamed or name not in taken}
+        found = {renamed.get(name, name): value for name, value in named.items() if renamed.get(name) != UNUSED}
+    found |= {name: unpacked(found[name]) for name in PACKED & found.keys()}
+    found |= {name: turns for name in SPOKEN & found.keys() if (turns := turns_in(found[name]))}
     unused = {name for name, field in renamed.items() if field == UNUSED and "[]." in name}
     for name in SPOKEN & set(found) if unused else ():
         found[name] = _without(found[name], {key for one, _, key in (path.partition("[].") for path in unused)
@@ -165,15 +152,23 @@ def meaning_of(path: str) -> tuple[str, str] | None:
 def is_harmless(path: str, value: Any, form: str | None) -> bool:
     """Whether a field may be passed over because of its name, in a row of this form. A column without a name may, where
     it counts."""
+    by_name = _harmless_name(path, form)
+    return str(value).strip().replace(".", "", 1).isdigit() if by_name is None else by_name
+
+
+@lru_cache(maxsize=4096)
+def _harmless_name(path: str, form: str | None) -> bool | None:
+    """The same by the name alone; None for no name."""
     of_message, name = "[]." in path, _plain(path.rpartition("[].")[2])
     if not name or name.startswith(("unnamed", "column_", "index_level")):
-        return str(value).strip().replace(".", "", 1).isdigit()
-    if name.endswith(ENDS_OF_HARMLESS):
+        return None
+    if name.endswith(ENDS_OF_HARMLESS) or COUNTS.fullmatch(name):
         return True
     if of_message:
         return name in HARMLESS_OF_MESSAGES
     return name in HARMLESS | (HARMLESS_OF_TEXT if form == "text" else DESCRIPTIONS)
 
 
+@lru_cache(maxsize=4096)
 def _plain(name: str) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -8,11 +8,12 @@ import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import regex
 
-from lorafit.data.alike import json_form
+from lorafit.data.equality import json_form
 from lorafit.data.examples import TEXT, Check, Example, Message
 from lorafit.data.fields import (
     MARKS,
@@ -39,6 +40,10 @@ class Form:
     needed: frozenset[str]
     read: Callable[[Row, Wrong], tuple[Message, ...]]
     optional: frozenset[str] = frozenset(OPTIONAL)
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        return self.needed | self.optional
 
 
 def form_of(row: Row) -> str | None:
@@ -75,8 +80,8 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
     if group is not None and not isinstance(group, str):
         wrong(f"not text but {kind_of(group)}", "write a string, or leave it out", "group")
     extra = unread(row, form)
-    strange = [path for path, value in extra.items() if not _repeats(value, messages)
-               and not _passes(path, value, form, bool(messages), wrong)]  # fmt: skip
+    strange = [path for path, value in extra.items() if not is_harmless(path, value, form)
+               and not _repeats(value, messages) and not _passes(path, value, bool(messages), wrong)]  # fmt: skip
     if len(problems) > before:
         return None
     for path in strange:
@@ -87,7 +92,7 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
 
 def unread(row: Row, form: str) -> dict[str, Any]:
     """What the fields hold that the form does not read, by name; those of messages as `messages[].name`."""
-    used = FORMS[form].needed | FORMS[form].optional
+    used = FORMS[form].used
     found = {name: value for name, value in row.items() if name not in used and filled(value)}
     for name in FORMS[form].needed & SPOKEN:
         for turn in row[name] if isinstance(row[name], list) else ():
@@ -97,9 +102,9 @@ def unread(row: Row, form: str) -> dict[str, Any]:
     return found
 
 
-def _passes(path: str, value: Any, form: str, has_words: bool, wrong: Wrong) -> bool:
-    """Whether a field may be passed over because of its name or what it says. What must not be is told. has_words:
-    whether the row could be learnt without it."""
+def _passes(path: str, value: Any, has_words: bool, wrong: Wrong) -> bool:
+    """Whether a field whose name is not harmless may be passed over because of what it says, or was told, for it must
+    not be. has_words: whether the row could be learnt without it."""
     if path in MARKS or (path == "label" and _is_truth(value)):
         if truth_of(value) is False:
             marked = "a row marked as not to be learnt" if path in MARKS else (
@@ -112,7 +117,7 @@ def _passes(path: str, value: Any, form: str, has_words: bool, wrong: Wrong) -> 
         what, fix = meaning
         flag = f", or add --columns {shlex.quote(f'{UNUSED}={path}')} to pass it over" if has_words else ""
         wrong(what, fix + flag, path)
-    return meaning is not None or is_harmless(path, value, form)
+    return meaning is not None
 
 
 def _is_truth(value: Any) -> bool:

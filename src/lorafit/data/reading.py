@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
 from lorafit.data.advice import formless, unread_fields
+from lorafit.data.columns import columns_named, joined
 from lorafit.data.examples import SPLITS, Check, Example, Examples
-from lorafit.data.fields import UNUSED, fields_of, renamed_columns
+from lorafit.data.fields import UNUSED, fields_of
 from lorafit.data.forms import form_of, parsed
 from lorafit.data.readers import Record, kinds, read_records
 from lorafit.errors import DataError, Problem
@@ -27,7 +28,6 @@ ALSO_CALLED = {
 NOT_EXAMPLES = {  # names of files that come with data
     "readme", "license", "licence", "copying", "notice", "dataset_dict", "dataset_info", "dataset_infos", "state",
 }  # fmt: skip
-TEXTS = "texts"  # of a folder that holds nothing else: all are trained on, each a group
 SHARD = r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$"  # what ends the names of files that are parts of one
 MOST_LABELS = 30  # named in the system prompt
 BUILTIN = "builtin"  # the help desk that comes with the package
@@ -37,43 +37,59 @@ BUILTIN_FOLDER = Path(str(files("lorafit.data").joinpath("builtin")))
 def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool = False) -> Examples:
     """Read one file, a folder with train, valid and test files, or the built-in help desk (`builtin`).
 
-    Files may be jsonl, json, csv, tsv, parquet or plain text; a folder of text files alone is read whole, each file a
-    group. Each row is of one form, told by its fields:
-    `messages`; `conversations` (sharegpt); `prompt`, `completion`; `instruction`, `input`, `output` (alpaca); `text`,
-    `label` (classification); `text`. It may carry a `check` and a `group`.
+    Files may be jsonl, json, csv, tsv, parquet or plain text. A folder of text files alone is read whole, each file a
+    group; of folders of text files, the name of each folder is the label of its texts. Each row is of one form, told by
+    its fields: `messages`; `conversations` (sharegpt); `prompt`, `completion`; `instruction`, `input`, `output`
+    (alpaca); `text`, `label` (classification); `text`. It may carry a `check` and a `group`.
 
     Args:
         path: the file or folder, or `builtin`.
         columns: `field=column` for columns of other names, such as `prompt=question`; `unused=column` for a column that
-            is to be passed over.
+            is to be passed over; `field=template` joins columns into one text, such as `completion={Team}: {Reply}`.
         skip_bad: leave out rows that cannot be used, kept in `Examples.skipped`.
 
     Raises:
         DataError: with all problems of all files.
         SettingsError: for columns that cannot be.
     """
-    renamed = renamed_columns(columns)
+    renamed, templates = columns_named(columns)
+    wanted = [name for name, field in renamed.items() if field != UNUSED]
+    wanted += [name for template in templates.values() for name in template.columns]
     splits = {}
     problems: list[Problem] = []
     given, unread = _files(BUILTIN_FOLDER if str(path) == BUILTIN else Path(path).expanduser())
     for split, parts in given.items():
-        before, file = len(problems), parts[0]
-        records = [record for part in parts for record in _records(part, problems, file_is_group=split == TEXTS)]
-        lost = [name for name, field in renamed.items()
-                if records and field != UNUSED and not any(name in record.fields for record in records)]  # fmt: skip
+        before, file = len(problems), parts[0].file
+        records = [record for part in parts for record in _records(part, problems)]
+        lost = [name for name in dict.fromkeys(wanted) if records and not any(name in r.fields for r in records)]
         if lost:
             there = sorted({name for record in records[:100] for name in record.fields})[:12]
             fix = f"name another, --columns may name: {', '.join(there)}"
             problems += [Problem(str(file), f"no column '{name}'", fix, whole=True) for name in lost]
             continue
-        found = _parsed(str(file), records, renamed, problems)
+        found = _parsed(str(file), joined(records, templates, renamed, problems), renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)
-        splits["train" if split == TEXTS else split] = found
+        splits[split] = found
     splits = _labelled(splits, problems)
     skippable = skip_bad and not any(problem.whole for problem in problems) and all(splits.values())
     if problems and not skippable:
         raise DataError(problems)
-    return _with_labels(Examples((), skipped=tuple(problems), unread=unread).with_splits(splits))
+    levels = sorted({part.fields["label"] for parts in given.values() for part in parts if "label" in part.fields})
+    notes = (f"the names of the folders ({', '.join(levels)}) are the labels of their texts; to learn the texts of one "
+             "as they are, give that folder",) if levels else ()  # fmt: skip
+    return _with_labels(Examples((), skipped=tuple(problems), unread=unread, notes=notes).with_splits(splits))
+
+
+def require_data(path: str | Path) -> None:
+    """Raise DataError where `path` can be no data. No file is read: asked before slow work."""
+    if str(path) == BUILTIN:
+        return
+    given, _ = _files(Path(path).expanduser())
+    problems: list[Problem] = []
+    for part in (part for parts in given.values() for part in parts if not part.file.is_file()):
+        read_records(part.file, problems)
+    if problems:
+        raise DataError(problems)
 
 
 def _parsed(
@@ -121,13 +137,21 @@ def _is_base(path: Path) -> bool:
     return str(path) in BASES
 
 
-def _records(file: Path, problems: list[Problem], file_is_group: bool) -> list[Record]:
-    found = read_records(file, problems)
-    return [replace(one, fields={**one.fields, "group": file.name}) for one in found] if file_is_group else found
+@dataclass(frozen=True)
+class Part:
+    """One file of a split. fields: what each of its rows is given: the group, and the label."""
+
+    file: Path
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
-def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """The files of each split, or of TEXTS to train on; and names of files of the folder that are not among them.
+def _records(part: Part, problems: list[Problem]) -> list[Record]:
+    found = read_records(part.file, problems)
+    return [replace(one, fields={**one.fields, **part.fields}) for one in found] if part.fields else found
+
+
+def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
+    """The files of each split; and names of files of the folder that are not among them.
 
     Raises DataError for a folder without a training file, or with two for one split, and for what is no data at all.
     """
@@ -137,7 +161,7 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         if (path / name).exists():
             raise DataError([Problem(str(path), f"{what}, not examples", "give a file or folder of examples here")])
     if not path.is_dir():
-        return {"train": [path]}, ()
+        return {"train": [Part(path)]}, ()
     named = _by_name(path)
     problems = []
     for split in SPLITS:
@@ -154,9 +178,13 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     readable = [file for held in named.values() for file in held]
     if named["train"]:
         given = {split: named[split] for split in SPLITS if named[split]}
-        return given, tuple(file.name for file in readable if not any(file in parts for parts in given.values()))
+        left = tuple(file.name for file in readable if not any(file in parts for parts in given.values()))
+        return {split: [Part(file) for file in parts] for split, parts in given.items()}, left
     if len(readable) > 1 and all(file.suffix == ".txt" for file in readable) and not (named["valid"] or named["test"]):
-        return {TEXTS: readable}, ()
+        return {"train": [Part(file, {"group": file.name}) for file in readable]}, ()
+    levels, left = ({}, ()) if readable else _by_level(path)
+    if levels:
+        return levels, left
     if not readable and (path / "data").is_dir():  # as the hub has it
         return _files(path / "data")
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
@@ -174,6 +202,40 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         fix = "give files named train, valid and test (jsonl, json, csv, tsv, parquet or txt), or one file"
     what = f"no train.jsonl or other training file in this folder (it holds {here})"
     raise DataError([Problem(str(path), what, fix)])
+
+
+def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
+    """The texts of folders of texts, by split, each with the name of its folder as label, and what else lies there;
+    nothing for other folders.
+
+    One text at several levels is one group, known by the name of its file without the level's (`Rain-ele.txt` in
+    `Ele-Txt`): it is never on two sides of a split.
+    """
+    folders = [one for one in sorted(path.iterdir()) if one.is_dir() and not one.name.startswith(".")]
+    splits = {ALSO_CALLED.get(one.name.lower(), one.name.lower()): one for one in folders}
+    if "train" in splits:  # each split is a folder of such folders
+        found = {split: _by_level(splits[split]) for split in SPLITS if split in splits}
+        if not all(parts for parts, _ in found.values()):
+            return {}, ()
+        more = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
+        others = [f"{splits[split].name}/{name}" for split, (_, left) in found.items() for name in left]
+        return {split: parts["train"] for split, (parts, _) in found.items()}, (*more, *others)
+    parts: list[Part] = []
+    left: list[str] = []
+    for folder in folders:
+        files = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
+        texts = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
+        others = sorted({*files} - {*texts})
+        if not texts or any(one.is_file() and one.suffix.lower() in kinds() for one in others):
+            return {}, ()
+        parts += [Part(one, {"group": _without_level(one.stem, folder.name), "label": folder.name}) for one in texts]
+        left += [f"{folder.name}/{one.name}" for one in others]
+    return ({"train": parts} if len(folders) > 1 else {}), tuple(left)
+
+
+def _without_level(stem: str, level: str) -> str:
+    found = re.fullmatch(r"(.+)[-_. ]([^\W\d_]+)", stem)
+    return found[1] if found and level.lower().startswith(found[2].lower()) else stem
 
 
 def _by_name(path: Path) -> dict[str, list[Path]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorafit.data.examples import Example, Examples
-from lorafit.data.split import asks_one_thing, identical, near_pairs, shingle_sets
+from lorafit.data.split import Questions
 
 MANY = 10  # examples with one answer that are worth a remark
 CUT = 100  # characters: no shorter answers are taken for cut off
@@ -112,16 +112,20 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
 }  # fmt: skip
 
 
-def describe(examples: Examples) -> DataReport:
-    """The report of examples that have passed the checks."""
+def describe(examples: Examples, questions: Questions | None = None) -> DataReport:
+    """The report of examples that have passed the checks. questions: of these examples, where they are at hand."""
+    questions = questions or Questions.of(examples)
     given = {name: split for name, split in examples.by_name().items() if split}
     fields = Counter(field for split in given.values() for example in split for field in example.extra)
     return DataReport(
-        {name: _describe(split) for name, split in given.items()}, dict(fields), _remarks(given), examples.digest()
+        {name: _describe(split, questions) for name, split in given.items()},
+        dict(fields),
+        _remarks(given, questions),
+        examples.digest(),
     )
 
 
-def _remarks(given: dict[str, tuple[Example, ...]]) -> tuple[Remark, ...]:
+def _remarks(given: dict[str, tuple[Example, ...]], questions: Questions) -> tuple[Remark, ...]:
     everything = [example for split in given.values() for example in split]
     found = [(what, [e for e in everything if has(e)], advice) for what, (has, advice) in ODD.items()]
     answered = [example for example in everything if not example.is_text]
@@ -136,7 +140,7 @@ def _remarks(given: dict[str, tuple[Example, ...]]) -> tuple[Remark, ...]:
     if len(cut) > max(MANY, len(answered) // 20) and longest > CUT:
         what = f"have an answer of exactly {longest:,} characters, which is the longest"
         found.append((what, cut, "go back to the source if they were cut there"))
-    if asks_one_thing(everything):
+    if questions.by_answer:
         advice = "right for teaching a voice; else give the questions that were asked"
         found.append(("ask one and the same thing, so that answers are what is held out", everything, advice))
     found += _mixed(everything) + _labels(given)
@@ -173,12 +177,7 @@ def _labels(given: dict[str, tuple[Example, ...]]) -> list[Found]:
             ("have a label that no training example has", unknown, "add examples of it to training")]  # fmt: skip
 
 
-def _describe(split: Sequence[Example]) -> SplitReport:
-    sets = shingle_sets([example.question for example in split])
-    same = identical(sets)
-    near: set[int] = set()
-    for _, j in near_pairs(sets, same, lambda i, j: j not in near):
-        near.add(j)
+def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
     said: dict[str, set[str]] = defaultdict(set)
     for example in split:
         said[" ".join(example.question.lower().split())].add(" ".join(example.answer.lower().split()))
@@ -188,7 +187,7 @@ def _describe(split: Sequence[Example]) -> SplitReport:
         answers=len(answers),
         words=_spread([sum(len(m.content.split()) for m in example.messages) for example in split]),
         answer_words=_spread([len(m.content.split()) for m in answers]),
-        near_duplicates=len(split) - len(same) + len(near),
+        near_duplicates=questions.repeated(split),
         contradictions=sum(len(found) > 1 for found in said.values()),
         checked=sum(example.check is not None for example in split),
         declining=sum(example.check is not None and example.check.declines for example in split),

@@ -1,91 +1,55 @@
-"""Near-duplicates: finding them, keeping them on one side of a split, and refusing them across splits.
-
-Two prompts are near-identical when the Jaccard similarity of their sets of character 5-grams is at least 0.85
-(text lower-cased, everything but letters, digits and the signs of sums and code one space; what a tenth of all
-prompts share, such as an instruction put before each, is left out of account). Candidates come from MinHash with
-banding (Broder 1997), each is then verified exactly: at 0.85 none is missed in a billion.
-"""
+"""Splits: near-identical examples and groups are kept on one side, and refused across splits that were given."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-import unicodedata
-import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
+from lorafit.data.alike import TextIndex, plain, shingles, similarity
 from lorafit.data.examples import Example, Examples
 from lorafit.errors import DataError, Problem
 
-SIMILAR = 0.85
 ALIKE = 0.5  # of answers
 VOICE = 10  # different answers to one request that teach how something is said
-# Signs that stand for sounds in scripts that write vowels above and below the line; re does not count them to words.
-_MARKS = "".join(one for one in map(chr, range(0x10000)) if unicodedata.category(one)[0] == "M")
-# How a thing is written, not what: "12+5?" and "12-5?" stay two questions, and so do "a = b?" and "a != b?".
-_FORM = re.compile(rf"(?:[^\w{_MARKS}+*/%=<>^~|&#@$€£°!-]|!(?!=))+|_+")
-_BANDS, _ROWS = 32, 4  # a pair at 0.85 shares a band with probability 1 - (1 - 0.85⁴)³² = 1 - 1e-10
-_PRIME = (1 << 31) - 1
+SIDES = {"train": 1, "valid": 2, "test": 4}
+_SEVERAL = np.array([sides.bit_count() > 1 for sides in range(8)])  # by the sum of sides
 
 
-def shingles(text: str) -> frozenset[int]:
-    """Hashes of the character 5-grams of the normalised text."""
-    plain = (_FORM.sub(" ", text.lower()).strip() or text).encode("utf-32-le")  # of punctuation alone: as it stands
-    return frozenset(zlib.crc32(plain[i : i + 20]) for i in range(0, max(1, len(plain) - 16), 4))
+@dataclass(frozen=True)
+class Questions:
+    """What examples are told apart by, indexed once for all who ask which are near-identical.
 
-
-def similarity(one: frozenset[int], other: frozenset[int]) -> float:
-    """Jaccard similarity, 0 to 1."""
-    return len(one & other) / len(one | other)
-
-
-def shingle_sets(texts: Sequence[str]) -> list[frozenset[int]]:
-    """Shingles of every text without those that a tenth of the distinct texts share (and at least 20 of them): they are
-    the form of the prompts, not what is asked. A text that holds nothing else keeps all of them."""
-    sets = [shingles(text) for text in texts]
-    distinct = set(sets)
-    held = Counter(one for each in distinct for one in each)
-    form = {one for one, count in held.items() if count > max(20, len(distinct) // 10)}
-    return [each - form or each for each in sets] if form else sets
-
-
-def identical(sets: Sequence[frozenset[int]]) -> dict[int, list[int]]:
-    """The first position of every distinct set, with all positions that hold it."""
-    first_of: dict[frozenset[int], int] = {}
-    found: dict[int, list[int]] = defaultdict(list)
-    for j, each in enumerate(sets):
-        found[first_of.setdefault(each, j)].append(j)
-    return dict(found)
-
-
-def near_pairs(
-    sets: Sequence[frozenset[int]], among: Iterable[int], wanted: Callable[[int, int], bool] = lambda i, j: True
-) -> Iterator[tuple[int, int]]:
-    """Pairs of positions i < j of `among` (ascending, of distinct sets) whose sets of shingles are near-identical.
-
-    wanted: asked before a candidate is verified; a caller that knows enough of a pair already saves its cost.
+    by_answer: told apart by their answers, for all ask one and the same thing.
     """
-    rng = np.random.default_rng(0)
-    scale = rng.integers(1, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
-    shift = rng.integers(0, _PRIME, _BANDS * _ROWS, dtype=np.uint64)
-    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    for j in among:
-        other = sets[j]
-        grams = np.fromiter(other, np.uint64, len(other)) % _PRIME
-        lowest = ((np.outer(grams, scale) + shift) % _PRIME).min(axis=0).reshape(_BANDS, _ROWS)
-        seen: set[int] = set()
-        for band in range(_BANDS):
-            bucket = buckets[band, lowest[band].tobytes()]
-            for i in bucket:
-                if i not in seen and wanted(i, j):
-                    seen.add(i)
-                    if similarity(sets[i], other) >= SIMILAR:
-                        yield i, j
-            bucket.append(j)
+
+    index: TextIndex
+    by_answer: bool
+
+    @staticmethod
+    def of(examples: Examples) -> Questions:
+        everything = [example for split in examples.by_name().values() for example in split]
+        by_answer = asks_one_thing(everything)
+        return Questions(TextIndex(e.answer if by_answer else e.question for e in everything), by_answer)
+
+    def row(self, example: Example) -> int:
+        """The row in the index of an example that was among them."""
+        return self.index.row(example.answer if self.by_answer else example.question)
+
+    def repeated(self, split: Sequence[Example]) -> int:
+        """How many are near-identical to an earlier prompt."""
+        if self.by_answer:
+            return max(0, len(split) - 1)
+        rows = dict.fromkeys(map(self.row, split))
+        near = np.zeros(len(self.index), np.bool_)
+        for _, j in self.index.pairs(rows, lambda i, j: np.full(len(i), not near[j])):
+            near[j] = True
+        return len(split) - len(rows) + int(near.sum())
 
 
 def asks_one_thing(examples: Sequence[Example]) -> bool:
@@ -93,57 +57,42 @@ def asks_one_thing(examples: Sequence[Example]) -> bool:
     can be held out is answers."""
     if any(example.is_text for example in examples):
         return False
-    questions, answers = ({_plain(text) for text in texts} for texts in (
+    questions, answers = ({plain(text) for text in texts} for texts in (
         [example.question for example in examples], [example.answer for example in examples]))  # fmt: skip
     return len(questions) == 1 and len(answers) >= VOICE
 
 
-def _told_apart_by(examples: Sequence[Example]) -> list[str]:
-    """The text by which each example is told apart from the others."""
-    by_answer = asks_one_thing(examples)
-    return [example.answer if by_answer else example.question for example in examples]
-
-
-def _plain(text: str) -> str:
-    """What is said, without how it is written."""
-    return _FORM.sub(" ", text.lower()).strip()
-
-
-def clusters(examples: Sequence[Example]) -> list[list[int]]:
+def clusters(examples: Sequence[Example], questions: Questions) -> list[list[int]]:
     """Positions of examples that must stay together: near-identical prompts (near-identical answers, where all ask one
     thing), chains of them, and those of one `group`; in order of first member."""
-    parent = list(range(len(examples)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    cluster = np.arange(len(questions.index))
+    members = {row: [row] for row in cluster.tolist()}
 
     def join(i: int, j: int) -> None:
-        low, high = sorted((root(i), root(j)))
-        parent[high] = low
+        fewer, more = sorted((int(cluster[i]), int(cluster[j])), key=lambda one: len(members[one]))
+        if fewer != more:
+            cluster[members[fewer]] = more
+            members[more] += members.pop(fewer)
 
+    rows = [questions.row(example) for example in examples]
     named: dict[str, int] = {}
-    for i, example in enumerate(examples):
+    for row, example in zip(rows, examples, strict=True):
         if example.group is not None:
-            join(named.setdefault(example.group, i), i)
-    sets = shingle_sets(_told_apart_by(examples))
-    same = identical(sets)
-    for first, positions in same.items():
-        for i in positions:
-            join(first, i)
-    for i, j in near_pairs(sets, same, lambda i, j: root(i) != root(j)):
+            join(named.setdefault(example.group, row), row)
+    for i, j in questions.index.pairs(rows, lambda i, j: cluster[i] != cluster[j]):
         join(i, j)
     found: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(examples)):
-        found[root(i)].append(i)
+    for position, row in enumerate(rows):
+        found[int(cluster[row])].append(position)
     return list(found.values())
 
 
-def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
-    """Take a missing validation or test split out of training: seeded, with no near-identical prompts, and no
-    group, on two sides. Splits that were given stay as they are.
+def complete(examples: Examples, share: float = 0.1, questions: Questions | None = None) -> Examples:
+    """Take a missing validation or test split out of training, with no near-identical prompts, and no group, on two
+    sides. Splits that were given stay as they are.
+
+    What is held out is fixed by the data: in whatever order the rows stand, and whatever the seed of a run, so that
+    runs of several seeds are judged on the same examples. questions: of these examples, where they are at hand.
 
     Raises DataError where that leaves nothing to judge by: too few examples, or too few that differ.
     """
@@ -151,10 +100,9 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
     want = {name: count for name, given in examples.by_name().items() if not given}
     if not want:
         return examples
-    together = clusters(examples.train)
+    together = clusters(examples.train, questions or Questions.of(examples))
     taken: dict[str, list[list[int]]] = {"train": [], **{name: [] for name in want}}
-    for k in np.random.default_rng(seed_of(seed, "split")).permutation(len(together)):
-        members = together[k]
+    for members in sorted(together, key=lambda members: min(_draw(examples.train[i]) for i in members)):
         side = next((name for name in want if sum(map(len, taken[name])) + len(members) <= want[name]), "train")
         taken[side].append(members)
     for name in want:
@@ -176,49 +124,62 @@ def complete(examples: Examples, seed: int, share: float = 0.1) -> Examples:
     return examples.with_splits(sides)
 
 
-def require_apart(examples: Examples) -> int:
+def _draw(example: Example) -> bytes:
+    """As good as random, and always the same for the same messages."""
+    said = json.dumps([[message.role, message.content] for message in example.messages])
+    return hashlib.sha256(said.encode()).digest()
+
+
+def require_apart(examples: Examples, questions: Questions | None = None) -> int:
     """Raise DataError naming every example of valid or test that is near-identical to one it is judged apart from
     (training for both, and validation for test).
 
     Near-identical are examples whose prompts are, unless the prompts differ at all and their answers are different
     (similarity below 0.5): "open[yes]" and "open[no]" ask for two answers. Returns how many of those there are.
-    Where all examples ask one thing, near-identical are those whose answers are.
+    Where all examples ask one thing, near-identical are those whose answers are. questions: of these examples, where
+    they are at hand.
     """
+    questions = questions or Questions.of(examples)
     everything = [(side, example) for side, split in examples.by_name().items() for example in split]
-    sets = shingle_sets(_told_apart_by([example for _, example in everything]))
-    same = identical(sets)
-    sides = {first: {everything[i][0] for i in positions} for first, positions in same.items()}
-    beside: dict[int, list[int]] = defaultdict(list)  # an example, and the near-identical ones of earlier splits
-    pairs = near_pairs(sets, same, lambda i, j: len(sides[i] | sides[j]) > 1)
-    mixed = (positions for first, positions in same.items() if len(sides[first]) > 1)
-    for met in chain(mixed, (sorted(same[i] + same[j]) for i, j in pairs)):
-        for k, j in enumerate(met):
-            beside[j] += [i for i in met[:k] if everything[i][0] != everything[j][0]]
-    problems, different = [], 0
-    for j, (side, example) in enumerate(everything):
-        leak = next((i for i in beside[j] if _alike(everything[i][1], example)), None)
-        if leak is not None:
-            what = f"near-identical to {everything[leak][1].where} in {everything[leak][0]}"
-            problems.append(Problem(example.where, what, f"remove one of the two: {side} would not be held out"))
-        elif beside[j]:
-            different += 1
-    if problems:
-        raise DataError(problems)
-    return different
+    held: dict[int, list[int]] = defaultdict(list)  # positions by row
+    sides = np.zeros(len(questions.index), np.uint8)
+    for position, (side, example) in enumerate(everything):
+        row = questions.row(example)
+        held[row].append(position)
+        sides[row] |= SIDES[side]
+    leaks: dict[int, int] = {}  # a held-out example, and one that it is judged apart from
+    different: set[int] = set()
+
+    def meet(earlier: Sequence[int], later: Sequence[int]) -> None:
+        for j in later:
+            for i in earlier:
+                if j in leaks or i >= j:
+                    break
+                if everything[i][0] != everything[j][0]:
+                    if _alike(everything[i][1], everything[j][1]):
+                        leaks[j] = i
+                    else:
+                        different.add(j)
+
+    for row in np.flatnonzero(_SEVERAL[sides]).tolist():
+        meet(held[row], held[row])
+    for i, j in questions.index.pairs(held, lambda i, j: _SEVERAL[sides[i] | sides[j]]):
+        meet(held[i], held[j])
+        meet(held[j], held[i])
+    if leaks:
+        raise DataError([
+            Problem(everything[j][1].where, f"near-identical to {everything[i][1].where} in {everything[i][0]}",
+                    f"remove one of the two: {everything[j][0]} would not be held out")
+            for j, i in sorted(leaks.items())
+        ])  # fmt: skip
+    return len(different)
 
 
 def _alike(one: Example, other: Example) -> bool:
     """Of two examples with near-identical prompts: whether knowing one is knowing the other."""
-    if _plain(one.question) == _plain(other.question):
+    if plain(one.question) == plain(other.question):
         return True
     return similarity(shingles(one.answer), shingles(other.answer)) >= ALIKE
-
-
-def largest_similarity(held_out: Iterable[str], trained: Iterable[str]) -> float:
-    """The highest similarity between any prompt of one side and any of the other (exact, every pair)."""
-    known = [shingles(text) for text in trained]
-    asked = (shingles(text) for text in held_out)
-    return max((similarity(one, other) for one in asked for other in known), default=0.0)
 
 
 def seed_of(*parts: object) -> int:

@@ -6,16 +6,19 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
 
-from lorafit.data.alike import compared, json_of, last_number
+from lorafit.data.equality import compared, json_of, last_number
 from lorafit.data.examples import Check, Example, Message
-from lorafit.data.render import Renderer
 from lorafit.evaluation.statistics import groups_of
-from lorafit.generation.greedy import Answer
 from lorafit.records import AnswerScore
+
+if TYPE_CHECKING:  # torch and transformers are behind them
+    from lorafit.data.render import Renderer
+    from lorafit.generation.greedy import Answer
 
 SECONDS = 2.0  # a pattern may take over one answer
 

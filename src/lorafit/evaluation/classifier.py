@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from lorafit.data.alike import compared
+from lorafit.data.equality import compared
 from lorafit.data.examples import Example
 
 MOST_ANSWERS = 200  # different ones: a model is fitted for each

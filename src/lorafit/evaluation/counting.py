@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.alike import compared, json_of
+from lorafit.data.equality import compared, json_of
 from lorafit.data.examples import Example
 from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import MOST_ANSWERS, classified, is_installed

@@ -15,7 +15,7 @@ from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import nll_score
 from lorafit.evaluation.nll import example_nll
-from lorafit.files import did_you_mean
+from lorafit.files import text_of
 from lorafit.records import NllScore
 from lorafit.tasks.completion import Way
 
@@ -29,15 +29,7 @@ def general_text(named: str | None = None) -> tuple[str, list[str]]:
         text = files("lorafit.evaluation").joinpath(BUILTIN).read_text(encoding="utf-8")
         source = "the built-in pages"
     else:
-        path = Path(named)
-        try:
-            text, source = path.read_text(encoding="utf-8"), named
-        except FileNotFoundError as error:
-            raise SettingsError(
-                f"--general {path}: there is no such file: {did_you_mean(path, 'check the path')}"
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--general {path}: cannot be read as text in UTF-8 ({error}): name another") from error
+        text, source = text_of(Path(named), "--general"), named
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if len(part.split()) >= 5]
     if not paragraphs:
         raise SettingsError(f"--general {source}: holds no paragraph of five words or more: name a text of some pages")

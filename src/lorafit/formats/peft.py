@@ -19,14 +19,18 @@ from torch import Tensor
 
 from lorafit.adapter import FORMAT, Adapter, Claims
 from lorafit.errors import FormatError
-from lorafit.files import did_you_mean, read_json, whole_folder, write_json, write_text
+from lorafit.files import read_json, whole_folder, write_json, write_text
+from lorafit.formats.folder import CONFIG as CONFIG
+from lorafit.formats.folder import WEIGHTS as WEIGHTS
+from lorafit.formats.folder import adapter_folder as adapter_folder
+from lorafit.formats.folder import require_adapter_folder as require_adapter_folder
 from lorafit.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
 from lorafit.plan import LowRank, Plan
 from lorafit.records import Rendering
 from lorafit.sites import Site
 from lorafit.sources import hub
 
-CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
+OURS, CARD = "lorafit.json", "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it
 FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
 _SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -159,12 +163,6 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter folder itself, or the one inside a run folder."""
-    path = Path(path)
-    return path / "adapter" if (path / "run.json").exists() else path
-
-
 @dataclass(frozen=True)
 class Glance:
     """What an adapter folder tells without its weights being read. bytes: of these; base: the identity of its base."""
@@ -207,29 +205,6 @@ def read(folder: str | Path) -> Adapter:
     if (folder / OURS).exists():
         return _read_ours(folder, config, _read_tensors(folder / WEIGHTS))
     return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
-
-
-def require_adapter_folder(folder: str | Path) -> None:
-    """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
-    folder = Path(folder)
-    if folder.is_file():
-        raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
-    if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such adapter folder: {did_you_mean(folder, 'check the path')}")
-    if (folder / "adapters.safetensors").exists():
-        raise FormatError(f"{folder}: this is an mlx-lm adapter: convert it to PEFT's layout first")
-    if not (folder / WEIGHTS).exists():
-        pickles = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
-        if pickles:
-            raise FormatError(
-                f"{folder / pickles[0]}: a pickle can run any code when it is opened and is never read: "
-                f"save the adapter again as {WEIGHTS} (in PEFT: save_pretrained(..., safe_serialization=True))"
-            )
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
-    if missing:
-        raise FormatError(
-            f"{folder}: not an adapter folder: {' and '.join(missing)} missing: name a run, or the adapter folder in it"
-        )
 
 
 def _read_tensors(path: Path) -> Pairs:

@@ -19,10 +19,11 @@ from lorafit.files import require_new, write_text
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
-from lorafit.pipeline.preparing import opened_base, render_all, require_passing, sifted
+from lorafit.pipeline.preparing import opened_base, render_all
 from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
+from lorafit.prepared import prepare, require_passing, sifted
 from lorafit.report.result import Result
-from lorafit.run import count_opening, remembered, tested
+from lorafit.run import RUN, count_opening, read_run, remembered, tested
 from lorafit.settings import settings_from
 from lorafit.tasks.probe import way_of
 
@@ -42,9 +43,10 @@ def run_evaluation(
     """Score an adapter against its base, or another adapter, on examples; returns the summary.
 
     settings: fields of TrainSettings that bear on an evaluation: few_shot (by default as many as in a run, where the
-    folder has training examples), dtype, max_length, columns, skip_bad. A single file is scored whole; of a folder,
-    `split`. The base is the one the adapter names, unless given. With `answers` every question is answered, and the
-    answers go there, one JSON object a line; a file that is there already is refused.
+    folder has training examples; given for other data, examples of what the run was trained on), dtype, max_length,
+    columns, skip_bad. A single file is scored whole; of a folder, `split`. The base is the one the adapter names,
+    unless given. With `answers` every question is answered, and the answers go there, one JSON object a line; a file
+    that is there already is refused.
     """
     listener = listener or Silent()
     answers, data = None if answers is None else Path(answers), str(data)
@@ -66,10 +68,10 @@ def run_evaluation(
     chosen = examples.train if single else examples.by_name()[split]
     if not chosen:
         raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
-    may_show = not single and split != "train"
-    if settings.get("few_shot") and not may_show:
-        raise SettingsError("--few-shot takes its examples from train.jsonl: give a folder that has one, and not "
-                            "--split train, or the base would be shown the questions it is asked")  # fmt: skip
+    shots_from: tuple[Example, ...] = () if single or split == "train" else examples.train
+    if settings.get("few_shot") and not shots_from:
+        shots_from = _trained_on(adapter_folder.parent, chosen)
+        listener.say(f"--few-shot takes its examples from what {adapter_folder.parent} was trained on")
     runs = [adapter_folder.parent, *([peft.adapter_folder(against).parent] if against else [])]
     seen = [_remarked(run, chosen, listener) for run in runs]
     name = base_name or adapter.base_name
@@ -86,9 +88,8 @@ def run_evaluation(
                     listener)  # fmt: skip
     loaded = time.monotonic()
     way = way_of(base, rows["train"])
-    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other,
-                         shots_from=examples.train if may_show else (),
-                         shots=resolved.few_shot if may_show else 0, answer_all=answers is not None,
+    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=shots_from,
+                         shots=resolved.few_shot, answer_all=answers is not None,
                          watch=listener.watch, accept_unknown_base=accept_unknown_base, way=way)  # fmt: skip
     for run in runs:
         _count(run, chosen, listener)
@@ -119,10 +120,33 @@ def run_evaluation(
     )
 
 
+def _trained_on(run: Path, asked: Sequence[Example]) -> tuple[Example, ...]:
+    """The examples a run was trained on, without those that are asked now. Raises SettingsError where there are
+    none."""
+    where = "--few-shot takes its examples from the folder's train.jsonl, or from what the run was trained on"
+    if not (run / RUN).exists():
+        raise SettingsError(f"{where}, and {run} is no run: give a run, or leave --few-shot out")
+    was = read_run(run)
+    try:
+        given = prepare(was["data"], settings_from(was["settings"]), Silent())[0].train
+    except DataError as error:
+        raise SettingsError(f"{where}, and {was['data']} cannot be read as it was then ({error}): restore it, or leave "
+                            "--few-shot out") from error  # fmt: skip
+    known = remembered(run, [example.question for example in given]) or []
+    now = {" ".join(example.question.lower().split()) for example in asked}
+    left = tuple(example for example, trained in zip(given, known, strict=False)
+                 if trained and " ".join(example.question.lower().split()) not in now)  # fmt: skip
+    if not left:
+        raise SettingsError(f"{where}: of that, in {was['data']}, nothing is left that is not asked here: leave "
+                            "--few-shot out")  # fmt: skip
+    return left
+
+
 def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:
     """Say what of the examples the run knows already: how many it was trained or validated on, None where there is
     no run."""
-    seen = remembered(run, [example.question for example in chosen])
+    known = remembered(run, [example.question for example in chosen])
+    seen = None if known is None else sum(known)
     if seen:
         listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on in {run}: this measures "
                      "memory")  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -11,24 +10,21 @@ import torch
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import fired, free_blocks, fresh, require_fired
-from lorafit.base import Base, fastest_dtype, open_base, require_base
+from lorafit.base import DTYPES, Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples
-from lorafit.data.reading import read_examples
+from lorafit.data.languages import strange_language
 from lorafit.data.render import Renderer, Row, render, renderer_for
-from lorafit.data.report import DataReport, describe
-from lorafit.data.split import complete, require_apart
-from lorafit.errors import DataError, Problem, SettingsError
-from lorafit.evaluation.answers import is_right
+from lorafit.data.report import DataReport
+from lorafit.errors import DataError, Problem
 from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
-from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.formats.oddities import misread_by_peft
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
 from lorafit.planning.memory import as_begun, fit, footprint, room_to_answer, steps_of, with_losses
+from lorafit.prepared import prepare, sifted
 from lorafit.records import Frozen
-from lorafit.run import DTYPES
 from lorafit.settings import TrainSettings
 from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
 from lorafit.tasks.probe import way_of
@@ -132,67 +128,10 @@ def rendered(
     rows: dict[str, list[Row]] = {}
     examples = sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
                        listener)  # fmt: skip
+    if said := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1])):
+        listener.say(said)
     listener.example(rows["train"][0], renderer)
     return examples, renderer, rows
-
-
-def prepare(data: str, settings: TrainSettings, listener: Listener) -> tuple[Examples, DataReport]:
-    """Read, check, describe; make sure that what is held out is, and complete the splits."""
-    examples = read_examples(data, settings.columns or (), settings.skip_bad)
-    if all(examples.by_name().values()) and settings.val_share != TrainSettings().val_share:
-        raise SettingsError(f"--val-share {settings.val_share}: does nothing, for {data} brings train, valid and test "
-                            "of its own: leave it out")  # fmt: skip
-    for problem in examples.skipped:
-        listener.say(f"left out: {problem}")
-    if examples.unread:
-        listener.say(f"not read: {', '.join(examples.unread)}: the files of a folder are train, valid and test")
-    different: list[int] = []
-    examples = sifted(examples, require_passing, settings.skip_bad, listener)
-    examples = sifted(examples, lambda e: different.append(require_apart(e)), settings.skip_bad, listener)
-    if different[-1]:
-        listener.say(
-            f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own, "
-            "as it must be in data to text; elsewhere such a test may be easier than life"
-        )
-    examples = complete(examples, settings.seed, settings.val_share)
-    report = describe(examples)
-    listener.data(report)
-    independent = len(set(groups_of([example.group for example in examples.test])))
-    if independent < FEWEST:
-        listener.say(
-            f"only {independent} independent test example{'s' * (independent != 1)}: too few to tell whether an "
-            f"adapter is better; at least {FEWEST} are needed, a hundred tell much (--val-share, or more data)"
-        )
-    return examples, report
-
-
-def sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool, listener: Listener) -> Examples:
-    """The examples that pass the check: all of them, or with `skip_bad` what is left without the others, each told."""
-    try:
-        check(examples)
-        return examples
-    except DataError as error:
-        left = examples.without(error.problems)
-        emptied = any(split and not left.by_name()[name] for name, split in examples.by_name().items())
-        if not skip_bad or emptied:
-            raise
-        for problem in error.problems:
-            listener.say(f"left out: {problem}")
-        check(left)
-        return left
-
-
-def require_passing(examples: Examples) -> None:
-    """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
-    problems = [
-        Problem(f"{example.where}: check", "its own answer does not pass it",
-                "correct the answer, or what the check asks of it")
-        for split in examples.by_name().values()
-        for example in split
-        if example.check is not None and not is_right(example.answer, example.check)
-    ]  # fmt: skip
-    if problems:
-        raise DataError(problems)
 
 
 def render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:

@@ -39,7 +39,6 @@ from lorafit.run import (
     PLAN,
     REPORT,
     ROUNDS,
-    RUN,
     RUNGS,
     SEARCH,
     SUMMARY,
@@ -48,6 +47,7 @@ from lorafit.run import (
     frozen_of,
     read_run,
     read_summary,
+    require_run,
     room_to_write,
     sole_writer,
     versions,
@@ -113,8 +113,7 @@ def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, An
     Raises RunError for a run that is not finished, or whose base or data have changed.
     """
     listener = listener or Silent()
-    if not (folder / RUN).exists():
-        raise RunError(f"{folder}: no run: name a folder that lorafit train wrote")
+    require_run(folder)
     asked, summary = read_run(folder), read_summary(folder)
     if summary is None:
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")

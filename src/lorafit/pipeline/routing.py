@@ -11,7 +11,7 @@ from lorafit.errors import AdapterError, BaseError
 from lorafit.files import whole_file
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.preparing import prepare
+from lorafit.prepared import prepare
 from lorafit.routing import Features, Router, elsewhere, features_of, fit, learnable
 from lorafit.settings import settings_from
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from lorafit.planning.rules import told, told_rank
 from lorafit.planning.signal import Card, Signal, card_of
 from lorafit.run import CARD, SEARCH, TRIED
 from lorafit.settings import TrainSettings
-from lorafit.training.loop import Trained, train
+from lorafit.training.loop import Moment, Trained, train
 from lorafit.training.processes import Processes
 from lorafit.training.recipe import Recipe
 
@@ -89,9 +89,9 @@ class Found:
 
 def carry_out(
     opened: Opened, order: Order, out: Path, resume: bool, trunk_bytes: int, processes: Processes,
-    listener: Listener | None = None,
+    listener: Listener | None = None, tell: Callable[[Moment], None] | None = None,
 ) -> Trained:  # fmt: skip
-    """Train as ordered; called alike in all processes."""
+    """Train as ordered; called alike in all processes. tell: hears the moments in the listener's place."""
     base, rows = opened.base, opened.rows
     if processes.first:
         (out / order.folder).mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def carry_out(
     kept: dict[str, Any] = {}
     if listener:
         name = f"{order.folder}: validation" if order.folder else "validation"
-        kept = {"tell": listener.moment, "watch": lambda done, of: listener.watch(name, done, of)}
+        kept = {"tell": tell or listener.moment, "watch": lambda done, of: listener.watch(name, done, of)}
     return train(base, start_of(opened, order.plan), rows["train"], valid, order.recipe, folder=out / order.folder,
                  resume=resume, trunk_bytes=trunk_bytes, trunk_in=out if order.folder.startswith(SEARCH) else None,
                  way=opened.way, known=order.known, processes=processes, **kept)  # fmt: skip

@@ -31,6 +31,7 @@ from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.refining import Standing, figures_of, history_of, refine, write_plan
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.pipeline.searching import Order, carry_out, search
+from lorafit.pipeline.tracked import Tracked, tracked
 from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
@@ -57,6 +58,7 @@ from lorafit.run import (
     versions,
 )
 from lorafit.settings import TrainSettings, settings_from
+from lorafit.tracking import require_tracker
 from lorafit.training.processes import ALONE, Processes
 
 
@@ -87,6 +89,7 @@ def run_training(
     keep_freed_memory()
     with on_threads(began.threads if began else torch.get_num_threads(), listener):
         try:
+            require_tracker(resolved.report_to)
             opened = open_all(base_name, data, resolved, listener, began, processes.here)
             processes.require_work(opened.decision.recipe.batch_size)
         except BaseException:
@@ -95,9 +98,11 @@ def run_training(
                     out.rmdir()  # it was empty when this run took it
             raise
         make_folder(out)
-        with sole_writer(out), room_to_write(out):
+        with sole_writer(out), room_to_write(out), tracked(resolved, opened, out, resume, listener) as followed:
             require_disk(out, disk_of(opened.decision.plan, resolved.trim == "auto"))
-            return _run(base_name, data, out, resolved, opened, resume, listener, extra or {}, processes)
+            summary = _run(base_name, data, out, resolved, opened, resume, listener, followed, extra or {}, processes)
+            followed.scores(summary)
+            return summary
 
 
 def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any
 
 def _run(
     base_name: str, data: str, out: Path, resolved: TrainSettings, opened: Opened, resume: bool,
-    listener: Listener, extra: Mapping[str, Any], processes: Processes,
+    listener: Listener, followed: Tracked, extra: Mapping[str, Any], processes: Processes,
 ) -> dict[str, Any]:  # fmt: skip
     """From the plan on: everything here writes into the run folder."""
     base, rows = opened.base, opened.rows
@@ -145,7 +150,7 @@ def _run(
     listener.say(f"training{several}; Ctrl-C saves and stops")
     order = Order(decision.plan, decision.recipe, known=found.known)
     processes.agreed(order.to_json)
-    trained = carry_out(opened, order, out, resume, resolved.trunk_bytes, processes, listener)
+    trained = carry_out(opened, order, out, resume, resolved.trunk_bytes, processes, listener, followed.moment)
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
     began = time.monotonic()
     ladder, adapter = trim_trained(opened, trained, decision.recipe, resolved.trim, out, listener)

@@ -25,9 +25,10 @@ from lorafit.files import make_folder, read_json, whole_file
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
-from lorafit.pipeline.preparing import opened_base, prepare, rendered
+from lorafit.pipeline.preparing import opened_base, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
 from lorafit.planning.trim import Moments, require_pairs, share_of, smallest_share, trimmed
+from lorafit.prepared import prepare
 from lorafit.run import LADDER, MOMENTS, PLAN, RUN, WHOLE, frozen_of, read_run, read_summary
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of

@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import BaseError, FormatError
 from lorafit.files import free_bytes, read_json, sha256_file, shown, whole_folder, write_json
 from lorafit.sources.progress import Report, Watch, require_room
+
+if TYPE_CHECKING:
+    import torch
 
 _CONVERSION = 1  # raise it when converting changes what is written
 _OURS = "lorafit-base.json"
@@ -166,6 +167,7 @@ def _require_writable(folder: Path) -> None:
 
 
 def _header(file: Path) -> Header:
+    import torch
     from gguf import GGUFReader
 
     try:
@@ -197,6 +199,7 @@ def _require_known(file: Path, architecture: str) -> None:
 
 
 def _convert(file: Path, header: Header, building: Path) -> None:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
@@ -251,6 +254,8 @@ def _set_rope(file: Path, header: Header, config: Any) -> None:
     first trained with, at f where w is shorter than a quarter of it, and between them in between (arXiv 2407.21783
     names the base of the frequencies; the rule is that of Meta's code). Raises BaseError for factors of another rule.
     """
+    import torch
+
     factors = header.rope.get("rope_freqs.weight")
     rope = dict(getattr(config, "rope_parameters", None) or {})
     theta = rope.get("rope_theta")
@@ -281,6 +286,8 @@ def llama3_factors(
     original_max_position_embeddings: int,
 ) -> torch.Tensor:  # fmt: skip
     """What each frequency is divided by: (width / 2,). width: of a head. The other names are those of the config."""
+    import torch
+
     wavelength = 2 * math.pi * theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     turns = original_max_position_embeddings / wavelength
     share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)

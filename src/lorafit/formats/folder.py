@@ -1,0 +1,39 @@
+"""Which folder is an adapter's, told by its files alone: nothing of weight is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorafit.errors import FormatError
+from lorafit.files import did_you_mean
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder itself, or the one inside a run folder."""
+    path = Path(path)
+    return path / "adapter" if (path / "run.json").exists() else path
+
+
+def require_adapter_folder(folder: str | Path) -> None:
+    """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such adapter folder: {did_you_mean(folder, 'check the path')}")
+    if (folder / "adapters.safetensors").exists():
+        raise FormatError(f"{folder}: this is an mlx-lm adapter: convert it to PEFT's layout first")
+    if not (folder / WEIGHTS).exists():
+        pickles = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+        if pickles:
+            raise FormatError(
+                f"{folder / pickles[0]}: a pickle can run any code when it is opened and is never read: "
+                f"save the adapter again as {WEIGHTS} (in PEFT: save_pretrained(..., safe_serialization=True))"
+            )
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
+    if missing:
+        raise FormatError(
+            f"{folder}: not an adapter folder: {' and '.join(missing)} missing: name a run, or the adapter folder in it"
+        )

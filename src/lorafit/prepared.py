@@ -1,0 +1,86 @@
+"""Examples made ready before a model is opened: read, checked, split, described. Nothing of weight is imported here, so
+that a mistake in a file is reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from lorafit.data.examples import Examples
+from lorafit.data.reading import read_examples
+from lorafit.data.report import DataReport, describe
+from lorafit.data.split import Questions, complete, require_apart
+from lorafit.errors import DataError, Problem, SettingsError
+from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.statistics import FEWEST, groups_of
+from lorafit.settings import TrainSettings
+
+
+class DataListener(Protocol):
+    """Receives what is found in the data. Every method may do nothing."""
+
+    def say(self, text: str) -> None: ...
+    def data(self, report: DataReport) -> None: ...
+
+
+def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple[Examples, DataReport]:
+    """Read, check, describe; make sure that what is held out is, and complete the splits."""
+    examples = read_examples(data, settings.columns or (), settings.skip_bad)
+    if all(examples.by_name().values()) and settings.val_share != TrainSettings().val_share:
+        raise SettingsError(f"--val-share {settings.val_share}: does nothing, for {data} brings train, valid and test "
+                            "of its own: leave it out")  # fmt: skip
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
+    if examples.unread:
+        others = "texts in folders" if examples.notes else "files called train, valid and test"
+        listener.say(f"not read: {', '.join(examples.unread)}: only {others} are read of a folder")
+    for note in examples.notes:
+        listener.say(note)
+    different: list[int] = []
+    examples = sifted(examples, require_passing, settings.skip_bad, listener)
+    questions = Questions.of(examples)
+    examples = sifted(examples, lambda e: different.append(require_apart(e, questions)), settings.skip_bad, listener)
+    if different[-1]:
+        listener.say(
+            f"{different[-1]} prompts of valid and test are near-identical to others, but with answers of their own, "
+            "as it must be in data to text; elsewhere such a test may be easier than life"
+        )
+    examples = complete(examples, settings.val_share, questions)
+    report = describe(examples, questions)
+    listener.data(report)
+    independent = len(set(groups_of([example.group for example in examples.test])))
+    if independent < FEWEST:
+        listener.say(
+            f"only {independent} independent test example{'s' * (independent != 1)}: too few to tell whether an "
+            f"adapter is better; at least {FEWEST} are needed, a hundred tell much (--val-share, or more data)"
+        )
+    return examples, report
+
+
+def sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool, listener: DataListener) -> Examples:
+    """The examples that pass the check: all of them, or with `skip_bad` what is left without the others, each told."""
+    try:
+        check(examples)
+        return examples
+    except DataError as error:
+        left = examples.without(error.problems)
+        emptied = any(split and not left.by_name()[name] for name, split in examples.by_name().items())
+        if not skip_bad or emptied:
+            raise
+        for problem in error.problems:
+            listener.say(f"left out: {problem}")
+        check(left)
+        return left
+
+
+def require_passing(examples: Examples) -> None:
+    """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
+    problems = [
+        Problem(f"{example.where}: check", "its own answer does not pass it",
+                "correct the answer, or what the check asks of it")
+        for split in examples.by_name().values()
+        for example in split
+        if example.check is not None and not is_right(example.answer, example.check)
+    ]  # fmt: skip
+    if problems:
+        raise DataError(problems)

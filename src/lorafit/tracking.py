@@ -1,0 +1,107 @@
+"""Curves and scores handed to a tracking program, by its own library. Off unless it is asked for.
+
+Each library reads its own environment: where it sends what, and by whose account. It is given numbers, the name of the
+run folder and the settings that are numbers or choices; no example, no prompt, no path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorafit.errors import SettingsError
+
+PROJECT = "lorafit"
+TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders in a run folder, too
+
+
+class Tracker(Protocol):
+    """Where numbers go. Its methods may raise what the library raises."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def end(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard` of the run folder: tensorboard --logdir runs."""
+
+    def __init__(self, out: Path, facts: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(out / TENSORBOARD))
+        self._writer.add_text("run", "\n".join(f"    {name}: {value}" for name, value in facts.items()))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def end(self) -> None:
+        self._writer.close()
+
+
+class Trackio:
+    """A run of trackio's project `lorafit`: trackio show --project lorafit."""
+
+    def __init__(self, out: Path, facts: Mapping[str, Any]):
+        import trackio
+
+        self._run = trackio.init(project=PROJECT, name=out.resolve().name, config=dict(facts), embed=False)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def end(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases:
+    """A run of the project `lorafit` of Weights & Biases; what it keeps here is in `wandb` of the run folder."""
+
+    def __init__(self, out: Path, facts: Mapping[str, Any]):
+        import wandb
+
+        self._run = wandb.init(project=PROJECT, name=out.resolve().name, config=dict(facts), dir=str(out))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def end(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow's experiment `lorafit`, where MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, out: Path, facts: Mapping[str, Any]):
+        import mlflow
+
+        self._client = mlflow.MlflowClient()
+        known = self._client.get_experiment_by_name(PROJECT)
+        experiment = known.experiment_id if known else self._client.create_experiment(PROJECT)
+        self._run = self._client.create_run(experiment, run_name=out.resolve().name).info.run_id
+        for name, value in facts.items():
+            self._client.log_param(self._run, name, value)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def end(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+TRACKERS: dict[str, type[TensorBoard | Trackio | WeightsAndBiases | MLflow]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def require_tracker(name: str) -> None:
+    """Raise SettingsError where the library of a tracking program is not installed; `none` needs none."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise SettingsError(f"--report-to {name}: {name} is not installed: pip install '.[{name}]' in a clone, or the "
+                            f"wheel with [{name}]; or leave --report-to out")  # fmt: skip
