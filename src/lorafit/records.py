@@ -58,7 +58,8 @@ class NllScore:
 @dataclass(frozen=True)
 class AnswerScore:
     """Answers of one model to the same questions, decoded greedily: `right` of `n`, `declined` of `off_desk_n`.
-    `groups`: independent pieces of evidence among the `n`."""
+    `groups`: independent pieces of evidence among the `n`. correct: of each answer whether it is right, None where
+    nothing says what is."""
 
     right: int
     n: int
@@ -67,6 +68,7 @@ class AnswerScore:
     natural_stops: int
     groups: int
     answers: tuple[str, ...] = ()
+    correct: tuple[bool | None, ...] = ()
 
     @property
     def accuracy(self) -> float | None:

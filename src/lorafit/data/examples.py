@@ -104,6 +104,11 @@ class Example:
         return self.messages[-1].calls
 
     @property
+    def is_scored(self) -> bool:
+        """Whether anything says what a right answer is: a check, or calls."""
+        return self.check is not None or bool(self.calls)
+
+    @property
     def with_tools(self) -> tuple[object, ...]:
         """What it says of tools and calls; empty where it says nothing."""
         called = tuple((i, one.calls, one.answers) for i, one in enumerate(self.messages) if one.calls or one.answers)

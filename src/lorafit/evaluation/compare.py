@@ -38,8 +38,9 @@ class Sample:
 class Comparison:
     """`base` is what the adapter is compared with: the bare base, or another adapter attached to it.
 
-    Where no example carries a check, a few questions were answered for the samples and the natural stops. `shots`: how
-    many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its context.
+    Where nothing says what a right answer is, a few questions were answered for the samples and the natural stops.
+    `shots`: how many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its
+    context.
     `asked`: the positions of the examples that were answered; `nll_of_each`: (base, adapter) of every example.
     """
 
@@ -71,14 +72,15 @@ def compare(
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Those that carry a check are answered, else a few, or with `answer_all` every question there is. Answers are decoded
-    greedily, at most a quarter longer than the longest reference answer (plus 8 tokens). memory: bytes that decoding
+    Those that carry a check, or whose answer is a call, are answered, else a few, or with `answer_all` every question
+    there is. Answers are decoded greedily, at most a quarter longer than the longest reference answer (plus 8 tokens).
+    memory: bytes that decoding
     may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured here where it is
     not given; both are scored in the same one.
     """
     way = way or way_of(base, rows)
     budget = 5 * max(row.n_trained for row in rows) // 4 + 8
-    checked = [i for i, example in enumerate(examples) if example.check is not None]
+    checked = [i for i, example in enumerate(examples) if example.is_scored]
     open_ended = [i for i, example in enumerate(examples) if not example.is_text]
     asked = open_ended if answer_all else checked or [open_ended[i] for i in _spread(len(open_ended), UNCHECKED)]
     questions = [examples[i] for i in asked]
@@ -99,13 +101,13 @@ def compare(
     with Decoding(base, renderer, longest, budget, memory, accept_unknown_base) as decoding:
 
         def answered(what: str, prompts: Sequence[list[int]], by: Adapter | None) -> AnswerScore:
-            return score_answers(questions, decoding.answers(prompts, by, told(what)))
+            return score_answers(questions, decoding.answers(prompts, by, told(what)), renderer)
 
         base_answers = answered(f"{other}: answers", plain, against)
         few = answered(f"base, {len(given)} examples given", shown_examples, None) if given else None
         adapter_answers = answered("adapter: answers", plain, adapter)
     answers = zip(questions, base_answers.answers, adapter_answers.answers, strict=True)
-    asked_all = [Sample(q.messages[-2].content, q.answer, one, other) for q, one, other in answers]
+    asked_all = [Sample(q.messages[-2].text, q.answer, one, other) for q, one, other in answers]
     samples = tuple(asked_all[i] for i in shown)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     each = tuple(zip(base_nll, adapter_nll, strict=True))
