@@ -78,7 +78,9 @@ def _tool(one: Any, place: str, wrong: Wrong) -> tuple[str, str]:
     more = {key: value for key, value in function.items() if key not in (*known, "strict", "type")}
     whole = {"type": "function", "function": without_nulls({**known, **more})}
     try:
-        return name, sys.intern(json.dumps(whole, ensure_ascii=False))  # most rows describe the same
+        text = json.dumps(whole, ensure_ascii=False)
+        text.encode()
+        return name, sys.intern(text)  # most rows describe the same
     except (TypeError, ValueError, RecursionError) as error:
         wrong(f"cannot be written as JSON ({error})", "write what JSON knows", place)
         return "", ""

@@ -45,9 +45,25 @@ class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
+class ToldFunction(BaseModel):
+    """arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToldCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: ToldFunction
+
+
 class Said(BaseModel):
+    """tool_calls: where there are some, content may be null."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToldCall] = []
 
 
 class Choice(BaseModel):
@@ -57,7 +73,11 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class ChatChoice(Choice):
+class ChatChoice(BaseModel):
+    """One answer. finish_reason: its own end, its end with calls, or the most tokens that it might have."""
+
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls"]
     message: Said
     logprobs: ChatLogprobs | None
 

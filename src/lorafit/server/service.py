@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from lorafit.data.examples import Message
+from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.routing import Routed
 from lorafit.server import keys
@@ -21,6 +22,7 @@ from lorafit.server.metrics import Metrics
 from lorafit.server.quota import Quota
 from lorafit.server.store import OWN, Store
 from lorafit.server.switch import Switch
+from lorafit.server.tools import conversation
 from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
@@ -160,12 +162,18 @@ class Service:
             return None
         return self.engine.adapters.find(model)
 
-    def prompt(self, messages: Sequence[Message], version: Version | None) -> tuple[int, ...]:
+    def renderer(self, version: Version | None) -> Renderer:
+        """How the adapter was trained to read conversations."""
+        return self.engine.renderer(version.system if version else None)
+
+    def prompt(
+        self, messages: Sequence[Message], version: Version | None, tools: Sequence[str] = ()
+    ) -> tuple[int, ...]:  # fmt: skip
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
-        beginning takes the place of the adapter's."""
+        beginning takes the place of the adapter's. tools: that may be called."""
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
-        return tuple(self.engine.renderer(version.system if version else None).prompt_ids(messages))
+        return tuple(self.renderer(version).prompt_ids(conversation(messages), tools))
 
 
 def require_free(name: str, base: str) -> None:
