@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Rendering:
     """How messages become text: the hash of the chat template, and the system prompt put before every
-    conversation that brings none (None: whatever the template itself does)."""
+    conversation that brings none (None: whatever the template itself does). single: whether each conversation that was
+    trained on asked one question, so that an adapter has seen no answer of its own (False too where it is not known).
+    """
 
     template_hash: str
     system: str | None = None
+    single: bool = field(default=False, compare=False)  # of what was asked, not of how it is rendered
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,12 @@ class Example:
         return self.messages[-1].text
 
 
+def asks_once(examples: Sequence[Example]) -> bool:
+    """Whether there are conversations, and each asks one question; what tools answer is none."""
+    asked = [sum(one.role == "user" for one in example.messages) for example in examples if not example.is_text]
+    return bool(asked) and max(asked) == 1
+
+
 @dataclass(frozen=True)
 class Examples:
     """Examples by split; a split that was not given is empty.

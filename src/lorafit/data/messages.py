@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -70,6 +70,13 @@ def read_turns(given: Mapping[str, Any], wrong: Wrong) -> tuple[Message, ...]:
     spoken = [message for message in bound(read, places, wrong) if message.content or message.role != "system"]
     _order(spoken, name, field_of(first, BY) or BY[0], wrong)
     return _up_to_last_learnt(spoken, name, wrong)
+
+
+def last_question(messages: Sequence[Message]) -> list[Message]:
+    """The last question of a conversation by itself, with the system prompt before it and the calls behind it: what an
+    adapter that was trained on single questions knows."""
+    asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
+    return [*(message for message in messages[:asked] if message.role == "system"), *messages[asked:]]
 
 
 def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:

@@ -73,6 +73,8 @@ async def _answered(
         told.update(prompt_tokens=prompts, tokens=coming.tokens)
 
     headers = {"x-lorafit-adapter": quote(told["model"], safe="@/:")}
+    if isinstance(body, ChatRequest) and service.asks_alone(version):
+        headers["x-lorafit-asked"] = "last question"
     if routed:
         headers["x-lorafit-probability"] = f"{routed.probability:.4f}"
         service.metrics.routed(name)

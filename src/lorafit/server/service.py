@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from lorafit.data.examples import Message
+from lorafit.data.messages import last_question
 from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.routing import Routed
@@ -33,7 +34,8 @@ AUTO = "auto"  # what clients say for the router: no adapter may have the name
 @dataclass
 class Service:
     """base: the name it is served by. opened: makes the engine; it takes a while, and goes on beside the server.
-    root: the folder of adapters, None without one. keys_file: None where no key is needed."""
+    root: the folder of adapters, None without one. keys_file: None where no key is needed. ask_alone: adapters that
+    were trained on single questions are asked the last one of a conversation by itself."""
 
     base: str
     opened: Callable[[], Engine]
@@ -41,6 +43,7 @@ class Service:
     root: Path | None = None
     keys_file: Path | None = None
     say: Callable[[str], None] = print
+    ask_alone: bool = False
     phase: Phase = "loading"
     failed: LorafitError | None = None
     under_way: int = 0  # requests, from their arrival until their last byte is written
@@ -95,12 +98,12 @@ class Service:
                 self.store.restore()
                 for version, live in engine.adapters.listed():
                     if live:
-                        self.say(f"serving {version.id}")
+                        self.say(f"serving {version.told}")
                 self.store.look()
                 self.store.look()
             for name, folder in self.adapters.items():
                 require_free(name, self.base)
-                self.say(f"serving {engine.load(name, folder).id}")
+                self.say(f"serving {engine.load(name, folder).told}")
             self.switch = Switch(engine, self.root / OWN if self.root else None, self.say)
             self._try("the router", self.switch.look)
             if self.phase == "loading":
@@ -162,6 +165,10 @@ class Service:
             return None
         return self.engine.adapters.find(model)
 
+    def asks_alone(self, version: Version | None) -> bool:
+        """Whether of a conversation an adapter is asked the last question by itself."""
+        return self.ask_alone and version is not None and version.single
+
     def renderer(self, version: Version | None) -> Renderer:
         """How the adapter was trained to read conversations."""
         return self.engine.renderer(version.system if version else None)
@@ -173,7 +180,9 @@ class Service:
         beginning takes the place of the adapter's. tools: that may be called."""
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
-        return tuple(self.renderer(version).prompt_ids(conversation(messages), tools))
+        asked = conversation(messages)
+        asked = last_question(asked) if self.asks_alone(version) else asked
+        return tuple(self.renderer(version).prompt_ids(asked, tools))
 
 
 def require_free(name: str, base: str) -> None:
