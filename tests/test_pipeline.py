@@ -151,6 +151,7 @@ def test_the_adapter_that_is_written_is_of_this_base_and_this_plan(finished: tup
     adapter = peft.read(out / "adapter")
     whole = peft.read(out / "ladder" / "whole")
     assert adapter.base == whole.base == summary["base_identity"]
+    assert adapter.rendering is not None and adapter.rendering.single, "each of its examples asks one question"
     assert whole.plan == Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
     assert whole.plan.parameters == summary["trainable_parameters"]
     assert adapter.plan.parameters == summary["parameters"] <= summary["ladder"]["chosen"] * whole.plan.parameters

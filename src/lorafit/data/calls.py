@@ -74,6 +74,7 @@ OWN = CallForm(
 _ONE = Call("look_up_probe", '{"probe_key": "probe value", "probe_count": 3}', "call00000")
 _TWO = Call("send_probe", '{"probe_list": [1, 2]}', "call00001")
 _ASKED, _WORDS, _RESULT = Message("user", "probing question"), "probing words", "probing result"
+CALLED = _ASKED, Message("assistant", "", calls=(_ONE,))
 PROBE = json.dumps({"type": "function", "function": {
     "name": _ONE.name, "description": "A probe.",
     "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A key."}}},
@@ -89,8 +90,8 @@ def form_of(write: Write, ends: Sequence[str]) -> CallForm | None:
 
     ends: texts of the tokens that end a turn.
     """
-    called = Message("assistant", "", calls=(_ONE,))
-    shown = write([_ASKED], True, [PROBE]), write([_ASKED, called, _answer(_ONE)], True, [PROBE])
+    answered = [*CALLED, Message("tool", _RESULT, answers=_ONE)]
+    shown = write([_ASKED], True, [PROBE]), write(answered, True, [PROBE])
     if _ONE.name not in shown[0] or _RESULT not in shown[1]:
         return None
     plain = _said(write, Message("assistant", _WORDS), ends)
@@ -108,11 +109,11 @@ def form_of(write: Write, ends: Sequence[str]) -> CallForm | None:
     first = f"{opens}{_ONE.name}{between}{_ONE.arguments}"
     joins = two[0].removeprefix(first) if two and two[0].startswith(first) and two[1:] == (between, closes) else ""
     after_words = words is not None and _dense(words[0]) == _dense(_WORDS + opens) and words[1:] == (between, closes)
-    return CallForm(opens, between, joins if _dense(joins) not in ("", _dense(closes)) else None, closes, after_words)
-
-
-def _answer(call: Call) -> Message:
-    return Message("tool", _RESULT, answers=call)
+    form = CallForm(opens, between, joins if _dense(joins) not in ("", _dense(closes)) else None, closes, after_words)
+    made = (_ONE, _TWO) if form.joins is not None else (_ONE,)
+    written = _said(write, Message("assistant", "", calls=made), ends) or ""
+    found = read(form, written.removeprefix(lead))[1]
+    return form if [call.meaning for call in found] == [call.meaning for call in made] else None
 
 
 def _said(write: Write, message: Message, ends: Sequence[str]) -> str | None:
@@ -316,9 +317,6 @@ class Spelling:
         if message.answers is not None:
             turn |= {"name": message.answers.name, "tool_call_id": message.answers.id}
         return turn
-
-
-SPELLINGS = tuple(Spelling(null, as_text) for as_text in (False, True) for null in (True, False))
 
 
 def read(form: CallForm, text: str) -> tuple[str, tuple[Call, ...]]:

@@ -13,6 +13,7 @@ import json
 import os.path
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 from lorafit.base import Base
-from lorafit.data.calls import OWN, SPELLINGS, CallForm, Spelling, form_of, read, worded
+from lorafit.data.calls import CALLED, OWN, PROBE, CallForm, Spelling, form_of, read, worded
 from lorafit.data.examples import Call, Example, Message
 from lorafit.errors import BaseError, DataError, Problem
 from lorafit.records import Rendering
@@ -139,21 +140,21 @@ class Renderer:
         """How the template is given calls, and the form in which it writes them; no spelling where it is given words of
         ours instead. Arguments go as text only to a template that fails on objects: another would quote them."""
         ends = [self.tokenizer.decode([token]) for token in self.stop_ids]
-        for as_text in (False, True):
-            taken = False
-            for spelling in SPELLINGS:
-                if spelling.as_text is not as_text:
-                    continue
-                try:
-                    form = form_of(self._spelled(spelling), ends)
-                except BaseError:
-                    continue
-                taken = True
-                if form is not None:
+        for null, as_text in ((True, False), (True, True), (False, False), (False, True)):
+            spelling = Spelling(null, as_text)
+            if as_text and self._takes_objects(replace(spelling, as_text=False)):
+                continue
+            with suppress(BaseError):
+                if (form := form_of(self._spelled(spelling), ends)) is not None:
                     return spelling, form
-            if taken:
-                break
         return None, OWN
+
+    def _takes_objects(self, spelling: Spelling) -> bool:
+        try:
+            self._spelled(spelling)(CALLED, False, [PROBE])
+        except BaseError:
+            return False
+        return True
 
     @property
     def _spelling(self) -> Spelling | None:

@@ -155,7 +155,10 @@ class VersionAnswer(BaseModel):
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS = {"text/event-stream": {"itemSchema": EVENT}}  # as OpenAPI 3.2 has it, and FastAPI before
-MADE_BY = {"x-lorafit-adapter": {"description": "The version that gave the answer.", "schema": {"type": "string"}}}
+MADE_BY = {
+    "x-lorafit-adapter": {"description": "The version that gave the answer.", "schema": {"type": "string"}},
+    "x-lorafit-asked": {"description": "`last question`, where it was asked that alone.", "schema": {"type": "string"}},
+}
 ASKED = {"description": "The answer; with `stream` its parts as events.", "content": EVENTS, "headers": MADE_BY}
 CHAT, PLAIN = {"model": ChatAnswer, **ASKED}, {"model": TextAnswer, **ASKED}
 

@@ -149,18 +149,14 @@ def _mark(mark: str, added: Mapping[str, int]) -> str:
     pieces = _pieces(mark, added)
     found: list[str] = []
     for before, piece, after in zip(["", *pieces], pieces, [*pieces[1:], ""], strict=False):
-        text = piece if piece in added or piece == ID else _bare(piece, before in added, after in added)
-        if text != piece and before in added:
-            found.append("SPACE?")
-        found += [_piece(text, added)] if text else []
-        if text != piece and after in added and text:
-            found.append("SPACE?")
+        if piece in added or piece == ID:
+            found.append(_piece(piece, added))
+            continue
+        text = piece.lstrip() if before in added else piece
+        text = text.rstrip() if after in added else text
+        starts, ends = text == "" or not piece.startswith(text), text != "" and not piece.endswith(text)
+        found += ["SPACE?"] * starts + [_text(text)] * bool(text) + ["SPACE?"] * ends
     return " ".join(found)
-
-
-def _bare(text: str, left: bool, right: bool) -> str:
-    text = text.lstrip() if left else text
-    return text.rstrip() if right else text
 
 
 def _piece(piece: str, added: Mapping[str, int]) -> str:
