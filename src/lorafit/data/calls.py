@@ -55,7 +55,7 @@ def worded(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
 @dataclass(frozen=True)
 class CallForm:
     """What stands around the names and the arguments of calls: `opens name between arguments joins name between
-    arguments closes`. White space in it does not count where it is read.
+    arguments closes`. Where it is read, any white space counts as any other, and as none.
 
     joins: None where an answer makes one call at most. after_words: whether words may stand before the calls.
     """
@@ -276,12 +276,14 @@ class CallReader:
 
 
 def _end(mark: str, text: str, start: int) -> int | None:
-    """Where a mark ends that begins at `start`, white space apart; -1 where the text may still become it, None where it
-    cannot."""
+    """Where a mark ends that begins at `start`; -1 where the text may still become it, None where it cannot. Before it,
+    and where it has white space, there may be any or none."""
     at = start
-    for wanted in _dense(mark):
-        while at < len(text) and text[at].isspace():
+    for i, wanted in enumerate(mark):
+        while (i == 0 or wanted.isspace()) and at < len(text) and text[at].isspace():
             at += 1
+        if wanted.isspace():
+            continue
         if at == len(text):
             return -1
         if wanted == ID:

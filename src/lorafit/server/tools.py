@@ -116,7 +116,9 @@ def grammar_of(
         rules[f"arguments_{i}"] = f"%json {json.dumps({**schema, 'x-guidance': WRITTEN}, ensure_ascii=False)}"
     rules |= {"joins": _mark(joins, added)} if joins else {}
     rules |= {"closes": _mark(form.closes, added)} if form.closes else {}
-    first, *rest = _pieces(form.opens.lstrip(), added)
+    rules |= {"TEXT": "/(.|\\n)+/", "SPACE": "/[ \\n]{1,3}/", "ID": "/[A-Za-z0-9]{9}/"}
+    first = _pieces(form.opens.lstrip(), added)[0]
+    rest = _mark(form.opens.lstrip()[len(first) :], added)
     opens = f"{_mark(form.opens, added)} {calls}"
     others = sorted(id_ for token, id_ in added.items() if token != first)
     other = f"<[{','.join(map(str, others))}]>"
@@ -124,16 +126,15 @@ def grammar_of(
     if must:
         rules["start"] = opens
     elif first in added:
+        rules["TEXT"] += f" & ~/(.|\\n)*{_escaped(first)}(.|\\n)*/"  # spelt out it would be read as a call
         before = f"{words}TEXT? " if form.after_words else ""
         rules["start"] = f"{before}{_mark(form.opens.lstrip(), added)} {calls} | {words}TEXT?"
     elif form.after_words:
-        rules["head[lazy]"] = f"/(.|\\n)*/ {_text(first)}"
-        rules["start"] = f"{words}head {' '.join(_piece(piece, added) for piece in rest)} {calls} | {words}TEXT?"
+        rules["head[lazy]"] = f"/(.|\\n)*{_escaped(first)}/"
+        rules["start"] = f"{words}head {rest} {calls} | {words}TEXT?"
     else:
-        begun = "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in first.rstrip())
-        rules["OTHER"] = f"/(.|\\n)+/ & ~/[ \\n]*{begun}(.|\\n)*/"
+        rules["OTHER"] = f"/(.|\\n)+/ & ~/\\s*{_escaped(first)}(.|\\n)*/"
         rules["start"] = f"{opens} | OTHER?" + f" | OTHER? {other} {words}TEXT?" * bool(others)
-    rules |= {"TEXT": "/(.|\\n)+/", "SPACE": "/[ \\n]{1,3}/", "ID": "/[A-Za-z0-9]{9}/"}
     return "\n".join(["%llguidance {}", *(f"{name}: {rule}" for name, rule in rules.items())])
 
 
@@ -165,6 +166,11 @@ def _piece(piece: str, added: Mapping[str, int]) -> str:
 
 def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    """A mark as part of a pattern, with white space as the reader takes it."""
+    return r"\s*".join("".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in part) for part in text.split())
 
 
 def deltas(parts: Sequence[Part]) -> list[dict[str, Any]]:
