@@ -159,7 +159,9 @@ def test_the_adapter_that_is_written_is_of_this_base_and_this_plan(finished: tup
 
 def test_the_card_carries_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
-    assert f"{summary['nll']['adapter']:.3f}" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"{summary['nll']['adapter']:.3f}" in card
+    assert "It was trained on single questions" in card
 
 
 def test_eval_gives_the_scores_of_the_run_again(
