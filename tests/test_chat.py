@@ -23,11 +23,13 @@ from lorafit.records import Rendering
 from lorafit.testing import random_adapter
 
 
-def written(base: Base, folder: Path, system: str | None = "Be brief.", template: str | None = None) -> Path:
+def written(
+    base: Base, folder: Path, system: str | None = "Be brief.", template: str | None = None, single: bool = False
+) -> Path:
     """An adapter with a rendering of its own, in a folder."""
     adapter = random_adapter(base, uniform(base.sites[:14], 4, 32), size=0.3)
     rendering = renderer_for(base, system).rendering
-    rendering = Rendering(template or rendering.template_hash, system)
+    rendering = Rendering(template or rendering.template_hash, system, single=single)
     peft.write(type(adapter)(adapter.plan, dict(adapter.tensors), adapter.base, adapter.base_name, rendering), folder)
     return folder
 
@@ -216,6 +218,33 @@ def test_new_forgets_what_was_said(tiny_base: Base, tmp_path: Path) -> None:
 
     assert last_answer("Where is it?", "/new", "Who has it?") == last_answer("Who has it?") != ""
     assert last_answer("Where is it?", "Who has it?") != last_answer("Who has it?")
+
+
+def test_what_was_trained_on_single_questions_is_asked_each_by_itself_and_chat_says_so(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[int]] = []
+
+    def speak(chat: Chat, adapter: object, renderer: Renderer, prompt: list[int], room: int, emit: Emit) -> None:
+        prompts.append(prompt)
+        emit("In Skerrow.")
+
+    monkeypatch.setattr(Chat, "_speak", speak)
+    chat = Chat(tiny_base)
+    chat.add(written(tiny_base, tmp_path / "mine", single=True))
+    assert "mine was trained on single questions: each is asked by itself" in chat.remark()
+    assert "trained on single questions" in chat.command("/both") and chat.command("/base") == "answering: base"
+    chat.command("/both")
+    for line in ("Where is it?", "Who has it?"):
+        chat.ask(line, lambda piece: None)
+    turns = [Message("user", "Where is it?"), Message("assistant", "In Skerrow."), Message("user", "Who has it?")]
+    assert prompts[2] == renderer_for(tiny_base).prompt_ids(turns), "the base remembers"
+    assert prompts[3] == renderer_for(tiny_base, "Be brief.").prompt_ids(turns[2:])
+    chat.command("/remember")
+    assert chat.remark() == ""
+    chat.ask("Since when?", lambda piece: None)
+    told = [*turns, Message("assistant", "In Skerrow."), Message("user", "Since when?")]
+    assert prompts[5] == renderer_for(tiny_base, "Be brief.").prompt_ids(told)
 
 
 @pytest.mark.parametrize("trained", [None, "Be brief."])

@@ -233,6 +233,11 @@ def informed(document: dict[str, Any]) -> dict[str, Any]:
         bias = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
         (known,) = bias["patternProperties"].values()
         bias["patternProperties"] = {"^([0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-5][0-9]|260)$": known}
+    turn, nothing = schemas["Turn"]["properties"], {"type": "null"}  # an answer of a tool must have its call
+    turn["role"]["enum"] = ["system", "developer", "user", "assistant"]
+    turn["tool_calls"] = turn["function_call"] = nothing
+    for name in ("ChatRequest", "TokenizeRequest"):  # tools take more room than the tiny base has
+        schemas[name]["properties"] |= {"tools": nothing, "tool_choice": {"enum": ["none", "auto", None]}}
     for name in ("TokenizeRequest", "DetokenizeRequest"):
         schemas[name]["properties"]["model"] = {"anyOf": [models, {"type": "null"}]}
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["maximum"] = 260

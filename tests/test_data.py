@@ -230,7 +230,7 @@ BAD = {
     "a picture": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "image_url", "url": "b"}]}]},
                   "2: messages[1].content[0]: a part of type \"image_url\", which is not learnt"),
     "a tool": ({"messages": [user("a"), {"role": "tool", "content": "b"}, assistant("c")]},
-               "2: messages[1].role: a turn of a tool (tool), which is not learnt"),
+               "2: messages[1]: the answer of a tool that answers no call before it"),
     "numpy's print": ({"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"}, "2: messages: text that is neither"),
     "two system prompts": ({"messages": [system("a"), user("b"), assistant("c")], "system": "d"}, "2: system: another"),
     "role no text": ({"messages": [user("a"), {"role": [], "content": "b"}]}, "2: messages[1].role: unknown role []"),

@@ -59,7 +59,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "two of them": ({**PAIR, "mood": "kind", "weather tomorrow": "rain"}, ("How far?", "Two miles.")),
     "one of a message": ({"messages": [TALK[0], {**TALK[1], "mood": "kind"}]}, ("How far?", "Two miles.")),
     "thoughts": ({"messages": [TALK[0], {**TALK[1], "reasoning": "Hm."}]}, ("How far?", "Two miles.")),
-    "a call beside words": ({"messages": [TALK[0], {**TALK[1], "tool_calls": [CALL]}]}, ("How far?", "Two miles.")),
+    "tools beside a text": ({"text": "Two miles.", "tools": [CALL]}, ("Two miles.", "Two miles.")),
     "pictures": ({**PAIR, "images": ["a.png"]}, ("How far?", "Two miles.")),
     "earlier turns": ({**PAIR, "history": [["Who?", "Ann."]]}, ("How far?", "Two miles.")),
     "a rejected answer": ({**PAIR, "rejected": "Three."}, ("How far?", "Two miles.")),
@@ -144,12 +144,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a bad conversation": ({"messages": TALK, "label": False}, "label: an answer marked as bad"),
     "a row not to learn": ({**PAIR, "train": False}, "train: a row marked as not to be learnt"),
     "pictures": ({**PAIR, "images": ["a.png"]}, "images: pictures, sounds or films"),
-    "a call": (
-        {"messages": [TALK[0], {**TALK[1], "content": None, "tool_calls": [CALL]}]},
-        "messages[].tool_calls: a call of a tool, which is not learnt"),
-    "an older call": (
-        {"messages": [TALK[0], {**TALK[1], "content": "", "function_call": {"name": "map"}}]},
-        "messages[].function_call: a call of a tool, which is not learnt"),
+    "a call beside a pair": ({**PAIR, "function_call": {"name": "map"}}, "function_call: a call of a tool, which is"),
 }  # fmt: skip
 
 

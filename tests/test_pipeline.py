@@ -154,6 +154,7 @@ def test_the_adapter_that_is_written_is_of_this_base_and_this_plan(finished: tup
     adapter = peft.read(out / "adapter")
     whole = peft.read(out / "ladder" / "whole")
     assert adapter.base == whole.base == summary["base_identity"]
+    assert adapter.rendering is not None and adapter.rendering.single, "each of its examples asks one question"
     assert whole.plan == Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
     assert whole.plan.parameters == summary["trainable_parameters"]
     assert adapter.plan.parameters == summary["parameters"] <= summary["ladder"]["chosen"] * whole.plan.parameters
@@ -161,7 +162,9 @@ def test_the_adapter_that_is_written_is_of_this_base_and_this_plan(finished: tup
 
 def test_the_card_carries_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
-    assert f"{summary['nll']['adapter']:.3f}" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"{summary['nll']['adapter']:.3f}" in card
+    assert "It was trained on single questions" in card
 
 
 def test_eval_gives_the_scores_of_the_run_again(

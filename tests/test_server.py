@@ -32,6 +32,7 @@ from lorafit import files
 from lorafit.adapter import Adapter
 from lorafit.base import Base, open_base
 from lorafit.data.examples import Example, Message
+from lorafit.data.render import renderer_for
 from lorafit.errors import CancelledError, FormatError, RunError, SettingsError
 from lorafit.formats import peft
 from lorafit.plan import uniform
@@ -80,13 +81,16 @@ class Running:
 
 
 @contextmanager
-def served(root: Path, keys_file: Path | None = None, **engine: Any) -> Iterator[Running]:
+def served(
+    root: Path, keys_file: Path | None = None, base: Callable[[], Base] = base_of, ask_alone: bool = False,
+    **engine: Any,
+) -> Iterator[Running]:  # fmt: skip
     """A server in a thread of this process, on a port of its own."""
     import uvicorn
 
     log: list[dict[str, Any]] = []
-    service = Service("tiny", lambda: Engine(base_of(), **{"slots": 4, **engine}), root=root, keys_file=keys_file,
-                      say=lambda text: None)  # fmt: skip
+    service = Service("tiny", lambda: Engine(base(), **{"slots": 4, **engine}), root=root, keys_file=keys_file,
+                      say=lambda text: None, ask_alone=ask_alone)  # fmt: skip
     app = make_app(service, run.hosts_of("127.0.0.1", [], keys_file is not None), log.append)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, http=run.Patient, ws="none", log_config=None)
     server = uvicorn.Server(config)
@@ -170,6 +174,27 @@ def test_the_openai_client_is_answered(server: Running) -> None:
             client.chat.completions.create(**{"model": "returns", "messages": messages, **wrong})
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_the_last_question_is_asked_alone_where_the_server_is_told_to(single: bool, tmp_path: Path) -> None:
+    base = base_of()
+    rendering = replace(renderer_for(base, "Be brief.").rendering, single=single)
+    peft.write(replace(adapter_of(base, 1), rendering=rendering), tmp_path / "desk")
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hm."},
+             {"role": "user", "content": "Who has it?"}]  # fmt: skip
+    asked = {}
+    for alone in (True, False):
+        with served(tmp_path, ask_alone=alone) as running:
+            version = running.service.chosen("desk")
+            assert version is not None and version.told.endswith("single questions") == single
+            for name, messages in (("all", turns), ("last", turns[2:])):
+                found = running.ask("desk", messages=messages, ignore_eos=True)
+                asked[alone, name] = found.json()["choices"][0]["message"], found.json()["usage"]["prompt_tokens"]
+                assert ("x-lorafit-asked" in found.headers) == (alone and single)
+            assert running.ask("tiny", messages=turns).headers.get("x-lorafit-asked") is None
+    assert (asked[True, "all"] == asked[True, "last"]) == single
+    assert asked[False, "all"] != asked[False, "last"]
+
+
 def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
     deep = "[" * 100_000
     long_prompt = {"messages": [{"role": "user", "content": "a" * 4000}]}
@@ -220,9 +245,10 @@ SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tool_choice": "required"}, "tool_choice: "),
+        ({"tool_choice": "required"}, "tool_choice: there are no tools to choose from"),
         ({"tool_choice": {"type": "function", "function": {"name": "find"}}}, "tool_choice: "),
-        ({"function_call": {"name": "find"}}, "function_call: "),
+        ({"function_call": {"name": "find"}}, "function_call: the older names of tools"),
+        ({"functions": [{"name": "find"}]}, "functions: the older names of tools"),
         ({"guided_json": {"type": "object"}}, "guided_json: no answer is bound so here: give response_format"),
         ({"guided_choice": ["yes", "no"]}, "guided_choice: "),
         ({"guided_regex": "a+"}, "guided_regex: "),
@@ -278,9 +304,9 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(
     "fields",
     [
         {"stop": ""}, {"stop": ["", "never said"]}, {"stop": []}, {"seed": -1}, {"max_tokens": -1, "ignore_eos": False},
-        {"max_completion_tokens": -1}, {"tools": [{"type": "function", "function": {"name": "find"}}]},
+        {"max_completion_tokens": -1}, {"tools": None, "tool_choice": None, "parallel_tool_calls": None},
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, {"tool_choice": "none"},
-        {"functions": [{"name": "find"}], "function_call": "auto"},
+        {"functions": [], "function_call": "auto"},
         {"guided_json": None, "guided_choice": None, "guided_regex": "", "guided_grammar": None},
         {"structured_outputs": {"json": None, "choice": None}}, {"structured_outputs": {}}, {"suffix": ""},
         {"continue_final_message": False, "add_generation_prompt": True}, {"best_of": 1}, {"logit_bias": {}},
@@ -326,14 +352,6 @@ def test_an_assistant_who_said_nothing_has_an_empty_turn(server: Running) -> Non
     for silent in ({"role": "assistant"}, {"role": "assistant", "content": None}, {**empty, "tool_calls": []},
                    {"role": "assistant", "tool_calls": None, "function_call": None, "content": []}):  # fmt: skip
         assert tokens(user, silent).json().get("tokens") == wanted, silent
-    find = {"name": "find", "arguments": "{}"}
-    call = {"id": "c1", "type": "function", "function": find}
-    for turn in ({"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "bay 3"},
-                 {"role": "function", "name": "find", "content": "bay 3"},
-                 {"role": "assistant", "content": "", "function_call": find}):  # fmt: skip
-        told = tokens(user, turn).json()["error"]
-        assert told["message"].startswith("messages.1: calls of tools, and their answers, are not read here: ")
-        assert told["param"] == "messages.1"
     for wrong, words in (({"role": "user"}, "messages.1.content: "), ({"role": "user", "content": None}, "give a text"),
                          ({"role": "user", "content": [{"type": "image_url"}]}, "only text is read"),
                          ({"role": "user", "content": "x", "images": ["aGk="]}, "only text is read"),

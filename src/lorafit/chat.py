@@ -23,9 +23,11 @@ LONGEST = 8192  # tokens of a conversation: keys and values of a large base take
 HELP = """/base            only the bare base answers
 /adapter [NAME]  only that adapter answers; NAME may be the folder of another one
 /both            base and adapter answer, one after the other
+/remember        keep in mind what was said also for an adapter that was trained on single questions, or no more
 /new             forget the conversation
 /quit            leave (also Ctrl-D)
 Ctrl-C           stop an answer, or drop the line; twice at an empty line: leave"""
+ALONE = "{} {} trained on single questions: each is asked by itself; /remember asks along what was said"
 
 Emit = Callable[[str], None]
 
@@ -34,7 +36,8 @@ Emit = Callable[[str], None]
 class Chat:
     """Who answers, and what each has said. Every speaker keeps a history of its own: its answers, not another's.
 
-    accept_unknown_base: attach adapters that do not say which base they belong to.
+    accept_unknown_base: attach adapters that do not say which base they belong to. remembers: what was said before is
+    asked along also of an adapter that was trained on single questions, which has never seen an answer of its own.
     """
 
     base: Base
@@ -45,6 +48,7 @@ class Chat:
     folders: dict[str, Path] = field(default_factory=dict)
     speaking: tuple[str, ...] = (BASE,)
     histories: dict[str, list[Message]] = field(default_factory=dict)
+    remembers: bool = False
     _engine: Engine | None = None
     _tried: bool = False
 
@@ -80,15 +84,29 @@ class Chat:
             return "forgotten"
         if word == "/help":
             return HELP
+        if word == "/remember":
+            self.remembers = not self.remembers
+            return "what was said is asked along" if self.remembers else self.remark() or "each is asked as trained"
         if word == "/base":
             self.speaking = (BASE,)
         elif word in {"/adapter", "/both"}:
             chosen = self._choose(name)
             self.speaking = (BASE, chosen) if word == "/both" else (chosen,)
-            return f"answering: {' and '.join(self.speaking)}{self._told_apart(chosen)}"
+            said = f"answering: {' and '.join(self.speaking)}{self._told_apart(chosen)}"
+            return "\n".join(filter(None, (said, self.remark())))
         else:
             raise SettingsError(f"{word}: no such command: type one of\n{HELP}")
         return f"answering: {' and '.join(self.speaking)}"
+
+    def remark(self) -> str:
+        """What is to be said of those who answer; "" where there is nothing."""
+        alone = [name for name in self.speaking if self._asks_alone(name)]
+        return ALONE.format(" and ".join(alone), "was" if len(alone) == 1 else "were") if alone else ""
+
+    def _asks_alone(self, name: str) -> bool:
+        """Whether each question is asked by itself."""
+        adapter = self.adapters.get(name)
+        return not self.remembers and bool(adapter and adapter.rendering and adapter.rendering.single)
 
     def _choose(self, name: str) -> str:
         if name and name not in self.adapters:
@@ -127,7 +145,7 @@ class Chat:
                 emit(piece)
 
             try:
-                prompt = self._fitting(renderer, history)
+                prompt = self._fitting(renderer, history[-1:] if self._asks_alone(name) else history)
                 self._speak(adapter, renderer, prompt, self._room(len(prompt)), told)
                 ended = True
             finally:

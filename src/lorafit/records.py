@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Rendering:
     """How messages become text: the hash of the chat template, and the system prompt put before every
-    conversation that brings none (None: whatever the template itself does)."""
+    conversation that brings none (None: whatever the template itself does). single: whether each conversation that was
+    trained on asked one question, so that an adapter has seen no answer of its own (False too where it is not known).
+    """
 
     template_hash: str
     system: str | None = None
+    single: bool = field(default=False, compare=False)  # of what was asked, not of how it is rendered
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class NllScore:
 @dataclass(frozen=True)
 class AnswerScore:
     """Answers of one model to the same questions, decoded greedily: `right` of `n`, `declined` of `off_desk_n`.
-    `groups`: independent pieces of evidence among the `n`."""
+    `groups`: independent pieces of evidence among the `n`. correct: of each answer whether it is right, None where
+    nothing says what is."""
 
     right: int
     n: int
@@ -67,6 +71,7 @@ class AnswerScore:
     natural_stops: int
     groups: int
     answers: tuple[str, ...] = ()
+    correct: tuple[bool | None, ...] = ()
 
     @property
     def accuracy(self) -> float | None:

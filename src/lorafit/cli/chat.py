@@ -56,6 +56,8 @@ def chat(
     with Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base) as talk:
         if adapter is not None:
             talk.add(adapter)
+            if said := talk.remark():
+                terminal.say(said)
         asked = sys.stdin.isatty()
         if asked:
             terminal.say(f"answering: {' and '.join(talk.speaking)}\n{HELP}")

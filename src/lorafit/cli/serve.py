@@ -31,6 +31,10 @@ def serve(
     accept_unknown_base: Annotated[
         bool, typer.Option("--accept-unknown-base", help="Serve adapters that do not say whose they are.")
     ] = False,
+    ask_alone: Annotated[
+        bool,
+        typer.Option("--ask-alone", help="Of a conversation, ask adapters trained on single questions the last one."),
+    ] = False,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for answers to end, after a signal.")] = 30.0,
 ) -> None:
     """Serve a base and its adapters to OpenAI's clients.
@@ -65,7 +69,7 @@ def serve(
                       eight_bit=eight_bit, accept_unknown_base=accept_unknown_base)  # fmt: skip
 
     served = Path(base).name if Path(base).exists() else base
-    service = Service(served, opened, named, adapters, keys, terminal.say)
+    service = Service(served, opened, named, adapters, keys, terminal.say, ask_alone)
     where = f"[{host}]" if ":" in host else host
     sockets = listening(host, port)
     terminal.say(f"http://{where}:{sockets[0].getsockname()[1]}/v1 serves '{served}' once it is open; Ctrl-C ends it")

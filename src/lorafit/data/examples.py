@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,12 +14,47 @@ TEXT = "text"  # the role of plain text, which answers nothing and is learnt who
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a tool by the assistant. arguments: a JSON object as text. id: by which the tool's answer names it."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+    @property
+    def text(self) -> str:
+        """The call as people read it."""
+        return f"{self.name}({self.arguments})"
+
+    @property
+    def meaning(self) -> tuple[str, str]:
+        """What equal calls share: the name, and the arguments in whatever order and spacing; 3.0 is 3."""
+        return self.name, json.dumps(json.loads(self.arguments, parse_float=_number), sort_keys=True)
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+@dataclass(frozen=True)
 class Message:
-    """What one side says. learnt: False for an answer that others follow and that is not to be learnt itself."""
+    """What one side says: `system`, `user`, `assistant`, or `tool`.
+
+    learnt: False for an answer that others follow and that is not to be learnt itself. calls: of an assistant's
+    message, which may have no words then. answers: of a tool's message, the call that it answers.
+    """
 
     role: str
     content: str
     learnt: bool = field(default=True, repr=False)  # digests are over the repr
+    calls: tuple[Call, ...] = field(default=(), repr=False)
+    answers: Call | None = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Words and calls, as people read them."""
+        return "\n".join([*([self.content] if self.content or not self.calls else []), *(c.text for c in self.calls)])
 
 
 @dataclass(frozen=True)
@@ -50,7 +86,7 @@ class Check:
 @dataclass(frozen=True)
 class Example:
     """One conversation, or one piece of plain text. `where` is `file:line`; `extra` names harmless fields that nothing
-    reads.
+    reads; `tools` are those that the assistant may call, each as JSON.
 
     `group` names the source it shares with others (a document, a fact): a split keeps a group on one side, and
     intervals resample whole groups.
@@ -62,6 +98,7 @@ class Example:
     group: str | None = None
     extra: tuple[str, ...] = ()
     label: str | None = None
+    tools: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:
@@ -74,17 +111,39 @@ class Example:
         return tuple(i for i, message in enumerate(self.messages) if not message.learnt)
 
     @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls of the last answer, by which an answer is scored; empty where it is words alone."""
+        return self.messages[-1].calls
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether anything says what a right answer is: a check, or calls."""
+        return self.check is not None or bool(self.calls)
+
+    @property
+    def with_tools(self) -> tuple[object, ...]:
+        """What it says of tools and calls; empty where it says nothing."""
+        called = tuple((i, one.calls, one.answers) for i, one in enumerate(self.messages) if one.calls or one.answers)
+        return (self.tools, *called) if self.tools or called else ()
+
+    @property
     def question(self) -> str:
         """All before the last answer as one text, without a system prompt (of plain text: all of it): what examples are
         told apart by."""
         if self.is_text:
             return self.answer
-        return "\n".join(message.content for message in self.messages[:-1] if message.role != "system")
+        return "\n".join(message.text for message in self.messages[:-1] if message.role != "system")
 
     @property
     def answer(self) -> str:
-        """The last assistant message; plain text itself."""
-        return self.messages[-1].content
+        """The last assistant message, its calls included; plain text itself."""
+        return self.messages[-1].text
+
+
+def asks_once(examples: Sequence[Example]) -> bool:
+    """Whether there are conversations, and each asks one question; what tools answer is none."""
+    asked = [sum(one.role == "user" for one in example.messages) for example in examples if not example.is_text]
+    return bool(asked) and max(asked) == 1
 
 
 @dataclass(frozen=True)
@@ -118,9 +177,9 @@ class Examples:
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 
     def digest(self) -> str:
-        """SHA-256 over the messages and checks of all splits, whatever files they came from."""
+        """SHA-256 over the messages, tools and checks of all splits, whatever files they came from."""
         content = [
-            [(e.messages, e.check, *e.not_learnt, *(e.check.forms if e.check else ())) for e in split]
+            [(e.messages, e.check, *e.not_learnt, *e.with_tools, *(e.check.forms if e.check else ())) for e in split]
             for split in self.by_name().values()
         ]
         return hashlib.sha256(repr(content).encode()).hexdigest()

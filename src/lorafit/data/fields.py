@@ -18,11 +18,11 @@ from typing import Any
 
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
 FIELDS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
-                    "text", "label", "check", "group"})  # fmt: skip
+                    "text", "label", "check", "group", "tools"})  # fmt: skip
 OPTIONAL = ("system", "check", "group")  # fields of a row of any form (of plain text, no system)
 TURNS = frozenset({"messages", "conversations"})
 SPOKEN = TURNS | {"prompt", "completion"}  # fields that may hold a list of messages
-PACKED = TURNS | {"check"}  # fields that the cell of a table holds as JSON
+PACKED = TURNS | {"check", "tools", "functions"}  # fields that the cell of a table holds as JSON
 SPEAKERS = frozenset({"role", "from"})  # fields by which a message says who speaks
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight")  # whether something is to be learnt
 TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
@@ -69,8 +69,8 @@ DESCRIPTIONS = frozenset({
 HARMLESS_OF_TEXT = frozenset({"title"})  # as encyclopedias have it
 HARMLESS_OF_MESSAGES = HARMLESS | {"name", "annotations"}
 
-_TOOL = ("a call of a tool, which is not learnt", "write it as text, or leave the row out (--skip-bad)")
-_TOOLS = ("tools, whose calls are not learnt", "leave the row out (--skip-bad)")
+_TOOL = ("a call of a tool, which is learnt as part of a message alone", "write the row as messages")
+_TOOLS = ("tools, which are learnt beside messages alone", "write the row as messages")
 _MEDIA = ("pictures, sounds or films, which are not read", "leave the row out (--skip-bad)")
 _EARLIER = ("earlier turns, which would be left out", "write the conversation as messages")
 _PREFERENCE = (
@@ -79,7 +79,7 @@ _PREFERENCE = (
 )
 MEANING = {
     **dict.fromkeys(("tool_calls", "tool_call", "function_call", "tool_call_id"), _TOOL),
-    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    **dict.fromkeys(("tools", "functions", "parallel_tool_calls"), _TOOLS),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("history", "chat_history", "conversation_history", "previous", "earlier"), _EARLIER),
     **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),

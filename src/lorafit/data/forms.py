@@ -27,6 +27,7 @@ from lorafit.data.fields import (
 )
 from lorafit.data.messages import BY, SAYS, Wrong, encodable, kind_of, read_turns, said
 from lorafit.data.readers import Record
+from lorafit.data.tools import OF_CALLS, OF_ROWS, known_calls, read_tools
 from lorafit.errors import Problem
 
 Row = Mapping[str, Any]
@@ -71,10 +72,16 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
 
     before = len(problems)
     messages = FORMS[form].read(row, wrong)
+    tools: tuple[str, ...] = ()
+    if FORMS[form].optional >= TOOLS:
+        tools = read_tools(row, wrong)
+        messages = _called(row, messages, tools, wrong)
     if form != "text" and messages and filled(row.get("system")):
         messages = _with_system(row["system"], messages, wrong)
     check, group = (None if row.get(name) == "" else row.get(name) for name in ("check", "group"))  # an empty cell
     check = _check(check, wrong)
+    if check is not None and messages and messages[-1].calls:
+        wrong("a check of an answer that is a call", "leave it out: a call is right where it equals this one", "check")
     if type(group) is int:
         group = str(group)
     if group is not None and not isinstance(group, str):
@@ -87,7 +94,7 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
     for path in strange:
         unknown.setdefault(path, record)
     label = messages[-1].content if form == LABELLED else None
-    return Example(messages, record.where, check, group, tuple(sorted(extra)), label)
+    return Example(messages, record.where, check, group, tuple(sorted(extra)), label, tools)
 
 
 def unread(row: Row, form: str) -> dict[str, Any]:
@@ -98,11 +105,21 @@ def unread(row: Row, form: str) -> dict[str, Any]:
         for turn in row[name] if isinstance(row[name], list) else ():
             if isinstance(turn, dict):
                 found |= {f"{name}[].{key}": value for key, value in turn.items()
-                          if key not in (*BY, *SAYS, *MARKS) and filled(value)}  # fmt: skip
+                          if key not in (*BY, *SAYS, *MARKS, *OF_CALLS) and filled(value)}  # fmt: skip
     return found
 
 
-def _passes(path: str, value: Any, has_words: bool, wrong: Wrong) -> bool:
+def _called(row: Row, messages: tuple[Message, ...], tools: tuple[str, ...], wrong: Wrong) -> tuple[Message, ...]:
+    """The messages with their calls held against the row's tools, and against its word on parallel calls."""
+    place = next((name for name in ("messages", "conversations") if name in row), "prompt")
+    several = next((one for one in messages if len(one.calls) > 1), None)
+    if truth_of(row.get("parallel_tool_calls")) is False and several is not None:
+        wrong(f"{len(several.calls)} calls in one message, where parallel_tool_calls is false",
+              "set it to true, or give each call a message", place)  # fmt: skip
+    return tuple(known_calls(messages, tools, [place] * len(messages), wrong))
+
+
+def _passes(path: str, value: Any, form: str, has_words: bool, wrong: Wrong) -> bool:
     """Whether a field whose name is not harmless may be passed over because of what it says, or was told, for it must
     not be. has_words: whether the row could be learnt without it."""
     if path in MARKS or (path == "label" and _is_truth(value)):
@@ -189,10 +206,12 @@ def _plain(row: Row, wrong: Wrong) -> tuple[Message, ...]:
     return _told(said(TEXT, row["text"], "text", wrong))
 
 
+TOOLS = frozenset(OF_ROWS)
+_OF_TURNS = TOOLS | {*OPTIONAL}
 FORMS = {
-    "messages": Form(frozenset({"messages"}), _messages),
-    "sharegpt": Form(frozenset({"conversations"}), _sharegpt),
-    "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair),
+    "messages": Form(frozenset({"messages"}), _messages, _OF_TURNS),
+    "sharegpt": Form(frozenset({"conversations"}), _sharegpt, _OF_TURNS),
+    "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair, _OF_TURNS),
     "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL})),
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),

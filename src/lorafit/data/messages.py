@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from lorafit.data.examples import Message
-from lorafit.data.fields import BLANK, MARKS, filled, meaning_of, truth_of
+from lorafit.data.fields import BLANK, MARKS, filled, meaning_of, truth_of, unpacked
+from lorafit.data.tools import CALLS, OF_CALLS, bound, claim, read_calls
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant",
+    "gpt": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
+    "tool_response": "tool", "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
-ROLES_OF_TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+CALLERS = ("function_call", "tool_call")  # roles of messages that are nothing but calls, as sharegpt has them
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a message that is text
 BY, SAYS = ("role", "from"), ("content", "value")  # who says a message, and what it says: OpenAI's and sharegpt's names
 KINDS: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", int: "a number",
@@ -50,6 +53,7 @@ def read_turns(given: Mapping[str, Any], wrong: Wrong) -> tuple[Message, ...]:
         The messages, without empty system messages; of no use where a problem was told.
     """
     found: list[Message | None] = []
+    places: list[str] = []
     for name, turns in given.items():
         if isinstance(turns, str) and turns.strip()[:1] in ("[", "{"):
             wrong("text that is neither JSON nor a list as Python prints it", "write it with json.dumps", name)
@@ -58,13 +62,21 @@ def read_turns(given: Mapping[str, Any], wrong: Wrong) -> tuple[Message, ...]:
             wrong("not a list of messages", 'write [{"role": "user", "content": "..."}, ...]', name)
             return ()
         found += [_turn(turn, name, i, wrong) for i, turn in enumerate(turns)]
+        places += [f"{name}[{i}]" for i in range(len(turns))]
     read = [message for message in found if message is not None]
     if len(read) < len(found):
         return ()
     name, first = next((name, turns[0]) for name, turns in given.items())
-    spoken = [message for message in read if message.content]
+    spoken = [message for message in bound(read, places, wrong) if message.content or message.role != "system"]
     _order(spoken, name, field_of(first, BY) or BY[0], wrong)
     return _up_to_last_learnt(spoken, name, wrong)
+
+
+def last_question(messages: Sequence[Message]) -> list[Message]:
+    """The last question of a conversation by itself, with the system prompt before it and the calls behind it: what an
+    adapter that was trained on single questions knows."""
+    asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
+    return [*(message for message in messages[:asked] if message.role == "system"), *messages[asked:]]
 
 
 def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
@@ -80,22 +92,41 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
         return None
     told = turn[by]
     role = role_of(told) if isinstance(told, str) else None
-    if role is None and isinstance(told, str) and told.strip().lower() in ROLES_OF_TOOLS:
-        wrong(f"a turn of a tool ({told}), which is not learnt", "leave the row out (--skip-bad)", f"{place}.{by}")
-        return None
     if role is None:
-        wrong(f"unknown role {json.dumps(told, default=str)}", "use system, user, assistant", f"{place}.{by}")
+        wrong(f"unknown role {json.dumps(told, default=str)}", "use system, user, assistant, tool", f"{place}.{by}")
         return None
-    if not filled(turn.get(says)) and any(meaning_of(key) and filled(value) for key, value in turn.items()):
-        return None  # a call without words: told with all that must not be passed over
-    message = said(role, turn.get(says), f"{place}.{says}", wrong)
+    called = {key: turn[key] for key in CALLS if filled(turn.get(key))}
+    if role != "assistant" and called:
+        wrong(f"a call in a message of the {role}", "give it to the assistant", f"{place}.{next(iter(called))}")
+        return None
+    content = turn.get(says)
+    if told.strip().lower() in CALLERS and not called:
+        called, content = {"tool_calls": unpacked(content)}, ""
+        if not isinstance(called["tool_calls"], dict | list):
+            wrong("not a call as JSON", 'write {"name": ..., "arguments": {...}}', f"{place}.{says}")
+            return None
+    calls = read_calls(called, place, wrong)
+    if calls is None:
+        return None
+    strange = (meaning_of(key) for key, value in turn.items() if key not in OF_CALLS and filled(value))
+    message: Message | None
+    if calls and not filled(content):
+        message = Message(role, "")
+    elif role == "tool" and (content is None or (isinstance(content, str) and encodable(content))):
+        message = Message(role, content or "")  # a tool may have nothing to say
+    elif not filled(content) and any(strange):
+        return None  # a picture without words: told with all that must not be passed over
+    else:
+        message = said(role, content, f"{place}.{says}", wrong)
+    answers = claim(turn) if role == "tool" else None
     marks = {mark: turn[mark] for mark in MARKS if role == "assistant" and filled(turn.get(mark))}
     for mark, value in marks.items():
         if truth_of(value) is None:
             wrong(f"{json.dumps(value, default=str)}, where an answer is learnt or not", "write 0 or 1",
                   f"{place}.{mark}")  # fmt: skip
             return None
-    return message and replace(message, learnt=all(truth_of(value) for value in marks.values()))
+    learnt = all(truth_of(value) for value in marks.values())
+    return message and replace(message, learnt=learnt, calls=calls, answers=answers)
 
 
 def field_of(turn: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -145,12 +176,12 @@ def _order(turns: list[Message], name: str, by: str, wrong: Wrong) -> None:
         wrong(f"ends with a {roles[-1]} message", "end with the assistant's answer", name)
     if "system" in roles[1:]:
         wrong("a system message that is not the first", "put it first", f"{name}[{roles.index('system', 1)}].{by}")
-    spoken = [role for role in roles if role != "system"]
-    if spoken and spoken[0] == "assistant":
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if spoken and spoken[0].role == "assistant":
         wrong("begins with an answer", "begin with a user message", f"{name}[0].{by}")
-    for i in range(1, len(spoken)):
-        if spoken[i] == spoken[i - 1]:
-            wrong(f"two {spoken[i]} messages in a row", "join them into one", name)
+    for before, after in pairwise(spoken):
+        if before.role == after.role != "tool" and not before.calls:  # of a call without an answer it is told already
+            wrong(f"two {after.role} messages in a row", "join them into one", name)
             break
 
 

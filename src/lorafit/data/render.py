@@ -9,17 +9,20 @@ two texts, so they hold for any template, with or without markers for the assist
 from __future__ import annotations
 
 import hashlib
+import json
 import os.path
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from transformers import GenerationMixin
 
 from lorafit.base import Base
-from lorafit.data.examples import Example, Message
+from lorafit.data.calls import CALLED, OWN, PROBE, CallForm, Spelling, form_of, read, worded
+from lorafit.data.examples import Call, Example, Message
 from lorafit.errors import BaseError, DataError, Problem
 from lorafit.records import Rendering
 
@@ -95,15 +98,26 @@ class Renderer:
                 "restore the base's chat_template.jinja"
             )
 
-    def text(self, messages: Sequence[Message], prompt: bool) -> str:
-        """The template over the messages; with `prompt`, up to where an answer begins."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+    def text(self, messages: Sequence[Message], prompt: bool, tools: Sequence[str] = ()) -> str:
+        """The template over the messages; with `prompt`, up to where an answer begins. tools: that may be called, as
+        `read_tools` reads them."""
+        if not (tools or any(m.calls or m.answers for m in messages)):
+            return self._written([{"role": m.role, "content": m.content} for m in messages], prompt)
+        if self._spelling is None:
+            return self.text(worded(messages, tools), prompt)
+        return self._spelled(self._spelling)(messages, prompt, tools)
+
+    def _spelled(self, spelling: Spelling) -> Callable[[Sequence[Message], bool, Sequence[str]], str]:
+        return lambda messages, prompt, tools: self._written([spelling.turn(m) for m in messages], prompt, tools)
+
+    def _written(self, turns: list[dict[str, Any]], prompt: bool, tools: Sequence[str] = ()) -> str:
         begins = self._ids("x", whole=True)[:1] == [self.tokenizer.bos_token_id]
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
         try:
             text: str = self.tokenizer.apply_chat_template(
                 turns, chat_template=self.template, tokenize=False, add_generation_prompt=prompt,
+                tools=[json.loads(tool) for tool in tools] or None,
                 eos_token=self.tokenizer.eos_token or self.tokenizer.decode(self.stop_ids[:1]),
                 begin=self.tokenizer.bos_token if begins else "",
             )  # fmt: skip
@@ -121,9 +135,48 @@ class Renderer:
         words = before.split()
         return " ".join(words) if len(words) > 3 else ""
 
+    @cached_property
+    def _style(self) -> tuple[Spelling | None, CallForm]:
+        """How the template is given calls, and the form in which it writes them; no spelling where it is given words of
+        ours instead. Arguments go as text only to a template that fails on objects: another would quote them."""
+        ends = [self.tokenizer.decode([token]) for token in self.stop_ids]
+        for null, as_text in ((True, False), (True, True), (False, False), (False, True)):
+            spelling = Spelling(null, as_text)
+            if as_text and self._takes_objects(replace(spelling, as_text=False)):
+                continue
+            with suppress(BaseError):
+                if (form := form_of(self._spelled(spelling), ends)) is not None:
+                    return spelling, form
+        return None, OWN
+
+    def _takes_objects(self, spelling: Spelling) -> bool:
+        try:
+            self._spelled(spelling)(CALLED, False, [PROBE])
+        except BaseError:
+            return False
+        return True
+
+    @property
+    def _spelling(self) -> Spelling | None:
+        return self._style[0]
+
+    @property
+    def call_form(self) -> CallForm:
+        """How calls of tools stand in an answer."""
+        return self._style[1]
+
+    def read(self, ids: Sequence[int]) -> tuple[str, tuple[Call, ...]]:
+        """Words and calls of an answer (token ids). What holds no whole calls is words."""
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        # The marks of calls may be special tokens, so these are not passed over.
+        text = self.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        words, calls = read(self.call_form, text)
+        return words.strip(), calls
+
     def controls(self, example: Example) -> list[str]:
-        """Control tokens that stand in the messages as if they were text."""
-        return [token for token in self._control if any(token in message.content for message in example.messages)]
+        """Control tokens that stand in the messages, or in what tools are described by, as if they were text."""
+        said = [*(message.text for message in example.messages), *example.tools]
+        return [token for token in self._control if any(token in text for text in said)]
 
     @cached_property
     def _control(self) -> list[str]:
@@ -142,15 +195,24 @@ class Renderer:
         ids: list[int] = self.tokenizer(text, add_special_tokens=whole)["input_ids"]
         return ids
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids from which an answer to `messages` is generated. A control token that is spelt out in a message is
-        read as the text that it is, piece by piece: no message ends its turn, or begins another's."""
-        if not any(token in message.content for token in self._control for message in messages):
-            return self._ids(self.text(messages, prompt=True))
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[int]:
+        """Token ids from which an answer to `messages` is generated. A control token that is spelt out in a message, or
+        in a tool, is read as the text that it is, piece by piece: no message ends its turn, or begins another's."""
+        said = [*(message.text for message in messages), *tools]
+        if not any(token in text for token in self._control for text in said):
+            return self._ids(self.text(messages, prompt=True, tools=tools))
         begins = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in self._control))
-        cut = [Message(one.role, begins.sub(lambda found: found[0] + CUT, one.content.replace(CUT, "")))
-               for one in messages]  # fmt: skip
-        return [token for piece in self.text(cut, prompt=True).split(CUT) for token in self._ids(piece)]
+
+        def cut(text: str) -> str:
+            return begins.sub(lambda found: found[0] + CUT, text.replace(CUT, ""))
+
+        pieces = [
+            replace(one, content=cut(one.content),
+                    calls=tuple(replace(call, arguments=cut(call.arguments)) for call in one.calls))
+            for one in messages
+        ]  # fmt: skip
+        text = self.text(pieces, prompt=True, tools=[cut(tool) for tool in tools])
+        return [token for piece in text.split(CUT) for token in self._ids(piece)]
 
     def _answer_ids(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
         """Ids of the answer as they follow the prompt's, whose own ids must not change under it."""
@@ -169,7 +231,7 @@ class Renderer:
             ids = [*self._ids(example.answer, whole=True), self.stop_ids[0]]
             return [Row(tuple(ids), (False, *[True] * (len(ids) - 1)), index)]
         turns = [i for i, message in enumerate(example.messages) if message.role == "assistant" and message.learnt]
-        built = [self._turn(example.messages, i) for i in turns]
+        built = [self._turn(example.messages, i, example.tools) for i in turns]
         ids, trained = built[0]
         for next_ids, next_trained in built[1:]:
             if next_ids[: len(ids)] != ids:
@@ -177,15 +239,17 @@ class Renderer:
             ids, trained = next_ids, trained + next_trained[len(trained) :]
         return [Row(tuple(ids), tuple(trained), index)]
 
-    def _turn(self, messages: Sequence[Message], i: int) -> tuple[list[int], list[bool]]:
+    def _turn(
+        self, messages: Sequence[Message], i: int, tools: Sequence[str] = ()
+    ) -> tuple[list[int], list[bool]]:  # fmt: skip
         """Ids up to the end of answer i, and the mask that trains only that answer."""
-        before = self.text(messages[:i], prompt=True)
-        after = self.text(messages[: i + 1], prompt=False)
+        before = self.text(messages[:i], prompt=True, tools=tools)
+        after = self.text(messages[: i + 1], prompt=False, tools=tools)
         head = before
         if not after.startswith(before):
             # A generation prompt that the finished turn does not repeat whole, as where it opens <think>: the answer
             # begins where finished turns with other words begin to differ, and still follows the whole prompt.
-            others = [self.text([*messages[:i], Message("assistant", word)], prompt=False) for word in "xy"]
+            others = [self.text([*messages[:i], Message("assistant", word)], False, tools) for word in "xy"]
             head = os.path.commonprefix(others)  # noqa: RUF071 (of text, not of paths)
             if not (before.startswith(head) and after.startswith(head)):
                 raise BaseError(
@@ -195,15 +259,31 @@ class Renderer:
         answer = after[len(head) :]
         for message in messages[: i + 1]:
             said = answer if message is messages[i] else before
-            if (message.role != "assistant" or said is answer) and not _holds(said, message.content):
+            quoted = json.dumps(message.content, ensure_ascii=False)[1:-1] if message.role == "tool" else ""
+            shown = _holds(said, message.content) or (quoted and _holds(said, quoted))  # as JSON, as some write it
+            if (message.role != "assistant" or said is answer) and not shown:
+                fix = "leave its words out, or " * bool(message.calls)
                 raise BaseError(
-                    f"the chat template of this base leaves out or changes what the {message.role} message says: give "
-                    "the base a template that renders messages whose content is text"
+                    f"the chat template of this base leaves out or changes what the {message.role} message says: {fix}"
+                    "give the base a template that renders messages whose content is text"
                 )
         prompt_ids = self._ids(before)
         answer_ids = self._answer_ids(before, prompt_ids, answer)
+        self._require_read(messages[i], answer_ids)
         trained = [False] * len(prompt_ids) + [True] * len(answer_ids)
         return prompt_ids + answer_ids, [False, *trained[1:]]  # nothing comes before the first token
+
+    def _require_read(self, message: Message, ids: Sequence[int]) -> None:
+        """Raise BaseError unless the calls of an answer are read from its ids (what is scored, and served)."""
+        if not message.calls:
+            return
+        words, calls = self.read(ids)
+        wanted = [call.meaning for call in message.calls]
+        if [call.meaning for call in calls] != wanted or not _holds(words, message.content):
+            raise BaseError(
+                "the calls of an answer cannot be read back from what the chat template of this base writes: leave out "
+                "its words, or all but one call, or what looks like the mark of a call"
+            )
 
 
 def _pieces(row: Row, longest: int) -> list[Row]:

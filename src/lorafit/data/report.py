@@ -55,7 +55,7 @@ class DataReport:
 
 def _holds(pattern: str) -> Callable[[Example], bool]:
     found = re.compile(pattern)
-    return lambda example: any(found.search(message.content) for message in example.messages)
+    return lambda example: any(found.search(message.text) for message in example.messages)
 
 
 def _answers(pattern: str) -> Callable[[Example], bool]:
@@ -68,7 +68,11 @@ def _nothing(example: Example) -> bool:
 
 
 def _echoes(example: Example) -> bool:
-    return not example.is_text and example.answer.strip() == example.messages[-2].content.strip()
+    return not example.is_text and example.answer.strip() == example.messages[-2].text.strip()
+
+
+def _undescribed(example: Example) -> bool:
+    return not example.tools and any(message.calls for message in example.messages)
 
 
 _CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]"
@@ -103,6 +107,7 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
     "hold what looks like a telephone number": (_holds(_PHONE), _PRIVATE),
     "hold what looks like the number of a card, an account or a person": (_holds(_NUMBERS), _PRIVATE),
     "hold what looks like a key or password of a program": (_holds(_SECRET), _PRIVATE),
+    "call tools that they do not describe": (_undescribed, "give each its tools, as requests will"),
     "answer with the question itself": (_echoes, "correct the answers"),
     "answer with a mark for nothing (N/A, null, TODO)": (_nothing, "fill them in, or leave them out"),
     "answer with blanks before or after": (_answers(r"^\s|\s$"), "strip them, they are learnt too"),
@@ -185,11 +190,11 @@ def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
     return SplitReport(
         examples=len(split),
         answers=len(answers),
-        words=_spread([sum(len(m.content.split()) for m in example.messages) for example in split]),
-        answer_words=_spread([len(m.content.split()) for m in answers]),
+        words=_spread([sum(len(m.text.split()) for m in example.messages) for example in split]),
+        answer_words=_spread([len(m.text.split()) for m in answers]),
         near_duplicates=questions.repeated(split),
         contradictions=sum(len(found) > 1 for found in said.values()),
-        checked=sum(example.check is not None for example in split),
+        checked=sum(example.is_scored for example in split),
         declining=sum(example.check is not None and example.check.declines for example in split),
         labels=dict(Counter(example.label for example in split if example.label is not None).most_common()),
     )

@@ -1,4 +1,5 @@
-"""Answers checked against what their examples ask of them, or held against their references."""
+"""Answers checked against what their examples ask of them, or held against their references; calls of tools against the
+calls they should be."""
 
 from __future__ import annotations
 
@@ -71,27 +72,34 @@ def prompts_of(renderer: Renderer, examples: Sequence[Example], shots: Sequence[
     for example in examples:
         own = list(example.messages[:-1])
         system = [message for message in own[:1] if message.role == "system"]
-        prompts.append(renderer.prompt_ids([*system, *before, *own[len(system) :]]))
+        prompts.append(renderer.prompt_ids([*system, *before, *own[len(system) :]], example.tools))
     return prompts
 
 
-def score_answers(examples: Sequence[Example], answers: Sequence[Answer]) -> AnswerScore:
-    """Check the answers to the last questions of these examples."""
-    right = n = declined = off_desk = 0
+def score_answers(examples: Sequence[Example], answers: Sequence[Answer], renderer: Renderer) -> AnswerScore:
+    """Check the answers to the last questions of these examples: words by their check; calls, which must be the same
+    in the same order, by name and arguments.
+
+    Returns:
+        The score; its answers have calls as people read them.
+    """
+    texts: list[str] = []
+    correct: list[bool | None] = []
     for example, answer in zip(examples, answers, strict=True):
-        if example.check is None:
-            continue
-        good = is_right(answer.text, example.check)
-        if example.check.declines:
-            off_desk += 1
-            declined += good
+        words, calls = renderer.read(answer.ids) if example.with_tools else ("", ())
+        texts.append(Message("assistant", words, calls=calls).text if calls else answer.text)
+        if example.calls:
+            correct.append([call.meaning for call in calls] == [call.meaning for call in example.calls])
         else:
-            n += 1
-            right += good
+            correct.append(is_right(texts[-1], example.check) if example.check else None)
+    declining = [bool(example.check and example.check.declines) for example in examples]
+    asked = [good for good, declines in zip(correct, declining, strict=True) if good is not None and not declines]
+    turned = [good for good, declines in zip(correct, declining, strict=True) if declines]
     stops = sum(answer.stopped for answer in answers)
-    names = [e.group for e in examples if e.check is not None and not e.check.declines]
+    names = [e.group for e, declines in zip(examples, declining, strict=True) if e.is_scored and not declines]
     groups = len(set(groups_of(names)))
-    return AnswerScore(right, n, declined, off_desk, stops, groups, tuple(answer.text for answer in answers))
+    return AnswerScore(sum(asked), len(asked), sum(map(bool, turned)), len(turned), stops, groups, tuple(texts),
+                       tuple(correct))  # fmt: skip
 
 
 def few_shots(examples: Sequence[Example], k: int) -> list[Example]:

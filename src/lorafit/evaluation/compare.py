@@ -76,11 +76,11 @@ def compare(
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Those that carry a check are answered; where none does, up to MOST, fewer where answers are long; with `answer_all`
-    every question there is. Answers are decoded greedily, at most a quarter longer than the longest reference answer
-    (plus 8 tokens). shots_from: training examples, which give the shots and teach the classifier of the counts. memory:
-    bytes that decoding may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured
-    here where it is not given; both are scored in the same one.
+    Those that carry a check, or whose answer is a call, are answered; where none does, up to MOST, fewer where answers
+    are long; with `answer_all` every question there is. Answers are decoded greedily, at most a quarter longer than the
+    longest reference answer (plus 8 tokens). shots_from: training examples, which give the shots and teach the
+    classifier of the counts. memory: bytes that decoding may take, None for as much as goes well. way: as `way_of`
+    measured it on the bare base, measured here where it is not given; both are scored in the same one.
     """
     way = way or way_of(base, rows)
     budget = answer_tokens(rows)
@@ -102,7 +102,7 @@ def compare(
     with Decoding(base, renderer, longest, budget, memory, accept_unknown_base) as decoding:
 
         def answered(what: str, prompts: Sequence[list[int]], by: Adapter | None) -> AnswerScore:
-            return score_answers(questions, decoding.answers(prompts, by, told(what)))
+            return score_answers(questions, decoding.answers(prompts, by, told(what)), renderer)
 
         base_answers = answered(f"{other}: answers", plain, against)
         few = answered(f"base, {len(given)} examples given", shown_examples, None) if given else None
@@ -117,9 +117,9 @@ def compare(
 
 
 def asked_of(examples: Sequence[Example], rows: Sequence[Row], answer_all: bool = False) -> list[int]:
-    """Positions of the examples that are answered: with answer_all every question; else those that carry a check, and
-    where none does a number that takes about ANSWERED tokens, spread."""
-    checked = [i for i, example in enumerate(examples) if example.check is not None]
+    """Positions of the examples that are answered: with answer_all every question; else those that are scored, and
+    where none is a number that takes about ANSWERED tokens, spread."""
+    checked = [i for i, example in enumerate(examples) if example.is_scored]
     every = [i for i, example in enumerate(examples) if not example.is_text]
     most = min(MOST, max(LEAST, ANSWERED // answer_tokens(rows)))
     return every if answer_all else checked or [every[i] for i in _spread(len(every), most)]
@@ -169,5 +169,5 @@ def _samples(
     if declining and not set(declining) & set(chosen):
         chosen[-1] = declining[0]
     return tuple(
-        Sample(questions[i].messages[-2].content, questions[i].answer, base[i], adapter[i], good[i]) for i in chosen
+        Sample(questions[i].messages[-2].text, questions[i].answer, base[i], adapter[i], good[i]) for i in chosen
     )

@@ -152,4 +152,4 @@ def _answer(waiting: Waiting) -> Answer:
         return Answer("", False)
     except CancelledError as error:
         raise BaseError(f"answers could not be decoded ({error}): give more memory (--memory), or free some") from error
-    return Answer(result.text.strip(), result.finish == "stop")
+    return Answer(result.text.strip(), result.finish == "stop", tuple(token.id for token in result.tokens))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ GROWN = 4  # bytes held for each of keys and values: they are copied as they gro
 
 @dataclass(frozen=True)
 class Answer:
-    """Text without special tokens, and whether it ended by itself with an end-of-turn token."""
+    """Text without special tokens, and whether it ended by itself with an end-of-turn token. ids: its tokens, for the
+    marks of calls may be special ones."""
 
     text: str
     stopped: bool
+    ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def generate(
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
             text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[i] = Answer(text.strip(), end is not None)
+            answers[i] = Answer(text.strip(), end is not None, tuple(new[:end]))
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 

@@ -30,8 +30,9 @@ class Words:
     Each piece is decoded behind the one before it, for a token's text may depend on where it stands.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, verbatim: bool = False):
+        """verbatim: with special tokens."""
+        self._tokenizer, self._verbatim = tokenizer, verbatim
         self._ids: list[int] = []
         self._before = self._told = 0
 
@@ -46,7 +47,9 @@ class Words:
         return text[len(known) :]
 
     def _text(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=not self._verbatim, clean_up_tokenization_spaces=False
+        )
         return text
 
 

@@ -11,7 +11,7 @@ import torch
 from lorafit.adapter import Adapter
 from lorafit.attachment import fired, free_blocks, fresh, require_fired
 from lorafit.base import DTYPES, Base, fastest_dtype, open_base, require_base
-from lorafit.data.examples import Examples
+from lorafit.data.examples import Examples, asks_once
 from lorafit.data.languages import strange_language
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport
@@ -70,7 +70,8 @@ def open_all(
     seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
-    before = fresh(base, decision.plan, settings.seed, renderer.rendering)
+    rendering = replace(renderer.rendering, single=asks_once(examples.train))
+    before = fresh(base, decision.plan, settings.seed, rendering)
     way = Way(began.apart, began.packed) if began else way_of(base, rows["train"])
     decision = replace(decision, choices=(*decision.choices, _laying(way)))
     if began is None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorafit.data.examples import Example
-from lorafit.evaluation.answers import is_equal, is_right
+from lorafit.evaluation.answers import is_equal
 from lorafit.evaluation.compare import Comparison
 from lorafit.evaluation.statistics import wilson
 from lorafit.records import AnswerScore
@@ -48,22 +48,23 @@ def _interval(score: AnswerScore) -> list[float] | None:
 
 def example_digest(example: Example) -> str:
     """Fingerprint of all that was said in an example: system prompt, earlier turns, question, answer."""
-    said = [(message.role, message.content) for message in example.messages]
+    said: list[object] = [(message.role, message.content) for message in example.messages]
+    said += [repr(part) for part in example.with_tools]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
     """Every test example as a JSON line: fingerprint, question, reference, NLL; where it was answered, its answers and
-    whether they equal the reference and pass its check."""
-    few = comparison.base_few_shot.answers if comparison.base_few_shot else [None] * len(comparison.asked)
-    answered = zip(comparison.asked, comparison.base.answers, few, comparison.adapter.answers, strict=True)
-    given = {i: dict(zip(("base", "base_few_shot", "adapter"), answers, strict=True)) for i, *answers in answered}
+    whether they equal the reference and are right, where anything says what is."""
+    scores = {"base": comparison.base, "base_few_shot": comparison.base_few_shot, "adapter": comparison.adapter}
+    place_of = {i: place for place, i in enumerate(comparison.asked)}
     lines = []
     for i, example in enumerate(examples):
-        said = given.get(i, {"base": None, "base_few_shot": None, "adapter": None})
+        place = place_of.get(i)
+        said = {who: None if place is None or score is None else score.answers[place] for who, score in scores.items()}
         one = {
             "example": example_digest(example),
-            "question": example.messages[-2].content if len(example.messages) > 1 else "",
+            "question": example.messages[-2].text if len(example.messages) > 1 else "",
             "reference": example.answer,
             "group": example.group,
             "nll": dict(zip(("base", "adapter"), comparison.nll_of_each[i], strict=True)),
@@ -72,7 +73,7 @@ def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
         told = {who: text for who, text in said.items() if text is not None}
         if told:
             one["equal"] = {who: is_equal(text, example.answer) for who, text in told.items()}
-        if example.check is not None:
-            one["right"] = {who: is_right(text, example.check) for who, text in told.items()}
+        if example.is_scored:
+            one["right"] = {who: score.correct[place] for who, score in scores.items() if place is not None and score}
         lines.append(json.dumps(one, ensure_ascii=False) + "\n")
     return "".join(lines)

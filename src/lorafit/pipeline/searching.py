@@ -109,7 +109,7 @@ def start_of(opened: Opened, plan: Plan) -> Adapter:
     """An adapter of this plan that changes nothing yet."""
     if plan == opened.decision.plan:
         return opened.start
-    return fresh(opened.base, plan, opened.decision.recipe.seed, opened.renderer.rendering)
+    return fresh(opened.base, plan, opened.decision.recipe.seed, opened.start.rendering)
 
 
 def spread_over(count: int, groups: Sequence[str | None]) -> list[int]:

@@ -83,6 +83,9 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         f"`{(adapter.base or 'unknown')[:16]}`.",
         "",
     ]
+    if adapter.rendering and adapter.rendering.single:
+        said = "It was trained on single questions: ask it each by itself, without the conversation before it."
+        lines[-1:] = [said, ""]
     if adapter.rendering and adapter.rendering.system:
         lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
     return "\n".join(lines)

@@ -32,6 +32,7 @@ from lorafit.server.guard import OPEN, Guard
 from lorafit.server.keys import Key
 from lorafit.server.refusals import answer_errors
 from lorafit.server.service import AUTO, Service
+from lorafit.server.tools import shown
 from lorafit.server.wire import DetokenizeRequest, LoadRequest, NameRequest, TokenizeRequest
 from lorafit.serving import Version
 
@@ -145,7 +146,9 @@ def _tokens(app: FastAPI, service: Service) -> None:
         require_ready(service)
         version = chosen(service, key_of(request), service.base if body.model is None else body.model)
         if body.messages is not None:
-            ids = await asyncio.to_thread(service.prompt, [turn.message() for turn in body.messages], version)
+            told = body.model_dump(include={"tools", "tool_choice"})
+            messages, tools = [turn.message() for turn in body.messages], shown(told["tools"], told["tool_choice"])
+            ids = await asyncio.to_thread(service.prompt, messages, version, tools)
         elif body.prompt is not None:
             read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
             ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]

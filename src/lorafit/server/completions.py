@@ -24,6 +24,7 @@ from lorafit.server.guard import GONE
 from lorafit.server.keys import Key
 from lorafit.server.service import AUTO, Service
 from lorafit.server.streams import ASKERS, Coming, Events, Part, Style, events, finish_of, usage_of
+from lorafit.server.tools import Calling, calling
 from lorafit.server.wire import ChatRequest, CompletionRequest, chat_logprobs, completion_logprobs
 from lorafit.serving import Engine, Piece, Request, Result, Token, Version
 
@@ -58,18 +59,22 @@ async def _answered(
     told["model"] = version.id if version else name
 
     coming = Coming(engine, version, _counted(service, key, name))
-    requests = await asyncio.to_thread(_requests, service, body, version)
+    called = await asyncio.to_thread(_called, service, body, version)
+    requests = await asyncio.to_thread(_requests, service, body, version, called)
     prompts = sum(len(one.prompt) for one in requests)
     await _submitted(service, key, coming, requests, len(requests) - bool(routed), prompts)
     logprobs = None if requests[0].logprobs is None else _logprobs(kind, engine)
     style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"],
-                  {"adapter": name, "probability": round(routed.probability, 4)} if routed else None)  # fmt: skip
+                  {"adapter": name, "probability": round(routed.probability, 4)} if routed else None,
+                  called.form)  # fmt: skip
 
     def ended() -> None:
         coming.cancel()
         told.update(prompt_tokens=prompts, tokens=coming.tokens)
 
     headers = {"x-lorafit-adapter": quote(told["model"], safe="@/:")}
+    if isinstance(body, ChatRequest) and service.asks_alone(version):
+        headers["x-lorafit-asked"] = "last question"
     if routed:
         headers["x-lorafit-probability"] = f"{routed.probability:.4f}"
         service.metrics.routed(name)
@@ -159,16 +164,31 @@ def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> No
                             {"retry-after": str(math.ceil(wait))})  # fmt: skip
 
 
-def _requests(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> list[Request]:
+def _called(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> Calling:
+    """What may be called in the answers."""
+    if not isinstance(body, ChatRequest):
+        return Calling()
+    told = body.model_dump(include={"tools", "tool_choice"})
+    found = calling(told["tools"], told["tool_choice"], body.parallel_tool_calls, service.renderer(version))
+    if found.grammar is not None and body.response_format and body.response_format.schema_of() is not None:
+        raise RequestError('response_format: an answer keeps to it, or calls tools: leave one of them out, or say '
+                           'tool_choice "none"')  # fmt: skip
+    return found
+
+
+def _requests(
+    service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling
+) -> list[Request]:
     """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
     engine = service.engine
     if isinstance(body, ChatRequest):
-        prompts = [service.prompt([turn.message() for turn in body.messages], version)]
+        prompts = [service.prompt([turn.message() for turn in body.messages], version, called.tools)]
     else:
         read = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
         prompts = [tuple(read(one)["input_ids"] if isinstance(one, str) else one) for one in body.prompts()]
     longest = max(1, engine.room - max(map(len, prompts)))
     adapter, settings = version.id if version else None, body.settings(longest)
+    settings |= {"grammar": called.grammar, "verbatim": called.verbatim}
     return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in body.seeds]
 
 

@@ -45,9 +45,25 @@ class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
+class ToldFunction(BaseModel):
+    """arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToldCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: ToldFunction
+
+
 class Said(BaseModel):
+    """tool_calls: where there are some, content may be null."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToldCall] = []
 
 
 class Choice(BaseModel):
@@ -57,7 +73,11 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class ChatChoice(Choice):
+class ChatChoice(BaseModel):
+    """One answer. finish_reason: its own end, its end with calls, or the most tokens that it might have."""
+
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls"]
     message: Said
     logprobs: ChatLogprobs | None
 
@@ -135,7 +155,10 @@ class VersionAnswer(BaseModel):
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS = {"text/event-stream": {"itemSchema": EVENT}}  # as OpenAPI 3.2 has it, and FastAPI before
-MADE_BY = {"x-lorafit-adapter": {"description": "The version that gave the answer.", "schema": {"type": "string"}}}
+MADE_BY = {
+    "x-lorafit-adapter": {"description": "The version that gave the answer.", "schema": {"type": "string"}},
+    "x-lorafit-asked": {"description": "`last question`, where it was asked that alone.", "schema": {"type": "string"}},
+}
 ASKED = {"description": "The answer; with `stream` its parts as events.", "content": EVENTS, "headers": MADE_BY}
 CHAT, PLAIN = {"model": ChatAnswer, **ASKED}, {"model": TextAnswer, **ASKED}
 

@@ -77,7 +77,7 @@ def _words(problem: Any) -> str:
 
 def _named(message: str) -> str | None:
     """The field that a message begins with."""
-    found = re.match(r"[a-z_]+(?=: )", message)
+    found = re.match(r"[a-z_]+(?=(\[\d+\]|\.[a-z_]+)*: )", message)
     return found[0] if found else None
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from lorafit.data.examples import Message
+from lorafit.data.messages import last_question
+from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.routing import Routed
 from lorafit.server import keys
@@ -21,6 +23,7 @@ from lorafit.server.metrics import Metrics
 from lorafit.server.quota import Quota
 from lorafit.server.store import OWN, Store
 from lorafit.server.switch import Switch
+from lorafit.server.tools import conversation
 from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
@@ -31,7 +34,8 @@ AUTO = "auto"  # what clients say for the router: no adapter may have the name
 @dataclass
 class Service:
     """base: the name it is served by. opened: makes the engine; it takes a while, and goes on beside the server.
-    root: the folder of adapters, None without one. keys_file: None where no key is needed."""
+    root: the folder of adapters, None without one. keys_file: None where no key is needed. ask_alone: adapters that
+    were trained on single questions are asked the last one of a conversation by itself."""
 
     base: str
     opened: Callable[[], Engine]
@@ -39,6 +43,7 @@ class Service:
     root: Path | None = None
     keys_file: Path | None = None
     say: Callable[[str], None] = print
+    ask_alone: bool = False
     phase: Phase = "loading"
     failed: LorafitError | None = None
     under_way: int = 0  # requests, from their arrival until their last byte is written
@@ -93,12 +98,12 @@ class Service:
                 self.store.restore()
                 for version, live in engine.adapters.listed():
                     if live:
-                        self.say(f"serving {version.id}")
+                        self.say(f"serving {version.told}")
                 self.store.look()
                 self.store.look()
             for name, folder in self.adapters.items():
                 require_free(name, self.base)
-                self.say(f"serving {engine.load(name, folder).id}")
+                self.say(f"serving {engine.load(name, folder).told}")
             self.switch = Switch(engine, self.root / OWN if self.root else None, self.say)
             self._try("the router", self.switch.look)
             if self.phase == "loading":
@@ -160,12 +165,24 @@ class Service:
             return None
         return self.engine.adapters.find(model)
 
-    def prompt(self, messages: Sequence[Message], version: Version | None) -> tuple[int, ...]:
+    def asks_alone(self, version: Version | None) -> bool:
+        """Whether of a conversation an adapter is asked the last question by itself."""
+        return self.ask_alone and version is not None and version.single
+
+    def renderer(self, version: Version | None) -> Renderer:
+        """How the adapter was trained to read conversations."""
+        return self.engine.renderer(version.system if version else None)
+
+    def prompt(
+        self, messages: Sequence[Message], version: Version | None, tools: Sequence[str] = ()
+    ) -> tuple[int, ...]:  # fmt: skip
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
-        beginning takes the place of the adapter's."""
+        beginning takes the place of the adapter's. tools: that may be called."""
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
-        return tuple(self.engine.renderer(version.system if version else None).prompt_ids(messages))
+        asked = conversation(messages)
+        asked = last_question(asked) if self.asks_alone(version) else asked
+        return tuple(self.renderer(version).prompt_ids(asked, tools))
 
 
 def require_free(name: str, base: str) -> None:

@@ -221,7 +221,7 @@ class Store:
                 self._files(peft.adapter_folder(folder))  # a link to somewhere else is not read
                 content = _content(peft.adapter_folder(folder))
                 if self._handled.get(folder.name) != content:
-                    self._say(f"serving {self.load(folder.name, folder, content=content).id}")
+                    self._say(f"serving {self.load(folder.name, folder, content=content).told}")
                 self._said.pop(folder.name, None)
             except (LorafitError, OSError) as error:
                 if self._taken.get(folder.name) != self._seen.get(folder.name):

@@ -12,7 +12,9 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
+from lorafit.data.calls import CallForm, CallReader
 from lorafit.errors import CancelledError, LorafitError, RequestError
+from lorafit.server import tools
 from lorafit.server.wire import error
 from lorafit.serving import Answer, Engine, Piece, Request, Result, Version
 
@@ -80,12 +82,13 @@ class Coming:
 @dataclass(frozen=True)
 class Style:
     """How chat completions, or completions, are written. id, created, model: of this answer. routed: what the router
-    chose, and how sure it was."""
+    chose, and how sure it was. form: of the calls that are looked for."""
 
     kind: str  # chat.completion or text_completion
     id: str
     model: str
     routed: Mapping[str, Any] | None = None
+    form: CallForm | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
@@ -101,19 +104,28 @@ class Style:
 
     def choice(self, number: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         """Of a whole answer."""
-        if self.kind == "chat.completion":
-            body: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+        if self.form is not None:
+            reader = CallReader(self.form)
+            reader.add(text, ended=True)
+            body: dict[str, Any] = {"message": tools.message(reader)}
+            finish = tools.finish_of(finish, reader)
+        elif self.kind == "chat.completion":
+            body = {"message": {"role": "assistant", "content": text}}
         else:
             body = {"text": text}
         return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
 
-    def delta(self, number: int, text: str, logprobs: Any, finish: str | None, is_first: bool) -> dict[str, Any]:
-        """Of a part. The role comes with the first token: clients take the first chunk for it."""
+    def delta(
+        self, number: int, told: str | dict[str, Any], logprobs: Any, finish: str | None, is_first: bool
+    ) -> dict[str, Any]:  # fmt: skip
+        """Of a part: its text, or the body of its delta. The role comes with the first token: clients take the first
+        chunk for it."""
         if self.kind == "chat.completion":
             role = {"role": "assistant"} if is_first else {}
-            body: dict[str, Any] = {"delta": {**role, **({"content": text} if text or is_first else {})}}
+            said = told if isinstance(told, dict) else {"content": told} if told or is_first else {}
+            body: dict[str, Any] = {"delta": {**role, **said}}
         else:
-            body = {"text": text}
+            body = {"text": told}
         return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
 
 
@@ -133,19 +145,38 @@ def _event(value: Any) -> str:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
+class Telling:
+    """One answer of a stream, as it comes: its pieces as choices of chunks."""
+
+    def __init__(self, style: Style, number: int):
+        self._style, self._number, self._begun = style, number, False
+        self._reader = None if style.form is None else CallReader(style.form)
+
+    def choices(self, piece: Piece, logprobs: Any) -> list[dict[str, Any]]:
+        """What is told of a piece, each as a chunk of its own. logprobs: of its tokens, or None."""
+        is_first, self._begun = not self._begun, True
+        if self._reader is None:
+            texts: list[str | dict[str, Any]] = [piece.text] if piece.text or logprobs or is_first else []
+        else:
+            texts = [*tools.deltas(self._reader.add(piece.text, piece.finish is not None))]
+            texts = texts or ([""] if logprobs or is_first else [])
+        told = [self._style.delta(self._number, text, logprobs if i == 0 else None, None, is_first and i == 0)
+                for i, text in enumerate(texts)]  # fmt: skip
+        if piece.finish:
+            finish = tools.finish_of(finish_of(piece.finish), self._reader)
+            told.append(self._style.delta(self._number, "", None, finish, False))
+        return told
+
+
 async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events of answers: parts, then each one's end, then what was used, then [DONE]. logprobs: of an
     answer's next tokens, how they are told, or None."""
-    begun: set[int] = set()
+    answers: dict[int, Telling] = {}
     try:
         async for number, piece in coming.pieces():
             told = logprobs(number, piece.tokens) if logprobs and piece.tokens else None
-            is_first = number not in begun
-            begun.add(number)
-            if piece.text or told or is_first:
-                yield style.chunk([style.delta(number, piece.text, told, None, is_first)])
-            if piece.finish:
-                yield style.chunk([style.delta(number, "", None, finish_of(piece.finish), False)])
+            for choice in answers.setdefault(number, Telling(style, number)).choices(piece, told):
+                yield style.chunk([choice])
         if with_usage:
             yield style.chunk([], usage_of(list(coming.results.values())))
         yield "data: [DONE]\n\n"

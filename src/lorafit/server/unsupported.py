@@ -9,7 +9,8 @@ from typing import Any
 EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)  # what programs send where they ask for nothing
 
 _BOUND = "no answer is bound so here: give response_format with a JSON schema"
-_CALLS = 'no tool is called here: leave it out, or say "auto"'
+_OLDER = "the older names of tools are not read: give tools, and tool_choice"
+_UNCALLED = "nothing is called where a text is gone on with: ask /v1/chat/completions"
 _OPEN = "no message is gone on with here: render the prompt yourself, and send it to /v1/completions"
 _RENDERED = "a prompt is rendered as the adapter was trained to read it: leave it out"
 _CHOSEN = "tokens are not chosen so here: leave it out"
@@ -20,7 +21,7 @@ _WORDS = {
     **dict.fromkeys(
         ("guided_json", "guided_choice", "guided_regex", "guided_grammar", "structured_outputs", "structural_tag",
          "grammar", "json_schema", "regex", "ebnf"), _BOUND),
-    **dict.fromkeys(("tool_choice", "function_call"), _CALLS),
+    **dict.fromkeys(("functions", "function_call"), _OLDER),
     **dict.fromkeys(("continue_final_message", "add_generation_prompt"), _OPEN),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "reasoning_effort"), _RENDERED),
     **dict.fromkeys(("repeat_penalty", "repetition_context_size"), _NAME),
@@ -38,7 +39,6 @@ _WORDS = {
     "web_search_options": "nothing is searched for here: leave it out",
 }  # fmt: skip
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # where other values than the empty ones ask for nothing
-    "tool_choice": (*EMPTY, "auto", "none"),
     "function_call": (*EMPTY, "auto", "none"),
     "reasoning_effort": (*EMPTY, "none"),
     "modalities": (*EMPTY, ["text"]),
@@ -60,6 +60,8 @@ def problems(body: Mapping[str, Any]) -> list[str]:
         found.append(f"best_of: {best} answers are not compared here: ask for so many with n, and choose")
     if body.get("top_logprobs") and not body.get("logprobs"):
         found.append("top_logprobs: there are none without logprobs: set logprobs to true")
+    if body.get("prompt") and body.get("tools"):
+        found.append(f"tools: {_UNCALLED}")
     if body.get("messages") and body.get("add_special_tokens"):
         found.append("add_special_tokens: the template writes those of a conversation: leave it out")
     return found

@@ -26,8 +26,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lorafit.data.examples import Message
+from lorafit.data.examples import Call, Message
 from lorafit.data.messages import ROLES, joined
+from lorafit.data.tools import CALLS, NAME, claim, read_calls
 from lorafit.errors import RequestError
 from lorafit.server import unsupported
 from lorafit.serving import Token
@@ -42,11 +43,11 @@ from lorafit.serving.request import (
     MOST_STOPS,
 )
 
-MOST_ANSWERS = 16
+MOST_ANSWERS, MOST_TOOLS = 16, 128  # tools: as at OpenAI
 NONE = -1  # what other servers' programs send for no number at all
 HALF = "half of a surrogate pair is no character: send whole characters, as UTF-8"
-TOOLS = "calls of tools, and their answers, are not read here: leave the turn out, or say in words what it found"
 TEXT = 'only text is read here: give a text, or parts of {"type": "text", "text": ...}'
+CALLER = "only the assistant calls tools: leave the call out, or say assistant"
 SILENT = "nothing is said in it: give a text"
 OPEN = "an answer is not gone on with here: end with what the user says"
 
@@ -112,6 +113,50 @@ class Asked(Body):
         return value
 
 
+class Function(Body):
+    """A function that may be called. parameters: a JSON schema. strict: whether arguments are kept to it."""
+
+    model_config = ConfigDict(extra="allow")  # what else describes it is shown as it is learnt
+    name: Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
+    description: Text | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_characters)] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """What may be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Named(Body):
+    """A function, by its name."""
+
+    name: Annotated[str, StringConstraints(max_length=256)]
+
+
+class ToolChoice(Body):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    function: Named
+
+
+class Called(Named):
+    """A call. arguments: a JSON object, as text."""
+
+    arguments: Text | dict[str, Any] | None = None
+
+
+class ToolCall(Body):
+    """A call in a message of the assistant."""
+
+    id: Annotated[str, StringConstraints(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class Part(Body):
     """Part of a message. Only text is read."""
 
@@ -120,21 +165,25 @@ class Part(Body):
 
 
 class Turn(Body):
-    """A message of a conversation. An assistant may have said nothing."""
+    """A message of a conversation. An assistant may have said nothing, or called tools; a tool answers a call."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
         {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
     ]})  # fmt: skip
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[Text | list[Part] | None, Field(validate_default=True)] = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: Called | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _readable(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            if value.get("role") in ("tool", "function") or value.get("tool_calls") or value.get("function_call"):
-                raise _wrong(TOOLS)
+            if value.get("role") != "assistant" and any(value.get(field) for field in CALLS):
+                raise _wrong(CALLER)
             if value.get("images") or value.get("audio"):
                 raise _wrong(TEXT)
             if value.get("prefix") or value.get("partial"):
@@ -154,9 +203,24 @@ class Turn(Body):
             raise _wrong(TEXT)
         return value
 
+    @model_validator(mode="after")
+    def _whole(self) -> Turn:
+        if self.tool_calls or self.function_call:
+            self._calls()
+        return self
+
+    def _calls(self) -> tuple[Call, ...]:
+        """The calls it makes, read as those of examples are."""
+
+        def wrong(what: str, fix: str, field: str) -> None:
+            raise _wrong(f"{field.lstrip('.')}: {what}: {fix}")
+
+        return read_calls(self.model_dump(), "", wrong) or ()
+
     def message(self) -> Message:
         parts = [self.content or ""] if not isinstance(self.content, list) else [part.text for part in self.content]
-        return Message(ROLES[self.role], joined(parts))
+        answers = claim(self.model_dump()) if ROLES[self.role] == "tool" else None
+        return Message(ROLES[self.role], joined(parts), calls=self._calls(), answers=answers)
 
 
 class Schema(Body):
@@ -242,6 +306,9 @@ class ChatRequest(Common):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)]
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Likely | None = None
@@ -282,6 +349,8 @@ class TokenizeRequest(Asked):
     model: Model | None = None
     prompt: Text | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     add_special_tokens: bool | None = None
 
 

@@ -186,8 +186,8 @@ class Engine:
         """Have a request answered; returns at once. listener: see Answer. version: what `adapters.find` gave for its
         adapter before, whatever the name means by now. Raises RequestError, UnknownAdapterError, or BusyError."""
         require_valid(request, self.vocabulary, self.room)
-        if self.base.tokenizer is None and (request.stop or request.schema is not None):
-            raise BaseError("stop and schema need text, and this base has no tokenizer: leave them out")
+        if self.base.tokenizer is None and (request.stop or request.schema is not None or request.grammar is not None):
+            raise BaseError("stop, schema and grammar need text, and this base has no tokenizer: leave them out")
         if version is None and request.adapter is not None:
             version = self.adapters.find(request.adapter)
         grammar = self._grammar(request)  # compiled here, where no one else waits for it
@@ -212,11 +212,14 @@ class Engine:
             return [self.submit(request) for request in requests]
 
     def prompt(
-        self, messages: Sequence[Message], adapter: str | None = None, system: str | None = None
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation, as the adapter was trained to read it. system: another system prompt."""
+        self, messages: Sequence[Message], adapter: str | None = None, system: str | None = None,
+        tools: Sequence[str] = (),
+    ) -> tuple[int, ...]:  # fmt: skip
+        """Token ids of a conversation, as the adapter was trained to read it. system: another system prompt. tools:
+        that may be called, as `data.tools.read_tools` reads them."""
         version = None if adapter is None else self.adapters.find(adapter)
-        return tuple(self.renderer(version.system if version and system is None else system).prompt_ids(messages))
+        renderer = self.renderer(version.system if version and system is None else system)
+        return tuple(renderer.prompt_ids(messages, tools))
 
     def renderer(self, system: str | None = None) -> Renderer:
         """The base's renderer with this system prompt."""
@@ -293,13 +296,14 @@ class Engine:
                            queued=queued, slots_used=self._slots.used, served=dict(self._turns.served))  # fmt: skip
 
     def _grammar(self, request: Request) -> Grammar | None:
-        if request.schema is None:
+        kept = request.schema if request.grammar is None else request.grammar
+        if kept is None:
             return None
         with self._grammar_lock:  # one of its own: making it takes a while
             if self._grammars is None:
                 assert self._renderer is not None
                 self._grammars = grammar_tokenizer(self.base.tokenizer, self.vocabulary, self._renderer.stop_ids)
-        return Grammar(self._grammars, request.schema)
+        return Grammar(self._grammars, kept)
 
     # What the thread does that owns the model
 
@@ -450,7 +454,7 @@ class Engine:
         if version is not None:
             heating = self._heating.pop(version, None)
             loaded = heating.result() if heating else self.adapters.heat(version)
-        words = Words(self.base.tokenizer) if self.base.tokenizer is not None else None
+        words = Words(self.base.tokenizer, request.verbatim) if self.base.tokenizer is not None else None
         sampler, until = Sampler(request, asked.grammar), Until(request.stop)
         limit = min(request.max_tokens, self.room - len(request.prompt))
         slot = self._slots.take(request.prompt, self._key(asked))  # last, so that nothing fails with a slot in hand

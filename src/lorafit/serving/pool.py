@@ -19,6 +19,7 @@ from lorafit.base import Base
 from lorafit.data.render import renderer_for
 from lorafit.errors import AdapterError, UnknownAdapterError
 from lorafit.formats import peft
+from lorafit.records import Rendering
 from lorafit.serving.mixing import Loaded
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -27,9 +28,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 @dataclass(eq=False)
 class Version:
     """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
-    a value. system: the system prompt it was trained with. adapter: None where it is on disk alone; loaded: None where
-    it is not hot. users: requests that wait for it, or are answered by it: while there are some it is kept hot.
-    created: unix time."""
+    a value. system: the system prompt it was trained with; single: whether it was trained on single questions. adapter:
+    None where it is on disk alone; loaded: None where it is not hot. users: requests that wait for it, or are answered
+    by it: while there are some it is kept hot. created: unix time."""
 
     name: str
     number: int
@@ -38,6 +39,7 @@ class Version:
     folder: Path | None
     system: str | None
     adapter: Adapter | None
+    single: bool = False
     loaded: Loaded | None = None
     pinned: bool = False
     used: int = 0
@@ -47,6 +49,11 @@ class Version:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.number}"
+
+    @property
+    def told(self) -> str:
+        """What an operator is told of it."""
+        return f"{self.id}, which was trained on single questions" if self.single else self.id
 
 
 class Pool:
@@ -71,8 +78,8 @@ class Pool:
         folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
         adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
         self._require(adapter)
-        system = adapter.rendering.system if adapter.rendering else None
-        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, system, adapter, pinned=pin)
+        system, single = _trained(adapter.rendering)
+        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, system, adapter, single, pinned=pin)
         version.loaded = Loaded(self.base, adapter)
         with self._lock:
             version.number = self._next[name] = self._next.get(name, 0) + 1
@@ -96,8 +103,8 @@ class Pool:
         Raises FormatError, or AdapterError where it is another base's."""
         seen = peft.glance(folder)
         require_base(self.base, seen.base, seen.base_name, self._accept)
-        system = seen.rendering.system if seen.rendering else None
-        version = Version(name, number, digest, seen.bytes, folder, system, None)
+        system, single = _trained(seen.rendering)
+        version = Version(name, number, digest, seen.bytes, folder, system, None, single)
         with self._lock:
             self._versions.setdefault(name, {})[number] = version
             self._next[name] = max(number, self._next.get(name, 0))
@@ -224,6 +231,11 @@ class Pool:
             if version is not kept and not version.pinned and not version.users:
                 total -= size(version)
                 drop(version)
+
+
+def _trained(rendering: Rendering | None) -> tuple[str | None, bool]:
+    """The system prompt it was trained with, and whether on single questions."""
+    return (rendering.system, rendering.single) if rendering else (None, False)
 
 
 def _cool(version: Version) -> None:

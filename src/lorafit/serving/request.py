@@ -32,7 +32,8 @@ class Request:
     all of these. stop: texts at which the answer
     ends, not part of it. ignore_end: go on after the token that ends a turn. logprobs: for each token its natural
     log-probability before temperature, and those of so many likeliest; None: none. schema: a JSON schema the answer
-    keeps to.
+    keeps to; grammar: in its place, one in llguidance's dialect of Lark. verbatim: the text of the answer holds special
+    tokens too, but the one that ends it.
     """
 
     prompt: tuple[int, ...]
@@ -52,6 +53,8 @@ class Request:
     ignore_end: bool = False
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    verbatim: bool = False
 
     def problems(self, vocabulary: int) -> list[str]:
         """What cannot be about this request, each with what to do."""
@@ -68,6 +71,8 @@ class Request:
         bias = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(bias, Mapping) or not all(type(one) is int and _is_number(bias[one]) for one in bias):
             wrong.append("logit_bias: it is no mapping of token ids to numbers: give it as {token: bias}")
+        if self.grammar is not None and (not isinstance(self.grammar, str) or self.schema is not None):
+            wrong.append("grammar: no text, or beside a schema: give one of the two")
         if wrong:
             return wrong
         checks = {

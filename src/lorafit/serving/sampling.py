@@ -90,21 +90,23 @@ class Sampler:
 
 
 class Grammar:
-    """Which tokens a JSON schema allows next, by llguidance."""
+    """Which tokens a JSON schema, or a grammar, allows next, by llguidance."""
 
-    def __init__(self, tokenizer: Any, schema: Mapping[str, Any]):
-        """tokenizer: as `grammar_tokenizer` makes it. Raises RequestError for what is no schema that can be kept to."""
+    def __init__(self, tokenizer: Any, schema: Mapping[str, Any] | str):
+        """tokenizer: as `grammar_tokenizer` makes it. schema: or a grammar in llguidance's dialect of Lark. Raises
+        RequestError for what is no schema that can be kept to."""
         from llguidance import LLMatcher
 
-        # Where any space may stand between two parts, a small model writes spaces until its room is full.
+        self._kind = "grammar" if isinstance(schema, str) else "schema"
         try:
-            self._matcher: Any = LLMatcher(
-                tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_flexible": False})
-            )
+            # Where any space may stand between two parts, a small model writes spaces until its room is full.
+            grammar = schema if isinstance(schema, str) else LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), {"whitespace_flexible": False})  # fmt: skip
+            self._matcher: Any = LLMatcher(tokenizer, grammar)
         except (ValueError, TypeError) as error:
-            raise RequestError(f"schema: {error}: correct it") from error
+            raise RequestError(f"{self._kind}: {error}: correct it") from error
         if problem := self._matcher.get_error():
-            raise RequestError(f"schema: {problem}: correct it")
+            raise RequestError(f"{self._kind}: {problem}: correct it")
 
     def masked(self, logits: Tensor) -> Tensor:
         """A copy of logits (vocabulary,) with −∞ where the schema allows no token."""
@@ -121,7 +123,7 @@ class Grammar:
     def ended(self) -> bool:
         """Whether the answer is whole and nothing may follow. Raises RequestError where it cannot go on."""
         if problem := self._matcher.get_error():
-            raise RequestError(f"schema: {problem}: make it simpler")
+            raise RequestError(f"{self._kind}: {problem}: make it simpler")
         return bool(self._matcher.is_stopped())
 
 
