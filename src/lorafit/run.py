@@ -18,7 +18,7 @@ import transformers
 import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import PROBE, absolute, make_folder, read_json, unfinished, write_json
-from lorafit.records import Frozen
+from lorafit.records import Frozen, is_time
 from lorafit.settings import TrainSettings, settings_from
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
@@ -95,6 +95,7 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
     counts = (frozen.threads, frozen.micro_tokens)
     flags = (frozen.apart, frozen.packed, frozen.recompute)
     whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
+    whole = whole and is_time(frozen.now)
     if frozen.dtype not in DTYPES or not whole:
         raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
     return frozen

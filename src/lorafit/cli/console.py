@@ -199,6 +199,9 @@ class Terminal:
         table = Table(f"on {summary['n_test']} {kind}", *columns)
         scores = {"base": f"{nll['base']:.3f}", "adapter": f"{nll['adapter']:.3f}"}
         table.add_row("NLL of the answers, nats per token", *(scores.get(key, "") for key in columns.values()))
+        if thought := summary.get("nll_of_reasoning"):
+            scores = {"base": f"{thought['base']:.3f}", "adapter": f"{thought['adapter']:.3f}"}
+            table.add_row("NLL of the reasoning before them", *(scores.get(key, "") for key in columns.values()))
         if facts["adapter"] is not None:
             table.add_row(f"facts right (of {facts['n']})", *(percent(facts[key]) for key in columns.values()))
         for what, share in (("off-topic declined", summary["off_desk_declined"]),

@@ -10,7 +10,7 @@ import typer
 from lorafit.cli.flags import DATA, JSON, with_settings
 
 
-@with_settings("columns", "skip_bad", "system", "seed", "val_share", "max_length")
+@with_settings("columns", "skip_bad", "system", "template", "seed", "val_share", "max_length")
 def data(
     data: DATA = None,
     base: Annotated[

@@ -14,11 +14,13 @@ TEXT = "text"  # the role of plain text, which answers nothing and is learnt who
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says. learnt: False for an answer that others follow and that is not to be learnt itself."""
+    """What one side says. learnt: False for an answer that others follow and that is not to be learnt itself.
+    reasoning: what was thought before an answer, apart from it."""
 
     role: str
     content: str
     learnt: bool = field(default=True, repr=False)  # digests are over the repr
+    reasoning: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Example:
     def not_learnt(self) -> tuple[int, ...]:
         """Places of the messages that are marked as not to be learnt."""
         return tuple(i for i, message in enumerate(self.messages) if not message.learnt)
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether an answer to be learnt has its reasoning."""
+        return any(message.reasoning and message.learnt for message in self.messages)
 
     @property
     def question(self) -> str:
@@ -106,5 +113,6 @@ class Examples:
 
     def digest(self) -> str:
         """SHA-256 over the messages and checks of all splits, whatever files they came from."""
-        content = [[(e.messages, e.check, *e.not_learnt) for e in split] for split in self.by_name().values()]
+        content = [[(e.messages, e.check, *e.not_learnt, *(m.reasoning for m in e.messages if m.reasoning))
+                    for e in split] for split in self.by_name().values()]  # fmt: skip
         return hashlib.sha256(repr(content).encode()).hexdigest()

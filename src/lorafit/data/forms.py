@@ -13,6 +13,7 @@ from typing import Any
 from lorafit.data.examples import TEXT, Check, Example, Message
 from lorafit.data.fields import (
     MARKS,
+    OF_ANSWERS,
     OPTIONAL,
     SPOKEN,
     UNUSED,
@@ -21,7 +22,7 @@ from lorafit.data.fields import (
     meaning_of,
     truth_of,
 )
-from lorafit.data.messages import BY, SAYS, Wrong, encodable, kind_of, read_turns, said
+from lorafit.data.messages import BY, SAYS, THINKS, Wrong, encodable, kind_of, read_turns, said, with_reasoning
 from lorafit.data.readers import Record
 from lorafit.errors import Problem
 
@@ -65,6 +66,9 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
     messages = FORMS[form].read(row, wrong)
     if form != "text" and messages and filled(row.get("system")):
         messages = _with_system(row["system"], messages, wrong)
+    for name in OF_ANSWERS if messages else ():
+        if name in FORMS[form].optional and filled(row.get(name)):
+            messages = (*messages[:-1], with_reasoning(messages[-1], row[name], name, wrong) or messages[-1])
     check, group = (None if row.get(name) == "" else row.get(name) for name in ("check", "group"))  # an empty cell
     check = _check(check, wrong)
     if type(group) is int:
@@ -90,7 +94,7 @@ def unread(row: Row, form: str) -> dict[str, Any]:
         for turn in row[name] if isinstance(row[name], list) else ():
             if isinstance(turn, dict):
                 found |= {f"{name}[].{key}": value for key, value in turn.items()
-                          if key not in (*BY, *SAYS, *MARKS) and filled(value)}  # fmt: skip
+                          if key not in (*BY, *SAYS, *MARKS, *THINKS) and filled(value)}  # fmt: skip
     return found
 
 
@@ -184,8 +188,8 @@ def _plain(row: Row, wrong: Wrong) -> tuple[Message, ...]:
 FORMS = {
     "messages": Form(frozenset({"messages"}), _messages),
     "sharegpt": Form(frozenset({"conversations"}), _sharegpt),
-    "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair),
-    "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL})),
+    "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair, frozenset({*OPTIONAL, *OF_ANSWERS})),
+    "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL, *OF_ANSWERS})),
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),
 }

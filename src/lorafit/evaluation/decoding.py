@@ -16,6 +16,7 @@ from lorafit.base import Base
 from lorafit.data.render import Renderer
 from lorafit.errors import BaseError, CancelledError, NotServedError, RequestError
 from lorafit.generation.greedy import Answer, bytes_per_token, generate
+from lorafit.generation.text import parted
 from lorafit.serving import Answer as Waiting
 from lorafit.serving import Engine, Request
 from lorafit.serving.families import same_for_all, servable
@@ -108,11 +109,13 @@ class Decoding:
             engine.adapters.publish(version)
             name = version.name
         try:
-            waiting = engine.submit_all([Request(tuple(prompt), name, max_tokens=most) for prompt in prompts])
+            told = self.renderer.told
+            asked = [Request(tuple(prompt), name, max_tokens=most, special=told) for prompt in prompts]
+            waiting = engine.submit_all(asked)
             found = []
             progress(0, len(prompts))
             for answer in waiting:
-                found.append(_answer(answer))
+                found.append(_answer(answer, self.renderer))
                 progress(len(found), len(prompts))
             return found
         finally:
@@ -120,11 +123,12 @@ class Decoding:
                 engine.unload(name)
 
 
-def _answer(waiting: Waiting) -> Answer:
+def _answer(waiting: Waiting, renderer: Renderer) -> Answer:
     try:
         result = waiting.result()
     except RequestError:  # the adapter gives no finite numbers there: no answer, and a wrong one
         return Answer("", False)
     except CancelledError as error:
         raise BaseError(f"answers could not be decoded ({error}): give more memory (--memory), or free some") from error
-    return Answer(result.text.strip(), result.finish == "stop")
+    reasoning, said = parted(result.text, renderer.thought)
+    return Answer(said, result.finish == "stop", reasoning)

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorafit.base import Base
 from lorafit.data.render import Renderer
-from lorafit.generation.text import Words
+from lorafit.generation.text import Words, parted, text_of
 
 BATCH = 64
 GROWN = 4  # bytes held for each of keys and values: they are copied as they grow, and leave holes (measured: 2.5 to 3)
@@ -24,10 +24,12 @@ GROWN = 4  # bytes held for each of keys and values: they are copied as they gro
 
 @dataclass(frozen=True)
 class Answer:
-    """Text without special tokens, and whether it ended by itself with an end-of-turn token."""
+    """Text without special tokens, and whether it ended by itself with an end-of-turn token. reasoning: what was
+    thought before it."""
 
     text: str
     stopped: bool
+    reasoning: str = ""
 
 
 @torch.no_grad()
@@ -71,8 +73,9 @@ def generate(
         for k, i in enumerate(part):
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
-            text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[i] = Answer(text.strip(), end is not None)
+            text = text_of(renderer.tokenizer, new[:end], renderer.told)
+            reasoning, said = parted(text, renderer.thought)
+            answers[i] = Answer(said, end is not None, reasoning)
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
@@ -81,7 +84,7 @@ def generate(
 def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: int, emit: Callable[[str], None]) -> None:
     """Answer one prompt; `emit` is called with each piece of text as soon as its characters are whole."""
     ids = torch.tensor([prompt], device=base.device)
-    streamer = _Streamer(renderer.tokenizer, emit)
+    streamer = _Streamer(Words(renderer.tokenizer, renderer.told), emit)
     _greedy(base, renderer, max_new_tokens).generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer
     )
@@ -90,8 +93,8 @@ def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: in
 class _Streamer(BaseStreamer):
     """Hands on whole characters, of the answer alone."""
 
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
-        self._words, self._emit = Words(tokenizer), emit
+    def __init__(self, words: Words, emit: Callable[[str], None]):
+        self._words, self._emit = words, emit
         self._begun = False  # until the prompt has come, which is not told
 
     def put(self, value: torch.Tensor) -> None:

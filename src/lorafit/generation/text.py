@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from lorafit.data.render import Thought
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 
@@ -24,14 +27,23 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     return found if found.decode(errors="replace") == text else text.encode()
 
 
+def text_of(tokenizer: Any, ids: Sequence[int], special: Collection[int] = ()) -> str:
+    """The text of token ids, without special tokens but those of `special`."""
+    texts = [""]
+    for is_special, run in groupby(ids, key=lambda token: token in special):
+        texts.append(tokenizer.decode([*run], skip_special_tokens=not is_special, clean_up_tokenization_spaces=False))
+    return "".join(texts)
+
+
 class Words:
     """Whole characters of an answer whose tokens come one by one; what looks like the beginning of one waits.
 
     Each piece is decoded behind the one before it, for a token's text may depend on where it stands.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, special: Collection[int] = ()):
+        """special: special tokens that are told; all others are left out."""
+        self._tokenizer, self._special = tokenizer, special
         self._ids: list[int] = []
         self._before = self._told = 0
 
@@ -39,15 +51,13 @@ class Words:
         """The text that can be told now. ended: no more will come."""
         self._ids += ids
         rest = self._ids[self._before :]
-        known, text = self._text(rest[: self._told - self._before]), self._text(rest)
+        known, text = (
+            text_of(self._tokenizer, part, self._special) for part in (rest[: self._told - self._before], rest)
+        )
         if len(text) <= len(known) or (text.endswith("\ufffd") and not ended):
             return ""
         self._before, self._told = self._told, len(self._ids)
         return text[len(known) :]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
 
 class Until:
@@ -73,3 +83,57 @@ class Until:
         keep = 0 if ended else max(begun, default=0)
         told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return told
+
+
+class Parts:
+    """The reasoning of an answer and the answer itself, apart, as its text comes, both without white space around them.
+    What may be the beginning of a mark, or the end, waits."""
+
+    def __init__(self, thought: Thought | None):
+        """thought: how they are told apart; None where all is the answer."""
+        self._thought = thought
+        self._begun = thought is None  # whether it is known what the text begins with
+        self._thinks = False
+        self._held = ""
+        self._reasoning, self._answer = _Trimmed(), _Trimmed()
+
+    def add(self, text: str, ended: bool = False) -> tuple[str, str]:
+        """Reasoning and answer that can be told now. ended: no more will come."""
+        thought, reasoning = self._thought, ""
+        self._held += text
+        if thought is not None and not self._begun:
+            said = self._held.lstrip()
+            marked = said.startswith(thought.opening)
+            if not marked and thought.opening.startswith(said) and not ended:
+                return "", ""
+            self._begun, self._thinks = True, marked or thought.opens
+            self._held = said.removeprefix(thought.opening) if marked else self._held
+        if thought is not None and self._thinks:
+            before, closing, after = self._held.partition(thought.closing)
+            begun = next((n for n in range(len(thought.closing) - 1, 0, -1) if before.endswith(thought.closing[:n])), 0)
+            kept = 0 if closing or ended else begun
+            reasoning = self._reasoning.add(before[: len(before) - kept])
+            self._held = after if closing else before[len(before) - kept :]
+            self._thinks = not closing
+            if self._thinks:
+                return reasoning, ""
+        held, self._held = self._held, ""
+        return reasoning, self._answer.add(held)
+
+
+class _Trimmed:
+    """Text without white space around it, as it comes."""
+
+    def __init__(self) -> None:
+        self._begun, self._space = False, ""
+
+    def add(self, text: str) -> str:
+        text = self._space + text if self._begun else text.lstrip()
+        told = text.rstrip()
+        self._begun, self._space = self._begun or bool(told), text[len(told) :]
+        return told
+
+
+def parted(text: str, thought: Thought | None) -> tuple[str, str]:
+    """The reasoning and the answer of a whole text. thought: how they are told apart; None where all is the answer."""
+    return Parts(thought).add(text, ended=True)

@@ -145,7 +145,8 @@ def _tokens(app: FastAPI, service: Service) -> None:
         require_ready(service)
         version = chosen(service, key_of(request), service.base if body.model is None else body.model)
         if body.messages is not None:
-            ids = await asyncio.to_thread(service.prompt, [turn.message() for turn in body.messages], version)
+            messages, settings = [turn.message() for turn in body.messages], body.chat_template_kwargs or {}
+            ids = await asyncio.to_thread(service.prompt, messages, version, settings)
         elif body.prompt is not None:
             read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
             ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]

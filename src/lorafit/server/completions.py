@@ -15,6 +15,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from lorafit.data.render import Thought
 from lorafit.errors import RequestError
 from lorafit.generation.text import token_bytes
 from lorafit.routing import LONGEST, Routed, question_of
@@ -58,12 +59,14 @@ async def _answered(
     told["model"] = version.id if version else name
 
     coming = Coming(engine, version, _counted(service, key, name))
-    requests = await asyncio.to_thread(_requests, service, body, version)
+    thought = await asyncio.to_thread(_thought, service, body, version)
+    requests = await asyncio.to_thread(_requests, service, body, version, thought)
     prompts = sum(len(one.prompt) for one in requests)
     await _submitted(service, key, coming, requests, len(requests) - bool(routed), prompts)
     logprobs = None if requests[0].logprobs is None else _logprobs(kind, engine)
     style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"],
-                  {"adapter": name, "probability": round(routed.probability, 4)} if routed else None)  # fmt: skip
+                  {"adapter": name, "probability": round(routed.probability, 4)} if routed else None,
+                  thought=thought)  # fmt: skip
 
     def ended() -> None:
         coming.cancel()
@@ -85,6 +88,13 @@ async def _answered(
     choices = [style.choice(i, one.text, logprobs and logprobs(i, one.tokens), finish_of(one.finish))
                for i, one in enumerate(results)]  # fmt: skip
     return JSONResponse(style.whole(choices, usage_of(results)), headers=headers)
+
+
+def _thought(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> Thought | None:
+    """How reasoning is told apart in the answers; None where all is the answer, as it is of one in a given form."""
+    if not isinstance(body, ChatRequest) or (body.response_format and body.response_format.schema_of() is not None):
+        return None
+    return service.renderer(version, body.chat_template_kwargs or {}).thought
 
 
 def _counted(service: Service, key: Key, name: str) -> Callable[[Part], None]:
@@ -159,17 +169,22 @@ def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> No
                             {"retry-after": str(math.ceil(wait))})  # fmt: skip
 
 
-def _requests(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> list[Request]:
+def _requests(
+    service: Service, body: ChatRequest | CompletionRequest, version: Version | None, thought: Thought | None
+) -> list[Request]:
     """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
     engine = service.engine
     if isinstance(body, ChatRequest):
-        prompts = [service.prompt([turn.message() for turn in body.messages], version)]
+        messages = [turn.message() for turn in body.messages]
+        prompts = [service.prompt(messages, version, body.chat_template_kwargs or {})]
     else:
         read = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
         prompts = [tuple(read(one)["input_ids"] if isinstance(one, str) else one) for one in body.prompts()]
     longest = max(1, engine.room - max(map(len, prompts)))
     adapter, settings = version.id if version else None, body.settings(longest)
-    return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in body.seeds]
+    special = thought.special if thought else frozenset()
+    return [Request(prompt, adapter, seed=seed, special=special, **settings)
+            for prompt in prompts for seed in body.seeds]  # fmt: skip
 
 
 async def _unless_gone(request: HttpRequest, coming: Coming) -> None:

@@ -48,6 +48,7 @@ class ChatLogprobs(BaseModel):
 class Said(BaseModel):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str | None = None
 
 
 class Choice(BaseModel):

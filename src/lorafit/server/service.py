@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
 
 from lorafit.data.examples import Message
+from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
+from lorafit.records import Scalar
 from lorafit.routing import Routed
 from lorafit.server import keys
 from lorafit.server.keys import Key
@@ -25,6 +28,7 @@ from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
+NO_SETTINGS: Mapping[str, Scalar] = MappingProxyType({})  # of a template
 AUTO = "auto"  # what clients say for the router: no adapter may have the name
 
 
@@ -160,12 +164,23 @@ class Service:
             return None
         return self.engine.adapters.find(model)
 
-    def prompt(self, messages: Sequence[Message], version: Version | None) -> tuple[int, ...]:
+    def renderer(self, version: Version | None, settings: Mapping[str, Scalar]) -> Renderer:
+        """As the adapter was trained, or as the bare base's template has it. settings: of the template, over those of
+        the training; one that it does not read passes where it asks for nothing. Raises RequestError."""
+        known = self.engine.renderer(version)
+        given = {name: value for name, value in settings.items() if value or known.reads(name)}
+        if strange := [name for name in given if not known.reads(name)]:
+            raise RequestError(f"chat_template_kwargs: the template reads no {', '.join(strange)}: leave it out")
+        return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else known
+
+    def prompt(
+        self, messages: Sequence[Message], version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS
+    ) -> tuple[int, ...]:
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
-        beginning takes the place of the adapter's."""
+        beginning takes the place of the adapter's. settings: of the template, as `renderer` takes them."""
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
-        return tuple(self.engine.renderer(version.system if version else None).prompt_ids(messages))
+        return tuple(self.renderer(version, settings).prompt_ids(messages))
 
 
 def require_free(name: str, base: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,9 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
+from lorafit.data.render import Thought
 from lorafit.errors import CancelledError, LorafitError, RequestError
+from lorafit.generation.text import Parts, parted
 from lorafit.server.wire import error
 from lorafit.serving import Answer, Engine, Piece, Request, Result, Version
 
@@ -80,12 +83,13 @@ class Coming:
 @dataclass(frozen=True)
 class Style:
     """How chat completions, or completions, are written. id, created, model: of this answer. routed: what the router
-    chose, and how sure it was."""
+    chose, and how sure it was. thought: how reasoning is told apart in what was generated; None where there is none."""
 
     kind: str  # chat.completion or text_completion
     id: str
     model: str
     routed: Mapping[str, Any] | None = None
+    thought: Thought | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
@@ -100,18 +104,29 @@ class Style:
         return told if self.routed is None else {**told, "lorafit": dict(self.routed)}
 
     def choice(self, number: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        """Of a whole answer."""
+        """Of a whole answer. That of a conversation is told as it is measured: without white space around it."""
         if self.kind == "chat.completion":
-            body: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+            reasoning, answer = parted(text, self.thought)
+            thought = {"reasoning_content": reasoning} if reasoning else {}
+            body: dict[str, Any] = {"message": {"role": "assistant", "content": answer, **thought}}
         else:
             body = {"text": text}
         return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
 
-    def delta(self, number: int, text: str, logprobs: Any, finish: str | None, is_first: bool) -> dict[str, Any]:
+    def parts(self) -> Callable[[str, bool], tuple[str, str]]:
+        """What tells reasoning and text apart, of one answer as it comes; `True`: no more will come."""
+        if self.kind == "chat.completion":
+            return Parts(self.thought).add
+        return lambda text, ended: ("", text)
+
+    def delta(
+        self, number: int, text: str, logprobs: Any, finish: str | None, is_first: bool, reasoning: str = ""
+    ) -> dict[str, Any]:
         """Of a part. The role comes with the first token: clients take the first chunk for it."""
         if self.kind == "chat.completion":
             role = {"role": "assistant"} if is_first else {}
-            body: dict[str, Any] = {"delta": {**role, **({"content": text} if text or is_first else {})}}
+            thought = {"reasoning_content": reasoning} if reasoning else {}
+            body: dict[str, Any] = {"delta": {**role, **thought, **({"content": text} if text or is_first else {})}}
         else:
             body = {"text": text}
         return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
@@ -137,13 +152,15 @@ async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool) 
     """Server-sent events of answers: parts, then each one's end, then what was used, then [DONE]. logprobs: of an
     answer's next tokens, how they are told, or None."""
     begun: set[int] = set()
+    parts: dict[int, Callable[[str, bool], tuple[str, str]]] = defaultdict(style.parts)
     try:
         async for number, piece in coming.pieces():
             told = logprobs(number, piece.tokens) if logprobs and piece.tokens else None
             is_first = number not in begun
             begun.add(number)
-            if piece.text or told or is_first:
-                yield style.chunk([style.delta(number, piece.text, told, None, is_first)])
+            reasoning, text = parts[number](piece.text, bool(piece.finish))
+            if text or reasoning or told or is_first:
+                yield style.chunk([style.delta(number, text, told, None, is_first, reasoning)])
             if piece.finish:
                 yield style.chunk([style.delta(number, "", None, finish_of(piece.finish), False)])
         if with_usage:

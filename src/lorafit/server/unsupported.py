@@ -22,7 +22,7 @@ _WORDS = {
          "grammar", "json_schema", "regex", "ebnf"), _BOUND),
     **dict.fromkeys(("tool_choice", "function_call"), _CALLS),
     **dict.fromkeys(("continue_final_message", "add_generation_prompt"), _OPEN),
-    **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "reasoning_effort"), _RENDERED),
+    **dict.fromkeys(("chat_template", "documents", "reasoning_effort"), _RENDERED),
     **dict.fromkeys(("repeat_penalty", "repetition_context_size"), _NAME),
     **dict.fromkeys(
         ("use_beam_search", "length_penalty", "min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids",
@@ -60,6 +60,8 @@ def problems(body: Mapping[str, Any]) -> list[str]:
         found.append(f"best_of: {best} answers are not compared here: ask for so many with n, and choose")
     if body.get("top_logprobs") and not body.get("logprobs"):
         found.append("top_logprobs: there are none without logprobs: set logprobs to true")
+    if body.get("chat_template_kwargs") and not body.get("messages"):
+        found.append("chat_template_kwargs: a prompt is read as it is, without a template: leave it out")
     if body.get("messages") and body.get("add_special_tokens"):
         found.append("add_special_tokens: the template writes those of a conversation: leave it out")
     return found

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorafit.data.examples import Message
-from lorafit.data.messages import ROLES, joined
+from lorafit.data.messages import ROLES, joined, thought_of
 from lorafit.errors import RequestError
 from lorafit.server import unsupported
 from lorafit.serving import Token
@@ -95,6 +95,8 @@ Id = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[Id], Field(max_length=1 << 17, fail_fast=True)]
 PromptIds = Annotated[list[Id], Field(min_length=1, max_length=1 << 17, fail_fast=True)]
 Model = Annotated[str, StringConstraints(max_length=256)]
+Setting = Annotated[str, StringConstraints(max_length=1024)] | bool | int | float | None
+Settings = Annotated[dict[Model, Setting], Field(max_length=16)]
 
 
 class Body(BaseModel):
@@ -120,7 +122,7 @@ class Part(Body):
 
 
 class Turn(Body):
-    """A message of a conversation. An assistant may have said nothing."""
+    """A message of a conversation. An assistant may have said nothing; reasoning_content: what it thought before."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
@@ -128,6 +130,7 @@ class Turn(Body):
     ]})  # fmt: skip
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text | list[Part] | None, Field(validate_default=True)] = None
+    reasoning_content: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -156,7 +159,11 @@ class Turn(Body):
 
     def message(self) -> Message:
         parts = [self.content or ""] if not isinstance(self.content, list) else [part.text for part in self.content]
-        return Message(ROLES[self.role], joined(parts))
+        role, text = ROLES[self.role], joined(parts)
+        if role != "assistant":
+            return Message(role, text)
+        reasoning, answer = thought_of(text)
+        return Message(role, answer, reasoning=reasoning or (self.reasoning_content or "").strip())
 
 
 class Schema(Body):
@@ -239,9 +246,10 @@ class Common(Asked):
 
 
 class ChatRequest(Common):
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions. chat_template_kwargs: settings of the template, over those of the training."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)]
+    chat_template_kwargs: Settings | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Likely | None = None
@@ -282,6 +290,7 @@ class TokenizeRequest(Asked):
     model: Model | None = None
     prompt: Text | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)] | None = None
+    chat_template_kwargs: Settings | None = None
     add_special_tokens: bool | None = None
 
 

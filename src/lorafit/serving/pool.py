@@ -19,6 +19,7 @@ from lorafit.base import Base
 from lorafit.data.render import renderer_for
 from lorafit.errors import AdapterError, UnknownAdapterError
 from lorafit.formats import peft
+from lorafit.records import Rendering
 from lorafit.serving.mixing import Loaded
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -27,7 +28,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 @dataclass(eq=False)
 class Version:
     """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
-    a value. system: the system prompt it was trained with. adapter: None where it is on disk alone; loaded: None where
+    a value. rendering: what it was trained with. adapter: None where it is on disk alone; loaded: None where
     it is not hot. users: requests that wait for it, or are answered by it: while there are some it is kept hot.
     created: unix time."""
 
@@ -36,7 +37,7 @@ class Version:
     digest: str
     bytes: int
     folder: Path | None
-    system: str | None
+    rendering: Rendering | None
     adapter: Adapter | None
     loaded: Loaded | None = None
     pinned: bool = False
@@ -71,8 +72,7 @@ class Pool:
         folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
         adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
         self._require(adapter)
-        system = adapter.rendering.system if adapter.rendering else None
-        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, system, adapter, pinned=pin)
+        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, adapter.rendering, adapter, pinned=pin)
         version.loaded = Loaded(self.base, adapter)
         with self._lock:
             version.number = self._next[name] = self._next.get(name, 0) + 1
@@ -82,7 +82,7 @@ class Pool:
         """Raise AdapterError unless it is this base's, and was trained on conversations rendered as here."""
         require_fits(self.base, adapter, accept_unknown_base=self._accept)
         if adapter.rendering and self.base.tokenizer is not None:
-            renderer_for(self.base).require(adapter.rendering)
+            renderer_for(self.base, like=adapter.rendering)
 
     def publish(self, version: Version) -> None:
         """Let its name mean this version from now on."""
@@ -96,8 +96,7 @@ class Pool:
         Raises FormatError, or AdapterError where it is another base's."""
         seen = peft.glance(folder)
         require_base(self.base, seen.base, seen.base_name, self._accept)
-        system = seen.rendering.system if seen.rendering else None
-        version = Version(name, number, digest, seen.bytes, folder, system, None)
+        version = Version(name, number, digest, seen.bytes, folder, seen.rendering, None)
         with self._lock:
             self._versions.setdefault(name, {})[number] = version
             self._next[name] = max(number, self._next.get(name, 0))

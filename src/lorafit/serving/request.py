@@ -32,7 +32,7 @@ class Request:
     all of these. stop: texts at which the answer
     ends, not part of it. ignore_end: go on after the token that ends a turn. logprobs: for each token its natural
     log-probability before temperature, and those of so many likeliest; None: none. schema: a JSON schema the answer
-    keeps to.
+    keeps to. special: special tokens that are told in the text; all others are left out of it.
     """
 
     prompt: tuple[int, ...]
@@ -52,6 +52,7 @@ class Request:
     ignore_end: bool = False
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
+    special: frozenset[int] = frozenset()
 
     def problems(self, vocabulary: int) -> list[str]:
         """What cannot be about this request, each with what to do."""
