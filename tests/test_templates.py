@@ -66,6 +66,10 @@ OPENING = (
 DROPPING = TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
     "{{ '<|assistant|>' }}", "{{ '<|assistant|><think>\n' }}"
 )
+# An empty thought before every answer, and no place for one but the answer itself.
+EMPTY = TEMPLATE.replace(
+    "m['content']", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']"
+)
 FORGETTING = TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
 # Thoughts are off unless they are asked for, and the prompt says so.
 OFF = HYBRID.replace("enable_thinking is defined and not enable_thinking", "enable_thinking is not true")
@@ -328,6 +332,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path) ->
     (DROPPING, "<|assistant|><think>\n", "It is odd.\n</think>\n\nGate 4.<|end|>"),
     (TEMPLATE, "<|assistant|>", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
     (CHANNELS, "<|assistant|>", "thought:It is odd.<|pad|>Gate 4.<|end|>"),
+    (EMPTY, "<|assistant|><think>\n\n</think>\n\n", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
 ])  # fmt: skip
 def test_reasoning_is_learnt_where_the_template_has_a_place_for_it(template: str, start: str, learnt: str) -> None:
     renderer = Renderer(byte_tokenizer(template), reasoning=True)
@@ -343,7 +348,7 @@ def told(renderer: Renderer, row: Row) -> str:
     return text_of(renderer.tokenizer, learnt[:-1], renderer.thought.special)
 
 
-@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS])
+@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY])
 def test_what_was_learnt_comes_apart_again(template: str) -> None:
     renderer = Renderer(byte_tokenizer(template), reasoning=True)
     (row,) = renderer.rows(REASONED, 0)
@@ -355,7 +360,7 @@ def test_what_was_learnt_comes_apart_again(template: str) -> None:
         assert ("".join(one for one, _ in found), "".join(one for _, one in found)) == ("It is odd.", "Gate 4.")
 
 
-@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS])
+@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY])
 def test_reasoning_and_answer_are_scored_apart(template: str) -> None:
     renderer = Renderer(byte_tokenizer(template), reasoning=True)
     (row,) = renderer.rows(REASONED, 0)
@@ -426,6 +431,18 @@ def test_reasoning_under_another_name_is_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="add --columns reasoning_content=thoughts to learn from it"):
         read_examples(path)
     assert read_examples(path, ["reasoning_content=thoughts"]).train[0].messages == REASONED.messages
+
+
+def test_a_run_learns_reasoning_and_scores_it_apart(tmp_path: Path) -> None:
+    rows = [{**row, "reasoning_content": f"I know number {i}."} for i, row in enumerate(capitals(24))]
+    base, data = folder_with(HYBRID, tmp_path / "base"), write_rows(tmp_path / "a.jsonl", rows)
+    summary = run_training(base, data, tmp_path / "run", QUICK)
+    assert summary["nll_of_reasoning"]["adapter"] < summary["nll_of_reasoning"]["base"]
+    assert summary["nll"]["adapter"] < summary["nll"]["base"]
+    rendering = peft.read(tmp_path / "run").rendering
+    assert rendering is not None and rendering.reasoning
+    again = run_evaluation(None, tmp_path / "run", data, {"dtype": "fp32", "few_shot": 0})
+    assert again["nll_of_reasoning"]["adapter"] > 0
 
 
 # Settings of a template

@@ -239,7 +239,7 @@ class Renderer:
     def _thought(self) -> Thought:
         opening, closing, opens = *THOUGHT, self._place == "opened"
         if self._place in ("field", "inline"):
-            opened = self.text(ASKED, prompt=True)
+            opened = self.start(ASKED, reasoning=True)
             said = self.text((*ASKED, Message("assistant", SAID, reasoning=REASONED)), prompt=False)
             before, _, after = said.partition(REASONED)
             found = before[len(opened) :].strip() if before.startswith(opened) else opening
@@ -250,7 +250,8 @@ class Renderer:
     def start(self, messages: Sequence[Message], reasoning: bool) -> str:
         """The text that an answer to the messages follows: one with reasoning, or one without."""
         opened = self.text(messages, prompt=True)
-        return opened if reasoning or not self._has_preface else self._past_preface(messages, opened)
+        apart = reasoning and self._place != "inline"  # else the template takes it for the answer, or part of it
+        return opened if apart or not self._has_preface else self._past_preface(messages, opened)
 
     def _past_preface(self, messages: Sequence[Message], opened: str) -> str:
         """A prompt with what finished turns have before an answer, whatever it says. Raises BaseError."""
