@@ -135,6 +135,7 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
             )
     except Exception as error:  # a damaged file may raise anything; tokenizers raises bare Exceptions
         raise BaseError(f"{folder}: its config or tokenizer cannot be opened ({error}): copy it again") from error
+    _require_rows(folder, model, tokenizer)
     return Base(known_as, model, "", tokenizer, folder, sources.address(known_as))
 
 
@@ -183,11 +184,26 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     if wrong:
         raise BaseError(f"{folder}: weights and config do not belong together: " + "; ".join(wrong)
                         + ": copy both from one place")  # fmt: skip
+    _require_rows(folder, model, tokenizer)
     model.eval()
     model.requires_grad_(False)
     if torch.cuda.is_available():
         opened[0].to("cuda")
     return model, tokenizer
+
+
+def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise BaseError where the tokenizer has ids for which the model has no row in its embedding."""
+    embedding = model.get_input_embeddings()
+    rows = len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows)
+    if beyond:
+        some = ", ".join(f"{token!r} is {i}" for i, token in beyond[:3]) + (" ..." if len(beyond) > 3 else "")
+        raise BaseError(
+            f"{folder}: its tokenizer has {len(beyond)} tokens beyond the {rows} rows of its model's embedding "
+            f"({some}): copy the tokenizer that the model came with, or resize the model (resize_token_embeddings) and "
+            "save it"
+        )
 
 
 def fastest_dtype() -> torch.dtype:

@@ -13,9 +13,11 @@ from lorafit.attachment import attach, require_fits
 from lorafit.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
+from lorafit.data.thoughts import parted
 from lorafit.errors import NotServedError, SettingsError
 from lorafit.formats import peft
 from lorafit.generation.greedy import stream
+from lorafit.records import Scalar
 from lorafit.serving import Engine, Request
 
 BASE = "base"
@@ -36,14 +38,16 @@ Emit = Callable[[str], None]
 class Chat:
     """Who answers, and what each has said. Every speaker keeps a history of its own: its answers, not another's.
 
-    accept_unknown_base: attach adapters that do not say which base they belong to. remembers: what was said before is
-    asked along also of an adapter that was trained on single questions, which has never seen an answer of its own.
+    accept_unknown_base: attach adapters that do not say which base they belong to. template: settings of the base's
+    chat template, for who was not trained with others. remembers: what was said before is asked along also of an
+    adapter that was trained on single questions, which has never seen an answer of its own.
     """
 
     base: Base
     system: str | None = None
     max_new_tokens: int = 256
     accept_unknown_base: bool = False
+    template: tuple[tuple[str, Scalar], ...] = ()
     adapters: dict[str, Adapter] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)
     speaking: tuple[str, ...] = (BASE,)
@@ -58,8 +62,7 @@ class Chat:
         folder = peft.adapter_folder(folder)
         adapter = peft.read(folder)
         require_fits(self.base, adapter, accept_unknown_base=self.accept_unknown_base)
-        if adapter.rendering:
-            self._renderer(adapter).require(adapter.rendering)
+        self._renderer(adapter)  # which must be the one that it was trained with
         folder = folder.resolve()
         folder = folder.parent if folder.name == "adapter" else folder
         name = self._name(folder)
@@ -72,8 +75,9 @@ class Chat:
         return next(name for name in ends if name != BASE and self.folders.get(name, folder) == folder)
 
     def _renderer(self, adapter: Adapter | None) -> Renderer:
-        trained = adapter.rendering.system if adapter and adapter.rendering else None
-        return renderer_for(self.base, trained if self.system is None else self.system)
+        like = adapter.rendering if adapter else None
+        settings = () if like else self.template
+        return renderer_for(self.base, self.system, like, settings=settings, reasoning=True)
 
     def command(self, line: str) -> str:
         """Obey a line that begins with a slash; returns what there is to say. Raises SettingsError for others."""
@@ -149,9 +153,9 @@ class Chat:
                 self._speak(adapter, renderer, prompt, self._room(len(prompt)), told)
                 ended = True
             finally:
-                answer = "".join(said).strip()
-                if answer or ended:  # one that was stopped stays, as far as it came
-                    history.append(Message("assistant", answer))
+                reasoning, answer = parted("".join(said), renderer.thought)
+                if answer or reasoning or ended:  # one that was stopped stays, as far as it came
+                    history.append(Message("assistant", answer, reasoning=reasoning))
                 else:
                     history.pop()
             end()
@@ -173,7 +177,7 @@ class Chat:
             name = adapter.digest()
             if name not in {version.name for version, _ in self._engine.adapters.listed()}:
                 self._engine.load(name, adapter)
-        answer = self._engine.submit(Request(tuple(prompt), name, max_tokens=room))
+        answer = self._engine.submit(Request(tuple(prompt), name, max_tokens=room, special=renderer.told))
         try:
             for piece in answer:
                 if piece.text:

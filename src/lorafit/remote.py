@@ -41,21 +41,27 @@ class Remote:
         self.model = self.model or self.models[0]
 
     def ask(self, text: str, emit: Callable[[str], None]) -> None:
-        """Let the server answer. emit: called with each piece of text. An answer that fails is not remembered."""
+        """Let the server answer. emit: called with each piece of text, of reasoning first where there is some, which is
+        not remembered; nor is an answer that fails."""
         turn = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         body = {"model": self.model, "messages": [*system, *self.history, turn], "max_tokens": self.max_tokens,
                 "stream": True}  # fmt: skip
-        said = []
+        said: list[str] = []
+        thought = False
         try:
             with self._open("/v1/chat/completions", body) as answer:
                 for told in _events(answer):
                     if "error" in told:
                         raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")
                     for choice in told.get("choices") or ():
-                        if piece := (choice.get("delta") or {}).get("content"):
-                            said.append(piece)
+                        delta = choice.get("delta") or {}
+                        if piece := delta.get("reasoning_content"):
+                            thought = True
                             emit(piece)
+                        if piece := delta.get("content"):
+                            emit(f"\n\n{piece}" if thought and not said else piece)
+                            said.append(piece)
         except (OSError, HTTPException, ValueError) as error:
             if isinstance(error, LorafitError):
                 raise

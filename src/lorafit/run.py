@@ -27,7 +27,7 @@ from lorafit.files import (
     unfinished,
     write_json,
 )
-from lorafit.records import Frozen
+from lorafit.records import Frozen, is_time
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tracking import TENSORBOARD, WANDB
 
@@ -119,6 +119,7 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
     counts = (frozen.threads, frozen.micro_tokens)
     flags = (frozen.apart, frozen.packed, frozen.recompute)
     whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
+    whole = whole and is_time(frozen.now)
     if frozen.dtype not in ("fp32", "bf16") or not whole:
         raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
     return frozen

@@ -9,6 +9,7 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from lorafit.errors import SettingsError
+from lorafit.records import Scalar
 
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
@@ -84,8 +86,14 @@ class TrainSettings(BaseModel):
     skip_bad: Annotated[bool, Field(description="Leave out rows that cannot be used, and name them.")] = False
     system: Annotated[
         str | None,
-        Field(description="System prompt for conversations that bring none.", examples=["You answer for ..."]),
-    ] = None
+        Field(description="System prompt for conversations that bring none; \"\": none, whatever the data call for.",
+              examples=["You answer for ..."]),
+    ] = None  # fmt: skip
+    template: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Settings of the base's chat template: NAME=VALUE. Once for each; the adapter keeps them.",
+              examples=[["enable_thinking=false"]]),
+    ] = None  # fmt: skip
     val_share: Annotated[
         float, Field(gt=0, lt=0.5, description="Share for validation, and for test, of a single file.")
     ] = 0.1
@@ -124,6 +132,22 @@ class TrainSettings(BaseModel):
         """`trunk_gb` in bytes."""
         return int(self.trunk_gb * 1e9)
 
+    @property
+    def template_settings(self) -> tuple[tuple[str, Scalar], ...]:
+        """`template` by name: numbers, true, false and null as JSON has them, all else as text."""
+        parts = (given.partition("=") for given in self.template or ())
+        return tuple((name, _value(text)) for name, _, text in parts)
+
+    @field_validator("template")
+    @classmethod
+    def _named(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = [one.partition("=")[0] for one in given or ()]
+        if not all(name and "=" in one for name, one in zip(names, given or (), strict=True)):
+            raise ValueError("not NAME=VALUE: write it as enable_thinking=false")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is set twice: leave one of them")
+        return given
+
     @field_validator("targets")
     @classmethod
     def _apart(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -138,6 +162,14 @@ class TrainSettings(BaseModel):
         if given is not None and bytes_of(str(given)) is None:
             raise ValueError("no size with its unit: write it as 4GB or 500MB")
         return given
+
+
+def _value(text: str) -> Scalar:
+    with suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, Scalar):
+            return value
+    return text
 
 
 def bytes_of(size: str) -> int | None:

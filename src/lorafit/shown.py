@@ -72,9 +72,11 @@ def _adapter(path: Path) -> dict[str, Any]:
     from lorafit.formats import peft
 
     adapter = peft.read(path)
-    system = adapter.rendering.system if adapter.rendering else None
+    rendering = adapter.rendering
+    told = {"time told": rendering.now, "template settings": dict(rendering.settings)} if rendering else {}
     return {"kind": "adapter", "base": adapter.base_name, "base identity": adapter.base or "unknown",
-            "digest": adapter.digest(), "system prompt": system, **_plan(adapter.plan)}  # fmt: skip
+            "digest": adapter.digest(), "system prompt": rendering.system if rendering else None,
+            **{name: value for name, value in told.items() if value}, **_plan(adapter.plan)}  # fmt: skip
 
 
 def _plan(plan: Plan) -> dict[str, Any]:

@@ -21,6 +21,9 @@ def chat(
     adapter: Annotated[Path | None, typer.Argument(help="An adapter folder, or a run; none: the bare base.")] = None,
     base: Annotated[str | None, typer.Option(help="The base; by default the adapter's, else smollm2-135m.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt; by default the one it was trained with.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="A setting of the chat template, for the bare base: NAME=VALUE.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Ask a server instead; LORAFIT_KEY holds its key.")] = None,
     model: Annotated[str | None, typer.Option(help="With --url: which model of the server answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -38,12 +41,13 @@ def chat(
     from lorafit.cli.paths import require
     from lorafit.errors import InputError, SettingsError
     from lorafit.remote import Remote
+    from lorafit.settings import settings_from
 
     terminal = Terminal(False)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
     if url is not None or model is not None:
-        if url is None or adapter is not None or base is not None:
+        if url is None or adapter is not None or base is not None or template:
             raise SettingsError("--url: a server is asked, or a base here: give --url with --model, or a folder")
         _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
         return
@@ -53,7 +57,9 @@ def chat(
     from lorafit.formats import peft
 
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
-    with Chat(open_base(name, None, terminal.say, terminal.watch), system, max_new_tokens, accept_unknown_base) as talk:
+    settings = settings_from({"template": template}).template_settings
+    opened = open_base(name, None, terminal.say, terminal.watch)
+    with Chat(opened, system, max_new_tokens, accept_unknown_base, settings) as talk:
         if adapter is not None:
             talk.add(adapter)
             if said := talk.remark():

@@ -195,6 +195,10 @@ class Terminal:
         table = Table(f"on {summary['n_test']} {kind}", *(line.name for line in scores))
         table.add_row("NLL of the answers, nats per token",
                       *("" if line.nll is None else f"{line.nll:.3f}" for line in scores))  # fmt: skip
+        if thought := summary.get("nll_of_reasoning"):
+            table.add_row("NLL of the reasoning before them",
+                          *(f"{thought[line.key]:.3f}" if line.key in ("base", "adapter") else ""
+                            for line in scores))  # fmt: skip
         for what, of, shares in (
             ("facts right", counts["n"] if counts else summary["facts"]["n"], [line.right for line in scores]),
             ("equal to the reference", (counts or {}).get("n"), [line.equal for line in scores]),

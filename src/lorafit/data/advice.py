@@ -7,7 +7,18 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorafit.data.fields import ALSO, FIELDS, OPTIONAL, TURNS, UNUSED, fields_of, filled, is_harmless, turns_in
+from lorafit.data.fields import (
+    ALSO,
+    FIELDS,
+    OF_ANSWERS,
+    OPTIONAL,
+    TURNS,
+    UNUSED,
+    fields_of,
+    filled,
+    is_harmless,
+    turns_in,
+)
 from lorafit.data.forms import FORMS, form_of, parsed, unread
 from lorafit.data.readers import Record
 from lorafit.errors import Problem
@@ -96,7 +107,7 @@ def _candidates(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         {"prompt": given, "completion": answered},
         {"messages": answered},
         {"text": texts},
-        *({field: of(field)} for field in OPTIONAL),
+        *({field: of(field)} for field in (*OPTIONAL, *OF_ANSWERS)),
     ]
     for columns in forms:
         if all(columns.values()):

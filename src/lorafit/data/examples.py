@@ -42,7 +42,8 @@ class Message:
     """What one side says: `system`, `user`, `assistant`, or `tool`.
 
     learnt: False for an answer that others follow and that is not to be learnt itself. calls: of an assistant's
-    message, which may have no words then. answers: of a tool's message, the call that it answers.
+    message, which may have no words then. answers: of a tool's message, the call that it answers. reasoning: what was
+    thought before an answer, apart from it.
     """
 
     role: str
@@ -50,6 +51,7 @@ class Message:
     learnt: bool = field(default=True, repr=False)  # digests are over the repr
     calls: tuple[Call, ...] = field(default=(), repr=False)
     answers: Call | None = field(default=None, repr=False)
+    reasoning: str = field(default="", repr=False)
 
     @property
     def text(self) -> str:
@@ -127,6 +129,11 @@ class Example:
         return (self.tools, *called) if self.tools or called else ()
 
     @property
+    def reasoned(self) -> bool:
+        """Whether an answer to be learnt has its reasoning."""
+        return any(message.reasoning and message.learnt for message in self.messages)
+
+    @property
     def question(self) -> str:
         """All before the last answer as one text, without a system prompt (of plain text: all of it): what examples are
         told apart by."""
@@ -177,9 +184,10 @@ class Examples:
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 
     def digest(self) -> str:
-        """SHA-256 over the messages, tools and checks of all splits, whatever files they came from."""
+        """SHA-256 over the messages, their reasoning, tools and checks of all splits, whatever files they came from."""
         content = [
-            [(e.messages, e.check, *e.not_learnt, *e.with_tools, *(e.check.forms if e.check else ())) for e in split]
+            [(e.messages, e.check, *e.not_learnt, *e.with_tools, *(m.reasoning for m in e.messages if m.reasoning),
+              *(e.check.forms if e.check else ())) for e in split]
             for split in self.by_name().values()
-        ]
+        ]  # fmt: skip
         return hashlib.sha256(repr(content).encode()).hexdigest()

@@ -18,8 +18,9 @@ from typing import Any
 
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
 FIELDS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
-                    "text", "label", "check", "group", "tools"})  # fmt: skip
+                    "text", "label", "check", "group", "tools", "reasoning_content"})  # fmt: skip
 OPTIONAL = ("system", "check", "group")  # fields of a row of any form (of plain text, no system)
+OF_ANSWERS = ("reasoning_content",)  # of a row that is one question with its answer
 TURNS = frozenset({"messages", "conversations"})
 SPOKEN = TURNS | {"prompt", "completion"}  # fields that may hold a list of messages
 PACKED = TURNS | {"check", "tools", "functions"}  # fields that the cell of a table holds as JSON
@@ -36,6 +37,7 @@ ALSO = {  # what others call these fields, in the public data sets met so far
     "completion": ("output", "answer", "response", "reply", "target", "ref", "reference", "summary",
                    "reference_summary", "solution", "assistant", "chosen"),
     "text": ("sentence", "utterance", "review", "content", "body", "comment", "message"),
+    "reasoning_content": ("reasoning", "thinking", "thought", "thoughts", "cot", "chain_of_thought", "rationale"),
     "label": ("intent", "category", "class", "sentiment", "emotion", "rating", "stars", "topic", "label_text",
               "label_name"),
 }  # fmt: skip

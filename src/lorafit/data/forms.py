@@ -17,6 +17,7 @@ from lorafit.data.equality import json_form
 from lorafit.data.examples import TEXT, Check, Example, Message
 from lorafit.data.fields import (
     MARKS,
+    OF_ANSWERS,
     OPTIONAL,
     SPOKEN,
     UNUSED,
@@ -25,7 +26,7 @@ from lorafit.data.fields import (
     meaning_of,
     truth_of,
 )
-from lorafit.data.messages import BY, SAYS, Wrong, encodable, kind_of, read_turns, said
+from lorafit.data.messages import BY, SAYS, THINKS, Wrong, encodable, kind_of, read_turns, said, with_reasoning
 from lorafit.data.readers import Record
 from lorafit.data.tools import OF_CALLS, OF_ROWS, known_calls, read_tools
 from lorafit.errors import Problem
@@ -78,6 +79,9 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
         messages = _called(row, messages, tools, wrong)
     if form != "text" and messages and filled(row.get("system")):
         messages = _with_system(row["system"], messages, wrong)
+    for name in OF_ANSWERS if messages else ():
+        if name in FORMS[form].optional and filled(row.get(name)):
+            messages = (*messages[:-1], with_reasoning(messages[-1], row[name], name, wrong) or messages[-1])
     check, group = (None if row.get(name) == "" else row.get(name) for name in ("check", "group"))  # an empty cell
     check = _check(check, wrong)
     if check is not None and messages and messages[-1].calls:
@@ -105,7 +109,7 @@ def unread(row: Row, form: str) -> dict[str, Any]:
         for turn in row[name] if isinstance(row[name], list) else ():
             if isinstance(turn, dict):
                 found |= {f"{name}[].{key}": value for key, value in turn.items()
-                          if key not in (*BY, *SAYS, *MARKS, *OF_CALLS) and filled(value)}  # fmt: skip
+                          if key not in (*BY, *SAYS, *MARKS, *OF_CALLS, *THINKS) and filled(value)}  # fmt: skip
     return found
 
 
@@ -211,8 +215,8 @@ _OF_TURNS = TOOLS | {*OPTIONAL}
 FORMS = {
     "messages": Form(frozenset({"messages"}), _messages, _OF_TURNS),
     "sharegpt": Form(frozenset({"conversations"}), _sharegpt, _OF_TURNS),
-    "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair, _OF_TURNS),
-    "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL})),
+    "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair, _OF_TURNS | {*OF_ANSWERS}),
+    "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL, *OF_ANSWERS})),
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +21,8 @@ ROLES = {
 CALLERS = ("function_call", "tool_call")  # roles of messages that are nothing but calls, as sharegpt has them
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a message that is text
 BY, SAYS = ("role", "from"), ("content", "value")  # who says a message, and what it says: OpenAI's and sharegpt's names
+THINKS = ("reasoning_content", "reasoning", "thinking")  # what was thought before an answer
+THOUGHT = ("<think>", "</think>")  # around it, where it stands in the answer itself
 KINDS: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", int: "a number",
                           float: "a number"}  # fmt: skip
 
@@ -30,6 +33,18 @@ Wrong = Callable[..., None]
 def role_of(name: str) -> str | None:
     """The role that a name means, in whatever case; None for a name that means none."""
     return ROLES.get(name.strip().lower())
+
+
+def with_thought(reasoning: str, answer: str) -> str:
+    """An answer with its reasoning before it, as one text."""
+    return f"{THOUGHT[0]}\n{reasoning}\n{THOUGHT[1]}\n\n{answer}"
+
+
+def thought_of(text: str) -> tuple[str, str]:
+    """The reasoning that an answer begins with ("" where it has none), and the answer itself."""
+    opening, closing = map(re.escape, THOUGHT)
+    found = re.match(rf"\s*{opening}(.*?){closing}(.*)", text, re.DOTALL)
+    return (found[1].strip(), found[2].strip()) if found else ("", text)
 
 
 def joined(texts: Iterable[str]) -> str:
@@ -110,8 +125,9 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
         return None
     strange = (meaning_of(key) for key, value in turn.items() if key not in OF_CALLS and filled(value))
     message: Message | None
-    if calls and not filled(content):
-        message = Message(role, "")
+    thought, words = thought_of(content) if calls and isinstance(content, str) else ("", content)
+    if calls and not filled(words):
+        message = with_reasoning(Message(role, ""), thought, f"{place}.{says}", wrong)
     elif role == "tool" and (content is None or (isinstance(content, str) and encodable(content))):
         message = Message(role, content or "")  # a tool may have nothing to say
     elif not filled(content) and any(strange):
@@ -125,8 +141,37 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
             wrong(f"{json.dumps(value, default=str)}, where an answer is learnt or not", "write 0 or 1",
                   f"{place}.{mark}")  # fmt: skip
             return None
+    message = message and _thinking(message, turn, place, wrong)
     learnt = all(truth_of(value) for value in marks.values())
     return message and replace(message, learnt=learnt, calls=calls, answers=answers)
+
+
+def _thinking(message: Message, turn: Mapping[str, Any], place: str, wrong: Wrong) -> Message | None:
+    """The message with the reasoning that its turn brings beside it, or None with the problem told."""
+    for name in THINKS:
+        if not filled(turn.get(name)):
+            continue
+        if message.role != "assistant":
+            wrong(f"reasoning of the {message.role}, and only answers have one", "remove it", f"{place}.{name}")
+            return None
+        found = with_reasoning(message, turn[name], f"{place}.{name}", wrong)
+        if found is None:
+            return None
+        message = found
+    return message
+
+
+def with_reasoning(message: Message, reasoning: Any, field: str, wrong: Wrong) -> Message | None:
+    """The answer with this reasoning, or None with the problem told."""
+    if not isinstance(reasoning, str):
+        wrong(f"not text but {kind_of(reasoning)}", "write a string", field)
+    elif not encodable(reasoning):
+        wrong("holds half of a character (a lone surrogate, \\ud800 to \\udfff)", "write the whole character", field)
+    elif message.reasoning not in ("", reasoning.strip()):
+        wrong("another reasoning than the answer has already", "leave one of the two", field)
+    else:
+        return replace(message, reasoning=reasoning.strip())
+    return None
 
 
 def field_of(turn: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -149,7 +194,10 @@ def said(role: str, content: Any, field: str, wrong: Wrong) -> Message | None:
         wrong(f"not text but {kind_of(content)}", "write a string", field)
     elif not encodable(content):
         wrong("holds half of a character (a lone surrogate, \\ud800 to \\udfff)", "write the whole character", field)
-    elif content.strip(BLANK):
+    elif role == "assistant" and thought_of(content)[1].strip(BLANK):
+        reasoning, answer = thought_of(content)
+        return Message(role, answer, reasoning=reasoning)
+    elif role != "assistant" and content.strip(BLANK):
         return Message(role, content)
     elif role == "system":
         return Message(role, "")

@@ -44,7 +44,8 @@ class Comparison:
 
     `shots`: how many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its
     context. `asked`: the positions of the examples that were answered; `nll_of_each`: (base, adapter) of every example.
-    `counts`: right answers, None where none could be counted.
+    `counts`: right answers, None where none could be counted. `nll` is of answers alone; `reasoning` that of the
+    reasoning before them, None where no example has any.
     """
 
     nll: NllScore
@@ -56,6 +57,7 @@ class Comparison:
     nll_of_each: tuple[tuple[float, float], ...]
     counts: Counts | None
     shots: int = 0
+    reasoning: NllScore | None = None
 
 
 def compare(
@@ -90,12 +92,15 @@ def compare(
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, of: watch(what, done, of)
 
-    def nll_of(name: str, one: Adapter | None) -> list[float]:
+    answers_of, thoughts_of = [row.only(False) for row in rows], [row.only(True) for row in rows if row.reasoning]
+
+    def nll_of(name: str, one: Adapter | None) -> tuple[list[float], list[float]]:
         with attach(base, one, accept_unknown_base=accept_unknown_base) if one else nullcontext():
-            return example_nll(base, rows, told(f"{name}: NLL"), way)
+            thought = example_nll(base, thoughts_of, told(f"{name}: NLL of reasoning"), way) if thoughts_of else []
+            return example_nll(base, answers_of, told(f"{name}: NLL"), way), thought
 
     other = "base" if against is None else "other adapter"
-    base_nll, adapter_nll = nll_of(other, against), nll_of("adapter", adapter)
+    (base_nll, base_thought), (adapter_nll, adapter_thought) = nll_of(other, against), nll_of("adapter", adapter)
     given = _fitting(base, renderer, questions, few_shots(shots_from, shots), budget) if questions else []
     plain, shown_examples = prompts_of(renderer, questions), prompts_of(renderer, questions, given) if given else []
     longest = max(map(len, [*plain, *shown_examples]), default=1)
@@ -112,8 +117,11 @@ def compare(
     counts = counted(questions, answers, shots_from)
     samples = _samples(questions, base_answers.answers, adapter_answers.answers, counts)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
+    groups = [examples[i].group for i in sorted({row.example for row in thoughts_of})]
+    reasoning = nll_score(base_thought, adapter_thought, groups) if thoughts_of else None
     each = tuple(zip(base_nll, adapter_nll, strict=True))
-    return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, counts, len(given))
+    return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, counts, len(given),
+                      reasoning)  # fmt: skip
 
 
 def asked_of(examples: Sequence[Example], rows: Sequence[Row], answer_all: bool = False) -> list[int]:

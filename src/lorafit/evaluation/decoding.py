@@ -14,6 +14,7 @@ from lorafit.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.base import Base
 from lorafit.data.render import Renderer
+from lorafit.data.thoughts import parted
 from lorafit.errors import BaseError, CancelledError, NotServedError, RequestError
 from lorafit.generation.greedy import Answer, bytes_per_token, generate
 from lorafit.serving import Answer as Waiting
@@ -109,11 +110,13 @@ class Decoding:
             engine.adapters.publish(version)
             name = version.name
         try:
-            waiting = engine.submit_all([Request(tuple(prompt), name, max_tokens=most) for prompt in prompts])
+            told = self.renderer.told
+            asked = [Request(tuple(prompt), name, max_tokens=most, special=told) for prompt in prompts]
+            waiting = engine.submit_all(asked)
             found = []
             progress(0, len(prompts))
             for answer in waiting:
-                found.append(_answer(answer))
+                found.append(_answer(answer, self.renderer))
                 progress(len(found), len(prompts))
             return found
         finally:
@@ -145,11 +148,12 @@ def _working(base: Base) -> int:
     return STEP * WIDE * widest * base.dtype.itemsize
 
 
-def _answer(waiting: Waiting) -> Answer:
+def _answer(waiting: Waiting, renderer: Renderer) -> Answer:
     try:
         result = waiting.result()
     except RequestError:  # the adapter gives no finite numbers there: no answer, and a wrong one
         return Answer("", False)
     except CancelledError as error:
         raise BaseError(f"answers could not be decoded ({error}): give more memory (--memory), or free some") from error
-    return Answer(result.text.strip(), result.finish == "stop", tuple(token.id for token in result.tokens))
+    reasoning, said = parted(result.text, renderer.thought)
+    return Answer(said, result.finish == "stop", reasoning, tuple(token.id for token in result.tokens))

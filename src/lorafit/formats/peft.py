@@ -73,7 +73,7 @@ def write(
         "plan": adapter.plan.to_json(),
         "base": adapter.base,
         "base_name": adapter.base_name,
-        "rendering": asdict(adapter.rendering) if adapter.rendering else None,
+        "rendering": adapter.rendering.to_json() if adapter.rendering else None,
         "digest": adapter.digest(),
         **({"claims": asdict(adapter.claims)} if adapter.claims else {}),
         **(extra or {}),
@@ -178,7 +178,7 @@ def glance(folder: str | Path) -> Glance:
     folder = Path(folder)
     ours = _ours(folder) if (folder / OURS).exists() else {}
     try:
-        rendering = Rendering(**ours["rendering"]) if ours.get("rendering") else None
+        rendering = Rendering.from_json(ours["rendering"]) if ours.get("rendering") else None
         return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), _recorded(ours.get("base_name")))
     except (AttributeError, TypeError, OSError) as error:
         raise FormatError(f"{folder}: {error!r}: restore the folder, it was edited or damaged") from error
@@ -233,7 +233,7 @@ def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
         adapter = Adapter(plan, pairs.tensors, ours["base"], _recorded(ours["base_name"]),
-                          Rendering(**rendering) if rendering else None,
+                          Rendering.from_json(rendering) if rendering else None,
                           Claims(**ours["claims"]) if ours.get("claims") else None)  # fmt: skip
     except (KeyError, TypeError) as error:
         raise FormatError(

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorafit.base import Base
 from lorafit.data.render import Renderer
+from lorafit.data.thoughts import parted, text_of
 from lorafit.generation.text import Words
 
 BATCH = 64
@@ -24,11 +25,12 @@ GROWN = 4  # bytes held for each of keys and values: they are copied as they gro
 
 @dataclass(frozen=True)
 class Answer:
-    """Text without special tokens, and whether it ended by itself with an end-of-turn token. ids: its tokens, for the
-    marks of calls may be special ones."""
+    """Text without special tokens, and whether it ended by itself with an end-of-turn token. reasoning: what was
+    thought before it. ids: its tokens, those of the reasoning too, for the marks of calls may be special ones."""
 
     text: str
     stopped: bool
+    reasoning: str = ""
     ids: tuple[int, ...] = field(default=(), compare=False)
 
 
@@ -73,8 +75,8 @@ def generate(
         for k, i in enumerate(part):
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
-            text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[i] = Answer(text.strip(), end is not None, tuple(new[:end]))
+            reasoning, said = parted(text_of(renderer.tokenizer, new[:end], renderer.told), renderer.thought)
+            answers[i] = Answer(said, end is not None, reasoning, tuple(new[:end]))
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
@@ -83,7 +85,7 @@ def generate(
 def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: int, emit: Callable[[str], None]) -> None:
     """Answer one prompt; `emit` is called with each piece of text as soon as its characters are whole."""
     ids = torch.tensor([prompt], device=base.device)
-    streamer = _Streamer(renderer.tokenizer, emit)
+    streamer = _Streamer(Words(renderer.tokenizer, renderer.told), emit)
     _greedy(base, renderer, max_new_tokens).generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer
     )
@@ -92,8 +94,8 @@ def stream(base: Base, renderer: Renderer, prompt: list[int], max_new_tokens: in
 class _Streamer(BaseStreamer):
     """Hands on whole characters, of the answer alone."""
 
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
-        self._words, self._emit = Words(tokenizer), emit
+    def __init__(self, words: Words, emit: Callable[[str], None]):
+        self._words, self._emit = words, emit
         self._begun = False  # until the prompt has come, which is not told
 
     def put(self, value: torch.Tensor) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from lorafit.data.thoughts import text_of
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 
@@ -30,9 +32,9 @@ class Words:
     Each piece is decoded behind the one before it, for a token's text may depend on where it stands.
     """
 
-    def __init__(self, tokenizer: Any, verbatim: bool = False):
-        """verbatim: with special tokens."""
-        self._tokenizer, self._verbatim = tokenizer, verbatim
+    def __init__(self, tokenizer: Any, special: Collection[int] = ()):
+        """special: special tokens that are told; all others are left out."""
+        self._tokenizer, self._special = tokenizer, special
         self._ids: list[int] = []
         self._before = self._told = 0
 
@@ -40,17 +42,13 @@ class Words:
         """The text that can be told now. ended: no more will come."""
         self._ids += ids
         rest = self._ids[self._before :]
-        known, text = self._text(rest[: self._told - self._before]), self._text(rest)
+        known, text = (
+            text_of(self._tokenizer, part, self._special) for part in (rest[: self._told - self._before], rest)
+        )
         if len(text) <= len(known) or (text.endswith("\ufffd") and not ended):
             return ""
         self._before, self._told = self._told, len(self._ids)
         return text[len(known) :]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=not self._verbatim, clean_up_tokenization_spaces=False
-        )
-        return text
 
 
 class Until:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import opened_base, render_all
 from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
 from lorafit.prepared import prepare, require_passing, sifted
+from lorafit.records import Rendering
 from lorafit.report.result import Result
 from lorafit.run import RUN, count_opening, read_run, remembered, tested
 from lorafit.settings import settings_from
@@ -58,9 +59,10 @@ def run_evaluation(
     adapter_folder = peft.adapter_folder(adapter_folder)
     adapter = peft.read(adapter_folder)
     other = peft.read(peft.adapter_folder(against)) if against else None
-    if other and other.rendering and other.rendering != adapter.rendering:
-        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}: "
-                           "evaluate each against the base, no one rendering is what both have learnt")  # fmt: skip
+    if other and other.rendering and not _alike(other.rendering, adapter.rendering):
+        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}, "
+                           "or with other settings of it: evaluate each against the base, no one rendering is what "
+                           "both have learnt")  # fmt: skip
     examples = read_examples(data, resolved.columns or (), resolved.skip_bad)
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
@@ -80,9 +82,10 @@ def run_evaluation(
     picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
     base = opened_base(name, resolved, listener)
     before = base.integrity()
-    renderer = renderer_for(base, adapter.rendering.system if adapter.rendering else None)
-    if adapter.rendering:
-        renderer.require(adapter.rendering)
+    renderer = renderer_for(base, like=adapter.rendering, reasoning=adapter.rendering is None)  # as it is served
+    if other and other.rendering and other.rendering.now != renderer.now:
+        listener.say(f"the base's template tells the time, which was another when {against} was trained: both are told "
+                     f"{renderer.now}")  # fmt: skip
     rows: dict[str, list[Row]] = {}
     picked = sifted(picked, lambda e: rows.update(render_all(renderer, e, resolved.max_length)), resolved.skip_bad,
                     listener)  # fmt: skip
@@ -140,6 +143,11 @@ def _trained_on(run: Path, asked: Sequence[Example]) -> tuple[Example, ...]:
         raise SettingsError(f"{where}: of that, in {was['data']}, nothing is left that is not asked here: leave "
                             "--few-shot out")  # fmt: skip
     return left
+
+
+def _alike(one: Rendering, other: Rendering | None) -> bool:
+    """Whether both render the same, but for the time that they tell."""
+    return other is not None and replace(one, now=other.now) == other
 
 
 def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache, partial
 
 import torch
@@ -65,7 +66,8 @@ def open_all(
     require_base(base_name)
     examples, report = prepare(data, settings, listener)
     base = opened_base(base_name, settings, listener, began)
-    examples, renderer, rows = rendered(base, examples, settings, listener)
+    now = began.now if began else datetime.now().isoformat(timespec="seconds")
+    examples, renderer, rows = rendered(base, examples, settings, listener, now)
     probe = batch_of(base, rows["train"][:2], PLAIN)
     seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
@@ -89,7 +91,7 @@ def open_all(
     names = {dtype: name for name, dtype in DTYPES.items()}
     recipe = decision.recipe
     frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), way.apart, way.packed, recipe.micro_tokens,
-                             recipe.recompute)  # fmt: skip
+                             recipe.recompute, renderer.now)  # fmt: skip
     general = {name: general_rows(base.tokenizer, text, base.context) for name, text in texts.items()}
     return Opened(
         base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
@@ -120,12 +122,21 @@ def opened_base(name: str, settings: TrainSettings, listener: Listener, began: F
 
 
 def rendered(
-    base: Base, examples: Examples, settings: TrainSettings, listener: Listener
+    base: Base, examples: Examples, settings: TrainSettings, listener: Listener, now: str | None = None
 ) -> tuple[Examples, Renderer, dict[str, list[Row]]]:
-    """The examples that this base can take, with their renderer and their rows; the first row is shown."""
-    renderer = renderer_for(base, examples.system if settings.system is None else settings.system)
-    if renderer.system is None and (added := renderer.preamble()):
+    """The examples that this base can take, with their renderer and their rows; the first row is shown. now: the time
+    that the template is told; None: that of the moment."""
+    conversations = [example for split in examples.by_name().values() for example in split if not example.is_text]
+    reasoned = sum(example.reasoned for example in conversations)
+    renderer = renderer_for(base, examples.system if settings.system is None else settings.system, now=now,
+                            settings=settings.template_settings, reasoning=reasoned > 0)  # fmt: skip
+    if not renderer.system and (added := renderer.preamble()):
         listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
+    if renderer.now:
+        listener.say(f"the base's template tells the time: {renderer.now}, in this run and by its adapter for ever")
+    if reasoned:
+        listener.say(f"{reasoned} of {len(conversations)} conversations have their reasoning: it is learnt before the "
+                     "answer, which is scored on its own")  # fmt: skip
     rows: dict[str, list[Row]] = {}
     examples = sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
                        listener)  # fmt: skip

@@ -23,6 +23,7 @@ def scores_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "n_test": comparison.nll.n,
         "nll": nll,
+        **({"nll_of_reasoning": asdict(comparison.reasoning)} if comparison.reasoning else {}),
         "facts": {
             "base": base.accuracy,
             "base_few_shot": few.accuracy if few else None,
@@ -48,7 +49,7 @@ def _interval(score: AnswerScore) -> list[float] | None:
 
 def example_digest(example: Example) -> str:
     """Fingerprint of all that was said in an example: system prompt, earlier turns, question, answer."""
-    said: list[object] = [(message.role, message.content) for message in example.messages]
+    said: list[object] = [(one.role, one.content, *filter(None, [one.reasoning])) for one in example.messages]
     said += [repr(part) for part in example.with_tools]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 

@@ -59,7 +59,7 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     keep_freed_memory()
     examples, _ = prepare(asked["data"], settings, listener)
     base = opened_base(asked["base"], settings, listener, frozen)
-    examples, _, rows = rendered(base, examples, settings, listener)
+    examples, _, rows = rendered(base, examples, settings, listener, frozen.now)
     if (base.identity, examples.digest()) != (asked["base_identity"], asked["data_digest"]):
         raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation: "
                        "restore them, or give --to 25%")  # fmt: skip

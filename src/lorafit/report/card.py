@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "",
         'adapter = read_adapter(".")  # this folder',
         "base = open_base(adapter.base_name)",
-        "renderer = renderer_for(base, adapter.rendering.system)",
+        "renderer = renderer_for(base, like=adapter.rendering)",
         'prompt = renderer.prompt_ids([Message("user", "your question")])',
         "with attach(base, adapter):",
         "    print(generate(base, renderer, [prompt], max_new_tokens=100)[0].text)",
@@ -88,6 +89,11 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         lines[-1:] = [said, ""]
     if adapter.rendering and adapter.rendering.system:
         lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
+    if adapter.rendering and adapter.rendering.now:
+        lines += [f"The base's chat template tells the time; it was told `{adapter.rendering.now}`.", ""]
+    if adapter.rendering and adapter.rendering.settings:
+        settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in adapter.rendering.settings)
+        lines += [f"Settings of the base's chat template: `{settings}`", ""]
     return "\n".join(lines)
 
 

@@ -148,7 +148,8 @@ def _tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             told = body.model_dump(include={"tools", "tool_choice"})
             messages, tools = [turn.message() for turn in body.messages], shown(told["tools"], told["tool_choice"])
-            ids = await asyncio.to_thread(service.prompt, messages, version, tools)
+            settings = body.chat_template_kwargs or {}
+            ids = await asyncio.to_thread(service.prompt, messages, version, tools, settings)
         elif body.prompt is not None:
             read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
             ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]

@@ -15,6 +15,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from lorafit.data.thoughts import Thought
 from lorafit.errors import RequestError
 from lorafit.generation.text import token_bytes
 from lorafit.routing import LONGEST, Routed, question_of
@@ -60,13 +61,14 @@ async def _answered(
 
     coming = Coming(engine, version, _counted(service, key, name))
     called = await asyncio.to_thread(_called, service, body, version)
-    requests = await asyncio.to_thread(_requests, service, body, version, called)
+    thought = await asyncio.to_thread(_thought, service, body, version, called)
+    requests = await asyncio.to_thread(_requests, service, body, version, called, thought)
     prompts = sum(len(one.prompt) for one in requests)
     await _submitted(service, key, coming, requests, len(requests) - bool(routed), prompts)
     logprobs = None if requests[0].logprobs is None else _logprobs(kind, engine)
     style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"],
                   {"adapter": name, "probability": round(routed.probability, 4)} if routed else None,
-                  called.form)  # fmt: skip
+                  called.form, thought)  # fmt: skip
 
     def ended() -> None:
         coming.cancel()
@@ -90,6 +92,18 @@ async def _answered(
     choices = [style.choice(i, one.text, logprobs and logprobs(i, one.tokens), finish_of(one.finish))
                for i, one in enumerate(results)]  # fmt: skip
     return JSONResponse(style.whole(choices, usage_of(results)), headers=headers)
+
+
+def _thought(
+    service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling
+) -> Thought | None:  # fmt: skip
+    """How reasoning is told apart in the answers; None where all is the answer, as it is of one in a given form, or of
+    calls that must be made."""
+    if not isinstance(body, ChatRequest) or called.must:
+        return None
+    if body.response_format and body.response_format.schema_of() is not None:
+        return None
+    return service.renderer(version, body.chat_template_kwargs or {}).thought
 
 
 def _counted(service: Service, key: Key, name: str) -> Callable[[Part], None]:
@@ -169,7 +183,8 @@ def _called(service: Service, body: ChatRequest | CompletionRequest, version: Ve
     if not isinstance(body, ChatRequest):
         return Calling()
     told = body.model_dump(include={"tools", "tool_choice"})
-    found = calling(told["tools"], told["tool_choice"], body.parallel_tool_calls, service.renderer(version))
+    renderer = service.renderer(version, body.chat_template_kwargs or {})
+    found = calling(told["tools"], told["tool_choice"], body.parallel_tool_calls, renderer)
     if found.grammar is not None and body.response_format and body.response_format.schema_of() is not None:
         raise RequestError('response_format: an answer keeps to it, or calls tools: leave one of them out, or say '
                            'tool_choice "none"')  # fmt: skip
@@ -177,18 +192,20 @@ def _called(service: Service, body: ChatRequest | CompletionRequest, version: Ve
 
 
 def _requests(
-    service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling
-) -> list[Request]:
+    service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling,
+    thought: Thought | None,
+) -> list[Request]:  # fmt: skip
     """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
     engine = service.engine
     if isinstance(body, ChatRequest):
-        prompts = [service.prompt([turn.message() for turn in body.messages], version, called.tools)]
+        messages = [turn.message() for turn in body.messages]
+        prompts = [service.prompt(messages, version, called.tools, body.chat_template_kwargs or {})]
     else:
         read = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
         prompts = [tuple(read(one)["input_ids"] if isinstance(one, str) else one) for one in body.prompts()]
     longest = max(1, engine.room - max(map(len, prompts)))
     adapter, settings = version.id if version else None, body.settings(longest)
-    settings |= {"grammar": called.grammar, "verbatim": called.verbatim}
+    settings |= {"grammar": called.grammar, "special": called.special | (thought.special if thought else frozenset())}
     return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in body.seeds]
 
 

@@ -63,6 +63,7 @@ class Said(BaseModel):
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
     tool_calls: list[ToldCall] = []
 
 

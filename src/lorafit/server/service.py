@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from lorafit.data.examples import Message
 from lorafit.data.messages import last_question
 from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
+from lorafit.records import Scalar
 from lorafit.routing import Routed
 from lorafit.server import keys
 from lorafit.server.keys import Key
@@ -28,6 +30,7 @@ from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
+NO_SETTINGS: Mapping[str, Scalar] = MappingProxyType({})  # of a template
 AUTO = "auto"  # what clients say for the router: no adapter may have the name
 
 
@@ -169,20 +172,27 @@ class Service:
         """Whether of a conversation an adapter is asked the last question by itself."""
         return self.ask_alone and version is not None and version.single
 
-    def renderer(self, version: Version | None) -> Renderer:
-        """How the adapter was trained to read conversations."""
-        return self.engine.renderer(version.system if version else None)
+    def renderer(self, version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS) -> Renderer:
+        """As the adapter was trained, or as the bare base's template has it. settings: of the template, over those of
+        the training; one that it does not read passes where it asks for nothing. Raises RequestError."""
+        known = self.engine.renderer(version)
+        given = {name: value for name, value in settings.items() if value or known.reads(name)}
+        if strange := [name for name in given if not known.reads(name)]:
+            raise RequestError(f"chat_template_kwargs: the template reads no {', '.join(strange)}: leave it out")
+        return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else known
 
     def prompt(
-        self, messages: Sequence[Message], version: Version | None, tools: Sequence[str] = ()
+        self, messages: Sequence[Message], version: Version | None, tools: Sequence[str] = (),
+        settings: Mapping[str, Scalar] = NO_SETTINGS,
     ) -> tuple[int, ...]:  # fmt: skip
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
-        beginning takes the place of the adapter's. tools: that may be called."""
+        beginning takes the place of the adapter's. tools: that may be called. settings: of the template, as `renderer`
+        takes them."""
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
         asked = conversation(messages)
         asked = last_question(asked) if self.asks_alone(version) else asked
-        return tuple(self.renderer(version).prompt_ids(asked, tools))
+        return tuple(self.renderer(version, settings).prompt_ids(asked, tools))
 
 
 def require_free(name: str, base: str) -> None:

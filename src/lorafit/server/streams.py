@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from lorafit.data.calls import CallForm, CallReader
+from lorafit.data.thoughts import Parts, Thought, parted
 from lorafit.errors import CancelledError, LorafitError, RequestError
 from lorafit.server import tools
 from lorafit.server.wire import error
@@ -82,13 +83,15 @@ class Coming:
 @dataclass(frozen=True)
 class Style:
     """How chat completions, or completions, are written. id, created, model: of this answer. routed: what the router
-    chose, and how sure it was. form: of the calls that are looked for."""
+    chose, and how sure it was. form: of the calls that are looked for. thought: how reasoning is told apart in what was
+    generated; None where there is none."""
 
     kind: str  # chat.completion or text_completion
     id: str
     model: str
     routed: Mapping[str, Any] | None = None
     form: CallForm | None = None
+    thought: Thought | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
@@ -103,14 +106,16 @@ class Style:
         return told if self.routed is None else {**told, "lorafit": dict(self.routed)}
 
     def choice(self, number: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        """Of a whole answer."""
-        if self.form is not None:
-            reader = CallReader(self.form)
-            reader.add(text, ended=True)
-            body: dict[str, Any] = {"message": tools.message(reader)}
+        """Of a whole answer. That of a conversation is told as it is measured: without white space around it."""
+        body: dict[str, Any]
+        if self.kind == "chat.completion":
+            reasoning, answer = parted(text, self.thought)
+            reader = None if self.form is None else CallReader(self.form)
+            if reader is not None:
+                reader.add(answer, ended=True)
+            said = {"role": "assistant", "content": answer} if reader is None else tools.message(reader)
+            body = {"message": {**said, **({"reasoning_content": reasoning} if reasoning else {})}}
             finish = tools.finish_of(finish, reader)
-        elif self.kind == "chat.completion":
-            body = {"message": {"role": "assistant", "content": text}}
         else:
             body = {"text": text}
         return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
@@ -118,12 +123,12 @@ class Style:
     def delta(
         self, number: int, told: str | dict[str, Any], logprobs: Any, finish: str | None, is_first: bool
     ) -> dict[str, Any]:  # fmt: skip
-        """Of a part: its text, or the body of its delta. The role comes with the first token: clients take the first
-        chunk for it."""
-        if self.kind == "chat.completion":
+        """Of a part: the text of a completion, or the body of its delta. The role comes with the first token: clients
+        take the first chunk for it."""
+        if isinstance(told, dict):
             role = {"role": "assistant"} if is_first else {}
-            said = told if isinstance(told, dict) else {"content": told} if told or is_first else {}
-            body: dict[str, Any] = {"delta": {**role, **said}}
+            empty = {"content": ""} if is_first and not {"content", "tool_calls"} & told.keys() else {}
+            body: dict[str, Any] = {"delta": {**role, **told, **empty}}
         else:
             body = {"text": told}
         return {"index": number, **body, "logprobs": logprobs, "finish_reason": finish}
@@ -150,22 +155,30 @@ class Telling:
 
     def __init__(self, style: Style, number: int):
         self._style, self._number, self._begun = style, number, False
+        self._parts = Parts(style.thought)
         self._reader = None if style.form is None else CallReader(style.form)
 
     def choices(self, piece: Piece, logprobs: Any) -> list[dict[str, Any]]:
         """What is told of a piece, each as a chunk of its own. logprobs: of its tokens, or None."""
         is_first, self._begun = not self._begun, True
-        if self._reader is None:
-            texts: list[str | dict[str, Any]] = [piece.text] if piece.text or logprobs or is_first else []
-        else:
-            texts = [*tools.deltas(self._reader.add(piece.text, piece.finish is not None))]
-            texts = texts or ([""] if logprobs or is_first else [])
-        told = [self._style.delta(self._number, text, logprobs if i == 0 else None, None, is_first and i == 0)
-                for i, text in enumerate(texts)]  # fmt: skip
+        is_chat, ended = self._style.kind == "chat.completion", piece.finish is not None
+        told = self._deltas(piece.text, ended) if is_chat else [piece.text] if piece.text else []
+        told = told or ([{} if is_chat else ""] if logprobs or is_first else [])
+        choices = [self._style.delta(self._number, one, logprobs if i == 0 else None, None, is_first and i == 0)
+                   for i, one in enumerate(told)]  # fmt: skip
         if piece.finish:
             finish = tools.finish_of(finish_of(piece.finish), self._reader)
-            told.append(self._style.delta(self._number, "", None, finish, False))
-        return told
+            choices.append(self._style.delta(self._number, {} if is_chat else "", None, finish, False))
+        return choices
+
+    def _deltas(self, text: str, ended: bool) -> list[str | dict[str, Any]]:
+        """What a text adds to the answer: its reasoning first, and then its words and calls."""
+        reasoning, answer = self._parts.add(text, ended)
+        if self._reader is None:
+            said = [{"content": answer}] if answer else []
+        else:
+            said = tools.deltas(self._reader.add(answer, ended))
+        return [*([{"reasoning_content": reasoning}] if reasoning else []), *said]
 
 
 async def events(coming: Coming, style: Style, logprobs: Any, with_usage: bool) -> AsyncIterator[str]:

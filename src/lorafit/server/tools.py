@@ -24,12 +24,14 @@ ANY = {"type": "object"}
 @dataclass(frozen=True)
 class Calling:
     """What a request may call. tools: that the prompt shows. form: of the calls in an answer; None where none is looked
-    for. grammar: what an answer is kept to. verbatim: whether the marks of calls are special tokens."""
+    for. grammar: what an answer is kept to. must: whether it is calls, and no words. special: special tokens that the
+    marks of calls are made of."""
 
     tools: tuple[str, ...] = ()
     form: CallForm | None = None
     grammar: str | None = None
-    verbatim: bool = False
+    must: bool = False
+    special: frozenset[int] = frozenset()
 
 
 def _refuse(what: str, fix: str, field: str = "tools") -> None:
@@ -79,9 +81,7 @@ def calling(
              if id_ not in renderer.stop_ids and (token.special or re.fullmatch("<.*>", str(token)))}  # fmt: skip
     grammar = grammar_of(form, schemas, known, must, several)
     _require_kept(grammar)
-    special = {*renderer.tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
-    marks = form.opens + form.between + (form.joins or "") + form.closes
-    return Calling(seen, form, grammar, any(token in marks for token in special))
+    return Calling(seen, form, grammar, must, renderer.marks)
 
 
 def _require_kept(grammar: str) -> None:

@@ -23,7 +23,7 @@ _WORDS = {
          "grammar", "json_schema", "regex", "ebnf"), _BOUND),
     **dict.fromkeys(("functions", "function_call"), _OLDER),
     **dict.fromkeys(("continue_final_message", "add_generation_prompt"), _OPEN),
-    **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "reasoning_effort"), _RENDERED),
+    **dict.fromkeys(("chat_template", "documents", "reasoning_effort"), _RENDERED),
     **dict.fromkeys(("repeat_penalty", "repetition_context_size"), _NAME),
     **dict.fromkeys(
         ("use_beam_search", "length_penalty", "min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids",
@@ -62,6 +62,8 @@ def problems(body: Mapping[str, Any]) -> list[str]:
         found.append("top_logprobs: there are none without logprobs: set logprobs to true")
     if body.get("prompt") and body.get("tools"):
         found.append(f"tools: {_UNCALLED}")
+    if body.get("chat_template_kwargs") and not body.get("messages"):
+        found.append("chat_template_kwargs: a prompt is read as it is, without a template: leave it out")
     if body.get("messages") and body.get("add_special_tokens"):
         found.append("add_special_tokens: the template writes those of a conversation: leave it out")
     return found

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorafit.data.examples import Call, Message
-from lorafit.data.messages import ROLES, joined
+from lorafit.data.messages import ROLES, joined, thought_of
 from lorafit.data.tools import CALLS, NAME, claim, read_calls
 from lorafit.errors import RequestError
 from lorafit.server import unsupported
@@ -96,6 +96,8 @@ Id = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[Id], Field(max_length=1 << 17, fail_fast=True)]
 PromptIds = Annotated[list[Id], Field(min_length=1, max_length=1 << 17, fail_fast=True)]
 Model = Annotated[str, StringConstraints(max_length=256)]
+Setting = Annotated[str, StringConstraints(max_length=1024)] | bool | int | float | None
+Settings = Annotated[dict[Model, Setting], Field(max_length=16)]
 
 
 class Body(BaseModel):
@@ -165,7 +167,8 @@ class Part(Body):
 
 
 class Turn(Body):
-    """A message of a conversation. An assistant may have said nothing, or called tools; a tool answers a call."""
+    """A message of a conversation. An assistant may have said nothing, or called tools; a tool answers a call.
+    reasoning_content: what an assistant thought before."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
@@ -173,6 +176,7 @@ class Turn(Body):
     ]})  # fmt: skip
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[Text | list[Part] | None, Field(validate_default=True)] = None
+    reasoning_content: Text | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     function_call: Called | None = None
@@ -219,8 +223,12 @@ class Turn(Body):
 
     def message(self) -> Message:
         parts = [self.content or ""] if not isinstance(self.content, list) else [part.text for part in self.content]
-        answers = claim(self.model_dump()) if ROLES[self.role] == "tool" else None
-        return Message(ROLES[self.role], joined(parts), calls=self._calls(), answers=answers)
+        role, text = ROLES[self.role], joined(parts)
+        if role != "assistant":
+            return Message(role, text, answers=claim(self.model_dump()) if role == "tool" else None)
+        reasoning, answer = thought_of(text)
+        reasoning = reasoning or (self.reasoning_content or "").strip()
+        return Message(role, answer, calls=self._calls(), reasoning=reasoning)
 
 
 class Schema(Body):
@@ -303,12 +311,13 @@ class Common(Asked):
 
 
 class ChatRequest(Common):
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions. chat_template_kwargs: settings of the template, over those of the training."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)]
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Settings | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Likely | None = None
@@ -351,6 +360,7 @@ class TokenizeRequest(Asked):
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    chat_template_kwargs: Settings | None = None
     add_special_tokens: bool | None = None
 
 

@@ -41,6 +41,7 @@ from lorafit.errors import (
     SettingsError,
 )
 from lorafit.generation.text import Until, Words
+from lorafit.records import Rendering, Scalar
 from lorafit.serving.beside import Aside, Probe
 from lorafit.serving.decoder import decoder_of
 from lorafit.serving.families import PIECES, at_once, require_same, same_for_all, servable
@@ -82,6 +83,16 @@ class Stats:
     served: Mapping[str | None, int] = field(default_factory=dict)
 
 
+def _renderer_of(
+    base: Base, rendering: Rendering | None, system: str | None, settings: tuple[tuple[str, Scalar], ...]
+) -> Renderer:
+    if rendering is None:
+        return renderer_for(base, system, settings=settings, reasoning=True)
+    thinks = any("think" in name and value is True for name, value in settings)
+    merged = tuple((dict(rendering.settings) | dict(settings)).items())
+    return renderer_for(base, system, replace(rendering, settings=merged, reasoning=rendering.reasoning or thinks))
+
+
 class Engine:
     """Serves a base and its adapters until it is closed: `with Engine(base, adapters) as engine: ...`.
 
@@ -105,8 +116,8 @@ class Engine:
         timed: bool = True, renderer: Renderer | None = None,
     ):  # fmt: skip
         self.base = base
-        self._renderers = lru_cache(RENDERERS)(partial(renderer_for, base))
-        self._renderer = renderer or (self._renderers(None) if base.tokenizer is not None else None)
+        self._renderers = lru_cache(RENDERERS)(partial(_renderer_of, base))
+        self._renderer = renderer or (self.renderer() if base.tokenizer is not None else None)
         self._model = servable(base)
         require_bare(base)
         given = {"slots": slots, "room": 2 if room is None else room - 1, "queue": queue + 1, "stall": stall}
@@ -218,12 +229,24 @@ class Engine:
         """Token ids of a conversation, as the adapter was trained to read it. system: another system prompt. tools:
         that may be called, as `data.tools.read_tools` reads them."""
         version = None if adapter is None else self.adapters.find(adapter)
-        renderer = self.renderer(version.system if version and system is None else system)
-        return tuple(renderer.prompt_ids(messages, tools))
+        return tuple(self.renderer(version, system).prompt_ids(messages, tools))
 
-    def renderer(self, system: str | None = None) -> Renderer:
-        """The base's renderer with this system prompt."""
-        return self._renderers(system)
+    def renderer(
+        self, version: Version | None = None, system: str | None = None,
+        settings: tuple[tuple[str, Scalar], ...] = (),
+    ) -> Renderer:  # fmt: skip
+        """The renderer of what an adapter was trained with; of the bare base, as its template has it, without one.
+
+        Args:
+            version: the adapter's.
+            system: another system prompt.
+            settings: of the template, over those of the training. One that turns thinking on lets an answer begin with
+                its reasoning, whatever was learnt.
+
+        Raises:
+            SettingsError: a setting that the template does not read.
+        """
+        return self._renderers(version.rendering if version else None, system, settings)
 
     def load(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
         """Check an adapter, see that it changes something, and let its name mean it. What is being answered goes on,
@@ -454,7 +477,7 @@ class Engine:
         if version is not None:
             heating = self._heating.pop(version, None)
             loaded = heating.result() if heating else self.adapters.heat(version)
-        words = Words(self.base.tokenizer, request.verbatim) if self.base.tokenizer is not None else None
+        words = None if self.base.tokenizer is None else Words(self.base.tokenizer, request.special)
         sampler, until = Sampler(request, asked.grammar), Until(request.stop)
         limit = min(request.max_tokens, self.room - len(request.prompt))
         slot = self._slots.take(request.prompt, self._key(asked))  # last, so that nothing fails with a slot in hand

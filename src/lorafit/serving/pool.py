@@ -28,18 +28,17 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 @dataclass(eq=False)
 class Version:
     """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
-    a value. system: the system prompt it was trained with; single: whether it was trained on single questions. adapter:
-    None where it is on disk alone; loaded: None where it is not hot. users: requests that wait for it, or are answered
-    by it: while there are some it is kept hot. created: unix time."""
+    a value. rendering: what it was trained with. adapter: None where it is on disk alone; loaded: None where
+    it is not hot. users: requests that wait for it, or are answered by it: while there are some it is kept hot.
+    created: unix time."""
 
     name: str
     number: int
     digest: str
     bytes: int
     folder: Path | None
-    system: str | None
+    rendering: Rendering | None
     adapter: Adapter | None
-    single: bool = False
     loaded: Loaded | None = None
     pinned: bool = False
     used: int = 0
@@ -49,6 +48,11 @@ class Version:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.number}"
+
+    @property
+    def single(self) -> bool:
+        """Whether it was trained on single questions."""
+        return self.rendering is not None and self.rendering.single
 
     @property
     def told(self) -> str:
@@ -78,8 +82,7 @@ class Pool:
         folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
         adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
         self._require(adapter)
-        system, single = _trained(adapter.rendering)
-        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, system, adapter, single, pinned=pin)
+        version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, adapter.rendering, adapter, pinned=pin)
         version.loaded = Loaded(self.base, adapter)
         with self._lock:
             version.number = self._next[name] = self._next.get(name, 0) + 1
@@ -89,7 +92,7 @@ class Pool:
         """Raise AdapterError unless it is this base's, and was trained on conversations rendered as here."""
         require_fits(self.base, adapter, accept_unknown_base=self._accept)
         if adapter.rendering and self.base.tokenizer is not None:
-            renderer_for(self.base).require(adapter.rendering)
+            renderer_for(self.base, like=adapter.rendering)
 
     def publish(self, version: Version) -> None:
         """Let its name mean this version from now on."""
@@ -103,8 +106,7 @@ class Pool:
         Raises FormatError, or AdapterError where it is another base's."""
         seen = peft.glance(folder)
         require_base(self.base, seen.base, seen.base_name, self._accept)
-        system, single = _trained(seen.rendering)
-        version = Version(name, number, digest, seen.bytes, folder, system, None, single)
+        version = Version(name, number, digest, seen.bytes, folder, seen.rendering, None)
         with self._lock:
             self._versions.setdefault(name, {})[number] = version
             self._next[name] = max(number, self._next.get(name, 0))
@@ -231,11 +233,6 @@ class Pool:
             if version is not kept and not version.pinned and not version.users:
                 total -= size(version)
                 drop(version)
-
-
-def _trained(rendering: Rendering | None) -> tuple[str | None, bool]:
-    """The system prompt it was trained with, and whether on single questions."""
-    return (rendering.system, rendering.single) if rendering else (None, False)
 
 
 def _cool(version: Version) -> None:

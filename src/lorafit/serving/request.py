@@ -32,8 +32,8 @@ class Request:
     all of these. stop: texts at which the answer
     ends, not part of it. ignore_end: go on after the token that ends a turn. logprobs: for each token its natural
     log-probability before temperature, and those of so many likeliest; None: none. schema: a JSON schema the answer
-    keeps to; grammar: in its place, one in llguidance's dialect of Lark. verbatim: the text of the answer holds special
-    tokens too, but the one that ends it.
+    keeps to; grammar: in its place, one in llguidance's dialect of Lark. special: special tokens that are told in the
+    text; all others are left out of it.
     """
 
     prompt: tuple[int, ...]
@@ -54,7 +54,7 @@ class Request:
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
     grammar: str | None = None
-    verbatim: bool = False
+    special: frozenset[int] = frozenset()
 
     def problems(self, vocabulary: int) -> list[str]:
         """What cannot be about this request, each with what to do."""
