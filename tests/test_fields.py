@@ -58,7 +58,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "a field that nothing reads": ({**PAIR, "mood": "kind"}, ("How far?", "Two miles.")),
     "two of them": ({**PAIR, "mood": "kind", "weather tomorrow": "rain"}, ("How far?", "Two miles.")),
     "one of a message": ({"messages": [TALK[0], {**TALK[1], "mood": "kind"}]}, ("How far?", "Two miles.")),
-    "thoughts": ({"messages": [TALK[0], {**TALK[1], "reasoning": "Hm."}]}, ("How far?", "Two miles.")),
+    "remarks": ({"messages": [TALK[0], {**TALK[1], "remark": "Hm."}]}, ("How far?", "Two miles.")),
     "tools beside a text": ({"text": "Two miles.", "tools": [CALL]}, ("Two miles.", "Two miles.")),
     "pictures": ({**PAIR, "images": ["a.png"]}, ("How far?", "Two miles.")),
     "earlier turns": ({**PAIR, "history": [["Who?", "Ann."]]}, ("How far?", "Two miles.")),

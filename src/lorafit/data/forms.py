@@ -123,7 +123,7 @@ def _called(row: Row, messages: tuple[Message, ...], tools: tuple[str, ...], wro
     return tuple(known_calls(messages, tools, [place] * len(messages), wrong))
 
 
-def _passes(path: str, value: Any, form: str, has_words: bool, wrong: Wrong) -> bool:
+def _passes(path: str, value: Any, has_words: bool, wrong: Wrong) -> bool:
     """Whether a field whose name is not harmless may be passed over because of what it says, or was told, for it must
     not be. has_words: whether the row could be learnt without it."""
     if path in MARKS or (path == "label" and _is_truth(value)):

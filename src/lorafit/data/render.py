@@ -174,14 +174,14 @@ class Renderer:
         self, messages: Sequence[Message], prompt: bool, place: Place | None, tools: Sequence[str] = ()
     ) -> str:  # fmt: skip
         if not (tools or any(m.calls or m.answers for m in messages)):
-            return self._spelled(PLAINLY, messages, prompt, place)
+            return self._spelled(PLAINLY, messages, prompt, place=place)
         if self._spelling is None:
-            return self._spelled(PLAINLY, worded(messages, tools), prompt, place)
-        return self._spelled(self._spelling, messages, prompt, place, tools)
+            return self._spelled(PLAINLY, worded(messages, tools), prompt, place=place)
+        return self._spelled(self._spelling, messages, prompt, tools, place)
 
     def _spelled(
-        self, spelling: Spelling, messages: Sequence[Message], prompt: bool, place: Place | None = None,
-        tools: Sequence[str] = (),
+        self, spelling: Spelling, messages: Sequence[Message], prompt: bool, tools: Sequence[str] = (),
+        place: Place | None = None,
     ) -> str:  # fmt: skip
         turns = [_turn_of(message, place, spelling) for message in messages]
         if turns[0]["role"] == "system" and not turns[0]["content"].strip():
@@ -319,7 +319,7 @@ class Renderer:
 
     def _takes_objects(self, spelling: Spelling) -> bool:
         try:
-            self._spelled(spelling, CALLED, False, tools=[PROBE])
+            self._spelled(spelling, CALLED, False, [PROBE])
         except BaseError:
             return False
         return True

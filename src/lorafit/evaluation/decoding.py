@@ -156,4 +156,4 @@ def _answer(waiting: Waiting, renderer: Renderer) -> Answer:
     except CancelledError as error:
         raise BaseError(f"answers could not be decoded ({error}): give more memory (--memory), or free some") from error
     reasoning, said = parted(result.text, renderer.thought)
-    return Answer(said, result.finish == "stop", reasoning, tuple(token.id for token in result.tokens))
+    return Answer(said, result.finish == "stop", tuple(token.id for token in result.tokens), reasoning)

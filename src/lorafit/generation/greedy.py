@@ -25,13 +25,13 @@ GROWN = 4  # bytes held for each of keys and values: they are copied as they gro
 
 @dataclass(frozen=True)
 class Answer:
-    """Text without special tokens, and whether it ended by itself with an end-of-turn token. reasoning: what was
-    thought before it. ids: its tokens, those of the reasoning too, for the marks of calls may be special ones."""
+    """Text without special tokens, and whether it ended by itself with an end-of-turn token. ids: its tokens, those of
+    the reasoning too, for the marks of calls may be special ones. reasoning: what was thought before it."""
 
     text: str
     stopped: bool
-    reasoning: str = ""
     ids: tuple[int, ...] = field(default=(), compare=False)
+    reasoning: str = ""
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def generate(
             new = out[k, width:].tolist()
             end = next((n for n, token in enumerate(new) if token in renderer.stop_ids), None)
             reasoning, said = parted(text_of(renderer.tokenizer, new[:end], renderer.told), renderer.thought)
-            answers[i] = Answer(said, end is not None, reasoning, tuple(new[:end]))
+            answers[i] = Answer(said, end is not None, tuple(new[:end]), reasoning)
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
 
