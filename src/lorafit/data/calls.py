@@ -298,17 +298,18 @@ def _end(mark: str, text: str, start: int) -> int | None:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a template wants a conversation with calls: whether the words of a message without any are null, and whether
-    arguments are the text of an object."""
+    """How a template wants a conversation with calls: whether the words of a message without any are an empty text,
+    or are left out; and whether arguments are the text of an object."""
 
-    null: bool
+    empty: bool
     as_text: bool
 
     def turn(self, message: Message) -> dict[str, Any]:
         """A message as templates read it."""
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.calls:
-            turn["content"] = message.content or (None if self.null else "")
+            if not (message.content or self.empty):
+                del turn["content"]
             turn["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {
                     "name": call.name,

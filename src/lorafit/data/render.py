@@ -308,8 +308,8 @@ class Renderer:
         """How the template is given calls, and the form in which it writes them; no spelling where it is given words of
         ours instead. Arguments go as text only to a template that fails on objects: another would quote them."""
         ends = [self.tokenizer.decode([token]) for token in self.stop_ids]
-        for null, as_text in ((True, False), (True, True), (False, False), (False, True)):
-            spelling = Spelling(null, as_text)
+        for empty, as_text in ((False, False), (False, True), (True, False), (True, True)):
+            spelling = Spelling(empty, as_text)
             if as_text and self._takes_objects(replace(spelling, as_text=False)):
                 continue
             with suppress(BaseError):
@@ -572,9 +572,12 @@ def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> 
         limit, fix_length = renderer.context, "shorten it, or remove the line: this base reads no more"
     for index, example in enumerate(examples):
         try:
-            for control in renderer.controls(example):
+            controls = renderer.controls(example)
+            for control in controls:
                 fix = "remove it: the model would read it as the end or start of a turn"
                 problems.append(Problem(example.where, f"holds the control token {control!r} in a message", fix))
+            if controls:
+                continue
             built = renderer.rows(example, index)
         except BaseError as error:
             if renderer.refuses_all:

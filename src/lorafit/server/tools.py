@@ -119,12 +119,11 @@ def grammar_of(
     rules |= {"TEXT": "/(.|\\n)+/", "SPACE": "/[ \\n]{1,3}/", "ID": "/[A-Za-z0-9]{9}/"}
     first = _pieces(form.opens.lstrip(), added)[0]
     rest = _mark(form.opens.lstrip()[len(first) :], added)
-    opens = f"{_mark(form.opens, added)} {calls}"
     others = sorted(id_ for token, id_ in added.items() if token != first)
     other = f"<[{','.join(map(str, others))}]>"
     words = f"(TEXT? {other})* " if others else ""
-    if must:
-        rules["start"] = opens
+    if must:  # some templates put white space before an answer
+        rules["start"] = f"SPACE? {_mark(form.opens.lstrip(), added)} {calls}"
     elif first in added:
         rules["TEXT"] += f" & ~/(.|\\n)*{_escaped(first)}(.|\\n)*/"  # spelt out it would be read as a call
         before = f"{words}TEXT? " if form.after_words else ""
@@ -134,7 +133,7 @@ def grammar_of(
         rules["start"] = f"{words}head {rest} {calls} | {words}TEXT?"
     else:
         rules["OTHER"] = f"/(.|\\n)+/ & ~/\\s*{_escaped(first)}(.|\\n)*/"
-        rules["start"] = f"{opens} | OTHER?" + f" | OTHER? {other} {words}TEXT?" * bool(others)
+        rules["start"] = f"{_mark(form.opens, added)} {calls} | OTHER?" + f" | OTHER? {other} {words}TEXT?" * bool(others)
     return "\n".join(["%llguidance {}", *(f"{name}: {rule}" for name, rule in rules.items())])
 
 
