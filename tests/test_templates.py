@@ -504,11 +504,9 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
                               f"(m.reasoning_content or '') + '\n{letter}\n'")  # fmt: skip
     base = base_with(template, model)
     peft.write(with_rendering(base, Renderer(base.tokenizer).rendering), root / "plain")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("test_server.base_of", lambda: base)
-        with served(root) as running:
-            running.log.append({"said": text, "letter": letter})
-            yield running
+    with served(root, base=lambda: base) as running:
+        running.log.append({"said": text, "letter": letter})
+        yield running
 
 
 LONG: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}

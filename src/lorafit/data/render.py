@@ -65,7 +65,7 @@ class Row:
 
 
 CUT = "\ufdd0"  # where a message is cut into pieces: a code that Unicode leaves to programs, and no text holds
-PLAINLY = Spelling(null=False, as_text=False)  # of a conversation without calls, which all spell alike
+PLAINLY = Spelling(empty=True, as_text=False)  # of a conversation without calls, which all spell alike
 ASKED = (Message("user", "a"),)
 SAID, REASONED = "zkw", "qvx"  # an answer and its reasoning, by which a template is asked what it writes around them
 CLOCK = "strftime_now"  # by which templates ask for the time; transformers passes them no functions, but a macro may be
