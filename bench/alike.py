@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,7 @@ def main() -> None:
     print(json.dumps(about))
 
 
-def _in_a_process(name: str, share: float) -> dict[str, object]:
+def _in_a_process(name: str, share: float) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", name, "--share", str(share)]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **threads})

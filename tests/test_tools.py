@@ -29,7 +29,8 @@ from lorafit.formats import peft
 from lorafit.generation.greedy import Answer
 from lorafit.plan import uniform
 from lorafit.server import tools as served_tools
-from lorafit.serving import Request
+from lorafit.server.streams import Style, Telling
+from lorafit.serving import Piece, Request
 from lorafit.serving.sampling import Grammar, Sampler, grammar_tokenizer
 from lorafit.training.loop import train
 from lorafit.training.recipe import Recipe
@@ -63,6 +64,10 @@ TEXTUAL = TURNS.replace("CALLS", (
 MARKUP = TURNS.replace("CALLS", (
     "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' }}"
     "{% for k, v in c.function.arguments | items %}{{ '<' + k + '>' + (v | string) }}{% endfor %}{% endfor %}"
+))  # fmt: skip
+THOUGHTFUL = TAGGED.replace("{{ m.content or '' }}", (
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
+    "{% endif %}{{ m.content or '' }}"
 ))  # fmt: skip
 FORGETFUL = TAGGED.replace("{{ m.content or '' }}", "{{ '' if m.role == 'tool' else m.content or '' }}")
 
@@ -330,6 +335,64 @@ def test_a_control_token_in_what_tools_say_is_no_turn(place: str, tmp_path: Path
     assert ends == 4 and "<|end|>" in renderer.tokenizer.decode([one for one in ids if one != renderer.stop_ids[0]])
     with pytest.raises(DataError, match=r"control token '<\|end\|>'"):
         render(renderer, [example], 4096)
+
+
+# Reasoning and calls
+
+
+THOUGHT = "Bay 4 it is."
+
+
+@pytest.mark.parametrize("said", [
+    {"reasoning_content": THOUGHT}, {"content": f"<think>\n{THOUGHT}\n</think>"},
+], ids=["beside it", "in its words"])  # fmt: skip
+def test_a_call_is_learnt_after_its_reasoning_and_read_without_it(tmp_path: Path, said: dict[str, Any]) -> None:
+    made = {**calls(call("count", {"bay": 4})), **said}
+    (example,) = read(tmp_path, {"messages": [ASKED, made], "tools": [COUNT]})
+    assert (example.messages[1].reasoning, example.messages[1].content) == (THOUGHT, "")
+    renderer = Renderer(byte_tokenizer(THOUGHTFUL), reasoning=True)
+    (row,) = renderer.rows(example, 0)
+    ((start, end),) = pieces(row)
+    assert row.ids[:start] == tuple(renderer.prompt_ids(example.messages[:1], example.tools))
+    words, found = renderer.read(row.ids[start:end])
+    assert (words, [one.meaning for one in found]) == ("", [example.calls[0].meaning])
+    score = score_answers([example], [Answer("", True, row.ids[start:end])], renderer)
+    assert (score.right, score.answers) == (1, ('count({"bay": 4})',))
+    thought, answer = (
+        "".join(renderer.tokenizer.decode(part.ids[a:b]) for a, b in pieces(part))
+        for part in (row.only(reasoning=True), row.only(reasoning=False))
+    )
+    assert THOUGHT in thought and "count" not in thought and THOUGHT not in answer and '"count"' in answer
+
+
+def test_a_call_without_reasoning_follows_what_the_template_writes_before_answers(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, {"messages": [ASKED, calls(call("count", {"bay": 4}))], "tools": [COUNT]})
+    renderer = Renderer(byte_tokenizer(THOUGHTFUL))
+    prompt = renderer.prompt_ids(example.messages[:1], example.tools)
+    assert renderer.tokenizer.decode(prompt).endswith("<|assistant|><think>\n\n</think>\n\n")
+    (row,) = renderer.rows(example, 0)
+    ((start, end),) = pieces(row)
+    assert row.ids[:start] == tuple(prompt) and [one.name for one in renderer.read(row.ids[start:end])[1]] == ["count"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_reasoning_and_calls_are_told_apart_in_parts_and_at_once(size: int) -> None:
+    renderer = Renderer(byte_tokenizer(THOUGHTFUL), reasoning=True)
+    text = f"<think>\n{THOUGHT}\n</think>\n\n" + text_of(renderer.call_form, "", ("count", '{"bay": 4}'))
+    style = Style("chat.completion", "x", "tiny", form=renderer.call_form, thought=renderer.thought)
+    whole = style.choice(0, text, None, "stop")
+    assert (whole["finish_reason"], whole["message"]["reasoning_content"]) == ("tool_calls", THOUGHT)
+    assert whole["message"]["content"] is None
+    assert whole["message"]["tool_calls"][0]["function"] == {"name": "count", "arguments": '{"bay": 4}'}
+    telling = Telling(style, 0)
+    pieces_of = [*(Piece(text[i : i + size]) for i in range(0, len(text), size)), Piece("", (), "stop")]
+    told = [choice for piece in pieces_of for choice in telling.choices(piece, None)]
+    deltas = [choice["delta"] for choice in told]
+    assert told[-1]["finish_reason"] == "tool_calls" and deltas[0]["role"] == "assistant"
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == THOUGHT
+    assert "".join(delta.get("content", "") for delta in deltas) == ""
+    (made,) = [one for delta in deltas for one in delta.get("tool_calls", ()) if "id" in one]
+    assert made["function"]["name"] == "count"
 
 
 # The reader

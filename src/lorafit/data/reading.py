@@ -225,11 +225,11 @@ def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     for folder in folders:
         files = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
         texts = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
-        others = sorted({*files} - {*texts})
-        if not texts or any(one.is_file() and one.suffix.lower() in kinds() for one in others):
+        besides = sorted({*files} - {*texts})
+        if not texts or any(one.is_file() and one.suffix.lower() in kinds() for one in besides):
             return {}, ()
         parts += [Part(one, {"group": _without_level(one.stem, folder.name), "label": folder.name}) for one in texts]
-        left += [f"{folder.name}/{one.name}" for one in others]
+        left += [f"{folder.name}/{one.name}" for one in besides]
     return ({"train": parts} if len(folders) > 1 else {}), tuple(left)
 
 

@@ -284,8 +284,8 @@ class Renderer:
     def _head(self, messages: Sequence[Message], message: Message, tools: Sequence[str]) -> str:
         """What finished turns begin with whatever the message says, or thinks, without spaces that words may begin
         with."""
-        varied = "reasoning" if message.reasoning else "content"
-        others = [replace(message, calls=(), **{varied: word}) for word in "xy"]
+        plain = replace(message, calls=())
+        others = [replace(plain, reasoning=word) if plain.reasoning else replace(plain, content=word) for word in "xy"]
         said = [self.text([*messages, other], False, tools) for other in others]
         return os.path.commonprefix(said).rstrip(" ")  # noqa: RUF071 (of text, not of paths)
 

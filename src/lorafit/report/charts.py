@@ -51,8 +51,8 @@ def curves(stories: Sequence[Story]) -> Figure | None:
         label = "validation" if len(stories) == 1 else _SHOWN + story.name
         if not story.validation:
             continue
-        steps, values = zip(*story.validation, strict=True)
-        points = list(zip(steps, _positive(values), strict=True))
+        at, values = zip(*story.validation, strict=True)
+        points = list(zip(at, _positive(values), strict=True))
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         best = min(points, key=lambda point: point[1])
         axes.plot(*best, color=colour, marker="*", markersize=13, linestyle="none")

@@ -162,16 +162,17 @@ class Telling:
         """What is told of a piece, each as a chunk of its own. logprobs: of its tokens, or None."""
         is_first, self._begun = not self._begun, True
         is_chat, ended = self._style.kind == "chat.completion", piece.finish is not None
-        told = self._deltas(piece.text, ended) if is_chat else [piece.text] if piece.text else []
-        told = told or ([{} if is_chat else ""] if logprobs or is_first else [])
+        empty: str | dict[str, Any] = {} if is_chat else ""
+        told: list[Any] = self._deltas(piece.text, ended) if is_chat else [piece.text] * bool(piece.text)
+        told = told or ([empty] if logprobs or is_first else [])
         choices = [self._style.delta(self._number, one, logprobs if i == 0 else None, None, is_first and i == 0)
                    for i, one in enumerate(told)]  # fmt: skip
         if piece.finish:
             finish = tools.finish_of(finish_of(piece.finish), self._reader)
-            choices.append(self._style.delta(self._number, {} if is_chat else "", None, finish, False))
+            choices.append(self._style.delta(self._number, empty, None, finish, False))
         return choices
 
-    def _deltas(self, text: str, ended: bool) -> list[str | dict[str, Any]]:
+    def _deltas(self, text: str, ended: bool) -> list[dict[str, Any]]:
         """What a text adds to the answer: its reasoning first, and then its words and calls."""
         reasoning, answer = self._parts.add(text, ended)
         if self._reader is None:
