@@ -191,8 +191,7 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     result = scored(one, whole)
     began = time.monotonic()
     groups = [example.group for example in one.examples.valid]
-    at_a_time = recipe.micro_tokens, recipe.recompute
-    ladder, small, moments = ladder_of(one.base, whole, one.rows, one.way, at_a_time, result["valid"], before, groups,
+    ladder, small, moments = ladder_of(one.base, whole, one.rows, one.way, recipe, result["valid"], before, groups,
                                        Silent())  # fmt: skip
     trimming = time.monotonic() - began
     ways = {

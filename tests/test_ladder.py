@@ -29,6 +29,7 @@ from lorafit.planning.rules import all_linear
 from lorafit.run import read_run
 from lorafit.tasks.completion import Way, batch_of, token_nll
 from lorafit.testing import random_adapter
+from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)
@@ -124,7 +125,7 @@ def test_moments_are_those_of_what_flows_through_each_pair(
 ) -> None:
     """Against the same read off the modules' own inputs and gradients, site by site."""
     adapter, way = random_adapter(tiny_base, uniform(all_linear(tiny_base), 3, 6.0)), Way(True, packed)
-    found = moments_of(tiny_base, adapter, rows, way, recompute=recompute)
+    found = moments_of(tiny_base, adapter, rows, way, Recipe(1e-3, 4, 1, 1, 1, recompute=recompute))
     kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str) -> None:

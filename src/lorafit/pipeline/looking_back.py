@@ -25,7 +25,9 @@ from lorafit.training.loop import Trained
 from lorafit.training.recipe import Recipe
 
 
-def trim_trained(opened: Opened, trained: Trained, how: str, out: Path, listener: Listener) -> tuple[Ladder, Adapter]:
+def trim_trained(
+    opened: Opened, trained: Trained, recipe: Recipe, how: str, out: Path, listener: Listener
+) -> tuple[Ladder, Adapter]:  # fmt: skip
     """The ladder, and the adapter that is shipped. The run keeps the ladder, by which `lorafit trim` takes another
     rung, and where a smaller one is shipped the whole."""
     whole, before = trained.adapter, trained.history[0][1]
@@ -36,8 +38,7 @@ def trim_trained(opened: Opened, trained: Trained, how: str, out: Path, listener
     if (n := len(set(groups_of(groups)))) < FEWEST:
         why = f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
         return kept_whole(trained.each, before, why), whole
-    at_a_time = opened.frozen.micro_tokens, opened.frozen.recompute
-    ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, at_a_time, trained.each, before,
+    ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, recipe, trained.each, before,
                                        groups, listener)  # fmt: skip
     make_folder(out / LADDER)
     write_moments(moments, out / LADDER / MOMENTS)

@@ -225,7 +225,7 @@ def one_round(
         done = Round(number, change.kind, change.reason, change.steps, rank, mean, mean, 0.0, None, 0.0, False,
                      f"it diverged: {error}")  # fmt: skip
     else:
-        ladder, adapter = trim_trained(opened, trained, settings.trim, folder, listener)
+        ladder, adapter = trim_trained(opened, trained, decision.recipe, settings.trim, folder, listener)
         after = trained.each if adapter is trained.adapter else scored(opened, adapter, listener)
         done = judged(number, change, rank, before, after, groups)
         if done.accepted:

@@ -148,7 +148,7 @@ def _run(
     trained = carry_out(opened, order, out, resume, resolved.trunk_bytes, processes, listener)
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
     began = time.monotonic()
-    ladder, adapter = trim_trained(opened, trained, resolved.trim, out, listener)
+    ladder, adapter = trim_trained(opened, trained, decision.recipe, resolved.trim, out, listener)
     standing = Standing(adapter, told_ladder(decision, ladder, adapter), ladder, out, figures_of(trained))
     seconds |= {"train": trained.seconds, "trim": time.monotonic() - began}
     if resolved.rounds:

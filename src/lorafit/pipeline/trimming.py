@@ -21,17 +21,18 @@ from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
 from lorafit.evaluation.nll import example_nll
-from lorafit.files import make_folder, whole_file
+from lorafit.files import make_folder, read_json, whole_file
 from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import opened_base, prepare, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
 from lorafit.planning.trim import Moments, require_pairs, share_of, smallest_share, trimmed
-from lorafit.run import LADDER, MOMENTS, RUN, WHOLE, frozen_of, read_run, read_summary
+from lorafit.run import LADDER, MOMENTS, PLAN, RUN, WHOLE, frozen_of, read_run, read_summary
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
+from lorafit.training.recipe import Recipe
 from lorafit.training.state import TrainState
 
 LOOKED_AT = 32  # training rows, spread over all, whose moments decide which directions go
@@ -64,9 +65,8 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     with attach(base, whole):
         nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
     groups = [example.group for example in examples.valid]
-    before = float(summary["validation"][0][1])
-    at_a_time = frozen.micro_tokens, frozen.recompute
-    ladder, small, _ = ladder_of(base, whole, rows, way, at_a_time, nll, before, groups, listener)
+    before, recipe = float(summary["validation"][0][1]), Recipe(**read_json(folder / PLAN)["recipe"])
+    ladder, small, _ = ladder_of(base, whole, rows, way, recipe, nll, before, groups, listener)
     if small is not None:
         peft.write(
             small,
@@ -79,7 +79,7 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
 
 
 def ladder_of(
-    base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, at_a_time: tuple[int, bool],
+    base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, recipe: Recipe,
     nll: Sequence[float], before: float, groups: Sequence[str | None], listener: Listener,
 ) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:  # fmt: skip
     """Down the ladder until validation refuses a rung: the ladder as far as it was climbed, the smallest adapter that
@@ -90,15 +90,14 @@ def ladder_of(
         whole: the adapter as it was trained.
         rows: the run's, by split; `train` gives the moments, `valid` the scores.
         way: how rows are computed.
-        at_a_time: tokens of a forward with its backward, and whether blocks are computed twice: as in training, so that
-            trimming needs no more memory.
+        recipe: by which it was trained: what is computed at a time is no more than then, and needs no more memory.
         nll: of every validation example under the whole, nats per token.
         before: mean NLL of them under the base.
         groups: of the validation examples.
         listener: hears how far it has come.
     """
     spread = rows["train"][:: max(1, len(rows["train"]) // LOOKED_AT)][:LOOKED_AT]
-    moments = moments_of(base, whole, spread, way, *at_a_time)
+    moments = moments_of(base, whole, spread, way, recipe)
     small: dict[float, Adapter] = {}
     rungs: list[Rung] = []
     for share in RUNGS:
@@ -160,11 +159,10 @@ def _require_new(out: Path) -> None:
 
 
 def moments_of(
-    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024, recompute: bool = False
+    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, recipe: Recipe
 ) -> dict[str, Moments]:  # fmt: skip
     """Second moments inside the adapter's pairs, over what the rows are laid into, with the gradient of their mean NLL.
-    A pair that took no part has moments of zero. It holds no more than a training step of as many tokens, and A x of
-    every pair."""
+    A pair that took no part has moments of zero. It holds no more than a step of the recipe, and A x of every pair."""
     state = TrainState(adapter, base.device)
     pairs = {slot.site.path: slot for slot in adapter.plan.slots if slot.is_pair}
     factors = adapter.factors(torch.float32, base.device)
@@ -178,8 +176,9 @@ def moments_of(
         for total, values in zip(sums[path], (inside, g.float() @ factors[path]["B"]), strict=True):
             total += (values.double().T @ values.double()).cpu()
 
-    parts = by_tokens(rows, range(len(rows)), micro_tokens, way.packed)
+    steps = [range(i, min(i + recipe.batch_size, len(rows))) for i in range(0, len(rows), recipe.batch_size)]
+    parts = [part for step in steps for part in by_tokens(rows, step, recipe.micro_tokens, way.packed)]
     watched = observing(base, pairs, inside, see)
-    with attach(base, state), packing(base, way.packed), recomputing(base, recompute), watched:
+    with attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute), watched:
         gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
     return {path: Moments(*each) for path, each in sums.items()}
