@@ -45,13 +45,8 @@ def curves(stories: Sequence[Story]) -> Figure | None:
     if len(stories) == 1:
         story = stories[0]
         steps, smooth = _smoothed(story.training)
-        axes.plot(
-            steps,
-            [max(nll, LEAST_NLL) for nll in smooth],
-            color=COLOURS["muted"],
-            linewidth=1,
-            label="training (running mean)",
-        )
+        shown = [max(nll, LEAST_NLL) for nll in smooth]
+        axes.plot(steps, shown, color=COLOURS["muted"], linewidth=1, label="training (running mean)")
     for i, story in enumerate(stories):
         colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
         label = "validation" if len(stories) == 1 else _SHOWN + story.name
