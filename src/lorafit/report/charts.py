@@ -113,7 +113,7 @@ def _bars(bars: Sequence[Bar]) -> Figure | None:
         axes.barh(place, value, height=0.55, color=colour, alpha=0.35, linewidth=0)
         if ends is not None:
             axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(value, place, color=colour, marker="o", markersize=8)
+        axes.plot(value, place, color=colour, marker="o", markersize=8, clip_on=False)
     axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], parse_math=False)
     axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlim(0, 1.02)
