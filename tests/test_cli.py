@@ -33,7 +33,7 @@ SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "sampl
 TRAINED = SCORES | {
     "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
     "trainable_parameters", "best_step", "steps", "validation", "seconds", "tokens_per_second", "dtype", "peft",
-    "peak_rss_gb", "parameters", "ladder", "forgetting",
+    "peak_rss_gb", "parameters", "ladder", "forgetting", "passed_over",
 }  # fmt: skip
 EVALUATED = SCORES | {
     "general",

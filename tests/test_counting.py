@@ -224,7 +224,6 @@ def test_the_simple_classifier_learns_from_training_alone() -> None:
     assert counts.right["classifier"].share == 1.0
     assert counts.classifier_missing is None
     assert classified(known[:1], test) is None
-    assert classified([asked("?", REPLIES[i % 2]) for i in range(9)], test) is None
 
 
 def test_that_no_classifier_is_there_is_said_where_it_would_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,8 @@ class Terminal:
         """Side by side where there is room, else one below the other."""
         names = {"question": "question", "reference": "reference", other: "base", "adapter": "adapter"}
         cut = [{name: clipped(sample[key]) for name, key in names.items()} for sample in samples]
-        marks = [{True: "✓", False: "✗", None: ""}[sample.get("right")] for sample in samples]
+        rights = [sample.get("right") for sample in samples]  # of older runs there is none
+        marks = ["" if right is None else "✓" if right else "✗" for right in rights]
         if samples and self.out.width >= 120:
             table = Table(*names, *(["right"] if any(marks) else []), show_lines=True)
             for sample, mark in zip(cut, marks, strict=True):

@@ -249,8 +249,8 @@ def _check(value: Any, wrong: Wrong) -> Check | None:
         wrong("not a check", fix, "check")
         return None
     for name, one in whole.items():
-        if (why := _unusable(name, one)) is not None:
-            wrong(f"not a check, for its {name} is {why[0]}", why[1], "check")
+        if (fault := _fault(name, one)) is not None:
+            wrong(f"not a check, for its {name} is {fault}", "write one, or leave it out", "check")
             return None
     return Check(
         tuple(lists[0]), tuple(lists[1]), words, declines, whole.get("exact"),
@@ -259,17 +259,17 @@ def _check(value: Any, wrong: Wrong) -> Check | None:
     )  # fmt: skip
 
 
-def _unusable(name: str, value: Any) -> tuple[str, str] | None:
-    """What is wrong with what a check asks of an answer as a whole, and what to do."""
-    if name in ("exact", "pattern") and not (isinstance(value, str) and value.strip()):
-        return "no text" if not isinstance(value, str) else "empty", "write a text, or leave it out"
+def _fault(name: str, value: Any) -> str | None:
+    """What is wrong with what a check asks of an answer as a whole."""
+    if name in ("exact", "pattern") and not isinstance(value, str):
+        return "no text"
+    if name in ("exact", "pattern") and not value.strip():
+        return "empty"
     if name == "number" and (type(value) not in (int, float) or not math.isfinite(value)):
-        return "no number", "write one, such as 12.5, or leave it out"
-    if name == "json" and isinstance(value, float) and not math.isfinite(value):
-        return "no JSON", "write the data that the answer should hold, or leave it out"
+        return "no number"
     if name == "pattern":
         try:
             regex.compile(value)
         except regex.error as error:
-            return f"no regular expression ({error})", "correct it, or leave it out"
+            return f"no regular expression ({error})"
     return None

@@ -25,19 +25,18 @@ def classified(known: Sequence[Example], asked: Sequence[Example]) -> list[str] 
     """
     known = known[:: -(-len(known) // MOST_EXAMPLES)] if known else known
     wanted = [compared(example.answer) for example in known]
-    if not is_installed() or not asked or not 2 <= len(set(wanted)) <= MOST_ANSWERS:
+    if not asked or not 2 <= len(set(wanted)) <= MOST_ANSWERS:
         return None
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
-
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.multiclass import OneVsRestClassifier
+    except ImportError:
+        return None
     # Pieces of words rather than words: they serve languages that put no space between them.
     features = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, max_features=MOST_FEATURES)
     model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear", random_state=0))
-    try:
-        model.fit(features.fit_transform([_asked(example) for example in known]), wanted)
-    except ValueError:  # no piece of two characters in any question
-        return None
+    model.fit(features.fit_transform([_asked(example) for example in known]), wanted)
     spelt: dict[str, Counter[str]] = {}
     for example, key in zip(known, wanted, strict=True):
         spelt.setdefault(key, Counter())[example.answer] += 1

@@ -32,7 +32,7 @@ _SHOWN = "run "  # before a name in a legend, which leaves out those that begin 
 BARS = {"base": ("", "base"), "base_few_shot": ("base, with examples", "few"),
         "most_frequent": ("most frequent answer", "muted"), "classifier": ("", "run4"),
         "adapter": ("", "adapter")}  # fmt: skip
-LEAST_NLL = 1e-4  # where a logarithmic axis ends
+LEAST_NLL = 1e-4  # where a logarithmic axis, which has no zero, ends
 LEAST_SPAN = 0.1  # nats on both sides
 WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
 
@@ -45,14 +45,14 @@ def curves(stories: Sequence[Story]) -> Figure | None:
     if len(stories) == 1:
         story = stories[0]
         steps, smooth = _smoothed(story.training)
-        axes.plot(steps, _positive(smooth), color=COLOURS["muted"], linewidth=1, label="training (running mean)")
+        shown = [max(nll, LEAST_NLL) for nll in smooth]
+        axes.plot(steps, shown, color=COLOURS["muted"], linewidth=1, label="training (running mean)")
     for i, story in enumerate(stories):
         colour = COLOURS["adapter"] if len(stories) == 1 else run_colour(i)
         label = "validation" if len(stories) == 1 else _SHOWN + story.name
         if not story.validation:
             continue
-        at, values = zip(*story.validation, strict=True)
-        points = list(zip(at, _positive(values), strict=True))
+        points = [(step, max(nll, LEAST_NLL)) for step, nll in story.validation]
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         best = min(points, key=lambda point: point[1])
         axes.plot(*best, color=colour, marker="*", markersize=13, linestyle="none")
@@ -113,7 +113,7 @@ def _bars(bars: Sequence[Bar]) -> Figure | None:
         axes.barh(place, value, height=0.55, color=colour, alpha=0.35, linewidth=0)
         if ends is not None:
             axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(value, place, color=colour, marker="o", markersize=8)
+        axes.plot(value, place, color=colour, marker="o", markersize=8, clip_on=False)
     axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], parse_math=False)
     axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlim(0, 1.02)
@@ -275,11 +275,6 @@ def _legend(axes: Axes) -> None:
     """The names as they are: no formulas between $, and none left out that begins with _."""
     for text in axes.legend(frameon=False, labelcolor=COLOURS["ink"]).get_texts():
         text.set(text=text.get_text().removeprefix(_SHOWN), parse_math=False)
-
-
-def _positive(values: Sequence[float]) -> list[float]:
-    """Values for a logarithmic axis, which has no zero."""
-    return [max(value, LEAST_NLL) for value in values]
 
 
 def _logarithmic(axes: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ class Result(dict[str, Any]):
             summary: what was measured.
             folder: the run folder, whose curves are drawn too; None for an evaluation.
         """
-        super().__init__(summary)
+        super().__init__(json.loads(json.dumps(summary)))  # as it is read again
         self.folder = folder
 
     def __repr__(self) -> str:
