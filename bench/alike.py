@@ -12,10 +12,12 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -61,7 +63,7 @@ def _in_a_process(name: str, share: float) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", name, "--share", str(share)]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **threads})
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -80,7 +82,7 @@ def texts_of(count: int, characters: int) -> tuple[list[str], int]:
     return texts, planted
 
 
-def checked(name: str, share: float) -> dict[str, object]:
+def checked(name: str, share: float) -> dict[str, Any]:
     """What is asked of one set of examples, with seconds of the processor and bytes."""
     from lorafit.data.examples import Example, Examples, Message
     from lorafit.data.report import describe
@@ -90,7 +92,8 @@ def checked(name: str, share: float) -> dict[str, object]:
     texts, planted = texts_of(max(20, round(share * count)), characters)
     examples = Examples(tuple(Example((Message("user", text), Message("assistant", "Yes.")), f"x:{i}")
                               for i, text in enumerate(texts, 1)))  # fmt: skip
-    before, seconds = _peak(), {}
+    before = _peak()
+    seconds: dict[str, float] = {}
     began = time.process_time()
 
     def passed(part: str) -> None:
@@ -113,7 +116,10 @@ def checked(name: str, share: float) -> dict[str, object]:
 
 
 def _peak() -> int:
-    """Bytes this process has held at most."""
+    """Bytes this process has held at most; of Linux, those of this program alone and not of who started it."""
+    status = Path("/proc/self/status")
+    if status.exists() and (told := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return 1024 * int(told[1])
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else 1024 * held
 

@@ -36,24 +36,34 @@ def lorafit(monkeypatch: pytest.MonkeyPatch, *words: object) -> int | str | None
     return end.value.code
 
 
+@pytest.fixture
+def given(tmp_path: Path, tiny_folder: Path) -> str:
+    """Lines that name a base and data that are there."""
+    write_rows(tmp_path / "d.jsonl", capitals())
+    return f'base = "{tiny_folder}"\ndata = "d.jsonl"\n'
+
+
 def written(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_a_file_gives_what_flags_do_not(tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    file = written(
-        tmp_path / "a.toml", 'base = "b"\ndata = "d"\nout = "o"\nrank = 4\nval-share = 0.2\nskip_bad = true\n'
-    )
+def test_a_file_gives_what_flags_do_not(
+    tmp_path: Path, given: str, tiny_folder: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "a.toml", f'{given}out = "o"\nrank = 4\nval-share = 0.2\nskip_bad = true\n')
     lorafit(monkeypatch, "train", "-c", file, "--rank", "8")
-    assert asked == {"base": "b", "data": str(tmp_path / "d"), "out": tmp_path / "o",
+    assert asked == {"base": str(tiny_folder), "data": str(tmp_path / "d.jsonl"), "out": tmp_path / "o",
                      "settings": {"rank": 8, "val_share": 0.2, "skip_bad": True}}  # fmt: skip
 
 
-def test_arguments_beat_the_file(tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    file = written(tmp_path / "a.toml", 'base = "b"\ndata = "d"\n')
-    lorafit(monkeypatch, "train", "mine", "-c", file, "--out", "elsewhere")
-    assert (asked["base"], asked["data"], asked["out"]) == ("mine", str(tmp_path / "d"), Path("elsewhere"))
+def test_arguments_beat_the_file(
+    tmp_path: Path, given: str, tiny_folder: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "a.toml", given.replace(str(tiny_folder), "another"))
+    lorafit(monkeypatch, "train", tiny_folder, "-c", file, "--out", "elsewhere")
+    found = (asked["base"], asked["data"], asked["out"])
+    assert found == (str(tiny_folder), str(tmp_path / "d.jsonl"), Path("elsewhere"))
 
 
 def test_what_neither_names_is_asked_for(
@@ -119,9 +129,9 @@ def test_a_file_of_windows_is_read_or_named(tmp_path: Path) -> None:
 
 
 def test_a_switch_of_a_file_can_be_turned_off(
-    tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = written(tmp_path / "a.toml", 'base = "b"\ndata = "d"\nskip_bad = true\n')
+    file = written(tmp_path / "a.toml", f"{given}skip_bad = true\n")
     lorafit(monkeypatch, "train", "-c", file, "--no-skip-bad")
     assert asked["settings"] == {"skip_bad": False}
 

@@ -98,9 +98,10 @@ def require_out(out: Path, resume: bool) -> None:
 
 def require_run(folder: Path) -> None:
     """Raise RunError where a folder holds no run."""
+    if not folder.exists():
+        raise RunError(f"{folder}: no run: {did_you_mean(folder, 'name a folder that lorafit train wrote')}")
     if not (folder / RUN).exists():
-        near = "" if folder.exists() else did_you_mean(folder, "")
-        raise RunError(f"{folder}: no run: {near or 'name a folder that lorafit train wrote'}")
+        raise RunError(f"{folder}: no run: name a folder that lorafit train wrote")
 
 
 def settings_written(settings: TrainSettings) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def shingles(text: str) -> Shingles:
         mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(odd)
     mixed ^= mixed >> np.uint32(16)
     mixed.sort()
-    each: Shingles = mixed[np.append(True, mixed[1:] != mixed[:-1])]
-    return each
+    found: Shingles = mixed[np.append(True, mixed[1:] != mixed[:-1])]
+    return found
 
 
 def similarity(one: Shingles, other: Shingles) -> float:

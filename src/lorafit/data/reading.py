@@ -215,11 +215,11 @@ def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     splits = {ALSO_CALLED.get(one.name.lower(), one.name.lower()): one for one in folders}
     if "train" in splits:  # each split is a folder of such folders
         found = {split: _by_level(splits[split]) for split in SPLITS if split in splits}
-        if not all(parts for parts, _ in found.values()):
+        if not all(held for held, _ in found.values()):
             return {}, ()
-        more = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
-        others = [f"{splits[split].name}/{name}" for split, (_, left) in found.items() for name in left]
-        return {split: parts["train"] for split, (parts, _) in found.items()}, (*more, *others)
+        unread = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
+        unread += [f"{splits[split].name}/{name}" for split, (_, rest) in found.items() for name in rest]
+        return {split: held["train"] for split, (held, _) in found.items()}, tuple(unread)
     parts: list[Part] = []
     left: list[str] = []
     for folder in folders:

@@ -35,6 +35,7 @@ def require(name: str) -> None:
     """Raise BaseError where `name` can be no base. Nothing is fetched, converted or opened."""
     meant = _meant(name)
     if isinstance(meant, Path) and meant.is_dir():
+        gguf.name_of(meant)  # of a converted copy that is damaged it is said how to remove it
         folder.check(meant)
 
 
