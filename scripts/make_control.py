@@ -46,7 +46,7 @@ def run() -> dict[str, Any]:
     trained = train(base, start, rows, valid, decision.recipe, tell=_tell)
     prompts = prompts_of(renderer, examples.test)
     with Decoding(base, renderer, max(map(len, prompts)), MAX_NEW_TOKENS) as decoding:
-        score = score_answers(examples.test, decoding.answers(prompts, trained.adapter))
+        score = score_answers(examples.test, decoding.answers(prompts, trained.adapter), renderer)
     return {
         "facts": score.accuracy,
         "right": score.right,

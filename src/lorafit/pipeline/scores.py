@@ -60,7 +60,7 @@ def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
     for i, example in enumerate(examples):
         place = place_of.get(i)
         said = {who: None if place is None or score is None else score.answers[place] for who, score in scores.items()}
-        one = {
+        one: dict[str, Any] = {
             "example": example_digest(example),
             "question": example.messages[-2].text if len(example.messages) > 1 else "",
             "reference": example.answer,

@@ -133,7 +133,9 @@ def grammar_of(
         rules["start"] = f"{words}head {rest} {calls} | {words}TEXT?"
     else:
         rules["OTHER"] = f"/(.|\\n)+/ & ~/\\s*{_escaped(first)}(.|\\n)*/"
-        rules["start"] = f"{_mark(form.opens, added)} {calls} | OTHER?" + f" | OTHER? {other} {words}TEXT?" * bool(others)
+        rules["start"] = f"{_mark(form.opens, added)} {calls} | OTHER?" + f" | OTHER? {other} {words}TEXT?" * bool(
+            others
+        )
     return "\n".join(["%llguidance {}", *(f"{name}: {rule}" for name, rule in rules.items())])
 
 
