@@ -494,7 +494,7 @@ def root(talk: Example, tmp_path_factory: pytest.TempPathFactory) -> Path:
     renderer = Renderer(base.tokenizer)
     rows = render(renderer, [talk], 2048)
     start = fresh(base, uniform(base.sites, 16, 32.0), 0, renderer.rendering)
-    recipe = Recipe(learning_rate=1e-2, batch_size=1, steps=160, warmup=5, validate_every=160)
+    recipe = Recipe(learning_rate=1e-2, batch_size=1, steps=220, warmup=5, validate_every=220)
     folder = tmp_path_factory.mktemp("served")
     peft.write(train(base, start, rows, rows, recipe).adapter, folder / "stock")
     return folder

@@ -224,6 +224,6 @@ def _without_filling(call: Call, function: Mapping[str, Any] | None) -> Call:
 
 def _takes_null(properties: Mapping[str, Any], name: str) -> bool:
     schema = properties.get(name)
-    if not isinstance(schema, dict):
-        return False
-    return "type" not in schema or "null" in schema["type"] or bool(schema.get("nullable"))
+    return isinstance(schema, dict) and (
+        "type" not in schema or "null" in schema["type"] or bool(schema.get("nullable"))
+    )
