@@ -13,9 +13,12 @@ import torch
 
 from lorafit.attachment import fired
 from lorafit.base import Base, fastest_dtype, matrix_speed, open_base
-from lorafit.planning.rules import all_linear
+from lorafit.data.render import Row
+from lorafit.errors import NotCausalError
+from lorafit.planning.rules import all_linear, reached
 from lorafit.sources import builtin, folder, gguf
 from lorafit.sources.progress import Report, Watch, free_bytes, silent, unwatched
+from lorafit.tasks.probe import require_causal
 
 GOOD, SLOW, BROKEN = "good", "slow", "broken"
 COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -113,11 +116,21 @@ def opened(name: str, report: Report = silent, watch: Watch = unwatched) -> list
     value = (
         f"{base.name} in {time.monotonic() - start:.0f} s, {size:.2f} GB as {str(base.dtype).removeprefix('torch.')}"
     )
-    return [Finding("base", value), _context(base), _sites(base)]
+    return [Finding("base", value), _context(base), _direction(base), _sites(base)]
 
 
 def _context(base: Base) -> Finding:
     return Finding("context", f"{base.context:,} tokens" if base.context else "the base does not say")
+
+
+def _direction(base: Base) -> Finding:
+    """Whether what the base predicts depends on earlier tokens alone."""
+    try:
+        require_causal(base, Row(tuple(range(8)), (False, *[True] * 7), 0))
+    except NotCausalError:
+        value = "a later token changes what is predicted before it"
+        return Finding("direction", value, BROKEN, "no causal language model: choose another base")
+    return Finding("direction", "from left to right: no token changes what is predicted before it")
 
 
 def _sites(base: Base) -> Finding:
@@ -129,9 +142,10 @@ def _sites(base: Base) -> Finding:
     value = f"{len(sites) - len(silent)} of {len(sites)} linear layers of the blocks take part"
     if len(silent) == len(sites):
         return Finding("sites", value, BROKEN, "nothing here can be adapted: choose another base")
+    advice = [reached(base, [site for site in sites if site.path in seen])]
     if silent:
-        return Finding("sites", value, GOOD, f"left out by rule: {', '.join(silent[:3])}{' ...' if silent[3:] else ''}")
-    return Finding("sites", value)
+        advice.append(f"left out by rule: {', '.join(silent[:3])}{' ...' if silent[3:] else ''}")
+    return Finding("sites", value, GOOD, "; ".join(advice))
 
 
 @dataclass(frozen=True)
