@@ -104,8 +104,8 @@ def plain_module() -> NotATransformer:
 
 
 def encoder() -> nn.Module:
-    """torch's own encoder: in `eval()` its layers are computed by one fused call. Frozen, as an opened base is: torch rounds
-    otherwise where a weight may want a gradient."""
+    """torch's own encoder: in `eval()` its layers are computed by one fused call. Frozen, as an opened base is: torch
+    rounds otherwise where a weight may want a gradient."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
