@@ -117,7 +117,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
 
     edges, longest = segments.edges, max(segments.lengths)
     behind, share = -1 if window is None else window - 1, q.shape[1] // k.shape[1]
-    named = {"enable_gqa": share > 1} if _shares_heads(varlen_attn) else {}
+    named: dict[str, Any] = {"enable_gqa": share > 1} if _shares_heads(varlen_attn) else {}
     if share > 1 and not named:
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
     out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(behind, 0), **named)

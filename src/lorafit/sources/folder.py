@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def _other_kind(folder: Path) -> str | None:
     from transformers.models.auto import configuration_auto, modeling_auto
 
     described, (saved, causal) = _described(folder / "config.json"), classes(folder)
-    if str(described.get("model_type")) not in configuration_auto.CONFIG_MAPPING_NAMES or saved == causal:
+    known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    if str(described.get("model_type")) not in known or saved == causal:
         return None
     if causal is None:
         return saved
