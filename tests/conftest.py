@@ -11,7 +11,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from lorafit.base import Base, open_base
@@ -61,6 +69,22 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     ).eval()  # fmt: skip
 
 
+def tiny_falcon() -> FalconForCausalLM:
+    """Its linear layers are of a subclass, with a bias here."""
+    torch.manual_seed(0)
+    model = FalconForCausalLM(
+        FalconConfig(
+            vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True, alibi=False,
+            eos_token_id=256, bos_token_id=256, hidden_dropout=0.0, attention_dropout=0.0,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model
+
+
 class NotATransformer(nn.Module):
     """Numbered blocks of linear layers, with and without bias, around which nothing is a transformer."""
 
@@ -77,6 +101,14 @@ class NotATransformer(nn.Module):
 def plain_module() -> NotATransformer:
     torch.manual_seed(0)
     return NotATransformer().eval()
+
+
+def encoder() -> nn.Module:
+    """torch's own encoder: in `eval()` its layers are computed by one fused call. Frozen, as an opened base is: torch
+    rounds otherwise where a weight may want a gradient."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ import torch
 from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
+from lorafit import base as bases
 from lorafit.attachment import attach, merged
 from lorafit.base import Base, open_base
 from lorafit.errors import AdapterError, BaseError
@@ -229,6 +232,153 @@ def test_a_folder_that_cannot_be_used_is_an_error_naming_why(
     with pytest.raises(BaseError, match=named) as caught:
         open_base(folder, torch.float32)
     assert str(folder) in str(caught.value)
+
+
+# Models of another kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved"),
+    [
+        ("t5", "T5ForConditionalGeneration"),
+        ("vit", "ViTForImageClassification"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("whisper", "WhisperForConditionalGeneration"),
+        ("bart", "BartForConditionalGeneration"),
+        ("bert", "BertForMaskedLM"),
+        ("llama", "LlamaForSequenceClassification"),
+        ("distilbert", None),
+    ],
+)
+def test_a_model_of_another_kind_is_told_in_one_sentence(tmp_path: Path, kind: str, saved: str | None) -> None:
+    """Whatever else is missing from the folder: a tokenizer would not help."""
+    named = {"architectures": [saved]} if saved else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **named}), encoding="utf-8")
+    with pytest.raises(BaseError) as caught:
+        open_base(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds {saved or kind}, which is no causal language model: name the folder of one, which writes "
+        "from left to right; lorafit bases lists some"
+    )
+
+
+def test_a_masked_model_that_is_configured_as_a_decoder_is_opened(folder: Path) -> None:
+    edit(folder / "config.json", model_type="bert", architectures=["BertForMaskedLM"], is_decoder=True)
+    with pytest.raises(BaseError) as caught:
+        open_base(folder, torch.float32)
+    assert "which is no causal language model" not in str(caught.value), "but for its weights, which are a Llama's"
+
+
+def test_a_body_without_its_head_is_told_by_its_class(folder: Path) -> None:
+    model = tiny_llama()
+    model.config.tie_word_embeddings = False
+    model.model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"] == ["LlamaModel"]
+    with pytest.raises(BaseError, match="holds LlamaModel, whose weights are not those of LlamaForCausalLM"):
+        open_base(folder, torch.float32)
+
+
+# Weights that are codes
+
+
+@pytest.mark.parametrize(
+    ("said", "how"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised by gptq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantised by fp8"),
+    ],
+)
+def test_a_quantised_folder_is_refused_with_the_reason(folder: Path, said: dict[str, Any], how: str) -> None:
+    edit(folder / "config.json", **said)
+    with pytest.raises(BaseError, match=rf"its weights are {how} \(quantization_config in config\.json\)"):
+        open_base(folder, torch.float32)
+
+
+def test_a_quantization_config_of_nothing_is_none(folder: Path) -> None:
+    edit(folder / "config.json", quantization_config=None)
+    assert open_base(folder, torch.float32).sites
+
+
+class Codes(Tensor):
+    """A tensor of a kind of its own, as packed weights are."""
+
+
+def test_a_module_whose_weights_are_codes_is_no_base() -> None:
+    numbers = nn.Linear(4, 4)
+    numbers.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    packed = nn.Sequential(nn.Linear(4, 4))
+    packed[0].weight = nn.Parameter(torch.ones(4, 4).as_subclass(Codes), requires_grad=False)
+    for model, path in ((numbers, "weight"), (packed, r"0\.weight")):
+        with pytest.raises(BaseError, match=f"'mine': 1 of its weights are quantised, such as {path}"):
+            Base.of(model, "mine")
+
+
+def test_a_scale_of_whole_numbers_is_no_code() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("steps", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
+    assert Base.of(model, "mine").sites
+
+
+# Models without a place for an adapter
+
+
+class BareConfig(PreTrainedConfig):
+    model_type = "bare_matrices"
+    vocab_size: int = 261
+
+
+class BareBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+class BareForCausalLM(PreTrainedModel):
+    """Its one block multiplies by a parameter of its own; its head alone is a linear layer."""
+
+    config_class = BareConfig
+
+    def __init__(self, config: BareConfig):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, 16)
+        self.block = BareBlock()
+        self.lm_head = nn.Linear(16, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.lm_head(self.block(self.embed(input_ids))))
+
+
+def test_a_base_without_a_layer_to_adapt_is_told_when_it_is_opened(tmp_path: Path) -> None:
+    AutoConfig.register("bare_matrices", BareConfig, exist_ok=True)
+    AutoModelForCausalLM.register(BareConfig, BareForCausalLM, exist_ok=True)
+    BareForCausalLM(BareConfig()).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BaseError, match=r"no layer of its blocks is of a kind that can be adapted.*BareBlock"):
+        open_base(tmp_path, torch.float32)
+
+
+# Where weights go
+
+
+def test_weights_are_read_to_where_the_base_is_to_be(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not through the host's memory. A device without memory stands for a GPU."""
+    monkeypatch.setattr(bases, "_device_map", lambda: {"": "meta"})
+    assert {parameter.device.type for parameter in open_base(tiny_folder).model.parameters()} == {"meta"}
+
+
+def test_on_a_machine_with_a_gpu_that_is_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bases._device_map() == {"": "cuda"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bases._device_map() is None
 
 
 def test_all_problems_of_a_folder_are_told_at_once(folder: Path) -> None:

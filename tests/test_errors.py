@@ -23,12 +23,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from conftest import byte_tokenizer, capitals, tiny_llama, write_rows
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 import lorafit
 from lorafit import errors
@@ -200,6 +201,18 @@ def furnish(folder: Path) -> Shell:
     (folder / "excel.csv").write_bytes("prompt;completion\nWo?;Im Caf\u00e9.\n".encode("cp1252"))
     (folder / "weights").mkdir()
     (folder / "weights" / "config.json").write_text("{}", encoding="utf-8")
+    both_ways = BertConfig(vocab_size=261, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=48)  # fmt: skip
+    BertLMHeadModel(both_ways).save_pretrained(folder / "fills-gaps")
+    byte_tokenizer().save_pretrained(folder / "fills-gaps")
+    (folder / "translator").mkdir()
+    (folder / "translator" / "config.json").write_text(
+        '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', encoding="utf-8"
+    )
+    copytree(folder / "tiny", folder / "small")
+    config = json.loads((folder / "small" / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (folder / "small" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     names = {name: getattr(lorafit, name) for name in ("Engine", "Request", "attach")}
     return Shell({**names, "base": base, "adapter": adapter})
 

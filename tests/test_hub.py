@@ -244,10 +244,18 @@ def test_a_repository_that_is_no_base_is_refused_before_any_file_is_fetched(
     assert hub.files_asked() == []
 
 
-def test_a_model_with_code_of_its_own_is_refused_before_its_weights_are_fetched(hub: Hub) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "no causal language model"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
+    ],
+)
+def test_weights_of_a_model_that_is_refused_are_not_fetched(hub: Hub, changed: dict[str, Any], said: str) -> None:
     files = hub.repositories[TINY][NEW]
-    files["config.json"] = json.dumps({**json.loads(files["config.json"]), "auto_map": {"AutoModel": "m.M"}}).encode()
-    with pytest.raises(BaseError, match="auto_map"):
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), **changed}).encode()
+    with pytest.raises(BaseError, match=said):
         opened(TINY)
     assert "model.safetensors" not in hub.files_asked()
 

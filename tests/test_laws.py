@@ -6,15 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import plain_module, tiny_gpt2, tiny_llama
+from conftest import encoder, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
+from torch.backends import mha
 
+from lorafit.attachment import attach, fired
 from lorafit.base import Base
 from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
-from lorafit.testing import LAWS, Case
+from lorafit.testing import LAWS, Case, random_adapter
 from lorafit.variants import VARIANTS
 
-MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "no-transformer": plain_module}
+MODELS = {
+    "llama": tiny_llama, "gpt2": tiny_gpt2, "falcon": tiny_falcon, "no-transformer": plain_module, "encoder": encoder,
+}  # fmt: skip
 
 
 def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
@@ -23,8 +27,9 @@ def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
     base = Base.of(model, name)
     slots = [LowRank(site, 1 + i % 4, 4.0 + i % 3, variant) for i, site in enumerate(all_linear(base))]
     forward: Callable[[], torch.Tensor]
-    if name == "no-transformer":
-        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if name in ("no-transformer", "encoder"):
+        shape = (5, 16) if name == "no-transformer" else (2, 5, 16)  # only a batch is computed by one fused call
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         forward = lambda: model(x)  # noqa: E731
     else:
         ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -38,3 +43,53 @@ def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
 def test_law(law: Callable[[Case], None], model: str, variant: str, dtype: torch.dtype) -> None:
     law(make_case(model, variant, dtype))
+
+
+# torch's fused encoder layer, which passes over the layers within it
+
+
+def test_an_adapter_acts_in_eval_as_it_does_in_train() -> None:
+    case = make_case("encoder", "lora", torch.float32)
+    adapter = random_adapter(case.base, case.plan)
+    in_eval = case.output(adapter)
+    assert not torch.allclose(in_eval, case.bare(), atol=1e-3)
+    case.base.model.train()
+    assert torch.equal(case.output(adapter), in_eval)
+
+
+def test_the_fused_layer_is_left_as_it_was() -> None:
+    case = make_case("encoder", "lora", torch.float32)
+    adapter = random_adapter(case.base, case.plan)
+    assert mha.get_fastpath_enabled()
+    with attach(case.base, adapter) as attached:
+        assert not mha.get_fastpath_enabled()
+        with attached.off(), attached.off():
+            assert mha.get_fastpath_enabled()
+        assert not mha.get_fastpath_enabled()
+        other = make_case("encoder", "lora", torch.float32)
+        with attach(other.base, random_adapter(other.base, other.plan)) as second, second.off():
+            assert not mha.get_fastpath_enabled(), "the first adapter is attached still"
+        assert not mha.get_fastpath_enabled()
+    assert mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with attach(case.base, adapter):
+            pass
+        assert not mha.get_fastpath_enabled(), "as the user had it"
+    finally:
+        mha.set_fastpath_enabled(True)
+
+
+def test_a_model_without_such_layers_leaves_the_fused_layer_on() -> None:
+    case = make_case("llama", "lora", torch.float32)
+    with attach(case.base, random_adapter(case.base, case.plan)):
+        assert mha.get_fastpath_enabled()
+
+
+def test_the_probe_sees_what_an_adapter_reaches_and_nothing_else() -> None:
+    """By hooks, which switch the fused layer off, it saw layers that were passed over once they were gone."""
+    base = make_case("encoder", "lora", torch.float32).base
+    x = torch.ones(1, 3, 16)
+    assert fired(base, lambda: base.model(x)) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert all("forward" not in vars(module) for module in base.model.modules())
+    assert mha.get_fastpath_enabled()

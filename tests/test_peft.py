@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import plain_module, tiny_gpt2, tiny_llama
+from conftest import plain_module, tiny_falcon, tiny_gpt2, tiny_llama
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -34,7 +34,7 @@ from lorafit.testing import random_adapter
 # PEFT 0.21.2 asks transformers 5 for a property by its old name when it prepares a model.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "falcon": tiny_falcon}
 BOTH = pytest.mark.parametrize("variant", ["lora", "dora"])
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))

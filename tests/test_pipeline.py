@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NotATransformer, capitals, write_rows
+from conftest import NotATransformer, byte_tokenizer, capitals, write_rows
 from rich.console import Console
 from torch import nn
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, MixtralConfig, MixtralForCausalLM
 
 from lorafit import demo, explain, pipeline, read_adapter
 from lorafit.attachment import attach, fired, merged, require_fired
@@ -338,6 +339,64 @@ def test_one_narrow_layer_does_not_cap_the_rank_of_all() -> None:
         decision = decide(Base.of(model, "gated"), ROWS, TrainSettings(rank=asked))
         assert [(slot.site.path, slot.rank) for slot in decision.plan.slots] == [(str(i), rank) for i in range(4)]
         assert "1 more are narrower than the rank" in decision.choices[0].reason
+
+
+# How much of a base is reached is said
+
+
+def tiny_mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_experts_that_no_site_is_in_are_named_with_their_share() -> None:
+    model = tiny_mixtral()
+    base = Base.of(model, "experts")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    attention = sum(parameter.numel() for name, parameter in model.named_parameters() if "self_attn" in name)
+    reason = decide(base, ROWS, TrainSettings(rank=4)).choices[0].reason
+    assert f"the adapted layers hold {100 * attention / total:.1f} % of the base's parameters" in reason
+    assert f"out of an adapter's reach are {100 * experts / total:.1f} % in MixtralExperts" in reason
+
+
+def test_the_share_is_told_of_named_sites_too_and_counts_a_tied_weight_once(tiny_base: Base) -> None:
+    total = sum(parameter.numel() for parameter in tiny_base.model.parameters())
+    reason = decide(tiny_base, ROWS, TrainSettings(rank=2, targets=("q_proj",))).choices[0].reason
+    assert (
+        reason == f"named: q_proj; the adapted layers hold {100 * 2 * 32 * 32 / total:.1f} % of the base's parameters"
+    )
+    assert tiny_base.reach(tiny_base.sites).missed == ()
+
+
+# A base whose blocks hand on several hidden states of each token
+
+
+def test_a_base_that_cannot_tell_questions_apart_is_trained_and_that_is_said(
+    tmp_path: Path, data: Path, no_peft: None
+) -> None:
+    torch.manual_seed(0)
+    model = Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            vocab_size=261, vocab_size_per_layer_input=261, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
+            num_kv_shared_layers=0, altup_num_inputs=4, eos_token_id=256, bos_token_id=256, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "gemma")
+    byte_tokenizer().save_pretrained(tmp_path / "gemma")
+    hears = Hears()
+    settings = {**SETTINGS, "epochs": 0.3, "few_shot": 0}
+    pipeline.run_training(str(tmp_path / "gemma"), str(data), tmp_path / "run", settings, listener=hears)
+    assert any("no questions are kept for a router" in said and "more than one hidden state" in said
+               for said in hears.said)  # fmt: skip
+    assert peft.read(tmp_path / "run" / "adapter").plan.slots
+    assert not (tmp_path / "run" / "adapter" / peft.ROUTING).exists()
 
 
 # PEFT's answer is judged

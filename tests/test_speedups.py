@@ -414,6 +414,63 @@ def test_a_model_that_looks_past_the_rows_of_a_pack_is_noticed(monkeypatch: pyte
     assert way_of(base_of("llama", LLAMA), FAMILY_ROWS) == PADDED
 
 
+def test_a_kernel_that_is_wrong_in_one_dtype_alone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared in fp32 takes another one."""
+    right = packs._of_group
+
+    def wrong(group: packs.Group, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        return right(group, q, k, v, scale * (1 if q.dtype == FP32 else 2), window)
+
+    monkeypatch.setattr(packs, "_of_group", wrong)
+    assert way_of(base_of("llama", LLAMA), FAMILY_ROWS) == APART_AND_PACKED
+    assert way_of(base_of("llama", LLAMA, BF16), FAMILY_ROWS) == PADDED
+
+
+# The kernel for rows of many lengths, which runs on a GPU alone: how it is called, by its contract
+
+
+def kernel(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """Row by row, in fp32: (tokens, heads, depth) each."""
+    assert query.shape[1] == key.shape[1], "as many keys as queries"
+    assert max_q == max_k == max(cu_seq_q.diff().tolist())
+    behind, ahead = window_size
+    outs = []
+    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
+        q, k, v = (x[start:end].float().transpose(0, 1) for x in (query, key, value))
+        ago = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        hidden = (ago < -ahead) | (ago > (behind if behind >= 0 else end))
+        scores = (scale or 1) * q @ k.transpose(1, 2)
+        outs.append((scores.masked_fill(hidden, -math.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outs).to(query.dtype)
+
+
+def kernel_that_shares(*given: Any, enable_gqa: bool = False, **named: Any) -> Tensor:
+    """As of torch 2.12 on: keys and values may have fewer heads, if that is said."""
+    q, k, v, *rest = given
+    share = q.shape[1] // k.shape[1] if enable_gqa else 1
+    return kernel(q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), *rest, **named)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("torchs", [kernel, kernel_that_shares], ids=["torch 2.11", "torch 2.12"])
+def test_the_kernel_for_rows_of_many_lengths_is_called_as_each_torch_has_it(
+    torchs: Callable[..., Tensor], heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs)
+    segments = packs.Segments((7, 30, 1, 12), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(50, n, 8, generator=generator) for n in (4, heads, heads))
+    found = packs._varlen(q, k, v, segments, 0.3, window)
+    given = (x.transpose(0, 1)[None] for x in (q, k, v))
+    mask = None if window is None else torch.tensor(window)
+    expected, _ = packs.attention(nn.Module(), *given, mask, 0.3, segments=segments, sliding_window=window)
+    assert torch.allclose(found, expected[0], atol=1e-5)
+
+
 # Sites together
 
 

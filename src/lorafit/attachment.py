@@ -11,6 +11,7 @@ the first forward of an attachment goes site by site and finds them.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -46,18 +48,60 @@ class Source(Protocol):
     def drop(self, x: Tensor) -> Tensor: ...
 
 
+class _Fused:
+    """torch's fused encoder layer, which in `eval()` reads the weights of the layers within it past their forwards.
+
+    Its switch is one for the whole process, so it is counted who wants it off.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unwanted = 0
+        self._before = True
+
+    @contextmanager
+    def wanted(self, on: bool, model: nn.Module) -> Iterator[None]:
+        """Off for the length of the block where the model has such layers; `on` within takes that back."""
+        concerned = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
+        change = 0 if not concerned else -1 if on else 1
+        self._count(change)
+        try:
+            yield
+        finally:
+            self._count(-change)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            if change and not self._unwanted:
+                self._before = mha.get_fastpath_enabled()
+            if change:
+                self._unwanted += change
+                mha.set_fastpath_enabled(self._before and not self._unwanted)
+
+
+_fused = _Fused()
+
+
+def layer_by_layer(base: Base) -> AbstractContextManager[None]:
+    """Have the base call every layer within torch's encoder layers for the length of the block, as `attach` does: fused
+    they would pass over an adapter. What comes out is rounded along another path."""
+    return _fused.wanted(False, base.model)
+
+
 @dataclass
 class Attachment:
     """A handle on an attached adapter: `with attachment.off(): ...` computes as the bare base, bit for bit."""
 
     plan: Plan
+    model: nn.Module
     on: bool = True
 
     @contextmanager
     def off(self) -> Iterator[None]:
         before, self.on = self.on, False
         try:
-            yield
+            with _fused.wanted(True, self.model) if before else nullcontext():
+                yield
         finally:
             self.on = before
 
@@ -95,7 +139,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
     modules = _landing(base, value.plan)
     for slot in value.plan.slots:
         _require_bare(modules[slot.site.path], slot.site.path)
-    attachment = Attachment(value.plan)
+    attachment = Attachment(value.plan, base.model)
     flags = [(parameter, parameter.requires_grad) for parameter in base.model.parameters()]
     shadowed: list[nn.Module] = []
     try:
@@ -106,7 +150,8 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
             module = modules[slot.site.path]
             module.forward = _adapted(_Place.of(module, slot), shared, attachment)
             shadowed.append(module)
-        yield attachment
+        with layer_by_layer(base):
+            yield attachment
     finally:
         for module in shadowed:
             vars(module).pop("forward", None)
@@ -240,7 +285,8 @@ def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tenso
     try:
         for number, module in enumerate(modules):
             module.forward = _changed(number, module.forward, change)
-        yield
+        with layer_by_layer(base):
+            yield
     finally:
         for module in modules:
             vars(module).pop("forward", None)
@@ -461,18 +507,23 @@ def served(base: Base, adapter: Adapter) -> dict[int, Served]:
 
 
 def fired(base: Base, forward: Forward) -> frozenset[str]:
-    """Paths of the sites that take part when `forward()` runs the base, e.g. on the user's rows."""
+    """Paths of the sites that take part when `forward()` runs the base, e.g. on the user's rows: those that `attach`
+    reaches, for they are found as it finds them."""
     seen: set[str] = set()
-    handles = [
-        base.model.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: seen.add(path))
-        for site in base.sites
-    ]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def seeing(path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*given: Any, **named: Any) -> Any:
+            seen.add(path)
+            return original(*given, **named)
+
+        return forward
+
+    with ExitStack() as held, torch.no_grad():
+        held.enter_context(layer_by_layer(base))
+        for site in base.sites:
+            module = base.model.get_submodule(site.path)
+            held.enter_context(_shadowed([module], seeing(site.path, module.forward)))
+        forward()
     return frozenset(seen)
 
 

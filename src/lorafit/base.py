@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +24,19 @@ from lorafit import sources
 from lorafit.errors import BaseError
 from lorafit.layers import find_sites
 from lorafit.sites import Site
-from lorafit.sources.folder import weight_files
+from lorafit.sources.folder import classes, weight_files
 from lorafit.sources.progress import Report, Watch, silent, unwatched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in settings and run.json
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How much of a model some sites hold. share: of all its parameters. missed: the kinds of modules that hold other
+    matrices and are neither sites nor embeddings, with the share of each, the largest first."""
+
+    share: float
+    missed: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +75,23 @@ class Base:
         said = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(said) if isinstance(said, int) and said > 0 else None
 
+    def reach(self, sites: Iterable[Site]) -> Reach:
+        """How much of the model these sites hold, and what holds matrices that no adapter can act on."""
+        chosen, known = {site.path for site in sites}, {site.path for site in self.sites}
+        total = held = 0
+        missed: Counter[str] = Counter()
+        seen: set[int] = set()
+        for path, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                total += parameter.numel()
+                held += parameter.numel() if path in chosen else 0
+                if path not in known and parameter.ndim > 1 and not isinstance(module, nn.Embedding):
+                    missed[type(module).__name__] += parameter.numel()
+        return Reach(held / max(1, total), tuple((name, size / total) for name, size in missed.most_common()))
+
     def tied(self, path: str) -> tuple[str, ...]:
         """Paths of the other modules whose weight is the very one of the module at `path`."""
         weight = self.model.get_submodule(path)._parameters.get("weight")
@@ -86,6 +113,7 @@ class Base:
         """A base from any module in memory. Its identity is the content of its parameters as they are now."""
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise BaseError("this is the compiled wrapper of a model: make the base from the model inside it")
+        _require_numbers(model, name)
         return Base(name, model, _digest({key: value.detach() for key, value in model.named_parameters()}))
 
 
@@ -116,7 +144,12 @@ def open_base(
     folder, known_as = sources.found(str(name), report, watch)
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
-    return Base(known_as, model, identity, tokenizer, folder, sources.address(known_as))
+    base = Base(known_as, model, identity, tokenizer, folder, sources.address(known_as))
+    if {site.path for site in base.sites} <= base.head_paths():
+        kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
+        raise BaseError(f"'{known_as}': no layer of its blocks is of a kind that can be adapted (its weights are in "
+                        f"{kinds}): choose another base")  # fmt: skip
+    return base
 
 
 def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwatched) -> Base:
@@ -171,7 +204,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, device_map=_device_map(),
         )  # fmt: skip
     except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
         raise BaseError(
@@ -182,14 +215,22 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
              for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(kind)]  # fmt: skip
     if wrong:
+        saved, causal = classes(folder)
+        if saved not in (causal, model.config.model_type):
+            raise BaseError(f"{folder}: holds {saved}, whose weights are not those of {causal}: name the folder of a "
+                            "causal language model")  # fmt: skip
         raise BaseError(f"{folder}: weights and config do not belong together: " + "; ".join(wrong)
                         + ": copy both from one place")  # fmt: skip
     _require_rows(folder, model, tokenizer)
+    _require_numbers(model, str(folder))
     model.eval()
     model.requires_grad_(False)
-    if torch.cuda.is_available():
-        opened[0].to("cuda")
     return model, tokenizer
+
+
+def _device_map() -> dict[str, str] | None:
+    """Where weights go from their files: onto the GPU, if there is one, and not through the memory of the host."""
+    return {"": "cuda"} if torch.cuda.is_available() else None
 
 
 def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -204,6 +245,15 @@ def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
             f"({some}): copy the tokenizer that the model came with, or resize the model (resize_token_embeddings) and "
             "save it"
         )
+
+
+def _require_numbers(model: nn.Module, name: str) -> None:
+    """Raise BaseError where a weight is no matrix of numbers, but codes that its module unpacks as it computes."""
+    coded = [path for path, parameter in model.named_parameters() if type(parameter.data) is not Tensor
+             or (parameter.ndim > 1 and not (parameter.is_floating_point() or parameter.is_complex()))]  # fmt: skip
+    if coded:
+        raise BaseError(f"'{name}': {len(coded)} of its weights are quantised, such as {coded[0]}, and such weights "
+                        "are not read yet: open the 16-bit model they were made from")  # fmt: skip
 
 
 def fastest_dtype() -> torch.dtype:

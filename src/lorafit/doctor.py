@@ -14,13 +14,14 @@ import torch
 from lorafit.attachment import attach, fired, fresh, packing
 from lorafit.base import Base, fastest_dtype, matrix_speed, open_base
 from lorafit.data.render import Row
+from lorafit.errors import NotCausalError
 from lorafit.files import free_bytes
 from lorafit.plan import uniform
-from lorafit.planning.rules import all_linear
+from lorafit.planning.rules import all_linear, reached
 from lorafit.sources import builtin, folder, gguf
 from lorafit.sources.progress import Report, Watch, silent, unwatched
 from lorafit.tasks.completion import batch_of
-from lorafit.tasks.probe import way_of
+from lorafit.tasks.probe import require_causal, way_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.state import TrainState
 
@@ -116,14 +117,13 @@ def opened(name: str, report: Report = silent, watch: Watch = unwatched) -> list
     value = (
         f"{base.name} in {time.monotonic() - start:.0f} s, {size:.2f} GB as {str(base.dtype).removeprefix('torch.')}"
     )
-    return [Finding("base", value), _context(base), _sites(base), *_training(base)]
+    found = [Finding("base", value), _context(base), _direction(base), _sites(base)]
+    return found if any(one.state == BROKEN for one in found) else [*found, *_training(base)]
 
 
 def _training(base: Base) -> list[Finding]:
-    """How fast it trains, by steps that are taken; nothing of a base that has no causal head to train by."""
+    """How fast it trains, by a step that is taken."""
     sites = all_linear(base)
-    if not sites or not base.head_paths():
-        return []
     width = min(TRIED_TOKENS, base.context or TRIED_TOKENS)
     rows = [Row(tuple((7 * i + k) % 97 for k in range(width)), (False, *[True] * (width - 1)), i)
             for i in range(TRIED_ROWS)]  # fmt: skip
@@ -142,6 +142,16 @@ def _context(base: Base) -> Finding:
     return Finding("context", f"{base.context:,} tokens" if base.context else "the base does not say")
 
 
+def _direction(base: Base) -> Finding:
+    """Whether what the base predicts depends on earlier tokens alone."""
+    try:
+        require_causal(base, Row(tuple(range(8)), (False, *[True] * 7), 0))
+    except NotCausalError:
+        value = "a later token changes what is predicted before it"
+        return Finding("direction", value, BROKEN, "no causal language model: choose another base")
+    return Finding("direction", "from left to right: no token changes what is predicted before it")
+
+
 def _sites(base: Base) -> Finding:
     """Run a few tokens through the base and see which sites take part."""
     ids = torch.arange(8, device=base.device)[None]
@@ -151,9 +161,10 @@ def _sites(base: Base) -> Finding:
     value = f"{len(sites) - len(silent)} of {len(sites)} linear layers of the blocks take part"
     if len(silent) == len(sites):
         return Finding("sites", value, BROKEN, "nothing here can be adapted: choose another base")
+    advice = [reached(base, [site for site in sites if site.path in seen])]
     if silent:
-        return Finding("sites", value, GOOD, f"left out by rule: {', '.join(silent[:3])}{' ...' if silent[3:] else ''}")
-    return Finding("sites", value)
+        advice.append(f"left out by rule: {', '.join(silent[:3])}{' ...' if silent[3:] else ''}")
+    return Finding("sites", value, GOOD, "; ".join(advice))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
     │   ├── TargetError (LookupError)        a target that matches no site, or one that never fires
     │   ├── PlanError                        a rank, scale or variant that cannot be
     │   ├── BaseError                        a base that cannot be opened
+    │   │   ├── NotCausalError               a base that sees what it is to predict
     │   │   └── NotServedError               a base that the engine does not serve
     │   ├── AdapterError                     an adapter that does not fit its plan or its base
     │   ├── FormatError                      a file that is not what its name says
@@ -102,6 +103,10 @@ class PlanError(InputError):
 
 class BaseError(InputError):
     """A base that cannot be opened, or lacks what is asked of it."""
+
+
+class NotCausalError(BaseError):
+    """A base whose predictions depend on later tokens: it cannot be trained or scored on completions."""
 
 
 class NotServedError(BaseError):

@@ -6,9 +6,10 @@ row by row: the cost is the sum of the squares of their lengths. No row can see 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,11 +116,19 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
     from torch.nn.attention.varlen import varlen_attn
 
     edges, longest = segments.edges, max(segments.lengths)
-    behind = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(behind, 0),
-                      enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    behind, share = -1 if window is None else window - 1, q.shape[1] // k.shape[1]
+    named: dict[str, Any] = {"enable_gqa": share > 1} if _shares_heads(varlen_attn) else {}
+    if share > 1 and not named:
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(behind, 0), **named)
     assert isinstance(out, Tensor)
     return out
+
+
+@cache
+def _shares_heads(kernel: Callable[..., Any]) -> bool:
+    """Whether keys and values may have fewer heads than queries: from torch 2.12 on."""
+    return "enable_gqa" in signature(kernel).parameters
 
 
 def _of_group(group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Module kinds that can be adapted, and how to find them. One file per kind, one line in KINDS.
 
-Types are matched exactly: a subclass may read its weight past its own forward (the out_proj of
-nn.MultiheadAttention does), and an adapter on it would silently do nothing.
+Types are matched exactly, or a kind tries out what a module computes: a subclass may scale what it gives, or be read
+past its own forward.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ _BY_TYPE = {module_type: name for name, kind in KINDS.items() for module_type in
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Name of the kind that handles exactly this type of module, or None."""
-    return _BY_TYPE.get(type(module))
+    """Name of the kind that handles this module, or None."""
+    exact = _BY_TYPE.get(type(module))
+    return exact or next((name for name, kind in KINDS.items() if kind.computes_as(module)), None)
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:

@@ -1,8 +1,17 @@
-"""torch.nn.Linear: weight (d_out, d_in), y = x Wᵀ + b."""
+"""torch.nn.Linear: weight (d_out, d_in), y = x Wᵀ + b. A subclass of it counts where it computes that."""
 
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafit.layers.kind import Kind
+
+SCALES = (1.0, 8.0, 0.125, 64.0)  # of the random inputs on which a subclass is tried
+SUMS = 1e-5  # relative, beside the rounding of what comes out: sums of one product, added up in another order
+_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:
@@ -20,4 +29,37 @@ def _bias(module: nn.Module) -> Tensor | None:
     return module.bias
 
 
-KIND = Kind((nn.Linear,), _widths, _weight, _bias, stored=lambda matrix: matrix)
+def _computes_as(module: nn.Module) -> bool:
+    """Whether a subclass computes x Wᵀ + b. Tried once: weights of a base stay as they are."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if module not in _tried:
+        _tried[module] = _is_plain(module) and _equals_linear(module)
+    return _tried[module]
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    """Whether it holds a weight and a bias and nothing else, and nothing reads the weight past its forward, as
+    nn.MultiheadAttention does with its out_proj."""
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.is_floating_point():
+        return False
+    more = {*module._parameters} - {"weight", "bias"} or module._buffers or module._modules
+    return not more and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _equals_linear(module: nn.Linear) -> bool:
+    weight = module.weight
+    numbers = torch.randn(1, len(SCALES), module.in_features, generator=torch.Generator().manual_seed(0))
+    x = (numbers * torch.tensor(SCALES)[:, None]).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            own = type(module).forward(module, x)  # of the class, whatever is attached to the instance
+            expected = F.linear(x, weight, module.bias)
+            within = (2 * torch.finfo(weight.dtype).eps + SUMS) * expected.float().norm(dim=-1)
+            return own.shape == expected.shape and bool(((own - expected).float().norm(dim=-1) <= within).all())
+        except Exception:  # it wants other arguments, or gives no tensor
+            return False
+
+
+KIND = Kind((nn.Linear,), _widths, _weight, _bias, stored=lambda matrix: matrix, computes_as=_computes_as)

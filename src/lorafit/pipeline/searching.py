@@ -36,7 +36,7 @@ from lorafit.planning.halving import (
     survivors,
 )  # fmt: skip
 from lorafit.planning.placement import ALL, Placement, placements
-from lorafit.planning.rules import told, told_rank
+from lorafit.planning.rules import reached, told, told_rank
 from lorafit.planning.signal import Card, Signal, card_of
 from lorafit.run import CARD, SEARCH, TRIED
 from lorafit.settings import TrainSettings
@@ -293,7 +293,8 @@ class _Search:
         winner, reason = self._halve(arms, "place", first)
         self.listener.say(f"{winner.name}: {reason}")
         decision = replace(decision, plan=self.plans[winner.plan])
-        reason = f"{winner.name}, searched among {_list(arms)}: {reason}"
+        share = reached(self.opened.base, [slot.site for slot in decision.plan.slots])
+        reason = f"{winner.name}, searched among {_list(arms)}: {reason}; {share}"
         decision = told(decision, "sites", str(len(decision.plan.slots)), reason)
         said = f"{len(arms)} places and ranks, the first of {first} steps"
         if decision.plan == self.opened.decision.plan:

@@ -17,7 +17,7 @@ import torch
 
 from lorafit.adapter import Adapter
 from lorafit.data.reading import BUILTIN
-from lorafit.errors import DivergedError, FormatError
+from lorafit.errors import BaseError, DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import absolute, make_folder, write_json, write_text
 from lorafit.formats import peft
@@ -248,9 +248,16 @@ def _summary(
 
 
 def _routing(opened: Opened, questions: int, listener: Listener) -> bytes | None:
-    """What a router learns from, of the examples that were trained and validated on."""
+    """What a router learns from, of the examples that were trained and validated on; nothing where the base cannot
+    tell, which is said."""
+    if not questions:
+        return None
     examples = opened.examples
-    found = Features.of(opened.base, examples.train, examples.valid, questions, listener.watch) if questions else None
+    try:
+        found = Features.of(opened.base, examples.train, examples.valid, questions, listener.watch)
+    except BaseError as error:
+        listener.say(f"no questions are kept for a router: {error}")
+        return None
     return found.to_bytes() if found else None
 
 

@@ -7,7 +7,7 @@ Capacity: LoRA parameters ≥ trained tokens (Tinker primer). Learning rate: 5e-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lorafit.attachment import blocks_below, free_blocks
@@ -28,6 +28,7 @@ SMALLEST_RANK, TRIMMED_RANK, LARGEST_RANK = 8, 32, 64
 BATCHES = ((4, 2_000), (8, 8_000), (16, 32_000), (32, math.inf))
 STEPS_WANTED, MOST_EPOCHS = 450, 3.0
 EARLY = 8  # of the steps to the first validation, the share after which is validated too: the fall is steep there
+WORTH_TELLING = 0.01  # share of the base's parameters that is told by the kind of module it is in
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ def all_linear(base: Base) -> tuple[Site, ...]:
     """Every site of the base but its output head, and what PEFT adapts in no model of this family."""
     head = base.head_paths()
     return tuple(site for site in base.sites if site.path not in head and not refused_by_peft(base.model, site.name))
+
+
+def reached(base: Base, sites: Iterable[Site]) -> str:
+    """What share of the base's parameters these sites hold, and what kinds of modules hold much that no adapter can act
+    on, as the experts of most families do."""
+    reach = base.reach(sites)
+    held = f"the adapted layers hold {100 * reach.share:.1f} % of the base's parameters"
+    large = [f"{100 * share:.1f} % in {name}" for name, share in reach.missed if share >= WORTH_TELLING]
+    return held + (f"; out of an adapter's reach are {', '.join(large)}" if large else "")
 
 
 def hidden_size(base: Base) -> int:
@@ -139,7 +149,8 @@ def _sites(
     base: Base, candidates: tuple[Site, ...], rank: int, settings: TrainSettings
 ) -> tuple[tuple[Site, ...], Choice]:
     if settings.targets is not None:
-        return candidates, Choice("sites", str(len(candidates)), f"named: {', '.join(settings.targets)}", "--targets")
+        reason = f"named: {', '.join(settings.targets)}; {reached(base, candidates)}"
+        return candidates, Choice("sites", str(len(candidates)), reason, "--targets")
     sites = tuple(site for site in candidates if min(site.d_in, site.d_out) >= rank)
     if not sites:
         widest = max(min(site.d_in, site.d_out) for site in candidates)
@@ -150,7 +161,7 @@ def _sites(
         reason += f"; {silent} more take no part in a forward over your rows"
     if narrow := len(candidates) - len(sites):
         reason += f"; {narrow} more are narrower than the rank"
-    return sites, Choice("sites", str(len(sites)), reason, "--targets")
+    return sites, Choice("sites", str(len(sites)), f"{reason}; {reached(base, sites)}", "--targets")
 
 
 def _rank(sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings) -> tuple[int, Choice]:

@@ -57,7 +57,8 @@ def pooled(streams: Sequence[Tensor]) -> Tensor:
 
 
 def features_of(base: Base, texts: Sequence[str], watch: Watch = unwatched) -> Tensor:
-    """(texts, depths · d), fp32, of the bare base. Raises BaseError as `depths` does."""
+    """(texts, depths · d), fp32, of the bare base. Raises BaseError as `depths` does, and where the blocks hand on more
+    than one hidden state of each token."""
     read = depths(base)
     asked = [token_ids(base, text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(asked[i]))
@@ -68,6 +69,9 @@ def features_of(base: Base, texts: Sequence[str], watch: Watch = unwatched) -> T
         ids = torch.tensor([asked[i] + asked[i][:1] * (width - len(asked[i])) for i in chosen], device=base.device)
         with torch.inference_mode(), inputs_of_blocks(base, read) as streams:
             base.model(input_ids=ids, use_cache=False)
+        if any(stream.shape[:-1] != ids.shape for stream in streams):
+            raise BaseError(f"'{base.name}' cannot tell questions apart for a router, for its blocks hand on more than "
+                            "one hidden state of each token: name the adapter in each request")  # fmt: skip
         for row, i in enumerate(chosen):
             found[i] = pooled([stream[row, : len(asked[i])] for stream in streams])
         watch("questions for the router", len(found), len(texts), "questions")
@@ -91,11 +95,8 @@ class Features:
         base: Base, train: Sequence[Example], valid: Sequence[Example], most: int = 512, watch: Watch = unwatched
     ) -> Features | None:
         """Of examples; of more than `most`, and a quarter of it for validation, evenly chosen ones. None where they ask
-        nothing, or the base cannot tell."""
-        try:
-            read = depths(base)
-        except BaseError:
-            return None
+        nothing. Raises BaseError where the base cannot tell."""
+        read = depths(base)
         texts = []
         for split, room in ((train, most), (valid, -(-most // 4))):
             asked = [example for example in split if not example.is_text and question_of(example.messages).strip()]

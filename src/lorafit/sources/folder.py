@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lorafit.errors import BaseError
 from lorafit.files import read_json
@@ -14,22 +16,26 @@ _MAY_NAME_CODE = ("config.json", "preprocessor_config.json", "processor_config.j
 
 
 def check(folder: Path, *, weights: bool = True) -> None:
-    """Raise BaseError listing all that is missing from, or not allowed in, a model folder."""
-    problems = [*_config(folder), *code(folder), *_tokenizer(folder), *(_weights(folder) if weights else [])]
+    """Raise BaseError listing all that is missing from, or not allowed in, a model folder; of a model of another kind
+    that alone, for nothing that is missing from it matters then."""
+    if other := _other_kind(folder):
+        raise BaseError(f"{folder}: holds {other}, which is no causal language model: name the folder of one, which "
+                        "writes from left to right; lorafit bases lists some")  # fmt: skip
+    problems = [*_config(folder), *_code(folder), *_quantised(folder), *_tokenizer(folder),
+                *(_weights(folder) if weights else [])]  # fmt: skip
     if problems:
         raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems)
                         + "\nname the folder of a whole model; lorafit bases lists some")  # fmt: skip
 
 
+def is_refused(folder: Path) -> bool:
+    """Whether `check` refuses the folder for what its small files say, whatever weights come with them."""
+    return bool(_other_kind(folder) or _code(folder) or _quantised(folder))
+
+
 def is_whole(folder: Path, *, weights: bool = True) -> bool:
     """Whether nothing is missing, be it allowed or not."""
     return not (_config(folder) or _tokenizer(folder) or (weights and _weights(folder)))
-
-
-def code(folder: Path) -> list[str]:
-    """Files that name code of their own."""
-    return [f"{name} names code of its own (auto_map), which is never run: use a model that transformers knows by "
-            "itself" for name in _MAY_NAME_CODE if _names_code(folder / name)]  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -40,6 +46,58 @@ def weight_files(folder: Path) -> list[Path]:
     if index.exists():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return sorted(folder.glob("*.safetensors"))
+
+
+def classes(folder: Path) -> tuple[str, str | None]:
+    """The class that a model was saved from, or its type where the config tells no class, and the class of the causal
+    language model that transformers has for its type, if any."""
+    from transformers.models.auto import modeling_auto
+
+    described = _described(folder / "config.json")
+    kind, named = str(described.get("model_type")), described.get("architectures")
+    saved = named[0] if isinstance(named, list) and named else kind
+    return str(saved), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+
+
+def _other_kind(folder: Path) -> str | None:
+    """The class of a model that transformers knows, and knows as no causal language model; None for others."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    described, (saved, causal) = _described(folder / "config.json"), classes(folder)
+    known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    if str(described.get("model_type")) not in known or saved == causal:
+        return None
+    if causal is None:
+        return saved
+    others = (
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    )
+    looks_back = described.get("is_decoder") is True
+    return saved if not looks_back and any(saved in kinds.values() for kinds in others) else None
+
+
+def _code(folder: Path) -> list[str]:
+    """Files that name code of their own."""
+    return [f"{name} names code of its own (auto_map), which is never run: use a model that transformers knows by "
+            "itself" for name in _MAY_NAME_CODE if _described(folder / name).get("auto_map")]  # fmt: skip
+
+
+def _quantised(folder: Path) -> list[str]:
+    """Whether the config says of the model, or of a part of it, that its weights are codes instead of numbers."""
+    described = _described(folder / "config.json")
+    parts = [described, *(part for part in described.values() if isinstance(part, dict))]
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if found is None:
+        return []
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    how = f"quantised by {method}" if method else "quantised"
+    return [f"its weights are {how} (quantization_config in config.json), and such weights are not read yet: use the "
+            "16-bit model they were made from, or a GGUF file of it"]  # fmt: skip
 
 
 def _config(folder: Path) -> list[str]:
@@ -72,9 +130,10 @@ def _weights(folder: Path) -> list[str]:
     return [f"{len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}"] if missing else []
 
 
-def _names_code(path: Path) -> bool:
+def _described(path: Path) -> dict[str, Any]:
+    """A file of settings; nothing where it is none, which is told where it matters."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False  # told apart where it matters
-    return isinstance(described, dict) and bool(described.get("auto_map"))
+        return {}
+    return described if isinstance(described, dict) else {}

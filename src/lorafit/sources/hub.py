@@ -95,7 +95,8 @@ def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = Tru
     try:
         with _explained(wanted):
             path = _fetch(commit, [name for name in small if name in missing], bar)
-            if not (path and folder.code(path)):  # told by the check of the folder, before gigabytes are fetched for it
+            # What is refused is told by the check of the folder, before gigabytes are fetched for it.
+            if not (path and folder.is_refused(path)):
                 path = _fetch(commit, [name for name in large if name in missing], bar) or path
             if not wanted.is_commit and (here is None or here.name != info.sha):
                 _fetch(wanted, ["config.json"], bar)  # now the branch may name this commit

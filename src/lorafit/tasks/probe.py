@@ -16,28 +16,84 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.attachment import blocks_of, packing
+from lorafit import packing as packs
+from lorafit.attachment import attending, blocks_of, packing
 from lorafit.base import Base
 from lorafit.data.batches import Start
 from lorafit.data.render import Row
+from lorafit.errors import NotCausalError
 from lorafit.tasks.completion import PLAIN, Way, batch_of, body, head_of
 
 PROBED = 64  # tokens of a row that are looked at
+WATCHED = "lorafit_watched"  # under which transformers finds attention that is compared
 COPIED = 1 << 26  # numbers of the blocks that are copied to fp32, at least one block
 ROUNDING = 1e-4  # relative, of hidden states in fp32: some 1,000 roundings of 6e-8; another position is off by 1e-2
 
 
 def way_of(base: Base, rows: Sequence[Row]) -> Way:
-    """How this base may be run, by the beginnings of two rows.
+    """How this base may be run, by the beginnings of two rows. Raises NotCausalError as `require_causal` does.
 
     Some families scale or cap their logits after the head, carry a state from token to token, or take distances from
     elsewhere than position ids: those are run the plain way.
     """
     ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
     few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in (ids * 2)[:2]]  # two, or nothing could leak
+    if few:
+        require_causal(base, max(few, key=lambda row: len(row.ids)))
     with torch.no_grad():
         separate = _succeeds(lambda: _has_separate_head(base, few))
-        return Way(separate, _succeeds(lambda: _keeps_rows_apart(base, few) and _computes_as_alone(base, few)))
+        return Way(separate, _succeeds(lambda: _keeps_rows_apart(base, few) and _computes_as_alone(base, few)
+                                       and _attends_as_in_fp32(base, few)))  # fmt: skip
+
+
+@torch.no_grad()
+def require_causal(base: Base, row: Row) -> None:
+    """Raise NotCausalError where a later token of a row changes what the base predicts before it: it would be trained
+    and scored on answers that it can see."""
+    known = sorted({*row.ids, abs(row.ids[0] - 1)})
+    before = _logits(base, row)
+    if not before.isfinite().all():
+        return  # told where it is scored
+    for cut in (len(row.ids) // 2, len(row.ids) - 1):
+        others = (known[known.index(token) - 1] for token in row.ids[cut:])
+        other = replace(row, ids=(*row.ids[:cut], *others))
+        if not _alike_before(base, cut, row, other, before, _logits(base, other)):
+            raise NotCausalError(f"'{base.name}': a later token changes what it predicts before it, so it would be "
+                                 "trained and scored on answers that it can see: choose a causal language model, which "
+                                 "writes from left to right")  # fmt: skip
+
+
+def _alike_before(base: Base, cut: int, row: Row, other: Row, logits: Tensor, of_other: Tensor) -> bool:
+    """Whether two rows that part at `cut` have the same bits before it.
+
+    An expert that is given other tokens may round otherwise, so where bits differ fp32 decides, in which what is more
+    than rounding shows: of a base in another dtype, in a copy of the lowest blocks.
+    """
+    if torch.equal(logits[:cut], of_other[:cut]):
+        return True
+    if base.dtype == torch.float32:
+        return _alike(logits[:cut], of_other[:cut])
+    return _succeeds(lambda: _alike(*(_hidden(_in_fp32(base), one)[:cut] for one in (row, other))))
+
+
+def _logits(base: Base, row: Row) -> Tensor:
+    """(tokens, vocabulary), of a row on its own."""
+    return body(base, batch_of(base, [row], PLAIN), PLAIN)[0, : len(row.ids)]
+
+
+def _hidden(base: Base, row: Row) -> Tensor:
+    """The last hidden states (tokens, width) of a row on its own."""
+    return body(base, batch_of(base, [row], PLAIN), Way(True, False))[0, : len(row.ids)]
+
+
+def _in_fp32(base: Base) -> Base:
+    """The base, or in another dtype a copy of its lowest blocks."""
+    return base if base.dtype == torch.float32 else replace(base, model=_lowest_blocks_in_fp32(base))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors (tokens, width) in fp32 differ by rounding alone."""
+    return bool(((a - b).norm(dim=-1) <= ROUNDING * b.norm(dim=-1)).all())
 
 
 def _succeeds(test: Callable[[], bool]) -> bool:
@@ -98,10 +154,29 @@ def _has_no_gradient_across(base: Base, rows: Sequence[Row]) -> bool:
 def _computes_as_alone(base: Base, rows: Sequence[Row]) -> bool:
     """Whether the rows of a pack have the hidden states that each has on its own. In fp32, where a difference that is
     more than rounding shows: of a base in another dtype the lowest blocks are copied."""
-    wide = base if base.dtype == torch.float32 else replace(base, model=_lowest_blocks_in_fp32(base))
-    alone = [body(wide, batch_of(wide, [row], PLAIN), Way(True, False))[0, : len(row.ids)] for row in rows]
-    pairs = zip(_packed(wide, rows), alone, strict=True)
-    return all(bool(((a - b).norm(dim=-1) <= ROUNDING * b.norm(dim=-1)).all()) for a, b in pairs)
+    wide = _in_fp32(base)
+    return all(_alike(packed, _hidden(wide, row)) for packed, row in zip(_packed(wide, rows), rows, strict=True))
+
+
+def _attends_as_in_fp32(base: Base, rows: Sequence[Row]) -> bool:
+    """Whether attention over a pack, which other kernels compute in other dtypes, gives what it gives in fp32.
+
+    It is a mean of values: rounding its weights and rounding it move it by half a unit in the last place of the largest
+    value each. Another row's token, or a later one, moves it by as much as values differ.
+    """
+    alike = []
+
+    def both(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any) -> Any:
+        own, _ = packs.attention(module, q, k, v, mask, **given)
+        wide, _ = packs.attention(module, q.float(), k.float(), v.float(), mask, **given)
+        within = 2 * torch.finfo(v.dtype).eps * v.float().abs().max()
+        alike.append(bool(((own - wide).abs() <= within).all()))
+        return own, None
+
+    if base.dtype != torch.float32:
+        with attending(base, WATCHED, both):
+            body(base, batch_of(base, rows, Way(True, True)), Way(True, True))
+    return all(alike)
 
 
 def _packed(base: Base, rows: Sequence[Row]) -> list[Tensor]:
