@@ -58,7 +58,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "a field that nothing reads": ({**PAIR, "mood": "kind"}, ("How far?", "Two miles.")),
     "two of them": ({**PAIR, "mood": "kind", "weather tomorrow": "rain"}, ("How far?", "Two miles.")),
     "one of a message": ({"messages": [TALK[0], {**TALK[1], "mood": "kind"}]}, ("How far?", "Two miles.")),
-    "thoughts": ({"messages": [TALK[0], {**TALK[1], "reasoning": "Hm."}]}, ("How far?", "Two miles.")),
+    "a plan": ({"messages": [TALK[0], {**TALK[1], "plan": "Hm."}]}, ("How far?", "Two miles.")),
     "a call beside words": ({"messages": [TALK[0], {**TALK[1], "tool_calls": [CALL]}]}, ("How far?", "Two miles.")),
     "pictures": ({**PAIR, "images": ["a.png"]}, ("How far?", "Two miles.")),
     "earlier turns": ({**PAIR, "history": [["Who?", "Ann."]]}, ("How far?", "Two miles.")),

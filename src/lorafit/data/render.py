@@ -272,7 +272,8 @@ class Renderer:
     def _head(self, messages: Sequence[Message], message: Message) -> str:
         """What finished turns begin with whatever the message says, or thinks, without spaces that words may begin
         with."""
-        others = [replace(message, **{"reasoning" if message.reasoning else "content": word}) for word in "xy"]
+        others = [replace(message, reasoning=word) if message.reasoning else replace(message, content=word)
+                  for word in "xy"]  # fmt: skip
         said = [self.text([*messages, other], prompt=False) for other in others]
         return os.path.commonprefix(said).rstrip(" ")  # noqa: RUF071 (of text, not of paths)
 
