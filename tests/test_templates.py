@@ -445,6 +445,12 @@ def test_a_run_learns_reasoning_and_scores_it_apart(tmp_path: Path) -> None:
     assert again["nll_of_reasoning"]["adapter"] > 0
 
 
+def test_reasoning_may_be_passed_over(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [ROWS["in a message"]])
+    (example,) = read_examples(path, ["unused=messages[].reasoning_content"]).train
+    assert example.messages == PLAIN.messages
+
+
 # Settings of a template
 
 
