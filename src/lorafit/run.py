@@ -171,8 +171,8 @@ def sole_writer(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{out}: another process is at work in this run: let it end, or stop it with Ctrl-C there, "
-                           "which saves, and go on with --resume") from None  # fmt: skip
+            raise RunError(f"{out}: another process is at work in this run: stop it with Ctrl-C there, which "
+                           "saves, or leave this folder to it until it has ended") from None  # fmt: skip
         except OSError:
             pass
         yield
