@@ -61,9 +61,13 @@ def classes(folder: Path) -> tuple[str, str | None]:
 
 def _other_kind(folder: Path) -> str | None:
     """The class of a model that transformers knows, and knows as no causal language model; None for others."""
+    described = _described(folder / "config.json")
+    named = described.get("architectures")
+    if isinstance(named, list) and named and str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        return None  # without transformers, which takes seconds to import
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    described, (saved, causal) = _described(folder / "config.json"), classes(folder)
+    saved, causal = classes(folder)
     known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     if str(described.get("model_type")) not in known or saved == causal:
         return None
