@@ -235,7 +235,10 @@ def _device_map() -> dict[str, str] | None:
 
 def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raise BaseError where the tokenizer has ids for which the model has no row in its embedding."""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # transformers does not find it in a class that names none
+        return
     rows = len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows)
     if beyond:
