@@ -406,3 +406,12 @@ def test_where_all_ask_one_thing_an_answer_on_two_sides_is_a_leak() -> None:
     require_apart(Examples(tuple(lines(12)), (), tuple(lines(3, 100))))
     with pytest.raises(DataError, match="near-identical to x:5 in train"):
         require_apart(Examples(tuple(lines(12)), (), (example("Write a line.", "y:1", lines(12)[5].answer),)))
+
+
+def test_large_groups_are_held_out_no_sooner_than_small_ones() -> None:
+    """Of a draw for each example, the least would put groups of many first, and leave few that are independent."""
+    large = [example(f"{name} {i}", group=name) for name in map(str, range(20)) for i in range(50)]
+    single = [example(f"alone {i} {i * i}") for i in range(2000)]
+    test = complete(Examples((*large, *single))).test
+    held = len({one.group or one.question for one in test})
+    assert held / len(test) > 0.5, "two thirds of all examples are alone"

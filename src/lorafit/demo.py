@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
 from lorafit.pipeline import Listener, run_training
-from lorafit.run import RUN, SUMMARY, WRITTEN, left_by_kills
+from lorafit.run import RUN, SUMMARY, WRITTEN, left_by_kills, sole_writer
 from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"
@@ -24,7 +25,8 @@ def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
         "Tarnwick Supply, a company invented for this demo, has a help desk for IT support, returns and product "
         "advice. The base has never heard of it; the adapter learns its handbook."
     )
-    resume = _earlier(out, listener)
+    with sole_writer(out) if out.is_dir() else nullcontext():
+        resume = _earlier(out, listener)
     if resume:
         listener.say(f"going on with the demo that was stopped in {out}")
     try:

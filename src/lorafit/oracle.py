@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorafit.base import Base
@@ -39,7 +39,9 @@ def compare_with_peft(
     if importlib.util.find_spec("peft") is None:
         say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
         return None
-    needed = FP32 * sum(parameter.numel() for parameter in base.model.parameters()) + BESIDE
+    config: Any = base.model.config
+    logits = 3 * sum(map(len, rows)) * int(config.get_text_config().vocab_size)  # of the base, of ours, of theirs
+    needed = FP32 * (sum(parameter.numel() for parameter in base.model.parameters()) + logits) + BESIDE
     if room is not None and needed > room:
         say(f"PEFT was not asked to read the adapter: to open the base in fp32 once more takes about "
             f"{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left")  # fmt: skip
@@ -48,7 +50,8 @@ def compare_with_peft(
     command = [sys.executable, "-m", "lorafit.with_peft", str(folder.resolve()), str(base.folder.resolve())]
     done = subprocess.run(command, input=json.dumps(rows), capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        ended = f"its process was ended by signal {-done.returncode}" if done.returncode < 0 else "no reason given"
+        reason = (done.stderr.strip().splitlines() or [ended])[-1]
         say(f"PEFT did not read the adapter: {reason}")
         return None
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

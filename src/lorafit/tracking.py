@@ -62,7 +62,12 @@ class WeightsAndBiases:
     def __init__(self, out: Path, facts: Mapping[str, Any]):
         import wandb
 
-        self._run = wandb.init(project=PROJECT, name=out.resolve().name, config=dict(facts), dir=str(out))
+        # By default it also keeps what is printed, the command that was typed, and the folder's changes in git.
+        private = wandb.Settings(console="off", disable_git=True, disable_code=True, save_code=False,
+                                 x_disable_meta=True, x_disable_stats=True)  # fmt: skip
+        self._run = wandb.init(
+            project=PROJECT, name=out.resolve().name, config=dict(facts), dir=str(out), settings=private
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

@@ -102,7 +102,7 @@ def complete(examples: Examples, share: float = 0.1, questions: Questions | None
         return examples
     together = clusters(examples.train, questions or Questions.of(examples))
     taken: dict[str, list[list[int]]] = {"train": [], **{name: [] for name in want}}
-    for members in sorted(together, key=lambda members: min(_draw(examples.train[i]) for i in members)):
+    for members in sorted(together, key=lambda members: _drawn([examples.train[i] for i in members])):
         side = next((name for name in want if sum(map(len, taken[name])) + len(members) <= want[name]), "train")
         taken[side].append(members)
     for name in want:
@@ -124,10 +124,11 @@ def complete(examples: Examples, share: float = 0.1, questions: Questions | None
     return examples.with_splits(sides)
 
 
-def _draw(example: Example) -> bytes:
-    """As good as random, and always the same for the same messages."""
-    said = json.dumps([[message.role, message.content] for message in example.messages])
-    return hashlib.sha256(said.encode()).digest()
+def _drawn(members: Sequence[Example]) -> bytes:
+    """As good as random, and always the same for the same messages in any order. One draw for all members: by the least
+    of a draw for each, large groups would come first, and few of what is held out would be independent."""
+    said = sorted(json.dumps([[message.role, message.content] for message in example.messages]) for example in members)
+    return hashlib.sha256(json.dumps(said).encode()).digest()
 
 
 def require_apart(examples: Examples, questions: Questions | None = None) -> int:

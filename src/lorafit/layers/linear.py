@@ -1,5 +1,6 @@
 """torch.nn.Linear: weight (d_out, d_in), y = x Wᵀ + b. A subclass of it counts where it computes that."""
 
+import inspect
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,27 +40,34 @@ def _computes_as(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Whether it holds a weight and a bias and nothing else, and nothing reads the weight past its forward, as
-    nn.MultiheadAttention does with its out_proj."""
+    """Whether it holds a weight and a bias and nothing else, is called with `input` and nothing else, as what takes its
+    place is, and nothing reads the weight past its forward, as nn.MultiheadAttention does with its out_proj."""
     weight = module._parameters.get("weight")
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.is_floating_point():
         return False
     more = {*module._parameters} - {"weight", "bias"} or module._buffers or module._modules
-    return not more and not isinstance(module, NonDynamicallyQuantizableLinear)
+    given = [*inspect.signature(type(module).forward).parameters]
+    return not more and given == ["self", "input"] and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _equals_linear(module: nn.Linear) -> bool:
     weight = module.weight
     numbers = torch.randn(1, len(SCALES), module.in_features, generator=torch.Generator().manual_seed(0))
     x = (numbers * torch.tensor(SCALES)[:, None]).to(weight.device, weight.dtype)
-    with torch.no_grad():
-        try:
-            own = type(module).forward(module, x)  # of the class, whatever is attached to the instance
-            expected = F.linear(x, weight, module.bias)
-            within = (2 * torch.finfo(weight.dtype).eps + SUMS) * expected.float().norm(dim=-1)
-            return own.shape == expected.shape and bool(((own - expected).float().norm(dim=-1) <= within).all())
-        except Exception:  # it wants other arguments, or gives no tensor
-            return False
+    expected = F.linear(x, weight.detach(), None if module.bias is None else module.bias.detach())
+    within = (2 * torch.finfo(weight.dtype).eps + SUMS) * expected.float().norm(dim=-1)
+    before = module.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            for module.training in (False, True):  # dropout of its own shows in one of them
+                own = type(module).forward(module, x)  # of the class, whatever is attached to the instance
+                if own.shape != expected.shape or not ((own - expected).float().norm(dim=-1) <= within).all():
+                    return False
+        return True
+    except Exception:  # it gives no tensor, or wants what is not there
+        return False
+    finally:
+        module.training = before
 
 
 KIND = Kind((nn.Linear,), _widths, _weight, _bias, stored=lambda matrix: matrix, computes_as=_computes_as)

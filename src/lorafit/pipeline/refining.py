@@ -114,15 +114,22 @@ def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, An
     """
     listener = listener or Silent()
     require_run(folder)
+    keep_freed_memory()
+    with sole_writer(folder), room_to_write(folder):
+        return _refined(folder, listener)
+
+
+def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
+    """As run_refining, in a folder that nobody else writes to."""
     asked, summary = read_run(folder), read_summary(folder)
     if summary is None:
         raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
-    keep_freed_memory()
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
-    with on_threads(frozen.threads, listener), sole_writer(folder), room_to_write(folder):
+    with on_threads(frozen.threads, listener):
         opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
         if (opened.base.identity, opened.examples.digest()) != (asked["base_identity"], asked["data_digest"]):
-            raise RunError(f"{folder}: its base or its data have changed since it was trained: restore them")
+            raise RunError(f"{folder}: its base or its data have changed since it was trained, or an earlier version "
+                           "of lorafit held other examples out: restore them, or train again")  # fmt: skip
         last = accepted_round(folder)
         if last:
             standing = _stands(folder / ROUNDS / str(last))
@@ -199,9 +206,14 @@ def one_round(
     since = max((one.number for one in history if one.accepted), default=0)
     refused = {one.kind for one in history if one.number > since}
     lines = lines_of(standing.folder / METRICS)
+    recipe = standing.decision.recipe
     evidence = Evidence(
-        standing.decision.recipe.steps,
-        [(line["step"], line["valid_nll"]) for line in lines if "valid_nll" in line],
+        recipe.steps,
+        [
+            (line["step"], line["valid_nll"])
+            for line in lines
+            if "valid_nll" in line and line["step"] != recipe.validate_early
+        ],
         [(line["step"], line["train_nll"]) for line in lines if "train_nll" in line],
         standing.ladder,
     )

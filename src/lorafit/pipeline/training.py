@@ -51,6 +51,7 @@ from lorafit.run import (
     open_run,
     remember_questions,
     require_disk,
+    require_out,
     require_same,
     room_to_write,
     settings_written,
@@ -60,6 +61,8 @@ from lorafit.run import (
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tracking import require_tracker
 from lorafit.training.processes import ALONE, Processes
+
+PROBED = 64  # tokens of a row on which PEFT's logits are compared: those of long rows would take gigabytes
 
 
 def run_training(
@@ -87,7 +90,9 @@ def run_training(
     named, given = (None if one is None else str(one) for one in (base_name, data))
     base_name, data, resolved, began = open_run(out, named, given, settings, resume)
     keep_freed_memory()
-    with on_threads(began.threads if began else torch.get_num_threads(), listener):
+    threads = began.threads if began else torch.get_num_threads()
+    with sole_writer(out), on_threads(threads, listener):
+        require_out(out, resume)  # again, for another may have been at work there until now
         try:
             require_tracker(resolved.report_to)
             opened = open_all(base_name, data, resolved, listener, began, processes.here)
@@ -98,7 +103,7 @@ def run_training(
                     out.rmdir()  # it was empty when this run took it
             raise
         make_folder(out)
-        with sole_writer(out), room_to_write(out), tracked(resolved, opened, out, resume, listener) as followed:
+        with room_to_write(out), tracked(resolved, opened, out, resume, listener) as followed:
             require_disk(out, disk_of(opened.decision.plan, resolved.trim == "auto"))
             summary = _run(base_name, data, out, resolved, opened, resume, listener, followed, extra or {}, processes)
             followed.scores(summary)
@@ -189,7 +194,7 @@ def _run(
     summary |= {"peak_rss_gb": peak_gb(), "passed_over": extras.passed_over}
     write_json(out / SUMMARY, summary)  # before a process is started that takes as much memory again
     checking = time.monotonic()
-    probes = [list(row.ids) for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
+    probes = [list(row.ids)[:PROBED] for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
     room = left_of(resolved.memory, base)
     theirs = partial(compare_with_peft, out / ADAPTER, base, probes, listener.say, room)
     summary["peft"] = extras.get("PEFT's own reading", theirs)

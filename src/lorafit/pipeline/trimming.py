@@ -61,8 +61,8 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     base = opened_base(asked["base"], settings, listener, frozen)
     examples, _, rows = rendered(base, examples, settings, listener, frozen.now)
     if (base.identity, examples.digest()) != (asked["base_identity"], asked["data_digest"]):
-        raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation: "
-                       "restore them, or give --to 25%")  # fmt: skip
+        raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation, or "
+                       "an earlier version of lorafit held others out: restore them, or give --to 25%")  # fmt: skip
     with attach(base, whole):
         nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
     groups = [example.group for example in examples.valid]

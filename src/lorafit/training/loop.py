@@ -352,8 +352,8 @@ class _Run:
         return min(self.at.history, key=lambda entry: entry[1])
 
     def _stale(self) -> int:
-        """Validations since the best one."""
-        return sum(step > self._best()[0] for step, _ in self.at.history)
+        """Validations since the best one. The early one does not count: the rate is still rising then."""
+        return sum(step > self._best()[0] for step, _ in self.at.history if step != self.recipe.validate_early)
 
     def _tell(self, train_nll: float | None, valid_nll: float | None, rate: float) -> None:
         at = self.at
