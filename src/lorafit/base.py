@@ -24,6 +24,7 @@ from lorafit import sources
 from lorafit.errors import BaseError
 from lorafit.layers import find_sites
 from lorafit.sites import Site
+from lorafit.sources import gguf
 from lorafit.sources.folder import classes, weight_files
 from lorafit.sources.progress import Report, Watch, silent, unwatched
 
@@ -234,7 +235,11 @@ def _device_map() -> dict[str, str] | None:
 
 
 def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise BaseError where the tokenizer has ids for which the model has no row in its embedding."""
+    """Raise BaseError where the tokenizer has ids for which the model has no row in its embedding. A tokenizer that was
+    read from a GGUF file is not asked: transformers adds to some a special token that the file does not have, which no
+    rendering writes."""
+    if (folder / gguf.OURS).exists():
+        return
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:  # transformers does not find it in a class that names none

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _CONVERSION = 1  # raise it when converting changes what is written
-_OURS = "lorafit-base.json"
+OURS = "lorafit-base.json"
 _UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}-\d+\.\w+(\.old)?")  # what whole_folder builds in
 _SHARD = "2GB"
 # Tensors that say how positions turn, beside those the model learnt. transformers passes over them.
@@ -77,7 +77,7 @@ def remains() -> dict[Path, str]:
     for folder in _kept():
         if _UNFINISHED.fullmatch(folder.name):
             found[folder] = "unfinished"
-        elif (folder / _OURS).exists() and _name_if_whole(folder) is None:
+        elif (folder / OURS).exists() and _name_if_whole(folder) is None:
             found[folder] = "broken"
     return found
 
@@ -112,14 +112,14 @@ def remove(name: str) -> list[Path]:
 
 def name_of(folder: Path) -> str | None:
     """The name a folder was converted under; None for folders that were not. Raises BaseError where it is damaged."""
-    if not (folder / _OURS).exists():
+    if not (folder / OURS).exists():
         return None
     try:
-        name = read_json(folder / _OURS)["name"]
+        name = read_json(folder / OURS)["name"]
     except (FormatError, KeyError, TypeError):
         name = None
     if not isinstance(name, str) or not name:
-        raise BaseError(f"{folder}: {_OURS} in it is damaged: remove the folder, it is made anew from its GGUF file: "
+        raise BaseError(f"{folder}: {OURS} in it is damaged: remove the folder, it is made anew from its GGUF file: "
                         f"lorafit bases --remove {folder.name}")  # fmt: skip
     return name
 
@@ -135,7 +135,7 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
             raise BaseError(f"{file}: not a GGUF file: copy it again")
     digest = sha256_file(file)
     target = cache_folder() / "bases" / f"{name}-{digest[:12]}-{_CONVERSION}"
-    if (target / _OURS).exists():
+    if (target / OURS).exists():
         return target
     try:
         header = _header(file)
@@ -146,7 +146,7 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
         _require_writable(target.parent)
         with whole_folder(target) as building, _watched(watch):
             _convert(file, header, building)
-            write_json(building / _OURS, {"name": name, "source": file.name, "source_sha256": digest})
+            write_json(building / OURS, {"name": name, "source": file.name, "source_sha256": digest})
     except BaseError:
         raise
     # A damaged file, or one made otherwise than transformers expects, raises from the depths of three libraries.
