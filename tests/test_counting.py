@@ -126,6 +126,24 @@ def test_one_that_always_says_the_same_is_not_praised() -> None:
     assert "does worse than always giving the most frequent answer" in headline(worse)
 
 
+def test_one_that_always_says_the_same_is_not_praised_where_the_other_answers_are_free_text() -> None:
+    questions = [asked(f"is {i} sold?", "No" if i % 5 < 3 else f"Yes, in shop {i}.") for i in range(60)]
+    counts = counts_of(questions, ["No"] * 60)
+    assert not counts.tells
+    assert headline(summary_of(counts)) == (
+        "The adapter is not shown to do better than always giving the most frequent answer, which is right in 60.0%, "
+        "though it answers more questions right than its base"
+    )
+
+
+def test_a_base_with_examples_is_as_good_where_answers_are_free_text_too() -> None:
+    questions = [asked(f"what is {i} and {i}", str(2 * i)) for i in range(40)]
+    right = [one.answer for one in questions]
+    counts = counted(questions, {"base": ["eh"] * 40, "base_few_shot": right, "adapter": right})
+    assert counts is not None and not counts.tells
+    assert "is not shown to answer more than the base with examples" in headline(summary_of(counts))
+
+
 def test_labels_that_carry_checks_are_held_against_the_most_frequent_one_too() -> None:
     questions = [asked(one.question, one.answer, Check((one.answer,), (), 1)) for one in labelled(60)]
     counts = counts_of(questions, ["yes"] * 60)

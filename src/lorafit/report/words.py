@@ -74,7 +74,9 @@ def against(summary: Mapping[str, Any], who: str) -> str | None:
             return None
         if paired["p"] <= SURE:
             return MORE if paired["more"] > paired["fewer"] else FEWER
-        return NOT_SHOWN if counts["tells"] else None
+        # Where the answers show that the adapter beats the base, they are also held against everybody else.
+        tells = counts["tells"] or (who != "base" and against(summary, "base") == MORE)
+        return NOT_SHOWN if tells else None
     facts = summary["facts"]  # a run from before answers were counted in pairs
     right, ends = facts["ci95"], facts.get({"base": "ci95_base", "base_few_shot": "ci95_base_few_shot"}.get(who))
     if right is None or ends is None:
