@@ -12,13 +12,15 @@ import pytest
 
 from lorafit.cli.console import Terminal
 from lorafit.data.equality import compared, json_of, last_number
-from lorafit.data.examples import Check, Example, Examples, Message
+from lorafit.data.examples import Call, Check, Example, Examples, Message
 from lorafit.evaluation import answers as answers_module
 from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import classified, is_installed
-from lorafit.evaluation.compare import SAMPLES, _samples
+from lorafit.evaluation.compare import SAMPLES, Comparison, _samples
 from lorafit.evaluation.counting import Counts, counted
 from lorafit.evaluation.statistics import sign_test
+from lorafit.pipeline.scores import answer_lines
+from lorafit.records import AnswerScore, NllScore
 from lorafit.report import charts
 from lorafit.report.result import Result
 from lorafit.report.words import headline, lines, of_a_hundred, share
@@ -230,6 +232,61 @@ def test_answers_that_the_test_seldom_has_are_few_where_training_has_them_often(
     assert not counts_of(test, ["x"] * 20).few
 
 
+# Calls
+
+
+def called(question: str, **arguments: object) -> Example:
+    call = Call("book", json.dumps(arguments))
+    return Example((Message("user", question), Message("assistant", "", calls=(call,))), f"x:{question}")
+
+
+def test_calls_are_counted_by_what_they_mean() -> None:
+    questions = [called(f"table {i} for two", table=i, seats=2) for i in range(40)]
+    said = tuple(f'book({{"seats": 2.0, "table": {i}}})' for i in range(40))
+    words = AnswerScore(0, 40, 0, 0, 40, 40, ("Which table?",) * 40, (False,) * 40)
+    calls = AnswerScore(40, 40, 0, 0, 40, 40, said, (True,) * 40)
+    answers = {"base": words.answers, "adapter": calls.answers}
+    counts = counted(questions, answers, correct={"base": words.correct, "adapter": calls.correct})
+    assert counts is not None
+    assert (counts.by, counts.right["adapter"].share, counts.equal["adapter"].share) == ("check", 1.0, 1.0)
+    assert (counts.tells, counts.right["base"].share, counts.against["base"].more) == (True, 0.0, 40)
+    assert of_a_hundred(summary_of(counts)) is not None
+    samples = _samples(questions, words.answers, calls.answers, counts, calls.correct)
+    assert [sample.right for sample in samples] == [True] * SAMPLES
+    nll = NllScore(1.0, 0.5, -0.5, None, 40)
+    comparison = Comparison(nll, words, None, calls, samples, tuple(range(40)), ((1.0, 0.5),) * 40, counts)
+    told = [json.loads(line) for line in answer_lines(questions, comparison).splitlines()]
+    assert all(one["equal"] == one["right"] == {"base": False, "adapter": True} for one in told)
+
+
+def test_the_most_frequent_call_is_one_however_it_is_spelt() -> None:
+    questions = [called(f"q{i}", **({"a": 1, "b": 2} if i % 2 else {"b": 2, "a": 1.0})) for i in range(30)]
+    questions += [called(f"r{i}", a=2, b=2) for i in range(20)]
+    given, fine = ['book({"a": 1, "b": 2})'] * 50, [True] * 30 + [False] * 20
+    counts = counted(
+        questions, {"base": ["eh"] * 50, "adapter": given}, correct={"base": [False] * 50, "adapter": fine}
+    )
+    assert counts is not None and (counts.distinct, counts.right["most_frequent"].share) == (2, 0.6)
+    assert [(one.answer, one.n, one.right, one.given) for one in counts.recall] == [
+        (questions[30].answer, 20, 0, 0), (questions[0].answer, 30, 30, 50),
+    ]  # fmt: skip
+    assert [(one.reference, one.given, one.n) for one in counts.confusions] == [
+        (questions[30].answer, questions[0].answer, 20)
+    ]
+    assert "is not shown to do better than always" in headline(summary_of(counts))
+
+
+def test_rows_with_a_check_and_rows_with_a_call_count_alike() -> None:
+    questions = [called("q", a=1), asked("how many?", "seven", Check(("seven",), (), 9)), asked("hello", "Hi.")]
+    said, fine = ['book({"a": 1})', "It is seven.", "Hi."], [True, True, None]
+    counts = counted(questions, {"base": ["eh"] * 3, "adapter": said}, correct={"adapter": fine})
+    assert counts is not None and (counts.n, counts.right["adapter"].share, counts.equal["adapter"].share) == (
+        2,
+        1,
+        0.5,
+    )
+
+
 # The simple classifier
 
 
@@ -262,9 +319,9 @@ def test_wrong_answers_come_first_among_the_samples() -> None:
     adapter = [one.answer for one in questions]
     adapter[13] = "perhaps"
     counts = counts_of(questions, adapter)
-    samples = _samples(questions, ["eh"] * 20, adapter, counts)
+    samples = _samples(questions, ["eh"] * 20, adapter, counts, [None] * 20)
     assert [sample.right for sample in samples] == [False, *[True] * (SAMPLES - 1)]
-    wrong = _samples(questions, ["eh"] * 20, ["perhaps"] * 20, counts_of(questions, ["perhaps"] * 20))
+    wrong = _samples(questions, ["eh"] * 20, ["perhaps"] * 20, counts_of(questions, ["perhaps"] * 20), [None] * 20)
     assert [sample.right for sample in wrong] == [False] * SAMPLES
 
 

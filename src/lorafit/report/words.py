@@ -12,7 +12,7 @@ from lorafit.oracle import same_as_peft
 SURE = 0.05  # probability below which chance is no longer held for the reason
 MORE, FEWER, NOT_SHOWN = "more", "fewer", "not shown"
 SIMPLE = "(TF-IDF with logistic regression)"
-ASIDE = "whatever the case and the white space; JSON by its content"  # how answers equal a reference
+ASIDE = "whatever the case and the white space; JSON and calls by their content"  # how answers equal a reference
 
 
 def doubt(summary: Mapping[str, Any]) -> str | None:
