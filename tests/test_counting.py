@@ -298,7 +298,40 @@ def test_the_simple_classifier_learns_from_training_alone() -> None:
     counts = counts_of(test, [REPLIES[0]] * 30, known=known)
     assert counts.right["classifier"].share == 1.0
     assert counts.classifier_missing is None
+    assert counts.classifier_learnt == (60, 60)
     assert classified(known[:1], test) is None
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_the_simple_classifier_learns_from_as_much_as_seconds_allow_and_its_row_says_so() -> None:
+    def intents(n: int) -> list[Example]:
+        return [asked(f"I should like to have thing {i % 150} of kind {i * 7919 % n}", f"intent {i % 150}")
+                for i in range(n)]  # fmt: skip
+
+    start = time.monotonic()
+    counts = counts_of(intents(150), ["x"] * 150, known=intents(4_000))
+    assert time.monotonic() - start < 30, "a minute and more without a bound"
+    assert counts.classifier_learnt is not None
+    learnt, of = counts.classifier_learnt
+    assert 300 < learnt < 1_000 and of == 4_000
+    (line,) = [line for line in lines(summary_of(counts)) if line.key == "classifier"]
+    assert line.name == f"simple classifier, {learnt} of 4,000 examples"
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_a_classifier_that_fails_ends_nothing_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    known = [asked(" " * i, "yes" if i % 2 else "no") for i in range(1, 41)]  # nothing in them to tell apart
+    counts = counts_of(labelled(20), ["yes"] * 20, known=known)
+    assert counts.classifier_missing is not None and "it failed (ValueError: " in counts.classifier_missing
+    Terminal().results(summary_of(counts))
+    assert "no simple classifier is compared with the adapter: it failed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_many_answers_to_long_questions_are_left_to_the_adapter() -> None:
+    known = [asked("so " * 400 + str(i), f"intent {i % 150}") for i in range(900)]
+    counts = counts_of(known[:150], ["x"] * 150, known=known)
+    assert counts.classifier_missing == "150 answers to questions of 1000 characters would take it too long"
 
 
 def test_that_no_classifier_is_there_is_said_where_it_would_help(capsys: pytest.CaptureFixture[str]) -> None:

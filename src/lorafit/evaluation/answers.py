@@ -63,12 +63,6 @@ def is_equal(answer: str, reference: str) -> bool:
     return compared(answer) == compared(reference)
 
 
-def key_of(example: Example) -> str:
-    """What stands for a reference when references are held against each other: calls by their meaning, `compared` for
-    words."""
-    return f"calls {[call.meaning for call in example.calls]}" if example.calls else compared(example.answer)
-
-
 def prompts_of(renderer: Renderer, examples: Sequence[Example], shots: Sequence[Example] = ()) -> list[list[int]]:
     """Token ids of every example's last question, after the `shots`."""
     before: list[Message] = []

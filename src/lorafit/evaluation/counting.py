@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.equality import compared, json_of
+from lorafit.data.equality import compared, json_of, key_of
 from lorafit.data.examples import Example
-from lorafit.evaluation.answers import is_equal, is_right, key_of
-from lorafit.evaluation.classifier import MOST_ANSWERS, classified, is_installed
+from lorafit.evaluation.answers import is_equal, is_right
+from lorafit.evaluation.classifier import MOST_ANSWERS, classified
 from lorafit.evaluation.statistics import groups_of, sign_test, wilson
 
 USES = 4  # examples for each different answer, on average, from which on answers are few
@@ -69,7 +69,8 @@ class Counts:
     against: the adapter and each of the others, by `by`.
     recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong
     answers that are nobody's reference.
-    classifier_missing: "not installed" where one would be of use.
+    classifier_missing: why there is none where one would be of use, such as "not installed". classifier_learnt: from
+    how many examples it has learnt, and of how many, where there is one.
     """
 
     by: str
@@ -85,6 +86,7 @@ class Counts:
     confusions: tuple[Confusion, ...]
     other: int
     classifier_missing: str | None
+    classifier_learnt: tuple[int, int] | None
 
     @property
     def tells(self) -> bool:
@@ -128,8 +130,9 @@ def counted(
     if constant is not None:
         texts[CONSTANT] = [constant] * len(asked)
     wanted = few and 2 <= len(every) <= MOST_ANSWERS and bool(known)
-    if wanted and (simple := classified(known, asked)) is not None:
-        texts[SIMPLE] = simple
+    simple = classified(known, asked) if wanted else None
+    if simple and simple.answers is not None:
+        texts[SIMPLE] = simple.answers
     groups = [one.group for one in asked]
     evidence = len(set(groups_of(groups)))
 
@@ -163,7 +166,8 @@ def counted(
         distinct=len(set(keys)), few=few, right={who: share(each) for who, each in good.items()},
         equal={who: share(each) for who, each in same.items()}, against=against, most_frequent=constant,
         recall=recall, confusions=confusions, other=other,
-        classifier_missing="not installed" if wanted and not is_installed() else None,
+        classifier_missing=simple.missing if simple else None,
+        classifier_learnt=(simple.learnt, len(known)) if simple and simple.answers is not None else None,
     )  # fmt: skip
 
 

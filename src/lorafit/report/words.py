@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorafit.evaluation.classifier import NOT_INSTALLED
 from lorafit.oracle import same_as_peft
 
 SURE = 0.05  # probability below which chance is no longer held for the reason
@@ -84,6 +85,14 @@ def against(summary: Mapping[str, Any], who: str) -> str | None:
     return MORE if right[0] > ends[1] else FEWER if right[1] < ends[0] else NOT_SHOWN
 
 
+def no_classifier(counts: Mapping[str, Any]) -> str | None:
+    """Why there is no simple classifier where one would be of use."""
+    why = counts["classifier_missing"]
+    if why == NOT_INSTALLED:
+        return "pip install scikit-learn, and a simple classifier is compared with the adapter too"
+    return f"no simple classifier is compared with the adapter: {why}" if why else None
+
+
 @dataclass(frozen=True)
 class Line:
     """Scores of one that answers: its name in full and as a key; NLL; shares of right answers, by check and by equality
@@ -100,8 +109,10 @@ def lines(summary: Mapping[str, Any]) -> list[Line]:
     """The table of scores, one line for each that answers."""
     nll, facts, counts = summary["nll"], summary["facts"], summary.get("counts")
     few = f"base, {facts['few_shot_examples']} examples in its prompt"
+    learnt, of = (counts or {}).get("classifier_learnt") or (0, 0)
+    simple = f"simple classifier, {learnt:,} of {of:,} examples" if learnt < of else "simple classifier"
     names = {"base": "other adapter" if summary.get("against") else "base", "base_few_shot": few,
-             "most_frequent": "always the most frequent answer", "classifier": "simple classifier",
+             "most_frequent": "always the most frequent answer", "classifier": simple,
              "adapter": "adapter", "shuffled_control": "control: trained on shuffled answers"}  # fmt: skip
     ends = {"base": "ci95_base", "base_few_shot": "ci95_base_few_shot", "adapter": "ci95"}
     found = []
