@@ -12,13 +12,15 @@ import pytest
 
 from lorafit.cli.console import Terminal
 from lorafit.data.equality import compared, json_of, last_number
-from lorafit.data.examples import Check, Example, Examples, Message
+from lorafit.data.examples import Call, Check, Example, Examples, Message
 from lorafit.evaluation import answers as answers_module
 from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import classified, is_installed
-from lorafit.evaluation.compare import SAMPLES, _samples
+from lorafit.evaluation.compare import SAMPLES, Comparison, _samples
 from lorafit.evaluation.counting import Counts, counted
 from lorafit.evaluation.statistics import sign_test
+from lorafit.pipeline.scores import answer_lines
+from lorafit.records import AnswerScore, NllScore
 from lorafit.report import charts
 from lorafit.report.result import Result
 from lorafit.report.words import headline, lines, of_a_hundred, share
@@ -126,6 +128,24 @@ def test_one_that_always_says_the_same_is_not_praised() -> None:
     assert "does worse than always giving the most frequent answer" in headline(worse)
 
 
+def test_one_that_always_says_the_same_is_not_praised_where_the_other_answers_are_free_text() -> None:
+    questions = [asked(f"is {i} sold?", "No" if i % 5 < 3 else f"Yes, in shop {i}.") for i in range(60)]
+    counts = counts_of(questions, ["No"] * 60)
+    assert not counts.tells
+    assert headline(summary_of(counts)) == (
+        "The adapter is not shown to do better than always giving the most frequent answer, which is right in 60.0%, "
+        "though it answers more questions right than its base"
+    )
+
+
+def test_a_base_with_examples_is_as_good_where_answers_are_free_text_too() -> None:
+    questions = [asked(f"what is {i} and {i}", str(2 * i)) for i in range(40)]
+    right = [one.answer for one in questions]
+    counts = counted(questions, {"base": ["eh"] * 40, "base_few_shot": right, "adapter": right})
+    assert counts is not None and not counts.tells
+    assert "is not shown to answer more than the base with examples" in headline(summary_of(counts))
+
+
 def test_labels_that_carry_checks_are_held_against_the_most_frequent_one_too() -> None:
     questions = [asked(one.question, one.answer, Check((one.answer,), (), 1)) for one in labelled(60)]
     counts = counts_of(questions, ["yes"] * 60)
@@ -212,6 +232,61 @@ def test_answers_that_the_test_seldom_has_are_few_where_training_has_them_often(
     assert not counts_of(test, ["x"] * 20).few
 
 
+# Calls
+
+
+def called(question: str, **arguments: object) -> Example:
+    call = Call("book", json.dumps(arguments))
+    return Example((Message("user", question), Message("assistant", "", calls=(call,))), f"x:{question}")
+
+
+def test_calls_are_counted_by_what_they_mean() -> None:
+    questions = [called(f"table {i} for two", table=i, seats=2) for i in range(40)]
+    said = tuple(f'book({{"seats": 2.0, "table": {i}}})' for i in range(40))
+    words = AnswerScore(0, 40, 0, 0, 40, 40, ("Which table?",) * 40, (False,) * 40)
+    calls = AnswerScore(40, 40, 0, 0, 40, 40, said, (True,) * 40)
+    answers = {"base": words.answers, "adapter": calls.answers}
+    counts = counted(questions, answers, correct={"base": words.correct, "adapter": calls.correct})
+    assert counts is not None
+    assert (counts.by, counts.right["adapter"].share, counts.equal["adapter"].share) == ("check", 1.0, 1.0)
+    assert (counts.tells, counts.right["base"].share, counts.against["base"].more) == (True, 0.0, 40)
+    assert of_a_hundred(summary_of(counts)) is not None
+    samples = _samples(questions, words.answers, calls.answers, counts, calls.correct)
+    assert [sample.right for sample in samples] == [True] * SAMPLES
+    nll = NllScore(1.0, 0.5, -0.5, None, 40)
+    comparison = Comparison(nll, words, None, calls, samples, tuple(range(40)), ((1.0, 0.5),) * 40, counts)
+    told = [json.loads(line) for line in answer_lines(questions, comparison).splitlines()]
+    assert all(one["equal"] == one["right"] == {"base": False, "adapter": True} for one in told)
+
+
+def test_the_most_frequent_call_is_one_however_it_is_spelt() -> None:
+    questions = [called(f"q{i}", **({"a": 1, "b": 2} if i % 2 else {"b": 2, "a": 1.0})) for i in range(30)]
+    questions += [called(f"r{i}", a=2, b=2) for i in range(20)]
+    given, fine = ['book({"a": 1, "b": 2})'] * 50, [True] * 30 + [False] * 20
+    counts = counted(
+        questions, {"base": ["eh"] * 50, "adapter": given}, correct={"base": [False] * 50, "adapter": fine}
+    )
+    assert counts is not None and (counts.distinct, counts.right["most_frequent"].share) == (2, 0.6)
+    assert [(one.answer, one.n, one.right, one.given) for one in counts.recall] == [
+        (questions[30].answer, 20, 0, 0), (questions[0].answer, 30, 30, 50),
+    ]  # fmt: skip
+    assert [(one.reference, one.given, one.n) for one in counts.confusions] == [
+        (questions[30].answer, questions[0].answer, 20)
+    ]
+    assert "is not shown to do better than always" in headline(summary_of(counts))
+
+
+def test_rows_with_a_check_and_rows_with_a_call_count_alike() -> None:
+    questions = [called("q", a=1), asked("how many?", "seven", Check(("seven",), (), 9)), asked("hello", "Hi.")]
+    said, fine = ['book({"a": 1})', "It is seven.", "Hi."], [True, True, None]
+    counts = counted(questions, {"base": ["eh"] * 3, "adapter": said}, correct={"adapter": fine})
+    assert counts is not None and (counts.n, counts.right["adapter"].share, counts.equal["adapter"].share) == (
+        2,
+        1,
+        0.5,
+    )
+
+
 # The simple classifier
 
 
@@ -223,7 +298,40 @@ def test_the_simple_classifier_learns_from_training_alone() -> None:
     counts = counts_of(test, [REPLIES[0]] * 30, known=known)
     assert counts.right["classifier"].share == 1.0
     assert counts.classifier_missing is None
+    assert counts.classifier_learnt == (60, 60)
     assert classified(known[:1], test) is None
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_the_simple_classifier_learns_from_as_much_as_seconds_allow_and_its_row_says_so() -> None:
+    def intents(n: int) -> list[Example]:
+        return [asked(f"I should like to have thing {i % 150} of kind {i * 7919 % n}", f"intent {i % 150}")
+                for i in range(n)]  # fmt: skip
+
+    start = time.monotonic()
+    counts = counts_of(intents(150), ["x"] * 150, known=intents(4_000))
+    assert time.monotonic() - start < 30, "a minute and more without a bound"
+    assert counts.classifier_learnt is not None
+    learnt, of = counts.classifier_learnt
+    assert 300 < learnt < 1_000 and of == 4_000
+    (line,) = [line for line in lines(summary_of(counts)) if line.key == "classifier"]
+    assert line.name == f"simple classifier, {learnt} of 4,000 examples"
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_a_classifier_that_fails_ends_nothing_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    known = [asked(" " * i, "yes" if i % 2 else "no") for i in range(1, 41)]  # nothing in them to tell apart
+    counts = counts_of(labelled(20), ["yes"] * 20, known=known)
+    assert counts.classifier_missing is not None and "it failed (ValueError: " in counts.classifier_missing
+    Terminal().results(summary_of(counts))
+    assert "no simple classifier is compared with the adapter: it failed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
+def test_many_answers_to_long_questions_are_left_to_the_adapter() -> None:
+    known = [asked("so " * 400 + str(i), f"intent {i % 150}") for i in range(900)]
+    counts = counts_of(known[:150], ["x"] * 150, known=known)
+    assert counts.classifier_missing == "150 answers to questions of 1000 characters would take it too long"
 
 
 def test_that_no_classifier_is_there_is_said_where_it_would_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,9 +352,9 @@ def test_wrong_answers_come_first_among_the_samples() -> None:
     adapter = [one.answer for one in questions]
     adapter[13] = "perhaps"
     counts = counts_of(questions, adapter)
-    samples = _samples(questions, ["eh"] * 20, adapter, counts)
+    samples = _samples(questions, ["eh"] * 20, adapter, counts, [None] * 20)
     assert [sample.right for sample in samples] == [False, *[True] * (SAMPLES - 1)]
-    wrong = _samples(questions, ["eh"] * 20, ["perhaps"] * 20, counts_of(questions, ["perhaps"] * 20))
+    wrong = _samples(questions, ["eh"] * 20, ["perhaps"] * 20, counts_of(questions, ["perhaps"] * 20), [None] * 20)
     assert [sample.right for sample in wrong] == [False] * SAMPLES
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shlex
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +449,26 @@ def test_columns_of_times_and_columns_of_one_name_in_parquet(tmp_path: Path) -> 
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["prompt", "prompt"]), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="two columns are named 'prompt'"):
         read_examples(tmp_path / "b.parquet")
+
+
+def test_columns_of_dates_and_amounts_are_joined_as_they_are_written(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    columns = {
+        "prompt": ["When?"], "day": pa.array([date(2031, 5, 9)]), "sum": pa.array([Decimal("12.50")]),
+        "none": pa.array([Decimal("0")], pa.decimal128(20, 10)), "at": pa.array([datetime(2031, 5, 9, 14, 30)]),
+        "paid": [True], "n": [3], "rate": [0.5], "raw": [b"GIF"],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    unused = ["unused=raw"]
+    (example,) = read_examples(
+        tmp_path / "a.parquet", ["completion={day}: {sum}, {none}, {at}, {paid}, {n}, {rate}", *unused]
+    ).train
+    assert example.answer == "2031-05-09: 12.50, 0.0000000000, 2031-05-09 14:30:00, true, 3, 0.5"
+    given = ["completion={raw}", *(f"unused={name}" for name in columns if name not in ("prompt", "raw"))]
+    with pytest.raises(DataError, match="bytes, and 'completion' is made of it: name a column of text or numbers"):
+        read_examples(tmp_path / "a.parquet", given)
 
 
 def test_a_text_without_line_breaks_is_cut_where_sentences_end(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from lorafit.report.words import ASIDE, clock, headline, interval, lines, of_a_hundred, percent
+from lorafit.report.words import ASIDE, clock, headline, interval, lines, no_classifier, of_a_hundred, percent
 
 if TYPE_CHECKING:
     from lorafit.data.render import Renderer, Row
@@ -232,8 +232,8 @@ class Terminal:
         for one in counts["confusions"][:MOST_CONFUSIONS]:
             given, reference = (clipped(one[key], 60) for key in ("given", "reference"))
             self.out.print(Text(f"{one['n']} × {given!r} where {reference!r} is right"))
-        if counts["classifier_missing"]:
-            self.out.print("pip install scikit-learn, and a simple classifier is compared with the adapter too")
+        if why := no_classifier(counts):
+            self.out.print(Text(why))
 
     def _samples(self, samples: Sequence[Mapping[str, Any]], other: str) -> None:
         """Side by side where there is room, else one below the other."""

@@ -6,12 +6,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
 from lorafit.data.fields import FIELDS, PACKED, TURNS, UNUSED, filled
 from lorafit.data.readers import Record
 from lorafit.errors import Problem, SettingsError
 
 _BRACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+_NO_TEXT: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -50,12 +53,18 @@ class Template:
             if not filled(value):
                 problems.append(Problem(f"{record.where}: {column}", f"empty, and '{field}' is made of it",
                                         "write it, or leave the row out (--skip-bad)"))  # fmt: skip
-            elif isinstance(value, (list, dict)):
-                kind = "a list" if isinstance(value, list) else "an object"
+            elif kind := _NO_TEXT.get(type(value)):
                 problems.append(Problem(f"{record.where}: {column}", f"{kind}, and '{field}' is made of it",
                                         "name a column of text or numbers"))  # fmt: skip
-            found += [value if isinstance(value, str) else json.dumps(value, default=str), text]
+            found += [_written(value), text]
         return "".join(found) if len(problems) == before else None
+
+
+def _written(value: Any) -> str:
+    """A value as people write it: numbers and true as JSON has them, `2031-05-09 14:30:00` for a time."""
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
 def columns_named(given: Sequence[str]) -> tuple[dict[str, str], dict[str, Template]]:

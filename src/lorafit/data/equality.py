@@ -7,6 +7,8 @@ import re
 import unicodedata
 from typing import Any
 
+from lorafit.data.examples import Example
+
 _NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
@@ -33,6 +35,12 @@ def compared(text: str) -> str:
     other texts `folded`."""
     found = json_of(text) if text.lstrip()[:1] in ("{", "[") else None
     return folded(text) if found is None else found
+
+
+def key_of(example: Example) -> str:
+    """What stands for a reference when references are held against each other: calls by their meaning, `compared` for
+    words."""
+    return f"calls {[call.meaning for call in example.calls]}" if example.calls else compared(example.answer)
 
 
 def last_number(text: str) -> float | None:

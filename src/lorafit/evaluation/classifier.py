@@ -4,35 +4,60 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
-from lorafit.data.equality import compared
+from lorafit.data.equality import key_of
 from lorafit.data.examples import Example
 
 MOST_ANSWERS = 200  # different ones: a model is fitted for each
-MOST_EXAMPLES, MOST_FEATURES, MOST_CHARACTERS = 4_000, 20_000, 1_000  # what is learnt from: seconds, and 200 MB
+MOST_EXAMPLES, MOST_FEATURES, MOST_CHARACTERS = 4_000, 20_000, 1_000  # what is learnt from, in 200 MB at most
+MOST_WORK = 4_000_000  # examples × different answers × characters of a question: 1 to 5 seconds of one core
+NOT_INSTALLED = "not installed"
 
 
-def classified(known: Sequence[Example], asked: Sequence[Example]) -> list[str] | None:
-    """One of the answers in `known` for each question in `asked`.
+@dataclass(frozen=True)
+class Classified:
+    """answers: one to each question, None where there are none; missing: why not. learnt: how many examples were
+    learnt from."""
+
+    answers: list[str] | None
+    missing: str | None = None
+    learnt: int = 0
+
+
+def classified(known: Sequence[Example], asked: Sequence[Example]) -> Classified | None:
+    """One of the answers in `known` for each question in `asked`. A fault of the classifier ends nothing: it is told.
 
     Args:
-        known: examples to learn from; of many MOST_EXAMPLES, spread.
+        known: examples to learn from; of many as many, spread, as take MOST_WORK.
         asked: examples whose questions are answered.
 
     Returns:
-        None where scikit-learn is not installed (`is_installed`), or the examples give nothing to tell apart.
+        None where the examples give nothing to tell apart.
     """
-    known = known[:: -(-len(known) // MOST_EXAMPLES)] if known else known
-    wanted = [compared(example.answer) for example in known]
-    if not asked or not 2 <= len(set(wanted)) <= MOST_ANSWERS:
+    kinds = len({key_of(example) for example in known})
+    if not asked or not 2 <= kinds <= MOST_ANSWERS:
         return None
+    if not is_installed():
+        return Classified(None, NOT_INSTALLED)
+    characters = max(1, sum(len(_asked(example)) for example in known) // len(known))
+    n = min(len(known), MOST_EXAMPLES, MOST_WORK // (kinds * characters))
+    if n < min(len(known), 2 * kinds):
+        return Classified(None, f"{kinds} answers to questions of {characters} characters would take it too long")
+    known = [known[i * len(known) // n] for i in range(n)]
     try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.multiclass import OneVsRestClassifier
-    except ImportError:
-        return None
+        return Classified(_answers(known, asked), learnt=n)
+    except Exception as error:  # of a library that scores alone, behind hours of training
+        return Classified(None, f"it failed ({type(error).__name__}: {error})")
+
+
+def _answers(known: Sequence[Example], asked: Sequence[Example]) -> list[str]:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    wanted = [key_of(example) for example in known]
     # Pieces of words rather than words: they serve languages that put no space between them.
     features = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, max_features=MOST_FEATURES)
     model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear", random_state=0))

@@ -112,10 +112,10 @@ def compare(
         base_answers = answered(f"{other}: answers", plain, against)
         few = answered(f"base, {len(given)} examples given", shown_examples, None) if given else None
         adapter_answers = answered("adapter: answers", plain, adapter)
-    answers = {"base": base_answers.answers, "adapter": adapter_answers.answers}
-    answers |= {"base_few_shot": few.answers} if few else {}
-    counts = counted(questions, answers, shots_from)
-    samples = _samples(questions, base_answers.answers, adapter_answers.answers, counts)
+    who = {"base": base_answers, "adapter": adapter_answers} | ({"base_few_shot": few} if few else {})
+    correct = {name: one.correct for name, one in who.items()}
+    counts = counted(questions, {name: one.answers for name, one in who.items()}, shots_from, correct)
+    samples = _samples(questions, base_answers.answers, adapter_answers.answers, counts, adapter_answers.correct)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     groups = [examples[i].group for i in sorted({row.example for row in thoughts_of})]
     reasoning = nll_score(base_thought, adapter_thought, groups) if thoughts_of else None
@@ -162,12 +162,17 @@ def _spread(n: int, k: int) -> list[int]:
 
 
 def _samples(
-    questions: Sequence[Example], base: Sequence[str], adapter: Sequence[str], counts: Counts | None
+    questions: Sequence[Example],
+    base: Sequence[str],
+    adapter: Sequence[str],
+    counts: Counts | None,
+    correct: Sequence[bool | None],
 ) -> tuple[Sample, ...]:
     """A few questions with their answers: half of them wrong ones, which come first, where so many are; the others
-    spread, the last one a question to decline where there is one."""
+    spread, the last one a question to decline where there is one. correct: as in AnswerScore, of the adapter."""
     told = counts is not None and counts.tells
-    good = [right(q, text) if told or q.check is not None else None for q, text in zip(questions, adapter, strict=True)]
+    good = [right(q, text, fine) if told or q.is_scored else None
+            for q, text, fine in zip(questions, adapter, correct, strict=True)]  # fmt: skip
     wrong = [i for i, fine in enumerate(good) if fine is False]
     others = [i for i, fine in enumerate(good) if fine is not False]
     few = max(SAMPLES // 2, SAMPLES - len(others))

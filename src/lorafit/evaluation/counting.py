@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.equality import compared, json_of
+from lorafit.data.equality import compared, json_of, key_of
 from lorafit.data.examples import Example
 from lorafit.evaluation.answers import is_equal, is_right
-from lorafit.evaluation.classifier import MOST_ANSWERS, classified, is_installed
+from lorafit.evaluation.classifier import MOST_ANSWERS, classified
 from lorafit.evaluation.statistics import groups_of, sign_test, wilson
 
 USES = 4  # examples for each different answer, on average, from which on answers are few
@@ -59,7 +59,8 @@ class Confusion:
 class Counts:
     """Right answers to n questions, those that must be turned away left out.
 
-    by: what makes an answer right: "check" where the examples carry checks, else "equality" with the reference.
+    by: what makes an answer right: "check" where examples are scored (by their checks, or by the calls that they ask
+    for), else "equality" with the reference. A call is equal to its reference where it is right.
     json: references that are JSON objects or arrays, to which an answer is equal by content.
     few: whether the references are few different answers (`distinct`), used again and again.
     right, equal: shares by name of who answers: base, base_few_shot, adapter; most_frequent, which always gives the
@@ -68,7 +69,8 @@ class Counts:
     against: the adapter and each of the others, by `by`.
     recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong
     answers that are nobody's reference.
-    classifier_missing: "not installed" where one would be of use.
+    classifier_missing: why there is none where one would be of use, such as "not installed". classifier_learnt: from
+    how many examples it has learnt, and of how many, where there is one.
     """
 
     by: str
@@ -84,6 +86,7 @@ class Counts:
     confusions: tuple[Confusion, ...]
     other: int
     classifier_missing: str | None
+    classifier_learnt: tuple[int, int] | None
 
     @property
     def tells(self) -> bool:
@@ -93,35 +96,43 @@ class Counts:
 
 
 def counted(
-    questions: Sequence[Example], answers: Mapping[str, Sequence[str]], known: Sequence[Example] = ()
+    questions: Sequence[Example],
+    answers: Mapping[str, Sequence[str]],
+    known: Sequence[Example] = (),
+    correct: Mapping[str, Sequence[bool | None]] | None = None,
 ) -> Counts | None:
     """Count the answers to these questions.
 
     Args:
-        questions: examples that were asked. Where some carry checks, the others do not count.
+        questions: examples that were asked. Where some are scored, the others do not count.
         answers: by name of who answers, one to each question; `adapter` among them.
         known: examples of training, from which a classifier learns.
+        correct: by name, of each answer whether it is right, None where nothing says it (`AnswerScore.correct`). Calls
+            are read there; without it they are known by how the references spell them.
 
     Returns:
         None where no question counts.
     """
-    checked = any(example.check is not None for example in questions)
-    places = [i for i, one in enumerate(questions) if not checked or (one.check is not None and not one.check.declines)]
+    checked = any(example.is_scored for example in questions)
+    places = [i for i, one in enumerate(questions)
+              if not checked or (one.is_scored and not (one.check and one.check.declines))]  # fmt: skip
     if not places:
         return None
     asked = [questions[i] for i in places]
     texts = {who: [each[i] for i in places] for who, each in answers.items()}
+    found = {who: [each[i] for i in places] for who, each in (correct or {}).items()}
     known = [one for one in known if not one.is_text and not (one.check and one.check.declines)]
-    keys = [compared(one.answer) for one in asked]
-    every = set(keys) | {compared(one.answer) for one in known}
+    keys = [key_of(one) for one in asked]
+    every = set(keys) | {key_of(one) for one in known}
     few = USES * len(every) <= len(asked) + len(known)
     (most, times), *_ = Counter(keys).most_common(1)
     constant = asked[keys.index(most)].answer if times > 1 else None
     if constant is not None:
         texts[CONSTANT] = [constant] * len(asked)
     wanted = few and 2 <= len(every) <= MOST_ANSWERS and bool(known)
-    if wanted and (simple := classified(known, asked)) is not None:
-        texts[SIMPLE] = simple
+    simple = classified(known, asked) if wanted else None
+    if simple and simple.answers is not None:
+        texts[SIMPLE] = simple.answers
     groups = [one.group for one in asked]
     evidence = len(set(groups_of(groups)))
 
@@ -129,36 +140,56 @@ def counted(
         of = sum(good) / len(good)
         return Share(of, wilson(of * evidence, evidence))
 
-    good = {who: [right(q, text) for q, text in zip(asked, each, strict=True)] for who, each in texts.items()}
-    same = {who: [is_equal(text, q.answer) for q, text in zip(asked, each, strict=True)] for who, each in texts.items()}
+    spelt = {compared(one.answer): key_of(one) for one in (*known, *asked) if one.calls}
+    meant = {who: [spelt.get(key, key) for key in map(compared, each)] for who, each in texts.items()}
+    good, same = {}, {}
+    for who, each in texts.items():
+        told = found.get(who) or [
+            key == own if q.calls else None for q, key, own in zip(asked, meant[who], keys, strict=True)
+        ]
+        good[who] = [right(q, text, fine) for q, text, fine in zip(asked, each, told, strict=True)]
+        same[who] = [fine if q.calls else is_equal(text, q.answer)
+                     for q, text, fine in zip(asked, each, good[who], strict=True)]  # fmt: skip
     against = {
         who: Paired(*sign_test([a - b for a, b in zip(good[ADAPTER], each, strict=True)], groups))
         for who, each in good.items()
         if who != ADAPTER
     }
-    recall, confusions, other = _by_answer(asked, keys, texts[ADAPTER], good[ADAPTER], every) if few else ((), (), 0)
+    said = [own if q.calls and fine else key
+            for q, own, key, fine in zip(asked, keys, meant[ADAPTER], good[ADAPTER], strict=True)]  # fmt: skip
+    recall, confusions, other = (
+        _by_answer(asked, keys, texts[ADAPTER], said, good[ADAPTER], every) if few else ((), (), 0)
+    )
     return Counts(
         by="check" if checked else "equality", n=len(asked),
         json=sum(json_of(one.answer) is not None and one.answer.lstrip()[:1] in ("{", "[") for one in asked),
         distinct=len(set(keys)), few=few, right={who: share(each) for who, each in good.items()},
         equal={who: share(each) for who, each in same.items()}, against=against, most_frequent=constant,
         recall=recall, confusions=confusions, other=other,
-        classifier_missing="not installed" if wanted and not is_installed() else None,
+        classifier_missing=simple.missing if simple else None,
+        classifier_learnt=(simple.learnt, len(known)) if simple and simple.answers is not None else None,
     )  # fmt: skip
 
 
-def right(question: Example, text: str) -> bool:
-    """Whether an answer passes the check of its question; without one, whether it equals the reference."""
+def right(question: Example, text: str, correct: bool | None = None) -> bool:
+    """Whether an answer passes the check of its question; without one, whether it equals the reference. correct: what
+    is known of it already."""
+    if correct is not None:
+        return correct
     return is_equal(text, question.answer) if question.check is None else is_right(text, question.check)
 
 
 def _by_answer(
-    asked: Sequence[Example], keys: Sequence[str], given: Sequence[str], good: Sequence[bool], every: set[str]
+    asked: Sequence[Example],
+    keys: Sequence[str],
+    given: Sequence[str],
+    said: Sequence[str],
+    good: Sequence[bool],
+    every: set[str],
 ) -> tuple[tuple[Recall, ...], tuple[Confusion, ...], int]:
     """How the adapter does on each reference, which answers it takes for each other, and how many of its wrong ones are
-    the reference of no example."""
+    the reference of no example. keys, said: what stands for each reference, and for each answer."""
     spelt = {key: one.answer for key, one in zip(reversed(keys), reversed(asked), strict=True)}
-    said = [compared(text) for text in given]
     times, rights = Counter(keys), Counter(key for key, fine in zip(keys, good, strict=True) if fine)
     worst = sorted(times, key=lambda key: (rights[key] - times[key], -times[key]))[:SHOWN]
     recall = [Recall(spelt[key], times[key], rights[key], said.count(key)) for key in worst]

@@ -72,9 +72,12 @@ def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
             **said,
         }
         told = {who: text for who, text in said.items() if text is not None}
-        if told:
-            one["equal"] = {who: is_equal(text, example.answer) for who, text in told.items()}
+        right = {who: score.correct[place] for who, score in scores.items() if place is not None and score}
+        if told:  # calls are equal where they are right: by name and arguments, however they are spelt
+            one["equal"] = (
+                right if example.calls else {who: is_equal(text, example.answer) for who, text in told.items()}
+            )
         if example.is_scored:
-            one["right"] = {who: score.correct[place] for who, score in scores.items() if place is not None and score}
+            one["right"] = right
         lines.append(json.dumps(one, ensure_ascii=False) + "\n")
     return "".join(lines)

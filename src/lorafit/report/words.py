@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorafit.evaluation.classifier import NOT_INSTALLED
 from lorafit.oracle import same_as_peft
 
 SURE = 0.05  # probability below which chance is no longer held for the reason
 MORE, FEWER, NOT_SHOWN = "more", "fewer", "not shown"
 SIMPLE = "(TF-IDF with logistic regression)"
-ASIDE = "whatever the case and the white space; JSON by its content"  # how answers equal a reference
+ASIDE = "whatever the case and the white space; JSON and calls by their content"  # how answers equal a reference
 
 
 def doubt(summary: Mapping[str, Any]) -> str | None:
@@ -74,12 +75,22 @@ def against(summary: Mapping[str, Any], who: str) -> str | None:
             return None
         if paired["p"] <= SURE:
             return MORE if paired["more"] > paired["fewer"] else FEWER
-        return NOT_SHOWN if counts["tells"] else None
+        # Where the answers show that the adapter beats the base, they are also held against everybody else.
+        tells = counts["tells"] or (who != "base" and against(summary, "base") == MORE)
+        return NOT_SHOWN if tells else None
     facts = summary["facts"]  # a run from before answers were counted in pairs
     right, ends = facts["ci95"], facts.get({"base": "ci95_base", "base_few_shot": "ci95_base_few_shot"}.get(who))
     if right is None or ends is None:
         return None
     return MORE if right[0] > ends[1] else FEWER if right[1] < ends[0] else NOT_SHOWN
+
+
+def no_classifier(counts: Mapping[str, Any]) -> str | None:
+    """Why there is no simple classifier where one would be of use."""
+    why = counts["classifier_missing"]
+    if why == NOT_INSTALLED:
+        return "pip install scikit-learn, and a simple classifier is compared with the adapter too"
+    return f"no simple classifier is compared with the adapter: {why}" if why else None
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,10 @@ def lines(summary: Mapping[str, Any]) -> list[Line]:
     """The table of scores, one line for each that answers."""
     nll, facts, counts = summary["nll"], summary["facts"], summary.get("counts")
     few = f"base, {facts['few_shot_examples']} examples in its prompt"
+    learnt, of = (counts or {}).get("classifier_learnt") or (0, 0)
+    simple = f"simple classifier, {learnt:,} of {of:,} examples" if learnt < of else "simple classifier"
     names = {"base": "other adapter" if summary.get("against") else "base", "base_few_shot": few,
-             "most_frequent": "always the most frequent answer", "classifier": "simple classifier",
+             "most_frequent": "always the most frequent answer", "classifier": simple,
              "adapter": "adapter", "shuffled_control": "control: trained on shuffled answers"}  # fmt: skip
     ends = {"base": "ci95_base", "base_few_shot": "ci95_base_few_shot", "adapter": "ci95"}
     found = []
