@@ -577,6 +577,16 @@ def test_a_call_that_is_cut_says_so(server: Running) -> None:
     assert told["message"]["tool_calls"][0]["function"]["name"] == "count"
 
 
+@pytest.mark.parametrize(("stop", "finish"), [('y": 4', "length"), ("nt", "length"), ("</call>", "tool_calls")])
+def test_a_call_that_a_stop_text_cuts_is_not_to_be_answered(server: Running, stop: str, finish: str) -> None:
+    told = server.ask("stock", **TOOLS, stop=stop).json()["choices"][0]
+    assert told["finish_reason"] == finish, told
+    body = {"model": "stock", "stream": True, "stop": [stop], **TOOLS}
+    lines = httpx.post(f"{server.url}/v1/chat/completions", json=body).text.split("\n\n")
+    ends = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines if line.startswith("data: {")]
+    assert ends[-1] == finish and not any(ends[:-1])
+
+
 def test_none_shows_no_tools_and_looks_for_no_calls(server: Running) -> None:
     plain = {"messages": [ASKED], "max_tokens": 40}
     none = server.ask("tiny", **{**plain, "tools": [COUNT], "tool_choice": "none"}).json()
@@ -631,11 +641,11 @@ def test_a_comparison_scores_calls(root: Path, talk: Example) -> None:
 # The grammar
 
 
-def kept(family: Family, must: bool, wanted: str) -> tuple[Renderer, str]:
+def kept(family: Family, must: bool, wanted: str, *tools: dict[str, Any]) -> tuple[Renderer, str]:
     """What an answer becomes that would say `wanted`, within what the grammar of a request allows."""
     renderer = Renderer(family.tokenizer())
     choice = "required" if must else "auto"
-    asked = served_tools.calling([COUNT, MOVE], choice, None, renderer)
+    asked = served_tools.calling(tools or [COUNT, MOVE], choice, None, renderer)
     vocabulary = len(renderer.tokenizer)
     grammar = Grammar(grammar_tokenizer(renderer.tokenizer, vocabulary, renderer.stop_ids), asked.grammar or "")
     sampler = Sampler(Request((1,), grammar=asked.grammar), grammar)
@@ -686,3 +696,28 @@ def test_a_strict_schema_that_cannot_be_kept_to_is_refused() -> None:
     strict = {"type": "function", "function": {"name": "x", "strict": True, "parameters": {"type": "objects"}}}
     with pytest.raises(RequestError, match=r"^tools: "):
         served_tools.calling([strict], "auto", None, Renderer(byte_tokenizer(TAGGED)))
+
+
+NO_OBJECTS: list[dict[str, Any]] = [
+    {"type": "string"}, {"type": ["array", "null"]}, {"enum": ["x"]},
+    {"anyOf": [{"type": "null"}, {"type": "integer"}]},
+    {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", NO_OBJECTS, ids=str)
+def test_a_strict_schema_that_takes_no_object_is_refused(schema: dict[str, Any]) -> None:
+    strict = {"type": "function", "function": {"name": "x", "strict": True, "parameters": schema}}
+    with pytest.raises(RequestError, match=r"^tools"):
+        served_tools.calling([strict], "auto", None, Renderer(byte_tokenizer(TAGGED)))
+
+
+@pytest.mark.parametrize(
+    "schema", [{"title": "x"}, {"anyOf": [{"type": "object"}, {"type": "null"}]}, {"type": ["object", "null"]}], ids=str
+)
+def test_a_strict_schema_that_may_be_no_object_is_kept_to_objects(schema: dict[str, Any]) -> None:
+    strict = {"type": "function", "function": {"name": "x", "strict": True, "parameters": schema}}
+    family = FAMILIES["tagged"]
+    wanted = text_of(Renderer(family.tokenizer()).call_form, "", ("x", "null"))
+    renderer, found = kept(family, True, wanted, strict)
+    (made,) = renderer.read(renderer._ids(found))[1]
+    assert isinstance(json.loads(made.arguments), dict)

@@ -19,6 +19,7 @@ from lorafit.errors import RequestError
 # its properties, and take those that come later in it from an adapter that learnt another. `strict` asks for that.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY = {"type": "object"}
+KINDS = ("array", "boolean", "integer", "null", "number", "string")  # of JSON, that are no object
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def calling(
         if choice == "required":
             raise RequestError("tool_choice: there are no tools to choose from: give tools")
         return Calling()
-    strict = {one["function"]["name"]: one["function"].get("parameters") or ANY
-              for one in tools or () if one["function"].get("strict")}  # fmt: skip
+    strict = {one["function"]["name"]: _of_object(one["function"].get("parameters") or ANY, f"tools[{i}]")
+              for i, one in enumerate(tools or ()) if one["function"].get("strict")}  # fmt: skip
     schemas = {name: strict.get(name, ANY) for name in ([named] if named else names)}
     form, added = renderer.call_form, renderer.tokenizer.added_tokens_decoder
     must, several = choice == "required" or named is not None, parallel is not False and not named
@@ -82,6 +83,15 @@ def calling(
     grammar = grammar_of(form, schemas, known, must, several)
     _require_kept(grammar)
     return Calling(seen, form, grammar, must, renderer.marks)
+
+
+def _of_object(schema: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """A strict schema that takes objects alone, for arguments are one. Raises RequestError where it takes none."""
+    kinds = schema.get("type", "object")
+    if kinds in KINDS or (isinstance(kinds, list) and "object" not in kinds):
+        _refuse(f"a strict schema of the type {json.dumps(kinds)}, and arguments are an object",
+                "write the type object, or set strict to false", f"{place}.function.parameters")  # fmt: skip
+    return {**schema, "type": "object" if isinstance(kinds, list) else kinds}
 
 
 def _require_kept(grammar: str) -> None:
@@ -200,8 +210,11 @@ def message(reader: CallReader) -> dict[str, Any]:
 
 
 def finish_of(finish: str | None, reader: CallReader | None) -> str | None:
-    """Why an answer ended, as clients are told: where it ended by itself with calls, they are to be answered."""
-    return "tool_calls" if finish == "stop" and reader is not None and reader.calls else finish
+    """Why an answer ended, as clients are told: where it ended by itself with calls, they are to be answered. One that
+    a stop text ended within a call is cut, as one is that grew too long."""
+    if finish != "stop" or reader is None:
+        return finish
+    return "length" if reader.is_cut else "tool_calls" if reader.calls else finish
 
 
 def _told(call: Call) -> dict[str, Any]:
