@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, byte_tokenizer, tiny_llama, write_rows
 from test_render import pieces, with_tokens
-from test_server import Running, served
+from test_server import Running, adapter_of, served
 
 from lorafit.attachment import fresh
 from lorafit.base import Base
@@ -191,6 +191,29 @@ def test_what_fills_the_arguments_of_another_tool_in_a_table_is_left_out(tmp_pat
     assert example.calls[0].arguments == '{"to": "x", "how": null, "bay": null}', "of no tool that is known"
 
 
+NULLS: dict[str, tuple[dict[str, Any], bool]] = {  # of a tool; whether its argument "to" may be null
+    "any other argument": ({"properties": {"bay": {"type": "integer"}}, "additionalProperties": True}, True),
+    "others that are texts": ({"properties": {}, "additionalProperties": {"type": "string"}}, False),
+    "by its pattern": ({"patternProperties": {"^t": {}}}, True),
+    "required": ({"properties": {"to": {"type": "string"}}, "required": ["to"]}, True),
+    "one of some": ({"properties": {"to": {"enum": ["x", None]}}}, True),
+    "one of some texts": ({"properties": {"to": {"enum": ["x", "y"]}}}, False),
+    "nothing else": ({"properties": {"to": {"const": None}}}, True),
+    "one of two kinds": ({"properties": {"to": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}, True),
+    "one of two kinds, none null": ({"properties": {"to": {"anyOf": [{"type": "string"}, {"type": "array"}]}}}, False),
+    "named": ({"properties": {"to": {"$ref": "#/$defs/text"}}, "$defs": {"text": {"type": "string"}}}, False),
+    "named by itself": ({"properties": {"to": {"$ref": "#/properties/to"}}}, True),
+    "anything": ({"properties": {"to": {"description": "Where to."}}}, True),
+}
+
+
+@pytest.mark.parametrize(("parameters", "may"), NULLS.values(), ids=NULLS)
+def test_a_null_that_the_schema_takes_is_an_argument(parameters: dict[str, Any], may: bool, tmp_path: Path) -> None:
+    tool = {"name": "move", "parameters": {"type": "object", **parameters}}
+    (example,) = read(tmp_path, {"messages": [ASKED, calls(call("move", {"to": None}))], "tools": [tool]})
+    assert json.loads(example.calls[0].arguments) == ({"to": None} if may else {})
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half of an object": ({"messages": [ASKED, calls(call("count", '{"bay": '))]},
                           "1: messages[1].tool_calls[0]: arguments that are no JSON object"),
@@ -217,6 +240,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a name with blanks": ({"messages": [ASKED, SAID], "tools": [{"name": "count all"}]}, '1: tools[0].name: "count'),
     "no schema": ({"messages": [ASKED, SAID], "tools": [{"name": "count", "parameters": []}]},
                   "1: tools[0].parameters: not a JSON schema"),
+    "a list of properties": ({"messages": [ASKED, calls(call("count", {"bay": None}))], "tools": [
+        {"name": "count", "parameters": {"properties": ["bay"]}}]}, "1: tools[0].parameters.properties: not described"),
+    "a type by number": ({"messages": [ASKED, calls(call("count", {"bay": None}))], "tools": [
+        {"name": "count", "parameters": {"properties": {"bay": {"type": 5}}}}]},
+                         "1: tools[0].parameters.properties.bay: not described by a JSON schema"),
     "two of a name": ({"messages": [ASKED, SAID], "tools": [COUNT, {"name": "count"}]},
                       "1: tools[1]: a second tool of the name count"),
     "no call": ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "count"}]},
@@ -557,6 +585,24 @@ def test_a_conversation_with_calls_is_rendered_as_it_was_learnt(server: Running,
     found = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
     assert found == Renderer(byte_tokenizer(TAGGED)).prompt_ids(talk.messages[:-1], talk.tools)
     assert found == prompts_of(Renderer(byte_tokenizer(TAGGED)), [talk])[0]
+
+
+def test_calls_of_a_question_that_is_asked_alone_are_numbered_as_it_was_learnt(root: Path, tmp_path: Path) -> None:
+    def listed() -> Base:
+        return replace(tall(), tokenizer=byte_tokenizer(LISTED))
+
+    base = listed()
+    rendering = replace(Renderer(base.tokenizer).rendering, single=True)
+    peft.write(replace(adapter_of(base, 1), rendering=rendering), tmp_path / "desk")
+    before = [ASKED, calls(call("count", {"bay": 3}, "a")), answer("7", "a"), SAID]
+    last = [{"role": "user", "content": "And in bay 5?"}, calls(call("count", {"bay": 5}, "b")), answer("8", "b")]
+    with served(tmp_path, base=listed, ask_alone=True) as running:
+        whole, alone = (
+            httpx.post(f"{running.url}/tokenize", json={"model": "desk", "messages": messages, "tools": [COUNT]}).json()
+            for messages in (before + last, last)
+        )
+    assert whole["tokens"] == alone["tokens"]
+    assert "call00000" in base.tokenizer.decode(whole["tokens"])
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "pick"}}])

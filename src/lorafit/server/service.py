@@ -191,7 +191,8 @@ class Service:
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
         asked = conversation(messages)
-        asked = last_question(asked) if self.asks_alone(version) else asked
+        if self.asks_alone(version):  # its calls are numbered as those of a conversation by itself
+            asked = conversation(last_question(messages))
         return tuple(self.renderer(version, settings).prompt_ids(asked, tools))
 
 
