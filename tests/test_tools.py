@@ -17,7 +17,7 @@ from test_server import Running, adapter_of, served
 
 from lorafit.attachment import fresh
 from lorafit.base import Base
-from lorafit.data.calls import OWN, Arguments, Begun, CallForm, CallReader, Words, worded
+from lorafit.data.calls import ID, OWN, Arguments, Begun, CallForm, CallReader, Words, worded
 from lorafit.data.examples import Call, Example, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, render
@@ -687,9 +687,11 @@ def test_a_comparison_scores_calls(root: Path, talk: Example) -> None:
 # The grammar
 
 
-def kept(family: Family, must: bool, wanted: str, *tools: dict[str, Any]) -> tuple[Renderer, str]:
+def kept(
+    family: Family, must: bool, wanted: str, *tools: dict[str, Any], reasoning: bool = False
+) -> tuple[Renderer, str]:
     """What an answer becomes that would say `wanted`, within what the grammar of a request allows."""
-    renderer = Renderer(family.tokenizer())
+    renderer = Renderer(family.tokenizer(), reasoning=reasoning)
     choice = "required" if must else "auto"
     asked = served_tools.calling(tools or [COUNT, MOVE], choice, None, renderer)
     vocabulary = len(renderer.tokenizer)
@@ -732,6 +734,41 @@ def test_a_tool_that_is_not_there_is_not_called(family: Family) -> None:
     renderer, found = kept(family, False, text_of(form, "", ("convert", "{}")))
     _, made = renderer.read(renderer._ids(found))
     assert [one.name for one in made] == ["count"], found
+
+
+THINKERS = {**FAMILIES, "thought by a token": Family(lambda: with_tokens(TAGGED, "<|end|>", "<think>", "</think>"))}
+
+
+@pytest.mark.parametrize("family", THINKERS.values(), ids=THINKERS)
+def test_no_thought_hides_a_call_from_the_grammar(family: Family) -> None:
+    wanted = '<think>\nhm\n</think>\n\n{"name": "rm_rf", "parameters": {oops: }}'
+    assert "think>" not in kept(family, False, wanted, reasoning=True)[1]
+    form = Renderer(family.tokenizer()).call_form
+    for said in ("Seven {of} them.", text_of(form, "", ("count", '{"bay": 4}')).replace(ID, "0" * 9)):
+        assert kept(family, False, said, reasoning=True)[1].removesuffix("<|end|>") == said
+
+
+OPENED = TAGGED.replace("{{ m.content or '' }}", "{{ (m.content or '').split('</think>')[-1] }}").replace(
+    "{{ '<|assistant|>' }}", "{{ '<|assistant|><think>\n' }}"
+)  # thoughts are opened by the prompt, and left out of finished turns
+
+
+@pytest.mark.parametrize("template", [THOUGHTFUL, OPENED], ids=["empty thought", "opened"])
+def test_with_tools_an_answer_begins_without_a_thought(template: str, tmp_path: Path) -> None:
+    def base() -> Base:
+        return replace(tall(), tokenizer=byte_tokenizer(template))
+
+    with served(tmp_path, base=base) as running:
+        for fields in ({"tools": [COUNT]}, {"tools": [COUNT], "tool_choice": "required"},
+                       {"response_format": {"type": "json_object"}}):  # fmt: skip
+            told = running.ask("tiny", messages=[ASKED], max_tokens=9, **fields).json()
+            assert "reasoning_content" not in told["choices"][0]["message"]
+            if "tools" in fields:
+                body = {"model": "tiny", "messages": [ASKED], "tools": [COUNT]}
+                ids = httpx.post(f"{running.url}/tokenize", json=body).json()["tokens"]
+                prompt = byte_tokenizer(template).decode(ids)
+                assert told["usage"]["prompt_tokens"] == len(ids)
+                assert prompt.partition("<|assistant|>")[2].split() == ["<think>", "</think>"]
 
 
 def test_words_may_be_said_instead(family: Family) -> None:
