@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -734,6 +735,13 @@ def test_a_tool_that_is_not_there_is_not_called(family: Family) -> None:
     renderer, found = kept(family, False, text_of(form, "", ("convert", "{}")))
     _, made = renderer.read(renderer._ids(found))
     assert [one.name for one in made] == ["count"], found
+
+
+def test_a_grammar_takes_no_time_for_tokens_that_no_mark_holds() -> None:
+    added = {f"<extra_{i}>": i for i in range(6000)}
+    begun = time.process_time()
+    served_tools.grammar_of(OWN, {f"tool_{i}": {"type": "object"} for i in range(32)}, added, False, True)
+    assert time.process_time() - begun < 0.2  # 0.64 s where every mark was cut at every token, 0.007 now
 
 
 THINKERS = {**FAMILIES, "thought by a token": Family(lambda: with_tokens(TAGGED, "<|end|>", "<think>", "</think>"))}

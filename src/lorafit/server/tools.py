@@ -120,7 +120,8 @@ def grammar_of(
         must: whether the answer is calls, and no words.
         several: whether it may hold more than one.
         barred: the mark before a thought, where the model may have learnt one. Words do not hold it where it is a
-            token, and where it is text do not begin with its first character: what began it and may not end it is nonsense.
+            token, and where it is text do not begin with its first character: a mark that is begun and cannot be ended
+            would go on as nonsense.
     """
     marks = "\n".join([form.opens, form.closes, form.joins or "", *(name + form.between for name in schemas)])
     ids, added = added, {token: id_ for token, id_ in added.items() if token in marks}
