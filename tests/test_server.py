@@ -42,6 +42,7 @@ from lorafit.server.app import make_app
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
 from lorafit.server.store import Store
+from lorafit.server.wire import Turn
 from lorafit.serving import Answer, Engine, Request
 from lorafit.sites import select
 from lorafit.testing import random_adapter
@@ -359,6 +360,13 @@ def test_an_assistant_who_said_nothing_has_an_empty_turn(server: Running) -> Non
         told = tokens(user, wrong).json()["error"]
         assert words in told["message"] and "Input should be" not in told["message"], told
         assert told["param"].startswith("messages.1")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(("said", "thought"), [(" Hm. ", "Hm."), ("", ""), (None, ""), (False, "")])
+def test_reasoning_is_read_by_every_name_that_it_has(name: str, said: Any, thought: str) -> None:
+    turn = Turn.model_validate({"role": "assistant", "content": "Hi.", name: said})
+    assert turn.message() == Message("assistant", "Hi.", reasoning=thought)
 
 
 def test_completions_refuse_what_they_do_not_do(server: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,11 @@ import pytest
 import torch
 from conftest import TEMPLATE, byte_tokenizer, tiny_llama, write_rows
 from test_render import pieces, with_tokens
-from test_server import Running, served
+from test_server import Running, adapter_of, served
 
 from lorafit.attachment import fresh
 from lorafit.base import Base
-from lorafit.data.calls import OWN, Arguments, Begun, CallForm, CallReader, Words, worded
+from lorafit.data.calls import ID, OWN, Arguments, Begun, CallForm, CallReader, Words, worded
 from lorafit.data.examples import Call, Example, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, render
@@ -191,6 +192,29 @@ def test_what_fills_the_arguments_of_another_tool_in_a_table_is_left_out(tmp_pat
     assert example.calls[0].arguments == '{"to": "x", "how": null, "bay": null}', "of no tool that is known"
 
 
+NULLS: dict[str, tuple[dict[str, Any], bool]] = {  # of a tool; whether its argument "to" may be null
+    "any other argument": ({"properties": {"bay": {"type": "integer"}}, "additionalProperties": True}, True),
+    "others that are texts": ({"properties": {}, "additionalProperties": {"type": "string"}}, False),
+    "by its pattern": ({"patternProperties": {"^t": {}}}, True),
+    "required": ({"properties": {"to": {"type": "string"}}, "required": ["to"]}, True),
+    "one of some": ({"properties": {"to": {"enum": ["x", None]}}}, True),
+    "one of some texts": ({"properties": {"to": {"enum": ["x", "y"]}}}, False),
+    "nothing else": ({"properties": {"to": {"const": None}}}, True),
+    "one of two kinds": ({"properties": {"to": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}, True),
+    "one of two kinds, none null": ({"properties": {"to": {"anyOf": [{"type": "string"}, {"type": "array"}]}}}, False),
+    "named": ({"properties": {"to": {"$ref": "#/$defs/text"}}, "$defs": {"text": {"type": "string"}}}, False),
+    "named by itself": ({"properties": {"to": {"$ref": "#/properties/to"}}}, True),
+    "anything": ({"properties": {"to": {"description": "Where to."}}}, True),
+}
+
+
+@pytest.mark.parametrize(("parameters", "may"), NULLS.values(), ids=NULLS)
+def test_a_null_that_the_schema_takes_is_an_argument(parameters: dict[str, Any], may: bool, tmp_path: Path) -> None:
+    tool = {"name": "move", "parameters": {"type": "object", **parameters}}
+    (example,) = read(tmp_path, {"messages": [ASKED, calls(call("move", {"to": None}))], "tools": [tool]})
+    assert json.loads(example.calls[0].arguments) == ({"to": None} if may else {})
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half of an object": ({"messages": [ASKED, calls(call("count", '{"bay": '))]},
                           "1: messages[1].tool_calls[0]: arguments that are no JSON object"),
@@ -217,6 +241,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a name with blanks": ({"messages": [ASKED, SAID], "tools": [{"name": "count all"}]}, '1: tools[0].name: "count'),
     "no schema": ({"messages": [ASKED, SAID], "tools": [{"name": "count", "parameters": []}]},
                   "1: tools[0].parameters: not a JSON schema"),
+    "a list of properties": ({"messages": [ASKED, calls(call("count", {"bay": None}))], "tools": [
+        {"name": "count", "parameters": {"properties": ["bay"]}}]}, "1: tools[0].parameters.properties: not described"),
+    "a type by number": ({"messages": [ASKED, calls(call("count", {"bay": None}))], "tools": [
+        {"name": "count", "parameters": {"properties": {"bay": {"type": 5}}}}]},
+                         "1: tools[0].parameters.properties.bay: not described by a JSON schema"),
     "two of a name": ({"messages": [ASKED, SAID], "tools": [COUNT, {"name": "count"}]},
                       "1: tools[1]: a second tool of the name count"),
     "no call": ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "count"}]},
@@ -559,6 +588,24 @@ def test_a_conversation_with_calls_is_rendered_as_it_was_learnt(server: Running,
     assert found == prompts_of(Renderer(byte_tokenizer(TAGGED)), [talk])[0]
 
 
+def test_calls_of_a_question_that_is_asked_alone_are_numbered_as_it_was_learnt(root: Path, tmp_path: Path) -> None:
+    def listed() -> Base:
+        return replace(tall(), tokenizer=byte_tokenizer(LISTED))
+
+    base = listed()
+    rendering = replace(Renderer(base.tokenizer).rendering, single=True)
+    peft.write(replace(adapter_of(base, 1), rendering=rendering), tmp_path / "desk")
+    before = [ASKED, calls(call("count", {"bay": 3}, "a")), answer("7", "a"), SAID]
+    last = [{"role": "user", "content": "And in bay 5?"}, calls(call("count", {"bay": 5}, "b")), answer("8", "b")]
+    with served(tmp_path, base=listed, ask_alone=True) as running:
+        whole, alone = (
+            httpx.post(f"{running.url}/tokenize", json={"model": "desk", "messages": messages, "tools": [COUNT]}).json()
+            for messages in (before + last, last)
+        )
+    assert whole["tokens"] == alone["tokens"]
+    assert "call00000" in base.tokenizer.decode(whole["tokens"])
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "pick"}}])
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_who_must_call_calls(server: Running, choice: Any, temperature: float) -> None:
@@ -575,6 +622,16 @@ def test_a_call_that_is_cut_says_so(server: Running) -> None:
     told = server.ask("tiny", tool_choice="required", **{**TOOLS, "max_tokens": 45}).json()["choices"][0]
     assert told["finish_reason"] == "length"
     assert told["message"]["tool_calls"][0]["function"]["name"] == "count"
+
+
+@pytest.mark.parametrize(("stop", "finish"), [('y": 4', "length"), ("nt", "length"), ("</call>", "tool_calls")])
+def test_a_call_that_a_stop_text_cuts_is_not_to_be_answered(server: Running, stop: str, finish: str) -> None:
+    told = server.ask("stock", **TOOLS, stop=stop).json()["choices"][0]
+    assert told["finish_reason"] == finish, told
+    body = {"model": "stock", "stream": True, "stop": [stop], **TOOLS}
+    lines = httpx.post(f"{server.url}/v1/chat/completions", json=body).text.split("\n\n")
+    ends = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines if line.startswith("data: {")]
+    assert ends[-1] == finish and not any(ends[:-1])
 
 
 def test_none_shows_no_tools_and_looks_for_no_calls(server: Running) -> None:
@@ -631,11 +688,13 @@ def test_a_comparison_scores_calls(root: Path, talk: Example) -> None:
 # The grammar
 
 
-def kept(family: Family, must: bool, wanted: str) -> tuple[Renderer, str]:
+def kept(
+    family: Family, must: bool, wanted: str, *tools: dict[str, Any], reasoning: bool = False
+) -> tuple[Renderer, str]:
     """What an answer becomes that would say `wanted`, within what the grammar of a request allows."""
-    renderer = Renderer(family.tokenizer())
+    renderer = Renderer(family.tokenizer(), reasoning=reasoning)
     choice = "required" if must else "auto"
-    asked = served_tools.calling([COUNT, MOVE], choice, None, renderer)
+    asked = served_tools.calling(tools or [COUNT, MOVE], choice, None, renderer)
     vocabulary = len(renderer.tokenizer)
     grammar = Grammar(grammar_tokenizer(renderer.tokenizer, vocabulary, renderer.stop_ids), asked.grammar or "")
     sampler = Sampler(Request((1,), grammar=asked.grammar), grammar)
@@ -678,6 +737,48 @@ def test_a_tool_that_is_not_there_is_not_called(family: Family) -> None:
     assert [one.name for one in made] == ["count"], found
 
 
+def test_a_grammar_takes_no_time_for_tokens_that_no_mark_holds() -> None:
+    added = {f"<extra_{i}>": i for i in range(6000)}
+    begun = time.process_time()
+    served_tools.grammar_of(OWN, {f"tool_{i}": {"type": "object"} for i in range(32)}, added, False, True)
+    assert time.process_time() - begun < 0.2  # 0.64 s where every mark was cut at every token, 0.007 now
+
+
+THINKERS = {**FAMILIES, "thought by a token": Family(lambda: with_tokens(TAGGED, "<|end|>", "<think>", "</think>"))}
+
+
+@pytest.mark.parametrize("family", THINKERS.values(), ids=THINKERS)
+def test_no_thought_hides_a_call_from_the_grammar(family: Family) -> None:
+    wanted = '<think>\nhm\n</think>\n\n{"name": "rm_rf", "parameters": {oops: }}'
+    assert "think>" not in kept(family, False, wanted, reasoning=True)[1]
+    form = Renderer(family.tokenizer()).call_form
+    for said in ("Seven {of} them.", text_of(form, "", ("count", '{"bay": 4}')).replace(ID, "0" * 9)):
+        assert kept(family, False, said, reasoning=True)[1].removesuffix("<|end|>") == said
+
+
+OPENED = TAGGED.replace("{{ m.content or '' }}", "{{ (m.content or '').split('</think>')[-1] }}").replace(
+    "{{ '<|assistant|>' }}", "{{ '<|assistant|><think>\n' }}"
+)  # thoughts are opened by the prompt, and left out of finished turns
+
+
+@pytest.mark.parametrize("template", [THOUGHTFUL, OPENED], ids=["empty thought", "opened"])
+def test_with_tools_an_answer_begins_without_a_thought(template: str, tmp_path: Path) -> None:
+    def base() -> Base:
+        return replace(tall(), tokenizer=byte_tokenizer(template))
+
+    with served(tmp_path, base=base) as running:
+        for fields in ({"tools": [COUNT]}, {"tools": [COUNT], "tool_choice": "required"},
+                       {"response_format": {"type": "json_object"}}):  # fmt: skip
+            told = running.ask("tiny", messages=[ASKED], max_tokens=9, **fields).json()
+            assert "reasoning_content" not in told["choices"][0]["message"]
+            if "tools" in fields:
+                body = {"model": "tiny", "messages": [ASKED], "tools": [COUNT]}
+                ids = httpx.post(f"{running.url}/tokenize", json=body).json()["tokens"]
+                prompt = byte_tokenizer(template).decode(ids)
+                assert told["usage"]["prompt_tokens"] == len(ids)
+                assert prompt.partition("<|assistant|>")[2].split() == ["<think>", "</think>"]
+
+
 def test_words_may_be_said_instead(family: Family) -> None:
     assert kept(family, False, "Seven {of} <them>.")[1] == "Seven {of} <them>.<|end|>"
 
@@ -686,3 +787,28 @@ def test_a_strict_schema_that_cannot_be_kept_to_is_refused() -> None:
     strict = {"type": "function", "function": {"name": "x", "strict": True, "parameters": {"type": "objects"}}}
     with pytest.raises(RequestError, match=r"^tools: "):
         served_tools.calling([strict], "auto", None, Renderer(byte_tokenizer(TAGGED)))
+
+
+NO_OBJECTS: list[dict[str, Any]] = [
+    {"type": "string"}, {"type": ["array", "null"]}, {"enum": ["x"]},
+    {"anyOf": [{"type": "null"}, {"type": "integer"}]},
+    {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", NO_OBJECTS, ids=str)
+def test_a_strict_schema_that_takes_no_object_is_refused(schema: dict[str, Any]) -> None:
+    strict = {"type": "function", "function": {"name": "x", "strict": True, "parameters": schema}}
+    with pytest.raises(RequestError, match=r"^tools"):
+        served_tools.calling([strict], "auto", None, Renderer(byte_tokenizer(TAGGED)))
+
+
+@pytest.mark.parametrize(
+    "schema", [{"title": "x"}, {"anyOf": [{"type": "object"}, {"type": "null"}]}, {"type": ["object", "null"]}], ids=str
+)
+def test_a_strict_schema_that_may_be_no_object_is_kept_to_objects(schema: dict[str, Any]) -> None:
+    strict = {"type": "function", "function": {"name": "x", "strict": True, "parameters": schema}}
+    family = FAMILIES["tagged"]
+    wanted = text_of(Renderer(family.tokenizer()).call_form, "", ("x", "null"))
+    renderer, found = kept(family, True, wanted, strict)
+    (made,) = renderer.read(renderer._ids(found))[1]
+    assert isinstance(json.loads(made.arguments), dict)

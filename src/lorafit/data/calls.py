@@ -196,6 +196,11 @@ class CallReader:
             parts += found
         return parts
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether what has been read breaks off within a call: what it calls, or with what, is not all there."""
+        return self._state in ("name", "arguments")
+
     def whole(self) -> bool:
         """Whether an answer that has ended has calls, each with arguments that are JSON, and nothing behind them."""
         if self._state != "behind" or _end(self._form.closes, self._text, 0) != len(self._text.rstrip()):

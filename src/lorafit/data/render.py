@@ -16,6 +16,7 @@ import os.path
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -230,6 +231,13 @@ class Renderer:
             if self._text(ASKED, True, None).rstrip().endswith(THOUGHT[0]):
                 return "opened"
         return None
+
+    @cached_property
+    def plain(self) -> Renderer:
+        """The same rendering for answers that are to begin without reasoning."""
+        found = copy(self)
+        found.reasoning = False
+        return found
 
     @property
     def thought(self) -> Thought | None:

@@ -16,6 +16,7 @@ CALLS = ("tool_calls", "function_call", "tool_call")  # fields of a message that
 OF_CALLS = (*CALLS, "tool_call_id")  # and the one that names the call which a tool answers
 OF_ROWS = ("tools", "functions", "parallel_tool_calls")  # fields of a row, or of a request
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")  # of a tool: what no rendering takes for its own marks
+DEEPEST = 4  # how far into a schema it is read whether it takes null: one may name itself
 FUNCTION = '{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}'
 ONE_CALL = '{"type": "function", "function": {"name": "find", "arguments": "{}"}}'
 
@@ -72,6 +73,10 @@ def _tool(one: Any, place: str, wrong: Wrong) -> tuple[str, str]:
     if parameters is not None and not isinstance(parameters, dict):
         wrong("not a JSON schema", 'write {"type": "object", "properties": {...}}', f"{place}.parameters")
         return "", ""
+    if (odd := _odd_property(parameters or {})) is not None:
+        wrong("not described by a JSON schema", 'write {"type": "string"}, or what else it takes',
+              f"{place}.parameters.{odd}")  # fmt: skip
+        return "", ""
     known = {"name": name, "description": function.get("description"),
              "parameters": parameters or {"type": "object", "properties": {}}}  # fmt: skip
     # `strict` asks something of the server, and says nothing to the model.
@@ -84,6 +89,19 @@ def _tool(one: Any, place: str, wrong: Wrong) -> tuple[str, str]:
     except (TypeError, ValueError, RecursionError) as error:
         wrong(f"cannot be written as JSON ({error})", "write what JSON knows", place)
         return "", ""
+
+
+def _odd_property(parameters: Mapping[str, Any]) -> str | None:
+    """Where the properties of a schema are none, or the first that no schema describes; None where all are."""
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict | None):
+        return "properties"
+    for name, schema in (properties or {}).items():
+        kinds = schema.get("type") if isinstance(schema, dict) else None
+        kinds = kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]
+        if not isinstance(schema, dict | bool | None) or not all(isinstance(kind, str) for kind in kinds):
+            return f"properties.{name}"
+    return None
 
 
 def without_nulls(value: Any) -> Any:
@@ -217,13 +235,41 @@ def _without_filling(call: Call, function: Mapping[str, Any] | None) -> Call:
     arguments = json.loads(call.arguments)
     if function is None or None not in arguments.values():
         return call
-    properties = function["parameters"].get("properties") or {}
-    kept = {name: value for name, value in arguments.items() if value is not None or _takes_null(properties, name)}
+    whole = function["parameters"]
+    properties, required = whole.get("properties") or {}, whole.get("required")
+    needed = required if isinstance(required, list) else []
+    others = bool(whole.get("patternProperties")) or _takes_null(whole.get("additionalProperties", False), whole)
+    kept = {
+        name: value for name, value in arguments.items()
+        if value is not None or name in needed
+        or (_takes_null(properties[name], whole) if name in properties else others)
+    }  # fmt: skip
+    if kept == arguments:
+        return call
     return replace(call, arguments=json.dumps(kept, ensure_ascii=False))
 
 
-def _takes_null(properties: Mapping[str, Any], name: str) -> bool:
-    schema = properties.get(name)
-    return isinstance(schema, dict) and (
-        "type" not in schema or "null" in schema["type"] or bool(schema.get("nullable"))
-    )
+def _takes_null(schema: Any, whole: Mapping[str, Any], depth: int = 0) -> bool:
+    """Whether null keeps to a schema. whole: in which it may name another. What cannot be told is taken for yes."""
+    if not isinstance(schema, dict) or depth > DEEPEST:
+        return schema is not False
+    if schema.get("nullable"):
+        return True
+    kinds = schema.get("type", "null")
+    takes = ["null" in (kinds if isinstance(kinds, list) else [kinds])]
+    takes += [None in schema["enum"]] if isinstance(schema.get("enum"), list) else []
+    takes += [schema["const"] is None] if "const" in schema else []
+    for joint, of in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+        if isinstance(schema.get(joint), list):
+            takes.append(of(_takes_null(one, whole, depth + 1) for one in schema[joint]))
+    if isinstance(schema.get("$ref"), str):
+        takes.append(_takes_null(_named(schema["$ref"], whole), whole, depth + 1))
+    return all(takes)
+
+
+def _named(reference: str, whole: Mapping[str, Any]) -> Any:
+    """The part of a schema that a reference within it names; None where there is none."""
+    found: Any = whole
+    for step in reference.removeprefix("#").strip("/").split("/"):
+        found = found.get(step) if isinstance(found, dict) else None
+    return found

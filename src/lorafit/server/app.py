@@ -149,7 +149,7 @@ def _tokens(app: FastAPI, service: Service) -> None:
             told = body.model_dump(include={"tools", "tool_choice"})
             messages, tools = [turn.message() for turn in body.messages], shown(told["tools"], told["tool_choice"])
             settings = body.chat_template_kwargs or {}
-            ids = await asyncio.to_thread(service.prompt, messages, version, tools, settings)
+            ids = await asyncio.to_thread(service.prompt, messages, version, tools, settings, not tools)
         elif body.prompt is not None:
             read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
             ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]

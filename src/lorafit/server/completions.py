@@ -97,9 +97,9 @@ async def _answered(
 def _thought(
     service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling
 ) -> Thought | None:  # fmt: skip
-    """How reasoning is told apart in the answers; None where all is the answer, as it is of one in a given form, or of
-    calls that must be made."""
-    if not isinstance(body, ChatRequest) or called.must:
+    """How reasoning is told apart in the answers; None where all is the answer, as it is of one that a grammar keeps to
+    a form: it holds from the first token, and would hold within a thought too."""
+    if not isinstance(body, ChatRequest) or called.grammar is not None:
         return None
     if body.response_format and body.response_format.schema_of() is not None:
         return None
@@ -199,14 +199,15 @@ def _requests(
     engine = service.engine
     if isinstance(body, ChatRequest):
         messages = [turn.message() for turn in body.messages]
-        prompts = [service.prompt(messages, version, called.tools, body.chat_template_kwargs or {})]
+        settings = body.chat_template_kwargs or {}
+        prompts = [service.prompt(messages, version, called.tools, settings, thinks=thought is not None)]
     else:
         read = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
         prompts = [tuple(read(one)["input_ids"] if isinstance(one, str) else one) for one in body.prompts()]
     longest = max(1, engine.room - max(map(len, prompts)))
-    adapter, settings = version.id if version else None, body.settings(longest)
-    settings |= {"grammar": called.grammar, "special": called.special | (thought.special if thought else frozenset())}
-    return [Request(prompt, adapter, seed=seed, **settings) for prompt in prompts for seed in body.seeds]
+    adapter, asked = version.id if version else None, body.settings(longest)
+    asked |= {"grammar": called.grammar, "special": called.special | (thought.special if thought else frozenset())}
+    return [Request(prompt, adapter, seed=seed, **asked) for prompt in prompts for seed in body.seeds]
 
 
 async def _unless_gone(request: HttpRequest, coming: Coming) -> None:

@@ -30,6 +30,7 @@ from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
+OPENING = 16  # tokens at the end of a prompt, of which the mark is made that opens a thought
 NO_SETTINGS: Mapping[str, Scalar] = MappingProxyType({})  # of a template
 AUTO = "auto"  # what clients say for the router: no adapter may have the name
 
@@ -183,16 +184,23 @@ class Service:
 
     def prompt(
         self, messages: Sequence[Message], version: Version | None, tools: Sequence[str] = (),
-        settings: Mapping[str, Scalar] = NO_SETTINGS,
+        settings: Mapping[str, Scalar] = NO_SETTINGS, thinks: bool = True,
     ) -> tuple[int, ...]:  # fmt: skip
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
         beginning takes the place of the adapter's. tools: that may be called. settings: of the template, as `renderer`
-        takes them."""
+        takes them. thinks: whether the answer may begin with reasoning, where the adapter's may."""
         if len(messages) == 1 and messages[0].role == "system":
             raise RequestError("messages: there is nothing but a system message: add what the user says")
         asked = conversation(messages)
-        asked = last_question(asked) if self.asks_alone(version) else asked
-        return tuple(self.renderer(version, settings).prompt_ids(asked, tools))
+        if self.asks_alone(version):  # its calls are numbered as those of a conversation by itself
+            asked = conversation(last_question(messages))
+        renderer = self.renderer(version, settings)
+        if thinks or renderer.thought is None:
+            return tuple(renderer.prompt_ids(asked, tools))
+        ids, thought = renderer.plain.prompt_ids(asked, tools), renderer.thought
+        if thought.opens and renderer.tokenizer.decode(ids[-OPENING:]).rstrip().endswith(thought.opening):
+            ids += renderer.tokenizer(f"\n{thought.closing}\n\n", add_special_tokens=False)["input_ids"]
+        return tuple(ids)
 
 
 def require_free(name: str, base: str) -> None:

@@ -19,6 +19,7 @@ from lorafit.errors import RequestError
 # its properties, and take those that come later in it from an adapter that learnt another. `strict` asks for that.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY = {"type": "object"}
+KINDS = ("array", "boolean", "integer", "null", "number", "string")  # of JSON, that are no object
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,26 @@ def calling(
         if choice == "required":
             raise RequestError("tool_choice: there are no tools to choose from: give tools")
         return Calling()
-    strict = {one["function"]["name"]: one["function"].get("parameters") or ANY
-              for one in tools or () if one["function"].get("strict")}  # fmt: skip
+    strict = {one["function"]["name"]: _of_object(one["function"].get("parameters") or ANY, f"tools[{i}]")
+              for i, one in enumerate(tools or ()) if one["function"].get("strict")}  # fmt: skip
     schemas = {name: strict.get(name, ANY) for name in ([named] if named else names)}
     form, added = renderer.call_form, renderer.tokenizer.added_tokens_decoder
     must, several = choice == "required" or named is not None, parallel is not False and not named
     known = {str(token): id_ for id_, token in added.items()
              if id_ not in renderer.stop_ids and (token.special or re.fullmatch("<.*>", str(token)))}  # fmt: skip
-    grammar = grammar_of(form, schemas, known, must, several)
+    barred = renderer.thought.opening if renderer.thought else ""
+    grammar = grammar_of(form, schemas, known, must, several, barred)
     _require_kept(grammar)
     return Calling(seen, form, grammar, must, renderer.marks)
+
+
+def _of_object(schema: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """A strict schema that takes objects alone, for arguments are one. Raises RequestError where it takes none."""
+    kinds = schema.get("type", "object")
+    if kinds in KINDS or (isinstance(kinds, list) and "object" not in kinds):
+        _refuse(f"a strict schema of the type {json.dumps(kinds)}, and arguments are an object",
+                "write the type object, or set strict to false", f"{place}.function.parameters")  # fmt: skip
+    return {**schema, "type": "object" if isinstance(kinds, list) else kinds}
 
 
 def _require_kept(grammar: str) -> None:
@@ -95,8 +106,9 @@ def _require_kept(grammar: str) -> None:
 
 
 def grammar_of(
-    form: CallForm, schemas: Mapping[str, Mapping[str, Any]], added: Mapping[str, int], must: bool, several: bool
-) -> str:
+    form: CallForm, schemas: Mapping[str, Mapping[str, Any]], added: Mapping[str, int], must: bool, several: bool,
+    barred: str = "",
+) -> str:  # fmt: skip
     """What an answer with calls is kept to, in llguidance's dialect of Lark: words alone, or the marks of calls with
     names that are known and arguments that are JSON.
 
@@ -107,7 +119,12 @@ def grammar_of(
             an answer: special ones, and those in angle brackets. A mark of calls may be one, words may hold the others.
         must: whether the answer is calls, and no words.
         several: whether it may hold more than one.
+        barred: the mark before a thought, where the model may have learnt one. Words do not hold it where it is a
+            token, and where it is text do not begin with its first character: a mark that is begun and cannot be ended
+            would go on as nonsense.
     """
+    marks = "\n".join([form.opens, form.closes, form.joins or "", *(name + form.between for name in schemas)])
+    ids, added = added, {token: id_ for token, id_ in added.items() if token in marks}
     joins = form.joins if several else None
     calls = "one" + " (joins one)*" * (joins is not None) + " closes" * bool(form.closes)
     rules = {"one": " | ".join(f"call_{i}" for i in range(len(schemas)))}
@@ -119,20 +136,24 @@ def grammar_of(
     rules |= {"TEXT": "/(.|\\n)+/", "SPACE": "/[ \\n]{1,3}/", "ID": "/[A-Za-z0-9]{9}/"}
     first = _pieces(form.opens.lstrip(), added)[0]
     rest = _mark(form.opens.lstrip()[len(first) :], added)
-    others = sorted(id_ for token, id_ in added.items() if token != first)
+    others = sorted(id_ for token, id_ in ids.items() if token not in (first, barred))
+    is_text = barred and not any(barred.startswith(token) for token in ids)
+    bar = f" & ~/\\s*{_escaped(barred[0])}(.|\\n)*/" if is_text else ""
     other = f"<[{','.join(map(str, others))}]>"
     words = f"(TEXT? {other})* " if others else ""
     if must:  # some templates put white space before an answer
         rules["start"] = f"SPACE? {_mark(form.opens.lstrip(), added)} {calls}"
     elif first in added:
-        rules["TEXT"] += f" & ~/(.|\\n)*{_escaped(first)}(.|\\n)*/"  # spelt out it would be read as a call
+        rules["TEXT"] += f" & ~/(.|\\n)*{_escaped(first)}(.|\\n)*/{bar}"  # spelt out it would be read as a call
         before = f"{words}TEXT? " if form.after_words else ""
         rules["start"] = f"{before}{_mark(form.opens.lstrip(), added)} {calls} | {words}TEXT?"
     elif form.after_words:
-        rules["head[lazy]"] = f"/(.|\\n)*{_escaped(first)}/"
+        rules["TEXT"] += bar
+        spaced = f" | /\\s*{_escaped(first)}/" if bar else ""  # a mark of calls may begin as that of a thought does
+        rules["head[lazy]"] = f"(/(.|\\n)*{_escaped(first)}/{bar}){spaced}"
         rules["start"] = f"{words}head {rest} {calls} | {words}TEXT?"
     else:
-        rules["OTHER"] = f"/(.|\\n)+/ & ~/\\s*{_escaped(first)}(.|\\n)*/"
+        rules["OTHER"] = f"/(.|\\n)+/ & ~/\\s*{_escaped(first)}(.|\\n)*/{bar}"
         opens = f"{_mark(form.opens, added)} {calls}"
         rules["start"] = f"{opens} | OTHER?" + f" | OTHER? {other} {words}TEXT?" * bool(others)
     return "\n".join(["%llguidance {}", *(f"{name}: {rule}" for name, rule in rules.items())])
@@ -200,8 +221,11 @@ def message(reader: CallReader) -> dict[str, Any]:
 
 
 def finish_of(finish: str | None, reader: CallReader | None) -> str | None:
-    """Why an answer ended, as clients are told: where it ended by itself with calls, they are to be answered."""
-    return "tool_calls" if finish == "stop" and reader is not None and reader.calls else finish
+    """Why an answer ended, as clients are told: where it ended by itself with calls, they are to be answered. One that
+    a stop text ended within a call is cut, as one is that grew too long."""
+    if finish != "stop" or reader is None:
+        return finish
+    return "length" if reader.is_cut else "tool_calls" if reader.calls else finish
 
 
 def _told(call: Call) -> dict[str, Any]:

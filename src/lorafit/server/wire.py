@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorafit.data.examples import Call, Message
-from lorafit.data.messages import ROLES, joined, thought_of
+from lorafit.data.messages import ROLES, THINKS, joined, thought_of
 from lorafit.data.tools import CALLS, NAME, claim, read_calls
 from lorafit.errors import RequestError
 from lorafit.server import unsupported
@@ -168,7 +168,7 @@ class Part(Body):
 
 class Turn(Body):
     """A message of a conversation. An assistant may have said nothing, or called tools; a tool answers a call.
-    reasoning_content: what an assistant thought before."""
+    reasoning_content, reasoning, thinking: what an assistant thought before, by the names that programs give it."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
@@ -177,6 +177,8 @@ class Turn(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[Text | list[Part] | None, Field(validate_default=True)] = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    thinking: Text | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     function_call: Called | None = None
@@ -207,6 +209,11 @@ class Turn(Body):
             raise _wrong(TEXT)
         return value
 
+    @field_validator(*THINKS, mode="before")
+    @classmethod
+    def _thought(cls, value: Any) -> Any:
+        return value or None  # false, or an empty list, for no thought
+
     @model_validator(mode="after")
     def _whole(self) -> Turn:
         if self.tool_calls or self.function_call:
@@ -227,7 +234,8 @@ class Turn(Body):
         if role != "assistant":
             return Message(role, text, answers=claim(self.model_dump()) if role == "tool" else None)
         reasoning, answer = thought_of(text)
-        reasoning = reasoning or (self.reasoning_content or "").strip()
+        told = [reasoning, *(getattr(self, name) or "" for name in THINKS)]
+        reasoning = next((one for text in told if (one := text.strip())), "")
         return Message(role, answer, calls=self._calls(), reasoning=reasoning)
 
 
