@@ -29,7 +29,7 @@ from lorafit.data.examples import Example, Examples, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.thoughts import Parts, parted, text_of
-from lorafit.errors import BaseError, DataError, Interrupted, SettingsError
+from lorafit.errors import BaseError, DataError, FormatError, Interrupted, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.formats import peft
 from lorafit.pipeline import rendered, run_evaluation, run_training
@@ -214,6 +214,17 @@ def test_a_rendering_is_read_as_it_was_written() -> None:
 def test_an_odd_rendering_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
         Rendering.from_json({"template_hash": "a1", "system": None, **odd})
+
+
+@pytest.mark.parametrize("odd", ["abc", ["a1"], 3])
+def test_a_rendering_that_is_no_object_is_an_error_of_the_folder(odd: Any, tmp_path: Path) -> None:
+    base = base_with(TEMPLATE)
+    peft.write(with_rendering(base, Renderer(base.tokenizer).rendering), tmp_path)
+    told = json.loads((tmp_path / "lorafit.json").read_text())
+    (tmp_path / "lorafit.json").write_text(json.dumps({**told, "rendering": odd}))
+    for reading in (peft.read, peft.glance):
+        with pytest.raises(FormatError, match="restore the f"):
+            reading(tmp_path)
 
 
 # What the template writes before an answer
@@ -406,6 +417,13 @@ def test_reasoning_is_part_of_the_digest_of_the_data(tmp_path: Path) -> None:
     assert len({read_examples(path).digest() for path in paths}) == 2
 
 
+def test_the_digest_of_the_data_tells_which_answer_has_the_reasoning(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for text in ("a", "b") for role in ("user", "assistant")]
+    thinking = [[{**m, "reasoning_content": "Hm."} if i == at else m for i, m in enumerate(talk)] for at in (1, 3)]
+    paths = [write_rows(tmp_path / f"{i}.jsonl", [{"messages": one}]) for i, one in enumerate(thinking)]
+    assert len({read_examples(path).digest() for path in paths}) == 2
+
+
 def two(asked: dict[str, str], answered: dict[str, str]) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": "Why?", **asked}, {"role": "assistant", **answered}]}
 
@@ -464,6 +482,14 @@ def test_settings_of_the_template_are_kept_with_the_adapter(tmp_path: Path) -> N
     with Engine(base, {"a": tmp_path / "adapter"}, slots=1, native=False) as engine:
         assert base.tokenizer.decode(engine.prompt([ASKED], "a")).endswith("<|assistant|>")
         assert base.tokenizer.decode(engine.prompt([ASKED])).endswith("<|assistant|><think>\n\n</think>\n\n")
+
+
+def test_settings_that_only_python_takes_for_equal_have_renderers_of_their_own() -> None:
+    base = base_with(OFF)
+    with Engine(base, slots=1, native=False) as engine:
+        for value, ends in ((1, "<think>\n\n</think>\n\n"), (True, "<|assistant|>"), (1.0, "<think>\n\n</think>\n\n")):
+            renderer = engine.renderer(settings=(("enable_thinking", value),))
+            assert base.tokenizer.decode(renderer.prompt_ids([ASKED])).endswith(ends), value
 
 
 def test_a_value_of_a_setting_is_json_or_text() -> None:
