@@ -21,6 +21,8 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
 
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
 from transformers import GenerationMixin
 
 from lorafit.base import Base
@@ -74,7 +76,10 @@ FROZEN_CLOCK = (  # written before them: names of parts of the time, such as %d,
     "{% for part, text in lorafit_now.items() %}{% set told.text = told.text.replace(part, text) %}{% endfor %}"
     "{{ told.text }}{% endmacro %}\n"
 )
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "begin", "lorafit_now", CLOCK}  # names that we give
+GIVEN = {  # names that we give, or take the place of what we give
+    "messages", "tools", "custom_tools", "documents", "add_generation_prompt", "begin", "lorafit_now", CLOCK,
+    "raise_exception",
+}  # fmt: skip
 REWRITES = (
     "the chat template rewrites the conversation when an answer is added, so what is trained cannot be told apart: "
     "give the base a template that only appends"
@@ -133,16 +138,22 @@ class Renderer:
 
     def reads(self, setting: str) -> bool:
         """Whether the template reads a setting of this name."""
-        ours = setting in GIVEN or setting.endswith("_token")
-        return not ours and re.search(rf"\b{re.escape(setting)}\b", self.template) is not None
+        return setting in self._read_settings
+
+    @cached_property
+    def _read_settings(self) -> frozenset[str]:
+        return frozenset(name for name in _settings_of(self.template) - GIVEN if not name.endswith("_token"))
 
     def require_settings(self) -> None:
-        """Raise SettingsError for the first setting that the template does not read."""
-        for name in (name for name, _ in self.settings if not self.reads(name)):
-            known = set(re.findall(r"\b[A-Za-z]\w*_\w+\b", self.template)) - GIVEN
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            fix = f"did you mean {near[0]}?" if near else "leave it out"
-            raise SettingsError(f"--template {name}: the chat template of this base reads no such setting: {fix}")
+        """Raise SettingsError for the first setting that the template does not read, or whose text is no mere text."""
+        for name, value in self.settings:
+            if not self.reads(name):
+                near = difflib.get_close_matches(name, sorted(self._read_settings), n=1)
+                fix = f"did you mean {near[0]}?" if near else "leave it out"
+                raise SettingsError(f"--template {name}: the chat template of this base reads no such setting: {fix}")
+            for control in (token for token in self._control if token in value) if isinstance(value, str) else ():
+                fix = "remove it: the model would read it as the end or start of a turn"
+                raise SettingsError(f"--template {name}: holds the control token {control!r}: {fix}")
 
     @property
     def rendering(self) -> Rendering:
@@ -493,6 +504,20 @@ class Renderer:
         return False
 
 
+def _settings_of(template: str) -> set[str]:
+    """Names that a template reads and does not itself give a meaning, but where it finds that they have none."""
+    source = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", template)  # marks of transformers alone
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        read_names = find_undeclared_variables(tree)
+    except TemplateError:  # which its first rendering will tell
+        return set()
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asked = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    asked += [one.node for one in tree.find_all(nodes.Filter) if one.name in ("default", "d") and one.node]
+    return read_names - (own - {node.name for node in asked if isinstance(node, nodes.Name)})
+
+
 def _texts(messages: Sequence[Message], tools: Sequence[str]) -> list[str]:
     """All that others have written in a conversation."""
     return [*(text for message in messages for text in (message.text, message.reasoning)), *tools]
@@ -543,7 +568,7 @@ def renderer_for(
 
     Raises:
         BaseError: the base has another template than the adapter was trained with, or cannot be rendered for.
-        SettingsError: a setting that the template does not read.
+        SettingsError: a setting that the template does not read, or whose text holds a control token.
     """
     if like is not None:
         system = like.system if system is None else system
