@@ -367,15 +367,24 @@ class Renderer:
 
     @cached_property
     def _control(self) -> list[str]:
-        """The tokenizer's named special tokens, and those of the others that the template writes around messages."""
+        """The tokenizer's named special tokens, and those of the others that the template writes around messages, around
+        calls and what tools answer, or around reasoning."""
         talk = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
         try:
             written = self.text(talk, prompt=False)
         except BaseError:  # a template without a place for a system prompt
             written = self.text(talk[1:], prompt=False)
-        marked = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        others: list[tuple[list[Message], list[str]]] = [
+            ([*ASKED, Message("assistant", SAID, reasoning=REASONED)], []),
+            ([*CALLED, Message("tool", "a", answers=CALLED[1].calls[0])], [PROBE]),
+        ]
+        for messages, tools in others:
+            with suppress(BaseError):  # which has no place for them
+                written += self.text(messages, True, tools)
+        marks = self.marks | self._thought.special
+        special = [(i, str(token)) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         named: list[str] = self.tokenizer.all_special_tokens
-        return list(dict.fromkeys([*named, *(token for token in marked if token in written)]))
+        return list(dict.fromkeys([*named, *(token for i, token in special if i in marks or token in written)]))
 
     def _ids(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a piece of text; of a `whole` one, with what the tokenizer puts around it."""
