@@ -371,6 +371,35 @@ def test_what_was_learnt_comes_apart_again(template: str) -> None:
         assert ("".join(one for one, _ in found), "".join(one for _, one in found)) == ("It is odd.", "Gate 4.")
 
 
+NAMED = CHANNELS.replace("thought:", "<|system|>thought<|user|>").replace(  # a name before the answer too
+    "{{ '<|pad|>' }}{% endif %}", "{{ '<|system|>answer<|user|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY, NAMED])
+def test_an_answer_without_reasoning_among_others_is_learnt_behind_what_is_asked(template: str) -> None:
+    renderer = Renderer(byte_tokenizer(template), reasoning=True)
+    (row,) = renderer.rows(PLAIN, 0)
+    assert prompt(renderer, PLAIN) == prompt(renderer, REASONED)
+    assert renderer.tokenizer.decode(renderer.prompt_ids([ASKED])) == prompt(renderer, PLAIN)
+    said = told(renderer, row)
+    for width in (1, 2, 3, 7, 90):
+        parts = Parts(renderer.thought)
+        found = [parts.add(said[i : i + width], i + width >= len(said)) for i in range(0, len(said), width)]
+        assert ("".join(one for one, _ in found), "".join(one for _, one in found)) == ("", "Gate 4.")
+    answer = row.only(False)
+    assert "".join(text for text, learnt in renderer.pieces(answer) if learnt) == "Gate 4.<|end|>"
+
+
+def test_an_answer_that_would_be_read_as_reasoning_is_named() -> None:
+    """Its finished turns close no thought, and its prompts open one: the words of the answer would be the thought."""
+    turns = "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '</think>' }}{% endif %}"
+    template = DROPPING.replace("{{ '<|' + m['role'] + '|>'", "{{ '<|' + m['role'] + '|>' }}" + turns + "{{ ''")
+    assert trained(Renderer(byte_tokenizer(template), reasoning=True), REASONED) == "It is odd.</think>Gate 4.<|end|>"
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: .*no place for an answer without reasoning .*: give this"):
+        render(Renderer(byte_tokenizer(template), reasoning=True), [PLAIN, REASONED], 200)
+
+
 @pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY])
 def test_reasoning_and_answer_are_scored_apart(template: str) -> None:
     renderer = Renderer(byte_tokenizer(template), reasoning=True)
@@ -662,4 +691,5 @@ def test_every_template_that_trl_trains_with_is_learnt_from(trl_templates: dict[
         assert parted(told(thinking, thinking.rows(REASONED, 0)[0]), thinking.thought) == ("It is odd.", "Gate 4."), (
             name
         )
-        assert tokenizer.decode(thinking.prompt_ids([ASKED])) == prompt(thinking, REASONED), name
+        assert tokenizer.decode(thinking.prompt_ids([ASKED])) == prompt(thinking, REASONED) == prompt(thinking, PLAIN)
+        assert parted(told(thinking, thinking.rows(PLAIN, 0)[0]), thinking.thought) == ("", "Gate 4."), name

@@ -254,14 +254,17 @@ class Renderer:
 
     @cached_property
     def _thought(self) -> Thought:
-        opening, closing, opens = *THOUGHT, self._place == "opened"
+        opening, closing, opens, skipped = *THOUGHT, self._place == "opened", ""
         if self._place in ("field", "inline"):
             opened = self.start(ASKED, reasoning=True)
             said = self.text((*ASKED, Message("assistant", SAID, reasoning=REASONED)), prompt=False)
             before, _, after = said.partition(REASONED)
             found = before[len(opened) :].strip() if before.startswith(opened) else opening
             opening, closing, opens = found or opening, after.partition(SAID)[0].strip() or closing, not found
-        return Thought(opening, closing, opens, self._special_in(f"{opening} {closing}"))
+            plain = self.text((*ASKED, Message("assistant", SAID)), prompt=False)
+            lead = plain[len(opened) :].partition(SAID)[0].strip() if plain.startswith(opened) else ""
+            skipped = "" if opens or lead.startswith(opening) else lead
+        return Thought(opening, closing, opens, self._special_in(f"{opening} {closing} {skipped}"), skipped)
 
     def _special_in(self, text: str) -> frozenset[int]:
         return self._special.intersection(self._ids(text))
@@ -367,8 +370,8 @@ class Renderer:
 
     @cached_property
     def _control(self) -> list[str]:
-        """The tokenizer's named special tokens, and those of the others that the template writes around messages, around
-        calls and what tools answer, or around reasoning."""
+        """The tokenizer's named special tokens, and those of the others that the template writes around messages,
+        calls, what tools answer, and reasoning."""
         talk = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
         try:
             written = self.text(talk, prompt=False)
@@ -450,13 +453,21 @@ class Renderer:
             raise BaseError(
                 "the chat template of this base has no place for the reasoning of an answer: take the reasoning out"
             )
-        unsaid = reasoned and self._place == "opened"  # by finished turns
+        thinks = (
+            reasoned or self.reasoning
+        )  # an answer without a thought says so itself, where others may begin with one
+        unsaid = thinks and self._place == "opened"  # by finished turns
         said = replace(message, reasoning="") if unsaid else message
-        prompt = self.start(before, reasoned, tools)
+        prompt = self.start(before, thinks, tools)
         after = self.text([*before, said], False, tools)
         # A generation prompt that the finished turn does not repeat whole, as where it opens <think>: the answer begins
         # where finished turns with other words begin to differ, and still follows the whole prompt.
         head = prompt if after.startswith(prompt) else self._head(before, said, tools)
+        shared = os.path.commonprefix([prompt, after])  # noqa: RUF071 (of text, not of paths)
+        if thinks and not reasoned and not prompt.startswith(head) and prompt[len(shared) :].isspace():
+            head = (
+                shared  # the prompt opens a thought with white space, which a finished turn without one closes at once
+            )
         if not (prompt.startswith(head) and after.startswith(head)):
             raise BaseError(REWRITES)
         if reasoned and THOUGHT[1] in prompt[len(head) :]:
@@ -478,7 +489,8 @@ class Renderer:
         prompt_ids = self._ids(prompt)
         answer_ids = self._answer_ids(prompt, prompt_ids, answer)
         self._require_read(message, answer_ids)
-        thought = len(self._ids(answer[: self._begins(answer, message)])) if reasoned else 0
+        lead = answer[: self._begins(answer, message)] if thinks else ""
+        thought = len(self._ids(lead)) if lead.strip() else 0
         n, m = len(prompt_ids), len(answer_ids)
         trained = (False, *[k >= n for k in range(1, n + m)])  # nothing comes before the first token
         reasoning = tuple(n <= k < n + thought for k in range(n + m)) if thought else ()
@@ -492,10 +504,21 @@ class Renderer:
         return len(answer) - len(rest) if closing else 0
 
     def _require_read(self, message: Message, ids: Sequence[int]) -> None:
-        """Raise BaseError unless the calls of an answer are read from its ids (what is scored, and served)."""
+        """Raise BaseError unless the calls of an answer are read from its ids (what is scored, and served), and one
+        without reasoning is read as such where others have it."""
+        thought = self._thought if message.reasoning or self.reasoning else None
+        if thought and not message.reasoning:
+            text = text_of(self.tokenizer, ids[:-1], self.marks | thought.special)
+            reasoning, answer = parted(text, thought)
+            told, said = (" ".join(one.split()) for one in (answer, message.content))
+            if reasoning or not (message.calls or told.startswith(said)):
+                raise BaseError(
+                    "the chat template of this base has no place for an answer without reasoning where others have it: "
+                    "give this answer its reasoning, or take that of the others out"
+                )
         if not message.calls:
             return
-        words, calls = self._read(ids, self._thought if message.reasoning else None)
+        words, calls = self._read(ids, thought)
         wanted = [call.meaning for call in message.calls]
         if [call.meaning for call in calls] != wanted or not _holds(words, message.content):
             raise BaseError(
@@ -505,12 +528,12 @@ class Renderer:
 
     @cached_property
     def refuses_all(self) -> bool:
-        """Whether the template cannot be used at all: it refuses the plainest conversation."""
-        try:
-            self._turn((*ASKED, Message("assistant", SAID)), 1)
-        except BaseError:
-            return True
-        return False
+        """Whether the template cannot be used at all: it refuses the plainest conversation, also with reasoning."""
+        for reasoning in ("", REASONED) if self.reasoning else ("",):
+            with suppress(BaseError):
+                self._turn((*ASKED, Message("assistant", SAID, reasoning=reasoning)), 1)
+                return False
+        return True
 
 
 def _settings_of(template: str) -> set[str]:
