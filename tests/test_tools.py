@@ -71,6 +71,11 @@ THOUGHTFUL = TAGGED.replace("{{ m.content or '' }}", (
 ))  # fmt: skip
 FORGETFUL = TAGGED.replace("{{ m.content or '' }}", "{{ '' if m.role == 'tool' else m.content or '' }}")
 
+# Words beside tools begin with a mark that calls do not have.
+CHANNELLED = TAGGED.replace("{{ m.content or '' }}", (
+    "{{ '<|pad|>final:' if m.role == 'assistant' and not m.tool_calls else '' }}{{ m.content or '' }}"
+))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Family:
@@ -90,6 +95,7 @@ FAMILIES = {
     "arguments as text": Family(lambda: byte_tokenizer(TEXTUAL), words=False),
     "no JSON": Family(lambda: byte_tokenizer(MARKUP), own=False),
     "answers left out": Family(lambda: byte_tokenizer(FORGETFUL), own=False),
+    "words marked": Family(lambda: byte_tokenizer(CHANNELLED), own=False),
     "no tools": Family(lambda: byte_tokenizer(TEMPLATE), own=False),
     "no template": Family(lambda: byte_tokenizer(None), own=False),
 }
