@@ -374,9 +374,11 @@ def test_what_was_learnt_comes_apart_again(template: str) -> None:
 NAMED = CHANNELS.replace("thought:", "<|system|>thought<|user|>").replace(  # a name before the answer too
     "{{ '<|pad|>' }}{% endif %}", "{{ '<|system|>answer<|user|>' }}{% endif %}"
 )
+# The generation prompt opens a thought, which finished turns repeat only where there is one.
+LEAVING = DROPPING.replace("m['content'].split('</think>')[-1]", "m['content']")
 
 
-@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY, NAMED])
+@pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY, NAMED, LEAVING])
 def test_an_answer_without_reasoning_among_others_is_learnt_behind_what_is_asked(template: str) -> None:
     renderer = Renderer(byte_tokenizer(template), reasoning=True)
     (row,) = renderer.rows(PLAIN, 0)
@@ -392,12 +394,9 @@ def test_an_answer_without_reasoning_among_others_is_learnt_behind_what_is_asked
 
 
 def test_an_answer_that_would_be_read_as_reasoning_is_named() -> None:
-    """Its finished turns close no thought, and its prompts open one: the words of the answer would be the thought."""
-    turns = "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '</think>' }}{% endif %}"
-    template = DROPPING.replace("{{ '<|' + m['role'] + '|>'", "{{ '<|' + m['role'] + '|>' }}" + turns + "{{ ''")
-    assert trained(Renderer(byte_tokenizer(template), reasoning=True), REASONED) == "It is odd.</think>Gate 4.<|end|>"
-    with pytest.raises(DataError, match=r"talk\.jsonl:1: .*no place for an answer without reasoning .*: give this"):
-        render(Renderer(byte_tokenizer(template), reasoning=True), [PLAIN, REASONED], 200)
+    odd = Example((ASKED, Message("assistant", "<think>So.</think>Gate 4.")), "talk.jsonl:3")
+    with pytest.raises(DataError, match=r"talk\.jsonl:3: .*no place for an answer without reasoning .*: give this"):
+        render(Renderer(byte_tokenizer(TEMPLATE), reasoning=True), [PLAIN, REASONED, odd], 200)
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENING, DROPPING, TEMPLATE, CHANNELS, EMPTY])

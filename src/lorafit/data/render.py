@@ -456,7 +456,7 @@ class Renderer:
         thinks = (
             reasoned or self.reasoning
         )  # an answer without a thought says so itself, where others may begin with one
-        unsaid = thinks and self._place == "opened"  # by finished turns
+        unsaid = reasoned and self._place == "opened"  # by finished turns
         said = replace(message, reasoning="") if unsaid else message
         prompt = self.start(before, thinks, tools)
         after = self.text([*before, said], False, tools)
@@ -476,6 +476,8 @@ class Renderer:
         answer = after[len(head) :]
         if unsaid:
             answer = with_thought(message.reasoning, answer).removeprefix(THOUGHT[0]).lstrip()
+        elif thinks and not reasoned and self._thought.opens and self._thought.closing not in answer:
+            answer = f"{self._thought.closing}\n\n{answer}"  # of the thought that the prompt has opened
         for one in messages[: i + 1]:
             text = answer if one is message else prompt
             quoted = json.dumps(one.content, ensure_ascii=False)[1:-1] if one.role == "tool" else ""
