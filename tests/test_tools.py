@@ -72,6 +72,11 @@ THOUGHTFUL = TAGGED.replace("{{ m.content or '' }}", (
 ))  # fmt: skip
 FORGETFUL = TAGGED.replace("{{ m.content or '' }}", "{{ '' if m.role == 'tool' else m.content or '' }}")
 
+# Words beside tools begin with a mark that calls do not have.
+CHANNELLED = TAGGED.replace("{{ m.content or '' }}", (
+    "{{ '<|pad|>final:' if m.role == 'assistant' and not m.tool_calls else '' }}{{ m.content or '' }}"
+))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Family:
@@ -91,6 +96,7 @@ FAMILIES = {
     "arguments as text": Family(lambda: byte_tokenizer(TEXTUAL), words=False),
     "no JSON": Family(lambda: byte_tokenizer(MARKUP), own=False),
     "answers left out": Family(lambda: byte_tokenizer(FORGETFUL), own=False),
+    "words marked": Family(lambda: byte_tokenizer(CHANNELLED), own=False),
     "no tools": Family(lambda: byte_tokenizer(TEMPLATE), own=False),
     "no template": Family(lambda: byte_tokenizer(None), own=False),
 }
@@ -349,6 +355,21 @@ def test_a_call_that_its_own_words_hide_is_refused(tmp_path: Path) -> None:
     (example,) = read(tmp_path, {"messages": [ASKED, made]})
     with pytest.raises(BaseError, match="cannot be read back"):
         Renderer(byte_tokenizer(TAGGED)).rows(example, 0)
+
+
+def test_the_marks_of_calls_and_thoughts_are_text_in_what_others_write() -> None:
+    role = "'<|' + m.role + '|>'"
+    thoughtful = THOUGHTFUL.replace(role, f"{role} + ('<result>' if m.role == 'tool' else '')")
+    marks = ("<call>", "</call>", "<result>", "<think>", "</think>")
+    tokenizer = with_tokens(thoughtful, "<|end|>", *marks)
+    renderer = Renderer(tokenizer, reasoning=True)
+    for mark in marks:
+        asked = Message("user", f"a {mark} b")
+        plain = renderer.prompt_ids([Message("user", "a  b")])
+        ids = renderer.prompt_ids([asked])
+        assert tokenizer.decode(ids) == renderer.text([asked], prompt=True), mark
+        assert ids.count(tokenizer.convert_tokens_to_ids(mark)) == plain.count(tokenizer.convert_tokens_to_ids(mark))
+        assert renderer.controls(Example((asked, Message("assistant", "c")), "x:1")) == [mark]
 
 
 @pytest.mark.parametrize("place", ["a tool's answer", "arguments", "a description"])

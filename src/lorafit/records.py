@@ -44,6 +44,8 @@ class Rendering:
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Rendering:
         """What `to_json` wrote. Raises TypeError for anything else."""
+        if not isinstance(found, Mapping):
+            raise TypeError("rendering")
         settings = found.get("settings", {})
         if not isinstance(settings, Mapping) or not all(isinstance(value, Scalar) for value in settings.values()):
             raise TypeError("rendering.settings")

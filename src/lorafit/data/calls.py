@@ -85,8 +85,8 @@ Write = Callable[[Sequence[Message], bool, Sequence[str]], str]
 
 
 def form_of(write: Write, ends: Sequence[str]) -> CallForm | None:
-    """The form in which a template writes calls; None where it does not show tools, calls and what tools answer, or
-    where its calls cannot be read back.
+    """The form in which a template writes calls; None where it does not show tools, calls and what tools answer, where
+    its calls cannot be read back, or where words begin otherwise than calls (their mark would be read as words).
 
     ends: texts of the tokens that end a turn.
     """
@@ -96,6 +96,9 @@ def form_of(write: Write, ends: Sequence[str]) -> CallForm | None:
         return None
     plain = _said(write, Message("assistant", _WORDS), ends)
     lead = "" if plain is None else plain.partition(_WORDS)[0]  # what a template writes before every answer
+    bare = _said(write, CALLED[1], ends)
+    if lead.strip() and bare is not None and not bare.startswith(lead.rstrip()):
+        return None
 
     def parts(call: Call, words: str = "", before: tuple[Call, ...] = ()) -> tuple[str, str, str] | None:
         answer = _said(write, Message("assistant", words, calls=(*before, call)), ends)

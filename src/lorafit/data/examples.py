@@ -186,7 +186,8 @@ class Examples:
     def digest(self) -> str:
         """SHA-256 over the messages, their reasoning, tools and checks of all splits, whatever files they came from."""
         content = [
-            [(e.messages, e.check, *e.not_learnt, *e.with_tools, *(m.reasoning for m in e.messages if m.reasoning),
+            [(e.messages, e.check, *e.not_learnt, *e.with_tools,
+              *((i, m.reasoning) for i, m in enumerate(e.messages) if m.reasoning),
               *(e.check.forms if e.check else ())) for e in split]
             for split in self.by_name().values()
         ]  # fmt: skip

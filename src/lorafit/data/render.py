@@ -22,6 +22,8 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
 
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
 from transformers import GenerationMixin
 
 from lorafit.base import Base
@@ -75,7 +77,10 @@ FROZEN_CLOCK = (  # written before them: names of parts of the time, such as %d,
     "{% for part, text in lorafit_now.items() %}{% set told.text = told.text.replace(part, text) %}{% endfor %}"
     "{{ told.text }}{% endmacro %}\n"
 )
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "begin", "lorafit_now", CLOCK}  # names that we give
+GIVEN = {  # names that we give, or take the place of what we give
+    "messages", "tools", "custom_tools", "documents", "add_generation_prompt", "begin", "lorafit_now", CLOCK,
+    "raise_exception",
+}  # fmt: skip
 REWRITES = (
     "the chat template rewrites the conversation when an answer is added, so what is trained cannot be told apart: "
     "give the base a template that only appends"
@@ -134,16 +139,22 @@ class Renderer:
 
     def reads(self, setting: str) -> bool:
         """Whether the template reads a setting of this name."""
-        ours = setting in GIVEN or setting.endswith("_token")
-        return not ours and re.search(rf"\b{re.escape(setting)}\b", self.template) is not None
+        return setting in self._read_settings
+
+    @cached_property
+    def _read_settings(self) -> frozenset[str]:
+        return frozenset(name for name in _settings_of(self.template) - GIVEN if not name.endswith("_token"))
 
     def require_settings(self) -> None:
-        """Raise SettingsError for the first setting that the template does not read."""
-        for name in (name for name, _ in self.settings if not self.reads(name)):
-            known = set(re.findall(r"\b[A-Za-z]\w*_\w+\b", self.template)) - GIVEN
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            fix = f"did you mean {near[0]}?" if near else "leave it out"
-            raise SettingsError(f"--template {name}: the chat template of this base reads no such setting: {fix}")
+        """Raise SettingsError for the first setting that the template does not read, or whose text is no mere text."""
+        for name, value in self.settings:
+            if not self.reads(name):
+                near = difflib.get_close_matches(name, sorted(self._read_settings), n=1)
+                fix = f"did you mean {near[0]}?" if near else "leave it out"
+                raise SettingsError(f"--template {name}: the chat template of this base reads no such setting: {fix}")
+            for control in (token for token in self._control if token in value) if isinstance(value, str) else ():
+                fix = "remove it: the model would read it as the end or start of a turn"
+                raise SettingsError(f"--template {name}: holds the control token {control!r}: {fix}")
 
     @property
     def rendering(self) -> Rendering:
@@ -251,14 +262,17 @@ class Renderer:
 
     @cached_property
     def _thought(self) -> Thought:
-        opening, closing, opens = *THOUGHT, self._place == "opened"
+        opening, closing, opens, skipped = *THOUGHT, self._place == "opened", ""
         if self._place in ("field", "inline"):
             opened = self.start(ASKED, reasoning=True)
             said = self.text((*ASKED, Message("assistant", SAID, reasoning=REASONED)), prompt=False)
             before, _, after = said.partition(REASONED)
             found = before[len(opened) :].strip() if before.startswith(opened) else opening
             opening, closing, opens = found or opening, after.partition(SAID)[0].strip() or closing, not found
-        return Thought(opening, closing, opens, self._special_in(f"{opening} {closing}"))
+            plain = self.text((*ASKED, Message("assistant", SAID)), prompt=False)
+            lead = plain[len(opened) :].partition(SAID)[0].strip() if plain.startswith(opened) else ""
+            skipped = "" if opens or lead.startswith(opening) else lead
+        return Thought(opening, closing, opens, self._special_in(f"{opening} {closing} {skipped}"), skipped)
 
     def _special_in(self, text: str) -> frozenset[int]:
         return self._special.intersection(self._ids(text))
@@ -364,15 +378,24 @@ class Renderer:
 
     @cached_property
     def _control(self) -> list[str]:
-        """The tokenizer's named special tokens, and those of the others that the template writes around messages."""
+        """The tokenizer's named special tokens, and those of the others that the template writes around messages,
+        calls, what tools answer, and reasoning."""
         talk = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
         try:
             written = self.text(talk, prompt=False)
         except BaseError:  # a template without a place for a system prompt
             written = self.text(talk[1:], prompt=False)
-        marked = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        others: list[tuple[list[Message], list[str]]] = [
+            ([*ASKED, Message("assistant", SAID, reasoning=REASONED)], []),
+            ([*CALLED, Message("tool", "a", answers=CALLED[1].calls[0])], [PROBE]),
+        ]
+        for messages, tools in others:
+            with suppress(BaseError):  # which has no place for them
+                written += self.text(messages, True, tools)
+        marks = self.marks | self._thought.special
+        special = [(i, str(token)) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         named: list[str] = self.tokenizer.all_special_tokens
-        return list(dict.fromkeys([*named, *(token for token in marked if token in written)]))
+        return list(dict.fromkeys([*named, *(token for i, token in special if i in marks or token in written)]))
 
     def _ids(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a piece of text; of a `whole` one, with what the tokenizer puts around it."""
@@ -438,13 +461,21 @@ class Renderer:
             raise BaseError(
                 "the chat template of this base has no place for the reasoning of an answer: take the reasoning out"
             )
+        thinks = (
+            reasoned or self.reasoning
+        )  # an answer without a thought says so itself, where others may begin with one
         unsaid = reasoned and self._place == "opened"  # by finished turns
         said = replace(message, reasoning="") if unsaid else message
-        prompt = self.start(before, reasoned, tools)
+        prompt = self.start(before, thinks, tools)
         after = self.text([*before, said], False, tools)
         # A generation prompt that the finished turn does not repeat whole, as where it opens <think>: the answer begins
         # where finished turns with other words begin to differ, and still follows the whole prompt.
         head = prompt if after.startswith(prompt) else self._head(before, said, tools)
+        shared = os.path.commonprefix([prompt, after])  # noqa: RUF071 (of text, not of paths)
+        if thinks and not reasoned and not prompt.startswith(head) and prompt[len(shared) :].isspace():
+            head = (
+                shared  # the prompt opens a thought with white space, which a finished turn without one closes at once
+            )
         if not (prompt.startswith(head) and after.startswith(head)):
             raise BaseError(REWRITES)
         if reasoned and THOUGHT[1] in prompt[len(head) :]:
@@ -453,6 +484,8 @@ class Renderer:
         answer = after[len(head) :]
         if unsaid:
             answer = with_thought(message.reasoning, answer).removeprefix(THOUGHT[0]).lstrip()
+        elif thinks and not reasoned and self._thought.opens and self._thought.closing not in answer:
+            answer = f"{self._thought.closing}\n\n{answer}"  # of the thought that the prompt has opened
         for one in messages[: i + 1]:
             text = answer if one is message else prompt
             quoted = json.dumps(one.content, ensure_ascii=False)[1:-1] if one.role == "tool" else ""
@@ -466,7 +499,8 @@ class Renderer:
         prompt_ids = self._ids(prompt)
         answer_ids = self._answer_ids(prompt, prompt_ids, answer)
         self._require_read(message, answer_ids)
-        thought = len(self._ids(answer[: self._begins(answer, message)])) if reasoned else 0
+        lead = answer[: self._begins(answer, message)] if thinks else ""
+        thought = len(self._ids(lead)) if lead.strip() else 0
         n, m = len(prompt_ids), len(answer_ids)
         trained = (False, *[k >= n for k in range(1, n + m)])  # nothing comes before the first token
         reasoning = tuple(n <= k < n + thought for k in range(n + m)) if thought else ()
@@ -480,10 +514,21 @@ class Renderer:
         return len(answer) - len(rest) if closing else 0
 
     def _require_read(self, message: Message, ids: Sequence[int]) -> None:
-        """Raise BaseError unless the calls of an answer are read from its ids (what is scored, and served)."""
+        """Raise BaseError unless the calls of an answer are read from its ids (what is scored, and served), and one
+        without reasoning is read as such where others have it."""
+        thought = self._thought if message.reasoning or self.reasoning else None
+        if thought and not message.reasoning:
+            text = text_of(self.tokenizer, ids[:-1], self.marks | thought.special)
+            reasoning, answer = parted(text, thought)
+            told, said = (" ".join(one.split()) for one in (answer, message.content))
+            if reasoning or not (message.calls or told.startswith(said)):
+                raise BaseError(
+                    "the chat template of this base has no place for an answer without reasoning where others have it: "
+                    "give this answer its reasoning, or take that of the others out"
+                )
         if not message.calls:
             return
-        words, calls = self._read(ids, self._thought if message.reasoning else None)
+        words, calls = self._read(ids, thought)
         wanted = [call.meaning for call in message.calls]
         if [call.meaning for call in calls] != wanted or not _holds(words, message.content):
             raise BaseError(
@@ -493,12 +538,26 @@ class Renderer:
 
     @cached_property
     def refuses_all(self) -> bool:
-        """Whether the template cannot be used at all: it refuses the plainest conversation."""
-        try:
-            self._turn((*ASKED, Message("assistant", SAID)), 1)
-        except BaseError:
-            return True
-        return False
+        """Whether the template cannot be used at all: it refuses the plainest conversation, also with reasoning."""
+        for reasoning in ("", REASONED) if self.reasoning else ("",):
+            with suppress(BaseError):
+                self._turn((*ASKED, Message("assistant", SAID, reasoning=reasoning)), 1)
+                return False
+        return True
+
+
+def _settings_of(template: str) -> set[str]:
+    """Names that a template reads and does not itself give a meaning, but where it finds that they have none."""
+    source = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", template)  # marks of transformers alone
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        read_names = find_undeclared_variables(tree)
+    except TemplateError:  # which its first rendering will tell
+        return set()
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asked = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    asked += [one.node for one in tree.find_all(nodes.Filter) if one.name in ("default", "d") and one.node]
+    return read_names - (own - {node.name for node in asked if isinstance(node, nodes.Name)})
 
 
 def _texts(messages: Sequence[Message], tools: Sequence[str]) -> list[str]:
@@ -551,7 +610,7 @@ def renderer_for(
 
     Raises:
         BaseError: the base has another template than the adapter was trained with, or cannot be rendered for.
-        SettingsError: a setting that the template does not read.
+        SettingsError: a setting that the template does not read, or whose text holds a control token.
     """
     if like is not None:
         system = like.system if system is None else system

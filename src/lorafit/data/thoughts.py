@@ -15,12 +15,14 @@ from typing import Any
 class Thought:
     """How reasoning and answer are told apart in a text that was generated: what stands before and after the reasoning.
     opens: whether the prompt has opened it already. special: tokens of these marks that are left out of texts
-    elsewhere."""
+    elsewhere. skipped: what stands before an answer without reasoning in its place, as the name of a channel; "" where
+    nothing does."""
 
     opening: str
     closing: str
     opens: bool
     special: frozenset[int]
+    skipped: str = ""
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], special: Collection[int] = ()) -> str:
@@ -50,10 +52,14 @@ class Parts:
         if thought is not None and not self._begun:
             said = self._held.lstrip()
             marked = said.startswith(thought.opening)
-            if not marked and thought.opening.startswith(said) and not ended:
+            begins = (thought.opening, thought.skipped)
+            if not (marked or ended) and any(one.startswith(said) and one != said for one in begins):
                 return "", ""
             self._begun, self._thinks = True, marked or thought.opens
-            self._held = said.removeprefix(thought.opening) if marked else self._held
+            skips = thought.skipped and said.startswith(thought.skipped)
+            self._held = (
+                said.removeprefix(thought.opening if marked else thought.skipped) if marked or skips else (self._held)
+            )
         if thought is not None and self._thinks:
             before, closing, after = self._held.partition(thought.closing)
             begun = next((n for n in range(len(thought.closing) - 1, 0, -1) if before.endswith(thought.closing[:n])), 0)

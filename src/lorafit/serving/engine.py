@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import json
 import threading
 import time
 from collections import deque
@@ -83,11 +84,13 @@ class Stats:
     served: Mapping[str | None, int] = field(default_factory=dict)
 
 
-def _renderer_of(
-    base: Base, rendering: Rendering | None, system: str | None, settings: tuple[tuple[str, Scalar], ...]
-) -> Renderer:
-    if rendering is None:
+def _renderer_of(base: Base, trained: str, system: str | None, told: str) -> Renderer:
+    """trained, told: the rendering of an adapter, or null, and settings of the template, as JSON: true, 1 and 1.0 are
+    equal in Python, and not to a template."""
+    settings: tuple[tuple[str, Scalar], ...] = tuple(json.loads(told).items())
+    if (found := json.loads(trained)) is None:
         return renderer_for(base, system, settings=settings, reasoning=True)
+    rendering = Rendering.from_json(found)
     thinks = any("think" in name and value is True for name, value in settings)
     merged = tuple((dict(rendering.settings) | dict(settings)).items())
     return renderer_for(base, system, replace(rendering, settings=merged, reasoning=rendering.reasoning or thinks))
@@ -246,7 +249,9 @@ class Engine:
         Raises:
             SettingsError: a setting that the template does not read.
         """
-        return self._renderers(version.rendering if version else None, system, settings)
+        rendering = version.rendering if version else None
+        trained = json.dumps(rendering.to_json() if rendering else None)
+        return self._renderers(trained, system, json.dumps(dict(settings)))
 
     def load(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
         """Check an adapter, see that it changes something, and let its name mean it. What is being answered goes on,
