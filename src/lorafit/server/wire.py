@@ -209,11 +209,6 @@ class Turn(Body):
             raise _wrong(TEXT)
         return value
 
-    @field_validator(*THINKS, mode="before")
-    @classmethod
-    def _thought(cls, value: Any) -> Any:
-        return value or None  # false, or an empty list, for no thought
-
     @model_validator(mode="after")
     def _whole(self) -> Turn:
         if self.tool_calls or self.function_call:
