@@ -454,14 +454,18 @@ def test_validations_are_told_of_while_they_go_on(tiny_base: Base) -> None:
     assert told == [(0, 2)] * 3  # three validations of two rows in one batch, whose end comes with the result
 
 
-def test_one_validation_more_comes_early_and_changes_nothing_else(tiny_base: Base) -> None:
+def test_one_validation_more_comes_early_and_changes_nothing_else(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = rows_of(tiny_base, 6)
-    recipe = replace(SHORT, validate_early=1)
-    plain = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT)
+    recipe = replace(SHORT, steps=16, validate_every=8)
     trained = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], recipe)
-    assert [step for step, _ in trained.history] == [0, 1, 3, 6]
+    assert [step for step, _ in trained.history] == [0, 1, 8, 16]
+    assert [recipe.validations_after(step) for step in (0, 1, 8, 16)] == [3, 2, 1, 0]
+    assert replace(recipe, validate_every=16).early == 0, "an arm of a search is scored where it ends"
+    monkeypatch.setattr("lorafit.training.recipe.EARLY", 99)
+    plain = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], recipe)
     assert tuple(one for one in trained.history if one[0] != 1) == plain.history
-    assert [recipe.validations_after(step) for step in (0, 1, 3, 6)] == [3, 2, 1, 0]
 
 
 # What is kept of a run

@@ -104,6 +104,12 @@ class Base:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return _digest({name: tensor.detach() for name, tensor in named})
 
+    @property
+    def widest(self) -> int:
+        """The largest width of what goes into a site or comes out of it, the output head apart; 0 without sites."""
+        head = self.head_paths()
+        return max((max(site.d_in, site.d_out) for site in self.sites if site.path not in head), default=0)
+
     def head_paths(self) -> frozenset[str]:
         """Paths of the output head, which a plan over all linear sites leaves alone."""
         head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None

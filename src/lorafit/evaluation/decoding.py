@@ -143,9 +143,7 @@ def _slots(base: Base, room: int, memory: int | None) -> int:
 
 def _working(base: Base) -> int:
     """Bytes that a step of the engine holds at most."""
-    head = base.head_paths()
-    widest = max((max(site.d_in, site.d_out) for site in base.sites if site.path not in head), default=0)
-    return STEP * WIDE * widest * base.dtype.itemsize
+    return STEP * WIDE * base.widest * base.dtype.itemsize
 
 
 def _answer(waiting: Waiting, renderer: Renderer) -> Answer:

@@ -209,11 +209,7 @@ def one_round(
     recipe = standing.decision.recipe
     evidence = Evidence(
         recipe.steps,
-        [
-            (line["step"], line["valid_nll"])
-            for line in lines
-            if "valid_nll" in line and line["step"] != recipe.validate_early
-        ],
+        [(line["step"], line["valid_nll"]) for line in lines if "valid_nll" in line and line["step"] != recipe.early],
         [(line["step"], line["train_nll"]) for line in lines if "train_nll" in line],
         standing.ladder,
     )

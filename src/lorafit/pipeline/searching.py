@@ -333,7 +333,7 @@ class _Search:
                 return Tried(arm, one["steps"], None if one["each"] is None else tuple(one["each"]))
         self.listener.say(f"search: {told}, for {steps} steps")
         recipe = replace(
-            self.opened.decision.recipe, learning_rate=arm.rate, steps=steps, validate_every=steps, validate_early=0,
+            self.opened.decision.recipe, learning_rate=arm.rate, steps=steps, validate_every=steps,
             warmup=max(1, round(self.settings.warmup * steps)),
         )  # fmt: skip
         order = Order(self.plans[arm.plan], recipe, f"{SEARCH}/{cell}", tuple(self.places), self.before)

@@ -130,12 +130,11 @@ def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropo
         if way.packed and max(len(row.ids) for row in rows) > SHORT:
             long_token = (kept(base, state, rows, [LONG], way) - fixed) / LONG
     hidden, blocks = hidden_size(base), len(blocks_of(base)) - blocks_below(base, adapter.plan)
-    widest = max((max(site.d_in, site.d_out) for site in base.sites if site.path not in base.head_paths()), default=0)
     words = _vocabulary(base)
     return Footprint(
         state=STATE * adapter.plan.parameters + fixed, token=token, pair=pair, long_token=long_token,
-        block_input=blocks * hidden * size, blocks=blocks, working=size * (3 * widest + 6 * hidden),
-        looking=size * (4 * widest + 6 * hidden), logits=words * (8 + (size if size < 4 else 0)),
+        block_input=blocks * hidden * size, blocks=blocks, working=size * (3 * base.widest + 6 * hidden),
+        looking=size * (4 * base.widest + 6 * hidden), logits=words * (8 + (size if size < 4 else 0)),
         most_logits=CHUNK * (8 + 2 * (size if size < 4 else 0)) if way.apart else float("inf"),
     )  # fmt: skip
 

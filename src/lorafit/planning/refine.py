@@ -112,8 +112,7 @@ def changed(decision: Decision, change: Change) -> Decision:
     if change.steps != recipe.steps:
         decision = told(decision, "steps", str(change.steps), f"{change.kind}: {change.reason}")
     recipe = replace(recipe, steps=change.steps, warmup=max(1, round(by * recipe.warmup)),
-                     validate_every=max(1, math.ceil(by * recipe.validate_every)),
-                     validate_early=round(by * recipe.validate_early))  # fmt: skip
+                     validate_every=max(1, math.ceil(by * recipe.validate_every)))  # fmt: skip
     slots = tuple(replace(slot, rank=min(change.growth * slot.rank, slot.site.d_in, slot.site.d_out))
                   for slot in decision.plan.slots)  # fmt: skip
     decision = replace(decision, plan=Plan(slots), recipe=recipe)

@@ -27,7 +27,6 @@ SMALLEST_RANK, TRIMMED_RANK, LARGEST_RANK = 8, 32, 64
 # of 8 raised the accuracy on the built-in handbook from 85 to 92 %.
 BATCHES = ((4, 2_000), (8, 8_000), (16, 32_000), (32, math.inf))
 STEPS_WANTED, MOST_EPOCHS = 450, 3.0
-EARLY = 8  # of the steps to the first validation, the share after which is validated too: the fall is steep there
 WORTH_TELLING = 0.01  # share of the base's parameters that is told by the kind of module it is in
 
 
@@ -222,7 +221,6 @@ def _recipe(n: int, rate: float, settings: TrainSettings) -> tuple[Recipe, list[
         weight_decay=settings.weight_decay,
         dropout=settings.dropout,
         seed=settings.seed,
-        validate_early=every // EARLY,
     )
     set_batch = "set by you" if settings.batch_size else "small sets need the steps, large ones the throughput"
     if batch < asked:
@@ -232,7 +230,7 @@ def _recipe(n: int, rate: float, settings: TrainSettings) -> tuple[Recipe, list[
         Choice("steps", f"{steps} ({epochs:.3g} × {n:,} examples)", why, "--epochs"),
         Choice(
             "validation",
-            f"every {every} steps" + (f" and after {every // EARLY}" if every >= EARLY else ""),
+            f"every {every} steps" + (f" and after {recipe.early}" if recipe.early else ""),
             "the best by validation is kept",
             "--validations, --patience",
         ),

@@ -198,7 +198,7 @@ class _Run:
         recipe, at = self.recipe, self.at
         try:
             while True:
-                due = at.step % recipe.validate_every == 0 or at.step in (recipe.validate_early, recipe.steps)
+                due = at.step % recipe.validate_every == 0 or at.step in (recipe.early, recipe.steps)
                 if due and (not at.history or at.history[-1][0] < at.step):
                     self._validate(stop)
                 if at.step == recipe.steps or self._stale() >= recipe.patience:
@@ -353,7 +353,7 @@ class _Run:
 
     def _stale(self) -> int:
         """Validations since the best one. The early one does not count: the rate is still rising then."""
-        return sum(step > self._best()[0] for step, _ in self.at.history if step != self.recipe.validate_early)
+        return sum(step > self._best()[0] for step, _ in self.at.history if step != self.recipe.early)
 
     def _tell(self, train_nll: float | None, valid_nll: float | None, rate: float) -> None:
         at = self.at
