@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NotATransformer, byte_tokenizer, capitals, write_rows
+from conftest import NotATransformer, byte_tokenizer, capitals, tiny_mixtral, write_rows
 from rich.console import Console
 from torch import nn
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, MixtralConfig, MixtralForCausalLM
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from lorafit import demo, explain, pipeline, read_adapter
 from lorafit.attachment import attach, fired, merged, require_fired
@@ -342,16 +342,6 @@ def test_one_narrow_layer_does_not_cap_the_rank_of_all() -> None:
 
 
 # How much of a base is reached is said
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
-        )
-    ).eval()  # fmt: skip
 
 
 def test_experts_that_no_site_is_in_are_named_with_their_share() -> None:

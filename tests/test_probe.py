@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama, write_rows
+from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama, tiny_mixtral, write_rows
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -51,16 +49,6 @@ def made(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Base:
     torch.manual_seed(0)
     settings = AutoConfig.for_model(family, **BOTH_WAYS[family], **more)
     return Base.of(AutoModelForCausalLM.from_config(settings).eval().to(dtype), family)
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
-        )
-    ).eval()  # fmt: skip
 
 
 @BOTH

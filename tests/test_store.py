@@ -230,7 +230,7 @@ def test_a_fault_of_the_server_is_no_fault_of_the_request(root: Path) -> None:
 
 
 def test_what_nobody_thought_of_is_an_error_like_others(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyError("Hello?")
 
     with served(root) as running:
@@ -282,10 +282,10 @@ def test_a_version_that_was_chosen_answers_whatever_becomes_of_its_name(
     with served(root, tmp_path / "keys.json") as running:
         service, prompt = running.service, running.service.prompt
 
-        def unloading(*given: Any) -> Any:
+        def unloading(*given: Any, **named: Any) -> Any:
             assert service.store is not None
             service.store.unload("returns")
-            return prompt(*given)
+            return prompt(*given, **named)
 
         monkeypatch.setattr(service, "prompt", unloading)
         answer = running.ask("returns", key)

@@ -173,11 +173,16 @@ def test_evaluation_keeps_no_logits(tiny_base: Base) -> None:
     """Only sums outlive a batch: the memory of an evaluation does not grow with its examples."""
     rows = capital_rows(tiny_base, 12)
     vocabulary = tiny_base.model.config.vocab_size
-    seen = []
+
+    def logits() -> list[torch.Tensor]:
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]  # isinstance would wake lazy objects
+        return [x for x in tensors if x.ndim > 1 and x.shape[-1] == vocabulary]
+
+    before, seen = logits(), []  # what other tests keep is held here, so that no new tensor takes its identity
+    known = {id(x) for x in before}
 
     def look(done: int, of: int) -> None:
-        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]  # isinstance would wake lazy objects
-        seen.append([tuple(x.shape) for x in tensors if x.ndim > 1 and x.shape[-1] == vocabulary])
+        seen.append([tuple(x.shape) for x in logits() if id(x) not in known])
 
     example_nll(tiny_base, [replace(row, ids=row.ids * 8, trained=row.trained * 8) for row in rows], look)
     assert len(seen) > 1
