@@ -22,7 +22,6 @@ from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.searching import (
-    Pace,
     look,
     obstacle,
     places_cost,
@@ -32,7 +31,7 @@ from lorafit.pipeline.searching import (
     told_by,
 )
 from lorafit.plan import Plan
-from lorafit.planning import Decision, halving
+from lorafit.planning import halving
 from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of
 from lorafit.planning.rules import hidden_size
@@ -44,10 +43,10 @@ from lorafit.training.state import TrainState
 from lorafit.training.trunk import room_for
 
 TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest
+LONG = 100  # steps from which on that many are tried
 EVIDENCE = 64  # validation examples by which is told what validation can show
 VALIDATED = 16  # examples whose NLL is timed
 RUNGS_TRIED = 2  # of the ladder, as a rule
-BACKWARD = 2.5  # forwards that a step of training takes as long as
 DECODED = 3.0  # tokens of a prompt that a token of an answer takes as long as
 
 
@@ -107,12 +106,21 @@ def run_planning(
     }
 
 
-def forecast(opened: Opened, settings: TrainSettings, trunk_bytes: int = 0) -> Forecast:
+def forecast(
+    opened: Opened, settings: TrainSettings, trunk_bytes: int = 0, forward: float | None = None, processes: int = 1
+) -> Forecast:
     """Try a short, a middling and the longest micro-batch of the first epoch, and reckon with all of the run.
 
     Whatever the batch size, six forwards and backwards are tried, and three more where a trunk is kept. A micro-batch
     takes some time of its own and some for each token; a size that comes for the first time takes a preparation, which
-    is long in some kernels. trunk_bytes: how much may be kept of what the lowest blocks make.
+    is long in some kernels. Of a short run whose forward is known, one micro-batch is tried: three would be felt.
+
+    Args:
+        opened: The run, with its decision and the adapter it starts from.
+        settings: Of the run.
+        trunk_bytes: How much may be kept of what the lowest blocks make.
+        forward: Seconds a token of a forward; measured here where it is None.
+        processes: Among which a step is shared.
     """
     base, rows, recipe, way = opened.base, opened.rows, opened.decision.recipe, opened.way
     blocks = free_blocks(base, opened.decision.plan)
@@ -125,16 +133,20 @@ def forecast(opened: Opened, settings: TrainSettings, trunk_bytes: int = 0) -> F
     parts = [part for step in steps for part in by_tokens(rows["train"], step, recipe.micro_tokens, way.packed)]
     sizes = [sum(len(rows["train"][i].ids) for i in part) for part in parts]
     ranked = sorted(range(len(parts)), key=sizes.__getitem__)
-    tried = sorted({ranked[i * (len(ranked) - 1) // (TRIED - 1)] for i in range(TRIED)}, key=sizes.__getitem__)
+    few = forward is not None and recipe.steps < LONG
+    places = [0.5] if few else [i / (TRIED - 1) for i in range(TRIED)]
+    tried = sorted({ranked[int(place * (len(ranked) - 1))] for place in places}, key=sizes.__getitem__)
     state = TrainState(opened.start, base.device, recipe.dropout)
     optimizer = adamw.make_optimizer(state)
     firsts, took, shorter = [], [], []
     with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
-        few = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
-        state.training = False
-        example_nll(base, few, way=way)
-        validation = _seconds(base, lambda: example_nll(base, few, way=way)) * _tokens(rows["valid"]) / _tokens(few)
-        state.training = True
+        if forward is None:
+            some = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
+            state.training = False
+            example_nll(base, some, way=way)
+            forward = _seconds(base, lambda: example_nll(base, some, way=way)) / _tokens(some)
+            state.training = True
+        validation = forward * _tokens(rows["valid"])
         for i in tried:
             batches = [batch_of(base, [rows["train"][k] for k in parts[i]], way)]
             work = partial(gradient_step, base, state, batches, way)
@@ -158,11 +170,11 @@ def forecast(opened: Opened, settings: TrainSettings, trunk_bytes: int = 0) -> F
         + read * of_all(shorter or took)
         + preparing * len({-(-size // length_step(base, way)) for size in sizes})
     )
-    step = computing / recipe.steps + updating
+    step = computing / recipe.steps / processes + updating
     count = recipe.validations_after(0) + 1
     kept = min(trunk_bytes, needed) if read else 0
     disk = max(disk_of(opened.decision.plan, False) + kept, disk_of(opened.decision.plan, settings.trim == "auto"))
-    scoring = evaluation_seconds(opened, validation / _tokens(rows["valid"]), settings)
+    scoring = evaluation_seconds(opened, forward, settings)
     return Forecast(recipe.steps * step + count * validation, step, validation, scoring,
                     round((opened.peak or 0) / 1e9, 2), disk)  # fmt: skip
 
@@ -181,15 +193,6 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     answers = (2 + (settings.few_shot > 0)) * asked / len(opened.examples.test)
     answer_tokens = sum(row.n_trained for row in rows["test"])
     return per_token * (tokens + answers * (test - answer_tokens + DECODED * answer_tokens))
-
-
-def ahead(opened: Opened, decision: Decision, pace: Pace, settings: TrainSettings) -> tuple[float, float]:
-    """About how many seconds training and the evaluation after it take, at the pace that was measured."""
-    rows, recipe = opened.rows, decision.recipe
-    step = pace.step or BACKWARD * pace.forward
-    tokens = recipe.steps * recipe.batch_size * _tokens(rows["train"]) / len(rows["train"])
-    training = step * tokens + recipe.validations_after(0) * pace.forward * _tokens(rows["valid"])
-    return training, evaluation_seconds(replace(opened, decision=decision), pace.forward, settings)
 
 
 def disk_of(plan: Plan, trim: bool) -> int:

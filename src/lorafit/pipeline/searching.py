@@ -68,23 +68,15 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds that a token takes here: in a forward, and in a step of training; the latter is None where the run is too
-    short for a layer card."""
-
-    forward: float
-    step: float | None
-
-
-@dataclass(frozen=True)
 class Found:
     """What is known before the run proper: validation NLL of every example under the base, and the decision with what
-    the search has changed. seconds: of this process alone. pace: None where both were measured before a resume."""
+    the search has changed. seconds: of this process alone. forward: seconds a token of a forward, None where it was
+    measured before a resume."""
 
     known: tuple[float, ...]
     decision: Decision
     seconds: float
-    pace: Pace | None
+    forward: float | None
 
 
 def carry_out(
@@ -135,8 +127,9 @@ def some(rows: Sequence[Row], numbers: Collection[int]) -> list[Row]:
 
 def look(
     opened: Opened, listener: Listener, places: Collection[int] | None = None
-) -> tuple[tuple[float, ...], Card | None, Pace]:  # fmt: skip
-    """The base's NLL on the validation examples (on those at `places`) and the layer card, and how fast both went.
+) -> tuple[tuple[float, ...], Card | None, float]:  # fmt: skip
+    """The base's NLL on the validation examples (on those at `places`), the layer card, and the seconds that a token of
+    a forward takes.
     Raises BaseError where the NLL is not finite."""
     began = time.monotonic()
     rows = opened.rows["valid"] if places is None else some(opened.rows["valid"], places)
@@ -144,12 +137,9 @@ def look(
         known = example_nll(opened.base, rows, partial(listener.watch, "base: validation"), opened.way)
     forward = (time.monotonic() - began) / sum(len(row.ids) for row in rows)
     require_finite(opened.base, known)
-    began = time.monotonic()
     card = card_of(opened.base, opened.start, opened.rows["train"], opened.decision.recipe, opened.way,
                    lambda d, n: listener.watch("layer card", d, n, "batches"))  # fmt: skip
-    train = opened.rows["train"]
-    tokens = card.rows * sum(len(row.ids) for row in train) / len(train) if card else 0.0
-    return tuple(known), card, Pace(forward, (time.monotonic() - began) / tokens if card else None)
+    return tuple(known), card, forward
 
 
 def search(
@@ -161,20 +151,20 @@ def search(
     Called in the first process; the others carry out the orders it gives. Raises DivergedError where all arms have.
     """
     began = time.monotonic()
-    folder, pace = out / SEARCH, None
+    folder, forward = out / SEARCH, None
     make_folder(folder)
     if (folder / CARD).exists():
         told = read_json(folder / CARD)
         known = tuple(told["known"])
         card = card_from(told)
     else:
-        known, card, pace = look(opened, listener)
+        known, card, forward = look(opened, listener)
         write_json(
             folder / CARD,
             {**told_by(known, opened, range(len(known))), "known": known, **(asdict(card) if card else {})},
         )
     searching = _Search(opened, settings, out, resume, processes, listener, known)
-    return Found(known, searching.decide(card), time.monotonic() - began, pace)
+    return Found(known, searching.decide(card), time.monotonic() - began, forward)
 
 
 def told_by(known: Sequence[float], opened: Opened, places: Sequence[int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,11 @@ from lorafit.pipeline.extras import Extras
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.looking_back import forgotten, sites_that_mattered, told_ladder, trim_trained
 from lorafit.pipeline.memory import keep_freed_memory, left_of, on_threads, peak_gb
-from lorafit.pipeline.planning import ahead, disk_of
+from lorafit.pipeline.planning import disk_of, forecast
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.refining import Standing, figures_of, history_of, refine, write_plan
 from lorafit.pipeline.scores import answer_lines, scores_json
-from lorafit.pipeline.searching import Order, carry_out, search
+from lorafit.pipeline.searching import Order, carry_out, search, start_of
 from lorafit.pipeline.tracked import Tracked, tracked
 from lorafit.records import Frozen
 from lorafit.report.card import card
@@ -61,6 +61,7 @@ from lorafit.run import (
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tracking import require_tracker
 from lorafit.training.processes import ALONE, Processes
+from lorafit.training.trunk import room_for
 
 PROBED = 64  # tokens of a row on which PEFT's logits are compared: those of long rows would take gigabytes
 
@@ -148,9 +149,11 @@ def _run(
     decision, seconds = found.decision, {"load": opened.seconds, "search": found.seconds}
     if not (out / PLAN).exists():
         write_plan(decision, out)
-    if found.pace:
-        minutes = [clock(seconds) for seconds in ahead(opened, decision, found.pace, resolved)]
-        listener.say("about {} of training and {} of evaluation are ahead".format(*minutes))
+    if found.forward:
+        at_start = replace(opened, decision=decision, start=start_of(opened, decision.plan))
+        room = room_for(out, resolved.trunk_bytes)
+        cost = forecast(at_start, resolved, room, found.forward, processes.count)
+        listener.say(f"about {clock(cost.seconds)} of training and {clock(cost.evaluation)} of evaluation are ahead")
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
     order = Order(decision.plan, decision.recipe, known=found.known)
