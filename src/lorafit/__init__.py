@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lorafit.version import __version__ as __version__
 
 # Public names and where they live. They are imported at first use, so that `lorafit --help` answers at once.
 _PUBLIC = {

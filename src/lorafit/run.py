@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors
 
-import lorafit
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import (
     PROBE,
@@ -30,6 +29,7 @@ from lorafit.files import (
 from lorafit.records import Frozen, is_time
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tracking import TENSORBOARD, WANDB
+from lorafit.version import __version__
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
@@ -228,7 +228,7 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "lorafit": lorafit.__version__,
+        "lorafit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-import lorafit
 from lorafit.cli import (
     bases,
     chat,
@@ -38,6 +37,7 @@ from lorafit.cli import (
     trim,
 )
 from lorafit.errors import LorafitError
+from lorafit.version import __version__
 
 WORDS = {  # of the library that reads the flags, and ours
     r"Input should be a valid integer.*": "not a whole number",
@@ -147,7 +147,7 @@ def _say(text: str) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"lorafit {lorafit.__version__}")
+        print(f"lorafit {__version__}")
         raise typer.Exit
 
 

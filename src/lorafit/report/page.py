@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lorafit
 from lorafit.errors import RunError
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import require_new, whole_file, write_text
@@ -18,6 +17,7 @@ from lorafit.report.templates import template
 from lorafit.report.why import why
 from lorafit.report.words import headline, share
 from lorafit.settings import BY_RULE
+from lorafit.version import __version__
 
 PICTURES = ("curves", "search", "layers", "scores", "examples", "forgetting")
 SHOWN = 6  # answers shown before the fold
@@ -90,7 +90,7 @@ def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
         apart=_apart(stories),
         differing=_differing(stories) if len(stories) > 1 else [],
         colours=[charts.run_colour(i) for i in range(len(stories))],
-        version=lorafit.__version__,
+        version=__version__,
     )
 
 

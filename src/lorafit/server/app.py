@@ -13,7 +13,6 @@ from fastapi import Request as HttpRequest
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
 
-import lorafit
 from lorafit.errors import RequestError
 from lorafit.server import completions
 from lorafit.server.admission import chosen, key_of, require_ready, require_tokens, unknown
@@ -35,6 +34,7 @@ from lorafit.server.service import AUTO, Service
 from lorafit.server.tools import shown
 from lorafit.server.wire import DetokenizeRequest, LoadRequest, NameRequest, TokenizeRequest
 from lorafit.serving import Version
+from lorafit.version import __version__
 
 MOST = 4 << 20  # bytes of a body
 PATIENCE = 20.0  # seconds for a body to arrive
@@ -55,7 +55,7 @@ def make_app(
 
     app = FastAPI(
         title="lorafit",
-        version=lorafit.__version__,
+        version=__version__,
         lifespan=life,
         docs_url=None,
         redirect_slashes=False,
@@ -91,7 +91,7 @@ def _watching(app: FastAPI, service: Service) -> None:
 
     @app.get("/version", responses=refused())
     async def version() -> VersionAnswer:
-        return VersionAnswer(version=lorafit.__version__)
+        return VersionAnswer(version=__version__)
 
     @app.get("/metrics", response_class=Response, responses={200: TEXT, **refused()})
     async def metrics() -> Response:
