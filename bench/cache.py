@@ -24,7 +24,7 @@ from rich.table import Table
 
 from lorafit import Recipe, fresh, open_base, read_examples, render, renderer_for, train, uniform
 from lorafit.attachment import blocks_of, free_blocks
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.planning.rules import all_linear

@@ -60,6 +60,7 @@ from lorafit.data.batches import epoch_order
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import write_json
+from lorafit.layers.site import select
 from lorafit.pipeline.listener import Silent
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.searching import search
@@ -68,7 +69,6 @@ from lorafit.plan import Plan, uniform
 from lorafit.planning.halving import rates_for
 from lorafit.planning.trim import trimmed
 from lorafit.settings import settings_from
-from lorafit.sites import select
 from lorafit.tasks.completion import Way, batch_of, token_nll
 from lorafit.training.loop import train
 from lorafit.training.optimizer import rate_at

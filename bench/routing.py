@@ -35,7 +35,7 @@ from serve_arms import environment
 from torch import Tensor
 
 from lorafit import open_base, read_examples
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.examples import Example
 from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit, question_of
 

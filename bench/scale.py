@@ -273,7 +273,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     from scale_check import calibrated, opened, served
     from serve_work import BASE
 
-    from lorafit.base import fastest_dtype, open_base
+    from lorafit.bases.base import fastest_dtype, open_base
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     name = given.dtype or ("bf16" if fastest_dtype() == torch.bfloat16 else "fp32")

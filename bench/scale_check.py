@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scale_sim import Costs, Job, Place, Traffic, name_of
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.formats import peft
 from lorafit.plan import Plan, uniform
 from lorafit.serving import Engine, Request

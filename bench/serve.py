@@ -85,7 +85,7 @@ def main() -> None:
     import torch
 
     import lorafit.evaluation
-    from lorafit.base import fastest_dtype, open_outline
+    from lorafit.bases.base import fastest_dtype, open_outline
 
     dtype = given.dtype or ("bf16" if fastest_dtype() == torch.bfloat16 else "fp32")
     outline = open_outline(BASE)

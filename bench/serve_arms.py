@@ -93,7 +93,7 @@ def gguf_of(dtype: str) -> Path:
     """The base in llama.cpp's format, its weights the same numbers in another dtype; made once."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 
-    from lorafit.sources.builtin import file_of
+    from lorafit.bases.builtin import file_of
 
     kind = {"fp32": GGMLQuantizationType.F32, "bf16": GGMLQuantizationType.BF16, "q8": GGMLQuantizationType.Q8_0}[dtype]
     target = BUILD / f"{BASE}-{dtype}.gguf"

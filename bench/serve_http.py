@@ -226,7 +226,7 @@ def measure(
 def run(given: argparse.Namespace) -> None:
     import torch
 
-    from lorafit.base import fastest_dtype, open_outline
+    from lorafit.bases.base import fastest_dtype, open_outline
 
     os.environ["OMP_NUM_THREADS"] = str(given.threads)  # of every process started here
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1")

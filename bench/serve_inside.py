@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lorafit.attachment import adapting
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.serving import Engine, Request, Version
 from lorafit.serving.mixing import Mixer
 from lorafit.serving.native import SPENT, kernels

@@ -12,7 +12,7 @@ from serve_child import Asked, Served, read_job, take_turns  # isort: skip
 import torch
 from serve_inside import nll_change, profile, registered, stall_ms, switch_ms
 
-from lorafit.base import open_base
+from lorafit.bases.base import open_base
 from lorafit.serving import Engine, Request
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -65,7 +65,7 @@ def questions(count: int) -> list[str]:
 def train_codes(kind: str, count: int = COUNT) -> dict[str, Path]:
     """Folders of so many adapters, trained once and kept."""
     from lorafit.attachment import fresh
-    from lorafit.base import open_base
+    from lorafit.bases.base import open_base
     from lorafit.data.examples import Example, Message
     from lorafit.data.render import render, renderer_for
     from lorafit.formats import peft

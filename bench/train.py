@@ -144,7 +144,7 @@ def data_plans(asked: argparse.Namespace, root: Path) -> Iterator[DataPlan]:
     from train_rows import DATA, Absent, rows_of
 
     from lorafit import fresh, open_base, renderer_for, uniform
-    from lorafit.base import fastest_dtype, matrix_speed
+    from lorafit.bases.base import fastest_dtype, matrix_speed
     from lorafit.formats import peft
 
     fastest = next(name for name, dtype in DTYPES.items() if dtype == fastest_dtype())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lorafit.attachment import fresh
-from lorafit.base import open_base
+from lorafit.bases.base import open_base
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
 from lorafit.demo import BASE, SETTINGS
@@ -24,7 +24,7 @@ from lorafit.evaluation.decoding import Decoding
 from lorafit.files import write_json
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.planning import decide
-from lorafit.run import versions
+from lorafit.runs.folder import versions
 from lorafit.settings import settings_from
 from lorafit.training.loop import Moment, train
 

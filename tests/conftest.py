@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lorafit.base import Base, open_base
-from lorafit.sources.builtin import is_at_hand
+from lorafit.bases.base import Base, open_base
+from lorafit.bases.builtin import is_at_hand
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

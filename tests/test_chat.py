@@ -9,8 +9,9 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorafit.adapters.rendering import Rendering
 from lorafit.attachment import attach
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.chat import BASE, Chat, Emit
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
@@ -19,7 +20,6 @@ from lorafit.formats import peft
 from lorafit.generation.greedy import generate
 from lorafit.generation.text import Words
 from lorafit.plan import uniform
-from lorafit.records import Rendering
 from lorafit.testing import random_adapter
 
 

@@ -23,7 +23,7 @@ from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
 from lorafit.files import whole_folder
 from lorafit.formats import peft
-from lorafit.run import read_summary
+from lorafit.runs.folder import read_summary
 from lorafit.settings import TrainSettings
 
 VERBS = ["data", "plan", "train", "eval", "show", "trim", "demo", "doctor", "bases", "chat", "settings", "report",

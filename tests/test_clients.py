@@ -23,7 +23,7 @@ import pytest
 from pydantic import BaseModel
 from test_server import Running, adapter_of, base_of, served
 
-from lorafit.base import Base, open_outline
+from lorafit.bases.base import Base, open_outline
 from lorafit.formats import peft
 from lorafit.server import keys
 

@@ -18,9 +18,9 @@ from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import classified, is_installed
 from lorafit.evaluation.compare import SAMPLES, Comparison, _samples
 from lorafit.evaluation.counting import Counts, counted
+from lorafit.evaluation.scores import AnswerScore, NllScore
 from lorafit.evaluation.statistics import sign_test
 from lorafit.pipeline.scores import answer_lines
-from lorafit.records import AnswerScore, NllScore
 from lorafit.report import charts
 from lorafit.report.result import Result
 from lorafit.report.words import headline, lines, of_a_hundred, share

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh, require_bare
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Renderer, render, renderer_for
 from lorafit.errors import BaseError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.reading import BUILTIN_FOLDER
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,8 @@ import pytest
 import typer
 
 import lorafit
+from lorafit.bases.builtin import is_at_hand
 from lorafit.cli import app
-from lorafit.sources.builtin import is_at_hand
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "src" / "lorafit" / "guide"  # docs/guide leads there: it is in the package, for lorafit explain

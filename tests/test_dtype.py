@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import capitals, write_rows
 
-from lorafit import base, run_evaluation, run_training
+from lorafit import run_evaluation, run_training
+from lorafit.bases import base
 from lorafit.settings import settings_from
 
 SETTINGS: dict[str, Any] = {"epochs": 3.0, "rank": 4, "val_share": 0.3, "few_shot": 0}

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Message
 from lorafit.errors import (
     AdapterError,
@@ -36,6 +36,7 @@ from lorafit.errors import (
     UnknownAdapterError,
 )
 from lorafit.formats import peft
+from lorafit.layers.site import select
 from lorafit.plan import Plan, uniform
 from lorafit.serving import Engine, Request, Result, decoder
 from lorafit.serving.families import FAMILIES
@@ -44,7 +45,6 @@ from lorafit.serving.native import kernels
 from lorafit.serving.sampling import Sampler
 from lorafit.serving.slots import Slot
 from lorafit.serving.timing import FIRST, SECOND, Timings
-from lorafit.sites import select
 from lorafit.testing import random_adapter
 
 PROMPT = tuple(b"the capital of this country is")

@@ -33,7 +33,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 import lorafit
 from lorafit import errors
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.cli import main
 from lorafit.cli.console import Terminal
 from lorafit.errors import InputError, Interrupted, LorafitError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.sources.builtin import is_at_hand
+from lorafit.bases.builtin import is_at_hand
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 

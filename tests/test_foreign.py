@@ -18,13 +18,13 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MambaConfig, M
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, merged, require_fits
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import peft
 from lorafit.formats.oddities import misread_by_peft
+from lorafit.layers.site import Site
 from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
-from lorafit.sites import Site
 from lorafit.testing import random_adapter
 
 pytestmark = [

@@ -14,10 +14,10 @@ from conftest import SPECIAL, TEMPLATE
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-from lorafit.base import Base, open_base
+from lorafit.bases import progress
+from lorafit.bases.base import Base, open_base
+from lorafit.bases.gguf import Header, llama3_factors, take_over
 from lorafit.errors import BaseError
-from lorafit.sources import progress
-from lorafit.sources.gguf import Header, llama3_factors, take_over
 
 gguf = pytest.importorskip("gguf")
 

@@ -20,13 +20,13 @@ from huggingface_hub import constants
 
 from lorafit import doctor
 from lorafit.attachment import fresh
-from lorafit.base import open_base, open_outline
+from lorafit.bases import progress
+from lorafit.bases.base import open_base, open_outline
 from lorafit.cli import main
 from lorafit.errors import BaseError
 from lorafit.formats import peft
 from lorafit.plan import uniform
 from lorafit.shown import shown
-from lorafit.sources import progress
 
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
 TINY = "someone/tiny"
@@ -329,7 +329,7 @@ def test_what_is_at_hand_is_listed_and_shown_without_a_download(hub: Hub) -> Non
 def test_the_variables_every_user_of_the_hub_knows_are_heeded(hub: Hub, tmp_path: Path) -> None:
     """In a process of its own, as they are read when the hub's client is imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_mine"}
-    code = f"from lorafit.base import open_outline; open_outline('{TINY}')"
+    code = f"from lorafit.bases.base import open_outline; open_outline('{TINY}')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "home" / "hub").glob("models--*/snapshots/*/config.json"))

@@ -14,13 +14,13 @@ import torch
 from conftest import tiny_llama
 from torch import Tensor
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
+from lorafit.layers.site import select
 from lorafit.plan import uniform
 from lorafit.serving import Engine, Request
 from lorafit.serving import native as made
 from lorafit.serving.native import Kernels, Parts, kernels
 from lorafit.serving.timing import FIRST
-from lorafit.sites import select
 from lorafit.testing import random_adapter
 
 CPU = torch.device("cpu")

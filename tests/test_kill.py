@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from lorafit import pipeline
 from lorafit.evaluation import nll
-from lorafit.run import LAST, METRICS, clear_left_by_kills
+from lorafit.runs.folder import LAST, METRICS, clear_left_by_kills
 from lorafit.training import checkpoint, loop
 from lorafit.training.loop import Moment
 

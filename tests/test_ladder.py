@@ -15,7 +15,7 @@ from conftest import capitals, write_rows
 from torch import Tensor, nn
 
 from lorafit.attachment import attach, observing, packing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, RunError
@@ -26,7 +26,7 @@ from lorafit.pipeline.trimming import moments_of, run_trimming
 from lorafit.plan import uniform
 from lorafit.planning.ladder import TOLERATED, Ladder, climb_down, rung
 from lorafit.planning.rules import all_linear
-from lorafit.run import read_run
+from lorafit.runs.folder import read_run
 from lorafit.tasks.completion import Way, batch_of, token_nll
 from lorafit.testing import random_adapter
 from lorafit.training.recipe import Recipe

@@ -10,7 +10,7 @@ from conftest import encoder, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
 from torch.backends import mha
 
 from lorafit.attachment import attach, fired
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
 from lorafit.testing import LAWS, Case, random_adapter

@@ -12,7 +12,7 @@ from conftest import tiny_falcon
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.layers import find_sites, kind_of
 from lorafit.planning.rules import all_linear
 

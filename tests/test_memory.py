@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafit.attachment import attach, fresh, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import AttachError, SettingsError
 from lorafit.evaluation.decoding import bytes_held
+from lorafit.layers.site import Site
 from lorafit.pipeline import memory
 from lorafit.pipeline.memory import free_in_container, room_of
 from lorafit.plan import uniform
@@ -29,7 +30,6 @@ from lorafit.planning import Decision
 from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
 from lorafit.settings import bytes_of, settings_from
-from lorafit.sites import Site
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.recipe import Recipe
@@ -220,7 +220,7 @@ from pathlib import Path
 from lorafit.files import read_json
 from lorafit.pipeline import run_training
 from lorafit.pipeline.memory import peak_gb
-from lorafit.run import LADDER, RUNGS
+from lorafit.runs.folder import LADDER, RUNGS
 before = peak_gb()
 out = Path(sys.argv[3])
 summary = run_training(sys.argv[1], sys.argv[2], out, json.loads(sys.argv[4]))

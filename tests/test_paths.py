@@ -86,7 +86,7 @@ def test_a_folder_that_an_earlier_version_named_from_elsewhere_is_not_asked_of_t
     def fetched(*_: Any, **__: Any) -> None:
         raise AssertionError("asked of the hub")
 
-    monkeypatch.setattr("lorafit.sources.hub.fetched", fetched)
+    monkeypatch.setattr("lorafit.bases.hub.fetched", fetched)
     old = Path(copytree(home / "runs/rel/adapter", tmp_path / "adapter"))
     said = read(old / "lorafit.json")
     (old / "lorafit.json").write_text(json.dumps(said | {"base_name": "bases/tiny"}), encoding="utf-8")

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import peft
+from lorafit.layers.site import Site
 from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
-from lorafit.sites import Site
 from lorafit.testing import random_adapter
 
 # PEFT 0.21.2 asks transformers 5 for a property by its old name when it prepares a model.

@@ -23,7 +23,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from lorafit import demo, explain, pipeline, read_adapter
 from lorafit.attachment import attach, fired, merged, require_fired
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude
 from lorafit.data.examples import Check, Example, Message
@@ -33,16 +33,16 @@ from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_ans
 from lorafit.evaluation.statistics import paired_bootstrap, student, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.formats import peft
+from lorafit.layers.site import select
 from lorafit.oracle import compare_with_peft
 from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
 from lorafit.prepared import prepare
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
-from lorafit.run import open_run, openings, read_run, remember_questions, sole_writer
+from lorafit.runs.folder import open_run, openings, read_run, remember_questions, sole_writer
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown
-from lorafit.sites import select
 from lorafit.tasks.completion import PLAIN
 from lorafit.training.loop import Moment
 
@@ -495,7 +495,7 @@ def test_of_two_processes_in_one_run_folder_the_second_is_told(unfinished: Path)
 def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.run.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("lorafit.runs.folder.free_bytes", lambda folder: 1000)
     with pytest.raises(RunError, match=r"this run writes up to \d+\.\d MB, and 0\.0 MB are free on that disk"):
         pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS)
 

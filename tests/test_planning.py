@@ -18,7 +18,7 @@ from conftest import capitals, write_rows
 from lorafit import pipeline
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
@@ -37,7 +37,7 @@ from lorafit.planning.refine import Evidence, judged, next_change
 from lorafit.planning.signal import SHARE, Card, Signal, block_of, card_of, kinds_of
 from lorafit.report.story import read_story
 from lorafit.report.why import why
-from lorafit.run import openings
+from lorafit.runs.folder import openings
 from lorafit.tasks.completion import PLAIN, batch_of, token_nll
 from lorafit.training.loop import train
 from lorafit.training.recipe import Recipe

@@ -20,7 +20,7 @@ from transformers import (
 
 from lorafit import doctor, run_evaluation, run_training
 from lorafit.attachment import fresh
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError
 from lorafit.evaluation.nll import example_nll

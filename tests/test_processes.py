@@ -20,7 +20,7 @@ from test_training import APART, CPU, SHORT, rows_of, start_of, wait_until
 
 from lorafit import pipeline
 from lorafit.attachment import attach
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import collate
 from lorafit.errors import RunError, SettingsError
 from lorafit.formats import peft

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.examples import Examples
 from lorafit.data.readers import PIECE
 from lorafit.data.reading import read_examples

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
 from lorafit.demo import SETTINGS

@@ -12,13 +12,13 @@ import torch
 from conftest import TEMPLATE, byte_tokenizer, tiny_llama
 from tokenizers.processors import TemplateProcessing
 
-from lorafit.base import Base, open_outline
+from lorafit.adapters.rendering import Rendering
+from lorafit.bases.base import Base, open_outline
+from lorafit.bases.builtin import is_at_hand
 from lorafit.data.batches import LENGTH_STEP, by_tokens, collate, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import PLAIN_TEMPLATE, Renderer, Row, render, renderer_for
 from lorafit.errors import BaseError, DataError
-from lorafit.records import Rendering
-from lorafit.sources.builtin import is_at_hand
 
 LLAMA = (
     "{{ '<|begin|>' }}{% for m in messages %}"

@@ -14,7 +14,6 @@ from conftest import capitals, write_rows
 from matplotlib import image
 
 from lorafit import pipeline
-from lorafit import run as run_folder
 from lorafit.cli.console import Terminal
 from lorafit.data.examples import Example, Message
 from lorafit.errors import FormatError, RunError
@@ -24,6 +23,7 @@ from lorafit.report import charts
 from lorafit.report.page import pairs, write_report
 from lorafit.report.story import read_story
 from lorafit.report.words import headline
+from lorafit.runs import folder as run_folder
 from lorafit.shown import shown
 
 PAGE = Path(charts.__file__).with_name("parts.html").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 
 BENCH = Path(__file__).parents[1] / "bench"
 

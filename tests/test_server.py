@@ -30,11 +30,12 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from lorafit import files
 from lorafit.adapter import Adapter
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import renderer_for
 from lorafit.errors import CancelledError, FormatError, RunError, SettingsError
 from lorafit.formats import peft
+from lorafit.layers.site import select
 from lorafit.plan import uniform
 from lorafit.routing import Features
 from lorafit.server import keys, run
@@ -44,7 +45,6 @@ from lorafit.server.service import Service
 from lorafit.server.store import Store
 from lorafit.server.wire import Turn
 from lorafit.serving import Answer, Engine, Request
-from lorafit.sites import select
 from lorafit.testing import random_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")

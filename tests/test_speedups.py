@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from lorafit import packing as packs
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh, packing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import PACK_STEP
 from lorafit.data.render import Row
 from lorafit.errors import Interrupted

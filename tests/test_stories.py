@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.sources.builtin import is_at_hand
+from lorafit.bases.builtin import is_at_hand
 
 STORIES = Path(__file__).resolve().parents[1] / "examples" / "stories"
 sys.path.insert(0, str(STORIES))

@@ -23,7 +23,8 @@ from conftest import TEMPLATE, byte_tokenizer, capitals, tiny_llama, write_rows
 from test_server import Running, served
 
 from lorafit.adapter import Adapter
-from lorafit.base import Base, open_base, open_outline
+from lorafit.adapters.rendering import Rendering
+from lorafit.bases.base import Base, open_base, open_outline
 from lorafit.chat import Chat
 from lorafit.data.examples import Example, Examples, Message
 from lorafit.data.reading import read_examples
@@ -35,7 +36,6 @@ from lorafit.formats import peft
 from lorafit.pipeline import rendered, run_evaluation, run_training
 from lorafit.pipeline.listener import Silent
 from lorafit.plan import uniform
-from lorafit.records import Rendering
 from lorafit.serving import Engine, Request
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown

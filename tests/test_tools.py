@@ -17,7 +17,7 @@ from test_render import pieces, with_tokens
 from test_server import Running, adapter_of, served
 
 from lorafit.attachment import fresh
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.calls import ID, OWN, Arguments, Begun, CallForm, CallReader, Words, worded
 from lorafit.data.examples import Call, Example, Message
 from lorafit.data.reading import read_examples

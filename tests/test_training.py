@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from lorafit import pipeline
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fresh
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.data.batches import collate, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError, SettingsError
+from lorafit.layers.site import Site
 from lorafit.plan import LowRank, Plan, uniform
 from lorafit.planning.trim import Moments, share_of, trimmed
-from lorafit.sites import Site
 
 SITES = tuple(Site(name, "linear", d_in, d_out) for name, d_in, d_out in (("a", 24, 16), ("b", 16, 40), ("c", 16, 16)))
 

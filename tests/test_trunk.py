@@ -11,15 +11,15 @@ from conftest import capitals, tiny_gpt2, tiny_llama
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, free_blocks, fresh, packing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import Start, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import DivergedError
+from lorafit.layers.site import select
 from lorafit.plan import uniform
 from lorafit.planning import decide
 from lorafit.settings import settings_from
-from lorafit.sites import select
 from lorafit.tasks import completion, probe
 from lorafit.testing import random_adapter
 from lorafit.training import trunk as trunks

@@ -10,7 +10,7 @@ from lorafit.version import __version__ as __version__
 # Public names and where they live. They are imported at first use, so that `lorafit --help` answers at once.
 _PUBLIC = {
     "Adapter": "lorafit.adapter",
-    "Base": "lorafit.base",
+    "Base": "lorafit.bases.base",
     "Engine": "lorafit.serving.engine",
     "LowRank": "lorafit.plan",
     "Message": "lorafit.data.examples",
@@ -18,7 +18,7 @@ _PUBLIC = {
     "Recipe": "lorafit.training.recipe",
     "Renderer": "lorafit.data.render",
     "Request": "lorafit.serving.request",
-    "Site": "lorafit.sites",
+    "Site": "lorafit.layers.site",
     "Terminal": "lorafit.cli.console",
     "TrainSettings": "lorafit.settings",
     "TrainState": "lorafit.training.state",
@@ -29,14 +29,14 @@ _PUBLIC = {
     "fresh": "lorafit.attachment",
     "generate": "lorafit.generation.greedy",
     "merged": "lorafit.attachment",
-    "open_base": "lorafit.base",
+    "open_base": "lorafit.bases.base",
     "read_adapter": "lorafit.formats.peft:read",
     "read_examples": "lorafit.data.reading",
     "render": "lorafit.data.render",
     "renderer_for": "lorafit.data.render",
     "run_evaluation": "lorafit.pipeline",
     "run_training": "lorafit.pipeline",
-    "select": "lorafit.sites",
+    "select": "lorafit.layers.site",
     "train": "lorafit.training.loop",
     "uniform": "lorafit.plan",
 }
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from lorafit.attachment import fired as fired
     from lorafit.attachment import fresh as fresh
     from lorafit.attachment import merged as merged
-    from lorafit.base import Base as Base
-    from lorafit.base import open_base as open_base
+    from lorafit.bases.base import Base as Base
+    from lorafit.bases.base import open_base as open_base
     from lorafit.cli.console import Terminal as Terminal
     from lorafit.data.examples import Message as Message
     from lorafit.data.reading import read_examples as read_examples
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from lorafit.evaluation.compare import compare as compare
     from lorafit.formats import peft as _peft
     from lorafit.generation.greedy import generate as generate
+    from lorafit.layers.site import Site as Site
+    from lorafit.layers.site import select as select
     from lorafit.pipeline import run_evaluation as run_evaluation
     from lorafit.pipeline import run_training as run_training
     from lorafit.plan import LowRank as LowRank
@@ -69,8 +71,6 @@ if TYPE_CHECKING:
     from lorafit.serving.engine import Engine as Engine
     from lorafit.serving.request import Request as Request
     from lorafit.settings import TrainSettings as TrainSettings
-    from lorafit.sites import Site as Site
-    from lorafit.sites import select as select
     from lorafit.training.loop import train as train
     from lorafit.training.recipe import Recipe as Recipe
     from lorafit.training.state import TrainState as TrainState

@@ -28,11 +28,11 @@ from transformers.modeling_utils import PreTrainedModel
 from lorafit import landing
 from lorafit import packing as packs
 from lorafit.adapter import Adapter, initial
-from lorafit.base import Base
+from lorafit.adapters.rendering import Rendering
+from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
 from lorafit.layers import KINDS, kind_of
 from lorafit.plan import LowRank, Plan
-from lorafit.records import Rendering
 from lorafit.variants import VARIANTS, Frozen, Served
 
 Forward = Callable[[], object]

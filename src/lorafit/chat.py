@@ -9,15 +9,15 @@ from pathlib import Path
 from types import TracebackType
 
 from lorafit.adapter import Adapter
+from lorafit.adapters.rendering import Scalar
 from lorafit.attachment import attach, require_fits
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.data.thoughts import parted
 from lorafit.errors import NotServedError, SettingsError
 from lorafit.formats import peft
 from lorafit.generation.greedy import stream
-from lorafit.records import Scalar
 from lorafit.serving import Engine, Request
 
 BASE = "base"

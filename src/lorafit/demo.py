@@ -11,7 +11,7 @@ from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
 from lorafit.pipeline import Listener, run_training
-from lorafit.run import RUN, SUMMARY, WRITTEN, left_by_kills, sole_writer
+from lorafit.runs.folder import RUN, SUMMARY, WRITTEN, left_by_kills, sole_writer
 from lorafit.training.loop import RESUME_HINT
 
 BASE = "smollm2-135m"

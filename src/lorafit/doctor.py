@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from lorafit.attachment import attach, fired, fresh, packing
-from lorafit.base import Base, fastest_dtype, matrix_speed, open_base
+from lorafit.bases import builtin, folder, gguf
+from lorafit.bases.base import Base, fastest_dtype, matrix_speed, open_base
+from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError
 from lorafit.files import free_bytes
 from lorafit.plan import uniform
 from lorafit.planning.rules import all_linear, reached
-from lorafit.sources import builtin, folder, gguf
-from lorafit.sources.progress import Report, Watch, silent, unwatched
 from lorafit.tasks.completion import batch_of
 from lorafit.tasks.probe import require_causal, way_of
 from lorafit.training.loop import gradient_step

@@ -15,8 +15,8 @@ from torch import nn
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
 from lorafit.formats.foreign import is_weight, selects
+from lorafit.layers.site import Site
 from lorafit.plan import Plan
-from lorafit.sites import Site
 
 
 def landed(adapter: Adapter, model: nn.Module, sites: Sequence[Site], name: str) -> Adapter:

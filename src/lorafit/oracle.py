@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorafit.base import Base
+    from lorafit.bases.base import Base
 
 FP32 = 4  # bytes of a parameter
 BESIDE = int(0.6e9)  # bytes of a process that has imported torch and PEFT, and its activations (measured: 0.5e9)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lorafit.errors import FormatError, PlanError
-from lorafit.sites import Site
+from lorafit.layers.site import Site
 from lorafit.variants import VARIANTS
 
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from lorafit.adapters.rendering import Scalar
 from lorafit.errors import SettingsError
-from lorafit.records import Scalar
 
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",

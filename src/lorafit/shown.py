@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.bases import hub
+from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json
 from lorafit.formats.folder import CONFIG
-from lorafit.run import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
-from lorafit.sources import hub
-from lorafit.sources.builtin import BUILTIN
+from lorafit.runs.folder import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
@@ -28,7 +28,7 @@ def shown(path: Path) -> dict[str, Any]:
 
         return {"kind": "plan", **_plan(Plan.from_json(read_json(path), str(path)))}
     require_shown(path)
-    from lorafit.base import open_base
+    from lorafit.bases.base import open_base
 
     base = open_base(path)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())

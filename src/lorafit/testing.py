@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, fired, fresh, layer_by_layer, merged, require_fired
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
 from lorafit.formats import peft
+from lorafit.layers.site import select
 from lorafit.plan import Plan
-from lorafit.sites import select
 from lorafit.training.state import TrainState
 from lorafit.variants import VARIANTS
 

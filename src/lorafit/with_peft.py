@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from lorafit.attachment import attach
-from lorafit.base import open_base
+from lorafit.bases.base import open_base
 from lorafit.formats import peft as peft_format
 
 

@@ -52,7 +52,7 @@ def chat(
         _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
         return
     require(base=base, adapters=(adapter,))
-    from lorafit.base import open_base
+    from lorafit.bases.base import open_base
     from lorafit.chat import HELP, Chat
     from lorafit.formats import peft
 

@@ -61,7 +61,7 @@ def _seen_by(
     base: str, examples: Examples, settings: TrainSettings, terminal: Terminal
 ) -> dict[str, dict[str, int]]:  # fmt: skip
     """Show the examples as a base sees them, and count their tokens by split."""
-    from lorafit.base import open_outline
+    from lorafit.bases.base import open_outline
     from lorafit.pipeline import rendered
 
     tokens: dict[str, dict[str, int]] = {}

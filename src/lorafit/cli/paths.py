@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafit import sources
+from lorafit.bases import locate
 from lorafit.data.reading import require_data
 from lorafit.files import text_of
 from lorafit.formats.folder import adapter_folder, require_adapter_folder
@@ -38,6 +38,6 @@ def require(
         if adapter is not None:
             require_adapter_folder(adapter_folder(adapter))
     if base is not None:
-        sources.require(base)
+        locate.require(base)
     if data is not None:
         require_data(data)

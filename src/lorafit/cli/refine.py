@@ -20,7 +20,7 @@ def refine(run: Annotated[Path, typer.Argument(help="A finished run.")], json: J
     lorafit refine runs/mine
     """
     from lorafit.cli.console import Terminal
-    from lorafit.run import require_run
+    from lorafit.runs.folder import require_run
 
     require_run(run)
     from lorafit.pipeline.refining import run_refining

@@ -27,7 +27,7 @@ def report(
     lorafit report runs/mine runs/other --out both.html
     """
     from lorafit.cli.console import Terminal
-    from lorafit.run import REPORT, require_run
+    from lorafit.runs.folder import REPORT, require_run
 
     for run in runs:
         require_run(run)

@@ -50,7 +50,7 @@ def serve(
     named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
     require_folder_of_adapters(adapters)
     require(base=base, adapters=named.values())
-    from lorafit.base import open_base
+    from lorafit.bases.base import open_base
 
     try:
         from lorafit.server.run import Log, hosts_of, listening, serve

@@ -34,7 +34,7 @@ def show(
     for key, value in found.items():
         terminal.say(f"{key:>22}  {value}")
     if found["kind"] == "run" and found["state"] == "finished":
-        from lorafit.run import read_summary
+        from lorafit.runs.folder import read_summary
 
         terminal.results(read_summary(path) or {})
     if why:

@@ -38,7 +38,7 @@ def train(
     from lorafit.cli.paths import require
     from lorafit.cli.plan import show_plan
     from lorafit.errors import DivergedError, Interrupted, LorafitError, RunError, SettingsError
-    from lorafit.run import require_out
+    from lorafit.runs.folder import require_out
 
     assert out is not None  # with_settings sees to it
     if dry_run and resume:
@@ -75,7 +75,7 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
     from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
     from lorafit.oracle import same_as_peft
-    from lorafit.run import RUN, read_run
+    from lorafit.runs.folder import RUN, read_run
 
     terminal.results(summary)
     if summary["base_unchanged"]:

@@ -132,7 +132,7 @@ def _line(problem: Problem) -> int:
 def _is_base(path: Path) -> bool:
     if path.exists():
         return path.suffix == ".gguf" or (path / "config.json").exists()
-    from lorafit.sources.builtin import BUILTIN as BASES  # of weight, and seldom needed
+    from lorafit.bases.builtin import BUILTIN as BASES
 
     return str(path) in BASES
 

@@ -26,13 +26,13 @@ from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 from transformers import GenerationMixin
 
-from lorafit.base import Base
+from lorafit.adapters.rendering import Rendering, Scalar
+from lorafit.bases.base import Base
 from lorafit.data.calls import CALLED, OWN, PROBE, CallForm, Spelling, form_of, read, worded
 from lorafit.data.examples import Call, Example, Message
 from lorafit.data.messages import THOUGHT, with_thought
 from lorafit.data.thoughts import Thought, parted, text_of
 from lorafit.errors import BaseError, DataError, Problem, SettingsError
-from lorafit.records import Rendering, Scalar
 
 # For bases without a chat template: "User: ...\nAssistant: ...<eos>\n", a system prompt first on lines of its own,
 # before all the token with which the tokenizer begins a text, if it does.

@@ -14,8 +14,8 @@ import regex
 
 from lorafit.data.equality import compared, json_of, last_number
 from lorafit.data.examples import Check, Example, Message
+from lorafit.evaluation.scores import AnswerScore
 from lorafit.evaluation.statistics import groups_of
-from lorafit.records import AnswerScore
 
 if TYPE_CHECKING:  # torch and transformers are behind them
     from lorafit.data.render import Renderer

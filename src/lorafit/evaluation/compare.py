@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
 from lorafit.evaluation.counting import Counts, counted, right
 from lorafit.evaluation.decoding import Decoding
 from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.scores import AnswerScore, NllScore
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.records import AnswerScore, NllScore
 from lorafit.tasks.completion import Way
 from lorafit.tasks.probe import way_of
 

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Renderer
 from lorafit.data.thoughts import parted
 from lorafit.errors import BaseError, CancelledError, NotServedError, RequestError

@@ -10,13 +10,13 @@ from typing import Any
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import nll_score
 from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.scores import NllScore
 from lorafit.files import text_of
-from lorafit.records import NllScore
 from lorafit.tasks.completion import Way
 
 LONGEST, MOST = 256, 100  # tokens of a piece; pieces read of a text

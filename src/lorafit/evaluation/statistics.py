@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from lorafit.records import Interval
+from lorafit.evaluation.scores import Interval
 
 RESAMPLES = 10_000
 FEWEST = 10  # independent pieces of evidence below which no interval is given

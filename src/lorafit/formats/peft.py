@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafit.adapter import FORMAT, Adapter, Claims
+from lorafit.adapters.rendering import Rendering
+from lorafit.bases import hub
 from lorafit.errors import FormatError
 from lorafit.files import read_json, whole_folder, write_json, write_text
 from lorafit.formats.folder import CONFIG as CONFIG
@@ -25,10 +27,8 @@ from lorafit.formats.folder import WEIGHTS as WEIGHTS
 from lorafit.formats.folder import adapter_folder as adapter_folder
 from lorafit.formats.folder import require_adapter_folder as require_adapter_folder
 from lorafit.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
+from lorafit.layers.site import Site
 from lorafit.plan import LowRank, Plan
-from lorafit.records import Rendering
-from lorafit.sites import Site
-from lorafit.sources import hub
 
 OURS, CARD = "lorafit.json", "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it

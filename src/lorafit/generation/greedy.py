@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Renderer
 from lorafit.data.thoughts import parted, text_of
 from lorafit.generation.text import Words

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorafit.layers import conv1d, linear
 from lorafit.layers.kind import Kind
-from lorafit.sites import Site
+from lorafit.layers.site import Site
 
 KINDS: dict[str, Kind] = {"linear": linear.KIND, "conv1d": conv1d.KIND}
 

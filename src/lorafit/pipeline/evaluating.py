@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lorafit.adapters.rendering import Rendering
 from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
@@ -22,9 +23,8 @@ from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import opened_base, render_all
 from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
 from lorafit.prepared import prepare, require_passing, sifted
-from lorafit.records import Rendering
 from lorafit.report.result import Result
-from lorafit.run import RUN, count_opening, read_run, remembered, tested
+from lorafit.runs.folder import RUN, count_opening, read_run, remembered, tested
 from lorafit.settings import settings_from
 from lorafit.tasks.probe import way_of
 

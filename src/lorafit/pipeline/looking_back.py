@@ -20,7 +20,7 @@ from lorafit.planning.importance import ablations, examples_for, first_order, pa
 from lorafit.planning.ladder import Ladder, kept_whole
 from lorafit.planning.rules import told
 from lorafit.planning.trim import untrimmable
-from lorafit.run import FORGETTING, IMPORTANCE, LADDER, MOMENTS, RUNGS, SCORES, WHOLE
+from lorafit.runs.folder import FORGETTING, IMPORTANCE, LADDER, MOMENTS, RUNGS, SCORES, WHOLE
 from lorafit.training.loop import Trained
 from lorafit.training.recipe import Recipe
 

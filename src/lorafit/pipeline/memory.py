@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.pipeline.listener import Listener
 from lorafit.planning.memory import MARGIN, USABLE, Room
 from lorafit.settings import bytes_of

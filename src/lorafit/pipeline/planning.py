@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lorafit.attachment import attach, free_blocks, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.compare import asked_of

@@ -11,7 +11,7 @@ import torch
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import fired, free_blocks, fresh, require_fired
-from lorafit.base import DTYPES, Base, fastest_dtype, open_base, require_base
+from lorafit.bases.base import DTYPES, Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples, asks_once
 from lorafit.data.languages import strange_language
 from lorafit.data.render import Renderer, Row, render, renderer_for
@@ -25,7 +25,7 @@ from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
 from lorafit.planning.memory import as_begun, fit, footprint, room_to_answer, steps_of, with_losses
 from lorafit.prepared import prepare, sifted
-from lorafit.records import Frozen
+from lorafit.runs.folder import Environment
 from lorafit.settings import TrainSettings
 from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
 from lorafit.tasks.probe import way_of
@@ -45,7 +45,7 @@ class Opened:
     rows: dict[str, list[Row]]
     general: dict[str, list[Row]]
     decision: Decision
-    frozen: Frozen
+    frozen: Environment
     start: Adapter
     way: Way
     peak: int | None
@@ -53,13 +53,13 @@ class Opened:
 
 
 def open_all(
-    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None,
+    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Environment | None = None,
     processes: int = 1,
 ) -> Opened:  # fmt: skip
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
 
     began: what a run has frozen that is gone on with. What depends on this machine and this moment is found out here,
-    if `began` does not say it, and goes into Frozen. processes: how many share this machine's memory.
+    if `began` does not say it, and goes into Environment. processes: how many share this machine's memory.
     """
     start = time.monotonic()
     texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
@@ -90,8 +90,15 @@ def open_all(
         listener.say(said)
     names = {dtype: name for name, dtype in DTYPES.items()}
     recipe = decision.recipe
-    frozen = began or Frozen(names[base.dtype], torch.get_num_threads(), way.apart, way.packed, recipe.micro_tokens,
-                             recipe.recompute, renderer.now)  # fmt: skip
+    frozen = began or Environment(
+        names[base.dtype],
+        torch.get_num_threads(),
+        way.apart,
+        way.packed,
+        recipe.micro_tokens,
+        recipe.recompute,
+        renderer.now,
+    )
     general = {name: general_rows(base.tokenizer, text, base.context) for name, text in texts.items()}
     return Opened(
         base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
@@ -107,7 +114,7 @@ def _laying(way: Way) -> Choice:
                   "what each computes alone", "")  # fmt: skip
 
 
-def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Frozen | None = None) -> Base:
+def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Environment | None = None) -> Base:
     """The base in the dtype that is frozen or set, or in the one measured to be faster; told, for the scores depend
     on it."""
     if began:

@@ -28,7 +28,7 @@ from lorafit.planning.refine import Evidence, Round, changed, judged, next_chang
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.story import lines_of
-from lorafit.run import (
+from lorafit.runs.folder import (
     ADAPTER,
     CARD,
     CHECKPOINTS,
@@ -51,7 +51,7 @@ from lorafit.run import (
     room_to_write,
     sole_writer,
     versions,
-)  # fmt: skip
+)
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.training.loop import RESUME_HINT, Trained
 from lorafit.training.processes import ALONE, Processes

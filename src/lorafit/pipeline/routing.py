@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.base import Base, open_base
+from lorafit.bases.base import Base, open_base
 from lorafit.errors import AdapterError, BaseError
 from lorafit.files import whole_file
 from lorafit.formats import peft

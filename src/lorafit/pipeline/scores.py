@@ -11,8 +11,8 @@ from typing import Any
 from lorafit.data.examples import Example
 from lorafit.evaluation.answers import is_equal
 from lorafit.evaluation.compare import Comparison
+from lorafit.evaluation.scores import AnswerScore
 from lorafit.evaluation.statistics import wilson
-from lorafit.records import AnswerScore
 
 
 def scores_json(comparison: Comparison) -> dict[str, Any]:

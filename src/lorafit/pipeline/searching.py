@@ -38,7 +38,7 @@ from lorafit.planning.halving import (
 from lorafit.planning.placement import ALL, Placement, placements
 from lorafit.planning.rules import reached, told, told_rank
 from lorafit.planning.signal import Card, Signal, card_of
-from lorafit.run import CARD, SEARCH, TRIED
+from lorafit.runs.folder import CARD, SEARCH, TRIED
 from lorafit.settings import TrainSettings
 from lorafit.training.loop import Moment, Trained, train
 from lorafit.training.processes import Processes

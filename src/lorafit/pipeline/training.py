@@ -32,13 +32,12 @@ from lorafit.pipeline.refining import Standing, figures_of, history_of, refine, 
 from lorafit.pipeline.scores import answer_lines, scores_json
 from lorafit.pipeline.searching import Order, carry_out, search, start_of
 from lorafit.pipeline.tracked import Tracked, tracked
-from lorafit.records import Frozen
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.result import Result
 from lorafit.report.words import clock, doubt
 from lorafit.routing import Features
-from lorafit.run import (
+from lorafit.runs.folder import (
     ADAPTER,
     ANSWERS,
     DATA,
@@ -47,6 +46,7 @@ from lorafit.run import (
     RUN,
     SCORES,
     SUMMARY,
+    Environment,
     count_opening,
     open_run,
     remember_questions,
@@ -116,7 +116,7 @@ def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any
     base, measures, and says what is wrong."""
     keep_freed_memory()
     base_name, data, settings, frozen = processes.agreed(dict)
-    began, resolved = Frozen(**frozen), settings_from(settings)
+    began, resolved = Environment(**frozen), settings_from(settings)
     with on_threads(began.threads, Silent()):
         opened = open_all(base_name, data, resolved, Silent(), began)
         while told := processes.agreed(dict):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, observing, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
@@ -29,7 +29,7 @@ from lorafit.pipeline.preparing import opened_base, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
 from lorafit.planning.trim import Moments, require_pairs, share_of, smallest_share, trimmed
 from lorafit.prepared import prepare
-from lorafit.run import LADDER, MOMENTS, PLAN, RUN, WHOLE, frozen_of, read_run, read_summary
+from lorafit.runs.folder import LADDER, MOMENTS, PLAN, RUN, WHOLE, frozen_of, read_run, read_summary
 from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step

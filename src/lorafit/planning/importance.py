@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.nll import example_nll

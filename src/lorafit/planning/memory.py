@@ -15,7 +15,7 @@ import torch
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, blocks_below, blocks_of, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError

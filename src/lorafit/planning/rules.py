@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lorafit.attachment import blocks_below, free_blocks
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError
 from lorafit.formats.oddities import refused_by_peft
+from lorafit.layers.site import Site, select
 from lorafit.plan import Plan, uniform
 from lorafit.settings import TrainSettings
-from lorafit.sites import Site, select
 from lorafit.training.recipe import Recipe
 
 # Where it is trimmed afterwards, a run begins with more rank than is needed and ends with less than it began with: on

@@ -18,11 +18,11 @@ import torch
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.sites import Site
+from lorafit.layers.site import Site
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step, own_randomness
 from lorafit.training.recipe import Recipe

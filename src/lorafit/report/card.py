@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.adapter import Adapter
+from lorafit.bases import hub
 from lorafit.planning import Choice
 from lorafit.report.words import ASIDE, headline, interval, of_a_hundred
 from lorafit.report.words import lines as scores
-from lorafit.sources import hub
 
 
 def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:

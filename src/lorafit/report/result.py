@@ -13,7 +13,7 @@ from lorafit.report import charts
 from lorafit.report.story import read_story
 from lorafit.report.templates import template
 from lorafit.report.words import headline, interval, of_a_hundred
-from lorafit.run import REPORT
+from lorafit.runs.folder import REPORT
 
 
 class Result(dict[str, Any]):

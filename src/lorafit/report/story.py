@@ -10,7 +10,7 @@ from typing import Any
 
 from lorafit.errors import FormatError
 from lorafit.files import read_json
-from lorafit.run import (
+from lorafit.runs.folder import (
     ANSWERS,
     CARD,
     DATA,
@@ -26,7 +26,7 @@ from lorafit.run import (
     openings,
     read_run,
     read_summary,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

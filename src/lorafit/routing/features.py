@@ -18,10 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lorafit.attachment import blocks_of, inputs_of_blocks
-from lorafit.base import Base
+from lorafit.bases.base import Base
+from lorafit.bases.progress import Watch, unwatched
 from lorafit.data.examples import Example, Message
 from lorafit.errors import BaseError, FormatError
-from lorafit.sources.progress import Watch, unwatched
 
 LONGEST = 128  # tokens of a question that are read: half from its beginning, half from its end
 TOGETHER = 32  # questions of like lengths that are read at once

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
 from lorafit.routing.features import Features, depths, packed, unpacked
 

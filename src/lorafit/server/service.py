@@ -13,11 +13,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from lorafit.adapters.rendering import Scalar
 from lorafit.data.examples import Message
 from lorafit.data.messages import last_question
 from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
-from lorafit.records import Scalar
 from lorafit.routing import Routed
 from lorafit.server import keys
 from lorafit.server.keys import Key

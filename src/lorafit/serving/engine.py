@@ -27,8 +27,9 @@ from torch import Tensor
 
 from lorafit import routing
 from lorafit.adapter import Adapter
+from lorafit.adapters.rendering import Rendering, Scalar
 from lorafit.attachment import adapting, attending, inputs_of_blocks, require_bare
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import (
@@ -42,7 +43,6 @@ from lorafit.errors import (
     SettingsError,
 )
 from lorafit.generation.text import Until, Words
-from lorafit.records import Rendering, Scalar
 from lorafit.serving.beside import Aside, Probe
 from lorafit.serving.decoder import decoder_of
 from lorafit.serving.families import PIECES, at_once, require_same, same_for_all, servable

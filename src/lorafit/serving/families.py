@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.errors import NotServedError
 
 # Families whose attention is all that passes from token to token, through transformers' attention interface. Each is

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import served
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.serving.native import Parts
 from lorafit.serving.products import Products
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.sources.gguf import cache_folder
+from lorafit.bases.gguf import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")

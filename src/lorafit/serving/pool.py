@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafit.adapter import Adapter
+from lorafit.adapters.rendering import Rendering
 from lorafit.attachment import require_base, require_fits
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.render import renderer_for
 from lorafit.errors import AdapterError, UnknownAdapterError
 from lorafit.formats import peft
-from lorafit.records import Rendering
 from lorafit.serving.mixing import Loaded
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

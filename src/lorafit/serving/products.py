@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.errors import BaseError
 from lorafit.serving.native import Kernels, Parts
 from lorafit.serving.timing import ROWS, SECOND, UNTIMED, bytes_for, compared

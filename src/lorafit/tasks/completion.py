@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.attachment import inputs_of_blocks, skipping
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import LENGTH_STEP, PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lorafit import packing as packs
 from lorafit.attachment import attending, blocks_of, packing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import Start
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError

@@ -18,14 +18,14 @@ import torch
 
 from lorafit.adapter import Adapter
 from lorafit.attachment import attach, free_blocks, packing, recomputing
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import ORDER, Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
 from lorafit.evaluation.nll import means, nll_sums, require_finite
 from lorafit.files import write_text
-from lorafit.run import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
+from lorafit.runs.folder import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
 from lorafit.tasks.completion import Way, batch_of, token_nll
 from lorafit.tasks.probe import way_of
 from lorafit.training import checkpoint

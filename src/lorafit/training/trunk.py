@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafit.base import Base
+from lorafit.bases.base import Base
 from lorafit.data.batches import Batch, Start
 from lorafit.tasks.completion import trunk
 

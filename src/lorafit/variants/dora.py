@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from lorafit.sites import Site
+from lorafit.layers.site import Site
 from lorafit.variants import lora
 from lorafit.variants.variant import Factors, Frozen, Served
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.sites import Site
+from lorafit.layers.site import Site
 from lorafit.variants.variant import Factors, Frozen, Served
 
 

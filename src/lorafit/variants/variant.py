@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from lorafit.sites import Site
+from lorafit.layers.site import Site
 
 Factors = Mapping[str, Tensor]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.bases.progress import Report, Watch, require_room
 from lorafit.errors import BaseError, FormatError
 from lorafit.files import free_bytes, read_json, sha256_file, shown, whole_folder, write_json
-from lorafit.sources.progress import Report, Watch, require_room
 
 if TYPE_CHECKING:
     import torch

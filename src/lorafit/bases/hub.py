@@ -17,10 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from lorafit.bases import folder
+from lorafit.bases.progress import Report, Watch, require_room
 from lorafit.errors import BaseError
 from lorafit.files import free_bytes, shown
-from lorafit.sources import folder
-from lorafit.sources.progress import Report, Watch, require_room
 
 _NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

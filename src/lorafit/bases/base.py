@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit import sources
+from lorafit.bases import gguf, locate
+from lorafit.bases.folder import classes, weight_files
+from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
 from lorafit.layers import find_sites
-from lorafit.sites import Site
-from lorafit.sources import gguf
-from lorafit.sources.folder import classes, weight_files
-from lorafit.sources.progress import Report, Watch, silent, unwatched
+from lorafit.layers.site import Site
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in settings and run.json
 
@@ -148,10 +147,10 @@ def open_base(
     watch: called with progress of a download or conversion: what, done, of, unit.
     Raises BaseError for whatever keeps the base from being used: nothing is opened half.
     """
-    folder, known_as = sources.found(str(name), report, watch)
+    folder, known_as = locate.found(str(name), report, watch)
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
-    base = Base(known_as, model, identity, tokenizer, folder, sources.address(known_as))
+    base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as))
     if {site.path for site in base.sites} <= base.head_paths():
         kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
         raise BaseError(f"'{known_as}': no layer of its blocks is of a kind that can be adapted (its weights are in "
@@ -163,7 +162,7 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
     """A base without its weights, which are not fetched: for its tokenizer, its context and what ends its turns."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    folder, known_as = sources.found(str(name), report, watch, weights=False)
+    folder, known_as = locate.found(str(name), report, watch, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -176,12 +175,12 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
     except Exception as error:  # a damaged file may raise anything; tokenizers raises bare Exceptions
         raise BaseError(f"{folder}: its config or tokenizer cannot be opened ({error}): copy it again") from error
     _require_rows(folder, model, tokenizer)
-    return Base(known_as, model, "", tokenizer, folder, sources.address(known_as))
+    return Base(known_as, model, "", tokenizer, folder, locate.address(known_as))
 
 
 def require_base(name: str | Path) -> None:
     """Raise BaseError where `name` can be no base. Nothing is fetched, converted or loaded: asked before slow work."""
-    sources.require(str(name))
+    locate.require(str(name))
 
 
 def _folder_identity(folder: Path) -> str:

@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lorafit.files import (
     unfinished,
     write_json,
 )
-from lorafit.records import Frozen, is_time
+from lorafit.adapters.rendering import is_time
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tracking import TENSORBOARD, WANDB
 from lorafit.version import __version__
@@ -54,9 +55,28 @@ SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "t
         "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Environment:
+    """What a run found out about its machine when it began, once: all of it takes part in the bits of the result.
+
+    It is in run.json, and a run that is gone on with takes it from there, whatever would be found out by then.
+    dtype: of the base, fp32 or bf16. threads: torch's. apart, packed: how the base may be run (`tasks.completion.Way`).
+    micro_tokens, recompute: how much is run at a time and whether blocks are computed twice, by the memory there was.
+    now: the time that the chat template is told, in ISO 8601; None where it asks for none.
+    """
+
+    dtype: str
+    threads: int
+    apart: bool
+    packed: bool
+    micro_tokens: int
+    recompute: bool
+    now: str | None = None
+
+
 def open_run(
     out: Path, base_name: str | None, data: str | None, given: Mapping[str, Any], resume: bool
-) -> tuple[str, str, TrainSettings, Frozen | None]:
+) -> tuple[str, str, TrainSettings, Environment | None]:
     """Base, data and settings of a new run in `out`, or of the one that is resumed there with what it has frozen.
 
     Raises RunError or SettingsError. That base and data hold what they held is for `require_same`: their names may be
@@ -110,10 +130,10 @@ def settings_written(settings: TrainSettings) -> dict[str, Any]:
     return said | {"general": said["general"] and absolute(said["general"])}
 
 
-def frozen_of(out: Path, asked: Mapping[str, Any]) -> Frozen:
+def frozen_of(out: Path, asked: Mapping[str, Any]) -> Environment:
     """What the run in `out` has frozen. Raises FormatError for what is not whole."""
     try:
-        frozen = Frozen(**asked["frozen"])
+        frozen = Environment(**asked["frozen"])
     except TypeError as error:
         raise FormatError(f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
                           "start anew with another --out") from error  # fmt: skip

@@ -5,10 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from lorafit.bases import builtin, folder, gguf, hub
+from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
 from lorafit.files import absolute, did_you_mean
-from lorafit.sources import builtin, folder, gguf, hub
-from lorafit.sources.progress import Report, Watch, silent, unwatched
 
 
 def found(name: str, report: Report = silent, watch: Watch = unwatched, *, weights: bool = True) -> tuple[Path, str]:
