@@ -54,7 +54,8 @@ from results import circumstances, markdown, record
 from rich.console import Console
 from rich.table import Table
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import Plan, uniform
 from lorafit.attachment import attach, fresh, packing
 from lorafit.data.batches import epoch_order
 from lorafit.evaluation.nll import example_nll
@@ -65,7 +66,6 @@ from lorafit.pipeline.listener import Silent
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.searching import search
 from lorafit.pipeline.trimming import ladder_of
-from lorafit.plan import Plan, uniform
 from lorafit.planning.halving import rates_for
 from lorafit.planning.trim import trimmed
 from lorafit.settings import settings_from

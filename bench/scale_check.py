@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from scale_sim import Costs, Job, Place, Traffic, name_of
 
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import Plan, uniform
 from lorafit.bases.base import Base
-from lorafit.formats import peft
-from lorafit.plan import Plan, uniform
 from lorafit.serving import Engine, Request
 from lorafit.testing import random_adapter
 

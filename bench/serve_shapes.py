@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lorafit.adapters.plan import uniform
 from lorafit.bases.base import Base
-from lorafit.plan import uniform
 from lorafit.serving import Engine, Request
 from lorafit.testing import random_adapter
 

@@ -64,12 +64,12 @@ def questions(count: int) -> list[str]:
 
 def train_codes(kind: str, count: int = COUNT) -> dict[str, Path]:
     """Folders of so many adapters, trained once and kept."""
+    from lorafit.adapters.formats import peft
+    from lorafit.adapters.plan import Plan, uniform
     from lorafit.attachment import fresh
     from lorafit.bases.base import open_base
     from lorafit.data.examples import Example, Message
     from lorafit.data.render import render, renderer_for
-    from lorafit.formats import peft
-    from lorafit.plan import Plan, uniform
     from lorafit.training.loop import train
     from lorafit.training.recipe import Recipe
 

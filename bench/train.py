@@ -144,8 +144,8 @@ def data_plans(asked: argparse.Namespace, root: Path) -> Iterator[DataPlan]:
     from train_rows import DATA, Absent, rows_of
 
     from lorafit import fresh, open_base, renderer_for, uniform
+    from lorafit.adapters.formats import peft
     from lorafit.bases.base import fastest_dtype, matrix_speed
-    from lorafit.formats import peft
 
     fastest = next(name for name, dtype in DTYPES.items() if dtype == fastest_dtype())
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,9 +9,9 @@ from pathlib import Path
 from train_child import DTYPES, Job, Pace, Seen, random_model
 
 from lorafit import Base, Recipe, attach, fresh, open_base, read_adapter, train, uniform
+from lorafit.adapters.formats import peft
 from lorafit.data.render import Row
 from lorafit.evaluation.nll import example_nll
-from lorafit.formats import peft
 from lorafit.training.loop import Moment
 
 

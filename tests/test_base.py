@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from lorafit.adapters.plan import uniform
 from lorafit.attachment import attach, merged
 from lorafit.bases import base as bases
 from lorafit.bases.base import Base, open_base
 from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import AdapterError, BaseError
-from lorafit.plan import uniform
 from lorafit.testing import random_adapter
 
 

@@ -20,11 +20,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorafit import fresh, open_base, read_adapter, uniform
+from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base
 from lorafit.bases.builtin import is_at_hand
 from lorafit.data.batches import collate
 from lorafit.data.render import Row
-from lorafit.formats import peft
 from lorafit.tasks.completion import PLAIN, token_nll
 
 BENCH = Path(__file__).parents[1] / "bench"

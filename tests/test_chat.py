@@ -9,6 +9,8 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.adapters.rendering import Rendering
 from lorafit.attachment import attach
 from lorafit.bases.base import Base
@@ -16,10 +18,8 @@ from lorafit.chat import BASE, Chat, Emit
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import AdapterError, BaseError, SettingsError
-from lorafit.formats import peft
 from lorafit.generation.greedy import generate
 from lorafit.generation.text import Words
-from lorafit.plan import uniform
 from lorafit.testing import random_adapter
 
 

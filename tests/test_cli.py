@@ -18,11 +18,11 @@ import typer
 from conftest import capitals, write_rows
 
 from lorafit import cli, doctor
+from lorafit.adapters.formats import peft
 from lorafit.cli import main
 from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
 from lorafit.files import whole_folder
-from lorafit.formats import peft
 from lorafit.runs.folder import read_summary
 from lorafit.settings import TrainSettings
 

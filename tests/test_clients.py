@@ -23,8 +23,8 @@ import pytest
 from pydantic import BaseModel
 from test_server import Running, adapter_of, base_of, served
 
+from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base, open_outline
-from lorafit.formats import peft
 from lorafit.server import keys
 
 pytestmark = pytest.mark.usefixtures("one_thread")

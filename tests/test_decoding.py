@@ -10,7 +10,8 @@ import torch
 from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import uniform
 from lorafit.attachment import attach, fresh, require_bare
 from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Example, Message
@@ -19,7 +20,6 @@ from lorafit.errors import BaseError
 from lorafit.evaluation import decoding
 from lorafit.evaluation.decoding import Decoding
 from lorafit.generation.greedy import Answer, generate
-from lorafit.plan import uniform
 from lorafit.testing import random_adapter
 from lorafit.training.loop import train
 from lorafit.training.recipe import Recipe

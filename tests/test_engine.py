@@ -21,7 +21,9 @@ from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import Plan, uniform
 from lorafit.attachment import attach, fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Message
@@ -35,9 +37,7 @@ from lorafit.errors import (
     SettingsError,
     UnknownAdapterError,
 )
-from lorafit.formats import peft
 from lorafit.layers.site import select
-from lorafit.plan import Plan, uniform
 from lorafit.serving import Engine, Request, Result, decoder
 from lorafit.serving.families import FAMILIES
 from lorafit.serving.mixing import Loaded

@@ -33,11 +33,11 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 import lorafit
 from lorafit import errors
+from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base, open_base
 from lorafit.cli import main
 from lorafit.cli.console import Terminal
 from lorafit.errors import InputError, Interrupted, LorafitError
-from lorafit.formats import peft
 from lorafit.training.loop import Moment
 
 ROOT = Path(__file__).resolve().parents[1]

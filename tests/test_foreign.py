@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MambaConfig, MambaForCausalLM
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.formats.oddities import misread_by_peft
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.attachment import attach, merged, require_fits
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
-from lorafit.formats import peft
-from lorafit.formats.oddities import misread_by_peft
 from lorafit.layers.site import Site
-from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
 from lorafit.testing import random_adapter
 

@@ -19,13 +19,13 @@ import torch
 from huggingface_hub import constants
 
 from lorafit import doctor
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.attachment import fresh
 from lorafit.bases import progress
 from lorafit.bases.base import open_base, open_outline
 from lorafit.cli import main
 from lorafit.errors import BaseError
-from lorafit.formats import peft
-from lorafit.plan import uniform
 from lorafit.shown import shown
 
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"

@@ -14,9 +14,9 @@ import torch
 from conftest import tiny_llama
 from torch import Tensor
 
+from lorafit.adapters.plan import uniform
 from lorafit.bases.base import Base
 from lorafit.layers.site import select
-from lorafit.plan import uniform
 from lorafit.serving import Engine, Request
 from lorafit.serving import native as made
 from lorafit.serving.native import Kernels, Parts, kernels

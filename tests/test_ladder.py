@@ -14,23 +14,23 @@ import torch
 from conftest import capitals, write_rows
 from torch import Tensor, nn
 
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, observing, packing
 from lorafit.bases.base import Base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, RunError
 from lorafit.files import write_json
-from lorafit.formats import peft
 from lorafit.pipeline import run_training
 from lorafit.pipeline.trimming import moments_of, run_trimming
-from lorafit.plan import uniform
 from lorafit.planning.ladder import TOLERATED, Ladder, climb_down, rung
 from lorafit.planning.rules import all_linear
 from lorafit.runs.folder import read_run
 from lorafit.tasks.completion import Way, batch_of, token_nll
 from lorafit.testing import random_adapter
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)
 

@@ -9,9 +9,9 @@ import torch
 from conftest import encoder, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
 from torch.backends import mha
 
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.attachment import attach, fired
 from lorafit.bases.base import Base
-from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
 from lorafit.testing import LAWS, Case, random_adapter
 from lorafit.variants import VARIANTS

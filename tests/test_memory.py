@@ -17,6 +17,8 @@ from conftest import byte_tokenizer, capitals, plain_module, tiny_gpt2, tiny_lla
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorafit.adapters.plan import uniform
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, fresh, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
@@ -25,7 +27,6 @@ from lorafit.evaluation.decoding import bytes_held
 from lorafit.layers.site import Site
 from lorafit.pipeline import memory
 from lorafit.pipeline.memory import free_in_container, room_of
-from lorafit.plan import uniform
 from lorafit.planning import Decision
 from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
@@ -33,7 +34,6 @@ from lorafit.settings import bytes_of, settings_from
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 

@@ -15,8 +15,8 @@ import pytest
 from conftest import byte_tokenizer, capitals, tiny_llama, write_rows
 
 from lorafit import open_base, read_adapter, run_evaluation, run_training
+from lorafit.adapters.formats import peft
 from lorafit.errors import BaseError
-from lorafit.formats import peft
 
 SETTINGS: dict[str, Any] = {"epochs": 1.0, "rank": 2, "search": "none", "few_shot": 0, "validations": 1, "trim": "none",
                             "routing_questions": 0, "dtype": "fp32", "general": "d/letter.txt"}  # fmt: skip

@@ -21,13 +21,13 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.attachment import attach
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
-from lorafit.formats import peft
 from lorafit.layers.site import Site
-from lorafit.plan import LowRank, Plan
 from lorafit.planning.rules import all_linear
 from lorafit.testing import random_adapter
 

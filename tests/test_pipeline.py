@@ -22,6 +22,8 @@ from torch import nn
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from lorafit import demo, explain, pipeline, read_adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import Plan, uniform
 from lorafit.attachment import attach, fired, merged, require_fired
 from lorafit.bases.base import Base, open_base
 from lorafit.cli.console import Terminal
@@ -32,10 +34,8 @@ from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError
 from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
 from lorafit.evaluation.statistics import paired_bootstrap, student, wilson
 from lorafit.files import whole_folder, write_json
-from lorafit.formats import peft
 from lorafit.layers.site import select
 from lorafit.oracle import compare_with_peft
-from lorafit.plan import Plan, uniform
 from lorafit.planning import decide
 from lorafit.prepared import prepare
 from lorafit.report.page import write_report

@@ -16,7 +16,9 @@ import torch
 from conftest import capitals, write_rows
 
 from lorafit import pipeline
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import Plan, uniform
 from lorafit.attachment import attach, fresh
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
@@ -24,10 +26,8 @@ from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import detectable
-from lorafit.formats import peft
 from lorafit.pipeline import searching
 from lorafit.pipeline.trimming import cut as run_cut
-from lorafit.plan import Plan, uniform
 from lorafit.planning.halving import FEW_RATES, MOST, RATES, Arm, Tried, better, cost, first_rung, rates_for, survivors
 from lorafit.planning.halving import steps_needed as needed
 from lorafit.planning.importance import ablations, first_order, parts_of, without

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from lorafit import doctor, run_evaluation, run_training
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.attachment import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError
 from lorafit.evaluation.nll import example_nll
-from lorafit.formats import peft
-from lorafit.plan import uniform
 from lorafit.tasks import probe
 from lorafit.tasks.probe import require_causal, way_of
 

@@ -19,16 +19,16 @@ from conftest import capitals, write_rows
 from test_training import APART, CPU, SHORT, rows_of, start_of, wait_until
 
 from lorafit import pipeline
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach
 from lorafit.bases.base import Base
 from lorafit.data.batches import collate
 from lorafit.errors import RunError, SettingsError
-from lorafit.formats import peft
-from lorafit.plan import uniform
 from lorafit.testing import random_adapter
 from lorafit.training.loop import gradient_step, train
 from lorafit.training.processes import ALONE, Processes, shares
-from lorafit.training.state import TrainState
 
 SETTINGS = {
     "epochs": 40.0, "batch_size": 4, "rank": 4, "dtype": "fp32", "patience": 99, "validations": 8,

@@ -11,14 +11,14 @@ import torch
 from conftest import byte_tokenizer, plain_module, tiny_llama
 from torch import Tensor
 
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.bases.base import Base, open_base
 from lorafit.cli import app
 from lorafit.data.examples import Check, Example, Message
 from lorafit.data.reading import read_examples
 from lorafit.errors import AdapterError, BaseError, FormatError
-from lorafit.formats import peft
 from lorafit.layers.site import select
-from lorafit.plan import uniform
 from lorafit.routing import Features, Router, depths, elsewhere, features_of, fit, learnable, question_of, token_ids
 from lorafit.serving import Engine
 from lorafit.testing import random_adapter

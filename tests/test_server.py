@@ -29,14 +29,14 @@ from conftest import SPECIAL, byte_tokenizer, tiny_llama
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from lorafit import files
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import renderer_for
 from lorafit.errors import CancelledError, FormatError, RunError, SettingsError
-from lorafit.formats import peft
 from lorafit.layers.site import select
-from lorafit.plan import uniform
 from lorafit.routing import Features
 from lorafit.server import keys, run
 from lorafit.server.app import make_app

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lorafit import packing as packs
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import LowRank, Plan, uniform
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, fresh, packing
 from lorafit.bases.base import Base
 from lorafit.data.batches import PACK_STEP
 from lorafit.data.render import Row
 from lorafit.errors import Interrupted
 from lorafit.evaluation.nll import example_nll
-from lorafit.formats import peft
-from lorafit.plan import LowRank, Plan, uniform
 from lorafit.planning.rules import all_linear
 from lorafit.tasks import completion, probe
 from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
@@ -39,7 +40,6 @@ from lorafit.tasks.probe import way_of
 from lorafit.testing import random_adapter
 from lorafit.training.loop import Moment, gradient_step, train
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 from lorafit.variants import VARIANTS
 
 APART = Way(apart=True, packed=False)

@@ -18,9 +18,9 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from test_server import ASK, adapter_of, admin, base_of, routed_desks, served
 
+from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError, RequestError
-from lorafit.formats import peft
 from lorafit.server import keys
 from lorafit.server.service import Service
 from lorafit.server.store import Store

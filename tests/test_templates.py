@@ -22,7 +22,9 @@ import transformers.utils.chat_template_utils as theirs
 from conftest import TEMPLATE, byte_tokenizer, capitals, tiny_llama, write_rows
 from test_server import Running, served
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.adapters.rendering import Rendering
 from lorafit.bases.base import Base, open_base, open_outline
 from lorafit.chat import Chat
@@ -32,10 +34,8 @@ from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.thoughts import Parts, parted, text_of
 from lorafit.errors import BaseError, DataError, FormatError, Interrupted, SettingsError
 from lorafit.evaluation.answers import is_right
-from lorafit.formats import peft
 from lorafit.pipeline import rendered, run_evaluation, run_training
 from lorafit.pipeline.listener import Silent
-from lorafit.plan import uniform
 from lorafit.serving import Engine, Request
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.shown import shown

@@ -16,6 +16,8 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_llama, write_rows
 from test_render import pieces, with_tokens
 from test_server import Running, adapter_of, served
 
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
 from lorafit.attachment import fresh
 from lorafit.bases.base import Base
 from lorafit.data.calls import ID, OWN, Arguments, Begun, CallForm, CallReader, Words, worded
@@ -26,9 +28,7 @@ from lorafit.data.report import describe
 from lorafit.errors import BaseError, DataError, RequestError
 from lorafit.evaluation.answers import prompts_of, score_answers
 from lorafit.evaluation.compare import compare
-from lorafit.formats import peft
 from lorafit.generation.greedy import Answer
-from lorafit.plan import uniform
 from lorafit.server import tools as served_tools
 from lorafit.server.streams import Style, Telling
 from lorafit.serving import Piece, Request

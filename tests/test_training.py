@@ -24,7 +24,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from lorafit import pipeline
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import uniform
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.batches import collate, epoch_order
@@ -32,9 +35,7 @@ from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, DivergedError, FormatError, RunError, SettingsError
 from lorafit.evaluation.nll import example_nll
-from lorafit.formats import peft
 from lorafit.generation.greedy import generate
-from lorafit.plan import uniform
 from lorafit.planning.rules import all_linear
 from lorafit.tasks.completion import PLAIN, Way, token_nll
 from lorafit.tasks.probe import way_of
@@ -42,7 +43,6 @@ from lorafit.testing import random_adapter
 from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step, train
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 
 CPU = torch.device("cpu")
 APART = Way(apart=True, packed=False)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import LowRank, Plan, uniform
 from lorafit.errors import AdapterError, SettingsError
 from lorafit.layers.site import Site
-from lorafit.plan import LowRank, Plan, uniform
 from lorafit.planning.trim import Moments, share_of, trimmed
 
 SITES = tuple(Site(name, "linear", d_in, d_out) for name, d_in, d_out in (("a", 24, 16), ("b", 16, 40), ("c", 16, 16)))

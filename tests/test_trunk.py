@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import capitals, tiny_gpt2, tiny_llama
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import uniform
 from lorafit.attachment import attach, free_blocks, fresh, packing
 from lorafit.bases.base import Base
 from lorafit.data.batches import Start, epoch_order
@@ -17,7 +18,6 @@ from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import DivergedError
 from lorafit.layers.site import select
-from lorafit.plan import uniform
 from lorafit.planning import decide
 from lorafit.settings import settings_from
 from lorafit.tasks import completion, probe

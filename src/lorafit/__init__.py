@@ -9,19 +9,19 @@ from lorafit.version import __version__ as __version__
 
 # Public names and where they live. They are imported at first use, so that `lorafit --help` answers at once.
 _PUBLIC = {
-    "Adapter": "lorafit.adapter",
+    "Adapter": "lorafit.adapters.adapter",
     "Base": "lorafit.bases.base",
     "Engine": "lorafit.serving.engine",
-    "LowRank": "lorafit.plan",
+    "LowRank": "lorafit.adapters.plan",
     "Message": "lorafit.data.examples",
-    "Plan": "lorafit.plan",
+    "Plan": "lorafit.adapters.plan",
     "Recipe": "lorafit.training.recipe",
     "Renderer": "lorafit.data.render",
     "Request": "lorafit.serving.request",
     "Site": "lorafit.layers.site",
     "Terminal": "lorafit.cli.console",
     "TrainSettings": "lorafit.settings",
-    "TrainState": "lorafit.training.state",
+    "TrainState": "lorafit.adapters.state",
     "attach": "lorafit.attachment",
     "compare": "lorafit.evaluation.compare",
     "decide": "lorafit.planning",
@@ -30,7 +30,7 @@ _PUBLIC = {
     "generate": "lorafit.generation.greedy",
     "merged": "lorafit.attachment",
     "open_base": "lorafit.bases.base",
-    "read_adapter": "lorafit.formats.peft:read",
+    "read_adapter": "lorafit.adapters.formats.peft:read",
     "read_examples": "lorafit.data.reading",
     "render": "lorafit.data.render",
     "renderer_for": "lorafit.data.render",
@@ -38,13 +38,18 @@ _PUBLIC = {
     "run_training": "lorafit.pipeline",
     "select": "lorafit.layers.site",
     "train": "lorafit.training.loop",
-    "uniform": "lorafit.plan",
+    "uniform": "lorafit.adapters.plan",
 }
 
 __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 (all of them strings)
 
 if TYPE_CHECKING:
-    from lorafit.adapter import Adapter as Adapter
+    from lorafit.adapters.adapter import Adapter as Adapter
+    from lorafit.adapters.formats import peft as _peft
+    from lorafit.adapters.plan import LowRank as LowRank
+    from lorafit.adapters.plan import Plan as Plan
+    from lorafit.adapters.plan import uniform as uniform
+    from lorafit.adapters.state import TrainState as TrainState
     from lorafit.attachment import attach as attach
     from lorafit.attachment import fired as fired
     from lorafit.attachment import fresh as fresh
@@ -58,22 +63,17 @@ if TYPE_CHECKING:
     from lorafit.data.render import render as render
     from lorafit.data.render import renderer_for as renderer_for
     from lorafit.evaluation.compare import compare as compare
-    from lorafit.formats import peft as _peft
     from lorafit.generation.greedy import generate as generate
     from lorafit.layers.site import Site as Site
     from lorafit.layers.site import select as select
     from lorafit.pipeline import run_evaluation as run_evaluation
     from lorafit.pipeline import run_training as run_training
-    from lorafit.plan import LowRank as LowRank
-    from lorafit.plan import Plan as Plan
-    from lorafit.plan import uniform as uniform
     from lorafit.planning import decide as decide
     from lorafit.serving.engine import Engine as Engine
     from lorafit.serving.request import Request as Request
     from lorafit.settings import TrainSettings as TrainSettings
     from lorafit.training.loop import train as train
     from lorafit.training.recipe import Recipe as Recipe
-    from lorafit.training.state import TrainState as TrainState
 
     read_adapter = _peft.read
 

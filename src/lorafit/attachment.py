@@ -27,12 +27,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lorafit import landing
 from lorafit import packing as packs
-from lorafit.adapter import Adapter, initial
+from lorafit.adapters.adapter import Adapter, initial
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.adapters.rendering import Rendering
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
 from lorafit.layers import KINDS, kind_of
-from lorafit.plan import LowRank, Plan
 from lorafit.variants import VARIANTS, Frozen, Served
 
 Forward = Callable[[], object]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Scalar
 from lorafit.attachment import attach, require_fits
 from lorafit.bases.base import Base
@@ -16,7 +17,6 @@ from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.data.thoughts import parted
 from lorafit.errors import NotServedError, SettingsError
-from lorafit.formats import peft
 from lorafit.generation.greedy import stream
 from lorafit.serving import Engine, Request
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lorafit.adapters.plan import uniform
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, fired, fresh, packing
 from lorafit.bases import builtin, folder, gguf
 from lorafit.bases.base import Base, fastest_dtype, matrix_speed, open_base
@@ -18,12 +20,10 @@ from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError
 from lorafit.files import free_bytes
-from lorafit.plan import uniform
 from lorafit.planning.rules import all_linear, reached
 from lorafit.tasks.completion import batch_of
 from lorafit.tasks.probe import require_causal, way_of
 from lorafit.training.loop import gradient_step
-from lorafit.training.state import TrainState
 
 GOOD, SLOW, BROKEN = "good", "slow", "broken"
 TRIED_ROWS, TRIED_TOKENS = 4, 64  # of the step that is timed

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats.foreign import is_weight, selects
+from lorafit.adapters.plan import Plan
 from lorafit.errors import AdapterError
-from lorafit.formats.foreign import is_weight, selects
 from lorafit.layers.site import Site
-from lorafit.plan import Plan
 
 
 def landed(adapter: Adapter, model: nn.Module, sites: Sequence[Site], name: str) -> Adapter:

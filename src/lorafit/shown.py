@@ -6,15 +6,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.adapters.folder import CONFIG
 from lorafit.bases import hub
 from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, read_json
-from lorafit.formats.folder import CONFIG
 from lorafit.runs.folder import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
 
 if TYPE_CHECKING:
-    from lorafit.plan import Plan
+    from lorafit.adapters.plan import Plan
 
 
 def shown(path: Path) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def shown(path: Path) -> dict[str, Any]:
     if (path / CONFIG).exists():
         return _adapter(path)
     if path.suffix == ".json":
-        from lorafit.plan import Plan
+        from lorafit.adapters.plan import Plan
 
         return {"kind": "plan", **_plan(Plan.from_json(read_json(path), str(path)))}
     require_shown(path)
@@ -58,7 +58,7 @@ def _run(path: Path) -> dict[str, Any]:
     last = accepted_round(path)
     plan = (path / ROUNDS / str(last) if last else path) / PLAN
     if plan.exists():
-        from lorafit.plan import Plan
+        from lorafit.adapters.plan import Plan
 
         found |= _plan(Plan.from_json(read_json(plan), str(plan)))
     summary = read_summary(path)
@@ -69,7 +69,7 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    from lorafit.formats import peft
+    from lorafit.adapters.formats import peft
 
     adapter = peft.read(path)
     rendering = adapter.rendering

@@ -17,14 +17,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import Plan
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, fired, fresh, layer_by_layer, merged, require_fired
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
-from lorafit.formats import peft
 from lorafit.layers.site import select
-from lorafit.plan import Plan
-from lorafit.training.state import TrainState
 from lorafit.variants import VARIANTS
 
 

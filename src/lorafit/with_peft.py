@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from lorafit.adapters.formats import peft as peft_format
 from lorafit.attachment import attach
 from lorafit.bases.base import open_base
-from lorafit.formats import peft as peft_format
 
 
 def main() -> None:

@@ -52,9 +52,9 @@ def chat(
         _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
         return
     require(base=base, adapters=(adapter,))
+    from lorafit.adapters.formats import peft
     from lorafit.bases.base import open_base
     from lorafit.chat import HELP, Chat
-    from lorafit.formats import peft
 
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
     settings = settings_from({"template": template}).template_settings

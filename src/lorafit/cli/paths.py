@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafit.adapters.folder import adapter_folder, require_adapter_folder
 from lorafit.bases import locate
 from lorafit.data.reading import require_data
 from lorafit.files import text_of
-from lorafit.formats.folder import adapter_folder, require_adapter_folder
 from lorafit.settings import settings_from
 from lorafit.tracking import require_tracker
 

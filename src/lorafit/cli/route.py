@@ -62,7 +62,7 @@ def route(
 
 def _is_adapter(folder: Path) -> bool:
     """Whether a server would serve it: what else lies in its folder is passed over."""
-    from lorafit.formats.folder import adapter_folder, require_adapter_folder
+    from lorafit.adapters.folder import adapter_folder, require_adapter_folder
 
     try:
         require_adapter_folder(adapter_folder(folder))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.bases.base import Base
 from lorafit.data.examples import Example

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import TracebackType
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.bases.base import Base
 from lorafit.data.render import Renderer

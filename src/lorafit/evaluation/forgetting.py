@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
 from lorafit.attachment import attach
 from lorafit.bases.base import Base
 from lorafit.data.render import Row

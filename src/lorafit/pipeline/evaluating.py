@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Rendering
 from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
@@ -17,7 +18,6 @@ from lorafit.errors import AdapterError, DataError, InputError, Problem, Setting
 from lorafit.evaluation.compare import compare
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.files import require_new, write_text
-from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory, peak_gb
 from lorafit.pipeline.preparing import opened_base, render_all

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
 from lorafit.evaluation.forgetting import forgetting
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import make_folder, write_json
-from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.preparing import Opened
 from lorafit.pipeline.searching import some, spread_over

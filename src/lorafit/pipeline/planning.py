@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorafit.adapters.plan import Plan
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import Start, by_tokens
@@ -30,7 +32,6 @@ from lorafit.pipeline.searching import (
     spread_over,
     told_by,
 )
-from lorafit.plan import Plan
 from lorafit.planning import halving
 from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of
@@ -39,7 +40,6 @@ from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import batch_of, length_step, trunk
 from lorafit.training import optimizer as adamw
 from lorafit.training.loop import gradient_step, own_randomness
-from lorafit.training.state import TrainState
 from lorafit.training.trunk import room_for
 
 TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest

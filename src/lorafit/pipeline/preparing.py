@@ -9,7 +9,8 @@ from functools import cache, partial
 
 import torch
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats.oddities import misread_by_peft
 from lorafit.attachment import fired, free_blocks, fresh, require_fired
 from lorafit.bases.base import DTYPES, Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples, asks_once
@@ -19,7 +20,6 @@ from lorafit.data.report import DataReport
 from lorafit.errors import DataError, Problem
 from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
-from lorafit.formats.oddities import misread_by_peft
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.memory import Meter, room_of
 from lorafit.planning import Choice, Decision, decide

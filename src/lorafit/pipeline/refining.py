@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.plan import Plan
 from lorafit.attachment import attach
 from lorafit.errors import DivergedError, FormatError, Interrupted, RunError
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import read_json, whole_folder, write_json
-from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.looking_back import told_ladder, trim_trained
 from lorafit.pipeline.memory import keep_freed_memory, on_threads
 from lorafit.pipeline.preparing import Opened, open_all
 from lorafit.pipeline.searching import Order, carry_out
-from lorafit.plan import Plan
 from lorafit.planning import Choice, Decision
 from lorafit.planning.ladder import Ladder, Rung
 from lorafit.planning.refine import Evidence, Round, changed, judged, next_change

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base, open_base
 from lorafit.errors import AdapterError, BaseError
 from lorafit.files import whole_file
-from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.prepared import prepare
 from lorafit.routing import Features, Router, elsewhere, features_of, fit, learnable

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import Plan
 from lorafit.attachment import attach, fresh
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError
@@ -20,7 +21,6 @@ from lorafit.evaluation.statistics import FEWEST, detectable, groups_of
 from lorafit.files import make_folder, read_json, write_json
 from lorafit.pipeline.listener import Listener
 from lorafit.pipeline.preparing import Opened
-from lorafit.plan import Plan
 from lorafit.planning import Decision
 from lorafit.planning.halving import (
     MOST_PLACES,

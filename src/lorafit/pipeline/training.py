@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
 from lorafit.data.reading import BUILTIN
 from lorafit.errors import BaseError, DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import absolute, make_folder, write_json, write_text
-from lorafit.formats import peft
 from lorafit.oracle import compare_with_peft
 from lorafit.pipeline.extras import Extras
 from lorafit.pipeline.listener import Listener, Silent

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, observing, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
@@ -22,7 +24,6 @@ from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
 from lorafit.evaluation.nll import example_nll
 from lorafit.files import make_folder, read_json, whole_file
-from lorafit.formats import peft
 from lorafit.pipeline.listener import Listener, Silent
 from lorafit.pipeline.memory import keep_freed_memory
 from lorafit.pipeline.preparing import opened_base, rendered
@@ -34,7 +35,6 @@ from lorafit.settings import settings_from
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 
 LOOKED_AT = 32  # training rows, spread over all, whose moments decide which directions go
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import Plan
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.plan import Plan
 from lorafit.planning.signal import block_of, kinds_of
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
-from lorafit.training.state import TrainState
 
 SHARE, FEWEST, MOST = 0.05, 4, 64  # of the run's time that ablations may take; examples they are scored on
 

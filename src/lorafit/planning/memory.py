@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, blocks_below, blocks_of, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
@@ -27,7 +28,6 @@ from lorafit.settings import bytes_of
 from lorafit.tasks.completion import CHUNK, Way, batch_of, body
 from lorafit.training.loop import gradient_step, own_randomness
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 
 PROBED = 64  # tokens of the largest tiny forward
 LONG = SHORT + 32  # a row whose attention goes another way

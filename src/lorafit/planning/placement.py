@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from lorafit.plan import Plan
+from lorafit.adapters.plan import Plan
 from lorafit.planning.signal import Card
 
 WORTH = 0.5  # share of all energy below which a part of the sites is not tried alone

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from lorafit.adapters.plan import Plan
 from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
-from lorafit.plan import Plan
 from lorafit.planning.ladder import Ladder
 from lorafit.planning.rules import LARGEST_RANK, Decision, told, told_rank
 

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from lorafit.adapters.formats.oddities import refused_by_peft
+from lorafit.adapters.plan import Plan, uniform
 from lorafit.attachment import blocks_below, free_blocks
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError
-from lorafit.formats.oddities import refused_by_peft
 from lorafit.layers.site import Site, select
-from lorafit.plan import Plan, uniform
 from lorafit.settings import TrainSettings
 from lorafit.training.recipe import Recipe
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
@@ -26,7 +27,6 @@ from lorafit.layers.site import Site
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step, own_randomness
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 
 BATCHES, FEWEST = 16, 4  # gradients that a card is made of; below four, signal and noise cannot be told apart
 SHARE = 0.02  # of the run's rows that may be spent on it

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.errors import AdapterError, SettingsError
-from lorafit.plan import LowRank, Plan
 
 SMALLEST = 1e-12  # singular values of a moment below this share of the largest are taken for rounding
 

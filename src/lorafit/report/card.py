@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
 from lorafit.bases import hub
 from lorafit.planning import Choice
 from lorafit.report.words import ASIDE, headline, interval, of_a_hundred

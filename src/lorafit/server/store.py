@@ -21,9 +21,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lorafit.adapters.formats import peft
 from lorafit.errors import AdapterError, FormatError, LorafitError, RunError
 from lorafit.files import read_json, unfinished, whole_folder, write_json
-from lorafit.formats import peft
 from lorafit.serving import Engine, Version
 from lorafit.serving.pool import NAME
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from lorafit import routing
+from lorafit.adapters.formats import peft
 from lorafit.errors import LorafitError, UnknownAdapterError
 from lorafit.files import whole_file
-from lorafit.formats import peft
 from lorafit.routing import Routed, Router
 from lorafit.serving import Engine
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lorafit import routing
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.rendering import Rendering, Scalar
 from lorafit.attachment import adapting, attending, inputs_of_blocks, require_bare
 from lorafit.bases.base import Base

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
 from lorafit.attachment import served
 from lorafit.bases.base import Base
 from lorafit.serving.native import Parts

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Rendering
 from lorafit.attachment import require_base, require_fits
 from lorafit.bases.base import Base
 from lorafit.data.render import renderer_for
 from lorafit.errors import AdapterError, UnknownAdapterError
-from lorafit.formats import peft
 from lorafit.serving.mixing import Loaded
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorafit.adapters.state import TrainState
 from lorafit.errors import FormatError, RunError
 from lorafit.files import whole_file
-from lorafit.training.state import TrainState
 
 
 @dataclass

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from lorafit.adapter import Adapter
+from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.state import TrainState
 from lorafit.attachment import attach, free_blocks, packing, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import ORDER, Batch, by_tokens, epoch_order
@@ -32,7 +33,6 @@ from lorafit.training import checkpoint
 from lorafit.training import optimizer as adamw
 from lorafit.training.processes import ALONE, Processes
 from lorafit.training.recipe import Recipe
-from lorafit.training.state import TrainState
 from lorafit.training.trunk import Trunk, room_for
 
 RESUME_HINT = "go on with --resume"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafit.training.state import TrainState
+from lorafit.adapters.state import TrainState
 
 
 def make_optimizer(state: TrainState) -> torch.optim.Optimizer:

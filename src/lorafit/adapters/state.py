@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorafit.adapter import Adapter, cast
+from lorafit.adapters.adapter import Adapter, cast
 
 
 class TrainState:

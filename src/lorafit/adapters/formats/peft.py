@@ -17,18 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorafit.adapter import FORMAT, Adapter, Claims
+from lorafit.adapters.adapter import FORMAT, Adapter, Claims
+from lorafit.adapters.folder import CONFIG as CONFIG
+from lorafit.adapters.folder import WEIGHTS as WEIGHTS
+from lorafit.adapters.folder import adapter_folder as adapter_folder
+from lorafit.adapters.folder import require_adapter_folder as require_adapter_folder
+from lorafit.adapters.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.adapters.rendering import Rendering
 from lorafit.bases import hub
 from lorafit.errors import FormatError
 from lorafit.files import read_json, whole_folder, write_json, write_text
-from lorafit.formats.folder import CONFIG as CONFIG
-from lorafit.formats.folder import WEIGHTS as WEIGHTS
-from lorafit.formats.folder import adapter_folder as adapter_folder
-from lorafit.formats.folder import require_adapter_folder as require_adapter_folder
-from lorafit.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
 from lorafit.layers.site import Site
-from lorafit.plan import LowRank, Plan
 
 OURS, CARD = "lorafit.json", "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it

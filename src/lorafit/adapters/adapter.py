@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafit.adapters.plan import Plan
 from lorafit.adapters.rendering import Rendering
 from lorafit.errors import AdapterError
-from lorafit.plan import Plan
 from lorafit.variants import VARIANTS
 
 FORMAT = 2  # of what a digest is taken over; raise it when that changes, and keep the older ones readable
