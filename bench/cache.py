@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafit import Recipe, fresh, open_base, read_examples, render, renderer_for, train, uniform
-from lorafit.attachment import blocks_of, free_blocks
+from lorafit.attachment.blocks import blocks_of, free_blocks
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.pipeline.memory import keep_freed_memory

@@ -56,7 +56,9 @@ from rich.table import Table
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import Plan, uniform
-from lorafit.attachment import attach, fresh, packing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.pure import fresh
 from lorafit.data.batches import epoch_order
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from lorafit.attachment import adapting
+from lorafit.attachment.adapters import adapting
 from lorafit.bases.base import Base
 from lorafit.serving import Engine, Request, Version
 from lorafit.serving.mixing import Mixer

@@ -66,7 +66,7 @@ def train_codes(kind: str, count: int = COUNT) -> dict[str, Path]:
     """Folders of so many adapters, trained once and kept."""
     from lorafit.adapters.formats import peft
     from lorafit.adapters.plan import Plan, uniform
-    from lorafit.attachment import fresh
+    from lorafit.attachment.pure import fresh
     from lorafit.bases.base import open_base
     from lorafit.data.examples import Example, Message
     from lorafit.data.render import render, renderer_for

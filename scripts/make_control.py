@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorafit.attachment import fresh
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import open_base
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for

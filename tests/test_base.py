@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutput
 
 from lorafit.adapters.plan import uniform
-from lorafit.attachment import attach, merged
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.pure import merged
 from lorafit.bases import base as bases
 from lorafit.bases.base import Base, open_base
 from lorafit.bases.builtin import BUILTIN

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.rendering import Rendering
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.chat import BASE, Chat, Emit
 from lorafit.data.examples import Message

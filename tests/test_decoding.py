@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import uniform
-from lorafit.attachment import attach, fresh, require_bare
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.checks import require_bare
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Renderer, render, renderer_for

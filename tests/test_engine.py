@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan, uniform
-from lorafit.attachment import attach, fresh
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.examples import Message
 from lorafit.errors import (

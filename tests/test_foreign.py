@@ -20,7 +20,9 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.formats.oddities import misread_by_peft
 from lorafit.adapters.plan import LowRank, Plan
-from lorafit.attachment import attach, merged, require_fits
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.checks import require_fits
+from lorafit.attachment.pure import merged
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
 from lorafit.layers.site import Site

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from lorafit import doctor
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
-from lorafit.attachment import fresh
+from lorafit.attachment.pure import fresh
 from lorafit.bases import progress
 from lorafit.bases.base import open_base, open_outline
 from lorafit.cli import main

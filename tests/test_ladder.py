@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, observing, packing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.watching import observing
 from lorafit.bases.base import Base
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for

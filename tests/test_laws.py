@@ -10,7 +10,8 @@ from conftest import encoder, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
 from torch.backends import mha
 
 from lorafit.adapters.plan import LowRank, Plan
-from lorafit.attachment import attach, fired
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.watching import fired
 from lorafit.bases.base import Base
 from lorafit.planning.rules import all_linear
 from lorafit.testing import LAWS, Case, random_adapter

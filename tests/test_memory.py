@@ -19,7 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, fresh, packing, recomputing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.blocks import recomputing
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import AttachError, SettingsError

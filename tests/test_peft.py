@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import LowRank, Plan
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError
 from lorafit.layers.site import Site

@@ -24,7 +24,10 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 from lorafit import demo, explain, pipeline, read_adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan, uniform
-from lorafit.attachment import attach, fired, merged, require_fired
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.checks import require_fired
+from lorafit.attachment.pure import merged
+from lorafit.attachment.watching import fired
 from lorafit.bases.base import Base, open_base
 from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude

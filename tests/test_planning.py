@@ -19,7 +19,8 @@ from lorafit import pipeline
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan, uniform
-from lorafit.attachment import attach, fresh
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError

@@ -21,7 +21,7 @@ from transformers import (
 from lorafit import doctor, run_evaluation, run_training
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
-from lorafit.attachment import fresh
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError

@@ -22,7 +22,7 @@ from lorafit import pipeline
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.data.batches import collate
 from lorafit.errors import RunError, SettingsError

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lorafit import packing as packs
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import LowRank, Plan, uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, fresh, packing
+from lorafit.attachment import packing as packs
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
 from lorafit.data.batches import PACK_STEP
 from lorafit.data.render import Row

@@ -18,7 +18,7 @@ from test_server import Running, adapter_of, served
 
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
-from lorafit.attachment import fresh
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
 from lorafit.data.calls import ID, OWN, Arguments, Begun, CallForm, CallReader, Words, worded
 from lorafit.data.examples import Call, Example, Message

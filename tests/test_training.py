@@ -28,7 +28,8 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, fresh
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.batches import collate, epoch_order
 from lorafit.data.examples import Example, Message

@@ -11,7 +11,10 @@ from conftest import capitals, tiny_gpt2, tiny_llama
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import uniform
-from lorafit.attachment import attach, free_blocks, fresh, packing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.blocks import free_blocks
+from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
 from lorafit.data.batches import Start, epoch_order
 from lorafit.data.examples import Example, Message

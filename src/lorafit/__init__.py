@@ -22,13 +22,13 @@ _PUBLIC = {
     "Terminal": "lorafit.cli.console",
     "TrainSettings": "lorafit.settings",
     "TrainState": "lorafit.adapters.state",
-    "attach": "lorafit.attachment",
+    "attach": "lorafit.attachment.adapters",
     "compare": "lorafit.evaluation.compare",
     "decide": "lorafit.planning",
-    "fired": "lorafit.attachment",
-    "fresh": "lorafit.attachment",
+    "fired": "lorafit.attachment.watching",
+    "fresh": "lorafit.attachment.pure",
     "generate": "lorafit.generation.greedy",
-    "merged": "lorafit.attachment",
+    "merged": "lorafit.attachment.pure",
     "open_base": "lorafit.bases.base",
     "read_adapter": "lorafit.adapters.formats.peft:read",
     "read_examples": "lorafit.data.reading",
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from lorafit.adapters.plan import Plan as Plan
     from lorafit.adapters.plan import uniform as uniform
     from lorafit.adapters.state import TrainState as TrainState
-    from lorafit.attachment import attach as attach
-    from lorafit.attachment import fired as fired
-    from lorafit.attachment import fresh as fresh
-    from lorafit.attachment import merged as merged
+    from lorafit.attachment.adapters import attach as attach
+    from lorafit.attachment.pure import fresh as fresh
+    from lorafit.attachment.pure import merged as merged
+    from lorafit.attachment.watching import fired as fired
     from lorafit.bases.base import Base as Base
     from lorafit.bases.base import open_base as open_base
     from lorafit.cli.console import Terminal as Terminal

@@ -11,7 +11,8 @@ from types import TracebackType
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Scalar
-from lorafit.attachment import attach, require_fits
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.checks import require_fits
 from lorafit.bases.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for

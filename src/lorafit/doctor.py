@@ -13,7 +13,10 @@ import torch
 
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, fired, fresh, packing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.pure import fresh
+from lorafit.attachment.watching import fired
 from lorafit.bases import builtin, folder, gguf
 from lorafit.bases.base import Base, fastest_dtype, matrix_speed, open_base
 from lorafit.bases.progress import Report, Watch, silent, unwatched

@@ -21,7 +21,11 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, fired, fresh, layer_by_layer, merged, require_fired
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.checks import require_fired
+from lorafit.attachment.fused import layer_by_layer
+from lorafit.attachment.pure import fresh, merged
+from lorafit.attachment.watching import fired
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, AttachError, TargetError
 from lorafit.layers.site import select

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from lorafit.adapters.formats import peft as peft_format
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import open_base
 
 

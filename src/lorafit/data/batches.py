@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.attachment.attention.packing import Segments
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.packing import Segments
 
 LENGTH_STEP = 8  # widths of padded batches are multiples of this: a new width costs some kernels a preparation
 # Batches among which padded rows are sorted by length. A step whose rows are alike learns less from them (docs/log.md);

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row

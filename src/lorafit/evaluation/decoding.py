@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from types import TracebackType
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.data.render import Renderer
 from lorafit.data.thoughts import parted

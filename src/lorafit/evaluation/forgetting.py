@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError

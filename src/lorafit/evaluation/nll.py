@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lorafit.attachment import packing
+from lorafit.attachment.attention import packing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row

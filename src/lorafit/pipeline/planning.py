@@ -14,7 +14,9 @@ import torch
 
 from lorafit.adapters.plan import Plan
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, free_blocks, packing, recomputing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.blocks import free_blocks, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row

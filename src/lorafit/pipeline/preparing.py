@@ -11,7 +11,10 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats.oddities import misread_by_peft
-from lorafit.attachment import fired, free_blocks, fresh, require_fired
+from lorafit.attachment.blocks import free_blocks
+from lorafit.attachment.checks import require_fired
+from lorafit.attachment.pure import fresh
+from lorafit.attachment.watching import fired
 from lorafit.bases.base import DTYPES, Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples, asks_once
 from lorafit.data.languages import strange_language

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan
-from lorafit.attachment import attach
+from lorafit.attachment.adapters import attach
 from lorafit.errors import DivergedError, FormatError, Interrupted, RunError
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import FEWEST, groups_of

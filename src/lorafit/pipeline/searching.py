@@ -13,7 +13,8 @@ from typing import Any
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import Plan
-from lorafit.attachment import attach, fresh
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.pure import fresh
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError
 from lorafit.evaluation.nll import example_nll, require_finite

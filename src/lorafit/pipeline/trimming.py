@@ -17,7 +17,10 @@ from torch import Tensor
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, observing, packing, recomputing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.blocks import recomputing
+from lorafit.attachment.watching import observing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row

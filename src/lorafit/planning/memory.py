@@ -15,14 +15,16 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, blocks_below, blocks_of, packing, recomputing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.attention.packing import SHORT
+from lorafit.attachment.blocks import blocks_below, blocks_of, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import answer_tokens
 from lorafit.evaluation.nll import EVALUATION_TOKENS
-from lorafit.packing import SHORT
 from lorafit.planning.rules import Choice, Decision, hidden_size
 from lorafit.settings import bytes_of
 from lorafit.tasks.completion import CHUNK, Way, batch_of, body

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lorafit.adapters.formats.oddities import refused_by_peft
 from lorafit.adapters.plan import Plan, uniform
-from lorafit.attachment import blocks_below, free_blocks
+from lorafit.attachment.blocks import blocks_below, free_blocks
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError

@@ -18,7 +18,9 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
-from lorafit.attachment import attach, packing, recomputing
+from lorafit.attachment.adapters import attach
+from lorafit.attachment.attention import packing
+from lorafit.attachment.blocks import recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lorafit.attachment import blocks_of, inputs_of_blocks
+from lorafit.attachment.blocks import blocks_of, inputs_of_blocks
 from lorafit.bases.base import Base
 from lorafit.bases.progress import Watch, unwatched
 from lorafit.data.examples import Example, Message

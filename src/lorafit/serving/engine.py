@@ -28,7 +28,10 @@ from torch import Tensor
 from lorafit import routing
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.rendering import Rendering, Scalar
-from lorafit.attachment import adapting, attending, inputs_of_blocks, require_bare
+from lorafit.attachment.adapters import adapting
+from lorafit.attachment.attention import attending
+from lorafit.attachment.blocks import inputs_of_blocks
+from lorafit.attachment.checks import require_bare
 from lorafit.bases.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for

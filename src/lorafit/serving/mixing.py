@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.attachment import served
+from lorafit.attachment.pure import served
 from lorafit.bases.base import Base
 from lorafit.serving.native import Parts
 from lorafit.serving.products import Products

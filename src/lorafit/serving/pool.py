@@ -16,7 +16,7 @@ from pathlib import Path
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Rendering
-from lorafit.attachment import require_base, require_fits
+from lorafit.attachment.checks import require_base, require_fits
 from lorafit.bases.base import Base
 from lorafit.data.render import renderer_for
 from lorafit.errors import AdapterError, UnknownAdapterError

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.attachment import inputs_of_blocks, skipping
+from lorafit.attachment.blocks import inputs_of_blocks, skipping
 from lorafit.bases.base import Base
 from lorafit.data.batches import LENGTH_STEP, PACK_STEP, Batch, collate, pack
 from lorafit.data.render import Row

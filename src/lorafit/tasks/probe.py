@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit import packing as packs
-from lorafit.attachment import attending, blocks_of, packing
+from lorafit.attachment import packing as packs
+from lorafit.attachment.attention import attending, packing
+from lorafit.attachment.blocks import blocks_of
 from lorafit.bases.base import Base
 from lorafit.data.batches import Start
 from lorafit.data.render import Row

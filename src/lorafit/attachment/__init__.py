@@ -1,0 +1,1 @@
+"""Attaching: the only folder that touches a model."""

@@ -1,0 +1,92 @@
+"""Sites that are called with the very same tensor (q, k and v; gate and up) are computed together where the variant
+can: the first forward of an attachment goes site by site and finds them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapters.plan import LowRank
+from lorafit.attachment.source import Source
+from lorafit.layers import KINDS, kind_of
+from lorafit.variants import VARIANTS, Frozen
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One adapted site: what its module computes without, what it may read, how the pair acts."""
+
+    original: Callable[..., Tensor]
+    frozen: Frozen
+    slot: LowRank
+
+    @staticmethod
+    def of(module: nn.Module, slot: LowRank) -> Place:
+        kind = KINDS[kind_of(module) or slot.site.kind]
+        return Place(module.forward, Frozen(kind.weight(module), kind.bias(module)), slot)
+
+
+@dataclass(eq=False)
+class Shared:
+    """Finds the places that are called with the very same tensor, and computes them at the first one's call.
+
+    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, in the
+    state, and for the factors that the output was made from.
+    """
+
+    source: Source
+    _groups: dict[Place, list[Place]] = field(default_factory=dict)  # by the place that is called first
+    _last: tuple[weakref.ref[Tensor], int, Place] | None = None
+    _kept: tuple[tuple[weakref.ref[Tensor], int, object, bool], dict[Place, Tensor]] | None = None
+
+    def forward(self, place: Place, x: Tensor) -> Tensor:
+        dropped, factors = self.source.drop(x), self.source.factors(x.dtype, x.device)
+        together = VARIANTS[place.slot.variant].together
+        if together is None or dropped is not x or _watched(x):
+            y, own = place.original(x), factors[place.slot.site.path]
+            return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, own, place.slot.scaling)
+        if (kept := self._kept) is not None and place in kept[1]:
+            made_from, version, by, grad = kept[0]
+            if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
+                return kept[1].pop(place)
+        self._learn(place, x)
+        group = self._groups[place]
+        self._kept = None  # what a forward that broke off has left
+        first, *others = together(
+            x, [one.original for one in group], [one.frozen for one in group],
+            [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
+        )  # fmt: skip
+        made = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())
+        self._kept = (made, dict(zip(group[1:], others, strict=True)))
+        return first
+
+    def _learn(self, place: Place, x: Tensor) -> None:
+        """Have the place before call for this one too, if both are given the same tensor."""
+        new = place not in self._groups
+        self._groups.setdefault(place, [place])
+        if self._last is not None and new:
+            tensor, version, leader = self._last
+            if tensor() is x and version == x._version and leader.slot.variant == place.slot.variant:
+                self._groups[leader].append(place)
+                return
+        self._last = (weakref.ref(x), x._version, place)
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether something around this call needs every site by itself.
+
+    A compiler traces them. Tensors of inference mode do not count how often they are written to. Autocast reaches into
+    single operations alone. torch.func differentiates in ways of its own. Activation checkpointing, which shows as
+    hooks on saved tensors, computes a forward a second time, and must find that it saves as many as the first did.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or x.is_inference()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
