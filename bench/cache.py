@@ -26,7 +26,7 @@ from lorafit import Recipe, fresh, open_base, read_examples, render, renderer_fo
 from lorafit.attachment.blocks import blocks_of, free_blocks
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
-from lorafit.pipeline.memory import keep_freed_memory
+from lorafit.jobs.machine import keep_freed_memory
 from lorafit.planning.rules import all_linear
 
 EPOCHS, BATCH, RANK, ALPHA, RATE = 3, 8, 8, 32.0, 1.3e-3

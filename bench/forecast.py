@@ -59,10 +59,10 @@ def files(data: Path, into: Path) -> dict[str, str]:
 
 def one(verb: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Plan, or train; in a process of its own."""
-    from lorafit.pipeline.listener import Silent
-    from lorafit.pipeline.memory import keep_freed_memory, peak_gb
-    from lorafit.pipeline.planning import forecast
-    from lorafit.pipeline.preparing import open_all
+    from lorafit.jobs.listener import Silent
+    from lorafit.jobs.machine import keep_freed_memory, peak_gb
+    from lorafit.jobs.plan import forecast
+    from lorafit.jobs.prepare import open_all
     from lorafit.settings import settings_from
     from lorafit.training.loop import train
 

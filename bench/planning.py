@@ -63,11 +63,11 @@ from lorafit.data.batches import epoch_order
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import write_json
+from lorafit.jobs.listener import Silent
+from lorafit.jobs.prepare import Opened, open_all
+from lorafit.jobs.search import search
+from lorafit.jobs.trim import ladder_of
 from lorafit.layers.site import select
-from lorafit.pipeline.listener import Silent
-from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.searching import search
-from lorafit.pipeline.trimming import ladder_of
 from lorafit.planning.halving import rates_for
 from lorafit.planning.trim import trimmed
 from lorafit.settings import settings_from

@@ -18,11 +18,11 @@ from lorafit.attachment.pure import fresh
 from lorafit.bases.base import open_base
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
-from lorafit.demo import BASE, SETTINGS
 from lorafit.evaluation.answers import prompts_of, score_answers, shuffled_answers
 from lorafit.evaluation.decoding import Decoding
 from lorafit.files import write_json
-from lorafit.pipeline.memory import keep_freed_memory
+from lorafit.jobs.demo import BASE, SETTINGS
+from lorafit.jobs.machine import keep_freed_memory
 from lorafit.planning import decide
 from lorafit.runs.folder import versions
 from lorafit.settings import settings_from

@@ -14,12 +14,12 @@ from lorafit.adapters.plan import uniform
 from lorafit.adapters.rendering import Rendering
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
-from lorafit.chat import BASE, Chat, Emit
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import AdapterError, BaseError, SettingsError
 from lorafit.generation.greedy import generate
 from lorafit.generation.text import Words
+from lorafit.jobs.chat import BASE, Chat, Emit
 from lorafit.testing import random_adapter
 
 

@@ -17,12 +17,13 @@ import pytest
 import typer
 from conftest import capitals, write_rows
 
-from lorafit import cli, doctor
+from lorafit import cli
 from lorafit.adapters.formats import peft
 from lorafit.cli import main
 from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
 from lorafit.files import whole_folder
+from lorafit.jobs import doctor
 from lorafit.runs.folder import read_summary
 from lorafit.settings import TrainSettings
 
@@ -387,7 +388,7 @@ def test_eval_writes_answers_over_nothing_and_says_so_before_a_model_opens(
     mine = write_rows(tmp_path / "mine.jsonl", capitals(12))
     before = mine.read_bytes()
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr("lorafit.pipeline.preparing.open_base", lambda *_: pytest.fail("a base was opened"))
+    monkeypatch.setattr("lorafit.jobs.prepare.open_base", lambda *_: pytest.fail("a base was opened"))
     for name, said in (("mine.jsonl", "is there already"), ("folder", "a folder"), ("mine.jsonl/x", "--answers")):
         done = lorafit("eval", run.folder, mine, "--answers", tmp_path / name)
         assert (done.status, said in done.err, "--out" in done.err) == (2, True, False), done.err
@@ -744,7 +745,9 @@ def test_a_script_sees_that_chat_answered_nothing(
 
 def test_chat_is_told_its_system_prompt(lorafit: Lorafit, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
-    monkeypatch.setattr("lorafit.chat.Chat._speak", lambda chat, adapter, renderer, *_: seen.append(renderer.system))
+    monkeypatch.setattr(
+        "lorafit.jobs.chat.Chat._speak", lambda chat, adapter, renderer, *_: seen.append(renderer.system)
+    )
     talk(lorafit, monkeypatch, ["Where?"], "--base", tiny_folder, "--system", "Be long.")
     assert seen == ["Be long."]
 

@@ -20,10 +20,10 @@ from lorafit.evaluation.compare import SAMPLES, Comparison, _samples
 from lorafit.evaluation.counting import Counts, counted
 from lorafit.evaluation.scores import AnswerScore, NllScore
 from lorafit.evaluation.statistics import sign_test
-from lorafit.pipeline.scores import answer_lines
 from lorafit.report import charts
 from lorafit.report.result import Result
 from lorafit.report.words import headline, lines, of_a_hundred, share
+from lorafit.runs.scores import answer_lines
 
 REPLIES = ("We send a new one.", "Please call the shop.", "The refund takes a week.")
 

@@ -236,7 +236,7 @@ def circumstance(kind: str) -> Iterator[None]:
         if kind == "Interrupted":
             patch.setattr(Terminal, "moment", stop)
         if kind == "BaseChangedError":
-            patch.setattr("lorafit.pipeline.preparing.open_base", remembering)
+            patch.setattr("lorafit.jobs.prepare.open_base", remembering)
             patch.setattr(Terminal, "watch", lambda *_: models[0].model.norm.weight.data.mul_(1.01))
         yield
 
@@ -267,7 +267,7 @@ def here() -> Iterator[None]:
 
 def tree() -> list[type[LorafitError]]:
     """LorafitError and all below it, every module of the package imported."""
-    programs = {"lorafit.__main__", "lorafit.with_peft"}  # importing them runs them, or asks for PEFT
+    programs = {"lorafit.__main__", "lorafit.jobs.with_peft"}  # importing them runs them, or asks for PEFT
     for module in pkgutil.walk_packages(lorafit.__path__, "lorafit."):
         if module.name not in programs:
             importlib.import_module(module.name)

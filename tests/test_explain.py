@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from lorafit import explain
 from lorafit.cli import app
+from lorafit.guide import search
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "src" / "lorafit" / "guide"
@@ -146,7 +146,7 @@ UNKNOWN = [
     "how do I train for a marathon",
     "which weights should I lift at the gym",
 ]
-# Written before the last calibration, and not calibrated on: what explain does with questions it has not met.
+# Written before the last calibration, and not calibrated on: what search does with questions it has not met.
 HELD_KNOWN = {
     "which rank is right for me": "Rank",
     "how high should alpha be": "Alpha",
@@ -205,18 +205,18 @@ HELD_UNKNOWN = [
 
 @pytest.mark.parametrize("question", ANSWERED)
 def test_a_question_finds_its_section(question: str) -> None:
-    found = explain.answer(question).section
+    found = search.answer(question).section
     assert found is not None
     assert any(part in f"{found.page}: {found.heading}" for part in ANSWERED[question].split("|")), found.heading
 
 
 @pytest.mark.parametrize("question", UNKNOWN)
 def test_what_the_guide_does_not_hold_it_does_not_answer(question: str) -> None:
-    assert explain.answer(question).section is None
+    assert search.answer(question).section is None
 
 
 def test_questions_it_was_not_calibrated_on_are_mostly_answered_and_strange_ones_hardly_ever() -> None:
-    found = {question: explain.answer(question).section for question in (*HELD_KNOWN, *HELD_UNKNOWN)}
+    found = {question: search.answer(question).section for question in (*HELD_KNOWN, *HELD_UNKNOWN)}
     right = [question for question, headings in HELD_KNOWN.items() if (section := found[question])
              and any(part in f"{section.page}: {section.heading}" for part in headings.split("|"))]  # fmt: skip
     answered = [question for question in HELD_UNKNOWN if found[question]]
@@ -227,7 +227,7 @@ def test_every_verb_is_known_by_its_name() -> None:
     group = typer.main.get_command(app)
     for verb in group.commands:  # type: ignore[attr-defined]
         for question in (verb, f"lorafit {verb}", f"what does `lorafit {verb}` do?"):
-            found = explain.answer(question).section
+            found = search.answer(question).section
             assert found is not None, question
             assert (found.page, found.heading) == ("verbs.md", f"lorafit {verb}")
 
@@ -240,31 +240,31 @@ DOCS = sorted(str(path.relative_to(ROOT)) for folder in ("docs", "docs/stories",
 def test_every_page_of_the_docs_is_known_by_its_title_and_its_path(page: str) -> None:
     title = (ROOT / page).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     for question in (f"where is the page {title}?", f"what does {page} say"):
-        found = explain.answer(question).section
+        found = search.answer(question).section
         assert found is not None, question
         assert (found.page, found.heading, found.text.startswith(f"{page}. ")) == ("pages.md", title, True)
 
 
 def test_where_the_guide_speaks_of_serving_it_names_the_verb_and_the_page() -> None:
-    found = explain.answer("how do I serve the adapter").section
+    found = search.answer("how do I serve the adapter").section
     assert found is not None
     assert [word for word in ("`lorafit serve ", "docs/server.md", "docs/serving.md") if word not in found.text] == []
 
 
 def test_the_list_of_pages_is_what_the_folder_holds() -> None:
-    assert {f"{page}.md" for page in explain.PAGES} == {path.name for path in GUIDE.glob("*.md")}
+    assert {f"{page}.md" for page in search.PAGES} == {path.name for path in GUIDE.glob("*.md")}
 
 
 def test_a_heading_names_one_section_of_its_page() -> None:
-    named = [(section.page, section.heading) for section in explain.sections()]
+    named = [(section.page, section.heading) for section in search.sections()]
     assert len(named) == len(set(named))
 
 
 def test_a_comment_in_a_block_of_code_is_no_heading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "guide").mkdir()
     (tmp_path / "guide" / "one.md").write_text("# One\n\n## Code\n\n```python\n# no heading\nx = 1\n```\n")
-    monkeypatch.setattr(explain, "files", lambda package: tmp_path)
-    assert [section.heading for section in explain._split("one")] == ["Code"]
+    monkeypatch.setattr(search, "files", lambda package: tmp_path)
+    assert [section.heading for section in search._split("one")] == ["Code"]
 
 
 def test_the_folder_of_the_docs_leads_to_the_guide_of_the_package() -> None:
@@ -310,4 +310,4 @@ def test_without_a_question_the_guide_is_listed(tmp_path: Path) -> None:
     said, _ = explained(cwd=tmp_path)
     assert "when-not.md: When not to use LoRA\n  First ask\n" in said
     pages = json.loads(explained("--json", cwd=tmp_path)[0])["pages"]
-    assert [page["page"] for page in pages] == [f"{page}.md" for page in explain.PAGES]
+    assert [page["page"] for page in pages] == [f"{page}.md" for page in search.PAGES]

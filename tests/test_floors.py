@@ -13,37 +13,29 @@ SRC = Path(__file__).parents[1] / "src" / "lorafit"
 FLOORS = {
     "version": 0,
     "errors": 0,
-    "tracking": 1,
-    "explain": 0,
+    "guide": 0,
     "files": 1,
-    "remote": 1,
     "layers": 1,
     "bases": 2,
     "variants": 2,
     "adapters": 3,
-    "oracle": 3,
     "settings": 4,
     "attachment": 4,
     "data": 5,
-    "runs": 5,
-    "shown": 6,
     "tasks": 6,
     "generation": 6,
     "routing": 6,
     "serving": 7,
     "evaluation": 8,
+    "server": 8,
     "prepared": 9,
-    "training": 9,
-    "planning": 10,
-    "report": 11,
-    "pipeline": 12,
-    "demo": 13,
-    "chat": 13,
-    "doctor": 13,
-    "server": 13,
+    "runs": 9,
+    "training": 10,
+    "planning": 11,
+    "report": 12,
+    "jobs": 13,
     "cli": 14,
     "testing": 14,
-    "with_peft": 14,
     "__main__": 15,
     "__init__": 16,
 }
@@ -94,10 +86,10 @@ def test_a_file_imports_only_from_lower_floors(file: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "from lorafit.pipeline import run_training",
+        "from lorafit.jobs.train import run_training",
         "import lorafit.attachment",
         "from lorafit import cli",
-        "from lorafit import demo",
+        "from lorafit import jobs",
         "def f():\n    from lorafit.evaluation.nll import example_nll",
         "if TYPE_CHECKING:\n    from lorafit.training.loop import train",
         "from lorafit.not_in_the_table import something",
@@ -124,11 +116,11 @@ def imported_by(wanted: str) -> set[str]:
 
 
 def test_only_one_file_imports_peft() -> None:
-    assert imported_by("peft") == {"with_peft.py"}
+    assert imported_by("peft") == {"jobs/with_peft.py"}
 
 
 def test_nothing_imports_the_file_that_imports_peft() -> None:
-    assert imported_by("lorafit.with_peft") == set()
+    assert imported_by("lorafit.jobs.with_peft") == set()
 
 
 @pytest.mark.parametrize("name", ["vllm", "llama_cpp", "pickle", "accelerate", "datasets"])

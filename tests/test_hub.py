@@ -18,7 +18,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from lorafit import doctor
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.attachment.pure import fresh
@@ -26,7 +25,8 @@ from lorafit.bases import progress
 from lorafit.bases.base import open_base, open_outline
 from lorafit.cli import main
 from lorafit.errors import BaseError
-from lorafit.shown import shown
+from lorafit.jobs import doctor
+from lorafit.jobs.show import shown
 
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
 TINY = "someone/tiny"

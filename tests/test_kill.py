@@ -20,8 +20,10 @@ import torch
 from conftest import capitals, write_rows
 from safetensors import safe_open
 
-from lorafit import pipeline
 from lorafit.evaluation import nll
+from lorafit.jobs import train as train_job
+from lorafit.jobs.listener import Silent
+from lorafit.jobs.train import run_training
 from lorafit.runs.folder import LAST, METRICS, clear_left_by_kills
 from lorafit.training import checkpoint, loop
 from lorafit.training.loop import Moment
@@ -63,7 +65,7 @@ PLACES = [
 ENDS = ["before the rename of adapter", "after the rename of answers.jsonl", "before the rename of summary.json"]
 
 
-class Doomed(pipeline.Silent):
+class Doomed(Silent):
     """Listens to a run, and has the functions it passes through tell where it is; dies at one place."""
 
     def __init__(self, kill: Kill):
@@ -141,13 +143,13 @@ def run_here(
     """What a process of its own does: everything that is replaced here dies with it."""
     torch.set_num_threads(threads)
     nll.EVALUATION_TOKENS = 128  # several forwards in each validation
-    pipeline.training.compare_with_peft = lambda *_: None
-    pipeline.training.write_report = lambda *_: None
+    train_job.compare_with_peft = lambda *_: None
+    train_job.write_report = lambda *_: None
     listener = Doomed(kill or Kill("nowhere"))
     if kill:
         loop.CHECKPOINT_SHARE = kill.cadence
         listener.arm()
-    pipeline.run_training(str(base), str(data), out, settings, resume=resume, listener=listener)
+    run_training(str(base), str(data), out, settings, resume=resume, listener=listener)
     assert torch.get_num_threads() == threads
 
 
@@ -169,7 +171,7 @@ class Runs:
         ):
             write_rows(self.data / f"{name}.jsonl", split)
         self.forks = multiprocessing.get_context("forkserver")  # forked from a process that has never computed
-        self.forks.set_forkserver_preload(["lorafit.pipeline.training", "transformers.models.llama.modeling_llama"])
+        self.forks.set_forkserver_preload(["lorafit.jobs.train", "transformers.models.llama.modeling_llama"])
 
     def run(self, out: Path, resume: bool = False, kill: Kill | None = None, threads: int = 1) -> int | None:
         """How the process ended."""

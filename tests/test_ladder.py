@@ -25,8 +25,8 @@ from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, RunError
 from lorafit.files import write_json
-from lorafit.pipeline import run_training
-from lorafit.pipeline.trimming import moments_of, run_trimming
+from lorafit.jobs.train import run_training
+from lorafit.jobs.trim import moments_of, run_trimming
 from lorafit.planning.ladder import TOLERATED, Ladder, climb_down, rung
 from lorafit.planning.rules import all_linear
 from lorafit.runs.folder import read_run
@@ -174,7 +174,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"val_share": 0.3, "rank": 4, "epochs": 3, "validations": 1, "few_shot": 0, "dtype": "fp32",
                 "trim": "none"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+        patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
         run_training(str(tiny_folder), str(data), out, settings)
     whole = peft.read(out / "adapter")
     halved = {key: tensor.clone() for key, tensor in whole.tensors.items()}
@@ -205,7 +205,7 @@ def test_an_adapter_that_cannot_be_trimmed_is_told_before_anything_is_opened(
     whole = peft.read(run / "adapter")
     idle = {key: torch.zeros_like(t) if key.endswith("B") else t for key, t in whole.tensors.items()}
     peft.write(replace(whole, tensors=idle), tmp_path / "run" / "adapter")
-    monkeypatch.delattr("lorafit.pipeline.trimming.opened_base")
+    monkeypatch.delattr("lorafit.jobs.trim.opened_base")
     with pytest.raises(AdapterError, match="does nothing"):
         run_trimming(tmp_path / "run", tmp_path / "small")
     with pytest.raises(RunError, match="only a run has validation examples"):

@@ -27,9 +27,9 @@ from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import AttachError, SettingsError
 from lorafit.evaluation.decoding import bytes_held
+from lorafit.jobs import machine
+from lorafit.jobs.machine import free_in_container, room_of
 from lorafit.layers.site import Site
-from lorafit.pipeline import memory
-from lorafit.pipeline.memory import free_in_container, room_of
 from lorafit.planning import Decision
 from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
@@ -107,13 +107,13 @@ HELD = 500_000_000
 
 
 def fitted(
-    memory: str | None, free: int | None = None, look: Footprint = LOOK, answering: Answering = lambda left: 0
+    machine: str | None, free: int | None = None, look: Footprint = LOOK, answering: Answering = lambda left: 0
 ) -> tuple[Decision, int]:  # fmt: skip
     recipe = Recipe(1e-3, 32, 10, 1, 5)
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
     steps = steps_of(rows["train"], recipe, fixed=False, packed=True)
-    return fit(decision, lambda _: look, answering, rows, steps, PACKED, Room(HELD, free), memory)
+    return fit(decision, lambda _: look, answering, rows, steps, PACKED, Room(HELD, free), machine)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def fitted(
     [(None, 1024, False), ("4GB", 1024, False), ("1.2GB", 512, False), ("840MB", 256, False), ("620MB", 1024, True)],
 )
 def test_the_fastest_settings_that_stay_under_the_limit_are_taken(
-    memory: str | None, tokens: int, recompute: bool
+    machine: str | None, tokens: int, recompute: bool
 ) -> None:
-    decision, peak = fitted(memory)
+    decision, peak = fitted(machine)
     assert (decision.recipe.micro_tokens, decision.recipe.recompute) == (tokens, recompute)
-    assert memory is None or HELD + MARGIN * (peak - HELD) <= (bytes_of(memory) or 0)
-    assert decision.choices[-1].flag == "--memory"
+    assert machine is None or HELD + MARGIN * (peak - HELD) <= (bytes_of(machine) or 0)
+    assert decision.choices[-1].flag == "--machine"
 
 
 def test_without_a_setting_what_is_free_is_the_limit() -> None:
@@ -161,9 +161,9 @@ def test_the_longest_row_may_be_in_the_test() -> None:
 def test_processes_that_share_a_machine_share_what_is_free_beside_their_bases(
     tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_told", lambda path, name: 10_000)
-    monkeypatch.setattr(memory, "free_in_container", lambda: None)
-    monkeypatch.setattr(memory, "_held", lambda base: 1_000)
+    monkeypatch.setattr(machine, "_told", lambda path, name: 10_000)
+    monkeypatch.setattr(machine, "free_in_container", lambda: None)
+    monkeypatch.setattr(machine, "_held", lambda base: 1_000)
     assert (room_of(tiny_base).free, room_of(tiny_base, 3).free) == (10_000, (10_000 - 2 * 1_000) // 3)
 
 
@@ -199,7 +199,7 @@ def test_a_size_has_a_unit(text: str, size: float | None) -> None:
 
 
 def test_a_size_without_a_unit_is_refused_with_a_hint() -> None:
-    with pytest.raises(SettingsError, match="--memory '4000000000': no size with its unit: write it as 4GB"):
+    with pytest.raises(SettingsError, match="--machine '4000000000': no size with its unit: write it as 4GB"):
         settings_from({"memory": "4000000000"})
 
 
@@ -221,8 +221,8 @@ RUN = """
 import json, sys
 from pathlib import Path
 from lorafit.files import read_json
-from lorafit.pipeline import run_training
-from lorafit.pipeline.memory import peak_gb
+from lorafit.jobs.train import run_training
+from lorafit.jobs.machine import peak_gb
 from lorafit.runs.folder import LADDER, RUNGS
 before = peak_gb()
 out = Path(sys.argv[3])
@@ -235,7 +235,7 @@ print(json.dumps({"before": before, "peak": summary["peak_rss_gb"], "recipe": pl
 
 @pytest.fixture(scope="session")
 def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of little weight whose blocks keep much: memory goes into what is kept for the backward."""
+    """A base of little weight whose blocks keep much: machine goes into what is kept for the backward."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bases") / "deep"
     LlamaForCausalLM(
@@ -262,14 +262,14 @@ def ran(base: Path, tmp_path: Path, **settings: object) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not told as exactly")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere machine is not told as exactly")
 def test_a_run_stays_under_the_memory_it_was_given(deep_folder: Path, tmp_path: Path) -> None:
     free = ran(deep_folder, tmp_path)
     limit = free["before"] + 0.55 * (free["peak"] - free["before"])
     (tmp_path / "again").mkdir()
-    held = ran(deep_folder, tmp_path / "again", memory=f"{1000 * limit:.0f}MB")
+    held = ran(deep_folder, tmp_path / "again", machine=f"{1000 * limit:.0f}MB")
     assert held["recipe"]["micro_tokens"] < free["recipe"]["micro_tokens"] or held["recipe"]["recompute"]
-    assert free["trimmed"] and held["trimmed"], "trimming takes memory too"
+    assert free["trimmed"] and held["trimmed"], "trimming takes machine too"
     assert held["peak"] <= limit < free["peak"]
 
 

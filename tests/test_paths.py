@@ -32,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_rows(folder / "d" / "new.jsonl", [{"prompt": f"What follows {n}?", "completion": str(n)} for n in range(8)])
     (folder / "d" / "letter.txt").write_text("Dear all,\n\nthe key is under the mat.\n\nYours", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+        patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
         patch.chdir(folder)
         run_training("bases/tiny", "d/rows.jsonl", "runs/rel", SETTINGS)
         patch.chdir(elsewhere)
@@ -73,7 +73,7 @@ def test_an_adapter_is_evaluated_from_elsewhere_by_strings(home: Path, tmp_path:
 
 
 def test_a_run_is_resumed_from_elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
     out = Path(copytree(home / "runs/rel", tmp_path / "run"))
     (out / "summary.json").unlink()
     run_training(None, None, str(out), {}, resume=True)

@@ -163,7 +163,7 @@ def test_pefts_own_matcher_finds_the_planned_ranks_and_alphas_and_no_others(
 
 def test_the_check_by_peft_runs_from_the_command_line(tmp_path: Path, tiny_base: Base, tiny_folder: Path) -> None:
     peft.write(mixed(tiny_base, "dora"), tmp_path / "adapter")
-    command = [sys.executable, "-m", "lorafit.with_peft", str(tmp_path / "adapter"), str(tiny_folder)]
+    command = [sys.executable, "-m", "lorafit.jobs.with_peft", str(tmp_path / "adapter"), str(tiny_folder)]
     done = subprocess.run(command, input=json.dumps(IDS.tolist()), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

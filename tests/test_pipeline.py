@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
-from lorafit import demo, explain, pipeline, read_adapter
+from lorafit import read_adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan, uniform
 from lorafit.attachment.adapters import attach
@@ -37,15 +37,21 @@ from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError
 from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
 from lorafit.evaluation.statistics import paired_bootstrap, student, wilson
 from lorafit.files import whole_folder, write_json
+from lorafit.guide import search
+from lorafit.jobs import demo
+from lorafit.jobs.evaluate import run_evaluation
+from lorafit.jobs.listener import Silent
+from lorafit.jobs.peft_oracle import compare_with_peft
+from lorafit.jobs.plan import run_planning
+from lorafit.jobs.show import shown
+from lorafit.jobs.train import run_training
 from lorafit.layers.site import select
-from lorafit.oracle import compare_with_peft
 from lorafit.planning import decide
 from lorafit.prepared import prepare
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
 from lorafit.runs.folder import open_run, openings, read_run, remember_questions, sole_writer
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.shown import shown
 from lorafit.tasks.completion import PLAIN
 from lorafit.training.loop import Moment
 
@@ -73,13 +79,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A whole run, with the check by PEFT."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return out, pipeline.run_training(str(tiny_folder), str(data), out, SETTINGS)
+    return out, run_training(str(tiny_folder), str(data), out, SETTINGS)
 
 
 @pytest.fixture
 def no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the process in which PEFT checks it."""
-    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
 
 
 @pytest.fixture
@@ -94,7 +100,7 @@ def new_rows() -> list[dict[str, object]]:
     return [{"prompt": f"What follows {n}?", "completion": str(n + 1)} for n in range(12)]
 
 
-class Hears(pipeline.Silent):
+class Hears(Silent):
     def __init__(self) -> None:
         self.said: list[str] = []
 
@@ -175,11 +181,11 @@ def test_eval_gives_the_scores_of_the_run_again(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out, summary = finished
-    examples, _ = prepare(str(data), settings_from(SETTINGS), pipeline.Silent())
+    examples, _ = prepare(str(data), settings_from(SETTINGS), Silent())
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     test = tmp_path / "test.jsonl"
     test.write_text("".join(lines[int(e.where.rpartition(":")[2]) - 1] for e in examples.test), encoding="utf-8")
-    again = pipeline.run_evaluation(None, out / "adapter", str(test), {"dtype": "fp32"})
+    again = run_evaluation(None, out / "adapter", str(test), {"dtype": "fp32"})
     assert again["nll"]["adapter"] == pytest.approx(summary["nll"]["adapter"], rel=1e-5)
     assert again["facts"]["adapter"] == summary["facts"]["adapter"]
     assert again["base_unchanged"] is True
@@ -192,7 +198,7 @@ def test_eval_answers_every_question_in_order_when_asked_for_them(
     for split in ("train", "test"):
         write_rows(tmp_path / "data" / f"{split}.jsonl", [{**row, "prompt": row["prompt"] + split} for row in rows])
     written = tmp_path / "new" / "answers.jsonl"
-    pipeline.run_evaluation(None, finished[0] / "adapter", str(tmp_path / "data"), answers=written)
+    run_evaluation(None, finished[0] / "adapter", str(tmp_path / "data"), answers=written)
     lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
     assert [(line["question"], line["reference"], line["group"]) for line in lines] == [
         (row["prompt"] + "test", row["completion"], row["group"]) for row in rows
@@ -206,14 +212,14 @@ def test_eval_on_a_new_file_takes_its_few_shots_from_what_the_run_was_trained_on
 ) -> None:
     checked = [{**row, "check": {"contains": [row["completion"]]}} for row in new_rows()]
     new, few = write_rows(tmp_path / "new.jsonl", checked), {"few_shot": 2, "dtype": "fp32"}
-    found = pipeline.run_evaluation(None, finished[0], new, few)
+    found = run_evaluation(None, finished[0], new, few)
     assert found["facts"]["few_shot_examples"] == 2
     assert found["facts"]["base_few_shot"] is not None
     with pytest.raises(SettingsError, match="nothing is left that is not asked here"):
-        pipeline.run_evaluation(None, finished[0], data, few)
+        run_evaluation(None, finished[0], data, few)
     alone = Path(copytree(finished[0] / "adapter", tmp_path / "alone" / "adapter"))
     with pytest.raises(SettingsError, match="alone is no run: give a run"):
-        pipeline.run_evaluation(None, alone, new, few)
+        run_evaluation(None, alone, new, few)
 
 
 def test_eval_on_the_tests_own_examples_opens_the_test_once_more(
@@ -221,10 +227,10 @@ def test_eval_on_the_tests_own_examples_opens_the_test_once_more(
 ) -> None:
     run = Path(copytree(finished[0], tmp_path / "run"))
     before = openings(run)
-    pipeline.run_evaluation(None, run, str(write_rows(tmp_path / "new.jsonl", new_rows())))
+    run_evaluation(None, run, str(write_rows(tmp_path / "new.jsonl", new_rows())))
     assert openings(run) == before
     heard = Hears()
-    pipeline.run_evaluation(None, run, str(data), listener=heard)
+    run_evaluation(None, run, str(data), listener=heard)
     assert openings(run) == before + 1
     assert any("of the test of" in text and f"opened {before + 1} times" in text for text in heard.said)
     assert f"opened {before + 1} times" in write_report([run], run / "report.html").read_text(encoding="utf-8")
@@ -238,7 +244,7 @@ def test_what_the_other_adapter_was_trained_on_is_remarked_too(
     other = Path(copytree(finished[0], tmp_path / "other"))
     remember_questions(other, [str(row["prompt"]) for row in rows[:3]])
     heard = Hears()
-    found = pipeline.run_evaluation(None, finished[0], str(write_rows(tmp_path / "new.jsonl", rows)), against=other,
+    found = run_evaluation(None, finished[0], str(write_rows(tmp_path / "new.jsonl", rows)), against=other,
                                     listener=heard)  # fmt: skip
     assert (found["seen_in_training"], found["seen_by_other"]) == (0, 3)
     assert any("3 of these 12 questions" in text and str(other) in text for text in heard.said)
@@ -256,15 +262,15 @@ def test_the_forecast_of_disk_is_what_a_run_takes_at_its_peak(
         real(file)
 
     monkeypatch.setattr("lorafit.files.os.fsync", looked)
-    pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", settings)
-    forecast = pipeline.run_planning(str(tiny_folder), str(data), settings)["forecast"]["disk"]
+    run_training(str(tiny_folder), str(data), tmp_path / "run", settings)
+    forecast = run_planning(str(tiny_folder), str(data), settings)["forecast"]["disk"]
     assert max(taken) == pytest.approx(forecast, rel=0.05)
 
 
 # The base
 
 
-class FlipsOneBit(pipeline.Silent):
+class FlipsOneBit(Silent):
     """A fault of memory in the middle of a run: the lowest bit of one weight."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
@@ -274,7 +280,7 @@ class FlipsOneBit(pipeline.Silent):
             self.base = real(*given)
             return self.base
 
-        monkeypatch.setattr("lorafit.pipeline.preparing.open_base", remembered)
+        monkeypatch.setattr("lorafit.jobs.prepare.open_base", remembered)
 
     def moment(self, moment: Moment) -> None:
         if moment.step == 3 and moment.train_nll is not None:
@@ -286,7 +292,7 @@ def test_one_bit_flipped_in_mid_run_is_told_and_ends_the_command_with_an_error(
     tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listener = FlipsOneBit(monkeypatch)
-    summary = pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS, listener=listener)
+    summary = run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS, listener=listener)
     assert summary["base_unchanged"] is False
     with pytest.raises(BaseChangedError, match="do not use"):
         conclude(Terminal(as_json=False), summary, tmp_path / "run", [])
@@ -312,9 +318,7 @@ def test_a_misspelt_target_is_an_error_before_anything_is_written(
     tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(TargetError, match="'q_prj' matches no site: did you mean q_proj"):
-        pipeline.run_training(
-            str(tiny_folder), str(data), tmp_path / "run", {**SETTINGS, "targets": ("q_prj", "v_proj")}
-        )
+        run_training(str(tiny_folder), str(data), tmp_path / "run", {**SETTINGS, "targets": ("q_prj", "v_proj")})
     assert not (tmp_path / "run").exists()
 
 
@@ -385,7 +389,7 @@ def test_a_base_that_cannot_tell_questions_apart_is_trained_and_that_is_said(
     byte_tokenizer().save_pretrained(tmp_path / "gemma")
     hears = Hears()
     settings = {**SETTINGS, "epochs": 0.3, "few_shot": 0}
-    pipeline.run_training(str(tmp_path / "gemma"), str(data), tmp_path / "run", settings, listener=hears)
+    run_training(str(tmp_path / "gemma"), str(data), tmp_path / "run", settings, listener=hears)
     assert any("no questions are kept for a router" in said and "more than one hidden state" in said
                for said in hears.said)  # fmt: skip
     assert peft.read(tmp_path / "run" / "adapter").plan.slots
@@ -463,9 +467,9 @@ def test_what_comes_after_the_scores_ends_no_run(
     def broken(*_: object) -> None:
         raise RuntimeError("too many indices for tensor of dimension 4\nand a second line")
 
-    monkeypatch.setattr(f"lorafit.pipeline.training.{place}", broken)
+    monkeypatch.setattr(f"lorafit.jobs.train.{place}", broken)
     hears = Hears()
-    summary = pipeline.run_training(None, None, unfinished, {}, resume=True, listener=hears)
+    summary = run_training(None, None, unfinished, {}, resume=True, listener=hears)
     ((named, reason),) = summary["passed_over"].items()
     assert (named.startswith(name), reason) == (True, "RuntimeError: too many indices for tensor of dimension 4")
     assert any(said.startswith(f"{named}: passed over, for it failed") for said in hears.said)
@@ -479,9 +483,9 @@ def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no answers")
 
-    monkeypatch.setattr("lorafit.pipeline.training.compare", broken)
+    monkeypatch.setattr("lorafit.jobs.train.compare", broken)
     with pytest.raises(RuntimeError, match="no answers"):
-        pipeline.run_training(None, None, unfinished, {}, resume=True)
+        run_training(None, None, unfinished, {}, resume=True)
     assert read_adapter(unfinished / "adapter").plan.parameters > 0
     assert not (unfinished / "summary.json").exists()
 
@@ -491,8 +495,8 @@ def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch:
 
 def test_of_two_processes_in_one_run_folder_the_second_is_told(unfinished: Path) -> None:
     with sole_writer(unfinished), pytest.raises(RunError, match="another process is at work in this run"):
-        pipeline.run_training(None, None, unfinished, {}, resume=True)
-    pipeline.run_training(None, None, unfinished, {}, resume=True)
+        run_training(None, None, unfinished, {}, resume=True)
+    run_training(None, None, unfinished, {}, resume=True)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
@@ -500,11 +504,11 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
 ) -> None:
     monkeypatch.setattr("lorafit.runs.folder.free_bytes", lambda folder: 1000)
     with pytest.raises(RunError, match=r"this run writes up to \d+\.\d MB, and 0\.0 MB are free on that disk"):
-        pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS)
+        run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS)
 
 
 def begin(tiny_folder: Path, data: Path, out: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    return pipeline.run_training(str(tiny_folder), str(data), out, {**SETTINGS, **changes}, resume=resume)
+    return run_training(str(tiny_folder), str(data), out, {**SETTINGS, **changes}, resume=resume)
 
 
 def test_a_folder_below_a_file_cannot_be_a_run(tiny_folder: Path, data: Path) -> None:
@@ -587,9 +591,9 @@ def test_what_is_stored_may_be_typed_again_in_any_way(
     assert found.targets == ("q_proj", "v_proj")
     write_json(unfinished / "run.json", asked)
     monkeypatch.chdir(data.parent)
-    pipeline.run_training(None, f"./{data.name}", unfinished, {}, resume=True)
+    run_training(None, f"./{data.name}", unfinished, {}, resume=True)
     (unfinished / "summary.json").unlink()
-    assert pipeline.run_training(None, None, unfinished, {}, resume=True)["n_test"] > 0
+    assert run_training(None, None, unfinished, {}, resume=True)["n_test"] > 0
 
 
 def test_a_share_for_data_with_splits_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -597,7 +601,7 @@ def test_a_share_for_data_with_splits_of_its_own_is_refused(tmp_path: Path) -> N
     for i, name in enumerate(("train", "valid", "test")):
         write_rows(tmp_path / f"{name}.jsonl", rows[12 * i : 12 * i + 12])
     with pytest.raises(SettingsError, match=r"--val-share 0\.3: does nothing"):
-        prepare(str(tmp_path), settings_from({"val_share": 0.3}), pipeline.Silent())
+        prepare(str(tmp_path), settings_from({"val_share": 0.3}), Silent())
 
 
 def test_resuming_on_changed_data_is_refused_and_changes_nothing(
@@ -703,7 +707,7 @@ def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> Non
         write_json(tmp_path / name, {"demo": True, "base": "", "data": "", "settings": {}, "frozen": {}})
     (tmp_path / "my_notes.txt").write_text("kept", encoding="utf-8")
     with pytest.raises(RunError, match=r"my_notes\.txt beside an earlier demo"):
-        demo.run_demo(tmp_path, pipeline.Silent())
+        demo.run_demo(tmp_path, Silent())
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -711,11 +715,11 @@ def test_a_resumed_run_takes_the_dtype_and_the_way_it_began_with(
     tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are measured, and may be found otherwise on another day: then its checkpoint would not be gone on with."""
-    monkeypatch.setattr("lorafit.pipeline.preparing.fastest_dtype", lambda: torch.float32)
+    monkeypatch.setattr("lorafit.jobs.prepare.fastest_dtype", lambda: torch.float32)
     first = begin(tiny_folder, data, tmp_path / "run", dtype="auto")
     (tmp_path / "run" / "summary.json").unlink()
-    monkeypatch.setattr("lorafit.pipeline.preparing.fastest_dtype", lambda: torch.bfloat16)
-    monkeypatch.setattr("lorafit.pipeline.preparing.way_of", lambda *_: PLAIN)
+    monkeypatch.setattr("lorafit.jobs.prepare.fastest_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("lorafit.jobs.prepare.way_of", lambda *_: PLAIN)
     again = begin(tiny_folder, data, tmp_path / "run", resume=True, dtype="auto")
     assert again["dtype"] == first["dtype"] == "float32"
 
@@ -888,8 +892,8 @@ def test_no_shots_asked_for_are_none() -> None:
 def test_the_guides_way_to_a_merged_folder_answers_as_the_adapter_does(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """What `lorafit explain export` says, typed."""
-    said = explain.answer("how do I export to GGUF").section
+    """What `lorafit search export` says, typed."""
+    said = search.answer("how do I export to GGUF").section
     assert said is not None
     base, adapter = open_base(tiny_folder, torch.float32), peft.read(finished[0] / "adapter")
     lines = re.findall(r"`(base\.[^`]+)`", said.text)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import capitals, write_rows
 
-from lorafit import pipeline
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan, uniform
@@ -27,8 +26,11 @@ from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import detectable
-from lorafit.pipeline import searching
-from lorafit.pipeline.trimming import cut as run_cut
+from lorafit.jobs import search
+from lorafit.jobs.plan import run_planning
+from lorafit.jobs.refine import run_refining
+from lorafit.jobs.train import run_training
+from lorafit.jobs.trim import cut as run_cut
 from lorafit.planning.halving import FEW_RATES, MOST, RATES, Arm, Tried, better, cost, first_rung, rates_for, survivors
 from lorafit.planning.halving import steps_needed as needed
 from lorafit.planning.importance import ablations, first_order, parts_of, without
@@ -232,8 +234,8 @@ def finished(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFac
     """A run long enough for two rates, with the search that also asks where."""
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
-        pipeline.run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 70, "search": "thorough"})
+        patched.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+        run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 70, "search": "thorough"})
     return out
 
 
@@ -268,8 +270,8 @@ def test_why_says_what_was_measured_chosen_and_left(finished: Path) -> None:
 def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
     tiny_folder: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
-    settings, out, real, arms = {**LONG, "epochs": 70, "search": "thorough"}, tmp_path / "run", searching.carry_out, []
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+    settings, out, real, arms = {**LONG, "epochs": 70, "search": "thorough"}, tmp_path / "run", search.carry_out, []
 
     def stops(*args: Any) -> Any:
         arms.append(args[1].folder)
@@ -277,23 +279,23 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
             raise Interrupted("stopped here: go on with --resume")
         return real(*args)
 
-    monkeypatch.setattr(searching, "carry_out", stops)
+    monkeypatch.setattr(search, "carry_out", stops)
     with pytest.raises(Interrupted):
-        pipeline.run_training(str(tiny_folder), str(data), out, settings)
-    monkeypatch.setattr(searching, "carry_out", real)
-    pipeline.run_training(None, None, out, {}, resume=True)
+        run_training(str(tiny_folder), str(data), out, settings)
+    monkeypatch.setattr(search, "carry_out", real)
+    run_training(None, None, out, {}, resume=True)
     for name in ("search/tried.json", "adapter/adapter_model.safetensors", "ladder/rungs.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def test_a_short_run_is_not_searched_and_says_from_when_on(tiny_folder: Path, data: Path) -> None:
-    found = pipeline.run_planning(str(tiny_folder), str(data), {**LONG, "epochs": 3})
+    found = run_planning(str(tiny_folder), str(data), {**LONG, "epochs": 3})
     assert found["search"]["rates"] == [found["recipe"]["learning_rate"]]
     assert f"from {needed(2)} on" in found["search"]["reason"]
 
 
 def test_too_few_validation_examples_are_named_with_how_many_would_do(tiny_folder: Path, data: Path) -> None:
-    found = pipeline.run_planning(str(tiny_folder), str(data), {**LONG, "val_share": 0.1})
+    found = run_planning(str(tiny_folder), str(data), {**LONG, "val_share": 0.1})
     assert "at least 10 are needed" in found["search"]["reason"]
     assert found["evidence"]["detectable"] is None
 
@@ -302,9 +304,9 @@ def test_too_few_validation_examples_are_named_with_how_many_would_do(tiny_folde
 def test_thorough_keeps_a_rate_and_a_rank_that_are_set(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
     settings = {**LONG, "search": "thorough", "learning_rate": 3e-3, "epochs": 70, "trim": "none"}
-    pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", settings)
+    run_training(str(tiny_folder), str(data), tmp_path / "run", settings)
     stored = json.loads((tmp_path / "run" / "search" / "tried.json").read_text(encoding="utf-8"))
     assert {one["cell"][:6] for one in stored} == {"place-"}
     assert {one["rate"] for one in stored} == {3e-3}
@@ -313,10 +315,10 @@ def test_thorough_keeps_a_rate_and_a_rank_that_are_set(
 
 def test_examples_are_spread_over_groups_before_any_comes_twice() -> None:
     groups = [*"abcdefghij", *["k"] * 90]
-    assert searching.spread_over(11, groups) == [*range(11)]
-    assert len(searching.spread_over(40, groups)) == 40
-    assert searching.spread_over(4, [None] * 8) == [0, 2, 4, 6]
-    assert searching.spread_over(99, [None] * 8) == [*range(8)]
+    assert search.spread_over(11, groups) == [*range(11)]
+    assert len(search.spread_over(40, groups)) == 40
+    assert search.spread_over(4, [None] * 8) == [0, 2, 4, 6]
+    assert search.spread_over(99, [None] * 8) == [*range(8)]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,7 @@ def test_kinds_of_module_are_told_apart_by_their_part_where_names_are_not_enough
 
 
 def test_a_rate_that_is_set_is_not_searched(tiny_folder: Path, data: Path) -> None:
-    found = pipeline.run_planning(str(tiny_folder), str(data), {**LONG, "learning_rate": 1e-3})
+    found = run_planning(str(tiny_folder), str(data), {**LONG, "learning_rate": 1e-3})
     assert found["search"]["rates"] == [1e-3]
 
 
@@ -349,9 +351,9 @@ def test_where_every_arm_diverges_a_lower_rate_is_asked_for(
     def diverges(*_: Any) -> Any:
         raise DivergedError("it did")
 
-    monkeypatch.setattr(searching, "carry_out", diverges)
+    monkeypatch.setattr(search, "carry_out", diverges)
     with pytest.raises(DivergedError, match=r"every arm of the search diverged.*give a lower --learning-rate"):
-        pipeline.run_training(str(tiny_folder), str(data), tmp_path / "run", LONG)
+        run_training(str(tiny_folder), str(data), tmp_path / "run", LONG)
 
 
 # What is measured afterwards
@@ -415,7 +417,7 @@ def test_a_general_text_that_cannot_be_used_is_refused_before_anything_is_opened
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=f"--general .*letters.txt: {what}"):
-        pipeline.run_planning("no base", "no data", {"general": str(path)})
+        run_planning("no base", "no data", {"general": str(path)})
 
 
 # Rounds
@@ -468,12 +470,12 @@ def test_a_round_must_be_better_by_a_test_that_grows_stricter() -> None:
 @pytest.fixture
 def refined(tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that ended too early, after two rounds."""
-    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
     out = tmp_path / "run"
-    pipeline.run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8})
+    run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8})
     copytree(out / "adapter", tmp_path / "first")
     for _ in range(2):
-        pipeline.run_refining(out)
+        run_refining(out)
     return out
 
 
@@ -502,7 +504,7 @@ def test_rounds_of_train_end_before_the_test_is_opened_once(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refined: Path
 ) -> None:
     out = tmp_path / "rounds"
-    summary = pipeline.run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8, "rounds": 2})
+    summary = run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8, "rounds": 2})
     assert openings(out) == 1
     kept = ("number", "kind", "accepted", "after")
     history = json.loads((refined / "rounds" / "history.json").read_text(encoding="utf-8"))
@@ -515,7 +517,7 @@ def test_a_round_whose_adapter_was_not_put_in_its_place_is_put_there_by_the_next
     history = json.loads((refined / "rounds" / "history.json").read_text(encoding="utf-8"))
     last = max(one["number"] for one in history if one["accepted"])
     peft.write(peft.read(refined / "rounds" / "0" / "adapter"), refined / "adapter")
-    pipeline.run_refining(refined)
+    run_refining(refined)
     history = json.loads((refined / "rounds" / "history.json").read_text(encoding="utf-8"))
     last = max(one["number"] for one in history if one["accepted"])
     assert peft.read(refined / "adapter") == peft.read(refined / "rounds" / str(last) / "adapter")
@@ -524,13 +526,13 @@ def test_a_round_whose_adapter_was_not_put_in_its_place_is_put_there_by_the_next
 def test_with_too_few_validation_examples_no_round_is_trained(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
     out = tmp_path / "run"
-    pipeline.run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8, "val_share": 0.1})
-    assert "at least 10 are needed" in pipeline.run_refining(out)["verdict"]
+    run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8, "val_share": 0.1})
+    assert "at least 10 are needed" in run_refining(out)["verdict"]
     assert not (out / "rounds" / "1").exists()
 
 
 def test_refining_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run: name a folder that lorafit train wrote"):
-        pipeline.run_refining(tmp_path)
+        run_refining(tmp_path)

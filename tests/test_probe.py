@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorafit import doctor, run_evaluation, run_training
+from lorafit import run_evaluation, run_training
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.attachment.pure import fresh
@@ -26,6 +26,7 @@ from lorafit.bases.base import Base, open_base
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError
 from lorafit.evaluation.nll import example_nll
+from lorafit.jobs import doctor
 from lorafit.tasks import probe
 from lorafit.tasks.probe import require_causal, way_of
 

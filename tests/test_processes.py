@@ -18,7 +18,6 @@ import torch
 from conftest import capitals, write_rows
 from test_training import APART, CPU, SHORT, rows_of, start_of, wait_until
 
-from lorafit import pipeline
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
@@ -26,6 +25,7 @@ from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.data.batches import collate
 from lorafit.errors import RunError, SettingsError
+from lorafit.jobs.train import run_training
 from lorafit.testing import random_adapter
 from lorafit.training.loop import gradient_step, train
 from lorafit.training.processes import ALONE, Processes, shares
@@ -135,7 +135,7 @@ def one_thread_without_peft() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+        patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
         yield
     torch.set_num_threads(before)
 
@@ -148,7 +148,7 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def one(runs: Runs) -> str:
     """The run of one process."""
-    pipeline.run_training(str(runs.base), str(runs.data), runs.folder / "one", SETTINGS)
+    run_training(str(runs.base), str(runs.data), runs.folder / "one", SETTINGS)
     return "one"
 
 
@@ -263,7 +263,7 @@ def test_two_processes_search_and_go_on_in_rounds_as_one_does(
                 "rounds": 1, "validations": 1}  # fmt: skip
     monkeypatch.setattr("test_processes.SETTINGS", settings)
     runs.whole("two")
-    pipeline.run_training(str(tiny_folder), str(runs.data), tmp_path / "one", settings)
+    run_training(str(tiny_folder), str(runs.data), tmp_path / "one", settings)
     tried = [json.loads((tmp_path / name / "search" / "tried.json").read_text()) for name in ("one", "two")]
     assert len(tried[0]) == 2
     for mine, theirs in zip(*tried, strict=True):

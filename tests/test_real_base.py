@@ -15,11 +15,11 @@ import torch
 from lorafit.bases.base import Base
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER, read_examples
 from lorafit.data.render import render, renderer_for
-from lorafit.demo import SETTINGS
 from lorafit.files import read_json
-from lorafit.oracle import same_as_peft
+from lorafit.jobs.demo import SETTINGS
 from lorafit.planning import decide
 from lorafit.planning.rules import all_linear, hidden_size, learning_rate_by_width, rank_by_capacity
+from lorafit.report.words import same_as_peft
 from lorafit.settings import settings_from
 
 

@@ -13,18 +13,18 @@ import pytest
 from conftest import capitals, write_rows
 from matplotlib import image
 
-from lorafit import pipeline
 from lorafit.cli.console import Terminal
 from lorafit.data.examples import Example, Message
 from lorafit.errors import FormatError, RunError
 from lorafit.files import read_json, write_json
-from lorafit.pipeline.scores import example_digest
+from lorafit.jobs.show import shown
+from lorafit.jobs.train import run_training
 from lorafit.report import charts
 from lorafit.report.page import pairs, write_report
 from lorafit.report.story import read_story
 from lorafit.report.words import headline
 from lorafit.runs import folder as run_folder
-from lorafit.shown import shown
+from lorafit.runs.scores import example_digest
 
 PAGE = Path(charts.__file__).with_name("parts.html").read_text(encoding="utf-8")
 
@@ -36,9 +36,9 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[0]["prompt"] = "What of <script>alert(1)</script> & co?"
     data = write_rows(folder / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+        patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
         settings = {"rank": 2, "epochs": 0.5, "validations": 2, "dtype": "fp32"}
-        pipeline.run_training(str(tiny_folder), str(data), folder / "run", settings)
+        run_training(str(tiny_folder), str(data), folder / "run", settings)
     return folder / "run"
 
 

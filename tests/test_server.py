@@ -1205,7 +1205,7 @@ def test_what_could_not_be_stored_is_tried_again(desks: Path, tmp_path: Path, mo
 
 
 def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafit.remote import Remote
+    from lorafit.server.client import Remote
 
     lines = [b'data: {"choices": [{"delta": {"content": "Half"}}]}\n', b"\n", b": still here\n"]
     monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": [{"id": "desk"}]})
@@ -1218,7 +1218,7 @@ def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytes
 
 
 def test_a_stream_is_read_as_its_standard_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafit.remote import Remote
+    from lorafit.server.client import Remote
 
     told = b"""\xef\xbb\xbf: hello
 event: message

@@ -25,7 +25,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         given.update(base=base, data=data, out=out, settings=settings)
         raise SettingsError("enough: stop here")
 
-    monkeypatch.setattr("lorafit.pipeline.run_training", run_training)
+    monkeypatch.setattr("lorafit.jobs.train.run_training", run_training)
     return given
 
 

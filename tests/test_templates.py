@@ -27,18 +27,20 @@ from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.rendering import Rendering
 from lorafit.bases.base import Base, open_base, open_outline
-from lorafit.chat import Chat
 from lorafit.data.examples import Example, Examples, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.thoughts import Parts, parted, text_of
 from lorafit.errors import BaseError, DataError, FormatError, Interrupted, SettingsError
 from lorafit.evaluation.answers import is_right
-from lorafit.pipeline import rendered, run_evaluation, run_training
-from lorafit.pipeline.listener import Silent
+from lorafit.jobs.chat import Chat
+from lorafit.jobs.evaluate import run_evaluation
+from lorafit.jobs.listener import Silent
+from lorafit.jobs.prepare import rendered
+from lorafit.jobs.show import shown
+from lorafit.jobs.train import run_training
 from lorafit.serving import Engine, Request
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.shown import shown
 from lorafit.testing import random_adapter
 from lorafit.training.loop import Moment
 
@@ -127,7 +129,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[datetime]:
             return cls.at
 
     monkeypatch.setattr(theirs, "datetime", Clock)
-    monkeypatch.setattr("lorafit.pipeline.preparing.datetime", Clock)
+    monkeypatch.setattr("lorafit.jobs.prepare.datetime", Clock)
     return Clock
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from conftest import capitals, write_rows
 
-from lorafit import pipeline
 from lorafit.errors import SettingsError
-from lorafit.pipeline.tracked import Tracked
-from lorafit.tracking import TRACKERS, require_tracker
+from lorafit.jobs.listener import Silent
+from lorafit.jobs.tracked import Tracked
+from lorafit.jobs.train import run_training
+from lorafit.runs.tracking import TRACKERS, require_tracker
 from lorafit.training.loop import Moment
 
 SETTINGS = {"epochs": 1.0, "rank": 2, "dtype": "fp32", "val_share": 0.3, "few_shot": 0, "search": "none"}
@@ -68,10 +69,10 @@ def test_tensorboard_is_given_the_curve_and_the_scores_of_a_run(
 def test_a_program_that_is_not_installed_is_refused_before_anything_is_opened_with_its_extra(
     name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.pipeline.preparing.open_base", lambda *_: pytest.fail("a base was opened"))
+    monkeypatch.setattr("lorafit.jobs.prepare.open_base", lambda *_: pytest.fail("a base was opened"))
     rows = write_rows(tmp_path / "rows.jsonl", capitals())
     with pytest.raises(SettingsError, match=rf"--report-to {name}: .* is not installed: pip install '\.\[{name}\]'"):
-        pipeline.run_training(tiny_folder, rows, tmp_path / "run", {**SETTINGS, "report_to": name})
+        run_training(tiny_folder, rows, tmp_path / "run", {**SETTINGS, "report_to": name})
     assert not (tmp_path / "run").exists()
 
 
@@ -79,7 +80,7 @@ def test_none_needs_no_library() -> None:
     require_tracker("none")
 
 
-class Hears(pipeline.Silent):
+class Hears(Silent):
     def __init__(self) -> None:
         self.said: list[str] = []
         self.moments = 0

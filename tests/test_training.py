@@ -23,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from lorafit import pipeline
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
@@ -37,6 +36,7 @@ from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, DivergedError, FormatError, RunError, SettingsError
 from lorafit.evaluation.nll import example_nll
 from lorafit.generation.greedy import generate
+from lorafit.jobs.train import run_training
 from lorafit.planning.rules import all_linear
 from lorafit.tasks.completion import PLAIN, Way, token_nll
 from lorafit.tasks.probe import way_of
@@ -289,7 +289,7 @@ class Runs:
         )  # fmt: skip
 
     def here(self, name: str, resume: bool = False) -> str:
-        pipeline.run_training(str(self.base), str(self.data), self.folder / name, SETTINGS, resume=resume)
+        run_training(str(self.base), str(self.data), self.folder / name, SETTINGS, resume=resume)
         return self.digest(name)
 
     def digest(self, name: str) -> str:
@@ -324,7 +324,7 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(autouse=True, scope="module")
 def without_peft() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.pipeline.training.compare_with_peft", lambda *_: None)
+        patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
         yield
 
 
@@ -396,9 +396,7 @@ def test_resuming_with_another_setting_is_refused_by_name(runs: Runs, whole: str
     (runs.folder / "whole" / "summary.json").rename(runs.folder / "whole" / "summary.away")
     try:
         with pytest.raises(SettingsError, match="rank: 4 when it began, 2 now"):
-            pipeline.run_training(
-                str(runs.base), str(runs.data), runs.folder / "whole", {**SETTINGS, "rank": 2}, resume=True
-            )
+            run_training(str(runs.base), str(runs.data), runs.folder / "whole", {**SETTINGS, "rank": 2}, resume=True)
     finally:
         (runs.folder / "whole" / "summary.away").rename(runs.folder / "whole" / "summary.json")
 

@@ -34,8 +34,8 @@ _PUBLIC = {
     "read_examples": "lorafit.data.reading",
     "render": "lorafit.data.render",
     "renderer_for": "lorafit.data.render",
-    "run_evaluation": "lorafit.pipeline",
-    "run_training": "lorafit.pipeline",
+    "run_evaluation": "lorafit.jobs.evaluate",
+    "run_training": "lorafit.jobs.train",
     "select": "lorafit.layers.site",
     "train": "lorafit.training.loop",
     "uniform": "lorafit.adapters.plan",
@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from lorafit.data.render import renderer_for as renderer_for
     from lorafit.evaluation.compare import compare as compare
     from lorafit.generation.greedy import generate as generate
+    from lorafit.jobs.evaluate import run_evaluation as run_evaluation
+    from lorafit.jobs.train import run_training as run_training
     from lorafit.layers.site import Site as Site
     from lorafit.layers.site import select as select
-    from lorafit.pipeline import run_evaluation as run_evaluation
-    from lorafit.pipeline import run_training as run_training
     from lorafit.planning import decide as decide
     from lorafit.serving.engine import Engine as Engine
     from lorafit.serving.request import Request as Request

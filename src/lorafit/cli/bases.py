@@ -24,8 +24,8 @@ def bases(
     """List the bases at hand, where they are and what they take on disk."""
     from lorafit.bases import gguf
     from lorafit.cli.console import Terminal
-    from lorafit.doctor import bases_at_hand
     from lorafit.files import free_bytes, shown
+    from lorafit.jobs.doctor import bases_at_hand
 
     terminal = Terminal(json)
     gone = gguf.remove(remove) if remove is not None else []

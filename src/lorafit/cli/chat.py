@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from lorafit.cli.console import Terminal
-    from lorafit.remote import Remote
+    from lorafit.server.client import Remote
 
 
 def chat(
@@ -40,7 +40,7 @@ def chat(
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
     from lorafit.errors import InputError, SettingsError
-    from lorafit.remote import Remote
+    from lorafit.server.client import Remote
     from lorafit.settings import settings_from
 
     terminal = Terminal(False)
@@ -54,7 +54,7 @@ def chat(
     require(base=base, adapters=(adapter,))
     from lorafit.adapters.formats import peft
     from lorafit.bases.base import open_base
-    from lorafit.chat import HELP, Chat
+    from lorafit.jobs.chat import HELP, Chat
 
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
     settings = settings_from({"template": template}).template_settings

@@ -62,7 +62,7 @@ def _seen_by(
 ) -> dict[str, dict[str, int]]:  # fmt: skip
     """Show the examples as a base sees them, and count their tokens by split."""
     from lorafit.bases.base import open_outline
-    from lorafit.pipeline import rendered
+    from lorafit.jobs.prepare import rendered
 
     tokens: dict[str, dict[str, int]] = {}
     rows = rendered(open_outline(base, terminal.say, terminal.watch), examples, settings, terminal)[2]

@@ -17,7 +17,7 @@ def demo(
     """Teach the built-in base the help desk of an invented company, and prove it, in under eight minutes."""
     from lorafit.cli.console import Terminal
     from lorafit.cli.train import conclude
-    from lorafit.demo import run_demo
+    from lorafit.jobs.demo import run_demo
 
     terminal = Terminal(json)
     conclude(terminal, run_demo(out, terminal), out, ["train smollm2-135m YOUR.jsonl --out runs/mine"])

@@ -15,8 +15,8 @@ def doctor(
 ) -> None:
     """Look at this machine and, where one is named, at a base. Exit status 0: can train; 2: something is broken."""
     from lorafit.cli.console import Terminal
-    from lorafit.doctor import BROKEN, GOOD, Finding, machine, opened
     from lorafit.errors import BaseError
+    from lorafit.jobs.doctor import BROKEN, GOOD, Finding, machine, opened
 
     terminal = Terminal(json)
 

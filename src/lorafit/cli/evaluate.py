@@ -44,7 +44,7 @@ def evaluate(
     if answers is not None:
         require_new(answers, "--answers")
     require(base=base, data=data, adapters=(adapter, against), settings=settings)
-    from lorafit.pipeline import run_evaluation
+    from lorafit.jobs.evaluate import run_evaluation
 
     if "few_shot" not in typed and (split == "train" or Path(data).is_file()):
         settings = {**settings, "few_shot": 0}  # a file made for training may ask for examples that are not there

@@ -32,7 +32,7 @@ def _told(out: Any, question: str) -> dict[str, Any]:
     from rich.markdown import Markdown
     from rich.text import Text
 
-    from lorafit.explain import answer
+    from lorafit.guide.search import answer
 
     answered = answer(question)
     section, near = answered.section, answered.see_also
@@ -56,7 +56,7 @@ def _listed(out: Any) -> dict[str, Any]:
     """Print the pages of the guide with their sections; returns them."""
     from rich.text import Text
 
-    from lorafit.explain import sections
+    from lorafit.guide.search import sections
 
     pages: dict[str, dict[str, Any]] = {}
     for section in sections():

@@ -10,8 +10,8 @@ from lorafit.adapters.folder import adapter_folder, require_adapter_folder
 from lorafit.bases import locate
 from lorafit.data.reading import require_data
 from lorafit.files import text_of
+from lorafit.runs.tracking import require_tracker
 from lorafit.settings import settings_from
-from lorafit.tracking import require_tracker
 
 
 def require(

@@ -39,7 +39,7 @@ def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], pic
 
     if picture is not None:
         require_new(picture, "--picture")
-    from lorafit.pipeline import run_planning
+    from lorafit.jobs.plan import run_planning
     from lorafit.report.words import clock
 
     found = run_planning(base, data, settings, terminal)

@@ -23,7 +23,7 @@ def refine(run: Annotated[Path, typer.Argument(help="A finished run.")], json: J
     from lorafit.runs.folder import require_run
 
     require_run(run)
-    from lorafit.pipeline.refining import run_refining
+    from lorafit.jobs.refine import run_refining
 
     terminal = Terminal(json)
     found = run_refining(run, terminal)

@@ -44,7 +44,7 @@ def route(
     require(base=base, adapters=named.values())
     for data in examples.values():
         require(data=data)
-    from lorafit.pipeline.routing import run_routing
+    from lorafit.jobs.route import run_routing
 
     found = run_routing([text], named, base, examples, terminal)
     told = found["texts"][0]

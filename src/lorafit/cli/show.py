@@ -26,7 +26,7 @@ def show(
     lorafit show smollm2-135m
     """
     from lorafit.cli.console import Terminal
-    from lorafit.shown import require_shown, shown
+    from lorafit.jobs.show import require_shown, shown
 
     terminal = Terminal(json)
     require_shown(path)

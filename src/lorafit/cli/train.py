@@ -54,7 +54,7 @@ def train(
         assert base is not None and data is not None
         show_plan(terminal, base, data, settings)
         return
-    from lorafit.pipeline import run_training
+    from lorafit.jobs.train import run_training
     from lorafit.training.processes import launched
 
     with launched() as processes:
@@ -74,7 +74,7 @@ def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str])
     """Table, proof that the base is untouched, what to type next. Raises BaseChangedError where it is not."""
     from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
-    from lorafit.oracle import same_as_peft
+    from lorafit.report.words import same_as_peft
     from lorafit.runs.folder import RUN, read_run
 
     terminal.results(summary)

@@ -30,7 +30,7 @@ def trim(
     from lorafit.cli.paths import require
 
     require(adapters=(adapter,))
-    from lorafit.pipeline.trimming import cut, run_trimming
+    from lorafit.jobs.trim import cut, run_trimming
 
     terminal = Terminal(json)
     if to is None:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.evaluation.classifier import NOT_INSTALLED
-from lorafit.oracle import same_as_peft
 
 SURE = 0.05  # probability below which chance is no longer held for the reason
 MORE, FEWER, NOT_SHOWN = "more", "fewer", "not shown"
 SIMPLE = "(TF-IDF with logistic regression)"
 ASIDE = "whatever the case and the white space; JSON and calls by their content"  # how answers equal a reference
+
+
+def same_as_peft(found: Mapping[str, float]) -> bool:
+    """Law 5: within 1e-4 in fp32, or within a hundred-thousandth of what the adapter moves where that is more."""
+    return found["max_logit_difference"] <= max(1e-4, 1e-5 * found["adapter_effect"])
 
 
 def doubt(summary: Mapping[str, Any]) -> str | None:

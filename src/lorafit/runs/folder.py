@@ -29,7 +29,7 @@ from lorafit.files import (
 )
 from lorafit.adapters.rendering import is_time
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.tracking import TENSORBOARD, WANDB
+from lorafit.runs.tracking import TENSORBOARD, WANDB
 from lorafit.version import __version__
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"

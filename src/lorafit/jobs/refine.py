@@ -17,11 +17,11 @@ from lorafit.errors import DivergedError, FormatError, Interrupted, RunError
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import read_json, whole_folder, write_json
-from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.looking_back import told_ladder, trim_trained
-from lorafit.pipeline.memory import keep_freed_memory, on_threads
-from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.searching import Order, carry_out
+from lorafit.jobs.listener import Listener, Silent
+from lorafit.jobs.looking_back import told_ladder, trim_trained
+from lorafit.jobs.machine import keep_freed_memory, on_threads
+from lorafit.jobs.prepare import Opened, open_all
+from lorafit.jobs.search import Order, carry_out
 from lorafit.planning import Choice, Decision
 from lorafit.planning.ladder import Ladder, Rung
 from lorafit.planning.refine import Evidence, Round, changed, judged, next_change

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def compare_with_peft(
             f"{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left")  # fmt: skip
         return None
     say("asking PEFT to read the adapter and compute the same")
-    command = [sys.executable, "-m", "lorafit.with_peft", str(folder.resolve()), str(base.folder.resolve())]
+    command = [sys.executable, "-m", "lorafit.jobs.with_peft", str(folder.resolve()), str(base.folder.resolve())]
     done = subprocess.run(command, input=json.dumps(rows), capture_output=True, text=True, check=False)
     if done.returncode:
         ended = f"its process was ended by signal {-done.returncode}" if done.returncode < 0 else "no reason given"
@@ -56,8 +56,3 @@ def compare_with_peft(
         return None
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
-
-
-def same_as_peft(found: Mapping[str, float]) -> bool:
-    """Law 5: within 1e-4 in fp32, or within a hundred-thousandth of what the adapter moves where that is more."""
-    return found["max_logit_difference"] <= max(1e-4, 1e-5 * found["adapter_effect"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lorafit.bases.base import Base
-from lorafit.pipeline.listener import Listener
+from lorafit.jobs.listener import Listener
 from lorafit.planning.memory import MARGIN, USABLE, Room
 from lorafit.settings import bytes_of
 

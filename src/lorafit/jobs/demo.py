@@ -10,7 +10,8 @@ from typing import Any
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
-from lorafit.pipeline import Listener, run_training
+from lorafit.jobs.listener import Listener
+from lorafit.jobs.train import run_training
 from lorafit.runs.folder import RUN, SUMMARY, WRITTEN, left_by_kills, sole_writer
 from lorafit.training.loop import RESUME_HINT
 

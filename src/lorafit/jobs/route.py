@@ -10,7 +10,7 @@ from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base, open_base
 from lorafit.errors import AdapterError, BaseError
 from lorafit.files import whole_file
-from lorafit.pipeline.listener import Listener, Silent
+from lorafit.jobs.listener import Listener, Silent
 from lorafit.prepared import prepare
 from lorafit.routing import Features, Router, elsewhere, features_of, fit, learnable
 from lorafit.settings import settings_from

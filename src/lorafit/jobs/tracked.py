@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import SettingsError
-from lorafit.pipeline.listener import Listener
-from lorafit.pipeline.preparing import Opened
+from lorafit.jobs.listener import Listener
+from lorafit.jobs.prepare import Opened
+from lorafit.runs.tracking import TENSORBOARD, TRACKERS, WANDB, Tracker
 from lorafit.settings import TrainSettings
-from lorafit.tracking import TENSORBOARD, TRACKERS, WANDB, Tracker
 from lorafit.training.loop import Moment
 
 

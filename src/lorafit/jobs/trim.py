@@ -27,9 +27,9 @@ from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
 from lorafit.evaluation.nll import example_nll
 from lorafit.files import make_folder, read_json, whole_file
-from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.memory import keep_freed_memory
-from lorafit.pipeline.preparing import opened_base, rendered
+from lorafit.jobs.listener import Listener, Silent
+from lorafit.jobs.machine import keep_freed_memory
+from lorafit.jobs.prepare import opened_base, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
 from lorafit.planning.trim import Moments, require_pairs, share_of, smallest_share, trimmed
 from lorafit.prepared import prepare

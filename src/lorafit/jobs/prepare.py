@@ -23,8 +23,8 @@ from lorafit.data.report import DataReport
 from lorafit.errors import DataError, Problem
 from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
-from lorafit.pipeline.listener import Listener
-from lorafit.pipeline.memory import Meter, room_of
+from lorafit.jobs.listener import Listener
+from lorafit.jobs.machine import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
 from lorafit.planning.memory import as_begun, fit, footprint, room_to_answer, steps_of, with_losses
 from lorafit.prepared import prepare, sifted

@@ -11,10 +11,10 @@ from lorafit.adapters.formats import peft
 from lorafit.evaluation.forgetting import forgetting
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import make_folder, write_json
-from lorafit.pipeline.listener import Listener
-from lorafit.pipeline.preparing import Opened
-from lorafit.pipeline.searching import some, spread_over
-from lorafit.pipeline.trimming import ladder_of, write_moments
+from lorafit.jobs.listener import Listener
+from lorafit.jobs.prepare import Opened
+from lorafit.jobs.search import some, spread_over
+from lorafit.jobs.trim import ladder_of, write_moments
 from lorafit.planning import Decision
 from lorafit.planning.importance import ablations, examples_for, first_order, parts_of
 from lorafit.planning.ladder import Ladder, kept_whole

@@ -20,8 +20,8 @@ from lorafit.errors import DivergedError
 from lorafit.evaluation.nll import example_nll, require_finite
 from lorafit.evaluation.statistics import FEWEST, detectable, groups_of
 from lorafit.files import make_folder, read_json, write_json
-from lorafit.pipeline.listener import Listener
-from lorafit.pipeline.preparing import Opened
+from lorafit.jobs.listener import Listener
+from lorafit.jobs.prepare import Opened
 from lorafit.planning import Decision
 from lorafit.planning.halving import (
     MOST_PLACES,

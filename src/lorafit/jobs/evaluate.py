@@ -18,13 +18,13 @@ from lorafit.errors import AdapterError, DataError, InputError, Problem, Setting
 from lorafit.evaluation.compare import compare
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.files import require_new, write_text
-from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.memory import keep_freed_memory, peak_gb
-from lorafit.pipeline.preparing import opened_base, render_all
-from lorafit.pipeline.scores import answer_lines, example_digest, scores_json
+from lorafit.jobs.listener import Listener, Silent
+from lorafit.jobs.machine import keep_freed_memory, peak_gb
+from lorafit.jobs.prepare import opened_base, render_all
 from lorafit.prepared import prepare, require_passing, sifted
 from lorafit.report.result import Result
 from lorafit.runs.folder import RUN, count_opening, read_run, remembered, tested
+from lorafit.runs.scores import answer_lines, example_digest, scores_json
 from lorafit.settings import settings_from
 from lorafit.tasks.probe import way_of
 

@@ -22,18 +22,10 @@ from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.compare import asked_of
 from lorafit.evaluation.nll import example_nll
-from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.memory import keep_freed_memory
-from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.searching import (
-    look,
-    obstacle,
-    places_cost,
-    places_tried,
-    rates_tried,
-    spread_over,
-    told_by,
-)
+from lorafit.jobs.listener import Listener, Silent
+from lorafit.jobs.machine import keep_freed_memory
+from lorafit.jobs.prepare import Opened, open_all
+from lorafit.jobs.search import look, obstacle, places_cost, places_tried, rates_tried, spread_over, told_by
 from lorafit.planning import halving
 from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of

@@ -21,17 +21,16 @@ from lorafit.data.reading import BUILTIN
 from lorafit.errors import BaseError, DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import absolute, make_folder, write_json, write_text
-from lorafit.oracle import compare_with_peft
-from lorafit.pipeline.extras import Extras
-from lorafit.pipeline.listener import Listener, Silent
-from lorafit.pipeline.looking_back import forgotten, sites_that_mattered, told_ladder, trim_trained
-from lorafit.pipeline.memory import keep_freed_memory, left_of, on_threads, peak_gb
-from lorafit.pipeline.planning import disk_of, forecast
-from lorafit.pipeline.preparing import Opened, open_all
-from lorafit.pipeline.refining import Standing, figures_of, history_of, refine, write_plan
-from lorafit.pipeline.scores import answer_lines, scores_json
-from lorafit.pipeline.searching import Order, carry_out, search, start_of
-from lorafit.pipeline.tracked import Tracked, tracked
+from lorafit.jobs.extras import Extras
+from lorafit.jobs.listener import Listener, Silent
+from lorafit.jobs.looking_back import forgotten, sites_that_mattered, told_ladder, trim_trained
+from lorafit.jobs.machine import keep_freed_memory, left_of, on_threads, peak_gb
+from lorafit.jobs.peft_oracle import compare_with_peft
+from lorafit.jobs.plan import disk_of, forecast
+from lorafit.jobs.prepare import Opened, open_all
+from lorafit.jobs.refine import Standing, figures_of, history_of, refine, write_plan
+from lorafit.jobs.search import Order, carry_out, search, start_of
+from lorafit.jobs.tracked import Tracked, tracked
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.result import Result
@@ -58,8 +57,9 @@ from lorafit.runs.folder import (
     sole_writer,
     versions,
 )
+from lorafit.runs.scores import answer_lines, scores_json
+from lorafit.runs.tracking import require_tracker
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.tracking import require_tracker
 from lorafit.training.processes import ALONE, Processes
 from lorafit.training.trunk import room_for
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from lorafit.errors import Interrupted
-from lorafit.pipeline.listener import Listener
+from lorafit.jobs.listener import Listener
 
 T = TypeVar("T")
 

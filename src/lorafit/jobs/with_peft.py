@@ -1,6 +1,6 @@
 """Load an adapter folder in PEFT itself and compare its logits with ours, in fp32, in a process of its own.
 
-    python -m lorafit.with_peft ADAPTER BASE        rows of token ids as JSON on stdin; prints one JSON object
+    python -m lorafit.jobs.with_peft ADAPTER BASE        rows of token ids as JSON on stdin; prints one JSON object
 
 PEFT is the oracle and no dependency: this is the only file that imports it, and nothing imports this file.
 """
