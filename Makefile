@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # On Linux without a GPU, spare the CUDA download: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+# Tests that run beside each other, each with a share of the cores: about 2 GB of memory each.
+WORKERS ?= 2
 # What a benchmark is given: make bench-train BENCH_FLAGS="--data e2e --record"
 BENCH_FLAGS ?=
 BIN := .venv/bin
@@ -12,10 +14,10 @@ demo: .venv/ready
 	$(BIN)/lorafit demo --out runs/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

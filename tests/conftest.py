@@ -29,7 +29,12 @@ from lorafit.bases.builtin import is_at_hand
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-torch.set_num_threads(2)
+
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # tests run beside each other, with a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"

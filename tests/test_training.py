@@ -253,7 +253,9 @@ SETTINGS = {
     "epochs": 40.0, "batch_size": 4, "rank": 4, "dropout": 0.1, "dtype": "fp32", "patience": 99, "validations": 8,
 }  # fmt: skip
 WITHOUT_PEFT = "import sys; sys.modules['peft'] = None\n"  # spares every run the check by PEFT
-COMMAND = WITHOUT_PEFT + "from lorafit.cli import main; main()"
+# Under nohup a hangup is ignored, and so it is by what runs there: whoever runs the tests so must not change them.
+HANGS_UP = "import signal; hasattr(signal, 'SIGHUP') and signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+COMMAND = WITHOUT_PEFT + HANGS_UP + "from lorafit.cli import main; main()"
 HANGS_AT_STEP_70 = """
 import sys, time
 from pathlib import Path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.attachment.attention.packing import Segments
+from lorafit.attachment.packing import Segments
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 

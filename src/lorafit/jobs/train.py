@@ -151,8 +151,8 @@ def _run(
         write_plan(decision, out)
     if found.forward:
         at_start = replace(opened, decision=decision, start=start_of(opened, decision.plan))
-        room = room_for(out, resolved.trunk_bytes)
-        cost = forecast(at_start, resolved, room, found.forward, processes.count)
+        kept = room_for(out, resolved.trunk_bytes)
+        cost = forecast(at_start, resolved, kept, found.forward, processes.count)
         listener.say(f"about {clock(cost.seconds)} of training and {clock(cost.evaluation)} of evaluation are ahead")
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")

@@ -17,7 +17,7 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
 from lorafit.attachment.adapters import attach
 from lorafit.attachment.attention import packing
-from lorafit.attachment.attention.packing import SHORT
+from lorafit.attachment.packing import SHORT
 from lorafit.attachment.blocks import blocks_below, blocks_of, recomputing
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
