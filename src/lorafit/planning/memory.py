@@ -17,8 +17,8 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
 from lorafit.attachment.adapters import attach
 from lorafit.attachment.attention import packing
-from lorafit.attachment.packing import SHORT
 from lorafit.attachment.blocks import blocks_below, blocks_of, recomputing
+from lorafit.attachment.packing import SHORT
 from lorafit.bases.base import Base
 from lorafit.data.batches import by_tokens, epoch_order
 from lorafit.data.render import Row
