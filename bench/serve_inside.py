@@ -76,7 +76,7 @@ def stall_ms(engine: Engine, prompt: Sequence[int], folders: Sequence[Path]) -> 
 
 def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None]) -> dict[str, float]:
     """ms of a decode step by part, the mean of 40 steps."""
-    decoder = engine._decoder
+    decoder = engine._steps.decoder
     if decoder is None:
         return {}
     requests = [Request(tuple(p), n, max_tokens=60, ignore_end=True) for p, n in zip(prompts, names, strict=True)]

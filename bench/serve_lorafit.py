@@ -38,8 +38,8 @@ def main() -> None:
                 engine.adapters.remove(version.name)
             asking = [list(adapters)[i % 8] for i in range(16)]
             about["registered"] = registered(engine, job["prompts"], asking, more)
-        if engine._decoder is not None:  # ms of a step in one call, and by layers, as measured when it opened
-            timings = engine._decoder.timings
+        if engine._steps.decoder is not None:  # ms of a step in one call, and by layers, as measured when it opened
+            timings = engine._steps.decoder.timings
             about["step_ms"] = {rows: [1000 * seconds for seconds in timings.at(rows)] for rows in timings.rows}
         if job["inside"]:
             names, prompts = list(adapters)[:8], job["prompts"]

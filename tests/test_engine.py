@@ -254,9 +254,9 @@ def test_a_step_in_one_call_gives_what_the_model_gives(
              for n in (2, 9, 30)]  # fmt: skip
     found = []
     with Engine(base, own, slots=4, eight_bit=eight_bit) as engine:
-        for own_way in (engine._decoder, None):
+        for own_way in (engine._steps.decoder, None):
             assert own_way is not None or found
-            engine._decoder = own_way
+            engine._steps.decoder = own_way
             if own_way is not None:
                 own_way.timings = FIRST  # whatever is faster with matrices so small
             results = [answer.result() for answer in [engine.submit(request) for request in asked]]
@@ -289,7 +289,7 @@ def stepped(engine: Engine, texts: Sequence[Sequence[int]], owners: Sequence[Loa
     slots = [Slot(i) for i in range(len(texts))]
     for start, end in ((0, read), (read, None)):
         ids = [list(text[start:end]) for text in texts]
-        logits = engine._forward(slots, ids, owners, [1.0] * len(ids), [True] * len(ids))
+        logits = engine._steps.forward(slots, ids, owners, [1.0] * len(ids), [True] * len(ids))
         for slot, part in zip(slots, ids, strict=True):
             slot.held += part
     return logits.float()
@@ -312,27 +312,27 @@ def test_steps_of_any_number_of_rows_give_what_the_model_gives_either_way(
     assert float(((adapted - bare).norm(dim=1) / bare.norm(dim=1)).min()) > 0.5, "the adapter says nothing of its own"
     within = 1e-3 if dtype == torch.float32 else 0.1  # what a base must keep to for an engine to open
     with Engine(base, {"a": adapter}, slots=40) as engine:
-        assert engine._decoder is not None
-        engine._decoder.timings, engine._mixer.products.timings = timings, products
+        assert engine._steps.decoder is not None
+        engine._steps.decoder.timings, engine._steps.mixer.products.timings = timings, products
         loaded = engine.adapters.find("a").loaded
         # one token of each text in the second step, and pieces of texts
         for count, read in ((1, 19), (8, 19), (16, 19), (17, 19), (40, 19), (1, 3), (4, 10)):
             bares = count // 3  # the others are one part, of up to 27 rows
-            before = engine._decoder.spent.copy()
+            before = engine._steps.decoder.spent.copy()
             owners = [None] * bares + [loaded] * (count - bares)
             found = in_its_thread(engine, partial(stepped, engine, texts[:count], owners, read))
             wanted = torch.cat((bare[:bares], adapted[bares:count]))
             off = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
             assert float(off.max()) < within, f"{count} texts from token {read}"
-            assert bool((engine._decoder.spent > before).any()) == (timings is FIRST)
+            assert bool((engine._steps.decoder.spent > before).any()) == (timings is FIRST)
 
 
 def one_call(engine: Engine, rows: int, owner: Loaded | None) -> bool:
     """Whether a step of so many rows was one call."""
-    assert engine._decoder is not None
-    before = engine._decoder.spent.copy()
-    engine._forward([Slot(0)], [[97] * rows], [owner], [1.0], [True])
-    return bool((engine._decoder.spent > before).any())
+    assert engine._steps.decoder is not None
+    before = engine._steps.decoder.spent.copy()
+    engine._steps.forward([Slot(0)], [[97] * rows], [owner], [1.0], [True])
+    return bool((engine._steps.decoder.spent > before).any())
 
 
 @pytest.mark.usefixtures("compiled")
@@ -342,7 +342,7 @@ def test_a_step_is_one_call_where_that_was_measured_to_be_faster(
     timings = Timings((1, 9), (1.0, 9.0), (5.0, 5.0))
     monkeypatch.setattr(decoder, "compared", lambda ways, counts: timings)
     with Engine(base, {name: adapters[name] for name in ("a", "dora")}) as engine:
-        assert engine._decoder is not None and not engine._decoder.spent.any()
+        assert engine._steps.decoder is not None and not engine._steps.decoder.spent.any()
         found = [in_its_thread(engine, partial(one_call, engine, rows, None)) for rows in range(1, 12)]
         assert found == [rows <= 5 for rows in range(1, 12)]
         assert in_its_thread(engine, partial(one_call, engine, 3, engine.adapters.find("a").loaded))
@@ -359,12 +359,12 @@ def test_what_is_timed_both_ways_is_one_and_the_same(dtype: torch.dtype, monkeyp
     for bytes_timed, share in ((1, 1 / len(base.model.model.layers)), (1 << 30, 1.0)):
         monkeypatch.setattr(decoder, "bytes_for", lambda rows, some=bytes_timed: some)
         with Engine(base, slots=4, room=24) as engine:
-            assert engine._decoder is not None
-            assert max(engine._decoder.timings.rows) <= 4 * 24, "no more rows than the slots have room for"
+            assert engine._steps.decoder is not None
+            assert max(engine._steps.decoder.timings.rows) <= 4 * 24, "no more rows than the slots have room for"
             for rows in (1, 4, 5, 40, 96):
 
                 def both(rows: int = rows) -> tuple[object, object, float]:
-                    first, second, part = engine._decoder._ways(rows, engine._slots)
+                    first, second, part = engine._steps.decoder._ways(rows, engine._steps.slots)
                     return first(), second(), part
 
                 one_call, layers, part = in_its_thread(engine, both)
@@ -378,8 +378,8 @@ def test_attention_that_left_the_numbers_is_seen_in_a_step_of_one_call(base: Bas
     queries = random_adapter(base, plan, 3, size=0.15)
     huge = Adapter(plan, {key: t * 1e20 for key, t in queries.tensors.items()}, queries.base, queries.base_name)
     with Engine(base) as engine:
-        assert engine._decoder is not None
-        engine._decoder.timings = FIRST
+        assert engine._steps.decoder is not None
+        engine._steps.decoder.timings = FIRST
         version = engine.adapters.add("huge", huge)
         engine.adapters.publish(version)
         with pytest.raises(RequestError, match="gives no finite numbers"):
@@ -717,10 +717,10 @@ def test_a_probe_that_cannot_be_run_ends_nothing_else(
     with Engine(base, adapters) as engine:
         running = engine.submit(plain("b", max_tokens=200))
         next(iter(running))
-        whole = engine._forward
+        whole = engine._steps.forward
 
         def full(slots: list[object], *rest: object) -> torch.Tensor:
-            if engine._slots.probing[0] in slots:
+            if engine._steps.slots.probing[0] in slots:
                 raise MemoryError("full")
             return whole(slots, *rest)  # type: ignore[arg-type]
 
@@ -892,7 +892,7 @@ def soak(base: Base, requests: int) -> None:
         [one.join() for one in clients]
         assert not wrong
         stats = engine.stats()
-        assert stats.running == stats.waiting == 0 and not any(slot.busy for slot in engine._slots.slots)
+        assert stats.running == stats.waiting == 0 and not any(slot.busy for slot in engine._steps.slots.slots)
         assert len(engine.adapters.listed()) == 12
 
 
@@ -936,7 +936,7 @@ def test_on_the_real_base_rows_part_at_near_ties_alone(dtype: torch.dtype) -> No
             for request in (request for request in requests if request.adapter == name):
                 by_itself.append(engine.submit(request).result())
                 assert by_itself[-1].known == 0
-                engine._slots.slots[0].held = []
+                engine._steps.slots.slots[0].held = []
     assert len({result.text for result in by_itself}) > len(own), "the adapters say nothing of their own"
     for one, other in zip(together, by_itself, strict=True):
         tokens += len(one.tokens)

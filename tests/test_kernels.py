@@ -166,13 +166,13 @@ def test_a_row_that_left_the_numbers_tells_so_and_leaves_the_others_alone(level:
 def answers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[list[list[float]], list[list[int]]]:
     """Log-probabilities of all answers, asked so that prompts are read beside answers; and what each step read."""
     read: list[list[int]] = []
-    real = engine._mixer.begin
+    real = engine._steps.mixer.begin
 
     def begin(owners: Sequence[object], scales: Sequence[float], lengths: Sequence[int], kept: object) -> None:
         read.append(list(lengths))
         real(owners, scales, lengths, kept)  # type: ignore[arg-type]
 
-    engine._mixer.begin = begin  # type: ignore[method-assign]
+    engine._steps.mixer.begin = begin  # type: ignore[method-assign]
     first = engine.submit(Request(prompts[0], "small", max_tokens=60, logprobs=5, ignore_end=True))
     next(iter(first))
     rest = [engine.submit(Request(prompt, name, max_tokens=8, logprobs=5, ignore_end=True))
@@ -190,12 +190,12 @@ def test_an_engine_on_them_answers_as_one_without(level: str) -> None:
                         for which, rank in ((["*_proj"], 3), (["mlp.*", "lm_head"], 13)))  # fmt: skip
         own = {"small": random_adapter(base, small, 1, size=0.15), "large": random_adapter(base, large, 2, size=0.15)}
         with Engine(base, own, native=native) as engine:
-            if engine._decoder is not None:
-                engine._decoder.timings = FIRST
+            if engine._steps.decoder is not None:
+                engine._steps.decoder.timings = FIRST
             told, read = answers(engine, prompts)
             found.append(told)
             assert any(1 in step and max(step) > 1 for step in read), "no step had both a prompt and an answer"
-            assert not native or (engine._decoder is not None and (engine._decoder.spent > 0).all())
+            assert not native or (engine._steps.decoder is not None and (engine._steps.decoder.spent > 0).all())
     for here, there in zip(*found, strict=True):
         assert here == pytest.approx(there, abs=1e-4)
 

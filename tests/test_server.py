@@ -640,7 +640,7 @@ def counted(server: Running, name: str, **labels: str) -> float:
 
 def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let its answers take seconds."""
-    real = engine._forward
+    real = engine._steps.forward
 
     def forward(*given: Any) -> torch.Tensor:
         time.sleep(0.01)

@@ -207,7 +207,7 @@ def test_a_fault_of_the_server_is_no_fault_of_the_request(root: Path) -> None:
         version.folder.rename(version.folder.with_name("away"))
         answer = running.ask("returns")
         assert answer.status_code == 503 and answer.headers["retry-after"] and str(root) not in answer.text
-        forward = engine._forward
+        forward = engine._steps.forward
 
         def slowly(*given: Any) -> Any:
             time.sleep(0.02)
@@ -216,7 +216,7 @@ def test_a_fault_of_the_server_is_no_fault_of_the_request(root: Path) -> None:
         def broken() -> None:
             raise RuntimeError("the driver died")
 
-        engine._forward = slowly  # type: ignore[method-assign]
+        engine._steps.forward = slowly  # type: ignore[method-assign]
         with ThreadPoolExecutor(2) as pool:
             long = {"max_tokens": 300, "ignore_eos": True}
             whole, stream = (
@@ -224,7 +224,7 @@ def test_a_fault_of_the_server_is_no_fault_of_the_request(root: Path) -> None:
                 pool.submit(running.ask, "tiny", stream=True, **long),
             )
             time.sleep(0.3)
-            engine._drop_cancelled = broken  # type: ignore[method-assign]
+            engine._scheduler.drop_cancelled = broken  # type: ignore[method-assign]
             assert whole.result().status_code == 503 and "driver" not in whole.result().text
             assert "ServiceUnavailableError" in stream.result().text.strip().split("\n")[-1]
 
@@ -260,13 +260,13 @@ def test_a_key_whose_requests_are_used_up_has_nothing_read_by_the_router(root: P
 
 def test_many_questions_for_the_router_keep_nobody_waiting(root: Path) -> None:
     with served(root) as running, ThreadPoolExecutor(60) as pool:
-        forward = running.service.engine._forward
+        forward = running.service.engine._steps.forward
 
         def slowly(*given: Any) -> Any:
             time.sleep(0.05)
             return forward(*given)
 
-        running.service.engine._forward = slowly  # type: ignore[method-assign]
+        running.service.engine._steps.forward = slowly  # type: ignore[method-assign]
         busy = [pool.submit(running.ask, "tiny", max_tokens=20, ignore_eos=True) for _ in range(4)]
         asked = [pool.submit(running.ask, "auto", max_tokens=1) for _ in range(50)]
         began = time.perf_counter()

@@ -8,15 +8,13 @@ steps requests come and go, and adapters too.
 from __future__ import annotations
 
 import atexit
-import inspect
 import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -28,63 +26,32 @@ from torch import Tensor
 from lorafit import routing
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.rendering import Rendering, Scalar
-from lorafit.attachment.adapters import adapting
-from lorafit.attachment.attention import attending
-from lorafit.attachment.blocks import inputs_of_blocks
 from lorafit.attachment.checks import require_bare
 from lorafit.bases.base import Base
 from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import (
-    AdapterError,
     BaseError,
-    BusyError,
     CancelledError,
     LorafitError,
-    NotServedError,
     RequestError,
     SettingsError,
 )
-from lorafit.generation.text import Until, Words
 from lorafit.serving.beside import Aside, Probe
-from lorafit.serving.decoder import decoder_of
-from lorafit.serving.families import PIECES, at_once, require_same, same_for_all, servable
-from lorafit.serving.mixing import Loaded, Mixer
-from lorafit.serving.native import kernels
+from lorafit.serving.families import same_for_all, servable
 from lorafit.serving.pace import Pace
 from lorafit.serving.pool import Pool, Version
-from lorafit.serving.products import Products
-from lorafit.serving.request import Answer, Piece, Request, Result, Token, require_valid
-from lorafit.serving.rows import Asked, Row
-from lorafit.serving.sampling import Grammar, Sampler, grammar_tokenizer
-from lorafit.serving.slots import NAME, WORTH, Key, Slot, Slots, Step, attention, common
-from lorafit.serving.turns import Turns
+from lorafit.serving.request import Answer, Piece, Request, Result, require_valid
+from lorafit.serving.rows import Asked
+from lorafit.serving.sampling import Grammar, grammar_tokenizer
+from lorafit.serving.scheduler import Scheduler
+from lorafit.serving.stats import Stats
+from lorafit.serving.step import Steps
 
 ROOM = 2048  # tokens of a slot, where the base reads as many
 RENDERERS = 256  # that are kept, by system prompt: each looks through its template once
 ASIDE = 0.02  # seconds that work aside may take between two steps; one piece is done at least
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the engine is doing, and what it has done since it began. answering, queued: adapters of requests that are
-    answered, and that wait, the bare base apart; served: tokens by adapter, of prompts and answers; `seconds` of steps,
-    and of that in the model."""
-
-    running: int = 0
-    waiting: int = 0
-    answering: frozenset[str] = frozenset()
-    queued: frozenset[str] = frozenset()
-    slots_used: float = 0.0
-    prompt_tokens: int = 0
-    known_tokens: int = 0
-    tokens: int = 0
-    requests: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    model_seconds: float = 0.0
-    served: Mapping[str | None, int] = field(default_factory=dict)
 
 
 def _renderer_of(base: Base, trained: str, system: str | None, told: str) -> Renderer:
@@ -124,42 +91,26 @@ class Engine:
         self.base = base
         self._renderers = lru_cache(RENDERERS)(partial(_renderer_of, base))
         self._renderer = renderer or (self.renderer() if base.tokenizer is not None else None)
-        self._model = servable(base)
         require_bare(base)
         given = {"slots": slots, "room": 2 if room is None else room - 1, "queue": queue + 1, "stall": stall}
         if wrong := [name for name, value in given.items() if not value > 0]:
             raise SettingsError(f"{', '.join(wrong)}: too small: choose at least 1 slot, a room of 2, a queue of 0")
-        self.room = min(room or ROOM, base.context or room or ROOM, same_for_all(self._model) or room or ROOM)
-        self.slots, self.queue, self._pace = slots, queue, Pace(stall)
-        self.vocabulary = int(self._model.config.get_text_config().vocab_size)
-        self._head_alone = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        alike = all(one.dtype == base.dtype for one in self._model.parameters())  # the kernels read one dtype
-        found = kernels(base.dtype, base.device) if native and alike else None
-        if eight_bit and found is None:
-            raise BaseError(
-                "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
-            )
-        self._mixer = Mixer(Products(base, found, eight_bit, timed), base.device)
-        numbers = {site.path: number for number, site in enumerate(base.sites)}
-        self._decoder = decoder_of(self._model, self._mixer, numbers)
-        self._slots = Slots(slots, max(self.room, sum(PIECES)), found)
+        model = servable(base)
+        self.room = min(room or ROOM, base.context or room or ROOM, same_for_all(model) or room or ROOM)
+        self.slots, self._pace = slots, Pace(stall)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self._steps = Steps(base, slots, self.room, native=native, eight_bit=eight_bit, timed=timed)
         if warm_bytes is None:
             warm_bytes = 0 if base.device.type == "cpu" else 4 << 30
         self.adapters = Pool(base, hot_bytes, warm_bytes, accept_unknown_base)
         self._grammars: Any = None
         self._grammar_lock = threading.Lock()
         self._lock = threading.Condition()
-        self._turns = Turns()
+        self._scheduler = Scheduler(self.adapters, self._steps.slots, base.tokenizer, queue, self.room, self._lock)
         self._probes: deque[Probe] = deque()
         self._asides: deque[Aside] = deque()
-        self._rows: list[Row] = []
-        self._beginning: list[str | None] = []
-        self._stats = Stats()
         self._closing = False
-        self._reader = ThreadPoolExecutor(1, "lorafit-adapters")
-        self._heating: dict[Version, Future[Loaded]] = {}
-        expected = [at_once(self._model)]
-        self._thread = threading.Thread(target=self._run, args=(expected,), name="lorafit-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lorafit-engine", daemon=True)
         self._measured: Future[None] = Future()
         self._thread.start()
         atexit.register(self.close)  # a thread inside torch when the interpreter ends would abort the process
@@ -192,7 +143,7 @@ class Engine:
             self._lock.notify_all()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._scheduler.close()
 
     # What others ask, from any thread
 
@@ -213,12 +164,7 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise CancelledError("the engine is closed: open another")
-            free = self.slots - len(self._rows) - len(self._beginning)
-            if len(self._turns) >= self.queue + free:
-                raise BusyError(f"{self.queue} requests are waiting already: ask again later")
-            if version is not None:
-                self.adapters.enter(version, 1)
-            self._turns.add(asked, [*(row.asked.name for row in self._rows), *self._beginning])
+            self._scheduler.add(asked)
             self._lock.notify_all()
         return answer
 
@@ -296,20 +242,11 @@ class Engine:
         def pieces() -> Generator[None, None, Tensor]:
             found = []
             for ids in asked:
-                found.append(self._features(ids, depths))
+                found.append(self._steps.features(ids, depths))
                 yield
             return torch.stack(found)
 
         return self.aside(pieces())
-
-    def _features(self, ids: list[int], depths: Sequence[int]) -> Tensor:
-        slot = self._slots.probing[0]
-        tokens = torch.tensor([ids], device=self.base.device)
-        step = Step.of(self._slots, [slot], [len(ids)], self.base.device)
-        self._mixer.begin([None], [1.0], [len(ids)], None)
-        with inputs_of_blocks(self.base, depths) as streams:
-            self._model(input_ids=tokens, position_ids=step.positions, use_cache=False, step=step)
-        return routing.pooled([stream[0] for stream in streams])
 
     def unload(self, name: str) -> list[Version]:
         """Serve `name`, or the version `name@3`, no longer. What is being answered, or waits, is answered still."""
@@ -320,11 +257,7 @@ class Engine:
         return self.adapters.rollback(name)
 
     def stats(self) -> Stats:
-        with self._lock:
-            answering = frozenset(row.asked.name for row in self._rows if row.asked.name)
-            queued = frozenset(asked.name for asked in self._turns if asked.name)
-            return replace(self._stats, running=len(self._rows), waiting=len(self._turns), answering=answering,
-                           queued=queued, slots_used=self._slots.used, served=dict(self._turns.served))  # fmt: skip
+        return self._scheduler.stats()
 
     def _grammar(self, request: Request) -> Grammar | None:
         kept = request.schema if request.grammar is None else request.grammar
@@ -338,15 +271,9 @@ class Engine:
 
     # What the thread does that owns the model
 
-    def _run(self, expected: list[tuple[list[list[int]], Tensor]]) -> None:
+    def _run(self) -> None:
         try:
-            with ExitStack() as held:
-                held.enter_context(torch.inference_mode())
-                held.enter_context(attending(self.base, NAME, attention))
-                held.enter_context(adapting(self.base, self._mixer.change))
-                self._require_servable(*expected.pop())  # needed no longer than this takes
-                if self._decoder is not None:
-                    self._decoder.measure(self._slots)
+            with self._steps.owning():
                 self._measured.set_result(None)
                 while self._turn():
                     pass
@@ -360,36 +287,30 @@ class Engine:
     def _end_all(self, error: LorafitError) -> None:
         with self._lock:
             self._closing = True
-            waiting = self._turns.drop(lambda asked: True)
-            rows, self._rows = self._rows, []
-            probes = list(self._probes)
+            waiting = [*(probe.done for probe in self._probes), *(aside.done for aside in self._asides)]
             self._probes.clear()
-            asides = list(self._asides)
             self._asides.clear()
-        self._mixer.end()
-        self._slots.layers.clear()
-        for asked in [*waiting, *(row.asked for row in rows)]:
-            self._end(asked, error)
-        for done in [*(probe.done for probe in probes), *(aside.done for aside in asides)]:
+        self._steps.forget()
+        self._scheduler.end_all(error)
+        for done in [*waiting, self._measured]:
             if not done.done():
                 done.set_exception(error)
-        if not self._measured.done():
-            self._measured.set_exception(error)
 
     def _turn(self) -> bool:
         """One step, or a wait for something to do. False once the engine is closed."""
+        scheduler = self._scheduler
         with self._lock:
-            while not (self._closing or self._probes or self._asides or self._rows or self._ready()):
-                self._mixer.end()
-                self._lock.wait(0.05 if self._turns else None)
+            while not (self._closing or self._probes or self._asides or scheduler.rows or scheduler.ready()):
+                self._steps.mixer.end()
+                self._lock.wait(0.05 if scheduler.waits else None)
             if self._closing:
                 return False
             probe = self._probes[0] if self._probes else None  # it stays there until it is answered, however this ends
         began = time.monotonic()
         self._go_on_aside(began + ASIDE)
-        self._drop_cancelled()
-        self._admit()
-        if self._rows or probe:
+        scheduler.drop_cancelled()
+        scheduler.admit()
+        if scheduler.rows or probe:
             try:
                 self._step(began, probe)
             except Exception as error:  # a full memory, in whatever way it shows: the next requests find it emptier
@@ -397,8 +318,8 @@ class Engine:
                 if probe and not probe.done.done():
                     probe.fail(why)
                 else:
-                    for row in list(self._rows):
-                        self._break_off(row, CancelledError(f"{why}: ask again, with lower slots or room"))
+                    for row in list(scheduler.rows):
+                        scheduler.break_off(row, CancelledError(f"{why}: ask again, with lower slots or room"))
         if probe:
             with self._lock:
                 self._probes.popleft()
@@ -417,92 +338,9 @@ class Engine:
             if time.monotonic() > end:
                 return
 
-    def _ready(self) -> bool:
-        """Whether some request that waits could be begun on; has adapters read that are on disk alone."""
-        return any(asked.answer.is_cancelled for asked in self._turns) or any(self._turns.offers(self._can_begin))
-
-    def _can_begin(self, asked: Asked) -> bool:
-        """Whether its adapter is hot, and no other request is just reading what it would read too: the keys and values
-        of a system prompt that many have in common are computed once, also where they all come at once."""
-        if not self._heated(asked):
-            return False
-        prompt, key = asked.answer.request.prompt, self._key(asked)
-        coming = [common(row.ids, prompt) for row in self._rows if row.slot.key == key and row.left > 1]
-        return not coming or max(coming) < WORTH + max(common(held, prompt) for held in self._slots.of(key))
-
-    def _heated(self, asked: Asked) -> bool:
-        """Whether its adapter is hot. One that is not is read by another thread, and others go before it."""
-        version = asked.version
-        if version is None or version.loaded is not None:
-            self._heating.pop(version, None) if version else None
-            return True
-        if version not in self._heating:
-            if any(not reading.done() for reading in self._heating.values()):
-                return False  # one is read at a time, in the order of turns
-            self._heating[version] = self._reader.submit(self.adapters.heat, version)
-        return self._heating[version].done()
-
-    def _drop_cancelled(self) -> None:
-        for row in [row for row in self._rows if row.asked.answer.is_cancelled]:
-            if row.tokens:
-                self._leave(row)
-                row.asked.answer.put(row.cancelled())
-                self._end(row.asked, row.result("cancelled"))
-            else:
-                self._break_off(row, CancelledError("cancelled before its first token: ask again"))
-        with self._lock:
-            dropped = self._turns.drop(lambda asked: asked.answer.is_cancelled)
-            wanted = {asked.version for asked in self._turns}
-            self._heating = {one: reading for one, reading in self._heating.items() if one in wanted}
-        for asked in dropped:
-            self._end(asked, CancelledError("cancelled before its first token: ask again"))
-
-    def _admit(self) -> None:
-        """Give free slots to those who wait, the adapter that was served least first."""
-        while True:
-            with self._lock:
-                if all(slot.busy for slot in self._slots.slots):
-                    return
-                asked = next(self._turns.offers(self._can_begin), None)
-                if asked is None:
-                    return
-                self._turns.take(asked)
-                self._beginning = [asked.name]
-            try:
-                self._begin(asked)
-            except LorafitError as error:  # its folder holds another adapter by now
-                self._end(asked, error)
-            except Exception as error:  # of one request, which must not end the others
-                self._end(asked, AdapterError(f"'{asked.answer.adapter}' cannot be begun ({error!r}): load it again"))
-            self._beginning = []
-
-    def _key(self, asked: Asked) -> Key:
-        return (asked.version.digest, asked.answer.request.adapter_scale) if asked.version else (None, 1.0)
-
-    def _begin(self, asked: Asked) -> None:
-        request, version = asked.answer.request, asked.version
-        loaded = None
-        if version is not None:
-            heating = self._heating.pop(version, None)
-            loaded = heating.result() if heating else self.adapters.heat(version)
-        words = None if self.base.tokenizer is None else Words(self.base.tokenizer, request.special)
-        sampler, until = Sampler(request, asked.grammar), Until(request.stop)
-        limit = min(request.max_tokens, self.room - len(request.prompt))
-        slot = self._slots.take(request.prompt, self._key(asked))  # last, so that nothing fails with a slot in hand
-        assert slot is not None
-        known = len(slot.held)
-        row = Row(asked, slot, loaded, list(request.prompt), known, sampler, words, until, limit)
-        with self._lock:
-            self._rows.append(row)
-            self._turns.charge(asked.name, len(request.prompt) - known)
-        self._count(prompt_tokens=len(request.prompt), known_tokens=known, requests=1)
-
-    def _count(self, **more: float) -> None:
-        with self._lock:
-            self._stats = replace(self._stats, **{key: getattr(self._stats, key) + n for key, n in more.items()})
-
     def _step(self, began: float, probe: Probe | None) -> None:
-        shares = self._pace.shares(self._rows)
+        scheduler, steps = self._scheduler, self._steps
+        shares = self._pace.shares(scheduler.rows)
         taking = sorted(shares, key=lambda row: (id(row.loaded) if row.loaded else 0, row.slot.number))
         lengths = [shares[row] for row in taking]
         ends = [shares[row] == row.left for row in taking]
@@ -512,11 +350,11 @@ class Engine:
         slots = [row.slot for row in taking]
         if probe:
             text = probe.text(self.vocabulary)
-            slots += self._slots.probing
+            slots += steps.slots.probing
             ids, owners = [*ids, text, text], [*owners, None, probe.loaded]
             scales, ends = [*scales, 1.0, 1.0], [*ends, True, True]
         ran = time.monotonic()
-        logits = self._forward(slots, ids, owners, scales, ends)
+        logits = steps.forward(slots, ids, owners, scales, ends)
         model_seconds = time.monotonic() - ran
         if probe:
             probe.done.set_result(logits[-2:].float())
@@ -530,75 +368,12 @@ class Engine:
         for row, own, finite, best in zip(done, logits, whole, likeliest, strict=True):
             if not finite:
                 who = row.asked.answer.adapter or self.base.name
-                self._break_off(row, RequestError(f"'{who}' gives no finite numbers here: train it again"))
+                scheduler.break_off(row, RequestError(f"'{who}' gives no finite numbers here: train it again"))
                 continue
             try:
-                self._advance(row, row.sampler.draw(own, best))
+                scheduler.advance(row, row.sampler.draw(own, best), self._renderer.stop_ids if self._renderer else ())
             except Exception as error:  # of one request, which must not end the others
-                self._break_off(
+                scheduler.break_off(
                     row, RequestError(f"the answer cannot go on ({error!r}): change the request's settings")
                 )
-        self._count(steps=1, seconds=time.monotonic() - began, model_seconds=model_seconds, tokens=len(done))
-
-    def _forward(
-        self, slots: Sequence[Slot], ids: Sequence[Sequence[int]], owners: Sequence[Loaded | None],
-        scales: Sequence[float], ends: Sequence[bool],
-    ) -> Tensor:  # fmt: skip
-        """Logits (ends, vocabulary) after the last token of each that ends here; keys and values go into the slots.
-        Rows of one adapter are neighbours."""
-        device, lengths = self.base.device, [len(part) for part in ids]
-        step = Step.of(self._slots, slots, lengths, device)
-        last = torch.tensor(lengths).cumsum(0)[torch.tensor(ends, dtype=torch.bool)] - 1
-        alone = last.to(device) if self._head_alone and len(last) < sum(lengths) else None
-        self._mixer.begin(owners, scales, lengths, None if alone is None else [int(one) for one in ends])
-        tokens = torch.tensor([[token for part in ids for token in part]], device=device)
-        if self._decoder is not None:
-            logits = self._decoder.logits(tokens, step, alone)
-        else:
-            where = {} if alone is None else {"logits_to_keep": alone}
-            logits = self._model(input_ids=tokens, position_ids=step.positions, use_cache=False, step=step,
-                                 **where).logits[0]  # fmt: skip
-        return logits if alone is not None else logits[last.to(device)]
-
-    def _advance(self, row: Row, token: Token) -> None:
-        piece = row.advance(token, self._renderer.stop_ids if self._renderer else ())
-        with self._lock:
-            self._turns.charge(row.asked.name, 1)
-        row.asked.answer.put(piece)
-        if piece.finish:
-            self._leave(row)
-            self._end(row.asked, row.result(piece.finish))
-
-    def _break_off(self, row: Row, why: LorafitError) -> None:
-        """End one request with an error. What its slot holds is not to be trusted."""
-        row.slot.held = []
-        self._leave(row)
-        self._end(row.asked, why)
-
-    def _leave(self, row: Row) -> None:
-        row.slot.busy = False
-        with self._lock:
-            self._rows.remove(row)
-
-    def _end(self, asked: Asked, last: Result | LorafitError) -> None:
-        """Tell the last there is to an answer, and let its adapter go."""
-        if asked.version is not None:
-            self.adapters.enter(asked.version, -1)
-        asked.answer.put(last)
-
-    def _require_servable(self, pieces: list[list[int]], wanted: Tensor) -> None:
-        """Raise BaseError unless steps over slots compute what the model computes at once: `wanted`, logits after each
-        of these pieces of a text."""
-        slot, found = replace(self._slots.probing[0], held=[]), []
-        try:
-            for part in pieces:
-                found.append(self._forward([slot], [part], [None], [1.0], [True])[0])
-                slot.held += part
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a family that takes no such arguments fails in whatever way it does
-            raise NotServedError(
-                f"'{self.base.name}' cannot be served ({error}): open a base of another family"
-            ) from error
-        exact = self.base.dtype == torch.float32 and not self._mixer.products.bytes
-        require_same(self.base, torch.stack(found), wanted, 1e-3 if exact else 0.1)
+        scheduler.count(steps=1, seconds=time.monotonic() - began, model_seconds=model_seconds, tokens=len(done))
