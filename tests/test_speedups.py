@@ -42,7 +42,7 @@ from lorafit.tasks.probe import way_of
 from lorafit.testing import random_adapter
 from lorafit.training.loop import Moment, gradient_step, train
 from lorafit.training.recipe import Recipe
-from lorafit.variants import VARIANTS
+from lorafit.variants import lora
 
 APART = Way(apart=True, packed=False)
 PACKED = Way(apart=True, packed=True)
@@ -478,19 +478,19 @@ def test_the_kernel_for_rows_of_many_lengths_is_called_as_each_torch_has_it(
 
 def one_by_one() -> AbstractContextManager[Any]:
     """LoRA by its plain `forward` alone."""
-    return patch.dict(VARIANTS, {"lora": replace(VARIANTS["lora"], together=None)})
+    return patch.object(lora, "VARIANT", replace(lora.VARIANT, together=None))
 
 
 def counted(sizes: list[int]) -> AbstractContextManager[Any]:
     """Notes how many sites go together, call by call."""
-    original = VARIANTS["lora"].together
+    original = lora.VARIANT.together
     assert original is not None
 
     def together(x: Tensor, originals: Any, *rest: Any) -> Any:
         sizes.append(len(originals))
         return original(x, originals, *rest)
 
-    return patch.dict(VARIANTS, {"lora": replace(VARIANTS["lora"], together=together)})
+    return patch.object(lora, "VARIANT", replace(lora.VARIANT, together=together))
 
 
 IDS = torch.randint(0, 199, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -805,9 +805,9 @@ def test_nothing_that_was_computed_is_kept_after_the_block() -> None:
         kept.extend(weakref.ref(y) for y in outputs)
         return outputs
 
-    original = VARIANTS["lora"].together
+    original = lora.VARIANT.together
     assert original is not None
-    with patch.dict(VARIANTS, {"lora": replace(VARIANTS["lora"], together=noting)}):
+    with patch.object(lora, "VARIANT", replace(lora.VARIANT, together=noting)):
         with attach(base, TrainState(adapter)):
             x = torch.ones(3, 16)
             plain(fan, x, 0)

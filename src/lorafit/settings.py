@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from lorafit.adapters.rendering import Scalar
 from lorafit.errors import SettingsError
+from lorafit.variants import NAMES
 
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
 KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
@@ -44,7 +45,7 @@ class TrainSettings(BaseModel):
             examples=[["q_proj", "v_proj"]],
         ),
     ] = None
-    variant: Annotated[Literal["lora", "dora"], Field(description="Method of adaptation.")] = "lora"
+    variant: Annotated[Literal[NAMES], Field(description="Method of adaptation.")] = "lora"  # type: ignore[valid-type]
     rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.", examples=[16])] = None
     alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
     learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None

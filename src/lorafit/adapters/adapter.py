@@ -126,6 +126,6 @@ def initial(
     tensors = {}
     for slot in plan.slots:
         weight = weights[slot.site.path].detach().cpu()
-        drawn = VARIANTS[slot.variant].init(slot.site, slot.rank, weight, generator)
+        drawn = VARIANTS[slot.variant].init(slot.site, slot.rank, weight, slot.scaling, generator)
         tensors.update({f"{slot.site.path}.{name}": tensor for name, tensor in drawn.items()})
     return Adapter(plan, tensors, base, base_name, rendering)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lorafit.errors import FormatError, PlanError
+from lorafit.layers import KINDS
 from lorafit.layers.site import Site
 from lorafit.variants import VARIANTS
+from lorafit.variants.variant import Factor
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,30 @@ class LowRank:
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        """The scale s of the pair, as the method takes it from alpha and rank."""
+        return VARIANTS[self.variant].scaling(self.alpha, self.rank)
+
+    def at_rank(self, rank: int) -> LowRank:
+        """The slot at another rank, and of the same scale."""
+        return replace(self, rank=rank, alpha=self.scaling / VARIANTS[self.variant].scaling(1.0, rank))
 
     @property
     def is_pair(self) -> bool:
-        """Whether it is A and B and nothing else: what a variant adds to them belongs to the whole pair."""
-        return set(self.shapes()) == {"A", "B"}
+        """Whether it is A and B beside a product and nothing else, so that a part of the pair is a pair too."""
+        return self.is_product and set(self.factors()) == {"A", "B"}
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its layer computes a product with a weight."""
+        return KINDS[self.site.kind].is_product
+
+    def factors(self) -> dict[str, Factor]:
+        """What the method declares of every factor, by name."""
+        return VARIANTS[self.variant].factors(self.site, self.rank)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every factor by name."""
-        return VARIANTS[self.variant].shapes(self.site, self.rank)
+        return {name: factor.shape for name, factor in self.factors().items()}
 
     def problems(self) -> list[str]:
         """What cannot be about this slot.
@@ -47,6 +63,8 @@ class LowRank:
         found = []
         if self.variant not in VARIANTS:
             found.append(f"{self.site.path}: unknown variant '{self.variant}': choose from {', '.join(VARIANTS)}")
+        elif not (VARIANTS[self.variant].any_kind or self.is_product):
+            found.append(f"{self.site.path}: {self.variant} does not act beside an {self.site.kind}: choose another")
         if not isinstance(self.rank, int) or self.rank < 1:
             found.append(f"{self.site.path}: rank {self.rank} cannot be: choose a whole number, 1 or more")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -73,12 +91,17 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Trainable numbers."""
-        return sum(math.prod(shape) for slot in self.slots for shape in slot.shapes().values())
+        return sum(math.prod(one.shape) for slot in self.slots for one in slot.factors().values() if one.trained)
 
     @property
     def bytes(self) -> int:
         """Size of the adapter in memory and on disk, in fp32."""
-        return 4 * self.parameters
+        return 4 * sum(math.prod(shape) for slot in self.slots for shape in slot.shapes().values())
+
+    @property
+    def is_product(self) -> bool:
+        """Whether all its layers compute products: others are not served to many at once."""
+        return all(slot.is_product for slot in self.slots)
 
     @property
     def flops_per_token(self) -> int:

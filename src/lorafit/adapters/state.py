@@ -1,4 +1,4 @@
-"""The mutable state of training: one flat fp32 master vector that holds every factor."""
+"""The mutable state of training: one flat fp32 master vector that holds every factor that is trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafit.adapters.adapter import Adapter, cast
 
 
 class TrainState:
-    """Factors of one adapter, trainable.
+    """Factors of one adapter, those trainable that its method trains.
 
     `master` (n,) fp32 is the only parameter: any optimizer can step it, and its gradient accumulates in fp32
     however a step is divided. Matrices lie first, vectors (DoRA's magnitudes) last. Each forward computes with
@@ -31,7 +31,9 @@ class TrainState:
         self._start = adapter
         self.dropout = dropout
         self.training = True
-        items = [(slot.site.path, name, shape) for slot in adapter.plan.slots for name, shape in slot.shapes().items()]
+        declared = [(slot.site.path, *item) for slot in adapter.plan.slots for item in slot.factors().items()]
+        items = [(path, name, factor.shape) for path, name, factor in declared if factor.trained]
+        self._frozen = {f"{path}.{name}": (path, name) for path, name, factor in declared if not factor.trained}
         self._layout = sorted(items, key=lambda item: len(item[2]) == 1)  # stable: matrices, then vectors
         flat = torch.cat([adapter.tensors[f"{path}.{name}"].reshape(-1) for path, name, _ in self._layout])
         self.matrices = sum(math.prod(shape) for _, _, shape in self._layout if len(shape) > 1)
@@ -73,6 +75,8 @@ class TrainState:
             parts = whole.split([math.prod(shape) for _, _, shape in items]) if items else ()
             for (path, name, shape), part in zip(items, parts, strict=True):
                 views.setdefault(path, {})[name] = part.view(shape)
+        for key, (path, name) in self._frozen.items():
+            views[path][name] = cast(self._start.tensors[key], dtype, device)
         return views
 
     def drop(self, x: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ class TrainState:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradient of every factor by `<site path>.<factor>`; views of `master.grad`. Empty before a backward."""
+        """Gradients by `<site path>.<factor>` of what is trained: views of `master.grad`; empty before a backward."""
         return {} if self.master.grad is None else self._named(self.master.grad)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
@@ -92,10 +96,11 @@ class TrainState:
     def freeze(self) -> Adapter:
         """The adapter as it stands now, copied: later steps do not reach it."""
         start = self._start
-        return Adapter(start.plan, self._named(self.master.detach()), start.base, start.base_name, start.rendering)
+        tensors = {key: start.tensors[key] for key in self._frozen} | self._named(self.master.detach())
+        return Adapter(start.plan, tensors, start.base, start.base_name, start.rendering)
 
     def load(self, flat: Tensor) -> None:
-        """Overwrite every factor with a vector saved from `master`."""
+        """Overwrite every trained factor with a vector saved from `master`."""
         with torch.no_grad():
             self.master.copy_(flat)
 

@@ -12,8 +12,9 @@ from lorafit.attachment.checks import landed, landing_of, require_base
 from lorafit.attachment.together import Place
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError
-from lorafit.layers import KINDS, kind_of
-from lorafit.variants import VARIANTS, Frozen, Served
+from lorafit.layers import KINDS
+from lorafit.variants import VARIANTS
+from lorafit.variants.variant import Served
 
 
 def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None) -> Adapter:
@@ -25,15 +26,19 @@ def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None)
 
 
 def served(base: Base, adapter: Adapter) -> dict[int, Served]:
-    """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.sites`."""
+    """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.products`. Raises
+    AdapterError where it acts beside a layer that computes no product."""
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)
-    numbers = {site.path: number for number, site in enumerate(base.sites)}
+    numbers = {site.path: number for number, site in enumerate(base.products)}
+    if others := [slot.site.path for slot in adapter.plan.slots if not slot.is_product]:
+        raise AdapterError(f"{', '.join(others)}: an adapter of such a layer is not served to many at once: attach it, "
+                           "or merge it into its base")  # fmt: skip
     factors = adapter.factors(torch.float32, base.device)
     made = {}
     for slot in adapter.plan.slots:
         place = Place.of(modules[slot.site.path], slot)
-        one = VARIANTS[slot.variant].served(place.frozen, factors[slot.site.path], slot.scaling)
+        one = place.variant.served(place.layer, factors[slot.site.path], slot.scaling)
         made[numbers[slot.site.path]] = one
     return made
 
@@ -57,11 +62,10 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
     new = {}
     with torch.no_grad():
         for slot in adapter.plan.slots:
-            module = modules[slot.site.path]
-            kind = KINDS[kind_of(module) or slot.site.kind]
-            weight = kind.weight(module)
+            layer = Place.of(modules[slot.site.path], slot).layer
+            weight = layer.weight
             factors = {name: adapter.tensors[f"{slot.site.path}.{name}"].to(weight.device) for name in slot.shapes()}
-            delta = VARIANTS[slot.variant].delta(Frozen(weight, None), factors, slot.scaling)
+            delta = VARIANTS[slot.variant].delta(layer, factors, slot.scaling)
             total = (weight.float() + delta).to(weight.dtype)
-            new[f"{slot.site.path}.weight"] = kind.stored(total).contiguous()
+            new[f"{slot.site.path}.weight"] = layer.kind.stored(total).contiguous()
     return new

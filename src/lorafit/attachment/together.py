@@ -13,21 +13,24 @@ from torch import Tensor, nn
 from lorafit.adapters.plan import LowRank
 from lorafit.attachment.source import Source
 from lorafit.layers import KINDS, kind_of
-from lorafit.variants import VARIANTS, Frozen
+from lorafit.layers.kind import Layer
+from lorafit.variants import VARIANTS
+from lorafit.variants.variant import Variant
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One adapted site: what its module computes without, what it may read, how the pair acts."""
+    """One adapted site: what its module computes on its own, the module, its slot, and the method of that."""
 
     original: Callable[..., Tensor]
-    frozen: Frozen
+    layer: Layer
     slot: LowRank
+    variant: Variant
 
     @staticmethod
     def of(module: nn.Module, slot: LowRank) -> Place:
         kind = KINDS[kind_of(module) or slot.site.kind]
-        return Place(module.forward, Frozen(kind.weight(module), kind.bias(module)), slot)
+        return Place(module.forward, Layer(kind, module), slot, VARIANTS[slot.variant])
 
 
 @dataclass(eq=False)
@@ -44,11 +47,13 @@ class Shared:
     _kept: tuple[tuple[weakref.ref[Tensor], int, object, bool], dict[Place, Tensor]] | None = None
 
     def forward(self, place: Place, x: Tensor) -> Tensor:
-        dropped, factors = self.source.drop(x), self.source.factors(x.dtype, x.device)
-        together = VARIANTS[place.slot.variant].together
+        numbers = x.is_floating_point()  # else they are ids, which are neither dropped nor of a dtype to compute in
+        dropped = self.source.drop(x) if numbers else x
+        factors = self.source.factors(x.dtype if numbers else place.layer.weight.dtype, x.device)
+        together = place.variant.together if place.layer.kind.is_product else None
         if together is None or dropped is not x or _watched(x):
             y, own = place.original(x), factors[place.slot.site.path]
-            return VARIANTS[place.slot.variant].forward(dropped, y, place.frozen, own, place.slot.scaling)
+            return place.variant.forward(dropped, y, place.layer, own, place.slot.scaling)
         if (kept := self._kept) is not None and place in kept[1]:
             made_from, version, by, grad = kept[0]
             if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
@@ -57,7 +62,7 @@ class Shared:
         group = self._groups[place]
         self._kept = None  # what a forward that broke off has left
         first, *others = together(
-            x, [one.original for one in group], [one.frozen for one in group],
+            x, [one.original for one in group], [one.layer for one in group],
             [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
         )  # fmt: skip
         made = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())

@@ -24,7 +24,7 @@ from lorafit.bases import gguf, locate
 from lorafit.bases.folder import classes, weight_files
 from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
-from lorafit.layers import find_sites
+from lorafit.layers import KINDS, find_sites
 from lorafit.layers.site import Site
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in settings and run.json
@@ -58,6 +58,11 @@ class Base:
     def sites(self) -> tuple[Site, ...]:
         """Every place an adapter can act, in the order of the model."""
         return find_sites(self.model)
+
+    @cached_property
+    def products(self) -> tuple[Site, ...]:
+        """Those of `sites` that compute a product with a weight."""
+        return tuple(site for site in self.sites if KINDS[site.kind].is_product)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +112,7 @@ class Base:
     def widest(self) -> int:
         """The largest width of what goes into a site or comes out of it, the output head apart; 0 without sites."""
         head = self.head_paths()
-        return max((max(site.d_in, site.d_out) for site in self.sites if site.path not in head), default=0)
+        return max((max(site.d_in, site.d_out) for site in self.products if site.path not in head), default=0)
 
     def head_paths(self) -> frozenset[str]:
         """Paths of the output head, which a plan over all linear sites leaves alone."""
@@ -151,7 +156,7 @@ def open_base(
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
     base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as))
-    if {site.path for site in base.sites} <= base.head_paths():
+    if {site.path for site in base.products} <= base.head_paths():
         kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
         raise BaseError(f"'{known_as}': no layer of its blocks is of a kind that can be adapted (its weights are in "
                         f"{kinds}): choose another base")  # fmt: skip

@@ -95,7 +95,8 @@ class Decoding:
             return []
         rest = self.most if self.base.context is None else self.base.context - max(map(len, prompts))
         most = max(1, min(self.most, rest))
-        if (engine := self._opened()) is not None:
+        served = adapter is None or adapter.plan.is_product
+        if served and (engine := self._opened()) is not None:
             return self._by_engine(engine, prompts, most, adapter, progress)
         on = attach(self.base, adapter, accept_unknown_base=self._accept) if adapter else nullcontext()
         with on:

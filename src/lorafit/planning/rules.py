@@ -81,7 +81,7 @@ def learning_rate_by_width(hidden: int) -> float:
 def all_linear(base: Base) -> tuple[Site, ...]:
     """Every site of the base but its output head, and what PEFT adapts in no model of this family."""
     head = base.head_paths()
-    return tuple(site for site in base.sites if site.path not in head and not refused_by_peft(base.model, site.name))
+    return tuple(site for site in base.products if site.path not in head and not refused_by_peft(base.model, site.name))
 
 
 def reached(base: Base, sites: Iterable[Site]) -> str:

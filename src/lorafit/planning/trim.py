@@ -101,7 +101,7 @@ def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | Non
             slots.append(slot)
             tensors |= {f"{path}.{name}": adapter.tensors[f"{path}.{name}"] for name in slot.shapes()}
         elif rank := ranks[path]:
-            slots.append(replace(slot, rank=rank, alpha=slot.scaling * rank))
+            slots.append(slot.at_rank(rank))
             tensors[f"{path}.A"] = spectra[path].a[:rank].float()
             tensors[f"{path}.B"] = spectra[path].b[:, :rank].float()
     if not any(ranks.values()):

@@ -1,11 +1,31 @@
-"""Methods of low-rank adaptation. One file per method, five pure functions each, one line in VARIANTS."""
+"""Methods of low-rank adaptation: a file for each, which ends in its VARIANT, and its line here."""
 
-from lorafit.variants import dora, lora
-from lorafit.variants.variant import Frozen, Served, Variant
+from __future__ import annotations
 
-VARIANTS: dict[str, Variant] = {
-    "lora": Variant(lora.shapes, lora.init, lora.forward, lora.delta, lora.served, lora.together),
-    "dora": Variant(dora.shapes, dora.init, dora.forward, dora.delta, dora.served),
-}
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["VARIANTS", "Frozen", "Served", "Variant"]
+if TYPE_CHECKING:  # torch is behind it, and whoever needs the names alone must not wait for that
+    from lorafit.variants.variant import Variant
+
+NAMES = ("lora", "dora")
+
+
+class _Variants(Mapping[str, "Variant"]):
+    """By name; each file is imported when it is first asked for."""
+
+    def __getitem__(self, name: str) -> Variant:
+        if name not in NAMES:
+            raise KeyError(name)
+        variant: Variant = import_module(f"lorafit.variants.{name}").VARIANT
+        return variant
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+VARIANTS = _Variants()

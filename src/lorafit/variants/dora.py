@@ -10,41 +10,53 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from lorafit.layers.kind import Layer
 from lorafit.layers.site import Site
 from lorafit.variants import lora
-from lorafit.variants.variant import Factors, Frozen, Served
+from lorafit.variants.variant import Factor, Factors, Peft, Served, Variant
 
 
-def shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
-    return {**lora.shapes(site, rank), "m": (site.d_out,)}
+def factors(site: Site, rank: int) -> dict[str, Factor]:
+    return {**lora.factors(site, rank), "m": Factor((site.d_out,))}
 
 
-def init(site: Site, rank: int, weight: Tensor, generator: Generator) -> dict[str, Tensor]:
-    factors = lora.init(site, rank, weight, generator)
-    return {**factors, "m": _norms(weight, factors, 1.0)}
+def init(site: Site, rank: int, weight: Tensor, scaling: float, generator: Generator) -> dict[str, Tensor]:
+    pair = lora.init(site, rank, weight, scaling, generator)
+    return {**pair, "m": _norms(weight, pair, 1.0)}
 
 
 def _norms(weight: Tensor, factors: Factors, scaling: float) -> Tensor:
     """‖W + s·BA‖ of every output, (d_out,) in fp32; a row of zeros (a padding token's) counts as 1e-6, not as 0/0."""
-    norms: Tensor = torch.linalg.vector_norm(weight.float() + lora.delta(Frozen(weight, None), factors, scaling), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(weight.float() + lora.product(factors, scaling), dim=1)
     return norms.clamp_min(1e-6)
 
 
-def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
+def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float) -> Tensor:
     with torch.no_grad():
-        norms = _norms(frozen.weight, factors, scaling)
+        norms = _norms(layer.weight, factors, scaling)
     gain = factors["m"] / norms
-    linear = y if frozen.bias is None else y - frozen.bias
-    low_rank = (x @ factors["A"].T) @ (factors["B"].T * scaling)
+    linear = y if layer.bias is None else y - layer.bias
+    low_rank = (layer.down(x, factors["A"]) @ (factors["B"].T * scaling)).view(y.shape)
     return y + (gain - 1).to(y.dtype) * linear + gain.to(y.dtype) * low_rank
 
 
-def delta(frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
-    weight = frozen.weight.float()
-    gain = factors["m"].float() / _norms(frozen.weight, factors, scaling)
-    return gain[:, None] * (weight + lora.delta(frozen, factors, scaling)) - weight
+def delta(layer: Layer, factors: Factors, scaling: float) -> Tensor:
+    weight = layer.weight.float()
+    gain = factors["m"].float() / _norms(weight, factors, scaling)
+    return gain[:, None] * (weight + lora.product(factors, scaling)) - weight
 
 
-def served(frozen: Frozen, factors: Factors, scaling: float) -> Served:
-    gain = factors["m"] / _norms(frozen.weight, factors, scaling)
-    return Served(factors["A"], (gain * scaling)[:, None] * factors["B"], gain - 1, frozen.bias)
+def served(layer: Layer, factors: Factors, scaling: float) -> Served:
+    gain = factors["m"] / _norms(layer.weight, factors, scaling)
+    return Served(factors["A"], (gain * scaling)[:, None] * factors["B"], gain - 1, layer.bias)
+
+
+VARIANT = Variant(
+    factors,
+    init,
+    forward,
+    delta,
+    served,
+    peft=Peft({**Peft().names, "m": "lora_magnitude_vector"}, {"use_dora": True}),
+    any_kind=False,  # PEFT takes the norms of an embedding by token, and not by output
+)

@@ -1,7 +1,7 @@
 """LoRA: y = W x + b + s·B A x (Hu et al. 2021, arXiv 2106.09685).
 
-A (rank, d_in) starts uniform in ±1/√d_in, the range of the layer itself; B (d_out, rank) starts at zero,
-so that the adapted layer begins as the base's.
+A (rank, d_in) starts uniform in ±1/√d_in, the range of the layer itself (±1 where one input acts at a time); B
+(d_out, rank) starts at zero, so that the adapted layer begins as the base's.
 """
 
 from __future__ import annotations
@@ -14,41 +14,49 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.layers import KINDS
+from lorafit.layers.kind import Layer
 from lorafit.layers.site import Site
-from lorafit.variants.variant import Factors, Frozen, Served
+from lorafit.variants.variant import Factor, Factors, Served, Variant
 
 
-def shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
-    return {"A": (rank, site.d_in), "B": (site.d_out, rank)}
+def factors(site: Site, rank: int) -> dict[str, Factor]:
+    return {"A": Factor((rank, site.d_in)), "B": Factor((site.d_out, rank))}
 
 
-def init(site: Site, rank: int, weight: Tensor, generator: Generator) -> dict[str, Tensor]:
-    bound = 1 / math.sqrt(site.d_in)
+def init(site: Site, rank: int, weight: Tensor, scaling: float, generator: Generator) -> dict[str, Tensor]:
+    bound = 1 / math.sqrt(KINDS[site.kind].fan_in(site))
     a = torch.empty(rank, site.d_in).uniform_(-bound, bound, generator=generator)
     return {"A": a, "B": torch.zeros(site.d_out, rank)}
 
 
-def forward(x: Tensor, y: Tensor, frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
-    # One product that adds in place of two operations: y is as large as the layer's output.
-    inner = x.reshape(-1, x.shape[-1]) @ factors["A"].T
-    return torch.addmm(y.reshape(-1, y.shape[-1]), inner, factors["B"].T, alpha=scaling).view(y.shape)
+def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float) -> Tensor:
+    return layer.up(layer.down(x, factors["A"]), factors["B"], scaling, y)
 
 
-def delta(frozen: Frozen, factors: Factors, scaling: float) -> Tensor:
+def product(factors: Factors, scaling: float) -> Tensor:
+    """s·B A, (d_out, d_in) in fp32."""
     return scaling * (factors["B"].float() @ factors["A"].float())
 
 
-def served(frozen: Frozen, factors: Factors, scaling: float) -> Served:
+def delta(layer: Layer, factors: Factors, scaling: float) -> Tensor:
+    return product(factors, scaling)
+
+
+def served(layer: Layer, factors: Factors, scaling: float) -> Served:
     return Served(factors["A"], scaling * factors["B"])
 
 
 def together(
-    x: Tensor, originals: Sequence[Callable[[Tensor], Tensor]], frozen: Sequence[Frozen], factors: Sequence[Factors],
+    x: Tensor,
+    originals: Sequence[Callable[[Tensor], Tensor]],
+    layers: Sequence[Layer],
+    factors: Sequence[Factors],
     scalings: Sequence[float],
-) -> Sequence[Tensor]:  # fmt: skip
+) -> Sequence[Tensor]:
     """`forward` of several layers on one input, bit for bit, with one backward for all that keeps x once."""
     pairs = [factor for each in factors for factor in (each["A"], each["B"])]
-    outputs: Sequence[Tensor] = _Together.apply(x, originals, [each.weight for each in frozen], scalings, *pairs)
+    outputs: Sequence[Tensor] = _Together.apply(x, originals, layers, scalings, *pairs)
     return outputs
 
 
@@ -61,7 +69,7 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, originals: Sequence[Callable[[Tensor], Tensor]], weights: Sequence[Tensor],
+        ctx: Any, x: Tensor, originals: Sequence[Callable[[Tensor], Tensor]], layers: Sequence[Layer],
         scalings: Sequence[float], *pairs: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         a, b = pairs[::2], pairs[1::2]
@@ -74,7 +82,7 @@ class _Together(torch.autograd.Function):
             # A layer with a bias gives a view: whoever follows could not write to it (clamp_, an in-place activation).
             outputs.append(torch.ops.aten._unsafe_view(y, y.shape))
         ctx.save_for_backward(flat, torch.cat(a), *inner, *b)
-        ctx.weights, ctx.scalings, ctx.shape, ctx.ranks = weights, scalings, x.shape, [len(down) for down in a]
+        ctx.layers, ctx.scalings, ctx.shape, ctx.ranks = layers, scalings, x.shape, [len(down) for down in a]
         return tuple(outputs)
 
     @staticmethod
@@ -85,14 +93,17 @@ class _Together(torch.autograd.Function):
         through = joined.new_empty(len(joined), len(flat))  # (ranks, tokens): s·Bᵀ gᵀ of each
         to_x: Tensor | None = None
         to_b = []
-        parts = zip(upstream, inner, b, ctx.weights, ctx.scalings, through.split(ctx.ranks), strict=True)
-        for gradient, own, up, weight, scaling, behind in parts:
+        parts = zip(upstream, inner, b, ctx.layers, ctx.scalings, through.split(ctx.ranks), strict=True)
+        for gradient, own, up, layer, scaling, behind in parts:
             g = gradient.reshape(-1, gradient.shape[-1])
             torch.mm(up.T, g.T, out=behind).mul_(scaling)
             to_b.append((own.T @ g).mul_(scaling).T)
             if ctx.needs_input_grad[0]:
-                to_x = g @ weight if to_x is None else to_x.addmm_(g, weight)
+                to_x = g @ layer.weight if to_x is None else to_x.addmm_(g, layer.weight)
         to_a = (through @ flat).split(ctx.ranks)
         if to_x is not None:
             to_x = to_x.addmm_(through.T, joined).view(ctx.shape)
         return to_x, None, None, None, *(each for pair in zip(to_a, to_b, strict=True) for each in pair)
+
+
+VARIANT = Variant(factors, init, forward, delta, served, together)

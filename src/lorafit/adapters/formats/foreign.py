@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import FormatError
+from lorafit.layers import KINDS
+from lorafit.variants import VARIANTS
 
 PREFIX = "base_model.model."
-_FACTORS = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m"}
+# By PEFT's name without `.weight`: the factor, and the kind of layer where only that one's is called so.
+_FACTORS: dict[str, tuple[str, str | None]] = {
+    **{
+        name.removesuffix(".weight"): (factor, None)
+        for one in VARIANTS.values()
+        for factor, name in one.peft.names.items()
+    },
+    **{name: (factor, kind) for kind, one in KINDS.items() for factor, name in one.peft_names.items()},
+}
 _TENSOR = re.compile(rf"(?P<path>.+)\.(?P<factor>{'|'.join(_FACTORS)})(\.(?P<adapter>[^.]+))??(\.weight)?")
 _COPY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<part>weight|bias)")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # PyTorch's names, anywhere in a path
@@ -44,10 +54,12 @@ _SAYS_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a file of tensors holds. tensors: by site path and factor. weights: digests of base weights, by path."""
+    """What a file of tensors holds. tensors: by site path and factor. weights: digests of base weights, by path. kinds:
+    of layers, by site path, where the names tell them."""
 
     tensors: dict[str, Tensor]
     weights: dict[str, dict[str, str]]
+    kinds: dict[str, str]
 
 
 def require_plain(where: Path, config: Mapping[str, Any]) -> None:
@@ -76,12 +88,16 @@ def pairs_of(path: Path, named: Mapping[str, Tensor]) -> Pairs:
         )
     found: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
     fronts, adapters, strange, twice = set(), set(), [], []
     for name, tensor in named.items():
         front, module = _unwrapped(name)
         match, copy = _TENSOR.fullmatch(module), _COPY.fullmatch(module)
         if match:
-            key = f"{match['path']}.{_FACTORS[match['factor']]}"
+            factor, kind = _FACTORS[match["factor"]]
+            key = f"{match['path']}.{factor}"
+            if kind is not None:
+                kinds[match["path"]] = kind
             twice += [name] if key in found else []
             found[key] = tensor
             fronts.add(front)
@@ -91,6 +107,11 @@ def pairs_of(path: Path, named: Mapping[str, Tensor]) -> Pairs:
         else:
             strange.append(name)
     adapted = {key.rpartition(".")[0] for key in found}
+    for name in list(strange):  # of an embedding PEFT saves the weight under the name it has in the base
+        path_of, _, part = _unwrapped(name)[1].rpartition(".")
+        if path_of in adapted and part == "weight":
+            strange.remove(name)
+            copies[f"{path_of}.{part}"] = named[name]
     strange += [name for name in copies if name.rpartition(".")[0] not in adapted]
     if strange:
         raise FormatError(f"{path}: {_why_strange(strange, len(named))}")
@@ -100,7 +121,7 @@ def pairs_of(path: Path, named: Mapping[str, Tensor]) -> Pairs:
     if len(fronts) > 1:
         ways = ", ".join(repr(front) for front in sorted(fronts))
         raise FormatError(f"{path}: its names begin in {len(fronts)} ways ({ways}): save the adapter again, as one")
-    return Pairs(found, {key: weight_digests(tensor) for key, tensor in copies.items()})
+    return Pairs(found, {key: weight_digests(tensor) for key, tensor in copies.items()}, kinds)
 
 
 def _unwrapped(name: str) -> tuple[str, str]:

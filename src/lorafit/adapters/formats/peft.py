@@ -1,7 +1,7 @@
 """The PEFT folder: adapter_config.json, adapter_model.safetensors, README.md; ours adds lorafit.json.
 
-Tensor names are `base_model.model.<site path>.lora_A.weight` (rank, d_in), `.lora_B.weight` (d_out, rank) and,
-for DoRA, `.lora_magnitude_vector` (d_out,). Written and read here without PEFT, which is the oracle of the tests.
+Tensor names are `base_model.model.<site path>.lora_A.weight` (rank, d_in), `.lora_B.weight` (d_out, rank), and what
+methods and kinds of layers declare besides. Written and read here without PEFT, which is the oracle of the tests.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from lorafit.adapters.rendering import Rendering
 from lorafit.bases import hub
 from lorafit.errors import FormatError
 from lorafit.files import read_json, whole_folder, write_json, write_text
+from lorafit.layers import KINDS
 from lorafit.layers.site import Site
+from lorafit.variants import VARIANTS
 
 OURS, CARD = "lorafit.json", "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it
 FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
-_SUFFIX = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 # What in our adapter_config.json decides what PEFT computes.
 _COMPUTES = {
@@ -79,9 +80,12 @@ def write(
         **(extra or {}),
     }
     tensors = {}
-    for key, tensor in adapter.tensors.items():
-        path, _, factor = key.rpartition(".")
-        tensors[f"{PREFIX}{path}.{_SUFFIX[factor]}"] = tensor
+    for slot in adapter.plan.slots:
+        kept = VARIANTS[slot.variant].peft
+        names = {**kept.names, **KINDS[slot.site.kind].peft_names}
+        own = {name: adapter.tensors[f"{slot.site.path}.{name}"] for name in slot.factors()}
+        for name, tensor in kept.written(own).items():
+            tensors[f"{PREFIX}{slot.site.path}.{names[name]}"] = tensor.contiguous()
     with whole_folder(folder) as building:
         save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         write_json(building / CONFIG, _config(adapter))
@@ -109,8 +113,11 @@ def _nothing_but(paths: Iterable[str]) -> str:
 
 def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[str, Any]:
     slots = adapter.plan.slots
-    rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
-    alpha = Counter(slot.alpha for slot in slots).most_common(1)[0][0]
+    kept = VARIANTS[slots[0].variant].peft
+    ranks = {slot.site.path: slot.rank * kept.ranks for slot in slots}
+    alphas = {slot.site.path: slot.alpha * kept.ranks for slot in slots}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     base, revision = _base_of(adapter)
     return {
         "peft_type": "LORA",
@@ -122,13 +129,14 @@ def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[
         "target_modules": [slot.site.path for slot in slots],
         # PEFT takes a target for the end of longer paths as well (fc for block.fc): all others are excluded.
         "exclude_modules": _nothing_but(slot.site.path for slot in slots),
-        "rank_pattern": {pattern(slot.site.path): slot.rank for slot in slots if slot.rank != rank},
-        "alpha_pattern": {pattern(slot.site.path): _number(slot.alpha) for slot in slots if slot.alpha != alpha},
+        "rank_pattern": {pattern(path): own for path, own in ranks.items() if own != rank},
+        "alpha_pattern": {pattern(path): _number(own) for path, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
         "fan_in_fan_out": all(slot.site.kind == "conv1d" for slot in slots),
         "bias": "none",
         "use_rslora": False,
-        "use_dora": slots[0].variant == "dora",
+        "use_dora": False,
+        **kept.config,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -232,7 +240,7 @@ def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
-        adapter = Adapter(plan, pairs.tensors, ours["base"], _recorded(ours["base_name"]),
+        adapter = Adapter(plan, _factors(plan, pairs.tensors), ours["base"], _recorded(ours["base_name"]),
                           Rendering.from_json(rendering) if rendering else None,
                           Claims(**ours["claims"]) if ours.get("claims") else None)  # fmt: skip
     except (KeyError, TypeError) as error:
@@ -254,9 +262,21 @@ def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     return adapter
 
 
+def _factors(plan: Plan, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT's tensors are to the methods of a plan."""
+    found = dict(named)
+    for slot in plan.slots:
+        kept = VARIANTS[slot.variant].peft
+        own = {name: found.pop(key) for name in kept.names if (key := f"{slot.site.path}.{name}") in found}
+        if set(own) == set(kept.names):
+            own = kept.read(own)
+        found |= {f"{slot.site.path}.{name}": tensor for name, tensor in own.items()}
+    return found
+
+
 def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     try:
-        slots, problems = _foreign_slots(config, pairs.tensors)
+        slots, problems = _foreign_slots(config, pairs)
         claims = Claims(choosing(config), pairs.weights)
         problems += [f"{slot.site.path}: has tensors, and the config's target_modules do not name it" for slot in slots
                      if selects(claims.selects, slot.site.path) is False]  # fmt: skip
@@ -270,9 +290,9 @@ def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter
     return Adapter(Plan(tuple(slots)), pairs.tensors, base=None, base_name=_named_base(config), claims=claims)
 
 
-def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[list[LowRank], list[str]]:
+def _foreign_slots(config: dict[str, Any], pairs: Pairs) -> tuple[list[LowRank], list[str]]:
     """Slots as tensors and config say together, and where the two disagree."""
-    slots = []
+    slots, tensors = [], pairs.tensors
     problems = []
     variant = "dora" if config.get("use_dora") else "lora"
     for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
@@ -287,6 +307,6 @@ def _foreign_slots(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
         alpha = float(by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
         if config.get("use_rslora"):
             alpha *= rank**0.5  # s = alpha / √rank (arXiv 2312.03732)
-        kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
+        kind = pairs.kinds.get(path) or ("conv1d" if config.get("fan_in_fan_out") else "linear")
         slots.append(LowRank(Site(path, kind, a.shape[1], b.shape[0]), rank, alpha, variant))
     return slots, problems
