@@ -30,12 +30,13 @@ from lorafit.errors import AdapterError, FormatError
 from lorafit.layers.site import Site
 from lorafit.planning.rules import all_linear
 from lorafit.testing import random_adapter
+from lorafit.variants import VARIANTS
 
 # PEFT 0.21.2 asks transformers 5 for a property by its old name when it prepares a model.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "falcon": tiny_falcon}
-BOTH = pytest.mark.parametrize("variant", ["lora", "dora"])
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -76,7 +77,7 @@ def foreign(folder: Path) -> Path:
 
 
 @EVERY_MODEL
-@BOTH
+@EVERY_VARIANT
 def test_peft_reads_ours_and_computes_the_same(tmp_path: Path, name: str, variant: str) -> None:
     base = Base.of(MODELS[name](), name)
     bare, adapter = logits_of(base.model), mixed(base, variant)

@@ -1,0 +1,17 @@
+"""rsLoRA: LoRA with the scale alpha / √rank, so that a higher rank does not learn more slowly (Kalajdzievski 2023,
+arXiv 2312.03732)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from lorafit.variants import lora
+from lorafit.variants.variant import Peft
+
+
+def scaling(alpha: float, rank: int) -> float:
+    return alpha / math.sqrt(rank)
+
+
+VARIANT = replace(lora.VARIANT, scaling=scaling, peft=Peft(config={"use_rslora": True}))
