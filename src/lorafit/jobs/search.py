@@ -138,9 +138,18 @@ def look(
         known = example_nll(opened.base, rows, partial(listener.watch, "base: validation"), opened.way)
     forward = (time.monotonic() - began) / sum(len(row.ids) for row in rows)
     require_finite(opened.base, known)
-    card = card_of(opened.base, opened.start, opened.rows["train"], opened.decision.recipe, opened.way,
+    card = card_of(opened.base, _with_b_of_zero(opened), opened.rows["train"], opened.decision.recipe, opened.way,
                    lambda d, n: listener.watch("layer card", d, n, "batches"))  # fmt: skip
     return tuple(known), card, forward
+
+
+def _with_b_of_zero(opened: Opened) -> Adapter:
+    """What the run starts from, or LoRA on the same sites where its method does not start with B = 0."""
+    plan = opened.start.plan
+    if all(factor.trained for slot in plan.slots for factor in slot.factors().values()):
+        return opened.start
+    plain = Plan(tuple(replace(slot, variant="lora") for slot in plan.slots))
+    return fresh(opened.base, plain, opened.decision.recipe.seed)
 
 
 def search(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch is behind it, and whoever needs the names alone must not wait for that
     from lorafit.variants.variant import Variant
 
-NAMES = ("lora", "dora", "rslora")
+NAMES = ("lora", "dora", "rslora", "pissa")
 
 
 class _Variants(Mapping[str, "Variant"]):
