@@ -258,11 +258,19 @@ def test_what_it_says_of_its_base_is_kept_when_it_is_written_again(tmp_path: Pat
     assert "came with the adapter" in refused(tmp_path / "again", other)
 
 
-def test_an_adapter_of_an_embedding_is_refused_without_advice_that_spoils_it(tmp_path: Path) -> None:
-    written(tmp_path, tiny_llama(), target_modules=["k_proj", "embed_tokens"])
-    said = refused(tmp_path, tiny_llama())
-    assert "adapts an embedding (model.embed_tokens)" in said and "merge it into its base" in said
-    assert "without them" not in said
+@pytest.mark.parametrize("model", [tiny_llama, untied])
+def test_an_adapter_of_an_embedding_computes_what_peft_computes(tmp_path: Path, model: Callable[[], Any]) -> None:
+    theirs = written(tmp_path, model(), target_modules=["k_proj", "embed_tokens"])
+    assert_same(read_with(tmp_path, model()), theirs, model())
+
+
+def test_an_embedding_that_was_trained_beside_its_pair_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, untied(), target_modules=["k_proj", "embed_tokens"])
+    tensors = load_file(tmp_path / WEIGHTS)
+    (name,) = (name for name in tensors if "embed_tokens" in name and "lora" not in name)
+    tensors[name][0, 0] += 1
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert "embed_tokens.weight: came with the adapter and is not the weight of 'tiny'" in refused(tmp_path, untied())
 
 
 # What the config names

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import encoder, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
+from torch import nn
 from torch.backends import mha
 
 from lorafit.adapters.plan import LowRank, Plan
@@ -17,21 +18,48 @@ from lorafit.planning.rules import all_linear
 from lorafit.testing import LAWS, Case, random_adapter
 from lorafit.variants import VARIANTS
 
+
+class Worded(nn.Module):
+    """Words in numbers: an embedding, and a layer over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 16)
+        self.over = nn.Linear(16, 24)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.over(self.words(ids)))
+
+
+def worded() -> Worded:
+    torch.manual_seed(0)
+    return Worded().eval()
+
+
 MODELS = {
-    "llama": tiny_llama, "gpt2": tiny_gpt2, "falcon": tiny_falcon, "no-transformer": plain_module, "encoder": encoder,
-}  # fmt: skip
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "falcon": tiny_falcon,
+    "no-transformer": plain_module,
+    "encoder": encoder,
+    "embedding": worded,
+}
 
 
 def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
     """Mixed ranks and scales, so that no law holds by uniformity."""
     model = MODELS[name]().to(dtype)
     base = Base.of(model, name)
-    slots = [LowRank(site, 1 + i % 4, 4.0 + i % 3, variant) for i, site in enumerate(all_linear(base))]
+    sites = base.sites if name == "embedding" and VARIANTS[variant].any_kind else all_linear(base)
+    slots = [LowRank(site, 1 + i % 4, 4.0 + i % 3, variant) for i, site in enumerate(sites)]
     forward: Callable[[], torch.Tensor]
     if name in ("no-transformer", "encoder"):
         shape = (5, 16) if name == "no-transformer" else (2, 5, 16)  # only a batch is computed by one fused call
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         forward = lambda: model(x)  # noqa: E731
+    elif name == "embedding":
+        words = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
+        forward = lambda: model(words)  # noqa: E731
     else:
         ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
         forward = lambda: model(input_ids=ids, use_cache=False).logits  # noqa: E731

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorafit.layers import conv1d, linear
+from lorafit.layers import conv1d, embedding, linear
 from lorafit.layers.kind import Kind
 from lorafit.layers.site import Site
 
-KINDS: dict[str, Kind] = {"linear": linear.KIND, "conv1d": conv1d.KIND}
+KINDS: dict[str, Kind] = {"linear": linear.KIND, "conv1d": conv1d.KIND, "embedding": embedding.KIND}
 
 _BY_TYPE = {module_type: name for name, kind in KINDS.items() for module_type in kind.types}
 

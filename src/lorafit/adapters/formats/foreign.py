@@ -134,11 +134,6 @@ def _unwrapped(name: str) -> tuple[str, str]:
 def _why_strange(names: list[str], of: int) -> str:
     """What tensors are that belong to no pair, and what to do about them."""
     shown = f"{len(names)} of {of} tensors"
-    embeddings = [name for name in names if "lora_embedding_" in name]
-    if embeddings:
-        where = sorted({_unwrapped(name)[1].partition(".lora_embedding_")[0] for name in embeddings})
-        return (f"it adapts an embedding ({', '.join(where)}), which is not read here: merge it into its base first "
-                "(PEFT: merge_and_unload), for without these tensors it is another adapter")  # fmt: skip
     if any(re.search(r"lora[._](down|up)\.|\.lora_(linear_)?[ab]\b", name) for name in names):
         return f"{shown} are pairs under another program's names ({_shown(names)}): convert them to PEFT's layout first"
     if all(name.endswith((".weight", ".bias")) and "lora" not in name for name in names):

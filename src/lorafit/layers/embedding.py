@@ -1,0 +1,37 @@
+"""torch.nn.Embedding: y = E[id], a product of Eᵀ (d_out, d_in) with a row that is one at the id and zero elsewhere."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.layers.kind import Kind
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.Embedding)
+    return module.num_embeddings, module.embedding_dim
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module, nn.Embedding)
+    return module.weight.T
+
+
+def _bias(module: nn.Module) -> None:
+    return None
+
+
+def _down(x: Tensor, a: Tensor) -> Tensor:
+    return F.embedding(x.reshape(-1), a.T)
+
+
+KIND = Kind(
+    (nn.Embedding,),
+    _widths,
+    _weight,
+    _bias,
+    stored=lambda matrix: matrix.T,
+    down=_down,
+    is_product=False,
+    fan_in=lambda site: 1,
+    peft_names={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+)
