@@ -96,6 +96,18 @@ def unfinished(finished: tuple[Path, dict[str, Any]], tmp_path: Path, no_peft: N
     return out
 
 
+@pytest.mark.parametrize("more", [{"variant": "pissa"}, {"variant": "rslora"},
+                                  {"targets": ["embed_tokens", "q_proj"]}], ids=str)  # fmt: skip
+def test_a_run_of_every_method_and_kind_is_whole(
+    tiny_folder: Path, data: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    summary = run_training(str(tiny_folder), str(data), tmp_path / "run", {**SETTINGS, **more})
+    assert summary["passed_over"] == {} and summary["peft"]["max_logit_difference"] <= 1e-4
+    assert summary["nll"]["ci95"][1] < 0 and summary["base_unchanged"]
+    adapter = peft.read(tmp_path / "run")
+    assert {slot.variant for slot in adapter.plan.slots} == {more.get("variant", "lora")}
+
+
 def new_rows() -> list[dict[str, object]]:
     return [{"prompt": f"What follows {n}?", "completion": str(n + 1)} for n in range(12)]
 

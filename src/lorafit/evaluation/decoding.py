@@ -61,8 +61,13 @@ class Decoding:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the engine, which has the model to itself while it is open."""
         if self._engine is not None:
             self._engine.close()
+        self._engine = None
 
     def _opened(self) -> Engine | None:
         """The engine, opened for the first prompts; None where it does not serve the base, or none as long."""
@@ -98,6 +103,7 @@ class Decoding:
         served = adapter is None or adapter.plan.is_product
         if served and (engine := self._opened()) is not None:
             return self._by_engine(engine, prompts, most, adapter, progress)
+        self._let_go()
         on = attach(self.base, adapter, accept_unknown_base=self._accept) if adapter else nullcontext()
         with on:
             return generate(self.base, self.renderer, prompts, most, progress, self._memory)
