@@ -1,4 +1,5 @@
-"""Write what the docs take from the code: docs/cli.md, docs/settings.md and docs/settings.schema.json.
+"""Write what the docs take from the code: docs/cli.md, docs/settings.md, docs/settings.schema.json and, from
+docs/rooms.toml, docs/architecture.md and the map in README.md.
 
 --check writes nothing, and exits with 1 where they are not what the code says.
 """
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 os.environ.update(COLUMNS="88", TERM="dumb")  # the width of the help texts, whatever the terminal
@@ -19,6 +21,8 @@ from lorafit.cli import app
 from lorafit.settings import BY_RULE, RunFile, template
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+README = DOCS.parent / "README.md"
+ROOMS = ("<!-- rooms: from docs/rooms.toml, by scripts/make_docs.py -->\n", "<!-- /rooms -->")
 
 
 def cli_page() -> str:
@@ -53,24 +57,57 @@ def settings_page() -> str:
                       template().rstrip(), "```", ""])  # fmt: skip
 
 
+def floors() -> list[dict[str, str]]:
+    """The rooms of src/lorafit and what is in each, floor by floor from the ground."""
+    found: list[dict[str, str]] = tomllib.loads((DOCS / "rooms.toml").read_text("utf-8"))["floor"]
+    return found
+
+
+def readme() -> str:
+    """README.md with the map that the table gives."""
+    before, _, rest = README.read_text("utf-8").partition(ROOMS[0])
+    rooms = [f"| `{room}` | {what} |" for floor in floors() for room, what in floor.items()]
+    table = "\n".join(["| where | what |", "|---|---|", *rooms, ""])
+    return before + ROOMS[0] + table + rest[rest.index(ROOMS[1]) :]
+
+
+def architecture_page() -> str:
+    lines = [
+        "# The architecture",
+        "",
+        "Made from `docs/rooms.toml` by `scripts/make_docs.py`. A file imports only from lower floors, or from its own",
+        "room: `tests/test_floors.py` walks every import. A row goes one way: `data/` reads it, `tasks/` says what is",
+        "predicted, `training/` fits the factors, `evaluation/` scores them, `runs/` keeps them, `report/` shows them.",
+        "",
+        "| floor | room | what it is for |",
+        "|--:|---|---|",
+    ]
+    for number, floor in reversed(list(enumerate(floors()))):
+        lines += [f"| {number} | `{room}` | {what} |" for room, what in floor.items()]
+    return "\n".join(
+        [*lines, "", "Why it is so: [docs/why](why). How to add to it: [CONTRIBUTING.md](../CONTRIBUTING.md).", ""]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the pages that are made from the code.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
     check = parser.parse_args().check
     made = {
-        "cli.md": cli_page(),
-        "settings.md": settings_page(),
-        "settings.schema.json": json.dumps(RunFile.model_json_schema(), indent=2) + "\n",
+        DOCS / "cli.md": cli_page(),
+        DOCS / "settings.md": settings_page(),
+        DOCS / "settings.schema.json": json.dumps(RunFile.model_json_schema(), indent=2) + "\n",
+        DOCS / "architecture.md": architecture_page(),
+        README: readme(),
     }
-    stale = [
-        name for name, text in made.items() if not (DOCS / name).exists() or (DOCS / name).read_text("utf-8") != text
-    ]
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text]
+    names = {path: path.relative_to(README.parent).as_posix() for path in stale}
     if check and stale:
-        print(f"docs/{', docs/'.join(stale)}: not what the code says: run scripts/make_docs.py", file=sys.stderr)
+        print(f"{', '.join(names.values())}: not what the code says: run scripts/make_docs.py", file=sys.stderr)
         return 1
-    for name in stale:
-        (DOCS / name).write_text(made[name], encoding="utf-8", newline="\n")
-        print(f"docs/{name} written")
+    for path in stale:
+        path.write_text(made[path], encoding="utf-8", newline="\n")
+        print(f"{names[path]} written")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,35 +11,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "lorafit"
 
-FLOORS = {
-    "version": 0,
-    "errors": 0,
-    "guide": 0,
-    "files": 1,
-    "layers": 1,
-    "bases": 2,
-    "variants": 2,
-    "adapters": 3,
-    "settings": 4,
-    "attachment": 4,
-    "data": 5,
-    "tasks": 6,
-    "generation": 6,
-    "routing": 6,
-    "serving": 7,
-    "evaluation": 8,
-    "server": 8,
-    "prepared": 9,
-    "runs": 9,
-    "training": 10,
-    "planning": 11,
-    "report": 12,
-    "jobs": 13,
-    "cli": 14,
-    "testing": 14,
-    "__main__": 15,
-    "__init__": 16,
-}
+TABLE = tomllib.loads((SRC.parents[1] / "docs" / "rooms.toml").read_text(encoding="utf-8"))["floor"]
+FLOORS = {name.removesuffix("/").removesuffix(".py"): n for n, floor in enumerate(TABLE) for name in floor}
 FILES = sorted(SRC.rglob("*.py"))
 
 
