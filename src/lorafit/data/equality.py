@@ -37,6 +37,12 @@ def compared(text: str) -> str:
     return folded(text) if found is None else found
 
 
+def label_of(text: str) -> str:
+    """What stands for an answer when it is held against a label: `folded`, without the full stop of a sentence. Nothing
+    else is taken from it: A is not A+, toxic is not non-toxic."""
+    return re.sub(r"(?<=[^\s.])[.。]$", "", folded(text))
+
+
 def key_of(example: Example) -> str:
     """What stands for a reference when references are held against each other: calls by their meaning, `compared` for
     words."""

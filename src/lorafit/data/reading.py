@@ -13,7 +13,7 @@ from lorafit.data.advice import formless, unread_fields
 from lorafit.data.columns import columns_named, joined
 from lorafit.data.examples import SPLITS, Check, Example, Examples
 from lorafit.data.fields import UNUSED, fields_of
-from lorafit.data.forms import form_of, parsed
+from lorafit.data.forms import NO_LIMIT, form_of, parsed
 from lorafit.data.readers import Record, kinds, read_records
 from lorafit.errors import DataError, Problem
 
@@ -259,14 +259,14 @@ def _stem(file: Path) -> str:
 
 def _with_labels(examples: Examples) -> Examples:
     """Where every example is a text with its label: a system prompt that names the labels, and a check that the answer
-    is the label and nothing else."""
+    is the label and nothing else. A check by the words that occur would not do: toxic occurs in non-toxic, C in C++."""
     everything = [example for split in examples.by_name().values() for example in split]
     labels = sorted({example.label for example in everything if example.label is not None})
     if not labels or any(example.label is None for example in everything):
         return examples
     system = "Answer with the label alone" + (f": {', '.join(labels)}." if len(labels) <= MOST_LABELS else ".")
     checked = {
-        name: tuple(replace(e, check=e.check or Check((e.answer,), (), len(e.answer.split()))) for e in split)
+        name: tuple(replace(e, check=e.check or Check((), (), NO_LIMIT, label=e.answer)) for e in split)
         for name, split in examples.by_name().items()
     }
     return replace(examples.with_splits(checked), system=system)
