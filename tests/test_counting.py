@@ -111,6 +111,20 @@ def test_a_number_and_what_stands_for_an_answer() -> None:
     assert compared(" Yes\n sir") == "yes sir"
 
 
+@pytest.mark.parametrize(
+    ("text", "numerals", "number"),
+    [
+        ("3,50 EUR", ".,", None), ("3,50 EUR", ",.", 3.5), ("1.234,56", ",.", 1234.56), ("1.234,56", ".,", None),
+        ("1 234", ", ", 1234.0), ("1\u202f234,5", ", ", 1234.5), ("in 2024 100 came", ", ", 100.0),
+        ("1'234.50", ".'", 1234.5), ("1’234", ".'", 1234.0), ("1,234.50", ".,", 1234.5), ("30.11.2024", ".,", None),
+        ("1,2,3", ".,", None), ("7 up", ".,", 7.0), ("−3 °C", ",.", -3.0), ("1.5e-3", ".,", 0.0015),
+        ("v2.5", ".,", None),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_as_a_place_writes_it_or_not_at_all(text: str, numerals: str, number: float | None) -> None:
+    assert last_number(text, numerals) == number
+
+
 def test_the_sign_test_counts_groups_and_is_exact() -> None:
     assert sign_test([1, 1, 1, 1, 0, -1], [None] * 6) == (4, 1, pytest.approx(12 / 32))
     assert sign_test([1] * 8, ["one"] * 8) == (1, 0, 1.0)

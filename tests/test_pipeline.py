@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -218,8 +218,11 @@ def test_eval_on_a_new_file_knows_what_the_run_was_trained_on_without_being_aske
 ) -> None:
     """Without it, a run's few fixed replies were free text to it, and no classifier was compared with."""
     heard: list[list[str]] = []
-    monkeypatch.setattr("lorafit.evaluation.compare.counted",
-                        lambda questions, answers, known, *rest: heard.append([one.question for one in known]))  # fmt: skip
+
+    def hears(questions: object, answers: object, known: Sequence[Example], *rest: object) -> None:
+        heard.append([one.question for one in known])
+
+    monkeypatch.setattr("lorafit.evaluation.compare.counted", hears)
     new = write_rows(tmp_path / "new.jsonl", new_rows())
     pipeline.run_evaluation(None, finished[0], new)
     alone = Path(copytree(finished[0] / "adapter", tmp_path / "alone" / "adapter"))

@@ -67,7 +67,8 @@ class Check:
     `max_words`. With `declines`, the example is a question that must be turned away, and is scored apart.
     exact: the answer is this text, case included, white space around it aside. json: it is JSON with this content, as
     `equality.json_form` writes it. number: its last number is this one. pattern: this regular expression is found in
-    it. label: it is this label and nothing else, by `equality.label_of`.
+    it. label: it is this label and nothing else, by `equality.label_of`. numerals: how numbers are written, one of
+    `equality.NUMERALS`.
     """
 
     contains: tuple[str, ...]
@@ -79,6 +80,7 @@ class Check:
     number: float | None = field(default=None, repr=False)
     pattern: str | None = field(default=None, repr=False)
     label: str | None = field(default=None, repr=False)
+    numerals: str = field(default=".,", repr=False)
 
     @property
     def forms(self) -> tuple[tuple[str, str | float], ...]:

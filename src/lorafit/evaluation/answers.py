@@ -37,7 +37,7 @@ def occurs(phrase: str, text: str) -> bool:
 
 def is_right(answer: str, check: Check) -> bool:
     """All that the check asks: see `Check`."""
-    number = None if check.number is None else last_number(answer)
+    number = None if check.number is None else last_number(answer, check.numerals)
     return (
         len(answer.split()) <= check.max_words
         and all(occurs(phrase, answer) for phrase in check.contains)

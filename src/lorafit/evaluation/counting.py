@@ -212,15 +212,16 @@ def _constant(
     of_references = _frequent(keys, [one.answer for one in asked], most)
     passes = cache(is_right)
 
-    def times(text: str) -> int:
-        form = compared(text)
-        return sum(
-            passes(text, q.check) if q.check and not q.calls else (spelt.get(form, form) if q.calls else form) == key
-            for q, key in zip(asked, keys, strict=True)
-        )
-
     tried = dict.fromkeys((*of_references, *_frequent([compared(text) for text in given], given, most)))
-    best, rights = max(((text, times(text)) for text in tried), key=lambda one: one[1])
+    forms = {text: compared(text) for text in tried}
+    times = Counter(dict.fromkeys(tried, 0))
+    for question, key in zip(asked, keys, strict=True):  # one check after another: its pattern is compiled once
+        for text, form in forms.items():
+            if question.calls:
+                times[text] += spelt.get(form, form) == key
+            else:
+                times[text] += passes(text, question.check) if question.check else form == key
+    best, rights = max(times.items(), key=lambda one: one[1])
     return best if rights > 1 else None
 
 
