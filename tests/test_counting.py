@@ -1,4 +1,4 @@
-"""Right answers counted: by equality, by check, against the most frequent answer, and what is said of it."""
+"""Right answers counted: by equality, by check, against one answer given to everything, and what is said of it."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_sign_test_counts_groups_and_is_exact() -> None:
     assert sign_test([0.0, 0.0], [None] * 2) == (0, 0, 1.0)
 
 
-# The most frequent answer
+# Always the same answer
 
 
 def test_one_that_always_says_the_same_is_not_praised() -> None:
