@@ -286,7 +286,7 @@ def test_a_verdict_on_the_rows_with_a_check_alone_says_so() -> None:
         "The adapter is not shown to do better than always giving the same answer, which is right in 100.0% of the 2 "
         "questions with a check, though it predicts the answers better than its base"
     )
-    assert "of 100 questions like the 2 questions with a check about 100" in str(of_a_hundred(summary_of(counts)))
+    assert "of 100 like the 2 questions with a check about 100" in str(of_a_hundred(summary_of(counts)))
 
 
 def test_of_many_answers_each_is_kept_in_the_summary_and_the_page_folds_most() -> None:

@@ -160,8 +160,9 @@ def of_a_hundred(summary: Mapping[str, Any]) -> str | None:
     measure = "the answer passes its check" if counts.get("by", "check") == "check" else "the answer is the reference"
     if 0 < counts.get("checked", 0) < counts.get("n", 0):
         measure += ", or is the reference where there is no check"
-    questions = of_checked(summary) or "these"
-    return f"of 100 questions like {questions} about {100 * right:.0f} are answered right{sure} (right: {measure})"
+    few = of_checked(summary)
+    questions = f"like {few}" if few else "questions like these"
+    return f"of 100 {questions} about {100 * right:.0f} are answered right{sure} (right: {measure})"
 
 
 def interval(ci95: Sequence[float] | None) -> str:
