@@ -259,7 +259,7 @@ def _levels_of(path: Path) -> tuple[dict[str, list[tuple[Path, str]]], tuple[str
     return ({"train": texts} if len({level for _, level in texts}) > 1 else {}), tuple(left)
 
 
-def _seen(folder: Path, wanted: Callable[[Path], bool] = Path.exists) -> list[Path]:
+def _seen(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
     """What is in a folder and is not hidden, by name."""
     return sorted(one for one in folder.iterdir() if not one.name.startswith(".") and wanted(one))
 
