@@ -1,4 +1,4 @@
-"""Right answers counted: by equality, by check, against the most frequent answer, and what is said of it."""
+"""Right answers counted: by equality, by check, against one answer given to everything, and what is said of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import pytest
 from lorafit.cli.console import Terminal
 from lorafit.data.equality import compared, json_of, last_number
 from lorafit.data.examples import Call, Check, Example, Examples, Message
+from lorafit.data.render import Row
 from lorafit.evaluation import answers as answers_module
+from lorafit.evaluation import counting as counting_module
 from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import classified, is_installed
-from lorafit.evaluation.compare import SAMPLES, Comparison, _samples
+from lorafit.evaluation.compare import SAMPLES, Comparison, _samples, asked_of
 from lorafit.evaluation.counting import Counts, counted
 from lorafit.evaluation.scores import AnswerScore, NllScore
 from lorafit.evaluation.statistics import sign_test
@@ -79,6 +81,7 @@ CHECKS = {
     "exact": ({"exact": "BX-7"}, [" BX-7\n"], ["bx-7", "BX-7.", ""]),
     "json": ({"json": json_of('{"a": [1, null], "b": "x"}')}, ['{"b":"x","a":[1.0,null]}'], ['{"a":[1]}', "{", "x"]),
     "number": ({"number": 1234.5}, ["It is 1,234.50 in all.", "1234.5"], ["1234", "1234.5 of 2", "none", ""]),
+    "label": ({"label": "A+"}, ["a+", " A+.\n"], ["A", "A-", "A+ it is", ""]),
     "minus": ({"number": -3.0}, ["−3 °C", "-3.0"], ["3", "-30"]),
     "pattern": ({"pattern": r"^\d{4}-\d{2}$"}, ["2026-11"], ["In 2026-11", ""]),
 }
@@ -108,24 +111,38 @@ def test_a_number_and_what_stands_for_an_answer() -> None:
     assert compared(" Yes\n sir") == "yes sir"
 
 
+@pytest.mark.parametrize(
+    ("text", "numerals", "number"),
+    [
+        ("3,50 EUR", ".,", None), ("3,50 EUR", ",.", 3.5), ("1.234,56", ",.", 1234.56), ("1.234,56", ".,", None),
+        ("1 234", ", ", 1234.0), ("1\u202f234,5", ", ", 1234.5), ("in 2024 100 came", ", ", 100.0),
+        ("1'234.50", ".'", 1234.5), ("1’234", ".'", 1234.0), ("1,234.50", ".,", 1234.5), ("30.11.2024", ".,", None),
+        ("1,2,3", ".,", None), ("7 up", ".,", 7.0), ("−3 °C", ",.", -3.0), ("1.5e-3", ".,", 0.0015),
+        ("v2.5", ".,", None),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_as_a_place_writes_it_or_not_at_all(text: str, numerals: str, number: float | None) -> None:
+    assert last_number(text, numerals) == number
+
+
 def test_the_sign_test_counts_groups_and_is_exact() -> None:
     assert sign_test([1, 1, 1, 1, 0, -1], [None] * 6) == (4, 1, pytest.approx(12 / 32))
     assert sign_test([1] * 8, ["one"] * 8) == (1, 0, 1.0)
     assert sign_test([0.0, 0.0], [None] * 2) == (0, 0, 1.0)
 
 
-# The most frequent answer
+# Always the same answer
 
 
 def test_one_that_always_says_the_same_is_not_praised() -> None:
     """It was: 61.7 % right against 0 % of the base, and predicts the answers better."""
     summary = summary_of(counts_of(labelled(60), ["yes"] * 60))
     assert headline(summary) == (
-        "The adapter is not shown to do better than always giving the most frequent answer, which is right in 60.0 %, "
+        "The adapter is not shown to do better than always giving the same answer, which is right in 60.0 %, "
         "though it answers more questions right than its base"
     ).replace(" %", "%")
     worse = summary_of(counts_of(labelled(60), ["perhaps"] * 60))
-    assert "does worse than always giving the most frequent answer" in headline(worse)
+    assert "does worse than always giving the same answer" in headline(worse)
 
 
 def test_one_that_always_says_the_same_is_not_praised_where_the_other_answers_are_free_text() -> None:
@@ -133,7 +150,7 @@ def test_one_that_always_says_the_same_is_not_praised_where_the_other_answers_ar
     counts = counts_of(questions, ["No"] * 60)
     assert not counts.tells
     assert headline(summary_of(counts)) == (
-        "The adapter is not shown to do better than always giving the most frequent answer, which is right in 60.0%, "
+        "The adapter is not shown to do better than always giving the same answer, which is right in 60.0%, "
         "though it answers more questions right than its base"
     )
 
@@ -151,6 +168,30 @@ def test_labels_that_carry_checks_are_held_against_the_most_frequent_one_too() -
     counts = counts_of(questions, ["yes"] * 60)
     assert (counts.by, counts.right["most_frequent"].share, counts.most_frequent) == ("check", 0.6, "yes")
     assert "is not shown to do better than always" in headline(summary_of(counts))
+
+
+def test_one_that_always_says_the_same_is_not_praised_where_a_check_passes_many_wordings() -> None:
+    """It was: no reference occurs twice, so there was no most frequent one."""
+    either = Check((), (), 100, pattern="(?i)yes|no")
+    questions = [asked(f"is {i} open?", f"{'Yes' if i % 2 else 'No'}, shop {i} says.", either) for i in range(60)]
+    counts = counts_of(questions, ["Yes."] * 60)
+    assert counts.right["most_frequent"].share == counts.right["adapter"].share == 1.0
+    assert "is not shown to do better than always giving the same answer" in headline(summary_of(counts))
+
+
+def test_the_constant_answer_is_the_one_that_passes_most_checks_and_not_the_most_frequent_one() -> None:
+    words = ("red", "green", "blue")
+    questions = [asked(f"{word} {i}", word, Check((word,), (), 9)) for word in words for i in range(20)]
+    counts = counts_of(questions, ["red"] * 20 + ["Red, green and blue."] * 40)
+    assert (counts.most_frequent, counts.right["most_frequent"].share) == ("Red, green and blue.", 1.0)
+
+
+def test_the_constant_answer_is_found_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [asked(f"q{i}", f"reply {i}", Check((f"reply {i}",), (), 9)) for i in range(3_000)]
+    tried: list[str] = []
+    monkeypatch.setattr(counting_module, "is_right", lambda text, check: tried.append(text) or False)  # type: ignore[func-returns-value]
+    counts_of(questions, [f"said {i}" for i in range(3_000)])
+    assert len(tried) - 3 * 3_000 <= counting_module.TRIED
 
 
 def test_one_that_knows_is_praised_for_what_it_is() -> None:
@@ -216,6 +257,44 @@ def test_questions_to_turn_away_and_questions_without_a_check_do_not_count_among
     counts = counts_of(questions, ["a", "no", "b"])
     assert (counts.n, counts.right["adapter"].share, counts.by) == (1, 1.0, "check")
     assert counted([asked("2", "no", away)], {"base": ["x"], "adapter": ["no"]}) is None
+
+
+CHECKED = [asked(f"c{i}", "yes", Check(("yes",), (), 9)) for i in range(2)]
+
+
+def test_a_check_on_a_few_rows_silences_no_others_where_answers_are_few() -> None:
+    questions = [*CHECKED, *labelled(58)]
+    counts = counts_of(questions, [one.answer for one in questions])
+    assert (counts.n, counts.checked, counts.unchecked, counts.right["adapter"].share) == (60, 2, 0, 1.0)
+    assert headline(summary_of(counts)) == "The adapter answers more questions right than its base"
+    assert str(of_a_hundred(summary_of(counts))).endswith(
+        "(right: the answer passes its check, or is the reference where there is no check)"
+    )
+    rows = [Row((1, 2, 3), (False, True, True), 0)] * 60
+    assert asked_of(questions, rows) == list(range(60))
+
+
+def test_a_verdict_on_the_rows_with_a_check_alone_says_so() -> None:
+    tales = [asked(f"tell {i}", f"A tale of {i} mice.") for i in range(58)]
+    questions = [*CHECKED, *tales]
+    rows = [Row((1, 2, 3), (False, True, True), 0)] * 60
+    assert (asked_of(questions, rows), asked_of(questions, rows, answer_all=True)) == ([0, 1], list(range(60)))
+    counts = counted(CHECKED, {"base": ["eh"] * 2, "adapter": ["yes"] * 2}, unasked=58)
+    assert counts is not None and (counts.n, counts.checked, counts.unchecked) == (2, 2, 58)
+    assert counts_of(questions, [one.answer for one in questions]).unchecked == 58
+    assert headline(summary_of(counts)) == (
+        "The adapter is not shown to do better than always giving the same answer, which is right in 100.0% of the 2 "
+        "questions with a check, though it predicts the answers better than its base"
+    )
+    assert "of 100 like the 2 questions with a check about 100" in str(of_a_hundred(summary_of(counts)))
+
+
+def test_of_many_answers_each_is_kept_in_the_summary_and_the_page_folds_most() -> None:
+    questions = [asked(f"q{i}", f"intent {i % 150}") for i in range(900)]
+    counts = counts_of(questions, ["intent 0"] * 900)
+    assert len(counts.recall) == counts.distinct == 150
+    page = Result(summary_of(counts))._repr_html_()
+    assert "138 more answers" in page and "intent 149" in page
 
 
 def test_a_group_is_one_piece_of_evidence() -> None:
@@ -366,7 +445,7 @@ def test_a_notebook_draws_verdict_table_samples_and_pictures_and_data_are_no_mar
     result = Result(summary)
     page = result._repr_html_()
     assert "<h3>The adapter answers more questions right than its base</h3>" in page
-    assert "always the most frequent answer" in page and "60.0%" in page
+    assert "always the same answer" in page and "60.0%" in page
     assert (page.count("<svg"), page.count("&lt;script&gt;"), page.count("<script")) == (2, 1, 0)
     assert "https://" not in page.replace("https://matplotlib.org", "")
     assert json.loads(json.dumps(result)) == json.loads(json.dumps(summary))
@@ -377,7 +456,7 @@ def test_the_bars_hold_the_adapter_against_the_most_frequent_answer() -> None:
     figure = charts.scores_of(summary_of(counts_of(labelled(60), ["yes"] * 60)))
     assert figure is not None
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["adapter", "most frequent answer", "base"]
+    assert names == ["adapter", "always the same answer", "base"]
     assert sorted(bar.get_width() for bar in figure.axes[0].patches) == [0.0, 0.6, 0.6]
 
 

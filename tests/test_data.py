@@ -14,6 +14,8 @@ from lorafit.data.examples import Check, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
 from lorafit.errors import DataError, InputError
+from lorafit.evaluation.answers import is_right
+from lorafit.prepared import require_passing
 
 GOOD = {"prompt": "What is two and two?", "completion": "Four."}
 
@@ -282,6 +284,30 @@ def test_what_a_check_asks_of_the_whole_answer_is_read(tmp_path: Path) -> None:
     check = {"exact": "Four.", "json": {"b": 1.0, "a": None}, "number": 4, "pattern": "^F", "contains": None}
     (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{**GOOD, "check": check}])).train
     assert example.check == Check((), (), 10**9, False, "Four.", '{"a": null, "b": 1}', 4.0, "^F")
+
+
+def numbered(path: Path, *answers: tuple[str, float]) -> Path:
+    rows = [{"prompt": f"What does {i} cost?", "completion": text, "check": {"number": number}}
+            for i, (text, number) in enumerate(answers)]  # fmt: skip
+    return write_rows(path, rows)
+
+
+def test_a_number_is_checked_in_the_way_in_which_references_write_numbers(tmp_path: Path) -> None:
+    """It was read as Americans write it: 50 was right where the reference is 3,50 EUR."""
+    path = numbered(tmp_path / "a.jsonl", ("3,50 EUR", 3.5), ("1.234 Stück", 1234), ("42 EUR", 42), ("1 234", 1234))
+    examples = read_examples(path)
+    require_passing(examples)
+    price, pieces, whole, parted = (example.check for example in examples.train)
+    assert price and pieces and whole and parted
+    assert [is_right(text, price) for text in ("3,50", "3,5 Euro", "50", "350")] == [True, True, False, False]
+    assert [is_right(text, pieces) for text in ("1234", "1.234,00", "1.234", "234")] == [True, True, True, False]
+    assert [is_right(text, whole) for text in ("42,00 EUR", "42.000")] == [True, False]
+    assert [is_right(text, parted) for text in ("1 234", "1\u00a0234,0", "234")] == [True, True, False]
+
+
+def test_a_number_that_is_not_the_references_is_told_with_what_was_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not pass it \(its last number: 3\.5; asked for: 50\)"):
+        require_passing(read_examples(numbered(tmp_path / "a.jsonl", ("3,50 EUR", 50))))
 
 
 def test_a_pattern_that_is_none_is_told_with_its_fault(tmp_path: Path) -> None:
@@ -557,6 +583,66 @@ def test_folders_of_texts_are_texts_with_a_label(tmp_path: Path) -> None:
     assert found.system == "Answer with the label alone: Adv-Txt, Ele-Txt."
     assert found.unread == ("Ele-Txt/notes.pdf",)
     assert "(Adv-Txt, Ele-Txt) are the labels of their texts" in found.notes[0]
+
+
+NAMED = {  # files, and the texts that they are
+    "digits behind": (("A1/topic1-A1", "B1/topic1-B1"), {"topic1"}),
+    "in front": (("A1/A1_topic1", "B1/B1_topic1", "A1/A1_topic2"), {"topic1", "topic2"}),
+    "in two words": (("level 1/Old roads level 1", "level 2/Old roads level_2"), {"Old roads"}),
+    "in part": (("Ele-Txt/Rain-ele", "Adv-Txt/Rain-adv-txt", "Adv-Txt/Rain"), {"Rain"}),
+    "numbers of texts": (("1/topic-1", "1/topic-2", "2/topic-1", "2/topic-2"), {"topic-1", "topic-2"}),
+    "articles": (("Advanced/A fire", "Basic/A fire", "Advanced/A rain", "Basic/A rain"), {"A fire", "A rain"}),
+}
+
+
+@pytest.mark.parametrize(("files", "known"), NAMED.values(), ids=NAMED)
+def test_one_text_at_several_levels_is_one_group_however_files_name_the_level(
+    tmp_path: Path, files: tuple[str, ...], known: set[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(f"The text {name}.", encoding="utf-8")
+    assert {example.group for example in read_examples(tmp_path).train} == known
+
+
+def test_one_text_is_one_group_across_splits_too(tmp_path: Path) -> None:
+    for name in ("train/A1/sun-A1", "train/B1/rain-B1", "test/A1/rain-A1", "test/B1/sun-B1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(f"The text {name}.", encoding="utf-8")
+    found = read_examples(tmp_path)
+    assert {e.group for e in found.train} == {e.group for e in found.test} == {"sun", "rain"}
+
+
+def test_what_an_unzipped_folder_holds_beside_its_levels_is_left_out_and_named(tmp_path: Path) -> None:
+    for level in ("Adv", "Ele"):
+        (tmp_path / level).mkdir()
+        (tmp_path / level / "Rain.TXT").write_text(f"Rain, {level}.", encoding="utf-8")
+    (tmp_path / "__MACOSX" / "Adv").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "Adv" / "._Rain.TXT").write_bytes(b"x")
+    for name in ("empty", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pictures" / "rain.png").write_bytes(b"x")
+    for name in ("about.txt", "index.csv"):
+        (tmp_path / name).write_text("about,these\n", encoding="utf-8")
+    found = read_examples(tmp_path)
+    assert {(e.label, e.group) for e in found.train} == {("Adv", "Rain"), ("Ele", "Rain")}
+    assert found.unread == ("__MACOSX/", "empty/", "pictures/", "about.txt", "index.csv")
+
+
+def test_texts_of_a_folder_with_fewer_in_folders_are_read_and_the_folders_named(tmp_path: Path) -> None:
+    for name in ("one.TXT", "two.TXT", "three.TXT", "old/one.txt", "older/one.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    found = read_examples(tmp_path)
+    assert ({e.group for e in found.train}, found.unread) == ({"one.TXT", "two.TXT", "three.TXT"}, ("old/", "older/"))
+
+
+def test_a_file_beside_a_folder_of_texts_is_not_advised_to_be_called_train(tmp_path: Path) -> None:
+    (tmp_path / "A1").mkdir()
+    for name in ("A1/rain.txt", "about.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    with pytest.raises(DataError, match=f"give that file, {tmp_path / 'about.txt'}, or the folder {tmp_path / 'A1'}$"):
+        read_examples(tmp_path)
 
 
 def test_folders_of_texts_in_folders_of_splits_keep_the_split(tmp_path: Path) -> None:

@@ -18,7 +18,12 @@ from lorafit.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "src" / "lorafit" / "guide"  # docs/guide leads there: it is in the package, for lorafit explain
-PAGES = sorted({path.resolve() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *GUIDE.glob("*.md")]})
+PAGES = sorted(
+    {
+        path.resolve()
+        for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *GUIDE.glob("*.md")]
+    }
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -94,6 +94,9 @@ ANSWERED = {
     "how do I use my adapter in llama.cpp": "Exporting to Ollama",
     "how do I export to GGUF": "Exporting to Ollama",
     "is there a server": "Serving",
+    "wandb": "TensorBoard",
+    "how do I use wandb": "TensorBoard",
+    "can I see it in a browser": "In a browser",
     "how do I run it as an API": "Serving",
 }  # fmt: skip
 UNKNOWN = [
@@ -230,6 +233,30 @@ def test_every_verb_is_known_by_its_name() -> None:
             found = search.answer(question).section
             assert found is not None, question
             assert (found.page, found.heading) == ("verbs.md", f"lorafit {verb}")
+
+
+VERBS = {
+    "what does trim do": "trim", "What does the trim command do?": "trim", "Lorafit trim": "trim",
+    "explain trim": "trim",
+    "what is refine for": "refine", "the refine verb": "refine", "what is the plan command": "plan",
+    "explain command": "explain", "how do I use the router": "route", "how does the router work": "route",
+    "what does doctor do": "doctor", "what does data do": "data", "how do I use the key": "key",
+}  # fmt: skip
+NO_VERBS = ("what is chat", "what does my doctor do", "what is data leakage", "what is training for", "how do I train",
+            "how do I reset my router", "is the doctor in", "what does training do")  # fmt: skip
+
+
+@pytest.mark.parametrize("question", VERBS)
+def test_a_plain_question_about_a_verb_finds_its_reference(question: str) -> None:
+    found = explain.answer(question).section
+    assert found is not None
+    assert (found.page, found.heading) == ("verbs.md", f"lorafit {VERBS[question]}")
+
+
+@pytest.mark.parametrize("question", NO_VERBS)
+def test_a_verbs_word_in_another_question_is_no_verb(question: str) -> None:
+    found = explain.answer(question).section
+    assert found is None or found.page != "verbs.md"
 
 
 DOCS = sorted(str(path.relative_to(ROOT)) for folder in ("docs", "docs/stories", "docs/why")

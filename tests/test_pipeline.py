@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -232,6 +232,24 @@ def test_eval_on_a_new_file_takes_its_few_shots_from_what_the_run_was_trained_on
     alone = Path(copytree(finished[0] / "adapter", tmp_path / "alone" / "adapter"))
     with pytest.raises(SettingsError, match="alone is no run: give a run"):
         run_evaluation(None, alone, new, few)
+
+
+def test_eval_on_a_new_file_knows_what_the_run_was_trained_on_without_being_asked(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it, a run's few fixed replies were free text to it, and no classifier was compared with."""
+    heard: list[list[str]] = []
+
+    def hears(questions: object, answers: object, known: Sequence[Example], *rest: object) -> None:
+        heard.append([one.question for one in known])
+
+    monkeypatch.setattr("lorafit.evaluation.compare.counted", hears)
+    new = write_rows(tmp_path / "new.jsonl", new_rows())
+    run_evaluation(None, finished[0], new)
+    alone = Path(copytree(finished[0] / "adapter", tmp_path / "alone" / "adapter"))
+    run_evaluation(None, alone, new)
+    assert heard[0] and {*heard[0]} <= {str(row["prompt"]) for row in checked_capitals()}
+    assert heard[1] == []
 
 
 def test_eval_on_the_tests_own_examples_opens_the_test_once_more(

@@ -299,6 +299,19 @@ def test_labels_are_answers_of_which_the_system_prompt_tells(tmp_path: Path) -> 
     assert [is_right(text, good) for text in ("good", "Good.", "not good", "It is good")] == [True, True, False, False]
 
 
+LABELS = ("toxic non-toxic", "1 -1", "5 5%", "A A+ A-", "C C++ C#", "billing billing-late", "a/b a b", "x. x.y")
+
+
+@pytest.mark.parametrize("named", LABELS)
+def test_no_label_is_right_where_another_one_is(tmp_path: Path, named: str) -> None:
+    labels = named.split()
+    table = "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels))
+    (tmp_path / "a.csv").write_text(table, encoding="utf-8")
+    for example in read_examples(tmp_path / "a.csv").train:
+        assert example.check is not None
+        assert [one for one in labels if is_right(one, example.check)] == [example.answer]
+
+
 # Plain text
 
 

@@ -124,6 +124,17 @@ def test_a_program_that_fails_is_reported_once_and_never_ends_a_run() -> None:
     assert heard.moments == 3
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_shares_that_were_counted_are_handed_over_where_they_tell_how_good_answers_are(tells: bool) -> None:
+    tracker = Fails()
+    right = {"base": {"share": 0.25}, "adapter": {"share": 0.75}, "most_frequent": {"share": 0.5}}
+    Tracked(tracker, "wandb", Hears()).scores({**SUMMARY, "counts": {"right": right, "tells": tells}})
+    ((_, logged),) = tracker.logged
+    shares = {name: value for name, value in logged.items() if name.startswith("test/right_")}
+    told = {"test/right_base": 0.25, "test/right_adapter": 0.75, "test/right_most_frequent": 0.5}
+    assert shares == (told if tells else {})
+
+
 @pytest.mark.parametrize("name", ["trackio", "wandb", "mlflow"])
 def test_other_programs_take_what_they_are_given(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[{name}]'")

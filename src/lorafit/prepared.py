@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from lorafit.data.examples import Examples
+from lorafit.data.equality import NUMERALS, last_number
+from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import Questions, complete, require_apart
@@ -32,8 +33,8 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
     if examples.unread:
-        others = "texts in folders" if examples.notes else "files called train, valid and test"
-        listener.say(f"not read: {', '.join(examples.unread)}: only {others} are read of a folder")
+        listener.say(f"not read: {', '.join(examples.unread)}: of a folder are read its files called train, valid and "
+                     "test, or else its texts, or else the folders of texts in it")  # fmt: skip
     for note in examples.notes:
         listener.say(note)
     different: list[int] = []
@@ -76,7 +77,7 @@ def sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool
 def require_passing(examples: Examples) -> None:
     """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
     problems = [
-        Problem(f"{example.where}: check", "its own answer does not pass it",
+        Problem(f"{example.where}: check", f"its own answer does not pass it{_numbers_read(example)}",
                 "correct the answer, or what the check asks of it")
         for split in examples.by_name().values()
         for example in split
@@ -84,3 +85,13 @@ def require_passing(examples: Examples) -> None:
     ]  # fmt: skip
     if problems:
         raise DataError(problems)
+
+
+def _numbers_read(example: Example) -> str:
+    """Where the check asks for a number, what may be read in the answer."""
+    check = example.check
+    if check is None or check.number is None:
+        return ""
+    read = dict.fromkeys(number for way in NUMERALS if (number := last_number(example.answer, way)) is not None)
+    found = " or ".join(f"{number:.12g}" for number in read) or "none that can be read"
+    return f" (its last number: {found}; asked for: {check.number:.12g})"

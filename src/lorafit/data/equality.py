@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from typing import Any
 
 from lorafit.data.examples import Example
 
-_NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+# How numbers are written: the decimal mark, then what parts thousands, in the order in which they are tried.
+NUMERALS = (".,", ",.", ", ", ". ", ".'")
+_GAPS = "[ \u00a0\u2009\u202f]"  # blanks, of which three are narrow or break no line
+_DIGITS = r"(?<![\w.])(?<!\d,)([-+\u2212]?)(\d+(?:[.,]\d+|['\u2019]\d{3}(?!\d)%s)*)((?:[eE][-+]?\d+)?)"
 
 
 def folded(text: str) -> str:
@@ -37,16 +41,38 @@ def compared(text: str) -> str:
     return folded(text) if found is None else found
 
 
+def label_of(text: str) -> str:
+    """What stands for an answer when it is held against a label: `folded`, without the full stop of a sentence. Nothing
+    else is taken from it: A is not A+, toxic is not non-toxic."""
+    return re.sub(r"(?<=[^\s.])[.。]$", "", folded(text))
+
+
 def key_of(example: Example) -> str:
     """What stands for a reference when references are held against each other: calls by their meaning, `compared` for
     words."""
     return f"calls {[call.meaning for call in example.calls]}" if example.calls else compared(example.answer)
 
 
-def last_number(text: str) -> float | None:
-    """The last number of a text, in which a comma may part thousands; None where there is none."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+def last_number(text: str, numerals: str = NUMERALS[0]) -> float | None:
+    """The last number of a text, None where there is none, or where it is not written so: 3,50 is no number where the
+    decimal mark is a point, rather than 50. numerals: one of NUMERALS."""
+    decimal, parting = numerals
+    gap = {" ": _GAPS, "'": "['\u2019]"}.get(parting, re.escape(parting))
+    found = re.findall(_DIGITS % (rf"|(?<!\d{{4}}){_GAPS}\d{{3}}(?!\d)" if parting == " " else ""), text)
+    if not found:
+        return None
+    sign, digits, power = found[-1]
+    written = rf"(?:\d+|\d{{1,3}}(?:{gap}\d{{3}})+)(?:{re.escape(decimal)}\d+)?"
+    if not re.fullmatch(written, digits):
+        return None
+    digits = re.sub(gap, "", digits).replace(decimal, ".")
+    return float(sign.replace("\u2212", "-") + digits + power)
+
+
+def numerals_of(text: str, number: float) -> tuple[str, ...]:
+    """The ways of writing numbers in which the last number of a text is this one."""
+    return tuple(way for way in NUMERALS
+                 if (read := last_number(text, way)) is not None and math.isclose(read, number))  # fmt: skip
 
 
 def _whole(value: Any) -> Any:

@@ -66,7 +66,9 @@ class Check:
     It contains each of `contains` and none of `lacks` (whatever the case, at word boundaries), within
     `max_words`. With `declines`, the example is a question that must be turned away, and is scored apart.
     exact: the answer is this text, case included, white space around it aside. json: it is JSON with this content, as
-    `alike.json_form` writes it. number: its last number is this one. pattern: this regular expression is found in it.
+    `equality.json_form` writes it. number: its last number is this one. pattern: this regular expression is found in
+    it. label: it is this label and nothing else, by `equality.label_of`. numerals: how numbers are written, one of
+    `equality.NUMERALS`.
     """
 
     contains: tuple[str, ...]
@@ -77,11 +79,14 @@ class Check:
     json: str | None = field(default=None, repr=False)
     number: float | None = field(default=None, repr=False)
     pattern: str | None = field(default=None, repr=False)
+    label: str | None = field(default=None, repr=False)
+    numerals: str = field(default=".,", repr=False)
 
     @property
     def forms(self) -> tuple[tuple[str, str | float], ...]:
         """What is asked of the answer as a whole, by name."""
-        found = {"exact": self.exact, "json": self.json, "number": self.number, "pattern": self.pattern}
+        found = {"exact": self.exact, "json": self.json, "number": self.number, "pattern": self.pattern,
+                 "label": self.label}  # fmt: skip
         return tuple((name, value) for name, value in found.items() if value is not None)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
 from lorafit.data.advice import formless, unread_fields
 from lorafit.data.columns import columns_named, joined
+from lorafit.data.equality import NUMERALS, numerals_of
 from lorafit.data.examples import SPLITS, Check, Example, Examples
 from lorafit.data.fields import UNUSED, fields_of
-from lorafit.data.forms import form_of, parsed
+from lorafit.data.forms import NO_LIMIT, form_of, parsed
 from lorafit.data.readers import Record, kinds, read_records
 from lorafit.errors import DataError, Problem
 
@@ -70,7 +71,7 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
         found = _parsed(str(file), joined(records, templates, renamed, problems), renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)
         splits[split] = found
-    splits = _labelled(splits, problems)
+    splits = _with_numerals(_labelled(splits, problems))
     skippable = skip_bad and not any(problem.whole for problem in problems) and all(splits.values())
     if problems and not skippable:
         raise DataError(problems)
@@ -121,6 +122,21 @@ def _labelled(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -
     problems += [Problem(f"{e.where}: label", "missing, where other rows have one", fix)
                  for split in splits.values() for e in split if e.is_text]  # fmt: skip
     return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
+
+
+def _with_numerals(splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
+    """The same, each check by a number with the way in which its reference writes numbers; where several fit (42), with
+    the one that fits most references."""
+    ways = {e.where: numerals_of(e.answer, e.check.number)
+            for split in splits.values() for e in split if e.check and e.check.number is not None}  # fmt: skip
+    fits = Counter(way for each in ways.values() for way in each)
+    usual = sorted(NUMERALS, key=lambda way: -fits[way])
+
+    def written(example: Example) -> Example:
+        way = next((one for one in usual if one in ways.get(example.where, ())), None)
+        return replace(example, check=replace(example.check, numerals=way)) if way and example.check else example
+
+    return {name: tuple(map(written, split)) for name, split in splits.items()} if ways else splits
 
 
 def _line(problem: Problem) -> int:
@@ -180,11 +196,13 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         given = {split: named[split] for split in SPLITS if named[split]}
         left = tuple(file.name for file in readable if not any(file in parts for parts in given.values()))
         return {split: [Part(file) for file in parts] for split, parts in given.items()}, left
-    if len(readable) > 1 and all(file.suffix == ".txt" for file in readable) and not (named["valid"] or named["test"]):
-        return {"train": [Part(file, {"group": file.name}) for file in readable]}, ()
-    levels, left = ({}, ()) if readable else _by_level(path)
-    if levels:
-        return levels, left
+    if not (named["valid"] or named["test"]):
+        levels, left = _by_level(path)
+        flat = readable if len(readable) > 1 and all(file.suffix.lower() == ".txt" for file in readable) else []
+        if levels and sum(map(len, levels.values())) >= len(flat):
+            return levels, (*left, *(file.name for file in readable))
+        if flat:
+            return {"train": [Part(file, {"group": file.name}) for file in flat]}, _with_texts(path)
     if not readable and (path / "data").is_dir():  # as the hub has it
         return _files(path / "data")
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
@@ -193,7 +211,10 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     if any(name in ("dataset_dict.json", "dataset_info.json") for name in names):
         fix = "write each split with datasets.load_from_disk(FOLDER)[SPLIT].to_json('SPLIT.jsonl'), and give these"
     elif len(readable) == 1:
-        fix = f"give that file, {readable[0]}, or call it train.{readable[0].name.partition('.')[2]}"
+        deeper = [path / name for name in _with_texts(path)]
+        fix = f"give that file, {readable[0]}, or " + (
+            f"the folder {deeper[0]}" if deeper else f"call it train.{readable[0].name.partition('.')[2]}"
+        )
     elif readable:
         fix = "name the files train, valid and test, or give one of them"
     elif packed or any(file.is_dir() for file in path.iterdir()):
@@ -206,36 +227,83 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
 
 def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     """The texts of folders of texts, by split, each with the name of its folder as label, and what else lies there;
-    nothing for other folders.
+    nothing for other folders. One text at several levels is one group: it is never on two sides of a split."""
+    found, left = _levels_of(path)
+    groups = iter(_without_levels([(file.stem, level) for texts in found.values() for file, level in texts]))
+    return {split: [Part(file, {"group": next(groups), "label": level}) for file, level in texts]
+            for split, texts in found.items()}, left  # fmt: skip
 
-    One text at several levels is one group, known by the name of its file without the level's (`Rain-ele.txt` in
-    `Ele-Txt`): it is never on two sides of a split.
-    """
-    folders = [one for one in sorted(path.iterdir()) if one.is_dir() and not one.name.startswith(".")]
+
+def _levels_of(path: Path) -> tuple[dict[str, list[tuple[Path, str]]], tuple[str, ...]]:
+    """Texts with the names of their folders, by split, and what else lies in the folders, or is a folder without texts;
+    nothing where fewer than two folders hold texts, or where one holds examples of another kind."""
+    folders = _seen(path, Path.is_dir)
     splits = {ALSO_CALLED.get(one.name.lower(), one.name.lower()): one for one in folders}
     if "train" in splits:  # each split is a folder of such folders
-        found = {split: _by_level(splits[split]) for split in SPLITS if split in splits}
+        found = {split: _levels_of(splits[split]) for split in SPLITS if split in splits}
         if not all(held for held, _ in found.values()):
             return {}, ()
         unread = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
         unread += [f"{splits[split].name}/{name}" for split, (_, rest) in found.items() for name in rest]
         return {split: held["train"] for split, (held, _) in found.items()}, tuple(unread)
-    parts: list[Part] = []
+    texts: list[tuple[Path, str]] = []
     left: list[str] = []
     for folder in folders:
-        files = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
-        texts = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
-        besides = sorted({*files} - {*texts})
-        if not texts or any(one.is_file() and one.suffix.lower() in kinds() for one in besides):
+        files = _seen(folder)
+        here = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
+        besides = sorted({*files} - {*here})
+        if any(one.is_file() and one.suffix.lower() in kinds() for one in besides):
             return {}, ()
-        parts += [Part(one, {"group": _without_level(one.stem, folder.name), "label": folder.name}) for one in texts]
-        left += [f"{folder.name}/{one.name}" for one in besides]
-    return ({"train": parts} if len(folders) > 1 else {}), tuple(left)
+        texts += [(one, folder.name) for one in here]
+        left += [f"{folder.name}/{one.name}" for one in besides] if here else [f"{folder.name}/"]
+    return ({"train": texts} if len({level for _, level in texts}) > 1 else {}), tuple(left)
 
 
-def _without_level(stem: str, level: str) -> str:
-    found = re.fullmatch(r"(.+)[-_. ]([^\W\d_]+)", stem)
-    return found[1] if found and level.lower().startswith(found[2].lower()) else stem
+def _seen(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
+    """What is in a folder and is not hidden, by name."""
+    return sorted(one for one in folder.iterdir() if not one.name.startswith(".") and wanted(one))
+
+
+def _with_texts(path: Path) -> tuple[str, ...]:
+    """The folders in a folder that hold a file of text."""
+    return tuple(f"{one.name}/" for one in _seen(path, Path.is_dir)
+                 if any(file.suffix.lower() == ".txt" for file in _seen(one, Path.is_file)))  # fmt: skip
+
+
+def _without_levels(named: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of files without the level that they repeat, such as Rain for `Rain-ele` in `Ele-Txt`.
+
+    A level may stand at either end. What looks like one and is none (topic-1 in a folder 1) stays: of the readings, the
+    one counts by which most texts are the same at several levels.
+
+    Args:
+        named: the name of each file, without its ending, and that of its folder.
+    """
+    levels = [(stem, _squeezed(level)) for stem, level in named]
+    before = [(_before(stem, level), level) for stem, level in levels]
+    readings = ([stem for stem, _ in named], [_behind(*one) for one in levels], [stem for stem, _ in before],
+                [_behind(*one) for one in before])  # fmt: skip
+    return min(readings, key=lambda names: len(set(names)))
+
+
+def _behind(stem: str, level: str) -> str:
+    """The name without the longest end that is a level, or a beginning of it."""
+    cuts = [cut for cut in re.finditer(r"(?<=[^-_. ])[-_. ]+", stem) if _is_of(stem[cut.end() :], level)]
+    return stem[: cuts[0].start()] if cuts else stem
+
+
+def _before(stem: str, level: str) -> str:
+    """The name without the longest beginning that is a level, or a beginning of it."""
+    cuts = [cut for cut in re.finditer(r"[-_. ]+(?=[^-_. ])", stem) if _is_of(stem[: cut.start()], level)]
+    return stem[cuts[-1].end() :] if cuts else stem
+
+
+def _is_of(part: str, level: str) -> bool:
+    return bool(_squeezed(part)) and level.startswith(_squeezed(part))
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[-_. ]", "", text).casefold()
 
 
 def _by_name(path: Path) -> dict[str, list[Path]]:
@@ -259,14 +327,14 @@ def _stem(file: Path) -> str:
 
 def _with_labels(examples: Examples) -> Examples:
     """Where every example is a text with its label: a system prompt that names the labels, and a check that the answer
-    is the label and nothing else."""
+    is the label and nothing else. A check by the words that occur would not do: toxic occurs in non-toxic, C in C++."""
     everything = [example for split in examples.by_name().values() for example in split]
     labels = sorted({example.label for example in everything if example.label is not None})
     if not labels or any(example.label is None for example in everything):
         return examples
     system = "Answer with the label alone" + (f": {', '.join(labels)}." if len(labels) <= MOST_LABELS else ".")
     checked = {
-        name: tuple(replace(e, check=e.check or Check((e.answer,), (), len(e.answer.split()))) for e in split)
+        name: tuple(replace(e, check=e.check or Check((), (), NO_LIMIT, label=e.answer)) for e in split)
         for name, split in examples.by_name().items()
     }
     return replace(examples.with_splits(checked), system=system)

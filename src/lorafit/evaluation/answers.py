@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import regex
 
-from lorafit.data.equality import compared, json_of, last_number
+from lorafit.data.equality import compared, json_of, label_of, last_number
 from lorafit.data.examples import Check, Example, Message
 from lorafit.evaluation.scores import AnswerScore
 from lorafit.evaluation.statistics import groups_of
@@ -37,11 +37,12 @@ def occurs(phrase: str, text: str) -> bool:
 
 def is_right(answer: str, check: Check) -> bool:
     """All that the check asks: see `Check`."""
-    number = None if check.number is None else last_number(answer)
+    number = None if check.number is None else last_number(answer, check.numerals)
     return (
         len(answer.split()) <= check.max_words
         and all(occurs(phrase, answer) for phrase in check.contains)
         and not any(occurs(phrase, answer) for phrase in check.lacks)
+        and (check.label is None or label_of(answer) == label_of(check.label))
         and (check.exact is None or answer.strip() == check.exact.strip())
         and (check.json is None or json_of(answer) == check.json)
         and (check.number is None or (number is not None and math.isclose(number, check.number)))

@@ -12,7 +12,7 @@ from lorafit.bases.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
-from lorafit.evaluation.counting import Counts, counted, right
+from lorafit.evaluation.counting import Counts, are_few, counted, right, scored_and_bare
 from lorafit.evaluation.decoding import Decoding
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.scores import AnswerScore, NllScore
@@ -70,6 +70,7 @@ def compare(
     against: Adapter | None = None,
     shots_from: Sequence[Example] = (),
     shots: int = 0,
+    known: Sequence[Example] = (),
     answer_all: bool = False,
     watch: Watch = lambda what, done, of: None,
     accept_unknown_base: bool = False,
@@ -78,15 +79,16 @@ def compare(
 ) -> Comparison:
     """Score base and adapter on the same examples. `rows` are the examples rendered.
 
-    Those that carry a check, or whose answer is a call, are answered; where none does, up to MOST, fewer where answers
-    are long; with `answer_all` every question there is. Answers are decoded greedily, at most a quarter longer than the
-    longest reference answer (plus 8 tokens). shots_from: training examples, which give the shots and teach the
-    classifier of the counts. memory: bytes that decoding may take, None for as much as goes well. way: as `way_of`
-    measured it on the bare base, measured here where it is not given; both are scored in the same one.
+    Those that carry a check, or whose answer is a call, are answered, and of the others as `asked_of` says; with
+    `answer_all` every question there is. Answers are decoded greedily, at most a quarter longer than the longest
+    reference answer (plus 8 tokens). shots_from: examples that give the shots. known: what the adapter was trained on,
+    by which answers are known to be few and from which the classifier of the counts learns. memory: bytes that decoding
+    may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured here where it is
+    not given; both are scored in the same one.
     """
     way = way or way_of(base, rows)
     budget = answer_tokens(rows)
-    asked = asked_of(examples, rows, answer_all)
+    asked = asked_of(examples, rows, known, answer_all)
     questions = [examples[i] for i in asked]
 
     def told(what: str) -> Callable[[int, int], None]:
@@ -114,7 +116,8 @@ def compare(
         adapter_answers = answered("adapter: answers", plain, adapter)
     who = {"base": base_answers, "adapter": adapter_answers} | ({"base_few_shot": few} if few else {})
     correct = {name: one.correct for name, one in who.items()}
-    counts = counted(questions, {name: one.answers for name, one in who.items()}, shots_from, correct)
+    unasked = len({*scored_and_bare(examples)[1]} - {*asked})
+    counts = counted(questions, {name: one.answers for name, one in who.items()}, known, correct, unasked)
     samples = _samples(questions, base_answers.answers, adapter_answers.answers, counts, adapter_answers.correct)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     groups = [examples[i].group for i in sorted({row.example for row in thoughts_of})]
@@ -124,13 +127,19 @@ def compare(
                       reasoning)  # fmt: skip
 
 
-def asked_of(examples: Sequence[Example], rows: Sequence[Row], answer_all: bool = False) -> list[int]:
-    """Positions of the examples that are answered: with answer_all every question; else those that are scored, and
-    where none is a number that takes about ANSWERED tokens, spread."""
-    checked = [i for i, example in enumerate(examples) if example.is_scored]
-    every = [i for i, example in enumerate(examples) if not example.is_text]
+def asked_of(
+    examples: Sequence[Example], rows: Sequence[Row], known: Sequence[Example] = (), answer_all: bool = False
+) -> list[int]:
+    """Positions of the examples that are answered: with answer_all every question; else those that are scored, and,
+    where none is or the other answers are few, as many of the others, spread, as take about ANSWERED tokens (LEAST to
+    MOST). known: what the adapter was trained on."""
+    if answer_all:
+        return [i for i, example in enumerate(examples) if not example.is_text]
+    checked, bare = scored_and_bare(examples)
+    turned = [i for i, example in enumerate(examples) if example.check is not None and example.check.declines]
     most = min(MOST, max(LEAST, ANSWERED // answer_tokens(rows)))
-    return every if answer_all else checked or [every[i] for i in _spread(len(every), most)]
+    others = not checked or are_few([examples[i] for i in bare], known)
+    return sorted([*checked, *turned, *([bare[i] for i in _spread(len(bare), most)] if others else [])])
 
 
 def answer_tokens(rows: Sequence[Row]) -> int:
@@ -170,7 +179,7 @@ def _samples(
 ) -> tuple[Sample, ...]:
     """A few questions with their answers: half of them wrong ones, which come first, where so many are; the others
     spread, the last one a question to decline where there is one. correct: as in AnswerScore, of the adapter."""
-    told = counts is not None and counts.tells
+    told = counts is not None and counts.tells and not counts.unchecked
     good = [right(q, text, fine) if told or q.is_scored else None
             for q, text, fine in zip(questions, adapter, correct, strict=True)]  # fmt: skip
     wrong = [i for i, fine in enumerate(good) if fine is False]

@@ -1,19 +1,22 @@
-"""Right answers counted: against the base, against the most frequent answer, answer by answer."""
+"""Right answers counted: against the base, against one answer given to everything, answer by answer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from lorafit.data.equality import compared, json_of, key_of
+from lorafit.data.equality import compared, json_of, key_of, label_of
 from lorafit.data.examples import Example
 from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import MOST_ANSWERS, classified
 from lorafit.evaluation.statistics import groups_of, sign_test, wilson
 
 USES = 4  # examples for each different answer, on average, from which on answers are few
-SHOWN = 12  # answers, and pairs of them, that are listed
+LISTED = 200  # answers of which a summary says how the adapter does on them
+CONFUSED = 12  # pairs of answers in a summary that are taken for each other
+TRIED, MOST_TRIED = 40_000, 20  # checks of answers tried as the constant one; different answers of a source, at most
 ADAPTER, CONSTANT, SIMPLE = "adapter", "most_frequent", "classifier"
 
 
@@ -61,20 +64,24 @@ class Counts:
 
     by: what makes an answer right: "check" where examples are scored (by their checks, or by the calls that they ask
     for), else "equality" with the reference. A call is equal to its reference where it is right.
+    checked: of the n, those that are scored; the others, whose references are few, are right by equality. unchecked:
+    further questions, beside scored ones, of which nothing says what is right, and which do not count.
     json: references that are JSON objects or arrays, to which an answer is equal by content.
     few: whether the references are few different answers (`distinct`), used again and again.
-    right, equal: shares by name of who answers: base, base_few_shot, adapter; most_frequent, which always gives the
-    most frequent reference; classifier. The last two are missing where no reference occurs twice, and where none could
-    be fitted.
-    against: the adapter and each of the others, by `by`.
-    recall: where answers are few, those that most often went wrong; confusions: the most frequent ones; other: wrong
-    answers that are nobody's reference.
+    right, equal: shares by name of who answers: base, base_few_shot, adapter; most_frequent, which gives one answer to
+    everything, the one that is right most often; classifier. The last two are missing where no answer is right twice,
+    and where none could be fitted. most_frequent: that answer.
+    against: the adapter and each of the others, by `right`.
+    recall: where answers are few, those that most often went wrong, LISTED at most; confusions: the most frequent ones;
+    other: wrong answers that are nobody's reference.
     classifier_missing: why there is none where one would be of use, such as "not installed". classifier_learnt: from
     how many examples it has learnt, and of how many, where there is one.
     """
 
     by: str
     n: int
+    checked: int
+    unchecked: int
     json: int
     distinct: int
     few: bool
@@ -100,33 +107,35 @@ def counted(
     answers: Mapping[str, Sequence[str]],
     known: Sequence[Example] = (),
     correct: Mapping[str, Sequence[bool | None]] | None = None,
+    unasked: int = 0,
 ) -> Counts | None:
     """Count the answers to these questions.
 
     Args:
-        questions: examples that were asked. Where some are scored, the others do not count.
+        questions: examples that were asked. Where some are scored, the others count where their answers are few.
         answers: by name of who answers, one to each question; `adapter` among them.
         known: examples of training, from which a classifier learns.
         correct: by name, of each answer whether it is right, None where nothing says it (`AnswerScore.correct`). Calls
             are read there; without it they are known by how the references spell them.
+        unasked: further examples that are not scored.
 
     Returns:
         None where no question counts.
     """
-    checked = any(example.is_scored for example in questions)
-    places = [i for i, one in enumerate(questions)
-              if not checked or (one.is_scored and not (one.check and one.check.declines))]  # fmt: skip
+    known = [one for one in known if not one.is_text and not _declines(one)]
+    checked, bare = scored_and_bare(questions)
+    with_bare = not checked or are_few([questions[i] for i in bare], known)
+    places = sorted([*checked, *(bare if with_bare else ())])
     if not places:
         return None
     asked = [questions[i] for i in places]
     texts = {who: [each[i] for i in places] for who, each in answers.items()}
     found = {who: [each[i] for i in places] for who, each in (correct or {}).items()}
-    known = [one for one in known if not one.is_text and not (one.check and one.check.declines)]
     keys = [key_of(one) for one in asked]
     every = set(keys) | {key_of(one) for one in known}
     few = USES * len(every) <= len(asked) + len(known)
-    (most, times), *_ = Counter(keys).most_common(1)
-    constant = asked[keys.index(most)].answer if times > 1 else None
+    spelt = {compared(one.answer): key_of(one) for one in (*known, *asked) if one.calls}
+    constant = _constant(asked, keys, texts[ADAPTER], spelt)
     if constant is not None:
         texts[CONSTANT] = [constant] * len(asked)
     wanted = few and 2 <= len(every) <= MOST_ANSWERS and bool(known)
@@ -140,7 +149,6 @@ def counted(
         of = sum(good) / len(good)
         return Share(of, wilson(of * evidence, evidence))
 
-    spelt = {compared(one.answer): key_of(one) for one in (*known, *asked) if one.calls}
     meant = {who: [spelt.get(key, key) for key in map(compared, each)] for who, each in texts.items()}
     good, same = {}, {}
     for who, each in texts.items():
@@ -155,13 +163,16 @@ def counted(
         for who, each in good.items()
         if who != ADAPTER
     }
-    said = [own if q.calls and fine else key
-            for q, own, key, fine in zip(asked, keys, meant[ADAPTER], good[ADAPTER], strict=True)]  # fmt: skip
+    labels = {label_of(one.answer): key_of(one) for one in (*known, *asked) if one.label is not None}
+    said = [own if q.calls and fine else labels.get(label_of(text), key)
+            for q, own, text, key, fine in zip(asked, keys, texts[ADAPTER], meant[ADAPTER], good[ADAPTER],
+                                               strict=True)]  # fmt: skip
     recall, confusions, other = (
         _by_answer(asked, keys, texts[ADAPTER], said, good[ADAPTER], every) if few else ((), (), 0)
     )
     return Counts(
-        by="check" if checked else "equality", n=len(asked),
+        by="check" if checked else "equality", n=len(asked), checked=len(checked),
+        unchecked=0 if with_bare else len(bare) + unasked,
         json=sum(json_of(one.answer) is not None and one.answer.lstrip()[:1] in ("{", "[") for one in asked),
         distinct=len(set(keys)), few=few, right={who: share(each) for who, each in good.items()},
         equal={who: share(each) for who, each in same.items()}, against=against, most_frequent=constant,
@@ -169,6 +180,59 @@ def counted(
         classifier_missing=simple.missing if simple else None,
         classifier_learnt=(simple.learnt, len(known)) if simple and simple.answers is not None else None,
     )  # fmt: skip
+
+
+def scored_and_bare(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Positions of the examples that are scored, and of those of which nothing says what is right; those that must be
+    turned away, and plain text, are among neither."""
+    answering = [i for i, one in enumerate(examples) if not one.is_text and not _declines(one)]
+    return ([i for i in answering if examples[i].is_scored], [i for i in answering if not examples[i].is_scored])
+
+
+def are_few(bare: Sequence[Example], known: Sequence[Example]) -> bool:
+    """Whether examples that are not scored have few different answers, used again and again, here and in training: then
+    equality says which are right."""
+    every = [*bare, *(one for one in known if not one.is_scored and not one.is_text)]
+    return bool(bare) and USES * len({key_of(one) for one in every}) <= len(every)
+
+
+def _declines(example: Example) -> bool:
+    return example.check is not None and example.check.declines
+
+
+def _constant(
+    asked: Sequence[Example], keys: Sequence[str], given: Sequence[str], spelt: Mapping[str, str]
+) -> str | None:
+    """The answer that is right most often when it is given to every question, among references and what the adapter
+    gave; None where none is right twice. Counted by what is right, for many texts may pass one check.
+
+    keys: what stands for each reference. spelt: what stands for each call, by how it is spelt.
+    """
+    most = max(2, min(MOST_TRIED, TRIED // (2 * len(asked))))
+    of_references = _frequent(keys, [one.answer for one in asked], most)
+    passes = cache(is_right)
+
+    tried = dict.fromkeys((*of_references, *_frequent([compared(text) for text in given], given, most)))
+    forms = {text: compared(text) for text in tried}
+    times = Counter(dict.fromkeys(tried, 0))
+    for question, key in zip(asked, keys, strict=True):  # one check after another: its pattern is compiled once
+        for text, form in forms.items():
+            if question.calls:
+                times[text] += spelt.get(form, form) == key
+            else:
+                times[text] += passes(text, question.check) if question.check else form == key
+    best, rights = max(times.items(), key=lambda one: one[1])
+    return best if rights > 1 else None
+
+
+def _frequent(keys: Sequence[str], texts: Sequence[str], most: int) -> list[str]:
+    """The most frequent texts, then others spread over the whole, each once. keys: what stands for each."""
+    times = Counter(keys)
+    chosen = [key for key, n in times.most_common(most) if n > 1]
+    once, room = [key for key, n in times.items() if n == 1], most - len(chosen)
+    chosen += [once[i * len(once) // room] for i in range(room)] if len(once) > room else once
+    first = dict(zip(reversed(keys), reversed(texts), strict=True))
+    return [first[key] for key in chosen]
 
 
 def right(question: Example, text: str, correct: bool | None = None) -> bool:
@@ -191,11 +255,12 @@ def _by_answer(
     the reference of no example. keys, said: what stands for each reference, and for each answer."""
     spelt = {key: one.answer for key, one in zip(reversed(keys), reversed(asked), strict=True)}
     times, rights = Counter(keys), Counter(key for key, fine in zip(keys, good, strict=True) if fine)
-    worst = sorted(times, key=lambda key: (rights[key] - times[key], -times[key]))[:SHOWN]
-    recall = [Recall(spelt[key], times[key], rights[key], said.count(key)) for key in worst]
+    worst = sorted(times, key=lambda key: (rights[key] - times[key], -times[key]))[:LISTED]
+    gives = Counter(said)
+    recall = [Recall(spelt[key], times[key], rights[key], gives[key]) for key in worst]
     shown = dict(zip(said, given, strict=True))
     wrong = Counter((key, one) for key, one, fine in zip(keys, said, good, strict=True) if not fine)
     taken = [Confusion(spelt[key], spelt.get(one, shown[one]), n)
              for (key, one), n in wrong.most_common() if one in every]  # fmt: skip
     other = sum(n for (_, one), n in wrong.items() if one not in every)
-    return tuple(recall), tuple(taken[:SHOWN]), other
+    return tuple(recall), tuple(taken[:CONFUSED]), other

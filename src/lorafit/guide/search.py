@@ -47,9 +47,18 @@ _NAMES = {
     "invent": "hallucinate hallucination", "right": "accuracy", "forget": "catastrophic",
     "many": "enough much", "curve": "chart plot graph",
     "level": "student pupil", "private": "privacy confidential", "written": "synthetic", "unbalanced": "imbalanced",
-    "repeat": "reproducible", "cut": "truncated",
+    "repeat": "reproducible", "cut": "truncated", "trackio": "wandb",
 }  # fmt: skip
 SAME = {said: name for name, others in _NAMES.items() for said in others.split()}
+# Questions that ask about a verb, where the word in them is one ("what does trim do").
+_ABOUT_VERBS = re.compile("|".join(f"(?:{one})" for one in (
+    r"VERB(?: command| verb)?",
+    r"(?:explain|describe|tell me about) VERB(?: command| verb)?",
+    r"what (?:is|are) VERB(?: command| verb| (?:command |verb )?(?:good )?for)",
+    r"what (?:does|do) VERB(?: command| verb)? do",
+    r"how (?:do i|do you|can i|to) use VERB(?: command| verb)?",
+    r"how does VERB(?: command| verb)? work",
+)).replace("VERB", r"(?:the )?(?:lorafit )?([a-z]+)"))  # fmt: skip
 _ABOUT_PAGES = re.compile(r"\b(?:pages?|docs?|documentation)\b", re.IGNORECASE)
 
 
@@ -178,8 +187,8 @@ def _index(pages: tuple[str, ...]) -> _Index:
 def answer(question: str) -> Answer:
     """The section that fits the question best, and those nearest to it; no section where none fits.
 
-    A verb that is named (`lorafit trim`, or `trim` alone) and a page of the docs are answered from the reference, all
-    else from the guide.
+    A verb that is named (`lorafit trim`, `trim` alone, "what does trim do") and a page of the docs are answered from
+    the reference, all else from the guide.
     """
     named = _named(question)
     if named is None and _ABOUT_PAGES.search(question):
@@ -195,10 +204,12 @@ def answer(question: str) -> Answer:
 def _named(question: str) -> Section | None:
     """The section of the verb, or of the page of the docs, that the question names."""
     plain = re.sub(r"[`\"'?!]", "", question).strip()
+    asked = _ABOUT_VERBS.fullmatch(" ".join(plain.lower().split()))
+    word = next(filter(None, asked.groups()), "") if asked else ""
     for section in sections():
-        verb = section.heading if section.page == "verbs.md" else ""
+        verb = section.heading.removeprefix("lorafit ") if section.page == "verbs.md" else ""
         path = section.text.partition(". ")[0] if section.page == "pages.md" else ""
-        if verb and (plain.lower() == verb.removeprefix("lorafit ") or re.search(rf"\b{verb}\b", plain)):
+        if verb and (word in (verb, f"{verb}er", f"{verb}r") or re.search(rf"\blorafit {verb}\b", plain.lower())):
             return section
         if path.endswith(".md") and path in plain:
             return section

@@ -14,7 +14,7 @@ from lorafit.adapters.rendering import Rendering
 from lorafit.data.examples import Example, Examples
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Row, renderer_for
-from lorafit.errors import AdapterError, DataError, InputError, Problem, SettingsError
+from lorafit.errors import AdapterError, DataError, InputError, LorafitError, Problem, SettingsError
 from lorafit.evaluation.compare import compare
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.files import require_new, write_text
@@ -45,9 +45,10 @@ def run_evaluation(
 
     settings: fields of TrainSettings that bear on an evaluation: few_shot (by default as many as in a run, where the
     folder has training examples; given for other data, examples of what the run was trained on), dtype, max_length,
-    columns, skip_bad. A single file is scored whole; of a folder, `split`. The base is the one the adapter names,
-    unless given. With `answers` every question is answered, and the answers go there, one JSON object a line; a file
-    that is there already is refused.
+    columns, skip_bad. What the run was trained on, where it can be read, also tells whether answers are few, and is
+    what a simple classifier learns from. A single file is scored whole; of a folder, `split`. The base is the one
+    the adapter names, unless given. With `answers` every question is answered, and the answers go there, one JSON
+    object a line; a file that is there already is refused.
     """
     listener = listener or Silent()
     answers, data = None if answers is None else Path(answers), str(data)
@@ -71,8 +72,15 @@ def run_evaluation(
     if not chosen:
         raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
     shots_from: tuple[Example, ...] = () if single or split == "train" else examples.train
-    if settings.get("few_shot") and not shots_from:
-        shots_from = _trained_on(adapter_folder.parent, chosen)
+    shots_missing = bool(settings.get("few_shot")) and not shots_from
+    try:
+        known = _trained_on(adapter_folder.parent, chosen)
+    except (LorafitError, OSError):
+        if shots_missing:
+            raise
+        known = shots_from  # what is known serves the counts, which do without
+    if shots_missing:
+        shots_from = known
         listener.say(f"--few-shot takes its examples from what {adapter_folder.parent} was trained on")
     runs = [adapter_folder.parent, *([peft.adapter_folder(against).parent] if against else [])]
     seen = [_remarked(run, chosen, listener) for run in runs]
@@ -92,7 +100,7 @@ def run_evaluation(
     loaded = time.monotonic()
     way = way_of(base, rows["train"])
     comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=shots_from,
-                         shots=resolved.few_shot, answer_all=answers is not None,
+                         shots=resolved.few_shot, known=known, answer_all=answers is not None,
                          watch=listener.watch, accept_unknown_base=accept_unknown_base, way=way)  # fmt: skip
     for run in runs:
         _count(run, chosen, listener)

@@ -183,7 +183,7 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
     if settings.trim == "auto":
         tokens += RUNGS_TRIED * valid
-    asked = len(asked_of(opened.examples.test, rows["test"]))
+    asked = len(asked_of(opened.examples.test, rows["test"], opened.examples.train))
     answers = (2 + (settings.few_shot > 0)) * asked / len(opened.examples.test)
     answer_tokens = sum(row.n_trained for row in rows["test"])
     return per_token * (tokens + answers * (test - answer_tokens + DECODED * answer_tokens))

@@ -38,10 +38,12 @@ class Tracked:
 
     def scores(self, summary: Mapping[str, Any]) -> None:
         """Hand over the scores on the test, at the last step."""
-        nll, facts = summary["nll"], summary["facts"]
+        nll, facts, counts = summary["nll"], summary["facts"], summary.get("counts")
+        shares = counts["right"] if counts and counts["tells"] else {}  # of free text equality says little
         self._log({"test/nll_base": nll["base"], "test/nll_adapter": nll["adapter"], "test/facts_base": facts["base"],
-                   "test/facts_adapter": facts["adapter"], "adapter/parameters": summary["trainable_parameters"]},
-                  self._step)  # fmt: skip
+                   "test/facts_adapter": facts["adapter"],
+                   **{f"test/right_{who}": share["share"] for who, share in shares.items()},
+                   "adapter/parameters": summary["trainable_parameters"]}, self._step)  # fmt: skip
 
     def end(self) -> None:
         if self._tracker is not None:

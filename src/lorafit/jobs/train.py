@@ -185,8 +185,8 @@ def _run(
         beside["rounds"] = [asdict(one) for one in history_of(out)]
     opens = count_opening(out)
     comparison = compare(base, adapter, opened.renderer, opened.examples.test, rows["test"],
-                         shots_from=opened.examples.train, shots=resolved.few_shot, watch=listener.watch,
-                         memory=left_of(resolved.memory, base), way=opened.way)  # fmt: skip
+                         shots_from=opened.examples.train, shots=resolved.few_shot, known=opened.examples.train,
+                         watch=listener.watch, memory=left_of(resolved.memory, base), way=opened.way)  # fmt: skip
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
     seconds["evaluate"] = time.monotonic() - began

@@ -30,7 +30,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f4f6", "#5fb3a8", "#0b5a52
 _SHOWN = "run "  # before a name in a legend, which leaves out those that begin with _
 # What is drawn of those that answer: a shorter name, and the colour.
 BARS = {"base": ("", "base"), "base_few_shot": ("base, with examples", "few"),
-        "most_frequent": ("most frequent answer", "muted"), "classifier": ("", "run4"),
+        "most_frequent": ("always the same answer", "muted"), "classifier": ("", "run4"),
         "adapter": ("", "adapter")}  # fmt: skip
 LEAST_NLL = 1e-4  # where a logarithmic axis, which has no zero, ends
 LEAST_SPAN = 0.1  # nats on both sides

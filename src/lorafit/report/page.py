@@ -96,7 +96,8 @@ def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:
 
 def _one(story: Story) -> dict[str, Any]:
     """What the page says about a single run beyond what its files say."""
-    tells = bool(((story.summary or {}).get("counts") or {}).get("tells"))
+    counts = (story.summary or {}).get("counts") or {}
+    tells = bool(counts.get("tells") and not counts.get("unchecked"))
     answers = [{**answer, "good": _marks(answer, tells)} for answer in story.answers]
     answered = [answer for answer in answers if answer["adapter"] is not None]
     wrong = [answer for answer in answered if answer["good"].get("adapter") is False]

@@ -6,7 +6,19 @@ import shlex
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from lorafit.report.words import ASIDE, SIMPLE, clock, doubt, interval, lines, no_classifier, percent, share, verdict
+from lorafit.report.words import (
+    ASIDE,
+    SIMPLE,
+    clock,
+    doubt,
+    interval,
+    lines,
+    no_classifier,
+    of_checked,
+    percent,
+    share,
+    verdict,
+)
 
 
 def template(name: str) -> Template:
@@ -16,7 +28,7 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict, doubt=doubt,
-                               lines=lines, no_classifier=no_classifier, share=share,
+                               lines=lines, no_classifier=no_classifier, share=share, of_checked=of_checked,
                                quoted=lambda path: shlex.quote(str(path)),
                                capitalise=lambda text: text[:1].upper() + text[1:])  # fmt: skip
     environment.globals.update(aside=ASIDE, simple=SIMPLE)

@@ -35,23 +35,27 @@ def headline(summary: Mapping[str, Any]) -> str:
         return f"Do not use this adapter: {why}"
     nll = summary["nll"]["ci95"]
     other = "the other adapter" if summary.get("against") else "its base"
+    few = of_checked(summary)
+    questions, of_them = (f"of {few}", f"of {few}") if few else ("questions", "of them")
     if nll is None:
         return "Too few test examples to tell whether the adapter helps"
     says, base, constant = verdict(nll), against(summary, "base"), against(summary, "most_frequent")
     if base == FEWER:
-        return f"The adapter is worse than {other}: it answers fewer questions right" + (
+        return f"The adapter is worse than {other}: it answers fewer {questions} right" + (
             ", though it predicts the answers better" if says == "better" else ""
         )
     if says == "worse":
         return f"The adapter is worse than {other} at predicting the answers" + (
-            ", though it answers more of them right" if base == MORE else ""
+            f", though it answers more {of_them} right" if base == MORE else ""
         )
     if constant in (FEWER, NOT_SHOWN):
         share = summary["counts"]["right"]["most_frequent"]["share"]
         does = "does worse than" if constant == FEWER else "is not shown to do better than"
-        though = "answers more questions right" if base == MORE else "predicts the answers better"
-        return f"The adapter {does} always giving the most frequent answer, which is right in {percent(share)}" + (
-            f", though it {though} than {other}" if base == MORE or says == "better" else ""
+        though = f"answers more {questions} right" if base == MORE else "predicts the answers better"
+        return (
+            f"The adapter {does} always giving the same answer, which is right in {percent(share)}"
+            + (f" of {few}" if few else "")
+            + (f", though it {though} than {other}" if base == MORE or says == "better" else "")
         )
     if base == MORE:
         but = []
@@ -59,15 +63,23 @@ def headline(summary: Mapping[str, Any]) -> str:
             but.append("is not shown to answer more than the base with examples in its prompt")
         if against(summary, "classifier") == FEWER:
             but.append(f"a simple classifier {SIMPLE} answers more")
-        return f"The adapter answers more questions right than {other}" + (", but " + ", and ".join(but) if but else "")
+        more = f"The adapter answers more {questions} right than {other}"
+        return more + (", but " + ", and ".join(but) if but else "")
     if says == "better":
         return f"The adapter predicts the answers better than {other}" + (
-            ", but is not shown to answer more of them right" if base else ""
+            f", but is not shown to answer more {of_them} right" if base else ""
         )
     if tuple(nll) == (0, 0):
         return f"The adapter is the same as {other}: it changes nothing"
-    return (f"The adapter is not shown to answer more questions right than {other}" if base
+    return (f"The adapter is not shown to answer more {questions} right than {other}" if base
             else f"No difference between the adapter and {other} has been shown")  # fmt: skip
+
+
+def of_checked(summary: Mapping[str, Any]) -> str | None:
+    """Which questions the verdict rests on, where further ones have no check and do not count; None where all do."""
+    counts = summary.get("counts") or {}
+    n = counts.get("checked")
+    return f"the {n} question{'s' * (n != 1)} with a check" if counts.get("unchecked") else None
 
 
 def against(summary: Mapping[str, Any], who: str) -> str | None:
@@ -116,7 +128,7 @@ def lines(summary: Mapping[str, Any]) -> list[Line]:
     learnt, of = (counts or {}).get("classifier_learnt") or (0, 0)
     simple = f"simple classifier, {learnt:,} of {of:,} examples" if learnt < of else "simple classifier"
     names = {"base": "other adapter" if summary.get("against") else "base", "base_few_shot": few,
-             "most_frequent": "always the most frequent answer", "classifier": simple,
+             "most_frequent": "always the same answer", "classifier": simple,
              "adapter": "adapter", "shuffled_control": "control: trained on shuffled answers"}  # fmt: skip
     ends = {"base": "ci95_base", "base_few_shot": "ci95_base_few_shot", "adapter": "ci95"}
     found = []
@@ -148,9 +160,13 @@ def of_a_hundred(summary: Mapping[str, Any]) -> str | None:
         return None
     right, ends = found
     sure = f", {100 * ends[0]:.0f} to {100 * ends[1]:.0f} with 95 % certainty" if ends else ""
-    by = (summary.get("counts") or {}).get("by", "check")
-    measure = "the answer passes its check" if by == "check" else "the answer is the reference"
-    return f"of 100 questions like these about {100 * right:.0f} are answered right{sure} (right: {measure})"
+    counts = summary.get("counts") or {}
+    measure = "the answer passes its check" if counts.get("by", "check") == "check" else "the answer is the reference"
+    if 0 < counts.get("checked", 0) < counts.get("n", 0):
+        measure += ", or is the reference where there is no check"
+    few = of_checked(summary)
+    questions = f"like {few}" if few else "questions like these"
+    return f"of 100 {questions} about {100 * right:.0f} are answered right{sure} (right: {measure})"
 
 
 def interval(ci95: Sequence[float] | None) -> str:
