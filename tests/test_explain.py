@@ -248,14 +248,14 @@ NO_VERBS = ("what is chat", "what does my doctor do", "what is data leakage", "w
 
 @pytest.mark.parametrize("question", VERBS)
 def test_a_plain_question_about_a_verb_finds_its_reference(question: str) -> None:
-    found = explain.answer(question).section
+    found = search.answer(question).section
     assert found is not None
     assert (found.page, found.heading) == ("verbs.md", f"lorafit {VERBS[question]}")
 
 
 @pytest.mark.parametrize("question", NO_VERBS)
 def test_a_verbs_word_in_another_question_is_no_verb(question: str) -> None:
-    found = explain.answer(question).section
+    found = search.answer(question).section
     assert found is None or found.page != "verbs.md"
 
 
