@@ -1,0 +1,1 @@
+"""Runs: what is in their folder, and what came of them."""
