@@ -65,7 +65,7 @@ from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import write_json
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.prepare import Opened, open_all
-from lorafit.jobs.search import search
+from lorafit.jobs.search import looked, search
 from lorafit.jobs.trim import ladder_of
 from lorafit.layers.site import select
 from lorafit.planning.halving import rates_for
@@ -179,7 +179,8 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
                   start=fresh(one.base, one.decision.plan, seed, one.renderer.rendering))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        found = search(one, settings, Path(folder), False, ALONE, Silent())
+        known, card, _ = looked(one, Path(folder), Silent())
+        decision = search(one, settings, known, card, Path(folder), False, ALONE, Silent())
         searching = time.monotonic() - began
         stored = Path(folder) / "search" / "tried.json"
         arms = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
@@ -188,7 +189,7 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
         before = fmean(example_nll(one.base, one.rows["valid"], way=one.way))
     scoring = time.monotonic() - began
     began = time.monotonic()
-    whole = trained(one, found.decision.plan, found.decision.recipe)
+    whole = trained(one, decision.plan, decision.recipe)
     training = time.monotonic() - began
     result = scored(one, whole)
     began = time.monotonic()
@@ -204,12 +205,12 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     cuts = {f"{name} {share}": scored(one, trimmed(whole, share, way or None)[0])["test"]
             for name, way in ways.items() for share in (0.5, 0.25)}  # fmt: skip
     shipped = scored(one, small) if small else result
-    choices = {c.name: c.value for c in found.decision.choices}
+    choices = {c.name: c.value for c in decision.choices}
     return {
         "valid": shipped["valid"], "test": shipped["test"], "valid_nll": shipped["valid_nll"],
         "whole": result, "cuts": cuts, "chosen_share": ladder.chosen, "ladder": ladder.reason,
-        "parameters": shipped["parameters"], "rate": found.decision.recipe.learning_rate,
-        "sites": len(found.decision.plan.slots), "rank": choices["rank"], "arms": [arm["name"] for arm in arms],
+        "parameters": shipped["parameters"], "rate": decision.recipe.learning_rate,
+        "sites": len(decision.plan.slots), "rank": choices["rank"], "arms": [arm["name"] for arm in arms],
         "steps": recipe.steps + sum(arm["steps"] for arm in arms),
         # The search scores the base for the run, which scores it itself where there was no search.
         "search_seconds": searching - scoring, "train_seconds": training, "trim_seconds": trimming,

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,79 @@ def test_data_and_mistakes_in_arguments_are_reported_before_a_library_of_weight_
     assert [line for line in said if line.startswith("heavy ") and not line.startswith("heavy []")] == []
     assert [line.split()[1] for line in said if line.startswith("status ")] == ["0", *("2" for _ in wrong)], said
     assert "Traceback" not in done.stderr
+
+
+REFUSED_AT_ONCE: list[tuple[str, str]] = [
+    ("demo -o ROWS", "is not empty and not a run"),
+    ("demo -o HERE", "is not empty and not a run"),
+    ("demo -o RUN", "holds a run already (unfinished)"),
+    ("serve BASE --host 0.0.0.0", "--host 0.0.0.0: others reach this address, and no keys are set"),
+    ("serve BASE --keys nowhere.json", "nowhere.json: there is no such file"),
+    ("serve BASE --port TAKEN", ": in use by another program"),
+    ("bases --remove nix", "'nix': there is no converted copy of this name"),
+    ("train BASE ROWS --columns nonsense", "--columns nonsense: write FIELD=COLUMN"),
+    ("train BASE ROWS --columns prompt=qestion", "no column 'qestion'"),
+    ("train BASE BAD", "bad.jsonl:2"),
+    ("train BASE ROWS --val-share 0.9", "--val-share 0.9"),
+    ("train --resume --out RUN --rank 9", "rank: 4 when it began, 9 now"),
+    ("train BASE BAD --dry-run", "bad.jsonl:2"),
+    ("plan BASE ROWS --columns prompt=qestion", "no column 'qestion'"),
+    ("plan BASE BAD", "bad.jsonl:2"),
+    ("eval ADAPTER BAD", "bad.jsonl:2"),
+    ("eval ADAPTER ROWS --columns nonsense", "--columns nonsense: write FIELD=COLUMN"),
+    ("route Where? it=ADAPTER --learn it=BAD", "bad.jsonl:2"),
+    ("route Where? it=ADAPTER --learn other=ROWS", "--learn other: there is no adapter of this name"),
+    ("trim ADAPTER --out small --to lots", "--to lots: no share of an adapter"),
+    ("trim ADAPTER --out HERE --to 25%", "is there already, and would be lost"),
+    ("trim ADAPTER --out small", "only a run has validation examples"),
+    ("refine RUN", "is not finished"),
+    ("chat --template nonsense", "--template"),
+    ("report RUN RUN", "named more than once"),
+    ("report RUN --out ROWS", "is there already, and would be lost"),
+]
+
+
+def test_what_arguments_and_files_tell_is_refused_where_nothing_of_weight_can_be_imported(
+    tiny_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [*capitals()[:1], {"prompt": "Why?"}, *capitals()[2:]])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "adapter" / name).write_bytes(b"")
+    frozen = {"dtype": "fp32", "threads": 1, "apart": True, "packed": True, "micro_tokens": 64, "recompute": False,
+              "now": None}  # fmt: skip
+    asked = {"base": str(tiny_folder), "data": str(rows), "settings": {"rank": 4}, "frozen": frozen}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(asked), encoding="utf-8")
+    code = """
+import contextlib, io, json, sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers"): raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+from lorafit.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv, said, status = ["lorafit", *words], io.StringIO(), None
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try: main()
+        except SystemExit as end: status = end.code
+        except ImportError as error: status = str(error)
+    print(json.dumps([status, said.getvalue()]))
+"""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        known = {"BASE": tiny_folder, "ROWS": rows, "BAD": bad, "HERE": tmp_path, "RUN": tmp_path / "run",
+                 "ADAPTER": tmp_path / "adapter", "TAKEN": other.getsockname()[1]}  # fmt: skip
+        pattern = re.compile("|".join(known))
+        given = [[pattern.sub(lambda one: str(known[one[0]]), word) for word in words.split()]
+                 for words, _ in REFUSED_AT_ONCE]  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, json.dumps(given)], capture_output=True, text=True,
+                              check=False, cwd=tmp_path)  # fmt: skip
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == len(REFUSED_AT_ONCE), done.stderr
+    wrong = [(words, status, said) for (words, sentence), (status, said) in zip(REFUSED_AT_ONCE, told, strict=True)
+             if status != 2 or sentence not in " ".join(said.split())]  # fmt: skip
+    assert wrong == []
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("word", "meant"), [("list", "lorafit bases"), ("merge", "lorafit.merged"),

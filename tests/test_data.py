@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from lorafit.data.examples import Check, Message
+from lorafit.data.examples import Check, Example, Message, asks_once
 from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
 from lorafit.errors import DataError, InputError
@@ -97,8 +97,24 @@ def test_a_missing_split_of_a_folder_is_empty(tmp_path: Path) -> None:
     assert read_examples(tmp_path).valid == ()
 
 
-def test_the_builtin_help_desk_has_three_splits() -> None:
-    assert all(len(split) > 100 for split in read_examples("builtin").by_name().values())
+def test_the_builtin_help_desk_has_three_splits_and_names_no_file_of_the_package_as_unread() -> None:
+    found = read_examples("builtin")
+    assert all(len(split) > 100 for split in found.by_name().values())
+    assert found.unread == ()
+
+
+def conversation(turns: int) -> Example:
+    return Example(tuple(Message(("user", "assistant")[i % 2], "So?") for i in range(2 * turns)), f"a.jsonl:{turns}")
+
+
+@pytest.mark.parametrize(("single", "longer", "once"), [(1000, 1, True), (95, 5, True), (94, 6, False), (0, 3, False),
+                                                        (0, 0, False), (3, 0, True)])  # fmt: skip
+def test_a_few_longer_conversations_do_not_make_the_others_longer(single: int, longer: int, once: bool) -> None:
+    assert asks_once([*[conversation(1)] * single, *[conversation(2)] * longer]) == once
+
+
+def test_texts_ask_nothing() -> None:
+    assert not asks_once([Example((Message("text", "It rained."),), "a.txt:1")])
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:

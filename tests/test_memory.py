@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, capitals, plain_module, tiny_gpt2, tiny_llama, write_rows
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
@@ -27,14 +27,16 @@ from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import AttachError, SettingsError
 from lorafit.evaluation.decoding import bytes_held
-from lorafit.jobs import machine
+from lorafit.jobs import machine, prepare
 from lorafit.jobs.machine import free_in_container, room_of
+from lorafit.jobs.plan import run_planning
 from lorafit.layers.site import Site
 from lorafit.planning import Decision
 from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
 from lorafit.settings import bytes_of, settings_from
 from lorafit.tasks.completion import Way, batch_of
+from lorafit.tasks.probe import PROBED
 from lorafit.training.loop import gradient_step
 from lorafit.training.recipe import Recipe
 
@@ -165,6 +167,28 @@ def test_processes_that_share_a_machine_share_what_is_free_beside_their_bases(
     monkeypatch.setattr(machine, "free_in_container", lambda: None)
     monkeypatch.setattr(machine, "_held", lambda base: 1_000)
     assert (room_of(tiny_base).free, room_of(tiny_base, 3).free) == (10_000, (10_000 - 2 * 1_000) // 3)
+
+
+def test_no_row_is_run_whole_before_it_is_planned_how_much_may_be(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[int] = []
+    forward = LlamaModel.forward
+
+    def seen(model: LlamaModel, input_ids: Tensor | None = None, **given: Any) -> Any:
+        assert input_ids is not None
+        run.append(input_ids.numel())
+        return forward(model, input_ids=input_ids, **given)
+
+    def planned(*_: Any) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(LlamaModel, "forward", seen)
+    monkeypatch.setattr(prepare, "fitted", planned)
+    rows = [{**row, "completion": f"{row['completion']} {'And so on. ' * 30}"} for row in capitals()]
+    with pytest.raises(KeyError):
+        run_planning(str(tiny_folder), str(write_rows(tmp_path / "long.jsonl", rows)), {"dtype": "fp32"})
+    assert run and max(run) <= 2 * PROBED
 
 
 def test_files_that_a_container_has_read_are_free_in_it(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from lorafit.planning import decide
 from lorafit.prepared import prepare
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
-from lorafit.runs.folder import open_run, openings, read_run, remember_questions, sole_writer
+from lorafit.runs.folder import open_run, openings, read_run, remember_questions, require_disk, sole_writer
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import PLAIN
 from lorafit.training.loop import Moment
@@ -535,6 +535,29 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
     monkeypatch.setattr("lorafit.runs.folder.free_bytes", lambda folder: 1000)
     with pytest.raises(RunError, match=r"this run writes up to \d+\.\d MB, and 0\.0 MB are free on that disk"):
         run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS)
+
+
+def test_what_a_stopped_run_has_written_need_not_be_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.safetensors").write_bytes(bytes(600))
+    (tmp_path / "checkpoints" / ".last.safetensors.a1b2c3d4").write_bytes(bytes(600))  # of a kill: it will be removed
+    monkeypatch.setattr("lorafit.runs.folder.free_bytes", lambda folder: 700)
+    require_disk(tmp_path, 1300)
+    with pytest.raises(RunError, match=r"this run writes up to .* more, and"):
+        require_disk(tmp_path, 1301)
+
+
+def test_a_resumed_run_says_what_is_left_by_the_pace_it_had(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint is of the last step: no training is ahead, and nothing is tried to find that out."""
+
+    def forecast(*_: Any, **__: Any) -> None:
+        raise AssertionError("steps are tried")
+
+    monkeypatch.setattr("lorafit.jobs.ahead.forecast", forecast)
+    heard = Hears()
+    run_training(None, None, unfinished, {}, resume=True, listener=heard)
+    (said,) = (line for line in heard.said if "are ahead" in line)
+    assert said.startswith("about 0:00 of training and ")
 
 
 def begin(tiny_folder: Path, data: Path, out: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:

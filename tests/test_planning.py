@@ -26,21 +26,25 @@ from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import detectable
-from lorafit.jobs import search
+from lorafit.jobs import refine, search
+from lorafit.jobs.listener import Silent
 from lorafit.jobs.plan import run_planning
+from lorafit.jobs.prepare import open_all
 from lorafit.jobs.refine import run_refining
 from lorafit.jobs.train import run_training
 from lorafit.jobs.trim import cut as run_cut
+from lorafit.planning import Decision
 from lorafit.planning.halving import FEW_RATES, MOST, RATES, Arm, Tried, better, cost, first_rung, rates_for, survivors
 from lorafit.planning.halving import steps_needed as needed
 from lorafit.planning.importance import ablations, first_order, parts_of, without
 from lorafit.planning.ladder import Ladder, Rung
 from lorafit.planning.placement import placements
-from lorafit.planning.refine import Evidence, judged, next_change
+from lorafit.planning.refine import Change, Evidence, judged, next_change
 from lorafit.planning.signal import SHARE, Card, Signal, block_of, card_of, kinds_of
 from lorafit.report.story import read_story
 from lorafit.report.why import why
 from lorafit.runs.folder import openings
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import PLAIN, batch_of, token_nll
 from lorafit.training.loop import train
 from lorafit.training.recipe import Recipe
@@ -50,6 +54,14 @@ LONG: dict[str, Any] = {"epochs": 28, "rank": 4, "dtype": "fp32", "val_share": 0
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Hears(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 @pytest.fixture
@@ -272,6 +284,7 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
     settings, out, real, arms = {**LONG, "epochs": 70, "search": "thorough"}, tmp_path / "run", search.carry_out, []
+    first, second = Hears(), Hears()
 
     def stops(*args: Any) -> Any:
         arms.append(args[1].folder)
@@ -281,11 +294,33 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(search, "carry_out", stops)
     with pytest.raises(Interrupted):
-        run_training(str(tiny_folder), str(data), out, settings)
+        run_training(str(tiny_folder), str(data), out, settings, listener=first)
     monkeypatch.setattr(search, "carry_out", real)
-    run_training(None, None, out, {}, resume=True)
+    run_training(None, None, out, {}, resume=True, listener=second)
+    for heard in (first, second):  # before the first arm, and of a resume what is left
+        told = [
+            line.partition(" ")[2].split(",")[0] for line in heard.said if line.startswith(("the search", "search:"))
+        ]
+        assert told[0].startswith("search before training takes at most about "), heard.said
+        assert len(told) > 1
+    assert sum("of evaluation are ahead" in line for line in second.said) == 1
     for name in ("search/tried.json", "adapter/adapter_model.safetensors", "ladder/rungs.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_what_a_search_has_tried_is_not_ahead_any_more(
+    tiny_folder: Path, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    settings = settings_from({**LONG, "epochs": 70})
+    opened = open_all(str(tiny_folder), str(data), settings, Silent())
+    whole = search.search_steps(opened, settings, None)
+    assert 0 < whole < opened.decision.recipe.steps / 2
+    assert search.search_steps(opened, settings, None, tmp_path) == whole
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "tried.json").write_text('[{"steps": 20}]', encoding="utf-8")
+    assert search.search_steps(opened, settings, None, tmp_path) == whole - 20
+    (tmp_path / "search" / "tried.json").write_text('[{"steps": 2000}]', encoding="utf-8")
+    assert search.search_steps(opened, settings, None, tmp_path) == 0
 
 
 def test_a_short_run_is_not_searched_and_says_from_when_on(tiny_folder: Path, data: Path) -> None:
@@ -468,15 +503,21 @@ def test_a_round_must_be_better_by_a_test_that_grows_stricter() -> None:
 
 
 @pytest.fixture
-def refined(tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended too early, after two rounds."""
+def short(tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that ended too early."""
     monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
     out = tmp_path / "run"
-    run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8})
-    copytree(out / "adapter", tmp_path / "first")
-    for _ in range(2):
-        run_refining(out)
+    run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8, "memory": "64GB"})
     return out
+
+
+@pytest.fixture
+def refined(short: Path) -> Path:
+    """The same after two rounds."""
+    copytree(short / "adapter", short.parent / "first")
+    for _ in range(2):
+        run_refining(short)
+    return short
 
 
 def test_rounds_chain_and_the_better_adapter_takes_the_place_with_the_test_left_shut(refined: Path) -> None:
@@ -521,6 +562,55 @@ def test_a_round_whose_adapter_was_not_put_in_its_place_is_put_there_by_the_next
     history = json.loads((refined / "rounds" / "history.json").read_text(encoding="utf-8"))
     last = max(one["number"] for one in history if one["accepted"])
     assert peft.read(refined / "adapter") == peft.read(refined / "rounds" / str(last) / "adapter")
+
+
+def test_a_round_that_memory_has_no_room_for_is_left_out_in_words(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str | None]] = []
+
+    def fitted(base: Base, start: Adapter, rows: object, decision: Decision, settings: TrainSettings, *_: Any) -> None:
+        assert start.plan == decision.plan
+        asked.append((max(slot.rank for slot in start.plan.slots), settings.memory))
+        raise SettingsError("--memory 64GB: too little")
+
+    monkeypatch.setattr(refine, "next_change", lambda known, *_: Change("more rank", known.steps, 2, "it is used"))
+    monkeypatch.setattr(refine, "fitted", fitted)
+    verdict = run_refining(short)["verdict"]
+    assert asked == [(2 * LONG["rank"], "64GB")]
+    assert "more rank would be next, for it is used, and is left out: --memory 64GB: too little" in verdict
+    assert not (short / "rounds").exists()
+
+
+def test_a_round_that_needs_more_than_is_free_is_left_out_in_words(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafit.runs.folder.free_bytes", lambda folder: 1000)
+        assert "are free on that disk" in run_refining(short)["verdict"]
+    run = json.loads((short / "run.json").read_text(encoding="utf-8"))
+    (short / "run.json").write_text(json.dumps({**run, "settings": {**run["settings"], "memory": None}}))
+    monkeypatch.setattr(refine, "fitted", lambda base, start, rows, decision, *_: (decision, 10**15))
+    assert "of memory are free here" in run_refining(short)["verdict"]
+    assert not (short / "rounds").exists()
+
+
+def test_a_stopped_round_goes_on_with_what_it_ran_at_a_time(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(tokens: int) -> Any:
+        return lambda base, start, rows, decision, *_: (
+            replace(decision, recipe=replace(decision.recipe, micro_tokens=tokens)), 0,
+        )  # fmt: skip
+
+    ran: list[int] = []
+
+    def stopped(opened: object, order: Any, *_: Any) -> None:
+        ran.append(order.recipe.micro_tokens)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(refine, "carry_out", stopped)
+    for tokens in (64, 128):
+        monkeypatch.setattr(refine, "fitted", fits(tokens))
+        with pytest.raises(Interrupted):
+            run_refining(short)
+    assert ran == [64, 64]
 
 
 def test_with_too_few_validation_examples_no_round_is_trained(

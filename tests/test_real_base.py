@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -23,12 +24,12 @@ from lorafit.report.words import same_as_peft
 from lorafit.settings import settings_from
 
 
-def lorafit(*words: str | Path) -> dict[str, Any]:
+def lorafit(*words: str | Path) -> tuple[dict[str, Any], str]:
+    """The last line of what it prints, as an object, and all of it."""
     command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1]), " ".join(done.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,25 @@ def piece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def summary(real_base: Base, piece: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trained(real_base: Base, piece: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     out = tmp_path_factory.mktemp("runs") / "run"
     return lorafit("train", "smollm2-135m", piece, "--out", out, "--epochs", "1", "--system", "Help desk")
+
+
+@pytest.fixture(scope="module")
+def summary(trained: tuple[dict[str, Any], str]) -> dict[str, Any]:
+    return trained[0]
+
+
+@pytest.mark.slow
+def test_what_a_run_says_is_ahead_is_what_it_takes(trained: tuple[dict[str, Any], str]) -> None:
+    """Of a run this short one micro-batch is tried, whose rows are as long as most: a third off is what that can be."""
+    took, said = trained[0]["seconds"], trained[1]
+    told = re.search(r"about (\d+):(\d+) of training and (\d+):(\d+) of evaluation are ahead", said)
+    assert told, said
+    minutes, seconds, more, rest = map(int, told.groups())
+    assert 60 * minutes + seconds == pytest.approx(took["train"], rel=1 / 3, abs=3)
+    assert 60 * more + rest == pytest.approx(took["trim"] + took["evaluate"], rel=1 / 3, abs=3)
 
 
 def test_the_adapter_is_better_than_its_base(summary: dict[str, Any]) -> None:
@@ -68,7 +85,7 @@ def test_peft_computes_the_same(summary: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_evaluating_again_gives_the_same_numbers(summary: dict[str, Any], piece: Path) -> None:
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[summary["dtype"]]  # measured anew, it could be the other
-    again = lorafit("eval", summary["adapter_dir"], piece, "--dtype", dtype)
+    again = lorafit("eval", summary["adapter_dir"], piece, "--dtype", dtype)[0]
     assert again["nll"]["adapter"] == pytest.approx(summary["nll"]["adapter"], rel=1e-6)
     assert again["facts"]["adapter"] == summary["facts"]["adapter"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -119,6 +120,48 @@ def test_a_comparison_breaks_long_names_and_is_as_broad_as_the_screen(run: Path,
     text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
     assert '<main class="broad">' in text
     assert "main td:not(.n) { min-width: 6rem; overflow-wrap: anywhere; }" in text
+
+
+def test_of_long_names_nothing_is_cut_at_the_edge_of_a_picture(run: Path, tmp_path: Path) -> None:
+    """Three runs, with names that would take half of the picture, and as the score what has the longest label."""
+    names = ("a-much-longer-name.of_a_folder/with-a-lower-rate-than-before", "x" * 60, "short/run")
+    folders = [Path(copytree(run, tmp_path / name)) for name in names]
+    stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, names, strict=True)]
+    summaries = [one.summary for one in stories if one.summary]
+    drawn = [
+        charts.scores(stories),
+        charts.curves(stories),
+        charts.scores_of(summaries[0]),
+        charts.scores(stories[:1]),
+        charts.forgetting(summaries[0]),
+        charts._bars([(name, 0.5, (0.4, 0.6), "#0b7a6c") for name in names]),
+    ]
+    for figure in drawn:
+        assert figure is not None
+        figure.draw_without_rendering()
+        axes, (low, high) = figure.axes[0], figure.axes[0].get_xlim()
+        ticks = [
+            label for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= at <= high
+        ]
+        legend = axes.get_legend()
+        texts = [axes.xaxis.label, axes.yaxis.label, *ticks, *axes.get_yticklabels()]
+        for text in (*texts, *(legend.get_texts() if legend else ())):
+            box = text.get_window_extent()
+            inside = box.x0 >= -1 and box.x1 <= figure.bbox.width + 1
+            assert inside or not text.get_text(), text.get_text()
+        assert axes.get_position().width > 0.4, "the names leave no room"
+    write_report(folders, tmp_path / "all.html")
+    said = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "main th:not(.n), main td:not(.n) { min-width: 6rem; overflow-wrap: anywhere; }" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [("runs/mine", ["runs/mine"]), ("handbook-of-the-desk/run300-with-a-lower-rate",
+      ["handbook-of-the-desk/", "run300-with-a-lower-rate"]), ("x" * 30, ["x" * 24, "x" * 6]), ("", [""])],
+)  # fmt: skip
+def test_a_long_name_is_broken_where_its_parts_end(name: str, lines: list[str]) -> None:
+    assert charts._in_lines(name).split("\n") == lines
 
 
 def test_an_unfinished_run_tells_what_there_is(copy: Path) -> None:

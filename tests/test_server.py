@@ -38,7 +38,7 @@ from lorafit.data.render import renderer_for
 from lorafit.errors import CancelledError, FormatError, RunError, SettingsError
 from lorafit.layers.site import select
 from lorafit.routing import Features
-from lorafit.server import keys, run
+from lorafit.server import address, keys, run
 from lorafit.server.app import make_app
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
@@ -92,7 +92,7 @@ def served(
     log: list[dict[str, Any]] = []
     service = Service("tiny", lambda: Engine(base(), **{"slots": 4, **engine}), root=root, keys_file=keys_file,
                       say=lambda text: None, ask_alone=ask_alone)  # fmt: skip
-    app = make_app(service, run.hosts_of("127.0.0.1", [], keys_file is not None), log.append)
+    app = make_app(service, address.hosts_of("127.0.0.1", [], keys_file is not None), log.append)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, http=run.Patient, ws="none", log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -192,6 +192,12 @@ def test_the_last_question_is_asked_alone_where_the_server_is_told_to(single: bo
                 asked[alone, name] = found.json()["choices"][0]["message"], found.json()["usage"]["prompt_tokens"]
                 assert ("x-lorafit-asked" in found.headers) == (alone and single)
             assert running.ask("tiny", messages=turns).headers.get("x-lorafit-asked") is None
+            cards = {card["id"]: card for card in httpx.get(f"{running.url}/v1/models").json()["data"]}
+            assert (cards["desk"]["single"], cards["desk@1"]["single"], cards["tiny"]["single"]) == (
+                single,
+                single,
+                False,
+            )
     assert (asked[True, "all"] == asked[True, "last"]) == single
     assert asked[False, "all"] != asked[False, "last"]
 
@@ -484,8 +490,8 @@ def test_another_host_is_refused(server: Running) -> None:
     for host, status in (("evil.example", 421), ("localhost:80", 200), ("127.0.0.1", 200), ("", 421)):
         assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == status
     with pytest.raises(SettingsError, match="others reach this address, and no keys are set"):
-        run.hosts_of("0.0.0.0", [], False)
-    assert run.hosts_of("::1", ["desk.example"], False) == {*run.LOOPBACK, "::1", "desk.example"}
+        address.hosts_of("0.0.0.0", [], False)
+    assert address.hosts_of("::1", ["desk.example"], False) == {*address.LOOPBACK, "::1", "desk.example"}
     found = httpx.options(f"{server.url}/v1/chat/completions", headers={"origin": "https://evil.example",
                           "access-control-request-method": "POST"})  # fmt: skip
     assert "access-control-allow-origin" not in found.headers
@@ -1217,6 +1223,35 @@ def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytes
     assert said == ["Half"] and talk.history == []
 
 
+def test_of_a_server_too_what_was_trained_on_single_questions_is_asked_each_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lorafit.server.client import Remote
+
+    sent: list[list[str]] = []
+
+    def opened(talk: Remote, path: str, body: Any) -> Any:
+        sent.append([message["content"] for message in body["messages"]])
+        return nullcontext([b'data: {"choices": [{"delta": {"content": "Yes."}}]}\n', b"\n", b"data: [DONE]\n"])
+
+    cards = [{"id": "desk", "single": True}, {"id": "tiny", "single": False}, {"id": "of another server"}]
+    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": cards})
+    monkeypatch.setattr(Remote, "_open", opened)
+    talk = Remote("http://127.0.0.1:1/v1", system="Be brief.")
+    assert "desk was trained on single questions: each is asked by itself" in talk.remark()
+    for question in ("Is it here?", "And there?"):
+        talk.ask(question, lambda piece: None)
+    talk.remembers = True
+    talk.ask("Anywhere?", lambda piece: None)
+    turns = ["Is it here?", "Yes.", "And there?", "Yes.", "Anywhere?"]
+    assert sent == [["Be brief.", "Is it here?"], ["Be brief.", "And there?"], ["Be brief.", *turns]]
+    assert talk.remark() == ""
+    for name in ("tiny", "of another server"):
+        other = Remote("http://127.0.0.1:1/v1", name, history=talk.history[:2])
+        other.ask("And there?", lambda piece: None)
+        assert (sent[-1], other.remark()) == (["Is it here?", "Yes.", "And there?"], "")
+
+
 def test_a_stream_is_read_as_its_standard_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafit.server.client import Remote
 
@@ -1264,13 +1299,13 @@ def test_a_port_in_use_is_one_sentence(host: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_an_address_that_cannot_be_listened_at_is_said(host: str, words: str) -> None:
     with pytest.raises(SettingsError, match=": name another with --host") as refused:
-        run.listening(host, 0)
+        address.listening(host, 0)
     assert str(refused.value).startswith(words)
 
 
 def test_a_server_listens_at_every_address_of_its_name() -> None:
     with ExitStack() as opened:
-        sockets = [opened.enter_context(one) for one in run.listening("localhost", 0)]
+        sockets = [opened.enter_context(one) for one in address.listening("localhost", 0)]
         assert {one.family for one in sockets} >= {socket.AF_INET}
         for one in sockets:
             opened.enter_context(socket.create_connection(one.getsockname()[:2]))

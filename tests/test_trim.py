@@ -12,7 +12,8 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import LowRank, Plan, uniform
 from lorafit.errors import AdapterError, SettingsError
 from lorafit.layers.site import Site
-from lorafit.planning.trim import Moments, share_of, trimmed
+from lorafit.planning.trim import Moments, trimmed
+from lorafit.settings import share_of
 
 SITES = tuple(Site(name, "linear", d_in, d_out) for name, d_in, d_out in (("a", 24, 16), ("b", 16, 40), ("c", 16, 16)))
 

@@ -199,6 +199,13 @@ def require_new(path: Path, flag: str) -> None:
     make_folder(path.parent, flag)
 
 
+def require_new_folder(path: Path, flag: str) -> None:
+    """The same of a folder, where nothing of the name may be yet."""
+    if path.exists():
+        raise RunError(f"{path}: is there already, and would be lost: name another folder with {flag}")
+    make_folder(path.parent, flag)
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of the bytes of one file."""
     with path.open("rb") as file:

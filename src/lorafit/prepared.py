@@ -4,6 +4,8 @@ that a mistake in a file is reported at once."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from lorafit.data.equality import NUMERALS, last_number
@@ -22,6 +24,37 @@ class DataListener(Protocol):
 
     def say(self, text: str) -> None: ...
     def data(self, report: DataReport) -> None: ...
+
+
+class Unheard:
+    """A DataListener that does nothing."""
+
+    def say(self, text: str) -> None: ...
+    def data(self, report: DataReport) -> None: ...
+
+
+Prepared = tuple[Examples, DataReport]  # what `prepare` returns
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to be scored of some data. all: of every split; split: of the chosen one; scored: those of it that can
+    be."""
+
+    all: Examples
+    split: tuple[Example, ...]
+    scored: Examples
+
+
+def choose(data: str, split: str, settings: TrainSettings, listener: DataListener) -> Chosen:
+    """Read and check data that are to be scored: of a folder one split, a single file whole."""
+    examples = read_examples(data, settings.columns or (), settings.skip_bad)
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
+    chosen = examples.train if Path(data).is_file() else examples.by_name()[split]
+    if not chosen:
+        raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
+    return Chosen(examples, chosen, sifted(Examples(chosen), require_passing, settings.skip_bad, listener))
 
 
 def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple[Examples, DataReport]:

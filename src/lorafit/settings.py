@@ -182,6 +182,18 @@ def bytes_of(size: str) -> int | None:
     return round(float(found[1]) * base**power)
 
 
+def share_of(text: str) -> float:
+    """25% or 0.25 → 0.25. Raises SettingsError for what is no share between nothing and all."""
+    number = text.strip()
+    try:
+        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise SettingsError(f"--to {text}: no share of an adapter: write 25%, more than 0% and less than 100%")
+    return share
+
+
 class RunFile(TrainSettings):
     """A TOML file given with -c: any setting, and what to train on what, and where to write it."""
 

@@ -23,8 +23,8 @@ class Rendering:
         settings: of the template, by name.
         reasoning: whether an answer may begin with its reasoning. False: prompts end in what the template itself writes
             before an answer without one.
-        single: whether each conversation that was trained on asked one question, so that an adapter has seen no answer
-            of its own (False too where it is not known).
+        single: whether the conversations that were trained on asked one question each, but for a few, so that an
+            adapter has hardly seen an answer of its own (False too where it is not known).
     """
 
     template_hash: str

@@ -160,7 +160,7 @@ def _start(
 
 
 for _name, _verb, _summary in (
-    ("demo", demo.demo, "The whole story on built-in data, in eight minutes."),
+    ("demo", demo.demo, "The whole story on built-in data."),
     ("doctor", doctor.doctor, "What this machine has, what will be slow."),
     ("bases", bases.bases, "The bases at hand, and what they take on disk."),
     ("data", data.data, "Check and describe your examples."),

@@ -25,12 +25,13 @@ def bases(
     from lorafit.bases import gguf
     from lorafit.cli.console import Terminal
     from lorafit.files import free_bytes, shown
-    from lorafit.jobs.doctor import bases_at_hand
 
     terminal = Terminal(json)
     gone = gguf.remove(remove) if remove is not None else []
     for path in gone:
         terminal.say(f"removed {path}")
+    from lorafit.jobs.doctor import bases_at_hand
+
     found = bases_at_hand()
     for one in found:
         terminal.say(f"{one.name}  {one.where if one.bytes is None else shown(one.bytes)}")

@@ -52,12 +52,12 @@ def chat(
         _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
         return
     require(base=base, adapters=(adapter,))
+    settings = settings_from({"template": template}).template_settings
     from lorafit.adapters.formats import peft
     from lorafit.bases.base import open_base
     from lorafit.jobs.chat import HELP, Chat
 
     name = base or (adapter and peft.read(peft.adapter_folder(adapter)).base_name) or "smollm2-135m"
-    settings = settings_from({"template": template}).template_settings
     opened = open_base(name, None, terminal.say, terminal.watch)
     with Chat(opened, system, max_new_tokens, accept_unknown_base, settings) as talk:
         if adapter is not None:
@@ -92,12 +92,20 @@ def _ask_server(talk: Remote, terminal: Terminal) -> None:
     from lorafit.errors import LorafitError
 
     if asked := sys.stdin.isatty():
-        terminal.say(f"{talk.model} answers; the server has {', '.join(talk.models)}; /new forgets, /quit leaves")
+        terminal.say(
+            f"{talk.model} answers; the server has {', '.join(talk.models)}; /new forgets, /remember asks along what "
+            "was said or no more, /quit leaves"
+        )
+    if said := talk.remark():
+        terminal.say(said)
     for line in _typed() if asked else map(str.strip, sys.stdin):
         if line in {"/quit", "/exit"}:
             break
         if line == "/new":
             talk.history.clear()
+        elif line == "/remember":
+            talk.remembers = not talk.remembers
+            terminal.say("what was said is asked along" if talk.remembers else talk.remark() or "each is asked as sent")
         elif line:
             try:
                 talk.ask(line.encode(errors="replace").decode(), _write)

@@ -39,19 +39,22 @@ def evaluate(
     from lorafit.cli.paths import require
     from lorafit.errors import BaseChangedError
     from lorafit.files import require_new
+    from lorafit.prepared import choose
+    from lorafit.settings import settings_from
 
     assert data is not None  # with_settings sees to it
     if answers is not None:
         require_new(answers, "--answers")
     require(base=base, data=data, adapters=(adapter, against), settings=settings)
-    from lorafit.jobs.evaluate import run_evaluation
-
     if "few_shot" not in typed and (split == "train" or Path(data).is_file()):
         settings = {**settings, "few_shot": 0}  # a file made for training may ask for examples that are not there
     terminal = Terminal(json)
+    chosen = choose(data, split, settings_from(settings), terminal)
+    from lorafit.jobs.evaluate import run_evaluation
+
     summary = run_evaluation(
         base, adapter, data, settings, against=against, split=split, answers=answers,
-        accept_unknown_base=accept_unknown_base, listener=terminal,
+        accept_unknown_base=accept_unknown_base, listener=terminal, chosen=chosen,
     )  # fmt: skip
     terminal.results(summary)
     terminal.finish(summary)

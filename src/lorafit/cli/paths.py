@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafit.adapters.folder import adapter_folder, require_adapter_folder
 from lorafit.bases import locate
+from lorafit.data.columns import columns_named
 from lorafit.data.reading import require_data
 from lorafit.files import text_of
 from lorafit.runs.tracking import require_tracker
@@ -32,6 +33,7 @@ def require(
     if settings is not None:
         resolved = settings_from(settings)
         require_tracker(resolved.report_to)
+        columns_named(resolved.columns or ())
         if resolved.general:
             text_of(Path(resolved.general), "--general")
     for adapter in adapters:

@@ -36,13 +36,16 @@ def plan(
 def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], picture: Path | None = None) -> None:
     """The plan and what it costs, what validation can show, and the layer card."""
     from lorafit.files import require_new
+    from lorafit.prepared import prepare
+    from lorafit.settings import settings_from
 
     if picture is not None:
         require_new(picture, "--picture")
+    prepared = prepare(data, settings_from(settings), terminal)
     from lorafit.jobs.plan import run_planning
     from lorafit.report.words import clock
 
-    found = run_planning(base, data, settings, terminal)
+    found = run_planning(base, data, settings, terminal, prepared)
     cost, steps = found["forecast"], found["recipe"]["steps"]
     terminal.say(
         f"training takes about {clock(cost['seconds'])} here: {steps} steps of {cost['step']:.2f} s, validations of "

@@ -20,9 +20,10 @@ def refine(run: Annotated[Path, typer.Argument(help="A finished run.")], json: J
     lorafit refine runs/mine
     """
     from lorafit.cli.console import Terminal
-    from lorafit.runs.folder import require_run
+    from lorafit.runs.folder import read_finished, require_run
 
     require_run(run)
+    read_finished(run)
     from lorafit.jobs.refine import run_refining
 
     terminal = Terminal(json)

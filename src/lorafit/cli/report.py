@@ -27,14 +27,16 @@ def report(
     lorafit report runs/mine runs/other --out both.html
     """
     from lorafit.cli.console import Terminal
+    from lorafit.report.place import require_place
     from lorafit.runs.folder import REPORT, require_run
 
     for run in runs:
         require_run(run)
+    chosen = out or (runs[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
+    require_place(runs, chosen)
     from lorafit.report.page import write_report
 
     terminal = Terminal(json)
-    chosen = out or (runs[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
     write_report(runs, chosen)
     terminal.say(f"written to {chosen}: open it in a browser; it needs nothing beside it")
     terminal.finish({"report": str(chosen), "runs": [str(run) for run in runs]})

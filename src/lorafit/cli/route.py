@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.flags import JSON, NAMED, by_name, require_folder_of_adapters
-from lorafit.errors import FormatError
+from lorafit.errors import AdapterError, FormatError
 
 
 def route(
@@ -35,18 +35,23 @@ def route(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
+    from lorafit.prepared import Unheard, prepare
+    from lorafit.settings import settings_from
 
     terminal = Terminal(json)
     require_folder_of_adapters(adapters)
     named = {folder.name: folder for folder in sorted(adapters.iterdir()) if _is_adapter(folder)} if adapters else {}
     named |= {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
-    examples = by_name(learn, "DATA")
+    given = by_name(learn, "DATA")
     require(base=base, adapters=named.values())
-    for data in examples.values():
+    if unknown := sorted({*given} - {*named}):
+        raise AdapterError(f"--learn {unknown[0]}: there is no adapter of this name: give {unknown[0]}=ADAPTER too")
+    for data in given.values():
         require(data=data)
+    learnt = {name: prepare(data, settings_from({}), Unheard())[0] for name, data in given.items()}
     from lorafit.jobs.route import run_routing
 
-    found = run_routing([text], named, base, examples, terminal)
+    found = run_routing([text], named, base, learnt, terminal)
     told = found["texts"][0]
     width = max(map(len, told["scores"]))
     for name, score in sorted(told["scores"].items(), key=lambda item: -item[1]):

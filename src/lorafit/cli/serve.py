@@ -46,14 +46,20 @@ def serve(
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
     from lorafit.errors import SettingsError
+    from lorafit.server.address import hosts_of, listening
+    from lorafit.server.keys import read
 
     named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
     require_folder_of_adapters(adapters)
     require(base=base, adapters=named.values())
+    hosts = hosts_of(host, allowed_host or [], keys is not None)
+    if keys is not None:
+        read(keys)
+    sockets = listening(host, port)
     from lorafit.bases.base import open_base
 
     try:
-        from lorafit.server.run import Log, hosts_of, listening, serve
+        from lorafit.server.run import Log, serve
         from lorafit.server.service import Service
     except ImportError as error:
         raise SettingsError(
@@ -62,7 +68,6 @@ def serve(
     from lorafit.serving import Engine
 
     terminal = Terminal(False)
-    hosts = hosts_of(host, allowed_host or [], keys is not None)
 
     def opened() -> Engine:
         return Engine(open_base(base, None, terminal.say, terminal.watch), slots=slots, room=room, queue=queue,
@@ -71,6 +76,5 @@ def serve(
     served = Path(base).name if Path(base).exists() else base
     service = Service(served, opened, named, adapters, keys, terminal.say, ask_alone)
     where = f"[{host}]" if ":" in host else host
-    sockets = listening(host, port)
     terminal.say(f"http://{where}:{sockets[0].getsockname()[1]}/v1 serves '{served}' once it is open; Ctrl-C ends it")
     serve(service, sockets, hosts, drain, Log())

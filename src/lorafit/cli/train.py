@@ -38,18 +38,24 @@ def train(
     from lorafit.cli.paths import require
     from lorafit.cli.plan import show_plan
     from lorafit.errors import DivergedError, Interrupted, LorafitError, RunError, SettingsError
-    from lorafit.runs.folder import require_out
+    from lorafit.prepared import prepare
+    from lorafit.runs.folder import open_run, require_out
+    from lorafit.settings import settings_from
 
     assert out is not None  # with_settings sees to it
     if dry_run and resume:
         raise SettingsError(
             "--dry-run --resume: a run that is gone on with has its plan already: leave one of them out"
         )
+    terminal, prepared = Terminal(json), None
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # of several processes the first alone says what is wrong
         require(base=base, data=data, settings=settings)
-        if not dry_run:
+        if resume:
+            open_run(Path(out), base, data, settings, resume)
+        elif not dry_run:
+            assert data is not None
             require_out(Path(out), resume)
-    terminal = Terminal(json)
+            prepared = prepare(data, settings_from(settings), terminal)
     if dry_run:
         assert base is not None and data is not None
         show_plan(terminal, base, data, settings)
@@ -66,7 +72,8 @@ def train(
                     typer.echo(f"lorafit: process {processes.rank + 1} of {processes.count}: {error}", err=True)
                 raise typer.Exit(error.status if isinstance(error, LorafitError) else 130) from None
             return
-        summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes)
+        summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes,
+                               prepared=prepared)  # fmt: skip
     conclude(terminal, summary, Path(out), [])
 
 

@@ -28,8 +28,16 @@ def trim(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
+    from lorafit.files import require_new_folder
+    from lorafit.runs.folder import ONLY_RUNS, read_finished
+    from lorafit.settings import share_of
 
     require(adapters=(adapter,))
+    require_new_folder(out, "--out")
+    if to is None:
+        read_finished(adapter, ONLY_RUNS)
+    else:
+        share_of(to)
     from lorafit.jobs.trim import cut, run_trimming
 
     terminal = Terminal(json)

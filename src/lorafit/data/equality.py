@@ -56,7 +56,7 @@ def key_of(example: Example) -> str:
 def last_number(text: str, numerals: str = NUMERALS[0]) -> float | None:
     """The last number of a text, None where there is none, or where it is not written so: 3,50 is no number where the
     decimal mark is a point, rather than 50. numerals: one of NUMERALS."""
-    decimal, parting = numerals
+    decimal, parting = numerals[0], numerals[1]
     gap = {" ": _GAPS, "'": "['\u2019]"}.get(parting, re.escape(parting))
     found = re.findall(_DIGITS % (rf"|(?<!\d{{4}}){_GAPS}\d{{3}}(?!\d)" if parting == " " else ""), text)
     if not found:

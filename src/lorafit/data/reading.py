@@ -58,7 +58,9 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     wanted += [name for template in templates.values() for name in template.columns]
     splits = {}
     problems: list[Problem] = []
-    given, unread = _files(BUILTIN_FOLDER if str(path) == BUILTIN else Path(path).expanduser())
+    builtin = str(path) == BUILTIN
+    given, unread = _files(BUILTIN_FOLDER if builtin else Path(path).expanduser())
+    unread = () if builtin else unread  # what else is in the package is no matter of the user's
     for split, parts in given.items():
         before, file = len(problems), parts[0].file
         records = [record for part in parts for record in _records(part, problems)]

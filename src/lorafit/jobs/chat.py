@@ -19,6 +19,7 @@ from lorafit.data.render import Renderer, renderer_for
 from lorafit.data.thoughts import parted
 from lorafit.errors import NotServedError, SettingsError
 from lorafit.generation.greedy import stream
+from lorafit.server.client import ALONE
 from lorafit.serving import Engine, Request
 
 BASE = "base"
@@ -30,7 +31,6 @@ HELP = """/base            only the bare base answers
 /new             forget the conversation
 /quit            leave (also Ctrl-D)
 Ctrl-C           stop an answer, or drop the line; twice at an empty line: leave"""
-ALONE = "{} {} trained on single questions: each is asked by itself; /remember asks along what was said"
 
 Emit = Callable[[str], None]
 

@@ -11,17 +11,16 @@ from typing import Any
 
 from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Rendering
-from lorafit.data.examples import Example, Examples
-from lorafit.data.reading import read_examples
+from lorafit.data.examples import Example
 from lorafit.data.render import Row, renderer_for
-from lorafit.errors import AdapterError, DataError, InputError, LorafitError, Problem, SettingsError
+from lorafit.errors import AdapterError, DataError, InputError, LorafitError, SettingsError
 from lorafit.evaluation.compare import compare
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.files import require_new, write_text
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory, peak_gb
 from lorafit.jobs.prepare import opened_base, render_all
-from lorafit.prepared import prepare, require_passing, sifted
+from lorafit.prepared import Chosen, choose, prepare, sifted
 from lorafit.report.result import Result
 from lorafit.runs.folder import RUN, count_opening, read_run, remembered, tested
 from lorafit.runs.scores import answer_lines, example_digest, scores_json
@@ -40,6 +39,7 @@ def run_evaluation(
     answers: str | Path | None = None,
     accept_unknown_base: bool = False,
     listener: Listener | None = None,
+    chosen: Chosen | None = None,
 ) -> dict[str, Any]:
     """Score an adapter against its base, or another adapter, on examples; returns the summary.
 
@@ -48,7 +48,8 @@ def run_evaluation(
     columns, skip_bad. What the run was trained on, where it can be read, also tells whether answers are few, and is
     what a simple classifier learns from. A single file is scored whole; of a folder, `split`. The base is the one
     the adapter names, unless given. With `answers` every question is answered, and the answers go there, one JSON
-    object a line; a file that is there already is refused.
+    object a line; a file that is there already is refused. chosen: what `choose` made of the data, which are read here
+    where it is not given.
     """
     listener = listener or Silent()
     answers, data = None if answers is None else Path(answers), str(data)
@@ -64,17 +65,12 @@ def run_evaluation(
         raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}, "
                            "or with other settings of it: evaluate each against the base, no one rendering is what "
                            "both have learnt")  # fmt: skip
-    examples = read_examples(data, resolved.columns or (), resolved.skip_bad)
-    for problem in examples.skipped:
-        listener.say(f"left out: {problem}")
-    single = Path(data).is_file()
-    chosen = examples.train if single else examples.by_name()[split]
-    if not chosen:
-        raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
-    shots_from: tuple[Example, ...] = () if single or split == "train" else examples.train
+    chosen = chosen or choose(data, split, resolved, listener)
+    picked, single = chosen.scored, Path(data).is_file()
+    shots_from: tuple[Example, ...] = () if single or split == "train" else chosen.all.train
     shots_missing = bool(settings.get("few_shot")) and not shots_from
     try:
-        known = _trained_on(adapter_folder.parent, chosen)
+        known = _trained_on(adapter_folder.parent, chosen.split)
     except (LorafitError, OSError):
         if shots_missing:
             raise
@@ -83,11 +79,10 @@ def run_evaluation(
         shots_from = known
         listener.say(f"--few-shot takes its examples from what {adapter_folder.parent} was trained on")
     runs = [adapter_folder.parent, *([peft.adapter_folder(against).parent] if against else [])]
-    seen = [_remarked(run, chosen, listener) for run in runs]
+    seen = [_remarked(run, chosen.split, listener) for run in runs]
     name = base_name or adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
-    picked = sifted(Examples(chosen), require_passing, resolved.skip_bad, listener)
     base = opened_base(name, resolved, listener)
     before = base.integrity()
     renderer = renderer_for(base, like=adapter.rendering, reasoning=adapter.rendering is None)  # as it is served
@@ -103,7 +98,7 @@ def run_evaluation(
                          shots=resolved.few_shot, known=known, answer_all=answers is not None,
                          watch=listener.watch, accept_unknown_base=accept_unknown_base, way=way)  # fmt: skip
     for run in runs:
-        _count(run, chosen, listener)
+        _count(run, chosen.split, listener)
     if answers is not None:
         write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")

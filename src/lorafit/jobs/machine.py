@@ -47,7 +47,9 @@ def room_of(base: Base, processes: int = 1) -> Room:
     """What is held and free where the base is: on its GPU, or in this process and, of what so many processes share that
     will each hold as much, on this machine."""
     if base.device.type == "cuda":
-        return Room(torch.cuda.memory_allocated(base.device), torch.cuda.mem_get_info(base.device)[0])
+        held = torch.cuda.memory_allocated(base.device)
+        kept = torch.cuda.memory_reserved(base.device) - held  # freed, and ready to be used again
+        return Room(held, torch.cuda.mem_get_info(base.device)[0] + kept)
     known = [each for each in (_told("/proc/meminfo", "MemAvailable"), free_in_container()) if each is not None]
     free = min(known, default=None)
     held = _held(base)

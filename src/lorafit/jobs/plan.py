@@ -25,11 +25,11 @@ from lorafit.evaluation.nll import example_nll
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import Opened, open_all
-from lorafit.jobs.search import look, obstacle, places_cost, places_tried, rates_tried, spread_over, told_by
-from lorafit.planning import halving
+from lorafit.jobs.search import look, places_tried, rates_tried, search_steps, spread_over, told_by
 from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of
 from lorafit.planning.rules import hidden_size
+from lorafit.prepared import Prepared
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import batch_of, length_step, trunk
 from lorafit.training import optimizer as adamw
@@ -58,27 +58,25 @@ class Forecast:
 
 
 def run_planning(
-    base_name: str, data: str, settings: Mapping[str, Any], listener: Listener | None = None
-) -> dict[str, Any]:
-    """Check, decide, try a few steps; returns the plan, its reasons and its cost. Nothing is written."""
+    base_name: str, data: str, settings: Mapping[str, Any], listener: Listener | None = None,
+    prepared: Prepared | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Check, decide, try a few steps; returns the plan, its reasons and its cost. Nothing is written. prepared: the
+    data, where they have been read already."""
     listener = listener or Silent()
     resolved = settings_from(settings)
     keep_freed_memory()
-    opened = open_all(base_name, data, resolved, listener)
+    opened = open_all(base_name, data, resolved, listener, prepared=prepared)
     cost = forecast(opened, resolved, room_for(Path(), resolved.trunk_bytes))
     places = spread_over(EVIDENCE, [one.group for one in opened.examples.valid])
     known, card, _ = look(opened, listener, places)
-    decision, steps = opened.decision, opened.decision.recipe.steps
+    decision = opened.decision
     rates, why = rates_tried(opened, resolved)
-    plans, offered = places_tried(opened, resolved, card)
-    searching = halving.cost(len(rates), halving.first_rung(len(rates), steps)) if rates[1:] else 0.0
-    if resolved.search == "thorough" and not obstacle(opened, resolved) and plans:
-        placing = places_cost(len(plans), steps) if len(plans) > 1 else 0.0
-        searching += placing if placing <= halving.MOST_PLACES * steps else 0.0
+    offered = places_tried(opened, resolved, card)[1]
     return {
         "evidence": told_by(known, opened, places),
         "card": asdict(card) if card else None,
-        "search": {"rates": rates, "reason": why, "seconds": searching * cost.step},
+        "search": {"rates": rates, "reason": why, "seconds": search_steps(opened, resolved, card) * cost.step},
         "placements": [
             {
                 "name": one.name,

@@ -27,11 +27,12 @@ from lorafit.jobs.listener import Listener
 from lorafit.jobs.machine import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
 from lorafit.planning.memory import as_begun, fit, footprint, room_to_answer, steps_of, with_losses
-from lorafit.prepared import prepare, sifted
+from lorafit.prepared import Prepared, prepare, sifted
 from lorafit.runs.folder import Environment
 from lorafit.settings import TrainSettings
 from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
-from lorafit.tasks.probe import way_of
+from lorafit.tasks.probe import beginnings, way_of
+from lorafit.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,22 @@ class Opened:
 
 def open_all(
     base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Environment | None = None,
-    processes: int = 1,
+    processes: int = 1, prepared: Prepared | None = None,
 ) -> Opened:  # fmt: skip
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
 
     began: what a run has frozen that is gone on with. What depends on this machine and this moment is found out here,
-    if `began` does not say it, and goes into Environment. processes: how many share this machine's memory.
+    if `began` does not say it, and goes into Environment. processes: how many share its memory. prepared: what
+    `prepare` made of the data, which are read here where it is not given.
     """
     start = time.monotonic()
     texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
     require_base(base_name)
-    examples, report = prepare(data, settings, listener)
+    examples, report = prepared or prepare(data, settings, listener)
     base = opened_base(base_name, settings, listener, began)
     now = began.now if began else datetime.now().isoformat(timespec="seconds")
     examples, renderer, rows = rendered(base, examples, settings, listener, now)
-    probe = batch_of(base, rows["train"][:2], PLAIN)
+    probe = batch_of(base, beginnings(rows["train"]), PLAIN)
     seen = fired(base, lambda: token_nll(base, probe, PLAIN))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
@@ -80,12 +82,7 @@ def open_all(
     way = Way(began.apart, began.packed) if began else way_of(base, rows["train"])
     decision = replace(decision, choices=(*decision.choices, _laying(way)))
     if began is None:
-        plain = footprint(base, before, rows["train"], way, settings.dropout)
-        look = cache(lambda twice: with_losses(plain, base, before, rows["train"], way, twice, Meter(base)))
-        steps = steps_of(rows["train"], decision.recipe, free_blocks(base, decision.plan) > 0, way.packed)
-        answering = partial(bytes_held, base, room_to_answer(base, rows, settings.few_shot))
-        held = room_of(base, processes)
-        decision, peak = fit(decision, look, answering, rows, steps, way, held, settings.memory)
+        decision, peak = fitted(base, before, rows, decision, settings, way, processes)
     else:
         decision, peak = as_begun(decision, began.micro_tokens, began.recompute), None
     listener.plan(decision.choices)
@@ -106,6 +103,33 @@ def open_all(
     return Opened(
         base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
     )
+
+
+def fitted(
+    base: Base, start: Adapter, rows: dict[str, list[Row]], decision: Decision, settings: TrainSettings, way: Way,
+    processes: int = 1,
+) -> tuple[Decision, int]:  # fmt: skip
+    """The decision with how much is run at a time, and the bytes that its run will hold at most: see `fit`.
+
+    Args:
+        base: The base, with nothing attached.
+        start: An adapter of the decision's plan.
+        rows: Of every split.
+        decision: How to train; what it says of memory is decided again.
+        settings: Of the run.
+        way: How rows are run.
+        processes: How many share this machine's memory.
+
+    Raises:
+        SettingsError: even the least is more than the settings allow.
+    """
+    recipe = replace(decision.recipe, micro_tokens=Recipe.micro_tokens, recompute=Recipe.recompute)
+    decision, train = replace(decision, recipe=recipe), rows["train"]
+    plain = footprint(base, start, train, way, settings.dropout)
+    look = cache(lambda twice: with_losses(plain, base, start, train, way, twice, Meter(base)))
+    steps = steps_of(train, recipe, free_blocks(base, decision.plan) > 0, way.packed)
+    answering = partial(bytes_held, base, room_to_answer(base, rows, settings.few_shot))
+    return fit(decision, look, answering, rows, steps, way, room_of(base, processes), settings.memory)
 
 
 def _laying(way: Way) -> Choice:

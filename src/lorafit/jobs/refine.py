@@ -13,15 +13,16 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan
 from lorafit.attachment.adapters import attach
-from lorafit.errors import DivergedError, FormatError, Interrupted, RunError
+from lorafit.errors import DivergedError, FormatError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import FEWEST, groups_of
-from lorafit.files import read_json, whole_folder, write_json
+from lorafit.files import make_folder, read_json, shown, whole_folder, write_json
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.looking_back import told_ladder, trim_trained
-from lorafit.jobs.machine import keep_freed_memory, on_threads
-from lorafit.jobs.prepare import Opened, open_all
-from lorafit.jobs.search import Order, carry_out
+from lorafit.jobs.machine import keep_freed_memory, on_threads, room_of
+from lorafit.jobs.plan import disk_of
+from lorafit.jobs.prepare import Opened, fitted, open_all
+from lorafit.jobs.search import Order, carry_out, start_of
 from lorafit.planning import Choice, Decision
 from lorafit.planning.ladder import Ladder, Rung
 from lorafit.planning.refine import Evidence, Round, changed, judged, next_change
@@ -45,8 +46,8 @@ from lorafit.runs.folder import (
     WHOLE,
     accepted_round,
     frozen_of,
-    read_run,
-    read_summary,
+    read_finished,
+    require_disk,
     require_run,
     room_to_write,
     sole_writer,
@@ -121,9 +122,7 @@ def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, An
 
 def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
     """As run_refining, in a folder that nobody else writes to."""
-    asked, summary = read_run(folder), read_summary(folder)
-    if summary is None:
-        raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
+    asked, summary = read_finished(folder)
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     with on_threads(frozen.threads, listener):
         opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
@@ -218,8 +217,16 @@ def one_round(
         return None, change
     number = len(history) + 1
     folder = out / ROUNDS / str(number)
+    if (folder / PLAN).exists():  # the round was stopped: it goes on as it began
+        decision = _read_plan(folder)
+    else:
+        fits = _fitting(opened, changed(standing.decision, change), folder, settings, processes)
+        if isinstance(fits, str):
+            return None, f"{change.kind} would be next, for {change.reason}, and is left out: {fits}"
+        decision = fits
     listener.say(f"round {number}: {change.kind}, for {change.reason}")
-    decision = changed(standing.decision, change)
+    make_folder(folder)
+    write_plan(decision, folder)
     order = Order(decision.plan, decision.recipe, f"{ROUNDS}/{number}", known=known)
     processes.agreed(order.to_json)
     rank = max(slot.rank for slot in decision.plan.slots)
@@ -245,6 +252,24 @@ def one_round(
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     listener.say(f"round {number}: {done.verdict}")
     return new, done
+
+
+def _fitting(
+    opened: Opened, decision: Decision, folder: Path, settings: TrainSettings, processes: Processes
+) -> Decision | str:
+    """The decision of a round with how much is run at a time, so that it stays within what the run was given; or in
+    words why it cannot: a round is no reason to lose the run."""
+    base = opened.base
+    try:
+        require_disk(folder, disk_of(decision.plan, settings.trim == "auto"))
+        start = start_of(opened, decision.plan)
+        decision, peak = fitted(base, start, opened.rows, decision, settings, opened.way, processes.here)
+    except (RunError, SettingsError) as error:
+        return str(error)
+    room = room_of(base, processes.here)
+    if settings.memory is None and room.free is not None and peak > room.held + room.free:
+        return f"it would hold about {shown(peak - room.held)} more, and {shown(room.free)} of memory are free here"
+    return decision
 
 
 def scored(opened: Opened, adapter: Adapter, listener: Listener) -> list[float]:

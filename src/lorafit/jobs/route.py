@@ -8,30 +8,26 @@ from typing import Any
 
 from lorafit.adapters.formats import peft
 from lorafit.bases.base import Base, open_base
+from lorafit.data.examples import Examples
 from lorafit.errors import AdapterError, BaseError
 from lorafit.files import whole_file
 from lorafit.jobs.listener import Listener, Silent
-from lorafit.prepared import prepare
 from lorafit.routing import Features, Router, elsewhere, features_of, fit, learnable
-from lorafit.settings import settings_from
 
 
 def run_routing(
     texts: Sequence[str], adapters: Mapping[str, Path], base: str | None = None,
-    learn: Mapping[str, str] | None = None, listener: Listener | None = None,
+    learn: Mapping[str, Examples] | None = None, listener: Listener | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The scores of each text. adapters: folders, or runs, by name. base: by default the one the adapters name.
-    learn: by name, data whose questions an adapter's folder shall keep from now on. Raises AdapterError where there is
-    nothing to learn from."""
+    learn: by name, examples whose questions an adapter's folder shall keep from now on. Raises AdapterError where there
+    is nothing to learn from."""
     listener, learn = listener or Silent(), learn or {}
     folders = {name: peft.adapter_folder(folder) for name, folder in adapters.items()}
     for folder in folders.values():
         peft.require_adapter_folder(folder)
-    if unknown := sorted({*learn} - {*folders}):
-        raise AdapterError(f"--learn {unknown[0]}: there is no adapter of this name: give {unknown[0]}=ADAPTER too")
-    examples = {name: prepare(data, settings_from({}), Silent())[0] for name, data in learn.items()}
     opened = open_base(base or _base_of(folders), None, listener.say, listener.watch)
-    for name, given in examples.items():
+    for name, given in learn.items():
         found = Features.of(opened, given.train, given.valid, watch=listener.watch)
         if found is None:
             raise AdapterError(f"--learn {name}: these examples ask nothing that a router could learn from: give "

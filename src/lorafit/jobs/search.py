@@ -68,18 +68,6 @@ class Order:
         return Order(plan, recipe, value["folder"], tuple(value["scored"]), tuple(value["known"]))
 
 
-@dataclass(frozen=True)
-class Found:
-    """What is known before the run proper: validation NLL of every example under the base, and the decision with what
-    the search has changed. seconds: of this process alone. forward: seconds a token of a forward, None where it was
-    measured before a resume."""
-
-    known: tuple[float, ...]
-    decision: Decision
-    seconds: float
-    forward: float | None
-
-
 def carry_out(
     opened: Opened, order: Order, out: Path, resume: bool, trunk_bytes: int, processes: Processes,
     listener: Listener | None = None, tell: Callable[[Moment], None] | None = None,
@@ -143,6 +131,22 @@ def look(
     return tuple(known), card, forward
 
 
+def looked(
+    opened: Opened, out: Path, listener: Listener
+) -> tuple[tuple[float, ...], Card | None, float | None]:  # fmt: skip
+    """What `look` finds on all validation examples, kept in search/card.json for a resume. The seconds are None where
+    an earlier version looked."""
+    path = out / SEARCH / CARD
+    if path.exists():
+        told = read_json(path)
+        return tuple(told["known"]), card_from(told), told.get("forward")
+    make_folder(out / SEARCH)
+    known, card, forward = look(opened, listener)
+    told = {**told_by(known, opened, range(len(known))), "known": known, "forward": forward}
+    write_json(path, {**told, **(asdict(card) if card else {})})
+    return known, card, forward
+
+
 def _with_b_of_zero(opened: Opened) -> Adapter:
     """What the run starts from, or LoRA on the same sites where its method does not start with B = 0."""
     plan = opened.start.plan
@@ -153,28 +157,27 @@ def _with_b_of_zero(opened: Opened) -> Adapter:
 
 
 def search(
-    opened: Opened, settings: TrainSettings, out: Path, resume: bool, processes: Processes, listener: Listener
-) -> Found:  # fmt: skip
-    """Look, and search as the settings say. Every arm is a training of its own below `out`/search, and what it came to
-    is in search/tried.json as soon as it is known: a search that was stopped goes on where it was.
+    opened: Opened, settings: TrainSettings, known: tuple[float, ...], card: Card | None, out: Path, resume: bool,
+    processes: Processes, listener: Listener,
+) -> Decision:  # fmt: skip
+    """Search as the settings say, and decide. Every arm is a training of its own below `out`/search, and what it came
+    to is in search/tried.json as soon as it is known: a search that was stopped goes on where it was.
 
     Called in the first process; the others carry out the orders it gives. Raises DivergedError where all arms have.
     """
-    began = time.monotonic()
-    folder, forward = out / SEARCH, None
-    make_folder(folder)
-    if (folder / CARD).exists():
-        told = read_json(folder / CARD)
-        known = tuple(told["known"])
-        card = card_from(told)
-    else:
-        known, card, forward = look(opened, listener)
-        write_json(
-            folder / CARD,
-            {**told_by(known, opened, range(len(known))), "known": known, **(asdict(card) if card else {})},
-        )
-    searching = _Search(opened, settings, out, resume, processes, listener, known)
-    return Found(known, searching.decide(card), time.monotonic() - began, forward)
+    return _Search(opened, settings, out, resume, processes, listener, known).decide(card)
+
+
+def search_steps(opened: Opened, settings: TrainSettings, card: Card | None, out: Path | None = None) -> float:
+    """As long as so many steps the search takes at most; without what a run in `out` has tried already."""
+    steps, rates = opened.decision.recipe.steps, rates_tried(opened, settings)[0]
+    ahead = cost(len(rates), first_rung(len(rates), steps)) if rates[1:] else 0.0
+    if settings.search == "thorough" and not obstacle(opened, settings):
+        plans = len(places_tried(opened, settings, card)[0])
+        placing = places_cost(plans, steps) if plans > 1 else 0.0
+        ahead += placing if placing <= MOST_PLACES * steps else 0.0
+    tried = out / SEARCH / TRIED if out else None
+    return max(0.0, ahead - sum(one["steps"] for one in read_json(tried))) if tried and tried.exists() else ahead
 
 
 def told_by(known: Sequence[float], opened: Opened, places: Sequence[int]) -> dict[str, Any]:

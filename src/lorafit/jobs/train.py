@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,20 +21,22 @@ from lorafit.data.reading import BUILTIN
 from lorafit.errors import BaseError, DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
 from lorafit.files import absolute, make_folder, write_json, write_text
+from lorafit.jobs.ahead import Ahead
 from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.looking_back import forgotten, sites_that_mattered, told_ladder, trim_trained
 from lorafit.jobs.machine import keep_freed_memory, left_of, on_threads, peak_gb
 from lorafit.jobs.peft_oracle import compare_with_peft
-from lorafit.jobs.plan import disk_of, forecast
+from lorafit.jobs.plan import disk_of
 from lorafit.jobs.prepare import Opened, open_all
 from lorafit.jobs.refine import Standing, figures_of, history_of, refine, write_plan
-from lorafit.jobs.search import Order, carry_out, search, start_of
+from lorafit.jobs.search import Order, carry_out, looked, search
 from lorafit.jobs.tracked import Tracked, tracked
+from lorafit.prepared import Prepared
 from lorafit.report.card import card
 from lorafit.report.page import write_report
 from lorafit.report.result import Result
-from lorafit.report.words import clock, doubt
+from lorafit.report.words import doubt
 from lorafit.routing import Features
 from lorafit.runs.folder import (
     ADAPTER,
@@ -61,7 +63,6 @@ from lorafit.runs.scores import answer_lines, scores_json
 from lorafit.runs.tracking import require_tracker
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.training.processes import ALONE, Processes
-from lorafit.training.trunk import room_for
 
 PROBED = 64  # tokens of a row on which PEFT's logits are compared: those of long rows would take gigabytes
 
@@ -76,12 +77,14 @@ def run_training(
     listener: Listener | None = None,
     extra: Mapping[str, Any] | None = None,
     processes: Processes = ALONE,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """The whole job into the run folder `out`; returns the summary that is also written there.
 
     settings: fields of TrainSettings that are set; the rest is left to the rules. With `resume` those the run began
     with are used again, and one that contradicts them is refused; base and data may be None; what it found out about
     its machine is taken from run.json, its number of threads too. extra: goes into run.json.
+    prepared: what `prepare` made of the data, which are read here where it is not given.
     processes: called alike in each of them; the first alone speaks and writes, the others return {} after training.
     """
     out = Path(out)
@@ -96,7 +99,7 @@ def run_training(
         require_out(out, resume)  # again, for another may have been at work there until now
         try:
             require_tracker(resolved.report_to)
-            opened = open_all(base_name, data, resolved, listener, began, processes.here)
+            opened = open_all(base_name, data, resolved, listener, began, processes.here, prepared)
             processes.require_work(opened.decision.recipe.batch_size)
         except BaseException:
             if not resume:
@@ -145,18 +148,19 @@ def _run(
     if not (out / DATA).exists():
         write_json(out / DATA, _about_data(opened))
     processes.agreed(lambda: [base_name, data, resolved.model_dump(mode="json"), asdict(opened.frozen)])
-    found = search(opened, resolved, out, resume, processes, listener)
-    decision, seconds = found.decision, {"load": opened.seconds, "search": found.seconds}
+    began = time.monotonic()
+    known, card_of_layers, forward = looked(opened, out, listener)
+    ahead = Ahead(opened, resolved, out, forward, processes)
+    if said := ahead.of_search(card_of_layers):
+        listener.say(said)
+    decision = search(opened, resolved, known, card_of_layers, out, resume, processes, listener)
+    seconds = {"load": opened.seconds, "search": time.monotonic() - began}
     if not (out / PLAN).exists():
         write_plan(decision, out)
-    if found.forward:
-        at_start = replace(opened, decision=decision, start=start_of(opened, decision.plan))
-        kept = room_for(out, resolved.trunk_bytes)
-        cost = forecast(at_start, resolved, kept, found.forward, processes.count)
-        listener.say(f"about {clock(cost.seconds)} of training and {clock(cost.evaluation)} of evaluation are ahead")
+    listener.say(ahead.of_run(decision))
     several = f" on {processes.count} processes" if processes.count > 1 else ""
     listener.say(f"training{several}; Ctrl-C saves and stops")
-    order = Order(decision.plan, decision.recipe, known=found.known)
+    order = Order(decision.plan, decision.recipe, known=known)
     processes.agreed(order.to_json)
     trained = carry_out(opened, order, out, resume, resolved.trunk_bytes, processes, listener, followed.moment)
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
@@ -166,7 +170,7 @@ def _run(
     seconds |= {"train": trained.seconds, "trim": time.monotonic() - began}
     if resolved.rounds:
         began = time.monotonic()
-        standing = refine(opened, standing, out, resolved, found.known, resume, listener, processes)
+        standing = refine(opened, standing, out, resolved, known, resume, listener, processes)
         seconds["rounds"] = time.monotonic() - began
     processes.agreed(dict)
     processes.leave()

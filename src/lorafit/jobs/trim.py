@@ -26,15 +26,15 @@ from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
 from lorafit.evaluation.nll import example_nll
-from lorafit.files import make_folder, read_json, whole_file
+from lorafit.files import read_json, require_new_folder, whole_file
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import opened_base, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
-from lorafit.planning.trim import Moments, require_pairs, share_of, smallest_share, trimmed
+from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
 from lorafit.prepared import prepare
-from lorafit.runs.folder import LADDER, MOMENTS, PLAN, RUN, WHOLE, frozen_of, read_run, read_summary
-from lorafit.settings import settings_from
+from lorafit.runs.folder import LADDER, MOMENTS, ONLY_RUNS, PLAN, WHOLE, frozen_of, read_finished
+from lorafit.settings import settings_from, share_of
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
 from lorafit.training.recipe import Recipe
@@ -50,12 +50,8 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     """
     listener = listener or Silent()
     began = time.monotonic()
-    _require_new(out)
-    if not (folder / RUN).exists():
-        raise RunError(f"{folder}: no run, and only a run has validation examples: name one, or give --to 25%")
-    asked = read_run(folder)
-    if (summary := read_summary(folder)) is None:
-        raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
+    require_new_folder(out, "--out")
+    asked, summary = read_finished(folder, ONLY_RUNS)
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     whole, way = peft.read(_whole(folder)), Way(frozen.apart, frozen.packed)
     require_pairs(whole)
@@ -123,7 +119,7 @@ def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
     """Write so much of the adapter of a run, or in an adapter folder, to `out`; no model is opened. Of a run with a
     ladder it is the rung that was scored there, cut from the whole by the moments it keeps; of anything else every
     direction counts alike. Returns what came of it."""
-    _require_new(out)
+    require_new_folder(out, "--out")
     share = share_of(to)
     whole, moments = peft.read(_whole(folder)), folder / LADDER / MOMENTS
     small, left = trimmed(whole, share, read_moments(moments) if moments.exists() else None)
@@ -154,12 +150,6 @@ def _whole(folder: Path) -> Path:
     """Where the untrimmed adapter of a run lies, or of an adapter folder the adapter."""
     kept = folder / LADDER / WHOLE
     return kept if kept.exists() else peft.adapter_folder(folder)
-
-
-def _require_new(out: Path) -> None:
-    if out.exists():
-        raise RunError(f"{out}: is there already, and would be lost: name another folder with --out")
-    make_folder(out.parent, "--out")
 
 
 def moments_of(

@@ -25,7 +25,7 @@ from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import answer_tokens
 from lorafit.evaluation.nll import EVALUATION_TOKENS
-from lorafit.planning.rules import Choice, Decision, hidden_size
+from lorafit.planning.rules import Decision, hidden_size, told
 from lorafit.settings import bytes_of
 from lorafit.tasks.completion import CHUNK, Way, batch_of, body
 from lorafit.training.loop import gradient_step, own_randomness
@@ -263,8 +263,7 @@ def _with(decision: Decision, recipe: Recipe, needed: float | None, reason: str)
     twice = ", blocks computed twice" if recipe.recompute else ""
     most = "" if needed is None else f"at most about {needed / 1e9:.1f} GB, "
     value = f"{most}{recipe.micro_tokens:,} tokens at a time{twice}"
-    choices = (*decision.choices, Choice("memory", value, reason, "--memory"))
-    return replace(decision, recipe=recipe, choices=choices)
+    return told(replace(decision, recipe=recipe), "memory", value, reason, "--memory")
 
 
 def _reason(asked: Recipe, taken: Recipe, memory: str | None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import LowRank, Plan
-from lorafit.errors import AdapterError, SettingsError
+from lorafit.errors import AdapterError
 
 SMALLEST = 1e-12  # singular values of a moment below this share of the largest are taken for rounding
 
@@ -39,18 +39,6 @@ class _Spectrum:
     a: Tensor
     b: Tensor
     values: Tensor
-
-
-def share_of(text: str) -> float:
-    """25% or 0.25 → 0.25. Raises SettingsError for what is no share between nothing and all."""
-    number = text.strip()
-    try:
-        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise SettingsError(f"--to {text}: no share of an adapter: write 25%, more than 0% and less than 100%")
-    return share
 
 
 def require_pairs(adapter: Adapter) -> list[LowRank]:

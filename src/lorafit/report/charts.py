@@ -34,6 +34,7 @@ BARS = {"base": ("", "base"), "base_few_shot": ("base, with examples", "few"),
         "adapter": ("", "adapter")}  # fmt: skip
 LEAST_NLL = 1e-4  # where a logarithmic axis, which has no zero, ends
 LEAST_SPAN = 0.1  # nats on both sides
+LONGEST_LINE = 24  # characters of a name
 WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
 
 
@@ -108,17 +109,15 @@ def _bars(bars: Sequence[Bar]) -> Figure | None:
     """Shares as bars with their intervals, the first one on top."""
     if not bars:
         return None
-    figure, axes = _canvas(0.9 + 0.42 * len(bars))
+    figure, axes = _rows([name for name, *_ in bars])
     for place, (_, value, ends, colour) in enumerate(reversed(bars)):
         axes.barh(place, value, height=0.55, color=colour, alpha=0.35, linewidth=0)
         if ends is not None:
             axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="round")
         axes.plot(value, place, color=colour, marker="o", markersize=8, clip_on=False)
-    axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], parse_math=False)
-    axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlim(0, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.set_xlabel("answers right, 95 % interval")
+    axes.set_xlabel("answers right, 95 % interval", loc="right")
     return figure
 
 
@@ -126,15 +125,13 @@ def _differences(found: Sequence[tuple[str, Mapping[str, Any], str]]) -> Figure 
     """Differences in NLL, each with its interval."""
     if not found:
         return None
-    figure, axes = _canvas(0.9 + 0.42 * len(found))
+    figure, axes = _rows([name for name, *_ in found])
     for place, (_, nll, colour) in enumerate(reversed(found)):
         if nll["ci95"] is not None:
             axes.plot(nll["ci95"], [place, place], color=colour, linewidth=2, solid_capstyle="round")
         axes.plot(nll["difference"], place, color=colour, marker="o", markersize=8)
-    axes.set_yticks(range(len(found)), [name for name, *_ in reversed(found)], parse_math=False)
-    axes.set_ylim(-0.6, len(found) - 0.4)
     axes.axvline(0, color=COLOURS["muted"], linewidth=1)
-    axes.set_xlabel("difference in NLL to the base, 95 % interval (below 0 is better)")
+    axes.set_xlabel("difference in NLL to the base, 95 % interval\n(below 0 is better)", loc="right")
     return figure
 
 
@@ -143,7 +140,7 @@ def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
     found = ((summary or {}).get("forgetting") or summary or {}).get("general")
     if not found:
         return None
-    figure, axes = _canvas(1.3 + 0.42 * len(found))
+    figure, axes = _rows([PurePath(source).name for source in found], 1.3)
     for place, score in enumerate(reversed(found.values())):
         if score["ci95"] is not None:
             ends = [score["base"] + end for end in score["ci95"]]
@@ -151,12 +148,11 @@ def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
         for who in ("base", "adapter"):
             axes.plot(score[who], place, color=COLOURS[who], marker="o", markersize=8, linestyle="none",
                       label=who if place == 0 else None)  # fmt: skip
-    middle = [value for score in found.values() for value in (score["base"], score["adapter"])]
-    spare = max(0.1 * (max(middle) - min(middle)), LEAST_SPAN)  # a difference of nothing is not to look like one
-    axes.set_xlim(min(middle) - spare, max(middle) + spare)
-    axes.set_yticks(range(len(found)), [PurePath(source).name for source in reversed(found)], parse_math=False)
-    axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.set_xlabel("NLL of general text, nats per token (to the right is worse)")
+    shown = [value for score in found.values() for value in
+             (score["base"], score["adapter"], *(score["base"] + end for end in score["ci95"] or ()))]  # fmt: skip
+    spare = max(0.1 * (max(shown) - min(shown)), LEAST_SPAN)  # a difference of nothing is not to look like one
+    axes.set_xlim(min(shown) - spare, max(shown) + spare)
+    axes.set_xlabel("NLL of general text, nats per token\n(to the right is worse)", loc="right")
     _legend(axes)
     return figure
 
@@ -274,7 +270,7 @@ def _save(figure: Figure, file: Any, **how: Any) -> None:
 def _legend(axes: Axes) -> None:
     """The names as they are: no formulas between $, and none left out that begins with _."""
     for text in axes.legend(frameon=False, labelcolor=COLOURS["ink"]).get_texts():
-        text.set(text=text.get_text().removeprefix(_SHOWN), parse_math=False)
+        text.set(text=_in_lines(text.get_text().removeprefix(_SHOWN)), parse_math=False)
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -287,6 +283,27 @@ def _logarithmic(axes: Axes) -> None:
         marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low <= mark <= high]
     axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _rows(names: Sequence[str], rest: float = 0.9) -> tuple[Figure, Axes]:
+    """A picture with a row for each name, the first on top. rest: inches of what is not rows. The label below is to end
+    where the axis ends (loc="right"): wider than the axis, it would be cut at the edge of the picture."""
+    told = [_in_lines(name) for name in names]
+    lines = max(name.count("\n") + 1 for name in told)
+    figure, axes = _canvas(rest + (0.26 + 0.16 * lines) * len(told))
+    axes.set_yticks(range(len(told)), told[::-1], parse_math=False)
+    axes.set_ylim(-0.6, len(told) - 0.4)
+    return figure, axes
+
+
+def _in_lines(name: str) -> str:
+    """A name that leaves room beside it: broken where words and parts of paths end, or else anywhere."""
+    lines = [""]
+    for piece in re.findall(rf"[^\s/._-]{{1,{LONGEST_LINE}}}[\s/._-]?|[\s/._-]", name):
+        if len(lines[-1] + piece.rstrip()) > LONGEST_LINE:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import RunError
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.files import require_new, whole_file, write_text
+from lorafit.files import whole_file, write_text
 from lorafit.report import charts
+from lorafit.report.place import beside, require_place
 from lorafit.report.story import Story, read_story
 from lorafit.report.templates import template
 from lorafit.report.why import why
@@ -19,7 +19,6 @@ from lorafit.report.words import headline, share
 from lorafit.settings import BY_RULE
 from lorafit.version import __version__
 
-PICTURES = ("curves", "search", "layers", "scores", "examples", "forgetting")
 SHOWN = 6  # answers shown before the fold
 FOLDED = 60  # answers in the fold
 
@@ -37,16 +36,10 @@ class Pair:
 def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Write the report about the runs in `folders` to `out`, pictures beside it; returns `out`.
 
-    Raises FormatError for a folder without a run, RunError where two of the names are one run, and where `out` is
-    anything else than a page of ours.
+    Raises FormatError for a folder without a run, RunError as `require_place` does.
     """
     resolved = [folder.resolve() for folder in folders]
-    twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
-    if twice:
-        raise RunError(f"{', '.join(twice)}: named more than once: name each run once")
-    if not _is_ours(out):
-        for path in (out, *(_beside(out, name) for name in PICTURES)):
-            require_new(path, "--out")
+    require_place(folders, out)
     stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, _names(resolved), strict=True)]
     drawn = {
         "curves": charts.curves(stories),
@@ -58,7 +51,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     }
     for name, figure in drawn.items():
         if figure is not None:
-            with whole_file(_beside(out, name)) as file:
+            with whole_file(beside(out, name)) as file:
                 file.write_bytes(charts.png(figure))
     pictures = {name: charts.svg(figure, name) if figure else None for name, figure in drawn.items()}
     write_text(out, _page(stories, pictures))
@@ -70,15 +63,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     longest = max(len(folder.parts) for folder in folders)
     ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in range(2, longest + 1))
     return next(names for names in ends if len(set(names)) == len(names))
-
-
-def _beside(out: Path, picture: str) -> Path:
-    return out.with_name(f"{out.stem}-{picture}.png")
-
-
-def _is_ours(out: Path) -> bool:
-    """Whether a page of ours is there, which may be written anew; anything else is not written over."""
-    return out.is_file() and 'content="lorafit ' in out.read_text(encoding="utf-8", errors="replace")[:1000]
 
 
 def _page(stories: Sequence[Story], pictures: Mapping[str, str | None]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors
 
+from lorafit.adapters.rendering import is_time
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import (
     PROBE,
@@ -27,9 +28,8 @@ from lorafit.files import (
     unfinished,
     write_json,
 )
-from lorafit.adapters.rendering import is_time
-from lorafit.settings import TrainSettings, settings_from
 from lorafit.runs.tracking import TENSORBOARD, WANDB
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.version import __version__
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
@@ -53,6 +53,9 @@ SCORED = {  # what a summary says at least, with the parts it has
 }  # fmt: skip
 SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "trainable_parameters", "best_step",
         "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
+
+
+ONLY_RUNS = "only a run has validation examples: name one, or give --to 25%"  # to whoever trims
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,19 @@ def require_run(folder: Path) -> None:
         raise RunError(f"{folder}: no run: {did_you_mean(folder, 'name a folder that lorafit train wrote')}")
     if not (folder / RUN).exists():
         raise RunError(f"{folder}: no run: name a folder that lorafit train wrote")
+
+
+def read_finished(
+    folder: Path, otherwise: str = "name a folder that lorafit train wrote"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json and summary.json of a run. Raises RunError where it is not finished, or none; otherwise: what to do
+    then."""
+    if not (folder / RUN).exists():
+        raise RunError(f"{folder}: no run: {otherwise}")
+    asked, summary = read_run(folder), read_summary(folder)
+    if summary is None:
+        raise RunError(f"{folder}: is not finished: end it with lorafit train --resume --out {folder}")
+    return asked, summary
 
 
 def settings_written(settings: TrainSettings) -> dict[str, Any]:
@@ -200,12 +216,22 @@ def sole_writer(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def require_disk(out: Path, size: int) -> None:
-    """Raise RunError where `size` bytes, which the run is going to write into `out`, are not free there."""
-    free = free_bytes(out)
-    if size > free:
-        raise RunError(f"{out}: this run writes up to {shown(size)}, and {shown(free)} are free on that disk: make "
-                       "room, name another disk with --out, or train less with --rank or --targets")  # fmt: skip
+def require_disk(folder: Path, size: int) -> None:
+    """Raise RunError where a training into `folder` cannot take up `size` bytes: what it wrote before it was stopped is
+    there already, the rest must be free."""
+    files = (path for name in (CHECKPOINTS, LADDER, ADAPTER) for path in (folder / name).rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in files if not _is_temporary(path.relative_to(folder)))
+    free = free_bytes(folder)
+    if size - there > free:
+        more = " more" if there else ""
+        raise RunError(f"{folder}: this run writes up to {shown(size - there)}{more}, and {shown(free)} are free on "
+                       "that disk: make room, name another disk with --out, or train less with --rank or "
+                       "--targets")  # fmt: skip
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether a write that was killed has left it, which is removed before the next."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 @contextmanager

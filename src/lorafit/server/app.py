@@ -107,6 +107,7 @@ def _models(app: FastAPI, service: Service) -> None:
         return Card(
             id=name, created=created, root=version.id if version else name,
             parent=service.base if version else None, max_model_len=service.engine.room,
+            single=version is not None and version.single,
         )  # fmt: skip
 
     def cards(key: Key) -> dict[str, Card]:

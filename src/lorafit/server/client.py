@@ -14,11 +14,13 @@ from typing import Any
 from lorafit.errors import BusyError, CancelledError, LorafitError, SettingsError
 
 PATIENCE = 120.0  # seconds without a word from the server
+ALONE = "{} {} trained on single questions: each is asked by itself; /remember asks along what was said"
 
 
 @dataclass
 class Remote:
-    """url: of the API, with or without /v1. model: who answers; None: the first the server names."""
+    """url: of the API, with or without /v1. model: who answers; None: the first the server names. remembers: what was
+    said before is asked along also of an adapter that was trained on single questions."""
 
     url: str
     model: str | None = None
@@ -26,6 +28,7 @@ class Remote:
     system: str | None = None
     max_tokens: int = 256
     history: list[dict[str, str]] = field(default_factory=list)
+    remembers: bool = False
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -35,17 +38,28 @@ class Remote:
                 "LORAFIT_KEY: no key, for it holds more than letters and signs: set it to one key alone"
             )
         self.url = self.url.rstrip("/").removesuffix("/v1")
-        self.models = [str(card["id"]) for card in self._asked("/v1/models", None)["data"]]
+        cards = self._asked("/v1/models", None)["data"]
+        self.models = [str(card["id"]) for card in cards]
+        self._single = {str(card["id"]) for card in cards if card.get("single")}  # which other servers do not say
         if not self.models:
             raise SettingsError(f"--url {self.url}: the server serves no model: ask its operator")
         self.model = self.model or self.models[0]
+
+    def remark(self) -> str:
+        """What is to be said of who answers; "" where there is nothing."""
+        return ALONE.format(self.model, "was") if self._asks_alone() else ""
+
+    def _asks_alone(self) -> bool:
+        """Whether each question is asked by itself."""
+        return self.model in self._single and not self.remembers
 
     def ask(self, text: str, emit: Callable[[str], None]) -> None:
         """Let the server answer. emit: called with each piece of text, of reasoning first where there is some, which is
         not remembered; nor is an answer that fails."""
         turn = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        body = {"model": self.model, "messages": [*system, *self.history, turn], "max_tokens": self.max_tokens,
+        before = [] if self._asks_alone() else self.history
+        body = {"model": self.model, "messages": [*system, *before, turn], "max_tokens": self.max_tokens,
                 "stream": True}  # fmt: skip
         said: list[str] = []
         thought = False

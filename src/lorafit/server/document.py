@@ -123,7 +123,8 @@ class TextAnswer(Completed):
 
 
 class Card(BaseModel):
-    """A model that may be asked. root: the version that its name means; parent: the base of an adapter."""
+    """A model that may be asked. root: the version that its name means; parent: the base of an adapter; single: whether
+    it was trained on single questions, and is better asked without the conversation before one."""
 
     id: str
     object: Literal["model"] = "model"
@@ -132,6 +133,7 @@ class Card(BaseModel):
     root: str
     parent: str | None
     max_model_len: int
+    single: bool = False
     permission: list[dict[str, Any]] = []
 
 

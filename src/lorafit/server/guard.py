@@ -34,7 +34,6 @@ SCOPES: dict[str, Scope] = {
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a route's pattern may end before a line break: none gets that far
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 GONE = 499  # for log and metrics, as nginx tells it: the client went away, and nobody reads the answer
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SOON = "1"  # seconds after which to ask again, where that is not known
 LOCAL = Key(
     name="local", hash="0" * 64, scopes=("infer", "admin")

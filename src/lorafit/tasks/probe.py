@@ -37,14 +37,20 @@ def way_of(base: Base, rows: Sequence[Row]) -> Way:
     Some families scale or cap their logits after the head, carry a state from token to token, or take distances from
     elsewhere than position ids: those are run the plain way.
     """
-    ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
-    few = [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in (ids * 2)[:2]]  # two, or nothing could leak
+    few = (beginnings(rows) * 2)[:2]  # two, or nothing could leak
     if few:
         require_causal(base, max(few, key=lambda row: len(row.ids)))
     with torch.no_grad():
         separate = _succeeds(lambda: _has_separate_head(base, few))
         return Way(separate, _succeeds(lambda: _keeps_rows_apart(base, few) and _computes_as_alone(base, few)
                                        and _attends_as_in_fp32(base, few)))  # fmt: skip
+
+
+def beginnings(rows: Sequence[Row]) -> list[Row]:
+    """Of the first two rows at most PROBED tokens each, all trained but the first: what is looked at before it is known
+    how much may be run at a time."""
+    ids = [row.ids[:PROBED] for row in rows if len(row.ids) > 1][:2]
+    return [Row(one, (False, *[True] * (len(one) - 1)), 0) for one in ids]
 
 
 @torch.no_grad()

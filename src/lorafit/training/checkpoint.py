@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,19 +51,35 @@ def save(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, at: Pr
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, building, {"progress": json.dumps(said)})
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The open file, and what its header says. Raises FormatError for what is damaged, also while it is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, json.loads(file.metadata()["progress"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path}: the checkpoint is damaged ({error}): start anew with another --out") from error
+
+
+def pace(path: Path) -> tuple[int, float]:
+    """Steps that were done, and the seconds that one took, its share of validations and checkpoints among them; (0, 0)
+    where there is no checkpoint."""
+    if not path.exists():
+        return 0, 0.0
+    with _opened(path) as (_, said):
+        step = int(said["step"])
+        return step, (said["seconds"] + said["beside"]) / max(1, step)
+
+
 def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of: dict[str, Any]) -> Progress:
     """Load the checkpoint into state and optimizer.
 
     Raises RunError listing every difference between the run it was saved in and this one: base, trainable set,
     data, recipe, dtype and threads all take part in the bits of the result.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with _opened(path) as (file, said):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         began, master, best = said["run"], tensors["master"], tensors["best"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: the checkpoint is damaged ({error}): start anew with another --out") from error
     differences = [
         f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
         for key, value in of.items()

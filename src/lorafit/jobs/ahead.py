@@ -1,0 +1,61 @@
+"""How long what is ahead of a run takes, in words, before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lorafit.jobs.plan import Forecast, evaluation_seconds, forecast
+from lorafit.jobs.prepare import Opened
+from lorafit.jobs.search import rates_tried, search_steps, start_of
+from lorafit.planning import Decision
+from lorafit.planning.signal import Card
+from lorafit.report.words import clock
+from lorafit.runs.folder import CHECKPOINTS, LAST, PLAN
+from lorafit.settings import TrainSettings
+from lorafit.training.checkpoint import pace
+from lorafit.training.processes import Processes
+from lorafit.training.trunk import room_for
+
+
+class Ahead:
+    """By a few steps that are tried, or by those that were done before a stop. forward: seconds of a token in one, None
+    where they are not known."""
+
+    def __init__(
+        self, opened: Opened, settings: TrainSettings, out: Path, forward: float | None, processes: Processes
+    ):  # fmt: skip
+        self._opened, self._settings, self._out = opened, settings, out
+        self._forward, self._processes = forward, processes
+        self._cost: Forecast | None = None
+
+    def of_search(self, card: Card | None) -> str:
+        """How long the search takes at most; "" where none is ahead."""
+        if (self._out / PLAN).exists():
+            return ""
+        steps = search_steps(self._opened, self._settings, card, self._out)
+        if steps == 0:
+            return ""
+        self._cost = self._tried(self._opened)
+        what = rates_tried(self._opened, self._settings)[1]
+        return f"the search before training takes at most about {clock(steps * self._cost.step)}: {what}"
+
+    def of_run(self, decision: Decision) -> str:
+        """How long training and evaluation take."""
+        opened = self._opened
+        at_start = replace(opened, decision=decision, start=start_of(opened, decision.plan))
+        done, seconds = pace(self._out / CHECKPOINTS / LAST)
+        if done and self._forward:
+            training = (decision.recipe.steps - done) * seconds
+            evaluation = evaluation_seconds(at_start, self._forward, self._settings)
+        else:
+            if self._cost is None or decision.plan != opened.decision.plan:
+                self._cost = self._tried(at_start)
+            training, evaluation = self._cost.seconds, self._cost.evaluation
+        n = self._settings.rounds
+        rounds = f" (the {n} round{'s' * (n > 1)} between them not counted)" if n else ""
+        return f"about {clock(training)} of training and {clock(evaluation)} of evaluation are ahead{rounds}"
+
+    def _tried(self, opened: Opened) -> Forecast:
+        room = room_for(self._out, self._settings.trunk_bytes)
+        return forecast(opened, self._settings, room, self._forward, self._processes.count)
