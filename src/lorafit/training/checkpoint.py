@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ def save(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, at: Pr
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, building, {"progress": json.dumps(said)})
 
 
-def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of: dict[str, Any]) -> Progress:
-    """Load the checkpoint into state and optimizer.
+def restore(
+    path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of: Mapping[str, Any], older: Mapping[str, Any]
+) -> Progress:
+    """Load the checkpoint into state and optimizer. older: what some of `of` was called by earlier versions.
 
     Raises RunError listing every difference between the run it was saved in and this one: base, trainable set,
     data, recipe, dtype and threads all take part in the bits of the result.
@@ -65,7 +68,7 @@ def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of:
     differences = [
         f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
         for key, value in of.items()
-        if began.get(key) != value
+        if began.get(key) not in (value, older.get(key, value))
     ]
     if differences:
         raise RunError(
