@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -247,7 +249,17 @@ def test_a_folder_that_cannot_be_used_is_an_error_naming_why(
         ("whisper", "WhisperForConditionalGeneration"),
         ("bart", "BartForConditionalGeneration"),
         ("bert", "BertForMaskedLM"),
+        ("bert", "BertModel"),
+        ("bert", "BertForPreTraining"),
+        ("bert", "BertForMultipleChoice"),
+        ("bert", "BertForNextSentencePrediction"),
+        ("camembert", "CamembertModel"),
         ("llama", "LlamaForSequenceClassification"),
+        ("llama4", "Llama4ForConditionalGeneration"),
+        ("mllama", "MllamaForConditionalGeneration"),
+        ("emu3", "Emu3ForConditionalGeneration"),
+        ("musicgen", "MusicgenForConditionalGeneration"),
+        ("whisper", "WhisperForAudioClassification"),
         ("distilbert", None),
     ],
 )
@@ -263,8 +275,24 @@ def test_a_model_of_another_kind_is_told_in_one_sentence(tmp_path: Path, kind: s
     )
 
 
-def test_a_masked_model_that_is_configured_as_a_decoder_is_opened(folder: Path) -> None:
-    edit(folder / "config.json", model_type="bert", architectures=["BertForMaskedLM"], is_decoder=True)
+@pytest.mark.parametrize("saved", ["BertForMaskedLM", "BertModel"])
+def test_a_masked_model_that_is_configured_as_a_decoder_is_opened(folder: Path, saved: str) -> None:
+    edit(folder / "config.json", model_type="bert", architectures=[saved], is_decoder=True)
+    with pytest.raises(BaseError) as caught:
+        open_base(folder, torch.float32)
+    assert "which is no causal language model" not in str(caught.value), "but for its weights, which are a Llama's"
+
+
+def test_a_classifier_that_is_configured_as_a_decoder_is_none(folder: Path) -> None:
+    edit(folder / "config.json", model_type="bert", architectures=["BertForSequenceClassification"], is_decoder=True)
+    with pytest.raises(BaseError, match="holds BertForSequenceClassification, which is no causal language model"):
+        open_base(folder, torch.float32)
+
+
+@pytest.mark.parametrize("saved", ["BloomForCausalLM", "Gemma3ForConditionalGeneration"])
+def test_a_causal_class_is_taken_whatever_other_task_it_serves(folder: Path, saved: str) -> None:
+    kind = "bloom" if saved.startswith("Bloom") else "gemma3"
+    edit(folder / "config.json", model_type=kind, architectures=[saved])
     with pytest.raises(BaseError) as caught:
         open_base(folder, torch.float32)
     assert "which is no causal language model" not in str(caught.value), "but for its weights, which are a Llama's"
@@ -288,11 +316,37 @@ def test_a_body_without_its_head_is_told_by_its_class(folder: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised by gptq"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantised by fp8"),
+        ({"quantization_config": "4bit"}, "quantised"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised to 4 bits"),
+        ({"compression_config": {"format": "pack-quantized"}}, "quantised"),
     ],
 )
 def test_a_quantised_folder_is_refused_with_the_reason(folder: Path, said: dict[str, Any], how: str) -> None:
     edit(folder / "config.json", **said)
-    with pytest.raises(BaseError, match=rf"its weights are {how} \(quantization_config in config\.json\)"):
+    key = next(iter(said.get("text_config", said)))
+    with pytest.raises(BaseError, match=rf"its weights are {how} \({key} in config\.json\)"):
+        open_base(folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "how"),
+    [
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}},
+         r"quantised to NVFP4 \(quantization in hf_quant_config\.json\)"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128},
+         r"quantised to 4 bits \(quantize_config\.json\)"),
+        ("quant_config.json", {"w_bit": 4, "zero_point": True}, r"quantised to 4 bits \(quant_config\.json\)"),
+        ("quantization_config.json", {"quant_method": "auto-round"},
+         r"quantised by auto-round \(quantization_config\.json\)"),
+        ("quanto_qmap.json", {"model.layers.0.mlp.up_proj": {"weights": "qint4"}},
+         r"quantised \(quanto_qmap\.json\)"),
+    ],
+)  # fmt: skip
+def test_a_folder_with_a_file_about_its_quantising_is_refused(
+    folder: Path, file: str, said: dict[str, Any], how: str
+) -> None:
+    (folder / file).write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(BaseError, match=f"its weights are {how}"):
         open_base(folder, torch.float32)
 
 
@@ -313,6 +367,44 @@ def test_a_module_whose_weights_are_codes_is_no_base() -> None:
     for model, path in ((numbers, "weight"), (packed, r"0\.weight")):
         with pytest.raises(BaseError, match=f"'mine': 1 of its weights are quantised, such as {path}"):
             Base.of(model, "mine")
+
+
+class Packed(nn.Module):
+    """A layer as GPTQ's are: codes, zeros and scales are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.ones(2, 4, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(1, 4))
+
+
+def test_codes_in_buffers_are_told_as_those_in_parameters() -> None:
+    narrow = nn.Sequential(nn.Linear(4, 4))
+    narrow[0].weight = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    for model, path in ((nn.Sequential(Packed(), nn.Linear(4, 4)), r"0\.qweight"), (narrow, r"0\.weight")):
+        with pytest.raises(BaseError, match=f"'mine': 1 of its weights are quantised, such as {path}"):
+            Base.of(model, "mine")
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_layers_that_torch_has_quantised_are_no_base() -> None:
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(BaseError, match="'mine': 1 of its weights are quantised, such as 0"):
+        Base.of(model, "mine")
+
+
+class Positions(nn.Module):
+    """A layer with tables that are no codes: a mask, and places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool))
+        self.register_buffer("places", torch.arange(4)[None])
+
+
+def test_tables_of_masks_and_places_are_no_codes() -> None:
+    assert Base.of(nn.Sequential(Positions(), nn.Linear(4, 4)), "mine").sites
 
 
 def test_a_scale_of_whole_numbers_is_no_code() -> None:
@@ -377,9 +469,31 @@ def test_weights_are_read_to_where_the_base_is_to_be(tiny_folder: Path, monkeypa
 
 def test_on_a_machine_with_a_gpu_that_is_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # which is undone, as what is set below is
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     assert bases._device_map() == {"": "cuda"}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "or the same product may have other bits next time"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    bases._device_map()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bases._device_map() is None
+
+
+def test_few_tensors_of_a_gpu_are_on_the_host_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory stands for a GPU."""
+    asked: list[int | None] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int | None = None):
+            asked.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(bases, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(bases, "_tensor_bytes", lambda tensor: b"")
+    for device in ("cpu", "meta"):
+        bases._digest({"weight": torch.empty(2, device=device)})
+    assert asked == [None, bases.HOST_COPIES]
 
 
 def test_all_problems_of_a_folder_are_told_at_once(folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lorafit import files
-from lorafit.errors import RunError
+from lorafit.adapters.folder import require_adapter_folder
+from lorafit.errors import FormatError, RunError
 from lorafit.files import unfinished, whole_folder
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -73,6 +74,28 @@ def test_where_names_change_in_two_steps_a_kill_between_them_loses_nothing(
         files.shutil.rmtree(left)
     assert (target / "what").read_text() == said
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@FORKS
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_who_reads_an_adapter_finds_what_a_killed_writer_had_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "WAIT", 0.01)
+    target = folder(tmp_path / "adapter")
+    killed(target, "after rename 1", exchange=False)
+    assert not target.exists()
+    with pytest.raises(FormatError, match=r"adapter_config\.json and adapter_model\.safetensors missing"):
+        require_adapter_folder(target)
+    assert (target / "what").read_text() == "old"
+
+
+def test_a_writer_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has moved aside is not put back under its hands."""
+    aside = folder(tmp_path / ".adapter.abcd1234.old")
+    monkeypatch.setattr(files.time, "sleep", lambda _: (tmp_path / "adapter").mkdir())
+    files.put_back(tmp_path / "adapter")
+    assert aside.exists() and not list((tmp_path / "adapter").iterdir())
 
 
 @FORKS

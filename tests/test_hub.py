@@ -255,7 +255,15 @@ def test_a_repository_that_is_no_base_is_refused_before_any_file_is_fetched(
 def test_weights_of_a_model_that_is_refused_are_not_fetched(hub: Hub, changed: dict[str, Any], said: str) -> None:
     files = hub.repositories[TINY][NEW]
     files["config.json"] = json.dumps({**json.loads(files["config.json"]), **changed}).encode()
-    with pytest.raises(BaseError, match=said):
+    for _ in range(2):  # at the second try the small files are in the cache
+        with pytest.raises(BaseError, match=said):
+            opened(TINY)
+    assert "model.safetensors" not in hub.files_asked()
+
+
+def test_a_file_that_says_a_model_is_quantised_is_fetched_before_the_weights(hub: Hub) -> None:
+    hub.repositories[TINY][NEW]["hf_quant_config.json"] = b'{"quantization": {"quant_algo": "NVFP4"}}'
+    with pytest.raises(BaseError, match=r"quantised to NVFP4 \(quantization in hf_quant_config\.json\)"):
         opened(TINY)
     assert "model.safetensors" not in hub.files_asked()
 

@@ -671,6 +671,18 @@ def test_resuming_on_changed_data_is_refused_and_changes_nothing(
     assert (unfinished / "plan.json").read_bytes() == before
 
 
+def test_a_run_whose_data_have_the_digest_of_an_earlier_version_is_resumed(
+    unfinished: Path, tiny_folder: Path, data: Path
+) -> None:
+    asked = read_run(unfinished)
+    examples, _ = prepare(str(data), settings_from(asked["settings"]), Silent())
+    assert examples.digest() == asked["data_digest"]
+    before = asked | {"data_digest": examples._digest_of_format_1()}
+    write_json(unfinished / "run.json", before)
+    assert begin(tiny_folder, data, unfinished, resume=True)["n_test"] > 0
+    assert read_run(unfinished) == before
+
+
 def test_resuming_on_another_test_split_is_refused(unfinished: Path, tiny_folder: Path, data: Path) -> None:
     """A run scored on other questions than it began with could choose its exam."""
     asked = json.loads((unfinished / "run.json").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from lorafit.adapters.plan import uniform
 from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.render import Row
-from lorafit.errors import NotCausalError
+from lorafit.errors import BaseError, NotCausalError
 from lorafit.evaluation.nll import example_nll
 from lorafit.jobs import doctor
 from lorafit.tasks import probe
@@ -124,6 +124,50 @@ def test_experts_that_round_otherwise_are_no_leak_in_bf16(monkeypatch: pytest.Mo
     with pytest.raises(NotCausalError):
         seen.clear()
         require_causal(made("bert", torch.bfloat16), ROW)
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no such argument")
+
+
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that round otherwise at every forward."""
+    plain = probe._logits
+    seen: list[int] = []
+
+    def other(base: Base, row: Row) -> Tensor:
+        seen.append(1)
+        return plain(base, row) * (1 + 2**-7 * len(seen))
+
+    monkeypatch.setattr(probe, "_logits", other)
+
+
+@pytest.mark.usefixtures("rounded")
+def test_of_a_base_that_cannot_be_copied_the_gradient_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_lowest_blocks_in_fp32", fails)
+    for model in (tiny_mixtral(), tiny_gpt2()):
+        require_causal(Base.of(model.to(torch.bfloat16), "decoder"), ROW)
+    for family in ("bert", "roberta"):
+        with pytest.raises(NotCausalError):
+            require_causal(made(family, torch.bfloat16), ROW)
+
+
+@pytest.mark.usefixtures("rounded")
+def test_what_cannot_be_told_is_not_called_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_lowest_blocks_in_fp32", fails)
+    monkeypatch.setattr(probe, "_has_no_gradient_behind", fails)
+    said = r"'experts': .* cannot be told in bfloat16 \(no such argument\): open it in fp32"
+    with pytest.raises(BaseError, match=said) as caught:
+        require_causal(Base.of(tiny_mixtral().to(torch.bfloat16), "experts"), ROW)
+    assert not isinstance(caught.value, NotCausalError)
+
+
+@pytest.mark.usefixtures("rounded")
+def test_a_copy_that_gives_no_numbers_shows_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.of(tiny_mixtral().to(torch.bfloat16), "experts")
+    monkeypatch.setattr(probe, "_hidden", lambda base, row: torch.full((len(row.ids), 32), float("nan")))
+    require_causal(base, ROW)
 
 
 def test_a_base_that_gives_no_numbers_is_told_elsewhere() -> None:

@@ -160,6 +160,23 @@ def test_where_a_live_copy_is_damaged_what_was_rolled_back_from_does_not_come_ba
         assert not any("returns@1" in line for line in said), "what is gone is said once"
 
 
+def test_a_registry_of_format_1_is_served_and_what_was_unloaded_stays_away(root: Path) -> None:
+    """Adapters had other digests then."""
+    registry = root / ".lorafit/registry.json"
+    with stored(root) as (store, _):
+        looked(store).unload("products")
+        before = live(store)
+    text = registry.read_text()
+    for name in ("returns", "it-support", "products"):
+        adapter = peft.read(root / name)
+        assert adapter.digest() in text
+        text = text.replace(adapter.digest(), adapter.digest_of_format_1())
+    registry.write_text(text)
+    with stored(root) as (store, _):
+        assert live(looked(store)) == before
+        assert all(store.engine.adapters.heat(version) for version, _ in store.engine.adapters.listed())
+
+
 def test_a_router_that_cannot_be_kept_routes_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafit.server.switch.whole_file", full)
     said: list[str] = []

@@ -21,7 +21,7 @@ from lorafit.adapters.plan import uniform
 from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
 from lorafit.data.calls import ID, OWN, Arguments, Begun, CallForm, CallReader, Words, worded
-from lorafit.data.examples import Call, Example, Message
+from lorafit.data.examples import Call, Example, Examples, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, render
 from lorafit.data.report import describe
@@ -282,14 +282,14 @@ def test_rows_that_call_what_they_do_not_describe_are_remarked(tmp_path: Path) -
     assert describe(examples).splits["train"].checked == 2, "a call is its own check"
 
 
-def test_digests_tell_calls_apart_and_are_what_they_were_without(tmp_path: Path) -> None:
-    def digest(*rows: Any) -> str:
-        return read_examples(write_rows(tmp_path / "a.jsonl", [*rows])).digest()
+def test_digests_tell_calls_apart_and_those_of_before_are_known(tmp_path: Path) -> None:
+    def read(*rows: Any) -> Examples:
+        return read_examples(write_rows(tmp_path / "a.jsonl", [*rows]))
 
     made = [{"messages": [ASKED, calls(call("count", {"bay": bay}))], "tools": [COUNT]} for bay in (4, 5)]
-    assert digest(made[0]) != digest(made[1]) != digest({**made[1], "tools": [COUNT, MOVE]})
-    plain = digest({"prompt": "Where is it?", "completion": "In Skerrow."})
-    assert plain == "4ebfe50de9da44ab5ce8232f7b349aa06cd0f4e25af72bebe486bd9a8e541d8f"
+    assert len({read(one).digest() for one in (*made, {**made[1], "tools": [COUNT, MOVE]})}) == 3
+    plain = read({"prompt": "Where is it?", "completion": "In Skerrow."})
+    assert plain.has_digest("4ebfe50de9da44ab5ce8232f7b349aa06cd0f4e25af72bebe486bd9a8e541d8f")
 
 
 # What is trained

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from lorafit.bases.base import Base, open_base
 from lorafit.data.batches import collate, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
+from lorafit.digests import digest_of_format_1
 from lorafit.errors import AdapterError, DivergedError, FormatError, RunError, SettingsError
 from lorafit.evaluation.nll import example_nll
 from lorafit.generation.greedy import generate
@@ -42,7 +44,7 @@ from lorafit.tasks.completion import PLAIN, Way, token_nll
 from lorafit.tasks.probe import way_of
 from lorafit.testing import random_adapter
 from lorafit.training import optimizer as adamw
-from lorafit.training.loop import gradient_step, train
+from lorafit.training.loop import gradient_step, same_bits, train
 from lorafit.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -451,6 +453,36 @@ def test_a_damaged_checkpoint_is_refused(tiny_base: Base, tmp_path: Path, damage
     damage(tmp_path / "checkpoints" / "last.safetensors")
     with pytest.raises(FormatError, match=r"last\.safetensors.*damaged"):
         train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path, resume=True)
+
+
+def test_a_run_that_an_earlier_version_began_is_resumed(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint has the digest of its rows as Python printed them."""
+    rows = rows_of(tiny_base, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafit.training.loop.digest_of", digest_of_format_1)
+        trained = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path)
+    again = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path, resume=True)
+    assert again.adapter == trained.adapter
+    with pytest.raises(RunError, match="rows: "):
+        train(tiny_base, start_of(tiny_base), rows[1:4], rows[4:], SHORT, folder=tmp_path, resume=True)
+
+
+def test_on_a_gpu_algorithms_that_give_the_same_bits_are_taken() -> None:
+    for device, taken in (("cpu", False), ("cuda", True)):
+        with same_bits(torch.device(device)):
+            assert torch.are_deterministic_algorithms_enabled() is taken
+            assert torch.is_deterministic_algorithms_warn_only_enabled() is taken
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_asks_for_the_same_bits_on_its_device(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr("lorafit.training.loop.same_bits", lambda device: nullcontext(asked.append(device)))
+    rows = rows_of(tiny_base, 6)
+    train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT)
+    assert asked == [tiny_base.device]
 
 
 def test_validations_are_told_of_while_they_go_on(tiny_base: Base) -> None:

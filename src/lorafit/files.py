@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from lorafit.errors import FormatError, RunError, SettingsError
 
 STATUS = Path("/proc/self/status")  # where Linux tells the umask
 PROBE = "probe"  # of a folder that is tried
+WAIT, TRIES = 0.1, 10  # seconds, and how many times, that a writer has between the two renames of a folder
 
 
 def did_you_mean(path: Path, otherwise: str) -> str:
@@ -97,6 +100,18 @@ def unfinished(folder: Path, names: Collection[str]) -> list[Path]:
     return [path for path, _ in found if path.exists()]
 
 
+def put_back(folder: Path) -> None:
+    """Where a killed writer has moved `folder` aside, give it its name back, for who is going to read it. A writer that
+    is at work gives it the name within a moment, and is waited for."""
+    folder = folder.resolve()
+    for _ in range(TRIES):
+        if folder.exists() or not any(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
+            return
+        time.sleep(WAIT)
+    with suppress(OSError):  # a disk that is only read, where it stays for who can write
+        unfinished(folder.parent, [folder.name])
+
+
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all. mode: as of whole_file."""
     with whole_file(path, mode) as building:
@@ -125,7 +140,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     An existing `target` and its replacement change names in one step where the system can (Linux). Elsewhere it is
-    moved aside first, and put back if its replacement cannot take the name; `unfinished` puts it back after a kill.
+    moved aside first, and put back if its replacement cannot take the name; `unfinished` and `put_back` do so after a
+    kill.
     Raises RunError, before anything is built, where `target` is a file.
     """
     target = target.resolve()  # what a link leads to is replaced, and not the link

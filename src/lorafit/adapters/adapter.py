@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lorafit.adapters.plan import Plan
 from lorafit.adapters.rendering import Rendering
+from lorafit.digests import canonical
 from lorafit.errors import AdapterError
 from lorafit.variants import VARIANTS
 
@@ -78,8 +78,7 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over plan and tensors: the content, whatever file or name it lives under."""
-        plan = json.dumps({"format": FORMAT, **self.plan.content()}, sort_keys=True, separators=(",", ":"))
-        return self._digest_with(plan)
+        return self._digest_with(canonical({"format": FORMAT, "slots": self.plan.slots}))
 
     def digest_of_format_1(self) -> str:
         """The digest that folders of format 1 hold, over the plan as Python printed it then."""

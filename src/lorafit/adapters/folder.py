@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorafit.errors import FormatError
-from lorafit.files import did_you_mean
+from lorafit.files import did_you_mean, put_back
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -19,6 +19,7 @@ def adapter_folder(path: str | Path) -> Path:
 def require_adapter_folder(folder: str | Path) -> None:
     """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
     folder = Path(folder)
+    put_back(folder)
     if folder.is_file():
         raise FormatError(f"{folder}: a file, not an adapter folder: give the adapter first, then the data")
     if not folder.is_dir():

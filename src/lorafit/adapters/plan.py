@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorafit.errors import FormatError, PlanError
@@ -111,13 +111,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"slots": [asdict(slot) for slot in self.slots]}
 
-    def content(self) -> dict[str, Any]:
-        """The plan as a digest sees it: `to_json` without the fields that are at their defaults.
-
-        A field that is added later, with a default that means what was meant before it, changes no digest.
-        """
-        return {"slots": [_content(slot) for slot in self.slots]}
-
     @staticmethod
     def from_json(value: Mapping[str, Any], where: str = "plan") -> Plan:
         """A plan as `to_json` gives it. `where` names it in errors: PlanError, or FormatError for what is no plan."""
@@ -128,12 +121,6 @@ class Plan:
         except (KeyError, TypeError) as error:
             what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else error
             raise FormatError(f"{where}: not a plan of this version ({what}): name a plan.json of a run") from error
-
-
-def _content(value: LowRank | Site) -> dict[str, Any]:
-    said = {field.name: getattr(value, field.name) for field in fields(value)
-            if getattr(value, field.name) != field.default}  # fmt: skip
-    return {name: _content(part) if isinstance(part, Site) else part for name, part in said.items()}
 
 
 def uniform(sites: Sequence[Site], rank: int, alpha: float, variant: str = "lora") -> Plan:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ from lorafit.errors import BaseError
 from lorafit.layers import KINDS, find_sites
 from lorafit.layers.site import Site
 
+HOST_COPIES = 4  # tensors of a GPU that are on the host at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in settings and run.json
 
 
@@ -138,8 +140,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
         return hashlib.sha256(head + hashlib.sha256(_tensor_bytes(tensor)).digest()).digest()
 
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
+    with ThreadPoolExecutor(_hashed_at_once(tensors.values())) as pool:  # hashlib lets go of the interpreter
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors.items(), key=lambda item: item[0])))).hexdigest()
+
+
+def _hashed_at_once(tensors: Iterable[Tensor]) -> int | None:
+    """How many tensors are hashed at a time; None for as many as there are cores. Those of a GPU are copied to the host
+    for it, where there may be no room for many."""
+    return None if all(tensor.device.type == "cpu" for tensor in tensors) else HOST_COPIES
 
 
 def open_base(
@@ -241,7 +249,11 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
 def _device_map() -> dict[str, str] | None:
     """Where weights go from their files: onto the GPU, if there is one, and not through the memory of the host."""
-    return {"": "cuda"} if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    # Of cuBLAS's workspaces, these give the same bits each time. It reads this once, before its first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return {"": "cuda"}
 
 
 def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -267,11 +279,34 @@ def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
 
 def _require_numbers(model: nn.Module, name: str) -> None:
     """Raise BaseError where a weight is no matrix of numbers, but codes that its module unpacks as it computes."""
-    coded = [path for path, parameter in model.named_parameters() if type(parameter.data) is not Tensor
-             or (parameter.ndim > 1 and not (parameter.is_floating_point() or parameter.is_complex()))]  # fmt: skip
+    coded = [f"{path}.{own}".lstrip(".") for path, module in model.named_modules() for own in _codes(module)]
     if coded:
         raise BaseError(f"'{name}': {len(coded)} of its weights are quantised, such as {coded[0]}, and such weights "
                         "are not read yet: open the 16-bit model they were made from")  # fmt: skip
+
+
+def _codes(module: nn.Module) -> list[str]:
+    """Names of the codes among the parameters, buffers and packed weights that a module itself holds.
+
+    A buffer of whole numbers may also be a mask, or a table of positions. Codes are no wider than 4 bytes, and stand in
+    a layer that holds their scales and has no matrix of numbers.
+    """
+    parameters = {name: one.data for name, one in module._parameters.items() if one is not None}
+    buffers = {name: one for name, one in module._buffers.items() if one is not None}
+    found = [name for name, one in parameters.items() if type(one) is not Tensor or _is_coded(one)]
+    found += [name for name, one in buffers.items() if _is_coded(one) and (one.is_floating_point() or one.is_quantized)]
+    held = [*parameters.values(), *buffers.values()]
+    is_layer = not module._modules and any(one.is_floating_point() for one in held)
+    if is_layer and all(_is_coded(one) for one in parameters.values() if one.ndim > 1):
+        found += [name for name, one in buffers.items()
+                  if _is_coded(one) and one.dtype != torch.bool and one.element_size() <= 4]  # fmt: skip
+    # What torch's own quantised layers hold is an object of its own.
+    return [*dict.fromkeys(found), *(name for name, one in vars(module).items() if type(one) is torch.ScriptObject)]
+
+
+def _is_coded(tensor: Tensor) -> bool:
+    """Whether this is a matrix of something else than numbers of at least 16 bits."""
+    return tensor.ndim > 1 and not (tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() > 1))
 
 
 def fastest_dtype() -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from lorafit.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+QUANTISED = (  # files that are only there where weights are codes: of ModelOpt, AutoGPTQ, AutoAWQ, AutoRound and quanto
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json", "quanto_qmap.json",
+)  # fmt: skip
+_HOW = ("quantization_config", "quantization", "compression_config")  # as transformers, MLX and sparseml call it
+# Models of pictures and text whose text part transformers opens by itself.
+_TEXT_OPENS = frozenset(f"{one}ForConditionalGeneration" for one in ("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"))
 _MAY_NAME_CODE = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 
 
@@ -69,20 +76,25 @@ def _other_kind(folder: Path) -> str | None:
 
     saved, causal = classes(folder)
     known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-    if str(described.get("model_type")) not in known or saved == causal:
+    kind = str(described.get("model_type"))
+    if kind not in known or saved == causal or saved in _TEXT_OPENS:
         return None
     if causal is None:
         return saved
-    others = (
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    )
-    looks_back = described.get("is_decoder") is True
-    return saved if not looks_back and any(saved in kinds.values() for kinds in others) else None
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if saved in masked.values() or (kind in masked and saved == modeling_auto.MODEL_MAPPING_NAMES.get(kind)):
+        return None if described.get("is_decoder") is True else saved
+    return saved if saved in _classes_of_other_tasks() else None
+
+
+def _classes_of_other_tasks() -> set[str]:
+    """All classes that transformers has for a task, but for those of causal language models."""
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    tables = [table for name, table in vars(modeling_auto).items() if re.fullmatch(r"MODEL_FOR_\w+_NAMES", name)]
+    named = [one for table in tables for one in table.values()]  # one class, or a tuple of them
+    return {name for one in named for name in ([one] if isinstance(one, str) else one)} - {*causal.values()}
 
 
 def _code(folder: Path) -> list[str]:
@@ -92,16 +104,28 @@ def _code(folder: Path) -> list[str]:
 
 
 def _quantised(folder: Path) -> list[str]:
-    """Whether the config says of the model, or of a part of it, that its weights are codes instead of numbers."""
-    described = _described(folder / "config.json")
-    parts = [described, *(part for part in described.values() if isinstance(part, dict))]
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if found is None:
-        return []
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    how = f"quantised by {method}" if method else "quantised"
-    return [f"its weights are {how} (quantization_config in config.json), and such weights are not read yet: use the "
-            "16-bit model they were made from, or a GGUF file of it"]  # fmt: skip
+    """Whether a file says of the model, or of a part of it, that its weights are codes instead of numbers."""
+    for name in ("config.json", *QUANTISED):
+        described = _described(folder / name)
+        parts = [described, *(part for part in described.values() if isinstance(part, dict))]
+        found = next(((part[key], f"{key} in {name}") for part in parts for key in _HOW if part.get(key)), None)
+        if found is None and described and name in QUANTISED:
+            found = described, name
+        if found is not None:
+            said, where = found
+            return [f"its weights are quantised{_method(said)} ({where}), and such weights are not read yet: use the "
+                    "16-bit model they were made from, or a GGUF file of it"]  # fmt: skip
+    return []
+
+
+def _method(said: Any) -> str:
+    """By what weights were quantised, or to what, where that is said."""
+    if not isinstance(said, dict):
+        return ""
+    if method := said.get("quant_method"):
+        return f" by {method}"
+    to = said.get("quant_algo") or next((f"{said[key]} bits" for key in ("bits", "w_bit") if said.get(key)), None)
+    return f" to {to}" if to else ""
 
 
 def _config(folder: Path) -> list[str]:

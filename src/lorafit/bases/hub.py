@@ -28,7 +28,7 @@ _SMALL = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json",
     "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja",
-    "additional_chat_templates/*.jinja", folder.INDEX,
+    "additional_chat_templates/*.jinja", folder.INDEX, *folder.QUANTISED,
 )  # fmt: skip
 
 
@@ -94,15 +94,15 @@ def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = Tru
     bar = _bar(f"downloading {wanted.id}", sum(missing.values()), watch)
     try:
         with _explained(wanted):
-            path = _fetch(commit, [name for name in small if name in missing], bar)
+            _fetch(commit, [name for name in small if name in missing], bar)
             # What is refused is told by the check of the folder, before gigabytes are fetched for it.
-            if not (path and folder.is_refused(path)):
-                path = _fetch(commit, [name for name in large if name in missing], bar) or path
+            if not folder.is_refused(cache_of(commit)):
+                _fetch(commit, [name for name in large if name in missing], bar)
             if not wanted.is_commit and (here is None or here.name != info.sha):
                 _fetch(wanted, ["config.json"], bar)  # now the branch may name this commit
     except _Unreachable as error:
         raise BaseError(f"{wanted}: {error.why}: {error.step}") from error
-    return path or cache_of(commit), f"{wanted.id}@{info.sha}"
+    return cache_of(commit), f"{wanted.id}@{info.sha}"
 
 
 def cache_of(commit: Wanted) -> Path:
@@ -136,13 +136,12 @@ def _cached(commit: Wanted, name: str) -> bool:
     return isinstance(try_to_load_from_cache(commit.id, name, revision=commit.revision), str)
 
 
-def _fetch(wanted: Wanted, names: list[str], bar: type) -> Path | None:
-    """Fetch the files one after the other; the folder they are in, None where there was nothing to fetch."""
+def _fetch(wanted: Wanted, names: list[str], bar: type) -> None:
+    """Fetch the files one after the other into the hub's cache."""
     from huggingface_hub import hf_hub_download
 
     for name in names:
-        file = Path(hf_hub_download(wanted.id, name, revision=wanted.revision, tqdm_class=bar))
-    return file.parents[name.count("/")] if names else None
+        hf_hub_download(wanted.id, name, revision=wanted.revision, tqdm_class=bar)
 
 
 def _bar(what: str, total: int, watch: Watch) -> type:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lorafit.digests import digest_of, digest_of_format_1
 from lorafit.errors import Problem
 
 SPLITS = ("train", "valid", "test")
@@ -49,7 +49,7 @@ class Message:
 
     role: str
     content: str
-    learnt: bool = field(default=True, repr=False)  # digests are over the repr
+    learnt: bool = field(default=True, repr=False)  # digests of format 1 are over the repr
     calls: tuple[Call, ...] = field(default=(), repr=False)
     answers: Call | None = field(default=None, repr=False)
     reasoning: str = field(default="", repr=False)
@@ -76,7 +76,7 @@ class Check:
     lacks: tuple[str, ...]
     max_words: int
     declines: bool = False
-    exact: str | None = field(default=None, repr=False)  # digests are over the repr
+    exact: str | None = field(default=None, repr=False)  # digests of format 1 are over the repr
     json: str | None = field(default=None, repr=False)
     number: float | None = field(default=None, repr=False)
     pattern: str | None = field(default=None, repr=False)
@@ -190,11 +190,18 @@ class Examples:
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 
     def digest(self) -> str:
-        """SHA-256 over the messages, their reasoning, tools and checks of all splits, whatever files they came from."""
+        """Over the messages, their reasoning, tools and checks of all splits, whatever files they came from."""
+        return digest_of([[(e.messages, e.check, e.tools) for e in split] for split in self.by_name().values()])
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether this is the digest of these examples, in whichever format it is."""
+        return digest == (self.digest() if ":" in digest else self._digest_of_format_1())
+
+    def _digest_of_format_1(self) -> str:
         content = [
             [(e.messages, e.check, *e.not_learnt, *e.with_tools,
               *((i, m.reasoning) for i, m in enumerate(e.messages) if m.reasoning),
               *(e.check.forms if e.check else ())) for e in split]
             for split in self.by_name().values()
         ]  # fmt: skip
-        return hashlib.sha256(repr(content).encode()).hexdigest()
+        return digest_of_format_1(content)

@@ -55,7 +55,7 @@ class Row:
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     example: int
-    reasoning: tuple[bool, ...] = field(default=(), repr=False)  # digests are over the repr
+    reasoning: tuple[bool, ...] = field(default=(), repr=False)  # digests of format 1 are over the repr
 
     @property
     def n_trained(self) -> int:

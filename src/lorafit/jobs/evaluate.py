@@ -23,7 +23,7 @@ from lorafit.jobs.prepare import opened_base, render_all
 from lorafit.prepared import Chosen, choose, prepare, sifted
 from lorafit.report.result import Result
 from lorafit.runs.folder import RUN, count_opening, read_run, remembered, tested
-from lorafit.runs.scores import answer_lines, example_digest, scores_json
+from lorafit.runs.scores import answer_lines, scores_json, was_scored
 from lorafit.settings import settings_from
 from lorafit.tasks.probe import way_of
 
@@ -167,7 +167,7 @@ def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int |
 def _count(run: Path, chosen: Sequence[Example], listener: Listener) -> None:
     """Count a look at the test of a run, where examples of it were scored."""
     known = tested(run)
-    again = sum(example_digest(example) in known for example in chosen)
+    again = sum(was_scored(example, known) for example in chosen)
     if not again:
         return
     try:

@@ -126,7 +126,7 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     with on_threads(frozen.threads, listener):
         opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
-        if (opened.base.identity, opened.examples.digest()) != (asked["base_identity"], asked["data_digest"]):
+        if opened.base.identity != asked["base_identity"] or not opened.examples.has_digest(asked["data_digest"]):
             raise RunError(f"{folder}: its base or its data have changed since it was trained, or an earlier version "
                            "of lorafit held other examples out: restore them, or train again")  # fmt: skip
         last = accepted_round(folder)

@@ -10,7 +10,7 @@ from lorafit.adapters.folder import CONFIG
 from lorafit.bases import hub
 from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import FormatError
-from lorafit.files import did_you_mean, read_json
+from lorafit.files import did_you_mean, put_back, read_json
 from lorafit.runs.folder import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def shown(path: Path) -> dict[str, Any]:
     """Facts about a run, adapter, plan or base, by name; `kind` says which it is. Raises FormatError for others."""
+    put_back(path)
     if (path / RUN).exists():
         return _run(path)
     if (path / CONFIG).exists():
@@ -39,6 +40,7 @@ def shown(path: Path) -> dict[str, Any]:
 
 def require_shown(path: Path) -> None:
     """Raise FormatError for what cannot be shown. Opens nothing, and imports nothing of weight."""
+    put_back(path)
     if any((path / name).exists() for name in (RUN, CONFIG, "config.json")):
         return
     if str(path) in BUILTIN or (path.suffix in (".json", ".gguf") and path.exists()):

@@ -50,6 +50,7 @@ from lorafit.runs.folder import (
     Environment,
     count_opening,
     open_run,
+    read_run,
     remember_questions,
     require_disk,
     require_out,
@@ -142,7 +143,7 @@ def _run(
     asked = {"base": base.address or base.name, "data": data if data == BUILTIN else absolute(data),
              "typed": {"base": base_name, "data": data}, "settings": settings_written(resolved)}  # fmt: skip
     if resume:
-        require_same(out, _decides(opened, processes))
+        require_same(out, _decides(opened, processes, str(read_run(out).get("data_digest"))))
     else:
         write_json(out / RUN, {**asked, **_provenance(opened, processes), **extra})
     if not (out / DATA).exists():
@@ -222,11 +223,12 @@ def _about_data(opened: Opened) -> dict[str, Any]:
     return {**asdict(opened.report), "skipped": skipped, "example": opened.renderer.pieces(opened.rows["train"][0])}
 
 
-def _decides(opened: Opened, processes: Processes) -> dict[str, Any]:
-    """What decides the results of a run beside its settings and what it has frozen."""
+def _decides(opened: Opened, processes: Processes, began: str = "") -> dict[str, Any]:
+    """What decides the results of a run beside its settings and what it has frozen. began: the digest of the data of
+    the run that is resumed, which may be in an older format."""
     return {
         "base_identity": opened.base.identity,
-        "data_digest": opened.examples.digest(),
+        "data_digest": began if opened.examples.has_digest(began) else opened.examples.digest(),
         "processes": processes.count,
     }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
 from lorafit.data.examples import Example
+from lorafit.digests import canonical
 from lorafit.evaluation.answers import is_equal
 from lorafit.evaluation.compare import Comparison
 from lorafit.evaluation.scores import AnswerScore
@@ -47,10 +48,16 @@ def _interval(score: AnswerScore) -> list[float] | None:
     return list(wilson(score.right * score.groups / score.n, score.groups)) if score.n else None
 
 
-def example_digest(example: Example) -> str:
-    """Fingerprint of all that was said in an example: system prompt, earlier turns, question, answer."""
+def was_scored(example: Example, fingerprints: Set[str]) -> bool:
+    """Whether the fingerprint of an example is among these."""
+    return bool(fingerprints & {example_digest(example), example_digest(example, repr)})
+
+
+def example_digest(example: Example, written: Callable[[object], str] = canonical) -> str:
+    """Fingerprint of all that was said in an example: system prompt, earlier turns, question, answer, tools. written:
+    how tools and calls are; runs of before wrote them as Python prints them."""
     said: list[object] = [(one.role, one.content, *filter(None, [one.reasoning])) for one in example.messages]
-    said += [repr(part) for part in example.with_tools]
+    said += [written(part) for part in example.with_tools]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 

@@ -139,8 +139,8 @@ class Store:
             with suppress(LorafitError):  # no such folder, or not to be served: which is said when it is looked at
                 self._files(source := peft.adapter_folder(self.root / name))
                 copies = [self._folder(entry.name, entry.number) for entry in found.versions if entry.name == name]
-                if (content := _content(source)) in map(_content, copies):
-                    found.handled[name] = content
+                if (contents := _contents(source)) in map(_contents, copies):
+                    found.handled[name] = contents[0]
         if numbered:
             self._say(f"{self._file}: is not there: what lies in {self._versions} is served again, the highest version "
                       "of each name live: roll back or unload what should not be")  # fmt: skip
@@ -219,9 +219,9 @@ class Store:
                     continue
                 self._taken[folder.name] = seen
                 self._files(peft.adapter_folder(folder))  # a link to somewhere else is not read
-                content = _content(peft.adapter_folder(folder))
-                if self._handled.get(folder.name) != content:
-                    self._say(f"serving {self.load(folder.name, folder, content=content).told}")
+                contents = _contents(peft.adapter_folder(folder))
+                if self._handled.get(folder.name) not in contents:
+                    self._say(f"serving {self.load(folder.name, folder, content=contents[0]).told}")
                 self._said.pop(folder.name, None)
             except (LorafitError, OSError) as error:
                 if self._taken.get(folder.name) != self._seen.get(folder.name):
@@ -283,11 +283,13 @@ class Store:
         self._handled = handled
 
 
-def _content(folder: Path) -> str:
-    """Of an adapter folder: what it computes, and what a router learns from. Raises FormatError."""
+def _contents(folder: Path) -> tuple[str, str]:
+    """Of an adapter folder: what it computes, and what a router learns from; as it is written now, and as registries of
+    before have it. Raises FormatError."""
+    adapter = peft.read(folder)
     routing = peft.routing_of(folder)
-    told = peft.read(folder).digest()
-    return told if routing is None else f"{told}+{hashlib.sha256(routing).hexdigest()[:16]}"
+    also = "" if routing is None else f"+{hashlib.sha256(routing).hexdigest()[:16]}"
+    return adapter.digest() + also, adapter.digest_of_format_1() + also
 
 
 def _alone(path: Path) -> Any:

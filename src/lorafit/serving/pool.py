@@ -194,7 +194,7 @@ class Pool:
         if adapter is None:
             assert version.folder is not None
             adapter = peft.read(version.folder)
-            if adapter.digest() != version.digest:
+            if version.digest not in (adapter.digest(), adapter.digest_of_format_1()):
                 raise AdapterError(f"{version.folder}: holds another adapter than when '{version.id}' was loaded: "
                                    "load it as a new version")  # fmt: skip
             self._require(adapter)

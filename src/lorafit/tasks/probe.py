@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.attachment import packing as packs
 from lorafit.attachment.attention import attending, packing
-from lorafit.attachment.blocks import blocks_of
+from lorafit.attachment.blocks import blocks_of, shadowed
 from lorafit.bases.base import Base
 from lorafit.data.batches import Start
 from lorafit.data.render import Row
-from lorafit.errors import NotCausalError
+from lorafit.errors import BaseError, NotCausalError
 from lorafit.tasks.completion import PLAIN, Way, batch_of, body, head_of
 
 PROBED = 64  # tokens of a row that are looked at
@@ -55,16 +56,17 @@ def beginnings(rows: Sequence[Row]) -> list[Row]:
 
 @torch.no_grad()
 def require_causal(base: Base, row: Row) -> None:
-    """Raise NotCausalError where a later token of a row changes what the base predicts before it: it would be trained
-    and scored on answers that it can see."""
+    """Raise NotCausalError where a later token of a row is seen to change what the base predicts before it: it would be
+    trained and scored on answers that it can see. Raises BaseError where that cannot be told in the base's dtype."""
     known = sorted({*row.ids, abs(row.ids[0] - 1)})
     before = _logits(base, row)
-    if not before.isfinite().all():
-        return  # told where it is scored
     for cut in (len(row.ids) // 2, len(row.ids) - 1):
         others = (known[known.index(token) - 1] for token in row.ids[cut:])
         other = replace(row, ids=(*row.ids[:cut], *others))
-        if not _alike_before(base, cut, row, other, before, _logits(base, other)):
+        after = _logits(base, other)
+        if not (before.isfinite().all() and after.isfinite().all()):
+            return  # told where it is scored
+        if not _alike_before(base, cut, row, other, before, after):
             raise NotCausalError(f"'{base.name}': a later token changes what it predicts before it, so it would be "
                                  "trained and scored on answers that it can see: choose a causal language model, which "
                                  "writes from left to right")  # fmt: skip
@@ -74,13 +76,59 @@ def _alike_before(base: Base, cut: int, row: Row, other: Row, logits: Tensor, of
     """Whether two rows that part at `cut` have the same bits before it.
 
     An expert that is given other tokens may round otherwise, so where bits differ fp32 decides, in which what is more
-    than rounding shows: of a base in another dtype, in a copy of the lowest blocks.
+    than rounding shows: of a base in another dtype, in a copy of the lowest blocks. Of a base that cannot be copied the
+    gradient decides. Raises BaseError where neither can be had.
     """
     if torch.equal(logits[:cut], of_other[:cut]):
         return True
     if base.dtype == torch.float32:
         return _alike(logits[:cut], of_other[:cut])
-    return _succeeds(lambda: _alike(*(_hidden(_in_fp32(base), one)[:cut] for one in (row, other))))
+    for told in (lambda: _alike_in_fp32(base, cut, row, other), lambda: _has_no_gradient_behind(base, cut, row)):
+        try:
+            return told()
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing of the base
+            raise
+        except Exception as error:  # a family that cannot be cut, or called so, fails in whatever way it does
+            why = error
+    raise BaseError(
+        f"'{base.name}': whether a later token changes what it predicts before it cannot be told in "
+        f"{str(base.dtype).removeprefix('torch.')} ({why}): open it in fp32, with --dtype fp32"
+    ) from why
+
+
+def _alike_in_fp32(base: Base, cut: int, row: Row, other: Row) -> bool:
+    wide = _in_fp32(base)
+    a, b = (_hidden(wide, one)[:cut] for one in (row, other))
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("a copy in fp32 gives no numbers")
+    return _alike(a, b)
+
+
+def _has_no_gradient_behind(base: Base, cut: int, row: Row) -> bool:
+    """Whether what is predicted before `cut` has no gradient at the tokens from there on. It is exactly zero at every
+    token on which nothing depends, however an expert rounds."""
+    ids = batch_of(base, [row], PLAIN).ids
+    embedded: list[Tensor] = []
+
+    def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(*given: Any, **named: Any) -> Tensor:
+            found = original(*given, **named)
+            if not any(isinstance(one, Tensor) and torch.equal(one, ids) for one in (*given, *named.values())):
+                return found  # of positions, or of kinds of tokens
+            embedded.append(found.detach().requires_grad_())
+            return embedded[-1].clone()  # which a model may write to
+
+        return forward
+
+    with torch.enable_grad(), ExitStack() as held:
+        for table in [module for module in base.model.modules() if isinstance(module, nn.Embedding)]:
+            held.enter_context(shadowed([table], watched(table.forward)))
+        before = _logits(base, row)[:cut].float()
+        some = torch.linspace(-1, 1, before.shape[-1], device=before.device)
+        gradients = torch.autograd.grad((before * some).sum(), embedded)
+    if not any(gradient[0, :cut].any() for gradient in gradients):
+        raise ValueError("no gradient reaches its embedding")
+    return not any(gradient[0, cut:].any() for gradient in gradients)
 
 
 def _logits(base: Base, row: Row) -> Tensor:

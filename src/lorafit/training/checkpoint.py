@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +71,10 @@ def pace(path: Path) -> tuple[int, float]:
         return step, (said["seconds"] + said["beside"]) / max(1, step)
 
 
-def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of: dict[str, Any]) -> Progress:
-    """Load the checkpoint into state and optimizer.
+def restore(
+    path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of: Mapping[str, Any], older: Mapping[str, Any]
+) -> Progress:
+    """Load the checkpoint into state and optimizer. older: what some of `of` was called by earlier versions.
 
     Raises RunError listing every difference between the run it was saved in and this one: base, trainable set,
     data, recipe, dtype and threads all take part in the bits of the result.
@@ -83,7 +85,7 @@ def restore(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of:
     differences = [
         f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
         for key, value in of.items()
-        if began.get(key) != value
+        if began.get(key) not in (value, older.get(key, value))
     ]
     if differences:
         raise RunError(

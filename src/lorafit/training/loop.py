@@ -25,6 +25,7 @@ from lorafit.bases.base import Base
 from lorafit.data.batches import ORDER, Batch, by_tokens, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
+from lorafit.digests import digest_of, digest_of_format_1
 from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
 from lorafit.evaluation.nll import means, nll_sums, require_finite
 from lorafit.files import write_text
@@ -111,6 +112,7 @@ def train(
     )
     with (
         own_randomness(base),
+        same_bits(base.device),
         _interruptible(processes.count > 1) as stop,
         attach(base, run.state),
         packing(base, run.way.packed),
@@ -143,6 +145,20 @@ def own_randomness(base: Base) -> AbstractContextManager[None]:
     return torch.random.fork_rng([base.device] if base.device.type == "cuda" else [])
 
 
+@contextmanager
+def same_bits(device: torch.device) -> Iterator[None]:
+    """On a GPU, have torch take the algorithms that give the same bits each time. It warns of an operation that has
+    none."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 class _Run:
     def __init__(
         self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
@@ -172,12 +188,11 @@ class _Run:
 
     def _identity(self, adapter: Adapter) -> dict[str, Any]:
         """All that takes part in the bits of the result."""
-        rows = hashlib.sha256(repr((list(self.rows), list(self.valid_rows))).encode()).hexdigest()
         return {
             "base": self.base.identity,
             "trainable": f"{adapter.plan.parameters} parameters on {len(adapter.plan.slots)} sites",
             "start": adapter.digest(),
-            "rows": rows,
+            "rows": digest_of(self._rows_of_run()),
             "recipe": asdict(self.recipe),
             "way": asdict(self.way),
             "order": ORDER,
@@ -188,9 +203,13 @@ class _Run:
             "torch": torch.__version__,
         }
 
+    def _rows_of_run(self) -> tuple[list[Row], list[Row]]:
+        return list(self.rows), list(self.valid_rows)
+
     def go(self, resume: bool, stop: threading.Event) -> Trained:
         if resume and self.checkpoint and self.checkpoint.exists():
-            self.at = checkpoint.restore(self.checkpoint, self.state, self.optimizer, self.identity)
+            older = {"rows": digest_of_format_1(self._rows_of_run())}
+            self.at = checkpoint.restore(self.checkpoint, self.state, self.optimizer, self.identity, older)
         self._require_alike()
         self._trim_metrics()
         self._look()
@@ -276,7 +295,7 @@ class _Run:
         packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
         name = f"trunk-{self.processes.rank}"
         same = {key: self.identity[key] for key in ("way", "order", "dtype", "device", "threads", "torch")}
-        same["rows"] = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
+        same["rows"] = digest_of(list(self.rows))
         room = room_for(folder, self.trunk_bytes) // self.processes.count
         return Trunk(folder, name, self.base, repr(same), packs, self.blocks, room)
 
