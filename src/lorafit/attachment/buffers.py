@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,6 @@ def _on_copies(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         if own:
             module._buffers.update(own.pop())
 
-    # A compiler need not understand them: it breaks its graph there.
-    before, after = torch.compiler.disable(lend), torch.compiler.disable(take_back)
-    return (module.register_forward_pre_hook(before, prepend=True),
-            module.register_forward_hook(after, always_call=True))  # fmt: skip
+    unseen: Callable[[Callable[..., None]], Any] = torch.compiler.disable  # a compiler need not understand them
+    return (module.register_forward_pre_hook(unseen(lend), prepend=True),
+            module.register_forward_hook(unseen(take_back), always_call=True))  # fmt: skip
