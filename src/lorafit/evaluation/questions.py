@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.bases.base import Base
-from lorafit.data.equality import key_of
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import prompts_of, score_answers
 from lorafit.evaluation.compare import MOST, answer_tokens, asked_of
-from lorafit.evaluation.counting import USES, right
+from lorafit.evaluation.counting import are_few, right, scored_and_bare
 from lorafit.evaluation.decoding import Decoding
 
 
@@ -34,15 +33,14 @@ class Questions:
         base: Base, renderer: Renderer, examples: Sequence[Example], rows: Sequence[Row], known: Sequence[Example],
         memory: int | None = None,
     ) -> Questions | None:  # fmt: skip
-        """At most MOST of those among `examples` that carry a check or ask for a call; where none does and the answers
-        of all examples, `known` ones too, are few different ones, of the others, which are held against their
-        references. None where nothing says what is right. rows: the examples rendered."""
-        places = asked_of(examples, rows)
-        asked = [examples[i] for i in places[:: -(-len(places) // MOST) or 1]]
-        every = [*asked, *(one for one in known if not one.is_text)]
-        few = USES * len({key_of(one) for one in every}) <= len(every)
-        if not asked or not (few or asked[0].is_scored):
+        """At most MOST of those among `examples` that are answered when they are scored (`asked_of`); None where nothing
+        says what is right: none carries a check or asks for a call, and the answers are not few different ones. rows:
+        the examples rendered. known: what the adapter was trained on."""
+        checked, bare = scored_and_bare(examples)
+        if not checked and not are_few([examples[i] for i in bare], known):
             return None
+        places = asked_of(examples, rows, known)
+        asked = [examples[i] for i in places[:: -(-len(places) // MOST)]]
         return Questions(base, renderer, tuple(asked), answer_tokens(rows), memory)
 
     def right(self, adapter: Adapter, progress: Callable[[int, int], None]) -> int:

@@ -182,16 +182,10 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     valid, test = _tokens(rows["valid"]), _tokens(rows["test"])
     mattering = parts * examples_for(parts - 1, recipe.steps, recipe.batch_size, len(rows["valid"]))
     tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
-    asked = len(asked_of(opened.examples.test, rows["test"])) / len(opened.examples.test)
+    asked = len(asked_of(opened.examples.test, rows["test"], opened.examples.train)) / len(opened.examples.test)
     tokens += (2 + (settings.few_shot > 0)) * asked * _answering(rows["test"])
     if settings.trim == "auto":
         tokens += RUNGS_TRIED * valid
-<<<<<<< HEAD
-    asked = len(asked_of(opened.examples.test, rows["test"], opened.examples.train))
-    answers = (2 + (settings.few_shot > 0)) * asked / len(opened.examples.test)
-    answer_tokens = sum(row.n_trained for row in rows["test"])
-    return per_token * (tokens + answers * (test - answer_tokens + DECODED * answer_tokens))
-=======
         if questions := Questions.among(opened.base, opened.renderer, opened.examples.valid, rows["valid"],
                                         opened.examples.train):  # fmt: skip
             tokens += RUNGS_TRIED * len(questions.examples) / len(opened.examples.valid) * _answering(rows["valid"])
@@ -202,7 +196,6 @@ def _answering(rows: Sequence[Row]) -> float:
     """Tokens of a forward that take as long as decoding the answers of these rows."""
     answers = sum(row.n_trained for row in rows)
     return _tokens(rows) - answers + DECODED * answers
->>>>>>> 6a83734 (The adapter is written as soon as it is trained, trimming gives up no right answers, and where PEFT means other modules it is not asked)
 
 
 def disk_of(plan: Plan, trim: bool) -> int:
