@@ -33,9 +33,9 @@ class Questions:
         base: Base, renderer: Renderer, examples: Sequence[Example], rows: Sequence[Row], known: Sequence[Example],
         memory: int | None = None,
     ) -> Questions | None:  # fmt: skip
-        """At most MOST of those among `examples` that are answered when they are scored (`asked_of`); None where nothing
-        says what is right: none carries a check or asks for a call, and the answers are not few different ones. rows:
-        the examples rendered. known: what the adapter was trained on."""
+        """At most MOST of those among `examples` that are asked when answers are counted (`asked_of`); None where
+        nothing says what is right: none carries a check or asks for a call, and their answers are not few different
+        ones. rows: the examples rendered. known: what the adapter was trained on."""
         checked, bare = scored_and_bare(examples)
         if not checked and not are_few([examples[i] for i in bare], known):
             return None
