@@ -444,7 +444,7 @@ def test_a_run_that_was_still_falling_gets_more_steps_and_then_more_rank() -> No
 
 
 def test_a_half_that_answers_fewer_questions_right_shows_that_the_rank_is_used() -> None:
-    flat = [3.0, 1.2, 1.2, 1.2]
+    flat = [3.0, 1.2, 1.2, 1.199]
     told = evidence(flat, DOWN, 0.001)
     assert "half of the rank was no worse" in str(next_change(told, 8))
     (half,) = told.ladder.rungs

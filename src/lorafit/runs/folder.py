@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors
 
+from lorafit.adapters.rendering import is_time
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import (
     PROBE,
@@ -27,9 +28,8 @@ from lorafit.files import (
     unfinished,
     write_json,
 )
-from lorafit.adapters.rendering import is_time
-from lorafit.settings import TrainSettings, settings_from
 from lorafit.runs.tracking import TENSORBOARD, WANDB
+from lorafit.settings import TrainSettings, settings_from
 from lorafit.version import __version__
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
