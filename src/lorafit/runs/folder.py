@@ -15,7 +15,6 @@ from typing import Any
 
 import safetensors
 
-from lorafit.adapters.rendering import is_time
 from lorafit.errors import FormatError, LorafitError, RunError, SettingsError
 from lorafit.files import (
     PROBE,
@@ -28,8 +27,9 @@ from lorafit.files import (
     unfinished,
     write_json,
 )
-from lorafit.runs.tracking import TENSORBOARD, WANDB
+from lorafit.adapters.rendering import is_time
 from lorafit.settings import TrainSettings, settings_from
+from lorafit.runs.tracking import TENSORBOARD, WANDB
 from lorafit.version import __version__
 
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
