@@ -61,6 +61,7 @@ from lorafit.attachment.attention import packing
 from lorafit.attachment.pure import fresh
 from lorafit.data.batches import epoch_order
 from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.questions import Questions
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import write_json
 from lorafit.jobs.listener import Silent
@@ -194,8 +195,9 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     result = scored(one, whole)
     began = time.monotonic()
     groups = [example.group for example in one.examples.valid]
+    questions = Questions.among(one.base, one.renderer, one.examples.valid, one.rows["valid"], one.examples.train)
     ladder, small, moments = ladder_of(one.base, whole, one.rows, one.way, recipe, result["valid"], before, groups,
-                                       Silent())  # fmt: skip
+                                       questions, Silent())  # fmt: skip
     trimming = time.monotonic() - began
     ways = {
         "plain": {},

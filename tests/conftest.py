@@ -120,6 +120,13 @@ def plain_module() -> NotATransformer:
     return NotATransformer().eval()
 
 
+def normed() -> nn.Module:
+    """In `train()`, where a batch norm takes the mean of what it is given and writes down a running one."""
+    torch.manual_seed(0)
+    parts = (nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+    return nn.Sequential(*parts).train()
+
+
 def encoder() -> nn.Module:
     """torch's own encoder: in `eval()` its layers are computed by one fused call. Frozen, as an opened base is: torch
     rounds otherwise where a weight may want a gradient."""

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +15,26 @@ import torch
 from conftest import capitals, write_rows
 from torch import Tensor, nn
 
+from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
 from lorafit.attachment.adapters import attach
 from lorafit.attachment.attention import packing
+from lorafit.attachment.pure import fresh
 from lorafit.attachment.watching import observing
 from lorafit.bases.base import Base
-from lorafit.data.examples import Example, Message
+from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, RunError
+from lorafit.evaluation.answers import prompts_of
+from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.questions import Questions
 from lorafit.files import write_json
+from lorafit.generation.greedy import generate
+from lorafit.jobs.listener import Silent
 from lorafit.jobs.train import run_training
-from lorafit.jobs.trim import moments_of, run_trimming
+from lorafit.jobs.trim import ladder_of, moments_of, run_trimming
 from lorafit.planning.ladder import TOLERATED, Ladder, climb_down, rung
 from lorafit.planning.rules import all_linear
 from lorafit.runs.folder import read_run
@@ -113,6 +121,107 @@ def test_a_loss_of_just_the_margin_passes_as_seldom_as_the_certainty_says() -> N
     assert passed / 300 < 0.09  # 5 %, and what 300 draws may be off; the margin moves a little with the mean
 
 
+def answering(right: int, half: int, quarter: int) -> Ladder:
+    """100 questions, so many of them answered right by the whole, its half and its quarter, all of the same NLL."""
+    rungs = [replace(rung(share, 1, [1.0] * 20, [1.0] * 20, [None] * 20), right=n)
+             for share, n in ((0.5, half), (0.25, quarter))]  # fmt: skip
+    return climb_down([1.0] * 20, 3.0, rungs, [None] * 20, 100, right)
+
+
+def test_no_right_answer_is_given_up_however_little_the_nll_costs() -> None:
+    refused = answering(99, 96, 99)
+    assert refused.chosen == 1.0
+    assert refused.reason == (
+        "untrimmed: of 100 validation questions 50% answers 96 right, the whole 99, and no right answer is given up; "
+        "its NLL differs by +0.0000"
+    )
+    chosen = answering(99, 99, 98)
+    assert chosen.chosen == 0.5
+    assert "of 100 validation questions it answers 99 right, the whole 99, the next smaller 98" in chosen.reason
+    assert (chosen.asked, chosen.right) == (100, 99)
+    assert answering(96, 99, 97).chosen == 0.25
+
+
+def test_the_loss_that_passes_one_time_in_twenty_is_the_one_that_is_named() -> None:
+    draw = np.random.default_rng(0)
+    passed = [answering(116, 116 - int(draw.binomial(116, 0.026)), 0).chosen < 1 for _ in range(2000)]
+    assert sum(passed) / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+class Told:
+    """Stands for questions: keeps who was asked, by number of parameters, and says in turn how many are right."""
+
+    def __init__(self, *right: int):
+        self.examples, self.asked, self._right = range(100), [], [*right]
+
+    def right(self, adapter: Adapter, progress: object) -> int:
+        self.asked.append(adapter.plan.parameters)
+        return self._right.pop(0)
+
+
+def test_questions_are_asked_of_the_whole_and_of_rungs_whose_nll_may_be_shipped(tiny_base: Base) -> None:
+    """Half and a quarter compute what the whole does: only a quarter of its directions do anything."""
+    rows = render(renderer_for(tiny_base, system="Geography"), scored(12, None), 512)
+    whole = random_adapter(tiny_base, uniform(all_linear(tiny_base), 4, 8.0))
+    tensors = {key: tensor.clone() for key, tensor in whole.tensors.items()}
+    for slot in whole.plan.slots:
+        tensors[f"{slot.site.path}.B"][:, 1:] = 0
+    whole, way = replace(whole, tensors=tensors), Way(True, False)
+    with attach(tiny_base, whole):
+        nll = example_nll(tiny_base, rows, way=way)
+
+    def climbed(nll: list[float], told: Any) -> Ladder:
+        recipe, groups = Recipe(1e-3, 4, 1, 1, 1), [None] * len(nll)
+        before = sum(nll) / len(nll) + 1
+        return ladder_of(tiny_base, whole, {"train": rows, "valid": rows}, way, recipe, nll, before, groups, told,
+                         Silent())[0]  # fmt: skip
+
+    told, size = Told(90, 90, 89), whole.plan.parameters
+    ladder = climbed(nll, told)
+    assert (ladder.chosen, ladder.right, ladder.asked) == (0.5, 90, 100)
+    assert told.asked == [size, size // 4, size // 4]
+    told = Told(0)
+    assert climbed(nll, told).chosen < 1
+    assert told.asked == [size], "where the whole answers nothing right, nothing can be lost"
+    told = Told()
+    assert climbed([one - 1 for one in nll], told).right is None
+    assert told.asked == [], "where the NLL refuses a rung, nobody need answer"
+
+
+def scored(n: int, check: Check | None) -> list[Example]:
+    return [Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here", check=check)
+            for row in capitals(n)]  # fmt: skip
+
+
+def test_only_questions_of_which_it_is_known_what_is_right_are_asked(tiny_base: Base) -> None:
+    renderer = renderer_for(tiny_base, system="Geography")
+
+    def among(examples: list[Example], known: list[Example]) -> int:
+        found = Questions.among(tiny_base, renderer, examples, render(renderer, examples, 512), known)
+        return 0 if found is None else len(found.examples)
+
+    free, checked = scored(12, None), scored(12, Check(("town",), (), 100))
+    few = [replace(one, messages=(one.messages[0], Message("assistant", "Yes."))) for one in free]
+    assert among(free, free) == 0
+    assert among([*checked, *free], free) == 12
+    assert among(few, few) == 12
+    assert among(few, free) == 0
+    assert among(scored(210, Check(("town",), (), 100)), free) == 105
+
+
+def test_right_answers_are_counted_of_what_the_adapter_really_says(tiny_base: Base) -> None:
+    renderer = renderer_for(tiny_base, system="Geography")
+    examples = scored(6, Check(("town",), (), 100))
+    said = generate(tiny_base, renderer, prompts_of(renderer, examples), 8)
+    examples = [
+        replace(one, check=Check((), (), 1000, exact=answer.text)) for one, answer in zip(examples, said, strict=True)
+    ]
+    plan = uniform(all_linear(tiny_base), 2, 4.0)
+    questions = Questions(tiny_base, renderer, tuple(examples), 8, None)
+    assert questions.right(fresh(tiny_base, plan, 0), lambda *_: None) == 6
+    assert questions.right(random_adapter(tiny_base, plan, size=1.0), lambda *_: None) < 6
+
+
 @pytest.fixture
 def rows(tiny_base: Base) -> list[Row]:
     examples = [Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here")
@@ -155,6 +264,27 @@ def test_moments_are_those_of_what_flows_through_each_pair(
             torch.testing.assert_close(
                 moment, (values.T @ values).double(), rtol=1e-3, atol=1e-7 + 1e-4 * float(moment.abs().max())
             )
+
+
+class Picks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.pick = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            picked = self.pick(x) > 0
+        found: Tensor = self.mix(x) * picked
+        return found
+
+
+def test_a_site_that_is_run_without_gradient_is_not_observed() -> None:
+    base, seen = Base.of(Picks().eval(), "picks"), []
+    state = TrainState(random_adapter(base, uniform(base.sites, 2, 4.0)))
+    watched = observing(base, ["mix", "pick"], lambda *_: None, lambda path, *_: seen.append(path))
+    with attach(base, state), watched:
+        base.model(torch.ones(3, 8)).sum().backward()
+    assert seen == ["mix"]
 
 
 def test_nothing_is_left_on_the_model_after_observing(tiny_base: Base) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import encoder, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
+from conftest import encoder, normed, plain_module, tiny_falcon, tiny_gpt2, tiny_llama
 from torch import nn
 from torch.backends import mha
+from torch.nn.utils import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm as parametrised
+from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.adapters.plan import LowRank, Plan
-from lorafit.attachment.adapters import attach
+from lorafit.attachment.adapters import adapting, attach
 from lorafit.attachment.watching import fired
 from lorafit.bases.base import Base
 from lorafit.planning.rules import all_linear
@@ -43,6 +46,7 @@ MODELS = {
     "no-transformer": plain_module,
     "encoder": encoder,
     "embedding": worded,
+    "batch-norm": normed,
 }
 
 
@@ -53,13 +57,13 @@ def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
     sites = base.sites if name == "embedding" and VARIANTS[variant].any_kind else all_linear(base)
     slots = [LowRank(site, 1 + i % 4, 4.0 + i % 3, variant) for i, site in enumerate(sites)]
     forward: Callable[[], torch.Tensor]
-    if name in ("no-transformer", "encoder"):
-        shape = (5, 16) if name == "no-transformer" else (2, 5, 16)  # only a batch is computed by one fused call
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        forward = lambda: model(x)  # noqa: E731
-    elif name == "embedding":
+    if name == "embedding":
         words = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
         forward = lambda: model(words)  # noqa: E731
+    elif not isinstance(model, PreTrainedModel):
+        shape = (2, 5, 16) if name == "encoder" else (5, 16)  # only a batch is computed by one fused call
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        forward = lambda: model(x)  # noqa: E731
     else:
         ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
         forward = lambda: model(input_ids=ids, use_cache=False).logits  # noqa: E731
@@ -122,3 +126,39 @@ def test_the_probe_sees_what_an_adapter_reaches_and_nothing_else() -> None:
     assert fired(base, lambda: base.model(x)) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
     assert all("forward" not in vars(module) for module in base.model.modules())
     assert mha.get_fastpath_enabled()
+
+
+# Buffers that a forward writes
+
+
+def mixed() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.InstanceNorm1d(16, track_running_stats=True),
+                         parametrised(nn.Linear(16, 16)), spectral_norm(nn.Conv1d(16, 16, 1)))  # fmt: skip
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_what_a_forward_writes_in_train_is_forgotten(served: bool) -> None:
+    base = Base.of(mixed(), "mixed")
+    plan = Plan(tuple(LowRank(site, 2, 4.0) for site in base.sites))
+    x, before = torch.randn(5, 16, 16, requires_grad=True), base.integrity()
+    on = adapting(base, lambda _, x, original: original(x)) if served else attach(base, random_adapter(base, plan))
+    with on:
+        base.model.eval()  # it may be switched inside
+        base.model.train()
+        for _ in range(2):
+            found = base.model(x).sum()
+        assert base.integrity() == before
+        found.backward()
+    assert base.integrity() == before
+    assert all("forward" not in vars(module) for module in base.model.modules())
+    base.model(x)
+    assert base.integrity() != before, "a bare forward in train() does write: nothing was tested"
+
+
+def test_a_batch_norm_computes_in_train_what_it_computes_without_an_adapter() -> None:
+    base = Base.of(normed(), "normed")
+    x = torch.randn(5, 16)
+    expected = base.model(x)
+    plan = Plan(tuple(LowRank(site, 2, 4.0) for site in base.sites))
+    with attach(base, random_adapter(base, plan)) as attached, attached.off():
+        assert torch.equal(base.model(x), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -40,6 +41,7 @@ from lorafit.files import whole_folder, write_json
 from lorafit.guide import search
 from lorafit.jobs import demo
 from lorafit.jobs.evaluate import run_evaluation
+from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.peft_oracle import compare_with_peft
 from lorafit.jobs.plan import run_planning
@@ -344,6 +346,66 @@ def test_a_named_site_that_takes_no_part_is_an_error() -> None:
         require_fired(uniform(select(base.sites, ["spare", "0"]), 2, 4.0), seen)
 
 
+class WritesIntoItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h += x
+        out: torch.Tensor = self.second(h)
+        out[..., :8] *= 2
+        return out
+
+
+def test_a_site_whose_output_is_written_to_is_seen() -> None:
+    base = Base.of(WritesIntoItself().eval().requires_grad_(False), "in place")
+    assert fired(base, lambda: base.model(torch.ones(1, 3, 16))) == {"first", "second"}
+
+
+class Picks(nn.Module):
+    """What picks among its numbers gets no gradient, once by a block without and once by a comparison."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.pick, self.rank = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.mix(x))
+        with torch.no_grad():
+            picked = self.pick(h) > 0
+        return h * picked * (self.rank(h) < 1)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_site_that_gets_no_gradient_cannot_learn_and_is_refused_where_it_is_named(frozen: bool) -> None:
+    base = Base.of(Picks().eval().requires_grad_(not frozen), "picks")
+    seen = fired(base, lambda: base.model(torch.ones(1, 3, 16)))
+    assert seen == {"mix"}
+    with pytest.raises(TargetError, match=r"2 named sites .* no gradient comes back to them: pick, rank"):
+        require_fired(uniform(base.sites, 2, 4.0), seen)
+
+
+def test_sites_without_gradient_are_left_out_of_a_run_which_is_trimmed(
+    tiny_folder: Path, data: Path, tmp_path: Path, no_peft: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sparse attention runs what chooses its tokens. After training its sites broke the trimming."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            gate = self.act_fn(self.gate_proj(x))
+        found: torch.Tensor = self.down_proj(gate * self.up_proj(x))
+        return found
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    summary = run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS)
+    names = {slot.site.name for slot in read_adapter(tmp_path / "run" / "ladder" / "whole").plan.slots}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
+    assert not summary["passed_over"]
+    assert summary["ladder"]["rungs"]
+
+
 def test_a_misspelt_target_is_an_error_before_anything_is_written(
     tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -505,6 +567,64 @@ def test_what_comes_after_the_scores_ends_no_run(
     assert any(said.startswith(f"{named}: passed over, for it failed") for said in hears.said)
     assert json.loads((unfinished / "summary.json").read_text(encoding="utf-8")) == json.loads(json.dumps(summary))
     assert read_adapter(unfinished / "adapter").plan.parameters == summary["parameters"]
+
+
+def test_where_trimming_fails_the_whole_adapter_is_shipped_and_was_written_before(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree(unfinished / "adapter")
+    rmtree(unfinished / "ladder")
+    written = []
+
+    def broken(*_: object) -> None:
+        written.append(read_adapter(unfinished / "adapter"))
+        raise RuntimeError("no hook here")
+
+    monkeypatch.setattr("lorafit.jobs.looking_back.ladder_of", broken)
+    summary = run_training(None, None, unfinished, {}, resume=True)
+    assert summary["passed_over"] == {"trimming": "RuntimeError: no hook here"}
+    assert summary["ladder"]["reason"] == "untrimmed: trimming failed (RuntimeError: no hook here)"
+    assert [read_adapter(unfinished / "adapter")] == written
+    assert summary["parameters"] == written[0].plan.parameters
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EAGAIN, False), (errno.ENOMEM, False)]
+)
+def test_a_failing_disk_ends_a_run_and_a_process_that_cannot_be_started_does_not(code: int, ends: bool) -> None:
+    extras = Extras(Silent())
+
+    def broken() -> None:
+        raise OSError(code, os.strerror(code))
+
+    if ends:
+        with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+            extras.get("an extra", broken)
+    else:
+        assert extras.get("an extra", broken) is None
+        assert os.strerror(code) in extras.passed_over["an extra"]
+
+
+def test_where_peft_means_other_modules_it_is_not_asked_and_the_card_says_so(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would compute says nothing against the adapter, which was condemned for it."""
+    said = "PEFT would pass over 2 modules of this plan. For PEFT name others with --targets"
+    asked, paths = [], []
+
+    def misread(model: object, these: list[str]) -> str:
+        paths.append(these)
+        return said
+
+    monkeypatch.setattr("lorafit.jobs.train.misread_by_peft", misread)
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: asked.append(1))
+    summary = run_training(None, None, unfinished, {}, resume=True)
+    assert (asked, summary["peft"], summary["misread_by_peft"]) == ([], None, said)
+    assert paths == [[slot.site.path for slot in read_adapter(unfinished / "adapter").plan.slots]]
+    card = (unfinished / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"{said}." in card and "Do not use" not in card and "PeftModel" not in card
+    assert f"{said}." in (unfinished / "report.html").read_text(encoding="utf-8")
+    conclude(Terminal(as_json=False), summary, unfinished, [])
 
 
 def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

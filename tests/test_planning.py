@@ -478,6 +478,17 @@ def test_a_run_that_was_still_falling_gets_more_steps_and_then_more_rank() -> No
     assert next_change(told, 8, {"more steps", "more rank"}) == "more steps were tried; more rank was tried"
 
 
+def test_a_half_that_answers_fewer_questions_right_shows_that_the_rank_is_used() -> None:
+    flat = [3.0, 1.2, 1.2, 1.199]
+    told = evidence(flat, DOWN, 0.001)
+    assert "half of the rank was no worse" in str(next_change(told, 8))
+    (half,) = told.ladder.rungs
+    fewer = replace(told, ladder=replace(told.ladder, rungs=(replace(half, right=9),), asked=12, right=10))
+    found = next_change(fewer, 8)
+    assert not isinstance(found, str) and found.kind == "more rank"
+    assert "costs +0.0010 on validation and answers 9 questions right, not 10" in found.reason
+
+
 def test_a_run_whose_validation_turned_early_gets_fewer_steps() -> None:
     found = next_change(evidence([3.0, 1.0, 1.5, 1.9], DOWN), 8)
     assert not isinstance(found, str) and (found.kind, found.steps) == ("fewer steps", 20)
@@ -551,6 +562,19 @@ def test_rounds_of_train_end_before_the_test_is_opened_once(
     history = json.loads((refined / "rounds" / "history.json").read_text(encoding="utf-8"))
     assert [[one[key] for key in kept[:3]] for one in summary["rounds"]] == [[o[k] for k in kept[:3]] for o in history]
     assert peft.read(out / "adapter") == peft.read(refined / "adapter")
+
+
+def test_a_round_that_fails_ends_no_run(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no verdict")
+
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+    monkeypatch.setattr("lorafit.jobs.refine.judged", broken)
+    summary = run_training(str(tiny_folder), str(data), tmp_path / "run", {**LONG, "epochs": 8, "rounds": 2})
+    assert summary["passed_over"] == {"round 1": "RuntimeError: no verdict"}
+    assert peft.read(tmp_path / "run" / "adapter").plan.parameters == summary["parameters"]
 
 
 def test_a_round_whose_adapter_was_not_put_in_its_place_is_put_there_by_the_next(refined: Path) -> None:

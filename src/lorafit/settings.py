@@ -56,8 +56,9 @@ class TrainSettings(BaseModel):
     ] = "fast"  # fmt: skip
     trim: Annotated[
         Literal["auto", "none"],
-        Field(description="After training: the smallest adapter that validation finds no worse (auto), or all of it."),
-    ] = "auto"
+        Field(description="After training: the smallest adapter that on validation gives up less than 0.5 % of what "
+              "training gained, and no right answers (auto), or all of it."),
+    ] = "auto"  # fmt: skip
     rounds: Annotated[
         int, Field(ge=0, description="Rounds of lorafit refine at most, before the test is opened; it stops by itself.")
     ] = 0

@@ -74,7 +74,8 @@ def law_base_untouched(case: Case) -> None:
         flags = [parameter.requires_grad for parameter in model.parameters()]
         return case.base.integrity(), modules, flags
 
-    before, bare = look(), case.bare()
+    bare = case.bare()  # which may write to the model, in `train()`
+    before = look()
     state = TrainState(random_adapter(case.base, case.plan), case.base.device)
     optimizer = torch.optim.AdamW(state.parameters(), lr=1e-2)
     keys = list(model.state_dict())
@@ -119,7 +120,7 @@ def law_merged_equals_attached(case: Case) -> None:
     """4. Merged weights compute what the attached adapter does, within the dtype's rounding; the base stays."""
     adapter = random_adapter(case.base, case.plan)
     before = case.base.integrity()
-    new = merged(case.base, adapter)
+    new = {**{key: buffer.clone() for key, buffer in case.base.model.named_buffers()}, **merged(case.base, adapter)}
     with torch.no_grad():
         out = torch.func.functional_call(_Call(case), {f"model.{k}": v for k, v in new.items()}, (), tie_weights=False)
     assert case.base.integrity() == before

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import Plan
+from lorafit.attachment.buffers import unwritten
 from lorafit.attachment.checks import landed, landing_of, require_bare, require_bare_module, require_base
 from lorafit.attachment.fused import FUSED, layer_by_layer
 from lorafit.attachment.source import Fixed, Source
@@ -46,8 +47,9 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
 
     Everything is checked before anything is touched: the adapter's base is this base (an adapter from
     elsewhere says none, and needs `accept_unknown_base`), and each slot lands on a module of its widths. The
-    base's weights need no gradient inside the block. `backward()` under activation checkpointing must run
-    inside it too. Raises AdapterError, or AttachError for a model in a state that cannot be adapted.
+    base's weights need no gradient inside the block, and what its modules write to their buffers in `train()` is
+    forgotten. `backward()` under activation checkpointing must run inside it too. Raises AdapterError, or
+    AttachError for a model in a state that cannot be adapted.
     """
     value = adapter if isinstance(adapter, Adapter) else adapter.adapter
     require_base(base, value.base, value.base_name, accept_unknown_base)
@@ -67,7 +69,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
             module = modules[slot.site.path]
             module.forward = _adapted(Place.of(module, slot), shared, attachment)
             shadowed.append(module)
-        with layer_by_layer(base):
+        with layer_by_layer(base), unwritten(base):
             yield attachment
     finally:
         for module in shadowed:
@@ -77,8 +79,9 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
 
 
 def _adapted(place: Place, shared: Shared, attachment: Attachment) -> Callable[..., Tensor]:
-    def forward(input: Tensor) -> Tensor:
-        return shared.forward(place, input) if attachment.on else place.original(input)
+    def forward(*given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())  # the one thing a site is given, whatever its forward calls it
+        return shared.forward(place, x) if attachment.on else place.original(x)
 
     return forward
 
@@ -96,7 +99,7 @@ def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tenso
     try:
         for number, module in enumerate(modules):
             module.forward = _changed(number, module.forward, change)
-        with layer_by_layer(base):
+        with layer_by_layer(base), unwritten(base):
             yield
     finally:
         for module in modules:
@@ -106,7 +109,8 @@ def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tenso
 def _changed(
     number: int, original: Callable[..., Tensor], change: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 ) -> Callable[..., Tensor]:  # fmt: skip
-    def forward(input: Tensor) -> Tensor:
-        return change(number, input, original)
+    def forward(*given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())
+        return change(number, x, original)
 
     return forward

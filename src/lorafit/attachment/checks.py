@@ -74,11 +74,11 @@ def require_bare_module(module: nn.Module, path: str) -> None:
 
 
 def require_fired(plan: Plan, seen: frozenset[str]) -> None:
-    """Raise TargetError naming every site of the plan that took no part: an adapter there would learn nothing."""
+    """Raise TargetError naming every site of the plan that is not among those `fired` has found."""
     silent = [slot.site.path for slot in plan.slots if slot.site.path not in seen]
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
         raise TargetError(
-            f"{len(silent)} named sites take no part in a forward over your rows: {shown}: an adapter there would "
-            "train and change nothing; leave them out of --targets"
+            f"{len(silent)} named sites take no part in a forward over your rows, or no gradient comes back to them: "
+            f"{shown}: an adapter there would learn nothing; leave them out of --targets"
         )

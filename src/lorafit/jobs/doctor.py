@@ -158,7 +158,7 @@ def _direction(base: Base) -> Finding:
 def _sites(base: Base) -> Finding:
     """Run a few tokens through the base and see which sites take part."""
     ids = torch.arange(8, device=base.device)[None]
-    seen = fired(base, lambda: base.model(input_ids=ids, use_cache=False))
+    seen = fired(base, lambda: base.model(input_ids=ids, use_cache=False).logits)
     sites = all_linear(base)
     silent = [site.path for site in sites if site.path not in seen]
     value = f"{len(sites) - len(silent)} of {len(sites)} linear layers of the blocks take part"

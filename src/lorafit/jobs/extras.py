@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from lorafit.errors import Interrupted
 from lorafit.jobs.listener import Listener
 
 T = TypeVar("T")
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # full, over the quota, read-only, broken
 
 
 class Extras:
@@ -19,17 +21,19 @@ class Extras:
 
     def __init__(self, listener: Listener):
         self.passed_over: dict[str, str] = {}
-        self._listener = listener
+        self.listener = listener
 
     def get(self, name: str, work: Callable[[], T]) -> T | None:
         """What `work` returns; None where it fails. A disk that cannot be written to is no matter of one extra, and
         Ctrl-C ends a run anywhere: these are raised."""
         try:
             return work()
-        except (OSError, SafetensorError, Interrupted):
+        except (SafetensorError, Interrupted):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                raise
             reason = (str(error).strip().splitlines() or [""])[0]
             self.passed_over[name] = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-            self._listener.say(f"{name}: passed over, for it failed ({self.passed_over[name]}); the adapter is whole")
+            self.listener.say(f"{name}: passed over, for it failed ({self.passed_over[name]}); the adapter is whole")
             return None

@@ -9,9 +9,12 @@ from typing import Any
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.evaluation.forgetting import forgetting
+from lorafit.evaluation.questions import Questions
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import make_folder, write_json
+from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Listener
+from lorafit.jobs.machine import left_of
 from lorafit.jobs.prepare import Opened
 from lorafit.jobs.search import some, spread_over
 from lorafit.jobs.trim import ladder_of, write_moments
@@ -21,32 +24,43 @@ from lorafit.planning.ladder import Ladder, kept_whole
 from lorafit.planning.rules import told
 from lorafit.planning.trim import untrimmable
 from lorafit.runs.folder import FORGETTING, IMPORTANCE, LADDER, MOMENTS, RUNGS, SCORES, WHOLE
+from lorafit.settings import TrainSettings
 from lorafit.training.loop import Trained
 from lorafit.training.recipe import Recipe
 
+TRIMMING = "trimming"
+
 
 def trim_trained(
-    opened: Opened, trained: Trained, recipe: Recipe, how: str, out: Path, listener: Listener
+    opened: Opened, trained: Trained, recipe: Recipe, settings: TrainSettings, out: Path, extras: Extras
 ) -> tuple[Ladder, Adapter]:  # fmt: skip
-    """The ladder, and the adapter that is shipped. The run keeps the ladder, by which `lorafit trim` takes another
-    rung, and where a smaller one is shipped the whole."""
+    """The ladder, and the adapter that is shipped: the whole, where trimming fails. The run keeps the ladder, by which
+    `lorafit trim` takes another rung, and where a smaller one is shipped the whole."""
     whole, before = trained.adapter, trained.history[0][1]
-    why = "untrimmed, as you set (--trim)" if how == "none" else untrimmable(whole)
+    why = "untrimmed, as you set (--trim)" if settings.trim == "none" else untrimmable(whole)
     if why:
         return kept_whole(trained.each, before, why), whole
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
         why = f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
         return kept_whole(trained.each, before, why), whole
-    ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, recipe, trained.each, before,
-                                       groups, listener)  # fmt: skip
-    make_folder(out / LADDER)
-    write_moments(moments, out / LADDER / MOMENTS)
-    if small is not None:
-        peft.write(whole, out / LADDER / WHOLE)
-    write_json(out / LADDER / RUNGS, asdict(ladder))
-    listener.say(f"trimming: {ladder.reason}")
-    return ladder, small or whole
+
+    def climbed() -> tuple[Ladder, Adapter]:
+        questions = Questions.among(opened.base, opened.renderer, opened.examples.valid, opened.rows["valid"],
+                                    opened.examples.train, left_of(settings.memory, opened.base))  # fmt: skip
+        ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, recipe, trained.each, before,
+                                           groups, questions, extras.listener)  # fmt: skip
+        make_folder(out / LADDER)
+        write_moments(moments, out / LADDER / MOMENTS)
+        if small is not None:
+            peft.write(whole, out / LADDER / WHOLE)
+        write_json(out / LADDER / RUNGS, asdict(ladder))
+        extras.listener.say(f"trimming: {ladder.reason}")
+        return ladder, small or whole
+
+    if found := extras.get(TRIMMING, climbed):
+        return found
+    return kept_whole(trained.each, before, f"untrimmed: trimming failed ({extras.passed_over[TRIMMING]})"), whole
 
 
 def told_ladder(decision: Decision, ladder: Ladder, adapter: Adapter) -> Decision:

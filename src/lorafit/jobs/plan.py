@@ -22,6 +22,7 @@ from lorafit.data.batches import Start, by_tokens
 from lorafit.data.render import Row
 from lorafit.evaluation.compare import asked_of
 from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.questions import Questions
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import Opened, open_all
@@ -179,12 +180,20 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     valid, test = _tokens(rows["valid"]), _tokens(rows["test"])
     mattering = parts * examples_for(parts - 1, recipe.steps, recipe.batch_size, len(rows["valid"]))
     tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
+    asked = len(asked_of(opened.examples.test, rows["test"], opened.examples.train)) / len(opened.examples.test)
+    tokens += (2 + (settings.few_shot > 0)) * asked * _answering(rows["test"])
     if settings.trim == "auto":
         tokens += RUNGS_TRIED * valid
-    asked = len(asked_of(opened.examples.test, rows["test"], opened.examples.train))
-    answers = (2 + (settings.few_shot > 0)) * asked / len(opened.examples.test)
-    answer_tokens = sum(row.n_trained for row in rows["test"])
-    return per_token * (tokens + answers * (test - answer_tokens + DECODED * answer_tokens))
+        if questions := Questions.among(opened.base, opened.renderer, opened.examples.valid, rows["valid"],
+                                        opened.examples.train):  # fmt: skip
+            tokens += RUNGS_TRIED * len(questions.examples) / len(opened.examples.valid) * _answering(rows["valid"])
+    return per_token * tokens
+
+
+def _answering(rows: Sequence[Row]) -> float:
+    """Tokens of a forward that take as long as decoding the answers of these rows."""
+    answers = sum(row.n_trained for row in rows)
+    return _tokens(rows) - answers + DECODED * answers
 
 
 def disk_of(plan: Plan, trim: bool) -> int:
@@ -193,7 +202,7 @@ def disk_of(plan: Plan, trim: bool) -> int:
     if not trim:
         return training
     moments = sum(2 * 8 * slot.rank**2 for slot in plan.slots)  # in fp64
-    return max(training, 6 * plan.bytes + moments)  # a checkpoint, the adapter as trained and as shipped, and moments
+    return max(training, 7 * plan.bytes + moments)  # a checkpoint, the adapter as trained, twice, and as shipped
 
 
 def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

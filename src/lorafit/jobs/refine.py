@@ -17,6 +17,7 @@ from lorafit.errors import DivergedError, FormatError, Interrupted, RunError, Se
 from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import make_folder, read_json, shown, whole_folder, write_json
+from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.looking_back import told_ladder, trim_trained
 from lorafit.jobs.machine import keep_freed_memory, on_threads, room_of
@@ -176,16 +177,22 @@ def _take_ladder(standing: Standing, out: Path) -> None:
 
 def refine(
     opened: Opened, standing: Standing, out: Path, settings: TrainSettings, known: tuple[float, ...], resume: bool,
-    listener: Listener, processes: Processes,
+    extras: Extras, processes: Processes,
 ) -> Standing:  # fmt: skip
-    """At most settings.rounds of them, before the test is opened; those done before a stop are taken from the files."""
+    """At most settings.rounds of them, before the test is opened; those done before a stop are taken from the files.
+    One that fails is the last, and what stood before it stands."""
     history = history_of(out)
     if last := accepted_round(out):
         standing = _stands(out / ROUNDS / str(last))
     while len(history) < settings.rounds:
-        new, done = one_round(opened, standing, history, out, settings, known, resume, listener, processes)
+        tried = partial(one_round, opened, standing, history, out, settings, known, resume, extras.listener, processes)
+        # Of several processes the others are in the midst of the same round, and cannot be told that it has ended.
+        found = tried() if processes.count > 1 else extras.get(f"round {len(history) + 1}", tried)
+        if found is None:
+            break
+        new, done = found
         if isinstance(done, str):
-            listener.say(f"no further round: {done}")
+            extras.listener.say(f"no further round: {done}")
             break
         standing = new or standing
         history = [*history, done]
@@ -239,7 +246,7 @@ def one_round(
         done = Round(number, change.kind, change.reason, change.steps, rank, mean, mean, 0.0, None, 0.0, False,
                      f"it diverged: {error}")  # fmt: skip
     else:
-        ladder, adapter = trim_trained(opened, trained, decision.recipe, settings.trim, folder, listener)
+        ladder, adapter = trim_trained(opened, trained, decision.recipe, settings, folder, Extras(listener))
         after = trained.each if adapter is trained.adapter else scored(opened, adapter, listener)
         done = judged(number, change, rank, before, after, groups)
         if done.accepted:

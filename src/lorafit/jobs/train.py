@@ -17,6 +17,7 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
+from lorafit.adapters.formats.oddities import misread_by_peft
 from lorafit.data.reading import BUILTIN
 from lorafit.errors import BaseError, DivergedError, FormatError
 from lorafit.evaluation.compare import Comparison, compare
@@ -165,13 +166,14 @@ def _run(
     processes.agreed(order.to_json)
     trained = carry_out(opened, order, out, resume, resolved.trunk_bytes, processes, listener, followed.moment)
     listener.say(f"trained: best validation at step {trained.best_step} of {decision.recipe.steps}")
-    began = time.monotonic()
-    ladder, adapter = trim_trained(opened, trained, decision.recipe, resolved.trim, out, listener)
+    _write(out, trained.adapter)
+    began, extras = time.monotonic(), Extras(listener)
+    ladder, adapter = trim_trained(opened, trained, decision.recipe, resolved, out, extras)
     standing = Standing(adapter, told_ladder(decision, ladder, adapter), ladder, out, figures_of(trained))
     seconds |= {"train": trained.seconds, "trim": time.monotonic() - began}
     if resolved.rounds:
         began = time.monotonic()
-        standing = refine(opened, standing, out, resolved, known, resume, listener, processes)
+        standing = refine(opened, standing, out, resolved, known, resume, extras, processes)
         seconds["rounds"] = time.monotonic() - began
     processes.agreed(dict)
     processes.leave()
@@ -181,7 +183,6 @@ def _run(
     adapter, decision = standing.adapter, standing.decision
     _write(out, adapter)
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit; now it is scored")
-    extras = Extras(listener)
     extras.get("which sites mattered",
                lambda: sites_that_mattered(opened, decision.recipe, standing.whole(), out, listener))  # fmt: skip
     lost = extras.get("forgetting", lambda: forgotten(opened, adapter, out, listener))
@@ -196,6 +197,8 @@ def _run(
     unchanged = base.integrity() == before
     seconds["evaluate"] = time.monotonic() - began
     summary = {**_summary(opened, standing, comparison, out, seconds, opens), **beside, "base_unchanged": unchanged}
+    # PEFT would compute something else, which says nothing against the adapter: it is not asked.
+    summary["misread_by_peft"] = misread_by_peft(base.model, [slot.site.path for slot in adapter.plan.slots])
     routing = extras.get("what a router learns from", lambda: _routing(opened, resolved.routing_questions, listener))
     _write(out, adapter, card(adapter, decision.choices, summary), _scores(summary), routing)
     write_text(out / SCORES / ANSWERS, answer_lines(opened.examples.test, comparison))
@@ -205,7 +208,7 @@ def _run(
     probes = [list(row.ids)[:PROBED] for row in rows["test"][:: max(1, len(rows["test"]) // 8)][:8]]
     room = left_of(resolved.memory, base)
     theirs = partial(compare_with_peft, out / ADAPTER, base, probes, listener.say, room)
-    summary["peft"] = extras.get("PEFT's own reading", theirs)
+    summary["peft"] = None if summary["misread_by_peft"] else extras.get("PEFT's own reading", theirs)
     if doubt(summary):
         write_text(out / ADAPTER / "README.md", card(adapter, decision.choices, summary))
     summary["seconds"]["check"] = round(time.monotonic() - checking, 2)

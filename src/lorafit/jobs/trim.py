@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
 from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.questions import Questions
 from lorafit.files import read_json, require_new_folder, whole_file
 from lorafit.jobs.listener import Listener, Silent
-from lorafit.jobs.machine import keep_freed_memory
+from lorafit.jobs.machine import keep_freed_memory, left_of
 from lorafit.jobs.prepare import opened_base, rendered
-from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, rung
+from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
 from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
 from lorafit.prepared import prepare
 from lorafit.runs.folder import LADDER, MOMENTS, ONLY_RUNS, PLAN, WHOLE, frozen_of, read_finished
@@ -43,8 +45,8 @@ LOOKED_AT = 32  # training rows, spread over all, whose moments decide which dir
 
 
 def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> dict[str, Any]:
-    """Score the ladder of the run in `folder` on its own validation examples, and write the smallest adapter that is
-    not worse to `out`; returns the ladder. Where none may be smaller, nothing is written.
+    """Score the ladder of the run in `folder` on its own validation examples, and write the smallest adapter that may
+    be shipped (`climb_down`) to `out`; returns the ladder. Where none may be smaller, nothing is written.
 
     The test is not touched. Raises RunError for a run that is not finished, or whose data have changed.
     """
@@ -58,7 +60,7 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
     keep_freed_memory()
     examples, _ = prepare(asked["data"], settings, listener)
     base = opened_base(asked["base"], settings, listener, frozen)
-    examples, _, rows = rendered(base, examples, settings, listener, frozen.now)
+    examples, renderer, rows = rendered(base, examples, settings, listener, frozen.now)
     if base.identity != asked["base_identity"] or not examples.has_digest(asked["data_digest"]):
         raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation, or "
                        "an earlier version of lorafit held others out: restore them, or give --to 25%")  # fmt: skip
@@ -66,7 +68,9 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
         nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
     groups = [example.group for example in examples.valid]
     before, recipe = float(summary["validation"][0][1]), Recipe(**read_json(folder / PLAN)["recipe"])
-    ladder, small, _ = ladder_of(base, whole, rows, way, recipe, nll, before, groups, listener)
+    questions = Questions.among(base, renderer, examples.valid, rows["valid"], examples.train,
+                                left_of(settings.memory, base))  # fmt: skip
+    ladder, small, _ = ladder_of(base, whole, rows, way, recipe, nll, before, groups, questions, listener)
     if small is not None:
         peft.write(
             small,
@@ -80,10 +84,10 @@ def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> d
 
 def ladder_of(
     base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, recipe: Recipe,
-    nll: Sequence[float], before: float, groups: Sequence[str | None], listener: Listener,
+    nll: Sequence[float], before: float, groups: Sequence[str | None], questions: Questions | None, listener: Listener,
 ) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:  # fmt: skip
     """Down the ladder until validation refuses a rung: the ladder as far as it was climbed, the smallest adapter that
-    is not worse (None where that is the whole), and the moments by which it was cut.
+    may be shipped (None where that is the whole), and the moments by which it was cut.
 
     Args:
         base: what the adapter was trained on.
@@ -94,24 +98,34 @@ def ladder_of(
         nll: of every validation example under the whole, nats per token.
         before: mean NLL of them under the base.
         groups: of the validation examples.
+        questions: those of validation that are answered under each rung whose NLL may be shipped; None for none.
         listener: hears how far it has come.
     """
     spread = rows["train"][:: max(1, len(rows["train"]) // LOOKED_AT)][:LOOKED_AT]
     moments = moments_of(base, whole, spread, way, recipe)
     small: dict[float, Adapter] = {}
     rungs: list[Rung] = []
+    margin = margin_of(fmean(nll), before)
+    right: int | None = None
     for share in RUNGS:
         if share < smallest_share(whole):
             break
         small[share], _ = trimmed(whole, share, moments)
-        watch = partial(listener.watch, f"{share:.2%}")
         with attach(base, small[share]):
-            found = example_nll(base, rows["valid"], watch, way)
-        rungs.append(rung(share, small[share].plan.parameters, found, nll, groups))
-        ladder = climb_down(nll, before, rungs, groups)
-        if ladder.chosen != share:
+            found = example_nll(base, rows["valid"], partial(listener.watch, f"{share:.2%}"), way)
+        each = rung(share, small[share].plan.parameters, found, nll, groups)
+        if questions is not None and not costs_too_much(each, margin):
+            if right is None:
+                right = questions.right(whole, partial(listener.watch, "whole: answers"))
+            if right:
+                each = replace(
+                    each, right=questions.right(small[share], partial(listener.watch, f"{share:.2%}: answers"))
+                )
+        rungs.append(each)
+        if costs_too_much(each, margin, right):
             break
-    ladder = climb_down(nll, before, rungs, groups)
+    asked = 0 if right is None or questions is None else len(questions.examples)
+    ladder = climb_down(nll, before, rungs, groups, asked, right)
     return ladder, small.get(ladder.chosen), moments
 
 

@@ -1,6 +1,7 @@
 """torch.nn.Linear: weight (d_out, d_in), y = x Wᵀ + b. A subclass of it counts where it computes that."""
 
 import inspect
+from inspect import Parameter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,14 +41,15 @@ def _computes_as(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Whether it holds a weight and a bias and nothing else, is called with `input` and nothing else, as what takes its
-    place is, and nothing reads the weight past its forward, as nn.MultiheadAttention does with its out_proj."""
+    """Whether it holds a weight and a bias and nothing else, is called with one thing and nothing else, as what takes
+    its place is, and nothing reads the weight past its forward, as nn.MultiheadAttention does with its out_proj."""
     weight = module._parameters.get("weight")
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.is_floating_point():
         return False
     more = {*module._parameters} - {"weight", "bias"} or module._buffers or module._modules
-    given = [*inspect.signature(type(module).forward).parameters]
-    return not more and given == ["self", "input"] and not isinstance(module, NonDynamicallyQuantizableLinear)
+    _, *given = inspect.signature(type(module).forward).parameters.values()
+    one = len(given) == 1 and given[0].kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return not more and one and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _equals_linear(module: nn.Linear) -> bool:

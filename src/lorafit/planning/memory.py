@@ -191,9 +191,11 @@ def peak(
 
 
 def room_to_answer(base: Base, rows: dict[str, list[Row]], shots: int) -> int:
-    """Tokens of the longest prompt of the test with its answer, where so many examples are given in it, at most."""
-    answer = answer_tokens(rows["test"])
-    prompt = max(len(row.ids) for row in rows["test"])
+    """Tokens of the longest prompt of test or validation with its answer, where so many examples are given in it, at
+    most."""
+    held_out = [*rows["test"], *rows["valid"]]
+    answer = answer_tokens(held_out)
+    prompt = max(len(row.ids) for row in held_out)
     whole = prompt + shots * max(len(row.ids) for row in rows["train"]) + answer
     return whole if base.context is None else min(whole, base.context)
 

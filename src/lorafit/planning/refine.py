@@ -13,7 +13,7 @@ from statistics import fmean
 
 from lorafit.adapters.plan import Plan
 from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
-from lorafit.planning.ladder import Ladder
+from lorafit.planning.ladder import Ladder, costs_too_much
 from lorafit.planning.rules import LARGEST_RANK, Decision, told, told_rank
 
 EARLY = 0.6  # share of the run before which the best validation means that it was too long
@@ -80,12 +80,15 @@ def next_change(evidence: Evidence, rank: int, refused: Collection[str] = ()) ->
     half = next((each for each in evidence.ladder.rungs if each.share == 0.5), None)
     if half is None:
         why.append("there is no ladder by which to judge its rank")
-    elif half.bound is not None and half.bound <= evidence.ladder.margin:
+    elif not costs_too_much(half, evidence.ladder.margin, evidence.ladder.right):
         why.append("half of the rank was no worse")
     elif rank >= LARGEST_RANK:
         why.append(f"rank {rank} is the largest that is tried")
     elif (kind := "more rank") not in refused:
-        reason = f"half of the rank costs {half.difference:+.4f} on validation: what is there is used"
+        answers = (
+            f" and answers {half.right} questions right, not {evidence.ladder.right}" if half.right is not None else ""
+        )
+        reason = f"half of the rank costs {half.difference:+.4f} on validation{answers}: what is there is used"
         return Change(kind, evidence.steps, 2, reason)
     else:
         why.append("more rank was tried")

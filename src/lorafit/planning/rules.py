@@ -102,7 +102,7 @@ def hidden_size(base: Base) -> int:
 def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: frozenset[str] | None = None) -> Decision:
     """Resolve every number of a run from base, training rows and settings.
 
-    seen: paths of the sites that take part in a forward over the rows (`fired`); the rules choose only among them.
+    seen: paths of the sites that can learn from the rows (`fired`); the rules choose only among them.
     None takes all for granted.
     """
     if not base.sites:
@@ -157,7 +157,7 @@ def _sites(
     names = ", ".join(dict.fromkeys(site.name for site in sites))
     reason = f"all linear layers of the blocks ({names}): the sound default where nothing is known of the task"
     if silent := len(all_linear(base)) - len(candidates):
-        reason += f"; {silent} more take no part in a forward over your rows"
+        reason += f"; {silent} more take no part in a forward over your rows, or get no gradient"
     if narrow := len(candidates) - len(sites):
         reason += f"; {narrow} more are narrower than the rank"
     return sites, Choice("sites", str(len(sites)), f"{reason}; {reached(base, sites)}", "--targets")

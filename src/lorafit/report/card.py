@@ -25,6 +25,9 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         if wanted
         else f"from its folder (`lorafit show {adapter.base_name}` prints it)"
     )
+    in_peft = f"In PEFT, open the base {opened}, then `PeftModel.from_pretrained(model, folder)`."
+    if misread := summary.get("misread_by_peft"):
+        in_peft = f"{misread}."
     lines = [
         "---",
         "library_name: peft",
@@ -71,7 +74,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "    print(generate(base, renderer, [prompt], max_new_tokens=100)[0].text)",
         "```",
         "",
-        f"In PEFT, open the base {opened}, then `PeftModel.from_pretrained(model, folder)`.",
+        in_peft,
         "",
         "## What was chosen, and why",
         "",
