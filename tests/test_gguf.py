@@ -237,6 +237,16 @@ def test_a_file_that_would_open_as_something_else_is_refused(
     assert not list((cache / "bases").iterdir())
 
 
+def test_words_of_a_converted_file_have_rows_as_those_of_a_folder_do(tmp_path: Path) -> None:
+    base = converted(written(tiny("llama"), "llama", tmp_path / "x.gguf"))
+    beyond = [token for i, token in base.tokenizer.added_tokens_decoder.items() if i >= 262]
+    assert beyond and all(token.special for token in beyond), "transformers adds what the file does not have"
+    base.tokenizer.add_tokens(["gangway"])
+    base.tokenizer.save_pretrained(base.folder)
+    with pytest.raises(BaseError, match=r"1 tokens beyond the 262 rows of its model's embedding \('gangway' is 263\)"):
+        converted(tmp_path / "x.gguf")
+
+
 def test_an_architecture_that_transformers_does_not_read_is_named_with_those_it_does(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "rwkv7")
     writer.write_header_to_file()

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from conftest import byte_tokenizer, capitals, tiny_llama, write_rows
 
-from lorafit import open_base, read_adapter, run_evaluation, run_training
+import lorafit
+from lorafit import pipeline
 from lorafit.adapters.formats import peft
+from lorafit.bases.base import open_base
+from lorafit.data.reading import read_examples
+from lorafit.data.render import render, renderer_for
 from lorafit.errors import BaseError
+from lorafit.jobs.chat import Chat
+from lorafit.jobs.demo import run_demo
+from lorafit.jobs.evaluate import run_evaluation
+from lorafit.jobs.plan import run_planning
+from lorafit.jobs.refine import run_refining
+from lorafit.jobs.show import shown
+from lorafit.jobs.train import run_training
+from lorafit.jobs.trim import cut, run_trimming
+from lorafit.planning import decide
+from lorafit.report.page import write_report
+from lorafit.serving import Engine
+from lorafit.settings import settings_from
+from lorafit.training.loop import train
 
 SETTINGS: dict[str, Any] = {"epochs": 1.0, "rank": 2, "search": "none", "few_shot": 0, "validations": 1, "trim": "none",
                             "routing_questions": 0, "dtype": "fp32", "general": "d/letter.txt"}  # fmt: skip
@@ -63,7 +84,7 @@ def test_the_lines_of_the_model_card_run_as_they_stand(home: Path) -> None:
 
 @pytest.mark.parametrize("named", ["runs/rel", "runs/rel/adapter"])
 def test_an_adapter_is_read_by_a_string_of_the_run_or_of_its_folder(home: Path, named: str) -> None:
-    assert read_adapter(str(home / named)) == read_adapter(home / "runs/rel/adapter")
+    assert peft.read(str(home / named)) == peft.read(home / "runs/rel/adapter")
 
 
 def test_an_adapter_is_evaluated_from_elsewhere_by_strings(home: Path, tmp_path: Path) -> None:
@@ -95,3 +116,89 @@ def test_a_folder_that_an_earlier_version_named_from_elsewhere_is_not_asked_of_t
         open_base(str(peft.read(old).base_name))
     monkeypatch.chdir(home)
     assert open_base(str(peft.read(old).base_name)).identity == peft.read(old).base
+
+
+# Every public function takes a path as a string and as a Path
+
+ALSO_CALLED = {"cut": cut, "run_trimming": run_trimming, "run_demo": run_demo, "write_report": write_report,
+               "shown": shown, "Chat": Chat, "peft.write": peft.write, "peft.glance": peft.glance}  # fmt: skip
+PATHS = {"base_name", "data", "folder", "out"}  # parameters of these names are paths
+
+
+def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The functions behind the package's names, the jobs' and those of the commands, and the methods of the classes
+    among them, without the `__init__` that a dataclass or a pydantic model is given."""
+    named = {name: getattr(lorafit, name) for name in lorafit.__all__} | vars(pipeline) | ALSO_CALLED
+    for name, value in named.items():
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value):
+            made = dataclasses.is_dataclass(value) or hasattr(value, "model_fields")
+            for method, function in inspect.getmembers(value, inspect.isfunction):
+                if not method.startswith("_") or (method == "__init__" and not made):
+                    yield f"{name}.{method}", function
+
+
+def takes_one_of_the_two(hint: Any) -> bool:
+    """Whether a type holds Path without str, or is one of them where it should be both."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    inner = (part for kind in kinds for part in get_args(kind) if part is not Ellipsis)
+    return (Path in kinds and str not in kinds) or any(takes_one_of_the_two(part) for part in inner)
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of the parameters that may be paths. The names of others are not always there to be looked up."""
+    told = {name: kind for name, kind in inspect.get_annotations(function).items()
+            if name != "return" and (name in PATHS or "Path" in str(kind))}  # fmt: skip
+    return get_type_hints(types.SimpleNamespace(__annotations__=told), function.__globals__)
+
+
+def test_every_public_function_that_takes_a_path_takes_a_string_and_a_path() -> None:
+    seen, wrong = set(), []
+    for name, function in public_functions():
+        for parameter, hint in hints_of(function).items():
+            kinds = get_args(hint) or (hint,)
+            seen |= {name} if Path in kinds else set()
+            if takes_one_of_the_two(hint) or (parameter in PATHS and str in kinds and Path not in kinds):
+                wrong.append(f"{name}({parameter}: {hint})")
+    assert not wrong
+    assert {"train", "run_training", "run_refining", "run_trimming", "open_base", "Engine.load"} <= seen
+
+
+def test_a_training_keeps_checkpoint_and_trunk_in_folders_that_strings_name(home: Path, tmp_path: Path) -> None:
+    base = open_base(str(home / "bases/tiny"), torch.float32)
+    rows = render(renderer_for(base), read_examples(str(home / "d/rows.jsonl")).train, 256)
+    plan = {"targets": ("1.mlp.down_proj",), "rank": 2, "learning_rate": 1e-3, "epochs": 2.0}
+    decision = decide(base, rows[:12], settings_from(plan))
+    for name in ("run", "trunk"):
+        (tmp_path / name).mkdir()
+    train(base, lorafit.fresh(base, decision.plan, 0), rows[:12], rows[12:], decision.recipe, trunk_bytes=1 << 24,
+          folder=str(tmp_path / "run"), trunk_in=str(tmp_path / "trunk"))  # fmt: skip
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and any((tmp_path / "trunk").rglob("*"))
+
+
+def test_a_run_is_trimmed_cut_refined_reported_and_shown_by_strings(home: Path, tmp_path: Path) -> None:
+    run, small, half, page = (str(tmp_path / name) for name in ("run", "small", "half", "report.html"))
+    copytree(home / "runs/rel", run)
+    assert run_trimming(run, small)["parameters"] == cut(run, "50%", half)["of"]
+    assert peft.read(half).plan.parameters < peft.read(run).plan.parameters
+    assert run_refining(run)["verdict"]
+    assert write_report(run, page) == Path(page) and Path(page).exists(), "one run is no list of letters"
+    assert write_report([run, str(home / "runs/rel")], page) == Path(page)
+    assert shown(run)["kind"] == "run"
+
+
+def test_an_adapter_is_served_and_asked_by_strings(home: Path) -> None:
+    base, adapter = open_base(str(home / "bases/tiny"), torch.float32), str(home / "runs/rel/adapter")
+    with Engine(base, {"desk": adapter}, slots=1, native=False) as engine:
+        assert engine.load("other", adapter).digest == engine.adapters.find("desk").digest
+    with Chat(base) as chat:
+        assert chat.add(adapter) == "rel"
+
+
+def test_base_and_data_may_be_paths(home: Path) -> None:
+    base, data, letter = home / "bases/tiny", home / "d/rows.jsonl", home / "d/letter.txt"
+    found = run_planning(base, data, {**SETTINGS, "general": letter})
+    assert (found["base"], found["settings"]["general"]) == (str(base), str(letter))
+    scored = run_evaluation(base, home / "runs/rel", home / "d/new.jsonl", {"dtype": "fp32", "general": letter})
+    assert scored["base"] == str(base) and str(letter) in scored["general"]

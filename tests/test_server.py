@@ -246,6 +246,10 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
     assert httpx.get(f"{server.url}/no/such/path").json()["error"]["code"] == 404
 
 
+def json_keys(value: dict[str, Any]) -> str:
+    return " ".join([value["type"], *value])
+
+
 SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Sure, the"}]
 
 
@@ -294,6 +298,44 @@ SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": 
         ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the base's vocabulary"),
         ({"guided_regex": "a", "suffix": "b"}, "guided_regex: "),
         ({"guided_regex": "a", "suffix": "b"}, "suffix: "),
+        ({"guided_decoding": {"choice": ["left", "right"]}}, "guided_decoding: no answer is bound so here"),
+        ({"guided_json_object": True}, "guided_json_object: no answer is bound so here"),
+        ({"format": "json"}, "format: no answer is bound so here"),
+        ({"mirostat_mode": 2}, "mirostat_mode: "),
+        ({"num_beams": 4}, "num_beams: "),
+        ({"echo": True}, "echo: prompts are not repeated"),
+        ({"enable_thinking": True}, "enable_thinking: settings of the template are read in one place"),
+        ({"enable_thinking": False}, "enable_thinking: "),
+        ({"think": False}, "think: settings of the template"),
+        ({"thinking": {"type": "disabled"}}, "thinking: settings of the template"),
+        ({"reasoning": {"effort": "low"}}, "reasoning: settings of the template"),
+        ({"include_reasoning": False}, "include_reasoning: the reasoning of an answer stands apart"),
+        ({"stop_sequences": ["\n\n"]}, "stop_sequences: it is not read by this name: give stop"),
+        ({"n_predict": 4}, "n_predict: it is not read by this name: give max_tokens"),
+        ({"max_new_tokens": 4}, "max_new_tokens: it is not read by this name: give max_tokens"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens: another number than max_tokens"),
+        ({"random_seed": 7}, "random_seed: it is not read by this name: give seed"),
+        ({"options": {"num_ctx": 4096}}, "options: what it holds is not read there"),
+        ({"extra_body": {"top_k": 5}}, "extra_body: what it holds is not read there"),
+        ({"system": "Answer in rhyme."}, "system: it is not read by this name: give a message of the role system"),
+        ({"adapter_id": "returns"}, "adapter_id: an adapter is not asked for so: give its name as model"),
+        ({"image_url": "https://pictures.test/a.png"}, "image_url: only text is read and written"),
+        ({"prompt": "Once"}, "prompt: it is not read beside messages"),
+        ({"messages": [{**SAID[0], "image_url": "https://pictures.test/a.png"}]}, "messages.0: only text is read"),
+        ({"messages": [{**SAID[0], "input_audio": {"data": "aGk="}}]}, "messages.0: only text is read"),
+        ({"messages": [SAID[0], {"role": "assistant", "refusal": "No."}, SAID[0]]}, "messages.1: refusal: "),
+        ({"response_format": {"type": "text", "schema": {"type": "object"}}}, "response_format: an answer of the type"),
+        ({"response_format": {"type": "json_object", "pattern": "a+"}}, "response_format: pattern is not read here"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "schema": {"type": "object"},
+                    "json_schema": {"name": "a", "schema": {"type": "array"}},
+                }
+            },
+            "response_format: schema is another",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -323,6 +365,13 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(
         {"top_logprobs": 0}, {"top_logprobs": None, "logprobs": None}, {"prompt_logprobs": None, "min_tokens": 0},
         {"stop_token_ids": [], "bad_words": [], "use_beam_search": False, "length_penalty": 1.0},
         {"skip_special_tokens": True, "include_stop_str_in_output": False, "modalities": ["text"]},
+        {"prompt_logprobs": False, "truncate_prompt_tokens": -1, "guided_decoding_backend": "xgrammar"},
+        {"n_predict": -1, "max_new_tokens": None, "mirostat_mode": 0, "num_beams": 1, "top_n_sigma": -1},
+        {"echo": False, "stop_sequences": [], "format": "", "options": {}, "system": "", "extra_body": {"top_k": None}},
+        {"enable_thinking": None, "think": None, "thinking": {}, "include_reasoning": True, "images": []},
+        {"reasoning": {"effort": "none"}, "reasoning_format": "auto", "spaces_between_special_tokens": True},
+        {"response_format": {"type": "text", "json_schema": None, "schema": {}, "strict": None}},
+        {"messages": [{**ASK["messages"][0], "images": [], "image_url": None, "refusal": None, "cache_control": "x"}]},
         {"user": "a", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "no_such_field": 5},
     ],
     ids=" ".join,
@@ -331,6 +380,28 @@ def test_what_asks_for_nothing_changes_nothing(server: Running, fields: dict[str
     as_long_as_it_will = {"max_tokens", "max_completion_tokens"} & {*fields}
     plain: dict[str, Any] = {"max_tokens": None} if as_long_as_it_will else {"ignore_eos": True}
     assert server.said("tiny", **{**plain, **fields}) == server.said("tiny", **plain)
+
+
+def test_the_newer_name_of_max_tokens_bounds_an_answer_of_messages_alone(server: Running) -> None:
+    asked = server.ask("tiny", max_tokens=None, max_completion_tokens=3, ignore_eos=True)
+    assert asked.json()["usage"]["completion_tokens"] == 3
+    both = server.ask("tiny", max_tokens=3, max_completion_tokens=3, ignore_eos=True)
+    assert both.json()["usage"]["completion_tokens"] == 3, "the same number by both names is one"
+    body = {"model": "tiny", "prompt": "Hello?", "max_completion_tokens": 3}
+    found = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert found.status_code == 400 and "max_completion_tokens: it is not read beside a prompt" in found.text
+
+
+@pytest.mark.parametrize("form", [
+    {"type": "json_object", "schema": ...}, {"type": "json_schema", "schema": ...},
+    {"type": "json_object", "json_schema": {"name": "side", "schema": ...}},
+    {"type": "json_schema", "schema": ..., "json_schema": {"name": "side", "schema": ...}},
+], ids=json_keys)  # fmt: skip
+def test_a_schema_is_kept_to_wherever_in_response_format_it_stands(server: Running, form: dict[str, Any]) -> None:
+    side = {"type": "object", "properties": {"side": {"enum": ["left", "right"]}}, "required": ["side"],
+            "additionalProperties": False}  # fmt: skip
+    filled = json.loads(json.dumps(form, default=lambda _: side))
+    assert json.loads(server.said("tiny", response_format=filled, max_tokens=60))["side"] in {"left", "right"}
 
 
 def test_penalties_and_biases_reach_the_sampler(server: Running) -> None:

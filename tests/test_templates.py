@@ -21,6 +21,9 @@ import torch
 import transformers.utils.chat_template_utils as theirs
 from conftest import TEMPLATE, byte_tokenizer, capitals, tiny_llama, write_rows
 from test_server import Running, served
+from tokenizers import AddedToken
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
@@ -31,14 +34,16 @@ from lorafit.data.examples import Example, Examples, Message
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.thoughts import Parts, parted, text_of
-from lorafit.errors import BaseError, DataError, FormatError, Interrupted, SettingsError
+from lorafit.errors import BaseError, DataError, FormatError, Interrupted, RequestError, SettingsError
 from lorafit.evaluation.answers import is_right
+from lorafit.evaluation.forgetting import general_rows
 from lorafit.jobs.chat import Chat
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.prepare import rendered
 from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
+from lorafit.server.tools import calling
 from lorafit.serving import Engine, Request
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.testing import random_adapter
@@ -334,6 +339,91 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path) ->
     for opened in (open_base, open_outline):
         with pytest.raises(BaseError, match=r"2 tokens beyond the 261 rows .*'<aisle>' is 261.*: copy the tokenizer"):
             opened(folder)
+
+
+def with_more(template: str = TEMPLATE, **kind: Any) -> Base:
+    """A base whose tokenizer has one special token more than its model has rows."""
+    base = base_with(template)
+    base.tokenizer.add_tokens([AddedToken("<aisle>", special=True, **kind)])
+    assert base.tokenizer.convert_tokens_to_ids("<aisle>") == 261
+    return base
+
+
+def test_a_special_token_beyond_the_embedding_is_a_control_token(tmp_path: Path) -> None:
+    folder = folder_with(TEMPLATE, tmp_path / "base")
+    with_more().tokenizer.save_pretrained(folder)
+    base = open_base(folder, torch.float32)
+    renderer = renderer_for(base)
+    (row,) = render(renderer, [PLAIN], 100)
+    assert row.ids == Renderer(byte_tokenizer()).rows(PLAIN, 0)[0].ids
+    named = Example((Message("user", "Seat by the <aisle>?"), PLAIN.messages[1]), "talk.jsonl:3")
+    with pytest.raises(DataError, match=r"talk\.jsonl:3: .*control token '<aisle>'.*the model has no row for it"):
+        render(renderer, [named], 100)
+    ids = renderer.prompt_ids(named.messages[:1])
+    assert max(ids) < 261 and "<aisle>" in base.tokenizer.decode(ids), "asked, it is read as the text that it is"
+    assert "<aisle>" in open_outline(folder).tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("template", [
+    TEMPLATE.replace("'<|' + m['role'] + '|>'", "'<aisle>' + m['role'] + ': '"),
+    TEMPLATE.replace("'<|end|>'", "'<aisle>'"), TEMPLATE.replace("'<|assistant|>'", "'<aisle>'"),
+])  # fmt: skip
+def test_a_template_that_writes_a_token_beyond_the_embedding_is_refused(template: str) -> None:
+    with pytest.raises(
+        BaseError, match=r"'<aisle>' is written, .*no row \(token 261, where it has 261\): copy the tok"
+    ):
+        renderer_for(with_more(template))
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_beyond_the_embedding_is_refused() -> None:
+    base = with_more()
+    base.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<aisle> $A", special_tokens=[("<aisle>", 261)]
+    )
+    with pytest.raises(BaseError, match="'<aisle>' is written"):
+        renderer_for(base)
+
+
+def test_an_eos_beyond_the_embedding_ends_no_turn() -> None:
+    base = with_more()
+    base.tokenizer.eos_token = "<aisle>"
+    assert renderer_for(base).stop_ids == (256,), "that of the template alone"
+
+
+def test_what_a_tokenizer_turns_into_a_token_beyond_the_embedding_is_a_problem_of_its_row() -> None:
+    """It is not spelt so in the message."""
+    base = with_more(normalized=True)
+    base.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    renderer = renderer_for(base)
+    loud = Example((Message("user", "Seat by the <AISLE>?"), PLAIN.messages[1]), "talk.jsonl:4")
+    with pytest.raises(DataError, match=r"talk\.jsonl:4: '<aisle>' is written, .*\(--skip-bad\)") as caught:
+        render(renderer, [PLAIN, loud, Example((Message("text", "The <AISLE>."),), "talk.txt:1")], 100)
+    assert [problem.where for problem in caught.value.problems] == ["talk.jsonl:4", "talk.txt:1"]
+    with pytest.raises(BaseError, match="'<aisle>' is written"):
+        renderer.prompt_ids(loud.messages[:1])
+
+
+def test_general_text_with_a_token_beyond_the_embedding_is_refused() -> None:
+    base = with_more()
+    with pytest.raises(SettingsError, match="--general: holds '<aisle>', for which the model of this base has no row"):
+        general_rows(base.tokenizer, ["A seat by the <aisle> is free."], base.context, base.vocabulary)
+
+
+def test_a_base_with_a_token_beyond_its_embedding_answers_by_a_schema_and_with_tools() -> None:
+    base, asked = with_more(), [Message("user", "Hello?")]
+    schema = {"enum": ["left", "right"]}
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    with Engine(base, slots=1, native=False) as engine:
+        called = calling([tool], "required", None, engine.renderer())
+        prompts = engine.prompt(asked), tuple(engine.renderer().prompt_ids(asked, called.tools))
+        kept = engine.submit(Request(prompts[0], max_tokens=30, schema=schema)).result()
+        assert json.loads(kept.text) in schema["enum"]
+        drawn = Request(
+            prompts[1], max_tokens=60, temperature=5, seed=1, grammar=called.grammar, special=called.special
+        )
+        assert max(token.id for token in engine.submit(drawn).result().tokens) < 261
+        with pytest.raises(RequestError, match="a token that is not in the base's vocabulary of 261: take it out"):
+            engine.submit(Request((*prompts[0], 261)))
 
 
 # Thinking

@@ -158,6 +158,11 @@ class TrainSettings(BaseModel):
             raise ValueError("names nothing: name at least one, such as q_proj, or leave it out")
         return names
 
+    @field_validator("general", mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, Path) else given
+
     @field_validator("memory", mode="before")
     @classmethod
     def _measured(cls, given: Any) -> Any:

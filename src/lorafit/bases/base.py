@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit.bases import gguf, locate
+from lorafit.bases import locate
 from lorafit.bases.folder import classes, weight_files
 from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
@@ -81,6 +81,11 @@ class Base:
             return None
         said = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(said) if isinstance(said, int) and said > 0 else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The token ids that the model has a row for in its embedding: those below it. None where that is not known."""
+        return _rows_of(self.model)
 
     def reach(self, sites: Iterable[Site]) -> Reach:
         """How much of the model these sites hold, and what holds matrices that no adapter can act on."""
@@ -256,18 +261,25 @@ def _device_map() -> dict[str, str] | None:
     return {"": "cuda"}
 
 
-def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise BaseError where the tokenizer has ids for which the model has no row in its embedding. A tokenizer that was
-    read from a GGUF file is not asked: transformers adds to some a special token that the file does not have, which no
-    rendering writes."""
-    if (folder / gguf.OURS).exists():
-        return
+def _rows_of(model: nn.Module) -> int | None:
+    """Rows of the embedding; None where transformers finds none, or one of another kind."""
+    if not isinstance(model, PreTrainedModel):
+        return None
     try:
         embedding = model.get_input_embeddings()
-    except NotImplementedError:  # transformers does not find it in a class that names none
-        return
-    rows = len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows)
+    except NotImplementedError:  # of a class that names none
+        return None
+    return len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
+
+
+def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise BaseError where a token that any text may hold has no row in the model's embedding. Special tokens may be
+    beyond it, as many tokenizers have them that their model never learnt: they stand in no text, and a renderer refuses
+    those that its template writes."""
+    rows, added = _rows_of(model), tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special}
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items()
+                    if rows is not None and i >= rows and i not in special)  # fmt: skip
     if beyond:
         some = ", ".join(f"{token!r} is {i}" for i, token in beyond[:3]) + (" ..." if len(beyond) > 3 else "")
         raise BaseError(

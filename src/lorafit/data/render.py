@@ -95,20 +95,23 @@ class Renderer:
 
     def __init__(
         self, tokenizer: Any, system: str | None = None, stop_ids: Sequence[int] = (), context: int | None = None,
-        *, now: str | None = None, settings: Sequence[tuple[str, Scalar]] = (), reasoning: bool = False,
+        *, vocabulary: int | None = None, now: str | None = None, settings: Sequence[tuple[str, Scalar]] = (),
+        reasoning: bool = False,
     ):  # fmt: skip
         """
         Args:
             system: put before conversations that bring no system prompt; "" is none.
             stop_ids: tokens that end a turn beside the tokenizer's own and the template's.
             context: the most tokens the model reads.
+            vocabulary: the token ids that the model has a row for are below it; None: all.
             now: the time that the template is told, in ISO 8601; None: that of the moment.
             settings: of the template, by name.
             reasoning: whether answers may begin with their reasoning. False: prompts end in what the template itself
                 writes before an answer without one.
 
         Raises:
-            BaseError: no tokenizer, several templates, or no token that ends a turn.
+            BaseError: no tokenizer, several templates, no token that ends a turn, or a template that writes tokens
+                which the model has no row for.
         """
         if tokenizer is None:
             raise BaseError("this base has no tokenizer: open it from a model folder to train on text")
@@ -123,15 +126,21 @@ class Renderer:
         self._clock = {} if self.now is None else {"lorafit_now": _parts_of(datetime.fromisoformat(self.now))}
         self.settings = tuple(sorted(settings, key=lambda one: one[0]))
         self.reasoning = reasoning
+        self._vocabulary = vocabulary
+        added = tokenizer.added_tokens_decoder.items()
+        self.rowless = frozenset(str(token) for i, token in added if self._beyond([i]))
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos, *stop_ids]))
+        stops = dict.fromkeys([*eos, *stop_ids])
+        self.stop_ids: tuple[int, ...] = tuple(i for i in stops if not self._beyond([i]))
+        if self.rowless:
+            self._require_template()
         if not self.stop_ids:
             raise BaseError(
-                "this base names no end-of-turn token, without which an adapter never learns to stop: name one as "
-                "eos_token in its tokenizer_config.json"
+                "this base names no end-of-turn token that its model can write, without which an adapter never learns "
+                "to stop: name one as eos_token in its tokenizer_config.json"
             )
         self._tail = self._after_answers()
-        self._special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._special = frozenset(i for i, token in added if token.special)
         ends = self._special.union(self.stop_ids)
         self._end = next((token for token in self._ids(self._tail) if token in ends), None)
         if self._end is not None:
@@ -153,8 +162,7 @@ class Renderer:
                 fix = f"did you mean {near[0]}?" if near else "leave it out"
                 raise SettingsError(f"--template {name}: the chat template of this base reads no such setting: {fix}")
             for control in (token for token in self._control if token in value) if isinstance(value, str) else ():
-                fix = "remove it: the model would read it as the end or start of a turn"
-                raise SettingsError(f"--template {name}: holds the control token {control!r}: {fix}")
+                raise SettingsError(f"--template {name}: holds the control token {control!r}: {self.removal(control)}")
 
     @property
     def rendering(self) -> Rendering:
@@ -376,10 +384,15 @@ class Renderer:
         texts = _texts(example.messages, example.tools)
         return [token for token in self._control if any(token in text for text in texts)]
 
+    def removal(self, control: str) -> str:
+        """What to do about a control token in a message, and why."""
+        why = "has no row for it" if control in self.rowless else "would read it as the end or start of a turn"
+        return f"remove it: the model {why}"
+
     @cached_property
     def _control(self) -> list[str]:
-        """The tokenizer's named special tokens, and those of the others that the template writes around messages,
-        calls, what tools answer, and reasoning."""
+        """The tokenizer's named special tokens, those of the others that the template writes around messages, calls,
+        what tools answer, and reasoning, and those that the model has no row for."""
         talk = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
         try:
             written = self.text(talk, prompt=False)
@@ -395,7 +408,30 @@ class Renderer:
         marks = self.marks | self._thought.special
         special = [(i, str(token)) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         named: list[str] = self.tokenizer.all_special_tokens
-        return list(dict.fromkeys([*named, *(token for i, token in special if i in marks or token in written)]))
+        others_written = (token for i, token in special if i in marks or token in written)
+        return list(dict.fromkeys([*named, *others_written, *sorted(self.rowless)]))
+
+    def _beyond(self, ids: Sequence[int]) -> list[int]:
+        """Those of some token ids that the model has no row for."""
+        return [] if self._vocabulary is None else [i for i in ids if i >= self._vocabulary]
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same token ids. Raises BaseError for the first that the model has no row for."""
+        if beyond := self._beyond(ids):
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise BaseError(
+                f"{token!r} is written, for which the model of this base has no row (token {beyond[0]}, where it has "
+                f"{self._vocabulary}): copy the tokenizer that the model came with, or resize the model "
+                "(resize_token_embeddings) and save it"
+            )
+        return ids
+
+    def _require_template(self) -> None:
+        """Raise BaseError where every conversation would hold a token that the model has no row for."""
+        written = ""
+        with suppress(BaseError):  # a template that refuses this: rendering tells why
+            written = self._text((*ASKED, Message("assistant", SAID)), False, None) + self._text(ASKED, True, None)
+        self._known(self._ids(written, whole=True))
 
     def _ids(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a piece of text; of a `whole` one, with what the tokenizer puts around it."""
@@ -407,7 +443,7 @@ class Renderer:
         in a tool, is read as the text that it is, piece by piece: no message ends its turn, or begins another's."""
         texts = _texts(messages, tools)
         if not any(token in text for token in self._control for text in texts):
-            return self._ids(self.start(messages, self.reasoning, tools))
+            return self._known(self._ids(self.start(messages, self.reasoning, tools)))
         begins = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in self._control))
 
         def cut(text: str) -> str:
@@ -419,7 +455,7 @@ class Renderer:
             for one in messages
         ]  # fmt: skip
         text = self.start(safe, self.reasoning, [cut(tool) for tool in tools])
-        return [token for piece in text.split(CUT) for token in self._ids(piece)]
+        return self._known([token for piece in text.split(CUT) for token in self._ids(piece)])
 
     def _answer_ids(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
         """Ids of the answer as they follow the prompt's, whose own ids must not change under it. The last is the
@@ -439,7 +475,7 @@ class Renderer:
 
         Plain text is no conversation: no template, every token trained, the end of the text included."""
         if example.is_text:
-            ids = [*self._ids(example.answer, whole=True), self.stop_ids[0]]
+            ids = self._known([*self._ids(example.answer, whole=True), self.stop_ids[0]])
             return [Row(tuple(ids), (False, *[True] * (len(ids) - 1)), index)]
         turns = [i for i, message in enumerate(example.messages) if message.role == "assistant" and message.learnt]
         built = [self._turn(example.messages, i, example.tools, index) for i in turns]
@@ -498,6 +534,7 @@ class Renderer:
                 )
         prompt_ids = self._ids(prompt)
         answer_ids = self._answer_ids(prompt, prompt_ids, answer)
+        self._known([*prompt_ids, *answer_ids])
         self._require_read(message, answer_ids)
         lead = answer[: self._begins(answer, message)] if thinks else ""
         thought = len(self._ids(lead)) if lead.strip() else 0
@@ -617,7 +654,8 @@ def renderer_for(
         now, settings, reasoning = like.now, like.settings, like.reasoning
     said = base.model.generation_config.eos_token_id if isinstance(base.model, GenerationMixin) else None
     stops = [] if said is None else [said] if isinstance(said, int) else list(said)
-    made = Renderer(base.tokenizer, system, stops, base.context, now=now, settings=settings, reasoning=reasoning)
+    made = Renderer(base.tokenizer, system, stops, base.context, vocabulary=base.vocabulary, now=now,
+                    settings=settings, reasoning=reasoning)  # fmt: skip
     if like is not None:
         made.require(like)
     made.require_settings()
@@ -641,8 +679,8 @@ def render(renderer: Renderer, examples: Sequence[Example], max_length: int) -> 
         try:
             controls = renderer.controls(example)
             for control in controls:
-                fix = "remove it: the model would read it as the end or start of a turn"
-                problems.append(Problem(example.where, f"holds the control token {control!r} in a message", fix))
+                what = f"holds the control token {control!r} in a message"
+                problems.append(Problem(example.where, what, renderer.removal(control)))
             if controls:
                 continue
             built = renderer.rows(example, index)

@@ -36,8 +36,14 @@ def general_text(named: str | None = None) -> tuple[str, list[str]]:
     return source, paragraphs
 
 
-def general_rows(tokenizer: Any, paragraphs: Sequence[str], context: int | None) -> list[Row]:
-    """A row for every paragraph, several for a long one, MOST in all, spread; all tokens but the first count."""
+def general_rows(
+    tokenizer: Any, paragraphs: Sequence[str], context: int | None, vocabulary: int | None = None
+) -> list[Row]:
+    """A row for every paragraph, several for a long one, MOST in all, spread; all tokens but the first count.
+
+    context: the most tokens the model reads. vocabulary: the token ids that it has a row for are below it; None: all.
+    Raises SettingsError for a text with another.
+    """
     width = min(LONGEST, context or LONGEST)
     pieces = [
         ids[start : start + width]
@@ -45,6 +51,10 @@ def general_rows(tokenizer: Any, paragraphs: Sequence[str], context: int | None)
         for ids in [tokenizer(paragraph, add_special_tokens=True)["input_ids"]]
         for start in range(0, len(ids), width)
     ]
+    beyond = [i for ids in pieces for i in ids if vocabulary is not None and i >= vocabulary]
+    if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise SettingsError(f"--general: holds {token!r}, for which the model of this base has no row: take it out")
     whole = [ids for ids in pieces if len(ids) > 1]
     spread = whole[:: -(-len(whole) // MOST)] if whole else []
     return [Row(tuple(ids), (False, *[True] * (len(ids) - 1)), i) for i, ids in enumerate(spread)]

@@ -57,7 +57,7 @@ class Chat:
     _engine: Engine | None = None
     _tried: bool = False
 
-    def add(self, folder: Path) -> str:
+    def add(self, folder: str | Path) -> str:
         """Read an adapter, or a run's, and let it speak; returns the name it got. Raises what reading and attaching
         raise: an adapter that does not fit is never half there."""
         folder = peft.adapter_folder(folder)

@@ -20,11 +20,12 @@ BASE = "smollm2-135m"
 SETTINGS = {"system": "Help desk", "search": "none", "rank": 8}
 
 
-def run_demo(out: Path, listener: Listener) -> dict[str, Any]:
+def run_demo(out: str | Path, listener: Listener) -> dict[str, Any]:
     """Run it into `out`, replacing an earlier demo there; an interrupted one is gone on with."""
     from lorafit.jobs.train import run_training
     from lorafit.training.loop import RESUME_HINT
 
+    out = Path(out)
     listener.say(
         "Tarnwick Supply, a company invented for this demo, has a help desk for IT support, returns and product "
         "advice. The base has never heard of it; the adapter learns its handbook."

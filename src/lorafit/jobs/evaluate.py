@@ -29,7 +29,7 @@ from lorafit.tasks.probe import way_of
 
 
 def run_evaluation(
-    base_name: str | None,
+    base_name: str | Path | None,
     adapter_folder: str | Path,
     data: str | Path,
     settings: Mapping[str, Any] = MappingProxyType({}),
@@ -80,7 +80,7 @@ def run_evaluation(
         listener.say(f"--few-shot takes its examples from what {adapter_folder.parent} was trained on")
     runs = [adapter_folder.parent, *([peft.adapter_folder(against).parent] if against else [])]
     seen = [_remarked(run, chosen.split, listener) for run in runs]
-    name = base_name or adapter.base_name
+    name = str(base_name) if base_name else adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
     base = opened_base(name, resolved, listener)
@@ -103,7 +103,8 @@ def run_evaluation(
         write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
     texts = dict(general_text(named) for named in dict.fromkeys((None, resolved.general)))
-    general = {source: general_rows(base.tokenizer, text, base.context) for source, text in texts.items()}
+    general = {source: general_rows(base.tokenizer, text, base.context, base.vocabulary)
+               for source, text in texts.items()}  # fmt: skip
     lost = forgetting(base, adapter, general, way, lambda done, of: listener.watch("forgetting", done, of, "texts"),
                       against=other, accept_unknown_base=accept_unknown_base)  # fmt: skip
     done = time.monotonic()

@@ -59,7 +59,7 @@ class Forecast:
 
 
 def run_planning(
-    base_name: str, data: str, settings: Mapping[str, Any], listener: Listener | None = None,
+    base_name: str | Path, data: str | Path, settings: Mapping[str, Any], listener: Listener | None = None,
     prepared: Prepared | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Check, decide, try a few steps; returns the plan, its reasons and its cost. Nothing is written. prepared: the

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -57,8 +58,8 @@ class Opened:
 
 
 def open_all(
-    base_name: str, data: str, settings: TrainSettings, listener: Listener, began: Environment | None = None,
-    processes: int = 1, prepared: Prepared | None = None,
+    base_name: str | Path, data: str | Path, settings: TrainSettings, listener: Listener,
+    began: Environment | None = None, processes: int = 1, prepared: Prepared | None = None,
 ) -> Opened:  # fmt: skip
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
 
@@ -67,6 +68,7 @@ def open_all(
     `prepare` made of the data, which are read here where it is not given.
     """
     start = time.monotonic()
+    base_name, data = str(base_name), str(data)
     texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
     require_base(base_name)
     examples, report = prepared or prepare(data, settings, listener)
@@ -99,7 +101,8 @@ def open_all(
         recipe.recompute,
         renderer.now,
     )
-    general = {name: general_rows(base.tokenizer, text, base.context) for name, text in texts.items()}
+    general = {name: general_rows(base.tokenizer, text, base.context, base.vocabulary)
+               for name, text in texts.items()}  # fmt: skip
     return Opened(
         base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
     )

@@ -107,14 +107,14 @@ def _read_plan(folder: Path) -> Decision:
     return Decision(Plan.from_json(told, str(folder / PLAN)), Recipe(**told["recipe"]), choices)
 
 
-def run_refining(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
+def run_refining(folder: str | Path, listener: Listener | None = None) -> dict[str, Any]:
     """One round for the finished run in `folder`, on its validation alone; returns what came of it. A better adapter
     takes the place of the run's, the first is kept below rounds/0. The test is not opened. A round that was stopped
     goes on.
 
     Raises RunError for a run that is not finished, or whose base or data have changed.
     """
-    listener = listener or Silent()
+    folder, listener = Path(folder), listener or Silent()
     require_run(folder)
     keep_freed_memory()
     with sole_writer(folder), room_to_write(folder):

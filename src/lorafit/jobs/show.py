@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from lorafit.adapters.plan import Plan
 
 
-def shown(path: Path) -> dict[str, Any]:
+def shown(path: str | Path) -> dict[str, Any]:
     """Facts about a run, adapter, plan or base, by name; `kind` says which it is. Raises FormatError for others."""
+    path = Path(path)
     put_back(path)
     if (path / RUN).exists():
         return _run(path)

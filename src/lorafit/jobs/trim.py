@@ -44,13 +44,13 @@ from lorafit.training.recipe import Recipe
 LOOKED_AT = 32  # training rows, spread over all, whose moments decide which directions go
 
 
-def run_trimming(folder: Path, out: Path, listener: Listener | None = None) -> dict[str, Any]:
+def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None = None) -> dict[str, Any]:
     """Score the ladder of the run in `folder` on its own validation examples, and write the smallest adapter that may
     be shipped (`climb_down`) to `out`; returns the ladder. Where none may be smaller, nothing is written.
 
     The test is not touched. Raises RunError for a run that is not finished, or whose data have changed.
     """
-    listener = listener or Silent()
+    folder, out, listener = Path(folder), Path(out), listener or Silent()
     began = time.monotonic()
     require_new_folder(out, "--out")
     asked, summary = read_finished(folder, ONLY_RUNS)
@@ -129,10 +129,11 @@ def ladder_of(
     return ladder, small.get(ladder.chosen), moments
 
 
-def cut(folder: Path, to: str, out: Path) -> dict[str, Any]:
+def cut(folder: str | Path, to: str, out: str | Path) -> dict[str, Any]:
     """Write so much of the adapter of a run, or in an adapter folder, to `out`; no model is opened. Of a run with a
     ladder it is the rung that was scored there, cut from the whole by the moments it keeps; of anything else every
     direction counts alike. Returns what came of it."""
+    folder, out = Path(folder), Path(out)
     require_new_folder(out, "--out")
     share = share_of(to)
     whole, moments = peft.read(_whole(folder)), folder / LADDER / MOMENTS

@@ -33,14 +33,16 @@ class Pair:
     ci95: tuple[float, float] | None
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
-    """Write the report about the runs in `folders` to `out`, pictures beside it; returns `out`.
+def write_report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+    """Write the report about a run, or several, to `out`, pictures beside it; returns `out`.
 
     Raises FormatError for a folder without a run, RunError as `require_place` does.
     """
-    resolved = [folder.resolve() for folder in folders]
-    require_place(folders, out)
-    stories = [replace(read_story(folder), name=name) for folder, name in zip(folders, _names(resolved), strict=True)]
+    out = Path(out)
+    runs = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    require_place(runs, out)
+    resolved = [run.resolve() for run in runs]
+    stories = [replace(read_story(run), name=name) for run, name in zip(runs, _names(resolved), strict=True)]
     drawn = {
         "curves": charts.curves(stories),
         "search": charts.search(stories[0]) if len(stories) == 1 else None,

@@ -79,7 +79,8 @@ def calling(
     form, added = renderer.call_form, renderer.tokenizer.added_tokens_decoder
     must, several = choice == "required" or named is not None, parallel is not False and not named
     known = {str(token): id_ for id_, token in added.items()
-             if id_ not in renderer.stop_ids and (token.special or re.fullmatch("<.*>", str(token)))}  # fmt: skip
+             if id_ not in renderer.stop_ids and str(token) not in renderer.rowless
+             and (token.special or re.fullmatch("<.*>", str(token)))}  # fmt: skip
     barred = renderer.thought.opening if renderer.thought else ""
     grammar = grammar_of(form, schemas, known, must, several, barred)
     _require_kept(grammar)

@@ -29,8 +29,8 @@ from pydantic_core import PydanticCustomError
 from lorafit.data.examples import Call, Message
 from lorafit.data.messages import ROLES, THINKS, joined, thought_of
 from lorafit.data.tools import CALLS, NAME, claim, read_calls
-from lorafit.errors import RequestError
 from lorafit.server import unsupported
+from lorafit.server.unsupported import EMPTY, MEDIA, NONE
 from lorafit.serving import Token
 from lorafit.serving.request import (
     HOTTEST,
@@ -44,11 +44,11 @@ from lorafit.serving.request import (
 )
 
 MOST_ANSWERS, MOST_TOOLS = 16, 128  # tools: as at OpenAI
-NONE = -1  # what other servers' programs send for no number at all
 HALF = "half of a surrogate pair is no character: send whole characters, as UTF-8"
 TEXT = 'only text is read here: give a text, or parts of {"type": "text", "text": ...}'
 CALLER = "only the assistant calls tools: leave the call out, or say assistant"
 SILENT = "nothing is said in it: give a text"
+REFUSED = "refusal: what was said in it is not read there: give it as content"
 OPEN = "an answer is not gone on with here: end with what the user says"
 
 
@@ -74,12 +74,6 @@ def _wrong(words: str) -> PydanticCustomError:
 def _count(value: int) -> int:
     if value < 1 and value != NONE:
         raise ValueError(f"{value} tokens are no answer: ask for at least 1, or leave it out")
-    return value
-
-
-def _no_echo(value: bool) -> bool:
-    if value:
-        raise ValueError("prompts are not repeated here: leave it out")
     return value
 
 
@@ -190,8 +184,10 @@ class Turn(Body):
         if isinstance(value, dict):
             if value.get("role") != "assistant" and any(value.get(field) for field in CALLS):
                 raise _wrong(CALLER)
-            if value.get("images") or value.get("audio"):
+            if any(held and MEDIA.fullmatch(name) for name, held in value.items()):
                 raise _wrong(TEXT)
+            if value.get("refusal") and not value.get("content"):
+                raise _wrong(REFUSED)
             if value.get("prefix") or value.get("partial"):
                 raise _wrong(OPEN)
         return value
@@ -243,17 +239,43 @@ class Schema(Body):
 
 
 class Format(Body):
-    """What an answer must be: any text, any JSON object, or JSON that keeps to a schema."""
+    """What an answer must be: any text, any JSON object, or JSON that keeps to a schema, which is given by itself or
+    under a name."""
 
+    model_config = ConfigDict(protected_namespaces=())
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
+    schema_: Annotated[dict[str, Any], AfterValidator(_characters)] | None = Field(None, alias="schema")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        known = {"type", "json_schema", "schema"}
+        for name in value if isinstance(value, dict) else ():
+            if name not in known and value[name] not in EMPTY:
+                raise _wrong(f"{name[:80]} is not read here: give type, and json_schema or schema")
+        return value
+
+    @model_validator(mode="after")
+    def _one(self) -> Format:
+        given = self._schemas()
+        if self.type == "json_schema" and not given:
+            raise _wrong('json_schema is missing: give {"name": ..., "schema": {...}}')
+        if self.type == "text" and any(given):
+            raise _wrong("an answer of the type text keeps to no schema: say json_schema, or leave the schema out")
+        if len(given) > 1 and given[0] != given[1]:
+            raise _wrong("schema is another than that of json_schema: give one")
+        return self
+
+    def _schemas(self) -> list[dict[str, Any]]:
+        named = self.json_schema.schema_ if self.json_schema else None
+        return [one for one in (named, self.schema_) if one is not None]
 
     def schema_of(self) -> dict[str, Any] | None:
-        if self.type == "json_schema":
-            if self.json_schema is None:
-                raise RequestError('response_format: json_schema is missing: give {"name": ..., "schema": {...}}')
-            return self.json_schema.schema_
-        return {"type": "object"} if self.type == "json_object" else None
+        if self.type == "text":
+            return None
+        given = self._schemas()
+        return given[0] if self.type == "json_schema" or any(given) else {"type": "object"}
 
 
 class StreamOptions(Body):
@@ -343,7 +365,6 @@ class CompletionRequest(Common):
     )
     logprobs: Likely | None = None
     add_special_tokens: bool | None = None
-    echo: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_no_echo)] | None = None
 
     def settings(self, longest: int) -> dict[str, Any]:
         return {**super().settings(longest), "logprobs": self.logprobs}

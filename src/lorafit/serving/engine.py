@@ -83,7 +83,7 @@ class Engine:
     """
 
     def __init__(
-        self, base: Base, adapters: Mapping[str, Adapter | Path] | None = None, *, slots: int = 16,
+        self, base: Base, adapters: Mapping[str, Adapter | str | Path] | None = None, *, slots: int = 16,
         room: int | None = None, queue: int = 1024, stall: float = 0.25, hot_bytes: int = 4 << 30,
         warm_bytes: int | None = None, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
         timed: bool = True, renderer: Renderer | None = None,
@@ -202,14 +202,14 @@ class Engine:
         trained = json.dumps(rendering.to_json() if rendering else None)
         return self._renderers(trained, system, json.dumps(dict(settings)))
 
-    def load(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
+    def load(self, name: str, source: Adapter | str | Path, pin: bool = False) -> Version:
         """Check an adapter, see that it changes something, and let its name mean it. What is being answered goes on,
         and ends on the version it began with. Raises AdapterError or FormatError; then all is as before."""
         version = self.tried(name, source, pin)
         self.adapters.publish(version)
         return version
 
-    def tried(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
+    def tried(self, name: str, source: Adapter | str | Path, pin: bool = False) -> Version:
         """As load, but nobody finds the version before `adapters.publish` is called with it."""
         version = self.adapters.add(name, source, pin)
         assert version.loaded is not None

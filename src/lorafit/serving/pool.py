@@ -73,7 +73,7 @@ class Pool:
         self._lock = threading.RLock()
         self._clock = 0
 
-    def add(self, name: str, source: Adapter | Path, pin: bool = False) -> Version:
+    def add(self, name: str, source: Adapter | str | Path, pin: bool = False) -> Version:
         """A new version under this name, checked and hot, not to be found until it is published. Raises AdapterError or
         FormatError where it is not this base's, or is not whole."""
         if not NAME.fullmatch(name):

@@ -77,7 +77,7 @@ class Request:
             return wrong
         checks = {
             "prompt: it is empty: give at least one token": not self.prompt,
-            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: render it by its tokenizer":
+            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: take it out":
                 any(not 0 <= token < vocabulary for token in self.prompt),
             f"max_tokens: {self.max_tokens} cannot be: ask for at least 1": self.max_tokens < 1,
             f"temperature: {self.temperature} cannot be: choose 0 to {HOTTEST}":

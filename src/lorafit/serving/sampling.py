@@ -133,4 +133,5 @@ def grammar_tokenizer(tokenizer: Any, vocabulary: int, stops: Sequence[int]) -> 
         from llguidance.hf import from_tokenizer
     except ImportError as error:
         raise RequestError("schema: answers by a schema need llguidance: pip install llguidance") from error
-    return from_tokenizer(tokenizer, vocabulary, list(stops))
+    every = max(tokenizer.get_vocab().values(), default=0) + 1  # it takes no fewer; `masked` leaves out what is beyond
+    return from_tokenizer(tokenizer, max(vocabulary, every), list(stops))

@@ -81,10 +81,10 @@ def train(
     valid_rows: Sequence[Row],
     recipe: Recipe,
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = False,
     trunk_bytes: int = 0,
-    trunk_in: Path | None = None,
+    trunk_in: str | Path | None = None,
     way: Way | None = None,
     known: Sequence[float] | None = None,
     tell: Callable[[Moment], None] = lambda moment: None,
@@ -104,6 +104,7 @@ def train(
     processes: called alike in each of them, all return the same; the first alone writes into the folder. Where one has
     ended, the first saves what all had after the last whole step, and the others raise Interrupted as it does.
     """
+    folder, trunk_in = (None if path is None else Path(path) for path in (folder, trunk_in))
     if folder and processes.first:
         clear_left_by_kills(folder)
     processes.require_work(recipe.batch_size)
