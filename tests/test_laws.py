@@ -54,7 +54,7 @@ def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
     """Mixed ranks and scales, so that no law holds by uniformity."""
     model = MODELS[name]().to(dtype)
     base = Base.of(model, name)
-    sites = base.sites if name == "embedding" and VARIANTS[variant].any_kind else all_linear(base)
+    sites = base.every_site if name == "embedding" and VARIANTS[variant].any_kind else all_linear(base)
     slots = [LowRank(site, 1 + i % 4, 4.0 + i % 3, variant) for i, site in enumerate(sites)]
     forward: Callable[[], torch.Tensor]
     if name == "embedding":

@@ -89,13 +89,13 @@ def _adapted(place: Place, shared: Shared, attachment: Attachment) -> Callable[.
 @contextmanager
 def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Iterator[None]:
     """Have `change(number, x, original)` give what every site gives for x (..., d_in), for the length of the block.
-    number: of the site in `base.products`; original: what the site itself computes.
+    number: of the site in `base.sites`; original: what the site itself computes.
 
     This is how rows of many adapters run together: what a row's adapter adds is the business of `change`, and the
     model's structure stays as it is. Raises AttachError where another attachment is there.
     """
     require_bare(base)
-    modules = [base.model.get_submodule(site.path) for site in base.products]
+    modules = [base.model.get_submodule(site.path) for site in base.sites]
     try:
         for number, module in enumerate(modules):
             module.forward = _changed(number, module.forward, change)

@@ -35,7 +35,7 @@ def require_fits(base: Base, adapter: Adapter, *, accept_unknown_base: bool = Fa
 
 def landed(base: Base, adapter: Adapter) -> Adapter:
     """The adapter under the base's paths, checked: `landing.landed`."""
-    return landing.landed(adapter, base.model, base.sites, base.name)
+    return landing.landed(adapter, base.model, base.every_site, base.name)
 
 
 def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
@@ -61,7 +61,7 @@ def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
 
 def require_bare(base: Base) -> None:
     """Raise AttachError where anything is attached to a site of the base."""
-    for site in base.sites:
+    for site in base.every_site:
         require_bare_module(base.model.get_submodule(site.path), site.path)
 
 

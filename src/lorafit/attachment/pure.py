@@ -26,11 +26,11 @@ def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None)
 
 
 def served(base: Base, adapter: Adapter) -> dict[int, Served]:
-    """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.products`. Raises
+    """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.sites`. Raises
     AdapterError where it acts beside a layer that computes no product."""
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)
-    numbers = {site.path: number for number, site in enumerate(base.products)}
+    numbers = {site.path: number for number, site in enumerate(base.sites)}
     if others := [slot.site.path for slot in adapter.plan.slots if not slot.is_product]:
         raise AdapterError(f"{', '.join(others)}: an adapter of such a layer is not served to many at once: attach it, "
                            "or merge it into its base")  # fmt: skip

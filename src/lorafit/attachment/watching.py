@@ -44,7 +44,7 @@ def fired(base: Base, forward: Callable[[], Tensor]) -> frozenset[str]:
         held.enter_context(saved_tensors_hooks(lambda tensor: None, lambda kept: kept))
         held.enter_context(layer_by_layer(base))
         held.enter_context(unwritten(base))
-        for site in base.sites:
+        for site in base.every_site:
             module = base.model.get_submodule(site.path)
             held.enter_context(shadowed([module], watched(site.path, module.forward)))
         behind = _behind(forward())

@@ -57,14 +57,15 @@ class Base:
     address: str | None = None
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def every_site(self) -> tuple[Site, ...]:
         """Every place an adapter can act, in the order of the model."""
         return find_sites(self.model)
 
     @cached_property
-    def products(self) -> tuple[Site, ...]:
-        """Those of `sites` that compute a product with a weight."""
-        return tuple(site for site in self.sites if KINDS[site.kind].is_product)
+    def sites(self) -> tuple[Site, ...]:
+        """Those of them that compute a product with a weight: where adapters act unless others are named, and all that
+        is served to many at once."""
+        return tuple(site for site in self.every_site if KINDS[site.kind].is_product)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +90,7 @@ class Base:
 
     def reach(self, sites: Iterable[Site]) -> Reach:
         """How much of the model these sites hold, and what holds matrices that no adapter can act on."""
-        chosen, known = {site.path for site in sites}, {site.path for site in self.sites}
+        chosen, known = {site.path for site in sites}, {site.path for site in self.every_site}
         total = held = 0
         missed: Counter[str] = Counter()
         seen: set[int] = set()
@@ -119,7 +120,7 @@ class Base:
     def widest(self) -> int:
         """The largest width of what goes into a site or comes out of it, the output head apart; 0 without sites."""
         head = self.head_paths()
-        return max((max(site.d_in, site.d_out) for site in self.products if site.path not in head), default=0)
+        return max((max(site.d_in, site.d_out) for site in self.sites if site.path not in head), default=0)
 
     def head_paths(self) -> frozenset[str]:
         """Paths of the output head, which a plan over all linear sites leaves alone."""
@@ -169,7 +170,7 @@ def open_base(
     identity = _folder_identity(folder)
     model, tokenizer = _load(folder, dtype or fastest_dtype())
     base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as))
-    if {site.path for site in base.products} <= base.head_paths():
+    if {site.path for site in base.sites} <= base.head_paths():
         kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
         raise BaseError(f"'{known_as}': no layer of its blocks is of a kind that can be adapted (its weights are in "
                         f"{kinds}): choose another base")  # fmt: skip

@@ -81,7 +81,7 @@ def learning_rate_by_width(hidden: int) -> float:
 def all_linear(base: Base) -> tuple[Site, ...]:
     """Every site of the base but its output head, and what PEFT adapts in no model of this family."""
     head = base.head_paths()
-    return tuple(site for site in base.products if site.path not in head and not refused_by_peft(base.model, site.name))
+    return tuple(site for site in base.sites if site.path not in head and not refused_by_peft(base.model, site.name))
 
 
 def reached(base: Base, sites: Iterable[Site]) -> str:
@@ -108,7 +108,7 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
     if not base.sites:
         raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted: choose another base")
     if settings.targets is not None:
-        candidates = select(base.sites, settings.targets)
+        candidates = select(base.every_site, settings.targets)
     else:
         candidates = tuple(site for site in all_linear(base) if seen is None or site.path in seen)
     if not candidates:

@@ -54,7 +54,7 @@ class Loaded:
         self.down = {n: pair[0] for n, pair in placed.items()}
         self.up = {n: pair[1] for n, pair in placed.items()}
         self.gains = {n: Gain(one.gain, one.bias) for n, one in parts.items() if one.gain is not None}
-        self.table = np.zeros((len(base.products), 3), dtype=np.int64)
+        self.table = np.zeros((len(base.sites), 3), dtype=np.int64)
         for n, a in self.down.items():
             self.table[n] = a.data_ptr(), self.up[n].data_ptr(), len(a)
         gains = [one.gain for one in self.gains.values()]

@@ -41,7 +41,7 @@ class Products:
         if kernels is None:
             return
         made: dict[int, tuple[Tensor, Tensor]] = {}  # a head tied to another module shares its weight
-        for number, site in enumerate(base.products):
+        for number, site in enumerate(base.sites):
             module = base.model.get_submodule(site.path)
             if type(module) is nn.Linear and module.weight.is_contiguous():
                 weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
@@ -50,7 +50,7 @@ class Products:
                     key = weight.data_ptr()
                     made[key] = made.get(key) or _in_eight_bits(weight)
                     self.eight[number] = Weight(*made[key], bias)
-        if eight_bit and len(self.plain) < len(base.products):
+        if eight_bit and len(self.plain) < len(base.sites):
             raise BaseError(f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: "
                             "leave it out")  # fmt: skip
         if self.plain and not eight_bit:

@@ -50,7 +50,7 @@ class Steps:
                 "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
             )
         self.mixer = Mixer(Products(base, found, eight_bit, timed), base.device)
-        numbers = {site.path: number for number, site in enumerate(base.products)}
+        numbers = {site.path: number for number, site in enumerate(base.sites)}
         self.decoder = decoder_of(self._model, self.mixer, numbers)
         self.slots = Slots(slots, max(room, sum(PIECES)), found)
         self._expected = [at_once(self._model)]
