@@ -724,7 +724,7 @@ def test_a_probe_that_cannot_be_run_ends_nothing_else(
                 raise MemoryError("full")
             return whole(slots, *rest)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(engine, "_forward", full)
+        monkeypatch.setattr(engine._steps, "forward", full)
         with pytest.raises(AdapterError, match="'more@1' cannot be tried: the step failed"):
             engine.load("more", adapters["a"])
         assert ids_of(running.result()) == alone(TWIN, adapters["b"], PROMPT, 200)

@@ -723,7 +723,7 @@ def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.01)
         return real(*given)
 
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(engine._steps, "forward", forward)
 
 
 def resident() -> int:
