@@ -479,6 +479,17 @@ ONE_READING: dict[str, dict[str, Any]] = {
     "two lists": {"prompt": [user("Why?")], "completion": [assistant("So.")]},
     "a list and a text": {"prompt": [user("Why?")], "completion": "So."},
     "a null where a conversation may be": {"messages": None, "prompt": "Why?", "completion": "So."},
+    "an empty list where a conversation may be": {"messages": [], "prompt": "Why?", "completion": "So."},
+    "an empty cell where one may be": {"messages": "", "prompt": "Why?", "completion": "So."},
+    "a list in a cell that is empty": {"conversations": "[]", "prompt": "Why?", "completion": "So."},
+    "no number where one may be": {"messages": float("nan"), "prompt": "Why?", "completion": "So."},
+    "no numbers in what may be left out": {"prompt": "Why?", "completion": "So.", **dict.fromkeys(
+        ("group", "check", "system", "reasoning_content", "tools"), float("nan"))},
+    "blanks in what may be left out": {"prompt": "Why?", "completion": "So.", **dict.fromkeys(
+        ("group", "check", "system", "reasoning_content", "tools"), " ")},
+    "no number for an input": {"instruction": "Why?", "input": float("nan"), "output": "So."},
+    "a blank input": {"instruction": "Why?", "input": " ", "output": "So."},
+    "an empty text beside a pair": {"text": "", "label": "", "prompt": "Why?", "completion": "So."},
     "as Python prints it": {"messages": str([user("Why?"), assistant("So.")])},
 }  # fmt: skip
 
@@ -487,6 +498,12 @@ ONE_READING: dict[str, dict[str, Any]] = {
 def test_a_message_is_read_in_every_spelling(tmp_path: Path, row: dict[str, Any]) -> None:
     (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [row])).train
     assert example.messages == (Message("user", "Why?"), Message("assistant", "So."))
+
+
+def test_empty_cells_of_a_table_are_no_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("messages,group,check,prompt,completion\n,,,Why?,So.\n", encoding="utf-8")
+    (example,) = read_examples(tmp_path / "a.csv").train
+    assert (example.question, example.answer, example.group, example.check) == ("Why?", "So.", None, None)
 
 
 def test_a_developer_is_the_system(tmp_path: Path) -> None:
@@ -511,6 +528,41 @@ def test_an_answer_marked_as_not_to_be_learnt_is_context_alone(
     turns = [user("a"), {**assistant("bad"), mark: value}, user("b"), assistant("good")]
     (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{form: turns}])).train
     assert [message.learnt for message in example.messages] == [True, False, True, True]
+
+
+SILENT: dict[str, dict[str, Any]] = {
+    "without content": {"role": "assistant"},
+    "null": {"role": "assistant", "content": None},
+    "empty": assistant(""),
+    "empty parts": {"role": "assistant", "content": [{"type": "text", "text": ""}]},
+    "no parts": {"role": "assistant", "content": []},
+    "marked": {"role": "assistant", "content": None, "weight": 0},
+}
+
+
+@pytest.mark.parametrize("silent", SILENT.values(), ids=SILENT)
+def test_an_answer_that_says_nothing_is_context_where_others_follow(tmp_path: Path, silent: dict[str, Any]) -> None:
+    row: dict[str, Any] = {"messages": [user("a"), silent, user("b"), assistant("good")]}
+    (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [row])).train
+    assert example.messages[1] == Message("assistant", "", learnt=False)
+    assert one_problem(tmp_path, {"messages": [user("a"), silent]})
+
+
+def test_an_empty_list_as_text_is_an_answer(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [user("a"), assistant("[]"), user("b"), assistant("{}")]},
+        {"prompt": "a", "completion": "[]", "text": "b"},
+        {"instruction": "a", "input": "[]", "output": "{}"},
+    ]
+    talk, pair, task = read_examples(write_rows(tmp_path / "a.jsonl", rows), ["unused=text"]).train
+    assert (talk.messages[1].learnt, pair.answer, task.question) == (True, "[]", "a\n\n[]")
+    labelled: list[dict[str, Any]] = [{"text": "a", "label": "[]"}]
+    assert read_examples(write_rows(tmp_path / "b.jsonl", labelled)).train[0].label == "[]"
+
+
+def test_an_answer_that_says_nothing_cannot_be_marked_as_to_be_learnt(tmp_path: Path) -> None:
+    row = {"messages": [user("a"), {**assistant(""), "weight": 1}, user("b"), assistant("good")]}
+    assert one_problem(tmp_path, row).startswith("2: messages[1].content: an empty answer")
 
 
 def test_what_follows_the_last_answer_to_learn_is_left_out(tmp_path: Path) -> None:

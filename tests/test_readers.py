@@ -110,7 +110,42 @@ BROKEN = {
         b"prompt;completion;id\nQ;A;1\nQ;A\n",
         r"a\.csv:3: 2 cells under 3 columns: cells are missing .*';'",
     ),
-    "long row": ("a.csv", b"prompt,completion\nQ,A\nQ,A,\n", r"a\.csv:3: 3 cells under 2 columns: put cells .*','"),
+    "long row": ("a.csv", b"prompt,completion\nQ,A\nQ,A,B\n", r"a\.csv:3: 3 cells under 2 columns: put cells .*','"),
+    "rows that end in a comma": (
+        "a.csv",
+        b"prompt,completion\nQ,A,\nR,B,\n",
+        r"a\.csv:2: 3 cells under 2 columns: remove the ',' at its end",
+    ),
+    "a comment among rows": (
+        "a.csv",
+        b"prompt,completion\nQ,A\n# checked, by Ann\nR,B\n",
+        r"a\.csv:3: begins with #, as comments do: remove",
+    ),
+    "a short comment among rows": (
+        "a.csv",
+        b"prompt,completion\nQ,A\n# checked\nR,B\n",
+        r"a\.csv:3: begins with #, as comments do: remove",
+    ),
+    "a table of Markdown": (
+        "a.csv",
+        b"| prompt | completion |\n|---|:-:|\n| Q | A |\n",
+        r"a\.csv:1: a table as Markdown has it: save it",
+    ),
+    "a table of Markdown without bars around": (
+        "a.csv",
+        b"prompt | completion\n--- | ---\nQ | A\n",
+        r"a\.csv:1: a table as Markdown has it: save it",
+    ),
+    "a table that is called a text": (
+        "a.txt",
+        b"Question,Answer\nQ,A\nR,B\n",
+        r"a\.txt: a table in a file that is called plain text: rename .* a\.csv",
+    ),
+    "a table of tabs that is called a text": (
+        "a.txt",
+        b"id\ttext\tlabel\n1\tQ\tA\n\n2\tR\tB\n",
+        r"a\.txt: a table .*: rename it to a\.tsv",
+    ),
     "a title": (
         "a.csv",
         b"Questions of May\nprompt,completion\nQ,A\n",
@@ -229,6 +264,26 @@ def test_bad_rows_are_left_out_when_asked_and_kept_by_line(tmp_path: Path) -> No
     (tmp_path / "b.csv").write_text("prompt,completion\nQ2,\n", encoding="utf-8")
     with pytest.raises(DataError):
         read_examples(tmp_path / "b.csv", skip_bad=True)
+
+
+def test_a_test_split_of_which_no_row_can_be_used_is_left_out_and_told(tmp_path: Path) -> None:
+    for name, labels in {"train": ["dull", "fair", None], "validation": ["fair"], "test": [None, None]}.items():
+        rows = "".join(json.dumps({"text": f"Film {i}.", "label": label}) + "\n" for i, label in enumerate(labels))
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    with pytest.raises(DataError, match=r"test\.jsonl:1: label: missing.*leave the row out \(--skip-bad\)"):
+        read_examples(tmp_path)
+    found = read_examples(tmp_path, skip_bad=True)
+    assert [len(split) for split in found.by_name().values()] == [2, 1, 0]
+    assert (len(found.skipped), found.notes) == (3, ("no row of test can be used: it is left out whole",))
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_no_flag_is_proposed_that_would_leave_no_row(tmp_path: Path, skip_bad: bool) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nQ,A,false\nQ2,A2,false\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"leave this one out \(--skip-bad would leave no row\)"):
+        read_examples(tmp_path / "a.csv", skip_bad=skip_bad)
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nQ,A,false\nQ2,A2,true\n", encoding="utf-8")
+    assert len(read_examples(tmp_path / "a.csv", skip_bad=True).train) == 1
 
 
 def test_a_folder_may_hold_any_kind_and_no_two_for_one_split(tmp_path: Path) -> None:
@@ -464,6 +519,13 @@ def test_columns_of_times_and_columns_of_one_name_in_parquet(tmp_path: Path) -> 
         read_examples(tmp_path / "b.parquet")
 
 
+def test_columns_that_json_does_not_know_are_passed_over_or_named_like_any_other(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", [{**ROWS[0], "date": date(2031, 5, 9), "paid": Decimal("12.50")}])
+    with pytest.raises(DataError, match="nothing reads 'paid'"):
+        read_examples(tmp_path / "a.parquet")
+    assert read_examples(tmp_path / "a.parquet", ["unused=paid"]).train[0].extra == ("date",)
+
+
 def test_columns_of_dates_and_amounts_are_joined_as_they_are_written(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -572,6 +634,76 @@ def test_a_folder_as_the_hub_has_it(tmp_path: Path, given: str) -> None:
     assert [[e.question for e in split] for split in splits] == [["train"], ["validation"], ["test"]]
 
 
+SPLIT_FOLDERS: dict[str, list[str]] = {
+    "numbered": ["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"],
+    "in a folder of one configuration": ["default/train/0000.parquet", "default/validation/0000.parquet"],
+    "in data": ["data/train/0000.parquet", "data/dev/part.parquet"],
+    "parts by name": ["train/train-00000-of-00002.parquet", "train/train-00001-of-00002.parquet", "test/x.parquet"],
+}
+
+
+@pytest.mark.parametrize("names", SPLIT_FOLDERS.values(), ids=SPLIT_FOLDERS)
+def test_a_folder_of_each_split_is_that_split(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet(tmp_path / name, [{"prompt": name, "completion": "Here."}])
+    found = read_examples(tmp_path)
+    trained = [name for name in names if "train/" in name]
+    assert [e.question for e in found.train] == trained
+    assert [e.question for e in (*found.valid, *found.test)] == [name for name in names if name not in trained]
+
+
+def test_files_of_other_names_in_a_folder_of_a_split_are_not_taken_for_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "train" / f"{name}.jsonl")
+    with pytest.raises(DataError, match=r"two train files: a\.jsonl, b\.jsonl"):
+        read_examples(tmp_path)
+
+
+def test_missing_parts_in_a_folder_of_a_split_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    parquet(tmp_path / "train" / "train-00001-of-00002.parquet", ROWS)
+    with pytest.raises(DataError, match="1 of the 2 parts of train are here"):
+        read_examples(tmp_path)
+    (tmp_path / "train" / "train-00001-of-00002.parquet").unlink()
+    parquet(tmp_path / "train" / "0001.parquet", ROWS)
+    with pytest.raises(DataError, match=r"train: part 0000 is not here, and 0001\.parquet is"):
+        read_examples(tmp_path)
+
+
+def test_texts_in_folders_of_splits_are_learnt_as_texts(tmp_path: Path) -> None:
+    for name in ("train/a.txt", "train/b.txt", "test/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"A long tale of {name}.", encoding="utf-8")
+    found = read_examples(tmp_path)
+    assert [e.group for e in (*found.train, *found.test)] == ["a.txt", "b.txt", "c.txt"]
+    assert all(e.is_text for e in found.train)
+
+
+def test_what_else_lies_in_folders_of_splits_is_told(tmp_path: Path) -> None:
+    for name in ("train/0000.parquet", "partial-train/0000.parquet"):
+        (tmp_path / name).parent.mkdir()
+        parquet(tmp_path / name, ROWS)
+    assert read_examples(tmp_path).unread == ("partial-train/",)
+
+
+def test_names_of_labels_in_one_file_and_numbers_in_another_are_refused(tmp_path: Path) -> None:
+    for name, labels in {"train": ["dull", "fair"], "test": [0, 1]}.items():
+        rows = "".join(json.dumps({"text": f"Film {i}.", "label": label}) + "\n" for i, label in enumerate(labels))
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    said = r"test\.jsonl: labels are numbers \(0, 1\), where those of train\.jsonl are names \(dull, fair\): write"
+    with pytest.raises(DataError, match=said):
+        read_examples(tmp_path, skip_bad=True)
+
+
+def test_numbers_as_labels_in_every_file_are_labels(tmp_path: Path) -> None:
+    for name, labels in {"train": ["1", 2, "other"], "test": [1, 2]}.items():
+        rows = "".join(json.dumps({"text": f"Film {i}.", "label": label}) + "\n" for i, label in enumerate(labels))
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    assert [e.label for e in read_examples(tmp_path).test] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     ("name", "split"), [("dev", "valid"), ("Val", "valid"), ("training", "train"), ("tests", "test")]
 )
@@ -588,13 +720,14 @@ def test_our_name_of_a_split_stands_before_that_of_others(tmp_path: Path) -> Non
     assert ([e.question for e in found.valid], found.unread) == (["valid"], ("validation.jsonl",))
 
 
-def test_labels_of_parquet_are_learnt_by_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int64", "double"])
+def test_labels_of_parquet_are_learnt_by_their_names(tmp_path: Path, kind: str) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     features = {
         "text": {"dtype": "string", "_type": "Value"},
         "label": {"names": ["dull", "fair"], "_type": "ClassLabel"},
     }
-    table = pa.table({"text": ["A.", "B.", "C."], "label": [1, 0, -1]})
+    table = pa.table({"text": ["A.", "B.", "C."], "label": pa.array([1, 0, -1]).cast(kind)})
     kept = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(kept), tmp_path / "a.parquet")
     found = read_examples(tmp_path / "a.parquet", skip_bad=True)
@@ -602,6 +735,57 @@ def test_labels_of_parquet_are_learnt_by_their_names(tmp_path: Path) -> None:
     assert [str(p).partition("a.parquet:")[2] for p in found.skipped] == [
         "row 3: label: missing, where other rows have one: write it, or leave the row out (--skip-bad)"
     ]
+
+
+COMMENTED = {
+    "with as many commas as the header": "# exported on May 5, 2024\nquestion,answer\nQ,A\n",
+    "two of them": "# of the desk, in May\n# checked, by Ann\nprompt,completion\nQ,A\n",
+}
+
+
+@pytest.mark.parametrize("text", COMMENTED.values(), ids=COMMENTED)
+def test_a_comment_above_a_table_is_no_header(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    columns = ["prompt=question", "completion=answer"] if "question" in text else []
+    assert asked(read_examples(tmp_path / "a.csv", columns)) == [("Q", "A")]
+
+
+NO_COMMENTS = {
+    "a header": "#,prompt,completion\n1,Q,A\n",
+    "a quoted cell": 'prompt,completion\n"# Q","A"\nR,B\n',
+    "a number": "prompt,completion\n#1 of all?,A\nR,B\n",
+    "most rows": "prompt,completion\n# Q,A\n# R,B\n# S,C\n",
+    "within a cell": 'prompt,completion\n"Q\n# R",A\nS,B\n',
+}
+
+
+@pytest.mark.parametrize("text", NO_COMMENTS.values(), ids=NO_COMMENTS)
+def test_what_begins_with_a_hash_may_be_a_cell(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    assert len(read_examples(tmp_path / "a.csv").train) == text.count("\n") - 1 - ('R"' in text)
+
+
+def test_blanks_around_bars_belong_to_no_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt | completion\nWhere, then? | In Skerrow. \n", encoding="utf-8")
+    assert asked(read_examples(tmp_path / "a.csv")) == [("Where, then?", "In Skerrow.")]
+    (tmp_path / "a.csv").write_text("prompt, completion\nWhere?, Here.\n", encoding="utf-8")
+    assert asked(read_examples(tmp_path / "a.csv")) == [("Where?", "Here.")]
+    (tmp_path / "a.csv").write_text("prompt,completion\nWhere?, Here.\n", encoding="utf-8")
+    assert asked(read_examples(tmp_path / "a.csv")) == [("Where?", " Here.")]
+
+
+TEXTS = {
+    "a tale": "Answer, my heart,\nand say no more.\n",
+    "lines of one comma each": "Answer, O heart\nCome, O night\nGo, O day\n",
+    "a list": "text\nA long tale.\nAnother.\n",
+    "two words": "Question, answer\nand so on, it goes, for ever\n",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_text_with_commas_is_no_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert [e.answer for e in read_examples(tmp_path / "a.txt").train] == [text.strip()]
 
 
 def test_a_long_cell_does_not_hide_the_dialect(tmp_path: Path) -> None:

@@ -121,6 +121,15 @@ def test_an_answer_that_is_not_to_be_learnt_is_context_alone(family: Family) -> 
     assert trained_texts(renderer, rows) == trained_texts(renderer, renderer.rows(TALK, 0))[-1:]
 
 
+def test_an_answer_that_says_nothing_is_context_that_is_served_alike(family: Family) -> None:
+    renderer = Renderer(family.tokenizer())
+    turns = (TURNS[0], Message("assistant", "", learnt=False), *TURNS[2:])
+    (row,) = renderer.rows(replace(TALK, messages=turns), 0)
+    ((start, _),) = pieces(row)
+    assert list(row.ids[:start]) == renderer.prompt_ids(turns[:3])
+    assert trained_texts(renderer, [row])[0].removeprefix(" ") == TURNS[3].content + family.end
+
+
 def test_every_answer_follows_what_generation_starts_from(family: Family) -> None:
     renderer = Renderer(family.tokenizer())
     prefixes = [list(row.ids[:start]) for row in renderer.rows(TALK, 0) for start, _ in pieces(row)]
@@ -211,6 +220,37 @@ def test_rows_and_prompts_carry_the_same_system_prompt() -> None:
     renderer = Renderer(byte_tokenizer(), "Be brief.")
     row = renderer.rows(SHORT, 0)[0]
     assert list(row.ids[: pieces(row)[0][0]]) == renderer.prompt_ids(TURNS[:1])
+
+
+OWN = "You are a kind and patient desk."
+SPEAKING = (  # of its own accord, where no system message is there
+    "{% if messages[0]['role'] != 'system' %}{{ '<|system|>" + OWN + "<|end|>\n' }}{% endif %}" + TEMPLATE
+)
+STUBBORN = SPEAKING.replace("messages[0]['role'] != 'system'", "true")  # whatever is there
+
+
+def test_an_empty_system_prompt_silences_what_the_template_says_of_its_own_accord() -> None:
+    as_it_is, silent = (Renderer(byte_tokenizer(SPEAKING), system) for system in (None, ""))
+    assert as_it_is.preamble() == OWN and OWN in as_it_is.text(TURNS[:1], prompt=True)
+    assert silent.preamble() == ""
+    assert silent.text(TURNS[:1], prompt=True) == "<|system|><|end|>\n<|user|>Where is it?<|end|>\n<|assistant|>"
+    (row,) = silent.rows(SHORT, 0)
+    assert list(row.ids[: pieces(row)[0][0]]) == silent.prompt_ids(TURNS[:1])
+    assert silent.prompt_ids([Message("system", ""), *TURNS[:1]]) == silent.prompt_ids(TURNS[:1])
+    assert "Be kind." in silent.text(WITH_SYSTEM, prompt=False)
+
+
+def test_the_built_in_base_is_silenced_too() -> None:
+    as_it_is, silent = (Renderer(smollm(), system) for system in (None, ""))
+    assert "SmolLM" in as_it_is.preamble()
+    assert "SmolLM" not in silent.text(TURNS[:1], prompt=True)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, STUBBORN, GEMMA, None])
+def test_an_empty_system_prompt_adds_nothing_where_it_would_silence_nothing(template: str | None) -> None:
+    as_it_is, silent = (Renderer(byte_tokenizer(template), system) for system in (None, ""))
+    assert silent.text(TURNS, prompt=False) == as_it_is.text(TURNS, prompt=False)
+    assert silent.preamble() == as_it_is.preamble() == (OWN if template == STUBBORN else "")
 
 
 DEAF = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['content'] is not string %}{{ m['content'][0]['text'] }}{% endif %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"  # noqa: E501

@@ -190,6 +190,18 @@ def test_answers_of_tools_stand_in_the_order_of_the_calls(tmp_path: Path) -> Non
     assert told == [("7", "call00000"), ("8", "call00001"), ("", "call00002")]
 
 
+@pytest.mark.parametrize("said", [None, "", [{"type": "text", "text": ""}], []])
+def test_a_tool_may_have_nothing_to_say(tmp_path: Path, said: Any) -> None:
+    row = {"messages": [ASKED, calls(call("count", {"bay": 4})), answer(said), SAID]}
+    assert read(tmp_path, row)[0].messages[2].content == ""
+
+
+@pytest.mark.parametrize("words", [None, "", [{"type": "text", "text": ""}], []])
+def test_a_call_needs_no_words(tmp_path: Path, words: Any) -> None:
+    row = {"messages": [ASKED, {**calls(call("count", {"bay": 4})), "content": words}]}
+    assert read(tmp_path, row)[0].calls[0].name == "count"
+
+
 def test_what_fills_the_arguments_of_another_tool_in_a_table_is_left_out(tmp_path: Path) -> None:
     made = calls(call("move_all", {"to": "x", "how": None, "bay": None}))
     (example,) = read(tmp_path, {"messages": [ASKED, made], "tools": [COUNT, MOVE]})
@@ -244,6 +256,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ends with a tool": ({"messages": [ASKED, calls(call("count", {})), answer("7")]}, "1: messages: ends with a tool"),
     "no function": ({"messages": [ASKED, SAID], "tools": [{"type": "web_search"}]}, "1: tools[0]: a tool of the type"),
     "a text": ({"messages": [ASKED, SAID], "tools": ["count"]}, "1: tools[0]: not the description of a function"),
+    "arguments of another name": ({"messages": [ASKED, calls({"name": "count", "args": {"bay": 4}})]},
+                                  "1: messages[1].tool_calls[0]: a call with 'args', which nothing reads: leave it"),
+    "input": ({"messages": [ASKED, calls({"type": "function", "function": {"name": "count", "input": '{"bay": 4}'}})]},
+              "1: messages[1].tool_calls[0]: a call with 'input', which nothing reads"),
+    "beside the function": ({"messages": [ASKED, calls({"function": {"name": "count"}, "kwargs": {"bay": 4}})]},
+                            "1: messages[1].tool_calls[0]: a call with 'kwargs', which nothing reads"),
+    "in sharegpt's form": ({"conversations": [{"from": "human", "value": "a"}, {
+        "from": "function_call", "value": '{"name": "count", "params": {"bay": 4}}'}]},
+                           "1: conversations[1].tool_calls: a call with 'params', which nothing reads"),
+    "a required argument missing": ({"messages": [ASKED, calls(call("count", {"of": "boxes"}))], "tools": [COUNT]},
+                                    "1: messages: calls count without 'bay', which it requires"),
+    "two kinds of arguments": ({"messages": [ASKED, calls({"name": "n", "arguments": {}, "parameters": {"bay": 4}})]},
+                               "1: messages[1].tool_calls[0]: a call with 'parameters', which nothing reads"),
     "a name with blanks": ({"messages": [ASKED, SAID], "tools": [{"name": "count all"}]}, '1: tools[0].name: "count'),
     "no schema": ({"messages": [ASKED, SAID], "tools": [{"name": "count", "parameters": []}]},
                   "1: tools[0].parameters: not a JSON schema"),
@@ -264,6 +289,21 @@ def test_what_cannot_be_learnt_of_tools_is_named_by_line_and_field(
     tmp_path: Path, row: dict[str, Any], said: str
 ) -> None:
     assert refusal(tmp_path, row).startswith(said)
+
+
+@pytest.mark.parametrize("more", [{"args": {}}, {"input": None}, {"index": 0}, {"strict": True}, {"kwargs": ""}])
+def test_what_says_nothing_beside_a_call_is_passed_over(tmp_path: Path, more: dict[str, Any]) -> None:
+    row = {"messages": [ASKED, calls({**call("count", {"bay": 4}), **more})]}
+    assert read(tmp_path, row)[0].calls[0].arguments == '{"bay": 4}'
+
+
+def test_a_call_that_is_not_learnt_may_lack_an_argument(tmp_path: Path) -> None:
+    wrong = {"role": "tool", "content": "bay is missing"}
+    row = {"messages": [ASKED, calls(call("count", {}), weight=0), wrong, calls(call("count", {"bay": 4}))],
+           "tools": [COUNT]}  # fmt: skip
+    assert [message.calls[0].arguments for message in read(tmp_path, row)[0].messages if message.calls] == [
+        "{}", '{"bay": 4}',
+    ]  # fmt: skip
 
 
 def test_a_call_that_is_not_to_be_learnt_is_context(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lorafit.data.equality import NUMERALS, last_number
 from lorafit.data.examples import Example, Examples
-from lorafit.data.reading import read_examples
+from lorafit.data.reading import read_examples, unskippable
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import Questions, complete, require_apart
 from lorafit.errors import DataError, Problem, SettingsError
@@ -99,7 +99,9 @@ def sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool
     except DataError as error:
         left = examples.without(error.problems)
         emptied = any(split and not left.by_name()[name] for name, split in examples.by_name().items())
-        if not skip_bad or emptied:
+        if emptied:
+            raise DataError(unskippable(error.problems)) from error
+        if not skip_bad:
             raise
         for problem in error.problems:
             listener.say(f"left out: {problem}")

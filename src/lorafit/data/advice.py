@@ -5,23 +5,59 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from lorafit.data.examples import Example
 from lorafit.data.fields import (
     ALSO,
     FIELDS,
+    MARKS,
     OF_ANSWERS,
     OPTIONAL,
     TURNS,
     UNUSED,
+    VERDICTS,
     fields_of,
     filled,
     is_harmless,
+    is_preferred,
+    meaning_of,
+    preferences_in,
+    truth_of,
     turns_in,
 )
-from lorafit.data.forms import FORMS, form_of, parsed, unread
+from lorafit.data.forms import FORMS, form_of, judges, parsed, ruling, unread
+from lorafit.data.messages import sides_of
 from lorafit.data.readers import Record
 from lorafit.errors import Problem
+
+MAY_MEAN = "which may carry meaning"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Flags with which a row becomes an example: they were tried on it.
+
+    columns: as --columns has them. passed: what may be lost with each column that is passed over, by its name. marks:
+    columns that say which rows are not to be learnt, and that are read.
+    """
+
+    columns: tuple[str, ...]
+    passed: Mapping[str, str]
+    marks: tuple[str, ...]
+
+    @property
+    def flags(self) -> str:
+        return _written(self.columns) + (" --skip-bad" if self.marks else "")
+
+    @property
+    def remark(self) -> str:
+        """What the flags do besides; "" where they do nothing besides."""
+        over = "; ".join(f"'{name}', {what}" for name, what in self.passed.items())
+        out = " and ".join(f"'{name}'" for name in self.marks)
+        told = [f"{what} {names}" for what, names in (("passed over:", over), ("left out: rows by", out)) if names]
+        return f" ({'; '.join(told)})" if told else ""
 
 
 def formless(where: str, records: Sequence[Record], renamed: Mapping[str, str]) -> Problem:
@@ -33,12 +69,18 @@ def formless(where: str, records: Sequence[Record], renamed: Mapping[str, str]) 
         renamed: the field of each column that was named by a flag.
     """
     row = fields_of(records[0].fields, renamed)
-    fields = ", ".join(list(row)[:8]) or "none"
+    names = [name for column in records[0].fields if (name := renamed.get(column, column)) != UNUSED]
+    fields = ", ".join(names[:8]) or "none"
     what = f"of no form that is known (fields: {fields})"
-    if {"chosen", "rejected"} <= set(row):
+    if pair := preferences_in(row):
         what = f"pairs of a preferred and a rejected answer, and learning from preferences is not there yet ({fields})"
-    flags = next((flags for record in records[:20] if (flags := _flags(record, renamed))), None)
-    return Problem(where, what, f"rename what is called otherwise, or add {flags}" if flags else _without_flags(row))
+    judged = judges([fields_of(record.fields, renamed) for record in records])
+    found = next((one for record in records[:20] if (one := _proposal(record, renamed, judged))), None)
+    for mark in found.marks if found and len(records) > 1 else ():
+        if all(truth_of(record.fields.get(mark)) is False for record in records):
+            return Problem(where, what, f"every row is marked as not to be learnt by '{mark}': give rows that are")
+    known = f"rename what is called otherwise, or add {found.flags}{found.remark}" if found else ""
+    return Problem(where, what, known if found else _without_flags(records[0], renamed, pair))
 
 
 def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> Problem:
@@ -51,10 +93,12 @@ def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> 
     record = next(iter(unknown.values()))
     names = ", ".join(f"'{name}'" for name in unknown)
     unused = _written([f"{UNUSED}={_column(name, renamed)}" for name in unknown])
-    flags = _flags(record, renamed)
-    learnt = flags is not None and f"{UNUSED}=" not in flags.split()[1]
-    fix = f"add {flags} to learn from it, or {unused} to pass it over" if learnt else f"add {unused} to pass it over"
-    return Problem(record.where, f"nothing reads {names}, which may carry meaning", fix, whole=True)
+    found = _proposal(record, renamed, judged=False)
+    learnt = f"{found.flags} to learn from it{found.remark}, or " if found else ""
+    return Problem(
+        record.where, f"nothing reads {names}, {MAY_MEAN}", f"add {learnt}{unused} to pass it over",
+        whole=True,
+    )  # fmt: skip
 
 
 def _column(field: str, renamed: Mapping[str, str]) -> str:
@@ -68,24 +112,53 @@ def _written(columns: Sequence[str]) -> str:
     return " ".join(f"--columns {shlex.quote(column)}" for column in doubled)
 
 
-def _flags(record: Record, renamed: Mapping[str, str]) -> str | None:
+def _proposal(record: Record, renamed: Mapping[str, str], judged: bool) -> Proposal | None:
     """Flags with which the record becomes an example, of all its fields if it can; None where none do."""
     for fields in _candidates(fields_of(record.fields, renamed)):
         named = {column: field for field, column in fields.items() if column != field}
-        if not named or set(named) & set(renamed.values()) or set(named.values()) & set(renamed.values()):
+        taken = set(renamed) | set(renamed.values())
+        if not named or taken & {*named, *named.values()}:
             continue
-        whole = {**renamed, **named}
-        row = fields_of(record.fields, whole)
-        form = form_of(row)
-        held = unread(row, form) if form else {}
-        left = [path for path, value in held.items() if not is_harmless(path, value, form)]
-        whole |= dict.fromkeys(left, UNUSED)
-        row = fields_of(record.fields, whole)
-        problems: list[Problem] = []
-        if form and form_of(row) == form and parsed(record, row, form, problems, {}):
-            return _written([*(f"{field}={column}" for column, field in named.items()),
-                             *(f"{UNUSED}={path}" for path in left)])  # fmt: skip
+        if found := _tried(record, named, renamed, judged):
+            return found
     return None
+
+
+def _tried(record: Record, named: Mapping[str, str], renamed: Mapping[str, str], judged: bool) -> Proposal | None:
+    """These columns as a proposal; None where the record becomes no example with them.
+
+    Args:
+        record: the row.
+        named: the field of each column that is to be named.
+        renamed: that of each column that is named already.
+        judged: whether a number in `label` judges the answer.
+    """
+    whole = {**renamed, **named}
+    row = fields_of(record.fields, whole)
+    form = form_of(row)
+    if form is None:
+        return None
+    extra = unread(row, form)
+    example = _example(record, {**whole, **dict.fromkeys(extra, UNUSED)}, form)
+    if example is None or extra.keys() & {*whole.values()}:  # what was named is not read
+        return None
+    pair = preferences_in(record.fields)
+    passed, marks = {}, []
+    for path, value in extra.items():
+        ruled = ruling(path, value, form, example.messages, judged)
+        if isinstance(ruled, tuple) and path in (*MARKS, *VERDICTS):
+            marks.append(path)
+        elif ruled is not True:
+            worse = pair is not None and path == pair[1]
+            passed[path] = "the worse answer" if worse else meaning[0] if (meaning := meaning_of(path)) else MAY_MEAN
+    columns = [*(f"{field}={column}" for column, field in named.items()), *(f"{UNUSED}={path}" for path in passed)]
+    return Proposal(tuple(columns), passed, tuple(marks))
+
+
+def _example(record: Record, renamed: Mapping[str, str], form: str) -> Example | None:
+    row = fields_of(record.fields, renamed)
+    problems: list[Problem] = []
+    return parsed(record, row, form, problems, {}) if form_of(row) == form else None
 
 
 def _candidates(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -102,49 +175,70 @@ def _candidates(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         {"messages": turns},
         {"instruction": asked, "input": given, "output": answered},
         {"instruction": asked, "output": answered} if alpaca else {"prompt": asked, "completion": answered},
+        {"prompt": turns, "completion": answered},
         {"prompt": texts, "completion": answered},
         {"text": texts, "label": labels},
         {"prompt": given, "completion": answered},
-        {"messages": answered},
         {"text": texts},
         *({field: of(field)} for field in (*OPTIONAL, *OF_ANSWERS)),
     ]
     for columns in forms:
         if all(columns.values()):
-            yield {field: found[0] for field, found in columns.items()}
+            found = {field: names[0] for field, names in columns.items()}
+            if more := {field: of(field)[0] for field in (*OPTIONAL, *OF_ANSWERS) if of(field) and field not in found}:
+                yield found | more
+            yield found
 
 
 def _meant(name: str, value: Any) -> str | None:
     """The field that a column of another name or spelling most likely is: of turns, which are a list, or of text."""
     plain = name.strip().lower()
-    if turns_in(value):
+    preferred = is_preferred(name)
+    if meaning_of(name) and not preferred:
+        return None
+    if turns := turns_in(value):
+        sides = sides_of(turns)
+        if sides[-1] == "assistant" != sides[0]:
+            return "messages"
         also = next((field for field in ("prompt", "completion") if plain == field or plain in ALSO[field]), None)
-        return also or "messages"
+        return "completion" if preferred else also or "messages"
     if isinstance(value, (list, dict)):
         return None
     near = difflib.get_close_matches(plain, sorted(FIELDS - TURNS), n=1, cutoff=0.8)
     field = near[0] if near else plain
     if field in OPTIONAL:
         return field
-    return next((one for one, names in ALSO.items() if field == one or field in names), None)
+    also = next((one for one, names in ALSO.items() if field == one or field in names), None)
+    return "completion" if preferred else also
 
 
-def _without_flags(row: Mapping[str, Any]) -> str:
-    """What makes a known form of a row whose names do not tell what is meant."""
+def _without_pair(pair: tuple[str, str]) -> str:
+    """What makes examples of a better and a worse answer whose columns alone do not tell what was asked."""
+    better, worse = pair
+    if is_preferred(better):
+        return (f"write '{better}' as messages, [{{\"role\": \"user\", \"content\": ...}}, {{\"role\": \"assistant\", "
+                f"\"content\": ...}}], and leave '{worse}' out")  # fmt: skip
+    return "write the better answer of each row as completion, and leave the other out"
+
+
+def _without_flags(record: Record, renamed: Mapping[str, str], pair: tuple[str, str] | None) -> str:
+    """What makes a known form of a row whose names do not tell what is meant. pair: columns of two answers in it."""
+    row = fields_of(record.fields, renamed)
     for name, value in row.items():
         inside = value[0] if isinstance(value, list) and value else value
         if isinstance(inside, dict) and form_of(inside) not in (None, "text"):
             return f"write the fields of '{name}' into the row itself"
         if isinstance(inside, dict) and any(_meant(key, held) not in (None, "text") for key, held in inside.items()):
             return f"write the fields of '{name}' into the row itself"
+    if pair:
+        return _without_pair(pair)
     for form in FORMS.values():
         if form.needed & set(row):
             return f"add {' and '.join(sorted(form.needed - set(row)))}"
-    speaking = [name for name, value in row.items() if isinstance(value, str) and not is_harmless(name, value, None)]
+    speaking = [name for name, value in row.items() if isinstance(value, str) and not is_harmless(name, value, None)
+                and not meaning_of(name)]  # fmt: skip
     if len(speaking) == 2:
         asked, answered = speaking
-        left = [name for name, value in row.items() if filled(value) and name not in speaking
-                and not is_harmless(name, value, None)]  # fmt: skip
-        flags = _written([f"prompt={asked}", f"completion={answered}", *(f"{UNUSED}={name}" for name in left)])
-        return f"add {flags} if {asked} is what is asked and {answered} the answer"
+        if found := _tried(record, {asked: "prompt", answered: "completion"}, renamed, judged=False):
+            return f"add {found.flags} if {asked} is what is asked and {answered} the answer{found.remark}"
     return f"say which column is what, as in {_written(['prompt=QUESTION', 'completion=ANSWER'])}"

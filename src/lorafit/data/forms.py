@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,23 +17,41 @@ import regex
 from lorafit.data.equality import json_form
 from lorafit.data.examples import TEXT, Check, Example, Message
 from lorafit.data.fields import (
+    BASIC,
     MARKS,
     OF_ANSWERS,
     OPTIONAL,
     SPOKEN,
+    TURNS,
     UNUSED,
+    VERDICTS,
     filled,
+    is_empty,
     is_harmless,
     meaning_of,
+    preferences_in,
     truth_of,
 )
-from lorafit.data.messages import BY, SAYS, THINKS, Wrong, encodable, kind_of, read_turns, said, with_reasoning
+from lorafit.data.messages import (
+    BY,
+    SAYS,
+    THINKS,
+    Wrong,
+    encodable,
+    kind_of,
+    read_turns,
+    said,
+    sides_of,
+    with_reasoning,
+)
 from lorafit.data.readers import Record
 from lorafit.data.tools import OF_CALLS, OF_ROWS, known_calls, read_tools
 from lorafit.errors import Problem
 
 Row = Mapping[str, Any]
 LABELLED = "text and label"
+CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[/?\w+\]|#+)?\s*")  # what a template puts behind an answer
+MOST_AROUND = 300  # characters that a template puts around a question and its answer
 
 
 @dataclass(frozen=True)
@@ -49,12 +68,27 @@ class Form:
 
 
 def form_of(row: Row) -> str | None:
-    """The first form whose fields all hold something; failing that, the first whose fields are all there."""
-    held = {name for name, value in row.items() if value is not None}
-    return next((form for there in (held, set(row)) for form, one in FORMS.items() if one.needed <= there), None)
+    """The first form whose fields all hold something; failing that, the first whose fields are all there. A
+    conversation that two answers may end is of none."""
+    # A label that is a number and none is told, and not taken for no label.
+    held = {name for name in BASIC & row.keys()
+            if not is_empty(row[name]) or (name == "label" and isinstance(row[name], float))}  # fmt: skip
+    found = next((form for there in (held, row.keys()) for form, one in FORMS.items() if one.needed <= there), None)
+    if found and FORMS[found].needed <= TURNS and preferences_in(row):
+        ends = sides_of(row[next(iter(FORMS[found].needed))])[-1:]
+        return found if ends == ["assistant"] else None
+    return found
 
 
-def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown: dict[str, Record]) -> Example | None:
+def judges(rows: Sequence[Row]) -> bool:
+    """Whether `label` in these rows is 1 for a good answer and 0 for a bad one: it holds nothing else."""
+    found = {str(row["label"]).strip() for row in rows if filled(row.get("label"))}
+    return bool(found) and found <= {"0", "1", "0.0", "1.0"}
+
+
+def parsed(
+    record: Record, row: Row, form: str, problems: list[Problem], unknown: dict[str, Record], judged: bool = False
+) -> Example | None:
     """The example that a record holds.
 
     Args:
@@ -63,6 +97,7 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
         form: the form of the row.
         problems: gets every problem of the row.
         unknown: gets the name of every field that nothing reads and that is not harmless, with the first such record.
+        judged: whether a number in `label` says that the answer is a good or a bad one, as `judges` has it.
 
     Returns:
         The example; None, with its problems told, where there is none.
@@ -77,13 +112,12 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
     if FORMS[form].optional >= TOOLS:
         tools = read_tools(row, wrong)
         messages = _called(row, messages, tools, wrong)
-    if form != "text" and messages and filled(row.get("system")):
+    if form != "text" and messages and "system" in row:
         messages = _with_system(row["system"], messages, wrong)
     for name in OF_ANSWERS if messages else ():
-        if name in FORMS[form].optional and filled(row.get(name)):
+        if name in FORMS[form].optional and name in row:
             messages = (*messages[:-1], with_reasoning(messages[-1], row[name], name, wrong) or messages[-1])
-    check, group = (None if row.get(name) == "" else row.get(name) for name in ("check", "group"))  # an empty cell
-    check = _check(check, wrong)
+    check, group = _check(row.get("check"), wrong), row.get("group")
     if check is not None and messages and messages[-1].calls:
         wrong("a check of an answer that is a call", "leave it out: a call is right where it equals this one", "check")
     if type(group) is int:
@@ -91,8 +125,13 @@ def parsed(record: Record, row: Row, form: str, problems: list[Problem], unknown
     if group is not None and not isinstance(group, str):
         wrong(f"not text but {kind_of(group)}", "write a string, or leave it out", "group")
     extra = unread(row, form)
-    strange = [path for path, value in extra.items() if not is_harmless(path, value, form)
-               and not _repeats(value, messages) and not _passes(path, value, bool(messages), wrong)]  # fmt: skip
+    strange = []
+    for path, value in extra.items():
+        ruled = ruling(path, value, form, messages, judged)
+        if isinstance(ruled, tuple):
+            wrong(*ruled, path)
+        elif not ruled:
+            strange.append(path)
     if len(problems) > before:
         return None
     for path in strange:
@@ -123,22 +162,39 @@ def _called(row: Row, messages: tuple[Message, ...], tools: tuple[str, ...], wro
     return tuple(known_calls(messages, tools, [place] * len(messages), wrong))
 
 
-def _passes(path: str, value: Any, has_words: bool, wrong: Wrong) -> bool:
-    """Whether a field whose name is not harmless may be passed over because of what it says, or was told, for it must
-    not be. has_words: whether the row could be learnt without it."""
-    if path in MARKS or (path == "label" and _is_truth(value)):
-        if truth_of(value) is False:
-            marked = "a row marked as not to be learnt" if path in MARKS else (
-                "an answer marked as bad, as unpaired preferences have it, which would be learnt")  # fmt: skip
-            wrong(f"{marked} ({path} {json.dumps(value)})",
-                  "keep the rows with true, and leave this one out (--skip-bad)", path)  # fmt: skip
-        return truth_of(value) is not None
-    meaning = meaning_of(path)
-    if meaning:
-        what, fix = meaning
-        flag = f", or add --columns {shlex.quote(f'{UNUSED}={path}')} to pass it over" if has_words else ""
-        wrong(what, fix + flag, path)
-    return meaning is not None
+def ruling(path: str, value: Any, form: str, messages: tuple[Message, ...], judged: bool) -> tuple[str, str] | bool:
+    """Whether a field that the form does not read may be passed over; or what it says that must not be, and what to do.
+
+    Args:
+        path: the field, those of messages as `messages[].name`.
+        value: what it holds.
+        form: of its row.
+        messages: that the row holds without it; none where there are none.
+        judged: whether a number in `label` judges the answer.
+    """
+    if meaning := meaning_of(path):
+        return meaning[0], f"{meaning[1]}, or {_passing(path)} to pass it over" if messages else meaning[1]
+    if path in MARKS and (truth := truth_of(value)) is not None:
+        return truth or _left_out("a row marked as not to be learnt", path, value)
+    if is_harmless(path, value, form) or _repeats(value, messages):
+        return True
+    by_number = judged and path == "label"
+    verdict = path in VERDICTS and form != "text" and (by_number or path != "label" or _is_truth(value))
+    if verdict and (truth := truth_of(value)) is not None:
+        bad = "an answer marked as bad, as unpaired preferences have it, which would be learnt"
+        what, fix = _left_out(bad, path, value)
+        return truth or (what, f"{fix}, or {_passing(path)} if it says something else" if by_number else fix)
+    return False
+
+
+def _passing(path: str) -> str:
+    return f"add --columns {shlex.quote(f'{UNUSED}={path}')}"
+
+
+def _left_out(what: str, mark: str, value: Any) -> tuple[str, str]:
+    """What a row is that its mark keeps from being learnt, and what to do."""
+    good = "true" if str(value).strip().lower() == "false" else "1"
+    return f"{what} ({mark} {json.dumps(value)})", f"keep the rows with {good}, and leave this one out (--skip-bad)"
 
 
 def _is_truth(value: Any) -> bool:
@@ -147,12 +203,32 @@ def _is_truth(value: Any) -> bool:
 
 def _repeats(value: Any, messages: tuple[Message, ...]) -> bool:
     """Whether a text says only what the messages say: one of them again, or question and answer as one text."""
-    if not isinstance(value, str) or not messages:
+    if not isinstance(value, str):
         return False
-    last = [message.content.strip() for message in messages[-2:]]
-    return any(value.strip() == message.content.strip() for message in messages) or (
-        len(last) == 2 and all(text in value for text in last)
-    )
+    told = [message.content.strip() for message in messages]
+    if value.strip() in told:
+        return True
+    return len(told) > 1 and all(told[-2:]) and _is_of(value, [*re.split(r"\n\s*\n", told[-2]), told[-1]])
+
+
+def _is_of(text: str, parts: list[str]) -> bool:
+    """Whether a text is these parts in order and little else: what a template puts before a part, which ends in a mark,
+    and a closing mark behind the last."""
+    at = around = 0
+    for part in parts:
+        begins = text.find(part, at)
+        while 0 <= begins - at <= MOST_AROUND and not _opens(text[at:begins]):
+            begins = text.find(part, begins + 1)
+        around += begins - at
+        if begins < 0 or around > MOST_AROUND:
+            return False
+        at = begins + len(part)
+    return bool(CLOSING.fullmatch(text, at))
+
+
+def _opens(before: str) -> bool:
+    """Whether a part of a text may follow this: nothing, or what ends in a mark."""
+    return not before.strip() or before.rstrip(" \t")[-1] in "\n:>]"
 
 
 def _with_system(system: Any, messages: tuple[Message, ...], wrong: Wrong) -> tuple[Message, ...]:
@@ -190,7 +266,7 @@ def _alpaca(row: Row, wrong: Wrong) -> tuple[Message, ...]:
     asked, more = said("user", row["instruction"], "instruction", wrong), row.get("input")
     if more is not None and not isinstance(more, str):
         wrong(f"not text but {kind_of(more)}", "write a string, or leave it out", "input")
-    elif more and more.strip() and asked and encodable(more):
+    elif more and asked and encodable(more):
         asked = Message("user", f"{asked.content}\n\n{more}")
     return _told(asked, said("assistant", row["output"], "output", wrong))
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from lorafit.data.examples import Message
-from lorafit.data.fields import BLANK, MARKS, filled, meaning_of, truth_of, unpacked
+from lorafit.data.fields import BLANK, MARKS, filled, is_empty, meaning_of, truth_of, unpacked
 from lorafit.data.tools import CALLS, OF_CALLS, bound, claim, read_calls
 
 ROLES = {
@@ -76,7 +76,8 @@ def read_turns(given: Mapping[str, Any], wrong: Wrong) -> tuple[Message, ...]:
         if not isinstance(turns, list) or not turns:
             wrong("not a list of messages", 'write [{"role": "user", "content": "..."}, ...]', name)
             return ()
-        found += [_turn(turn, name, i, wrong) for i, turn in enumerate(turns)]
+        last = len(turns) if name == [*given][-1] else 0
+        found += [_turn(turn, name, i, wrong, closes=i == last - 1) for i, turn in enumerate(turns)]
         places += [f"{name}[{i}]" for i in range(len(turns))]
     read = [message for message in found if message is not None]
     if len(read) < len(found):
@@ -94,8 +95,16 @@ def last_question(messages: Sequence[Message]) -> list[Message]:
     return [*(message for message in messages[:asked] if message.role == "system"), *messages[asked:]]
 
 
-def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
-    """The message, or None with its problems told; one without content is an empty system message."""
+def sides_of(turns: Any) -> list[str | None]:
+    """The roles of a list of messages, as far as they can be told; none for anything else."""
+    said = [turn.get(field_of(turn, BY) or BY[0]) if isinstance(turn, dict) else None
+            for turn in (turns if isinstance(turns, list) else ())]  # fmt: skip
+    return [role_of(name) if isinstance(name, str) else None for name in said]
+
+
+def _turn(turn: Any, name: str, i: int, wrong: Wrong, closes: bool) -> Message | None:
+    """The message, or None with its problems told; one without content is an empty system message, or an answer that is
+    not learnt. closes: whether it is the last of its conversation."""
     place = f"{name}[{i}]"
     if not isinstance(turn, dict):
         wrong("not an object", 'write {"role": "user", "content": "..."}', place)
@@ -114,7 +123,7 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
     if role != "assistant" and called:
         wrong(f"a call in a message of the {role}", "give it to the assistant", f"{place}.{next(iter(called))}")
         return None
-    content = turn.get(says)
+    content = _of_parts(turn.get(says))
     if told.strip().lower() in CALLERS and not called:
         called, content = {"tool_calls": unpacked(content)}, ""
         if not isinstance(called["tool_calls"], dict | list):
@@ -132,6 +141,8 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong) -> Message | None:
         message = Message(role, content or "")  # a tool may have nothing to say
     elif not filled(content) and any(strange):
         return None  # a picture without words: told with all that must not be passed over
+    elif role == "assistant" and is_empty(content) and not (closes or any(truth_of(turn.get(one)) for one in MARKS)):
+        return _thinking(Message(role, "", learnt=False), turn, place, wrong)
     else:
         message = said(role, content, f"{place}.{says}", wrong)
     answers = claim(turn) if role == "tool" else None
@@ -180,16 +191,26 @@ def field_of(turn: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in there if turn[name] is not None), next(iter(there), None))
 
 
+def _in_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+
+
+def _of_parts(content: Any) -> Any:
+    """Parts of text as one text; any other content as it is."""
+    if not _in_parts(content) or any(part["type"] not in TEXT_PARTS for part in content):
+        return content
+    texts = [part.get(field_of(part, ("text", "value")) or "text") for part in content]
+    return joined(texts) if all(isinstance(text, str) for text in texts) else content
+
+
 def said(role: str, content: Any, field: str, wrong: Wrong) -> Message | None:
     """A message of this content, or None with the problem told. A system message may be empty, which is none."""
-    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
-        strange = next((i for i, part in enumerate(content) if part["type"] not in TEXT_PARTS), None)
-        if strange is not None:
-            what = f"a part of type {json.dumps(content[strange]['type'], default=str)}, which is not learnt"
-            wrong(what, "write text alone, or leave the row out (--skip-bad)", f"{field}[{strange}]")
-            return None
-        texts = [part.get(field_of(part, ("text", "value")) or "text") for part in content]
-        content = joined(texts) if all(isinstance(text, str) for text in texts) else content
+    content = _of_parts(content)
+    odd = [i for i, part in enumerate(content) if part["type"] not in TEXT_PARTS] if _in_parts(content) else []
+    if odd:
+        what = f"a part of type {json.dumps(content[odd[0]]['type'], default=str)}, which is not learnt"
+        wrong(what, "write text alone, or leave the row out (--skip-bad)", f"{field}[{odd[0]}]")
+        return None
     if not isinstance(content, str):
         wrong(f"not text but {kind_of(content)}", "write a string", field)
     elif not encodable(content):

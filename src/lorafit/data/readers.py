@@ -19,9 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from lorafit.data.fields import is_harmless, is_known
 from lorafit.errors import Problem
 from lorafit.files import did_you_mean
 
+TAB, DELIMITERS = "\t", ",;\t|"
 LOOKED_AT, PEEK = 200, 1 << 20  # rows and characters by which the dialect of a table is told
 PIECE = 2000  # characters of plain text that make one example, rounded up to whole paragraphs
 LINE_END = re.compile(r"\r+\n|\r")  # of other systems
@@ -88,6 +90,9 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
     if ending in TEXTS and _is_json(raw):
         meant = "plain text" if ending == ".txt" else "a table"
         return refuse(f"JSON in a file that is called {meant}", f"rename it to {path.stem}.jsonl")
+    if ending == ".txt" and (delimiter := _delimiter_of(raw.decode(errors="replace"))):
+        fix = f"rename it to {path.stem}.{'tsv' if delimiter == TAB else 'csv'}"
+        return refuse("a table in a file that is called plain text", fix)
     found = READERS.get(ending, _jsonl)(path, raw, problems)
     # The text of a table is clean by now; values of JSON and parquet may hold other line ends and marks.
     records = list(found) if ending in TEXTS else [Record(one.where, _clean(one.fields)) for one in found]
@@ -249,15 +254,19 @@ def _table(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iterator[R
             dialect, text, above = _dialect(head[4], below), below, above + 1
         else:
             dialect = _dialect(delimiters, text)
-            while text.startswith("#"):  # a comment before the header, if it has other cells than the header
-                beneath = _dialect(delimiters, below)
-                if beneath.width(text) == beneath.width(below):
-                    break
+            while text.startswith("#") and (beneath := _commented(delimiters, text, below)):
                 dialect, text, above = beneath, below, above + 1
                 below = text.partition("\n")[2]
+        if re.match(r"[^\n]*\|[^\n]*\n[\s|:]*-[-\s|:]*(?:\n|$)", text):
+            what, fix = (
+                "a table as Markdown has it",
+                "save it as csv, without the bars around it and the line of dashes",
+            )
+            problems.append(Problem(f"{path}:{above + 1}", what, fix, whole=True))
+            return
         found: list[Problem] = []
         records = list(_rows(path, text, above, dialect, found))
-        if dialect.delimiter == "\t" and (found or _joined(records)):  # most of these files quote nothing
+        if dialect.delimiter == TAB and (found or _joined(records)):  # most of these files quote nothing
             bare: list[Problem] = []
             again = list(_rows(path, text, above, replace(dialect, quoting=csv.QUOTE_NONE), bare))
             if not bare or len(bare) < len(found):
@@ -287,12 +296,12 @@ class Dialect:
         return csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True, quoting=self.quoting,
                           skipinitialspace=self.blanks)  # fmt: skip
 
-    def width(self, text: str) -> int:
-        """Cells of the first line."""
+    def first(self, text: str) -> list[str]:
+        """The cells of the first line; none where it has none."""
         try:
-            return len(next(self.rows(text.partition("\n")[0]), []))
+            return list(next(self.rows(text.partition("\n")[0]), []))
         except csv.Error:
-            return 0
+            return []
 
 
 def _dialect(delimiters: str, text: str) -> Dialect:
@@ -314,12 +323,44 @@ def _dialect(delimiters: str, text: str) -> Dialect:
     return max((Dialect(one, blanks) for blanks in (False, True) for one in delimiters), key=fit)
 
 
+def _commented(delimiters: str, text: str, below: str) -> Dialect | None:
+    """The dialect of what is below a first line that is a comment; None where that line is the header: it has as many
+    cells as the next line that is no comment, and no name of a field that only that one has."""
+    table = re.sub(r"(?:#[^\n]*\n)*", "", below, count=1)
+    dialect = _dialect(delimiters, table)
+    first, header = dialect.first(text), dialect.first(table)
+    if len(first) == len(header) and (any(map(is_known, first)) or not any(map(is_known, header))):
+        return None
+    return dialect
+
+
+def _delimiter_of(text: str) -> str:
+    """What parts the cells of a text that is a table: every row has as many as the header, whose names are known; ""
+    for any other text."""
+    dialect = _dialect(DELIMITERS, text)
+    header = dialect.first(text.lstrip("\n"))
+    if len(header) < 2 or not any(map(is_known, header)):
+        return ""
+    if not all(is_known(name) or is_harmless(name, name, None) for name in header):
+        return ""
+    try:
+        rows = [row for row in dialect.rows(text) if row]
+    except csv.Error:
+        return ""
+    return dialect.delimiter if len(rows) > 1 and all(len(row) == len(header) for row in rows) else ""
+
+
 def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Problem]) -> Iterator[Record]:
     """The records of a table. above: lines of the file before the header."""
     rows = dialect.rows(text)
     started = above
+    hashes = text.count("\n# ")
+    lines = text.split("\n") if 0 < hashes <= max(2, text.count("\n") // 50) else []  # where they are no usual cells
     try:
-        header = [name.strip() or f"column {i}" for i, name in enumerate(next(rows, []), 1)]
+        written: list[str] = next(rows, [])
+        stripped = any(name != name.rstrip() for name in written[:-1])
+        skipped = any(name != name.lstrip() for name in written[1:])
+        header = [name.strip() or f"column {i}" for i, name in enumerate(written, 1)]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             what = f"two columns are named '{twice[0]}'"
@@ -328,26 +369,34 @@ def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Pr
             return
         started = above + rows.line_num
         for cells in rows:
-            where, started = f"{path}:{started + 1}", above + rows.line_num
+            where, begins, started = f"{path}:{started + 1}", started, above + rows.line_num
             if not any(map(str.strip, cells)):
                 continue
+            if lines and lines[begins - above].startswith("# "):
+                fix = "remove the line, or put its first cell in quotes if it is an example"
+                problems.append(Problem(where, "begins with #, as comments do", fix))
+                continue
+            if stripped or skipped:  # as those of the header, blanks around a cell belong to no cell
+                cells = [cell.strip() if stripped else cell.lstrip() for cell in cells]
             if len(cells) == len(header) > 1 and cells[0].strip() == header[0] and [*map(str.strip, cells)] == header:
                 problems.append(Problem(where, "the header once more", "remove the line"))
             elif len(cells) == len(header):
                 yield Record(where, dict(zip(header, cells, strict=True)))
             else:
                 what = f"{len(cells)} cells under {len(header)} column{'s' * (len(header) != 1)}"
-                problems.append(Problem(where, what, _uneven(len(cells), header, dialect.delimiter)))
+                problems.append(Problem(where, what, _uneven(cells, header, dialect.delimiter)))
     except csv.Error as error:
         fix = "write a quote inside quotes twice"
         what = f"not a table ({error}), perhaps a quote that is not closed"
         problems.append(Problem(f"{path}:{started + 1}", what, fix, whole=True))
 
 
-def _uneven(cells: int, header: list[str], delimiter: str) -> str:
+def _uneven(cells: list[str], header: list[str], delimiter: str) -> str:
     """What to do about a row with other cells than its header."""
-    named = "a tab" if delimiter == "\t" else f"'{delimiter}'"
-    if cells < len(header):
+    named = "a tab" if delimiter == TAB else f"'{delimiter}'"
+    if len(cells) > len(header) > 1 and not any(map(str.strip, cells[len(header) :])):
+        return f"remove the {named.removeprefix('a ')} at its end"
+    if len(cells) < len(header):
         return f"cells are missing at its end: write {named} for each of them, even if it is empty"
     if len(header) == 1:
         return (f"if the first line, '{header[0][:40]}', is a title, remove it: the names of the columns come first; "
@@ -402,8 +451,9 @@ def _named(values: list[Any], names: list[str] | None) -> list[Any]:
     """Names for numbers of labels; -1 is a row without a label."""
     if names is None:
         return values
+    numbers = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
     return [names[value] if type(value) is int and 0 <= value < len(names) else None if value == -1 else value
-            for value in values]  # fmt: skip
+            for value in numbers]  # fmt: skip
 
 
 def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
@@ -449,8 +499,8 @@ READERS: dict[str, Callable[[Path, bytes, list[Problem]], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".csv": _table(",;\t|"),
-    ".tsv": _table("\t"),
+    ".csv": _table(DELIMITERS),
+    ".tsv": _table(TAB),
     ".parquet": _parquet,
     ".txt": _paragraphs,
 }

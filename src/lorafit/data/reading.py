@@ -13,8 +13,8 @@ from lorafit.data.advice import formless, unread_fields
 from lorafit.data.columns import columns_named, joined
 from lorafit.data.equality import NUMERALS, numerals_of
 from lorafit.data.examples import SPLITS, Check, Example, Examples
-from lorafit.data.fields import UNUSED, fields_of
-from lorafit.data.forms import NO_LIMIT, form_of, parsed
+from lorafit.data.fields import UNUSED, fields_of, filled
+from lorafit.data.forms import NO_LIMIT, form_of, judges, parsed
 from lorafit.data.readers import Record, kinds, read_records
 from lorafit.errors import DataError, Problem
 
@@ -30,6 +30,7 @@ NOT_EXAMPLES = {  # names of files that come with data
     "readme", "license", "licence", "copying", "notice", "dataset_dict", "dataset_info", "dataset_infos", "state",
 }  # fmt: skip
 SHARD = r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$"  # what ends the names of files that are parts of one
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
 MOST_LABELS = 30  # named in the system prompt
 BUILTIN = "builtin"  # the help desk that comes with the package
 BUILTIN_FOLDER = Path(str(files("lorafit.data").joinpath("builtin")))
@@ -58,6 +59,7 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     wanted += [name for template in templates.values() for name in template.columns]
     splits = {}
     problems: list[Problem] = []
+    notes: list[str] = []
     builtin = str(path) == BUILTIN
     given, unread = _files(BUILTIN_FOLDER if builtin else Path(path).expanduser())
     unread = () if builtin else unread  # what else is in the package is no matter of the user's
@@ -70,17 +72,28 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
             fix = f"name another, --columns may name: {', '.join(there)}"
             problems += [Problem(str(file), f"no column '{name}'", fix, whole=True) for name in lost]
             continue
-        found = _parsed(str(file), joined(records, templates, renamed, problems), renamed, problems)
+        rows = joined(records, templates, renamed, problems)
+        found = _parsed(str(file), rows, renamed, problems)
+        named_so = None if file == Path(path).expanduser() else split
+        notes += _of_other_splits(str(file), named_so, rows, renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)
         splits[split] = found
     splits = _with_numerals(_labelled(splits, problems))
-    skippable = skip_bad and not any(problem.whole for problem in problems) and all(splits.values())
-    if problems and not skippable:
-        raise DataError(problems)
+    left = bool(splits.get("train"))
+    if problems and not (skip_bad and left and not any(problem.whole for problem in problems)):
+        raise DataError(problems if left else unskippable(problems))
+    notes += [f"no row of {name} can be used: it is left out whole" for name, split in splits.items() if not split]
     levels = sorted({part.fields["label"] for parts in given.values() for part in parts if "label" in part.fields})
-    notes = (f"the names of the folders ({', '.join(levels)}) are the labels of their texts; to learn the texts of one "
-             "as they are, give that folder",) if levels else ()  # fmt: skip
-    return _with_labels(Examples((), skipped=tuple(problems), unread=unread, notes=notes).with_splits(splits))
+    if levels:
+        notes.append(f"the names of the folders ({', '.join(levels)}) are the labels of their texts; to learn the "
+                     "texts of one as they are, give that folder")  # fmt: skip
+    return _with_labels(Examples((), skipped=tuple(problems), unread=unread, notes=tuple(notes)).with_splits(splits))
+
+
+def unskippable(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems where --skip-bad is no way out, for it would leave no row."""
+    said = "(--skip-bad would leave no row)"
+    return [replace(problem, fix=problem.fix.replace("(--skip-bad)", said)) for problem in problems]
 
 
 def require_data(path: str | Path) -> None:
@@ -106,14 +119,48 @@ def _parsed(
         return ()
     found: list[Example | None] = []
     unknown: dict[str, Record] = {}
+    judged = judges(rows)
     for record, row, form in zip(records, rows, forms, strict=True):
         if form is None:
             problems.append(formless(record.where, [record], renamed))
         else:
-            found.append(parsed(record, row, form, problems, unknown))
+            found.append(parsed(record, row, form, problems, unknown, judged))
     if unknown:
         problems.append(unread_fields(unknown, renamed))
     return tuple(example for example in found if example is not None)
+
+
+def _of_other_splits(
+    file: str, split: str | None, records: Sequence[Record], renamed: Mapping[str, str], problems: list[Problem]
+) -> list[str]:
+    """What is to be told of rows that name the split they are for, in a column `split`.
+
+    Args:
+        file: the place to name.
+        split: for which the file is by its name; None where it is given by itself, for whatever it is given.
+        records: its rows.
+        renamed: the field of each column that is named.
+        problems: is told of a file that mixes splits, or is of another one.
+    """
+    rows = [fields_of(record.fields, renamed) for record in records if "split" in record.fields]
+    named = [row["split"] for row in rows if filled(row.get("split"))]
+    found = Counter(map(str, named))
+    splits = {_split_of(name) for name in found}
+    if splits <= {split or "train"}:
+        return []
+    if split is None and len(splits) == 1 and len(named) == len(records):
+        return [f"every row of {file} says split {next(iter(found))!r}: they are taken as they are given"]
+    told = ", ".join(f"{count} {name}" for name, count in found.most_common(5))
+    what = f"rows of another split than {split}" if split else "rows of several splits in one file"
+    fix = "write each to a file of its own (train.jsonl, valid.jsonl, test.jsonl) and give their folder"
+    problems.append(Problem(file, f"{what} (split: {told})", f"{fix}, or add --columns {UNUSED}=split", whole=True))
+    return []
+
+
+def _split_of(name: str) -> str:
+    """The split that other programs mean by a name, as far as it can be told: `train_sft` is train."""
+    plain = name.strip().lower()
+    return ALSO_CALLED.get(plain) or next((split for split in SPLITS if plain.startswith(split)), plain)
 
 
 def _labelled(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -> dict[str, tuple[Example, ...]]:
@@ -123,6 +170,7 @@ def _labelled(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -
     fix = "write it, or leave the row out (--skip-bad)"
     problems += [Problem(f"{e.where}: label", "missing, where other rows have one", fix)
                  for split in splits.values() for e in split if e.is_text]  # fmt: skip
+    problems += _numbers_beside_names([e for split in splits.values() for e in split if e.label is not None])
     return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
 
 
@@ -139,6 +187,22 @@ def _with_numerals(splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Ex
         return replace(example, check=replace(example.check, numerals=way)) if way and example.check else example
 
     return {name: tuple(map(written, split)) for name, split in splits.items()} if ways else splits
+
+
+def _numbers_beside_names(labelled: Sequence[Example]) -> list[Problem]:
+    """Files whose labels are nothing but numbers, where others have nothing but names: of the same labels, most likely,
+    whose names one of them has lost."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for example in labelled:
+        labels[example.where.rpartition(":")[0]].add(example.label or "")
+    held = {file: sorted(found) for file, found in labels.items() if not file.endswith(".txt")}  # those are of folders
+    numbers = {file for file, found in held.items() if all(map(NUMBER.fullmatch, found))}
+    named = next((file for file, found in held.items() if not any(map(NUMBER.fullmatch, found))), None)
+    if named is None:
+        return []
+    what = "labels are numbers ({}), where those of {} are names ({})"
+    return [Problem(file, what.format(", ".join(held[file][:5]), Path(named).name, ", ".join(held[named][:5])),
+                    "write the names here too", whole=True) for file in sorted(numbers)]  # fmt: skip
 
 
 def _line(problem: Problem) -> int:
@@ -181,17 +245,7 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     if not path.is_dir():
         return {"train": [Part(path)]}, ()
     named = _by_name(path)
-    problems = []
-    for split in SPLITS:
-        stems = {_stem(file) for file in named[split]}
-        parts = next((int(found[1]) for file in named[split] if (found := re.search(SHARD, _stem(file)))), 1)
-        if len({re.sub(SHARD, "", stem) for stem in stems}) > 1 or (parts == 1 and len(named[split]) > 1):
-            what = f"two {split} files: {', '.join(file.name for file in named[split])}"
-            problems.append(Problem(str(path), what, "leave one of them"))
-        elif named[split] and parts != len(named[split]):
-            what = f"{len(named[split])} of the {parts} parts of {split} are here"
-            problems.append(Problem(str(path), what, "copy the others too"))
-    if problems:
+    if problems := [problem for split in SPLITS if (problem := _apart(path, split, named[split]))]:
         raise DataError(problems)
     readable = [file for held in named.values() for file in held]
     if named["train"]:
@@ -205,8 +259,13 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
             return levels, (*left, *(file.name for file in readable))
         if flat:
             return {"train": [Part(file, {"group": file.name}) for file in flat]}, _with_texts(path)
-    if not readable and (path / "data").is_dir():  # as the hub has it
-        return _files(path / "data")
+    if not readable:
+        splits, left = _by_split(path)
+        if splits:
+            return splits, left
+    inside = next((path / name for name in ("data", "default") if (path / name).is_dir()), None)
+    if not readable and inside:  # as the hub has it
+        return _files(inside)
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     here = ", ".join(names[:8]) + (" ..." if names[8:] else "") or "nothing"
     packed = next((name for name in names if name.endswith(".zip")), None)
@@ -225,6 +284,47 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         fix = "give files named train, valid and test (jsonl, json, csv, tsv, parquet or txt), or one file"
     what = f"no train.jsonl or other training file in this folder (it holds {here})"
     raise DataError([Problem(str(path), what, fix)])
+
+
+def _apart(path: Path, split: str, files: Sequence[Path]) -> Problem | None:
+    """What is wrong with files of a folder that are to be the parts of one split; None where nothing is."""
+    stems = sorted({_stem(file) for file in files})
+    if stems and all(stem.isdecimal() for stem in stems) and len(stems) == len(files):
+        first = 0 if len(stems[0]) == 4 else min(1, int(stems[0]))  # 0000.parquet and so on, as the hub has them
+        missing = sorted({*range(first, len(stems) + first)} - {*map(int, stems)})
+        what = f"{split}: part {missing[0]:0{len(stems[0])}} is not here, and {files[-1].name} is" if missing else ""
+        return Problem(str(path), what, "copy the others too") if missing else None
+    parts = next((int(found[1]) for stem in stems if (found := re.search(SHARD, stem))), 1)
+    if len({re.sub(SHARD, "", stem) for stem in stems}) > 1 or (parts == 1 and len(files) > 1):
+        return Problem(str(path), f"two {split} files: {', '.join(file.name for file in files)}", "leave one of them")
+    if files and parts != len(files):
+        return Problem(str(path), f"{len(files)} of the {parts} parts of {split} are here", "copy the others too")
+    return None
+
+
+def _by_split(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
+    """The files of folders each of which is a split, as the hub converts data (`train/0000.parquet`), by split, and
+    what else lies there; nothing for other folders. Texts of a split are read whole, each a group.
+
+    Raises DataError for files in one of the folders that are no parts of one.
+    """
+    folders = {one.name.lower(): one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
+    names = {split: [split, *(other for other, meant in ALSO_CALLED.items() if meant == split)] for split in SPLITS}
+    found = {split: folders[name] for split in SPLITS if (name := next((n for n in names[split] if n in folders), ""))}
+    files = {split: sorted(file for held in _by_name(folder).values() for file in held)
+             for split, folder in found.items()}  # fmt: skip
+    if not (files.get("train") and all(files.values())):
+        return {}, ()
+    given, problems = {}, []
+    for split, held in files.items():
+        if all(file.suffix == ".txt" for file in held):
+            given[split] = [Part(file, {"group": file.name}) for file in held]
+            continue
+        given[split] = [Part(file) for file in held]
+        problems += [problem] if (problem := _apart(found[split], split, held)) else []
+    if problems:
+        raise DataError(problems)
+    return given, tuple(f"{one.name}/" for _, one in sorted(folders.items()) if one not in found.values())
 
 
 def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:

@@ -210,6 +210,8 @@ class Renderer:
             turns.insert(0, {"role": "system", "content": self.system})
         elif self.system and turns[0]["role"] == "user":
             turns[0] = {"role": "user", "content": f"{self.system}\n\n{turns[0]['content']}"}
+        if turns[0]["role"] != "system" and self._silences:
+            turns.insert(0, {"role": "system", "content": ""})
         return self._rendered(turns, prompt, tools)
 
     def _rendered(self, turns: list[dict[str, Any]], prompt: bool, tools: Sequence[str] = ()) -> str:
@@ -227,6 +229,15 @@ class Renderer:
                 f"the chat template of this base refuses the conversation ({error}): change one of the two"
             ) from error
         return text
+
+    @cached_property
+    def _silences(self) -> bool:
+        """Whether no system prompt is wanted, and an empty one keeps the template from speaking of its own accord."""
+        asked = [{"role": "user", "content": "\0"}]
+        with suppress(BaseError):
+            if self.system == "" and self._own_words(self._rendered(asked, prompt=False)):
+                return not self._own_words(self._rendered([{"role": "system", "content": ""}, *asked], prompt=False))
+        return False
 
     @cached_property
     def _has_system(self) -> bool:
@@ -327,8 +338,12 @@ class Renderer:
 
     def preamble(self) -> str:
         """What the template says of its own accord before a first user message; "" where it says nothing in words."""
-        before = self.text([Message("user", "\0")], prompt=False).partition("\0")[0]
-        for token in self._control:
+        return self._own_words(self.text([Message("user", "\0")], prompt=False))
+
+    def _own_words(self, text: str) -> str:
+        """What stands before the message that is \\0, without special tokens; "" where these are no words."""
+        before = text.partition("\0")[0]
+        for token in (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special):
             before = before.replace(token, " ")
         words = before.split()
         return " ".join(words) if len(words) > 3 else ""

@@ -14,6 +14,7 @@ from lorafit.data.fields import filled, unpacked
 
 CALLS = ("tool_calls", "function_call", "tool_call")  # fields of a message that hold calls
 OF_CALLS = (*CALLS, "tool_call_id")  # and the one that names the call which a tool answers
+OF_A_CALL = ("function", "name", "id", "type", "index", "strict")  # fields of a call beside its arguments
 OF_ROWS = ("tools", "functions", "parallel_tool_calls")  # fields of a row, or of a request
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")  # of a tool: what no rendering takes for its own marks
 DEEPEST = 4  # how far into a schema it is read whether it takes null: one may name itself
@@ -136,7 +137,14 @@ def read_call(one: Any, place: str, wrong: Wrong) -> Call | None:
     if not isinstance(function, dict) or not isinstance(name, str) or not NAME.fullmatch(name):
         wrong("not a call of a function by its name", f"write {ONE_CALL}", place)
         return None
-    given = function.get("arguments", function.get("parameters"))
+    by = "parameters" if function.get("arguments") is None else "arguments"
+    fields = {**one, **function}
+    strange = next((key for key, value in fields.items() if key not in (*OF_A_CALL, by) and filled(value)), None)
+    if strange is not None:
+        wrong(f"a call with '{strange}', which nothing reads",
+              "leave it out, or call it arguments if it holds them", place)  # fmt: skip
+        return None
+    given = function.get(by)
     try:
         arguments = json.loads(given, parse_constant=_no_number) if isinstance(given, str) and given.strip() else given
         if arguments is None or arguments == "":
@@ -216,7 +224,7 @@ def known_calls(
         messages: of one conversation.
         tools: as `read_tools` read them.
         places: of each message, as problems name it.
-        wrong: is told of every call of another tool.
+        wrong: is told of every call of another tool, and of one to be learnt that lacks what its tool requires.
     """
     functions = {function["name"]: function for function in (json.loads(tool)["function"] for tool in tools)}
     found = []
@@ -226,9 +234,23 @@ def known_calls(
             if functions and call.name not in functions:
                 wrong(f"calls {call.name}, which is none of its tools ({', '.join([*functions][:6])})",
                       "add its description, or correct the name", place)  # fmt: skip
+            elif missing := _missing(call, functions.get(call.name)) if message.learnt else []:
+                wrong(f"calls {call.name} without '{missing[0]}', which it requires",
+                      "add the argument, or take it out of what the tool requires", place)  # fmt: skip
             calls.append(_without_filling(call, functions.get(call.name)))
         found.append(replace(message, calls=tuple(calls)))
     return found
+
+
+def _required(function: Mapping[str, Any] | None) -> list[str]:
+    required = function["parameters"].get("required") if function else None
+    return required if isinstance(required, list) else []
+
+
+def _missing(call: Call, function: Mapping[str, Any] | None) -> list[str]:
+    """Arguments that the function requires and the call lacks."""
+    given = json.loads(call.arguments)
+    return [name for name in _required(function) if isinstance(name, str) and name not in given]
 
 
 def _without_filling(call: Call, function: Mapping[str, Any] | None) -> Call:
@@ -236,8 +258,7 @@ def _without_filling(call: Call, function: Mapping[str, Any] | None) -> Call:
     if function is None or None not in arguments.values():
         return call
     whole = function["parameters"]
-    properties, required = whole.get("properties") or {}, whole.get("required")
-    needed = required if isinstance(required, list) else []
+    properties, needed = whole.get("properties") or {}, _required(function)
     others = bool(whole.get("patternProperties")) or _takes_null(whole.get("additionalProperties", False), whole)
     kept = {
         name: value for name, value in arguments.items()
