@@ -154,6 +154,8 @@ def unread(row: Row, form: str) -> dict[str, Any]:
 
 def _called(row: Row, messages: tuple[Message, ...], tools: tuple[str, ...], wrong: Wrong) -> tuple[Message, ...]:
     """The messages with their calls held against the row's tools, and against its word on parallel calls."""
+    if not any(message.calls for message in messages):
+        return messages
     place = next((name for name in ("messages", "conversations") if name in row), "prompt")
     several = next((one for one in messages if len(one.calls) > 1), None)
     if truth_of(row.get("parallel_tool_calls")) is False and several is not None:

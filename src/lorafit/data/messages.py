@@ -35,6 +35,9 @@ def role_of(name: str) -> str | None:
     return ROLES.get(name.strip().lower())
 
 
+_THOUGHT = re.compile(r"\s*{}(.*?){}(.*)".format(*map(re.escape, THOUGHT)), re.DOTALL)
+
+
 def with_thought(reasoning: str, answer: str) -> str:
     """An answer with its reasoning before it, as one text."""
     return f"{THOUGHT[0]}\n{reasoning}\n{THOUGHT[1]}\n\n{answer}"
@@ -42,8 +45,7 @@ def with_thought(reasoning: str, answer: str) -> str:
 
 def thought_of(text: str) -> tuple[str, str]:
     """The reasoning that an answer begins with ("" where it has none), and the answer itself."""
-    opening, closing = map(re.escape, THOUGHT)
-    found = re.match(rf"\s*{opening}(.*?){closing}(.*)", text, re.DOTALL)
+    found = _THOUGHT.match(text)
     return (found[1].strip(), found[2].strip()) if found else ("", text)
 
 
@@ -215,8 +217,8 @@ def said(role: str, content: Any, field: str, wrong: Wrong) -> Message | None:
         wrong(f"not text but {kind_of(content)}", "write a string", field)
     elif not encodable(content):
         wrong("holds half of a character (a lone surrogate, \\ud800 to \\udfff)", "write the whole character", field)
-    elif role == "assistant" and thought_of(content)[1].strip(BLANK):
-        reasoning, answer = thought_of(content)
+    elif role == "assistant" and (parts := thought_of(content))[1].strip(BLANK):
+        reasoning, answer = parts
         return Message(role, answer, reasoning=reasoning)
     elif role != "assistant" and content.strip(BLANK):
         return Message(role, content)

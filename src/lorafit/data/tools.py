@@ -238,7 +238,7 @@ def known_calls(
                 wrong(f"calls {call.name} without '{missing[0]}', which it requires",
                       "add the argument, or take it out of what the tool requires", place)  # fmt: skip
             calls.append(_without_filling(call, functions.get(call.name)))
-        found.append(replace(message, calls=tuple(calls)))
+        found.append(replace(message, calls=tuple(calls)) if calls else message)
     return found
 
 
