@@ -40,12 +40,32 @@ def main() -> None:
     found = {name: _in_a_process(name, asked.share) for name in SETS}
     from results import circumstances, markdown, record  # torch behind it, which is none of the sets' memory
 
-    head = ["set", "texts", "characters", "index (s)", "split (s)", "apart (s)", "report (s)", "copies found",
-            "before (GB)", "peak (GB)", "a text (KB)"]  # fmt: skip
-    rows = [[name, f"{one['texts']:,}", f"{one['characters']:,}",
-             *(f"{one['seconds'][part]:.1f}" for part in ("index", "split", "apart", "report")),
-             f"{one['found']:,} of {one['planted']:,}", f"{one['before'] / 1e9:.2f}", f"{one['peak'] / 1e9:.2f}",
-             f"{(one['peak'] - one['before']) / one['texts'] / 1e3:.1f}"] for name, one in found.items()]  # fmt: skip
+    head = [
+        "set",
+        "texts",
+        "characters",
+        "index (s)",
+        "split (s)",
+        "apart (s)",
+        "report (s)",
+        "copies found",
+        "before (GB)",
+        "peak (GB)",
+        "a text (KB)",
+    ]
+    rows = [
+        [
+            name,
+            f"{one['texts']:,}",
+            f"{one['characters']:,}",
+            *(f"{one['seconds'][part]:.1f}" for part in ("index", "split", "apart", "report")),
+            f"{one['found']:,} of {one['planted']:,}",
+            f"{one['before'] / 1e9:.2f}",
+            f"{one['peak'] / 1e9:.2f}",
+            f"{(one['peak'] - one['before']) / one['texts'] / 1e3:.1f}",
+        ]
+        for name, one in found.items()
+    ]
     table = Table(*head)
     for row in rows:
         table.add_row(*row)
@@ -90,8 +110,11 @@ def checked(name: str, share: float) -> dict[str, Any]:
 
     count, characters = SETS[name]
     texts, planted = texts_of(max(20, round(share * count)), characters)
-    examples = Examples(tuple(Example((Message("user", text), Message("assistant", "Yes.")), f"x:{i}")
-                              for i, text in enumerate(texts, 1)))  # fmt: skip
+    examples = Examples(
+        tuple(
+            Example((Message("user", text), Message("assistant", "Yes.")), f"x:{i}") for i, text in enumerate(texts, 1)
+        )
+    )
     before = _peak()
     seconds: dict[str, float] = {}
     began = time.process_time()
@@ -111,8 +134,15 @@ def checked(name: str, share: float) -> dict[str, Any]:
     describe(whole, questions)
     passed("report")
     mean = round(sum(map(len, texts)) / len(texts))
-    return {"texts": len(texts), "characters": mean, "seconds": seconds, "found": found, "planted": planted,
-            "before": before, "peak": _peak()}  # fmt: skip
+    return {
+        "texts": len(texts),
+        "characters": mean,
+        "seconds": seconds,
+        "found": found,
+        "planted": planted,
+        "before": before,
+        "peak": _peak(),
+    }
 
 
 def _peak() -> int:

@@ -107,8 +107,10 @@ def main() -> None:
     print(json.dumps(found))
     if asked.record:
         same = "bit for bit equal" if found["bit_identical"] else "NOT equal"
-        said = (f"The lowest {blocks} of {all_blocks} blocks kept, {len(ratios)} steps of {BATCH} examples, "
-                 f"{found['dtype']}; the adapters of both ways are {same}.")  # fmt: skip
+        said = (
+            f"The lowest {blocks} of {all_blocks} blocks kept, {len(ratios)} steps of {BATCH} examples, "
+            f"{found['dtype']}; the adapters of both ways are {same}."
+        )
         record("The trunk cache", found, f"{markdown(head, lines)}\n\n{said}")
 
 

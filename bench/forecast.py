@@ -47,8 +47,14 @@ def files(data: Path, into: Path) -> dict[str, str]:
     lists = random.Random(0).sample(sorted(texts), 300)
     restaurants = [{"prompt": mr, "completion": text, "group": mr} for mr in lists for text in texts[mr][:2]]
     clauses = json.loads((data / "legal_summarization" / "all_v1.json").read_text(encoding="utf-8")).values()
-    contracts = [{"prompt": one["original_text"].strip()[:2500], "completion": one["reference_summary"].strip(),
-                  "group": one["doc"]} for one in clauses]  # fmt: skip
+    contracts = [
+        {
+            "prompt": one["original_text"].strip()[:2500],
+            "completion": one["reference_summary"].strip(),
+            "group": one["doc"],
+        }
+        for one in clauses
+    ]
     made = {"handbook": "builtin"}
     for name, rows in (("restaurants", restaurants), ("contracts", contracts)):
         path = into / f"{name}.jsonl"
@@ -119,10 +125,11 @@ def main() -> None:
     print(json.dumps(result))
     if given.record:
         record(
-            "Memory and time foretold", result,
+            "Memory and time foretold",
+            result,
             f"SmolLM2-135M in fp32. Memory over the imports, of a process of its own.\n\n{markdown(HEAD, lines)}\n\n"
             f"Furthest off: memory {worst['memory_error']:+.0%}, time {worst['time_error']:+.0%}.",
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -81,8 +81,15 @@ from lorafit.training.recipe import Recipe
 DATA = Path(os.environ.get("LORAFIT_DATA", "../shared/data"))
 SETS = ("restaurants", "requests", "instructions")
 SEEDS = (0, 1, 2)
-SETTINGS = {"batch_size": 4, "dtype": "fp32", "skip_bad": True, "max_length": 256, "few_shot": 0, "validations": 2,
-            "patience": 9}  # fmt: skip
+SETTINGS = {
+    "batch_size": 4,
+    "dtype": "fp32",
+    "skip_bad": True,
+    "max_length": 256,
+    "few_shot": 0,
+    "validations": 2,
+    "patience": 9,
+}
 SIZES = {"restaurants": (480, 60), "requests": (240, 120), "instructions": (720, 90)}  # of train; of valid and of test
 STEPS = 110  # two rates are searched then: a third of the rule's, and that
 GRID_RATES, GRID_RANKS = (1 / 3, 1.0, 3.0), (8, 32)
@@ -104,12 +111,15 @@ def rows_of(name: str) -> list[dict[str, Any]]:
         with (DATA / "bitext_support" / "Bitext_Sample_Customer_Service_Training_Dataset.csv").open(
             encoding="utf-8"
         ) as file:
-            made = [{"prompt": row["utterance"], "completion": f"{row['category'].lower()}: {row['intent']}"}
-                    for row in csv.DictReader(file)]  # fmt: skip
+            made = [
+                {"prompt": row["utterance"], "completion": f"{row['category'].lower()}: {row['intent']}"}
+                for row in csv.DictReader(file)
+            ]
     else:
         with (DATA / "instruct" / "rasbt_instruction-data.json").open(encoding="utf-8") as file:
-            made = [{"instruction": r["instruction"], "input": r["input"], "output": r["output"]}
-                    for r in json.load(file)]  # fmt: skip
+            made = [
+                {"instruction": r["instruction"], "input": r["input"], "output": r["output"]} for r in json.load(file)
+            ]
     random.Random(0).shuffle(made)
     return made
 
@@ -176,8 +186,11 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     """Search, train, trim, as the product does; also what each way of cutting costs at every share."""
     recipe = replace(one.decision.recipe, seed=seed)
     settings = settings_from({**SETTINGS, "seed": seed, "search": how})
-    one = replace(one, decision=replace(one.decision, recipe=recipe),
-                  start=fresh(one.base, one.decision.plan, seed, one.renderer.rendering))  # fmt: skip
+    one = replace(
+        one,
+        decision=replace(one.decision, recipe=recipe),
+        start=fresh(one.base, one.decision.plan, seed, one.renderer.rendering),
+    )
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         known, card, _ = looked(one, Path(folder), Silent())
@@ -196,27 +209,41 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     groups = [example.group for example in one.examples.valid]
     questions = Questions.among(one.base, one.renderer, one.examples.valid, one.rows["valid"], one.examples.train)
-    ladder, small, moments = ladder_of(one.base, whole, one.rows, one.way, recipe, result["valid"], before, groups,
-                                       questions, Silent())  # fmt: skip
+    ladder, small, moments = ladder_of(
+        one.base, whole, one.rows, one.way, recipe, result["valid"], before, groups, questions, Silent()
+    )
     trimming = time.monotonic() - began
     ways = {
         "plain": {},
         "inputs": {path: replace(each, outputs=None) for path, each in moments.items()},
         "both": moments,
     }
-    cuts = {f"{name} {share}": scored(one, trimmed(whole, share, way or None)[0])["test"]
-            for name, way in ways.items() for share in (0.5, 0.25)}  # fmt: skip
+    cuts = {
+        f"{name} {share}": scored(one, trimmed(whole, share, way or None)[0])["test"]
+        for name, way in ways.items()
+        for share in (0.5, 0.25)
+    }
     shipped = scored(one, small) if small else result
     choices = {c.name: c.value for c in decision.choices}
     return {
-        "valid": shipped["valid"], "test": shipped["test"], "valid_nll": shipped["valid_nll"],
-        "whole": result, "cuts": cuts, "chosen_share": ladder.chosen, "ladder": ladder.reason,
-        "parameters": shipped["parameters"], "rate": decision.recipe.learning_rate,
-        "sites": len(decision.plan.slots), "rank": choices["rank"], "arms": [arm["name"] for arm in arms],
+        "valid": shipped["valid"],
+        "test": shipped["test"],
+        "valid_nll": shipped["valid_nll"],
+        "whole": result,
+        "cuts": cuts,
+        "chosen_share": ladder.chosen,
+        "ladder": ladder.reason,
+        "parameters": shipped["parameters"],
+        "rate": decision.recipe.learning_rate,
+        "sites": len(decision.plan.slots),
+        "rank": choices["rank"],
+        "arms": [arm["name"] for arm in arms],
         "steps": recipe.steps + sum(arm["steps"] for arm in arms),
         # The search scores the base for the run, which scores it itself where there was no search.
-        "search_seconds": searching - scoring, "train_seconds": training, "trim_seconds": trimming,
-    }  # fmt: skip
+        "search_seconds": searching - scoring,
+        "train_seconds": training,
+        "trim_seconds": trimming,
+    }
 
 
 def at_parameters(one: Opened, targets: Sequence[str], parameters: int, alpha: float) -> Plan:
@@ -279,7 +306,7 @@ def arms_of(name: str, seeds: Sequence[int], thorough: bool, store: Store) -> di
 
     def cells(
         arm: str, compute: Callable[[int], dict[str, Any]], over: Sequence[int] = seeds, **key: Any
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[dict[str, Any]]:
         return [store.cell({**same, "arm": arm, "seed": seed, **key}, partial(compute, seed)) for seed in over]
 
     def at(made: Plan, rate: float) -> Callable[[int], dict[str, Any]]:
@@ -350,17 +377,28 @@ def verdicts(name: str, arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
     regret, defaults = against(tests["a"], tests[winner], groups), against(tests["a"], tests["d"], groups)
     regret_b = against(tests["b"], tests[winner], groups)
     whole = tests["b"]
-    cuts = {cut: against(np.mean([cell["cuts"][cut] for cell in arms["a"]], axis=0), whole, groups)
-            for cut in arms["a"][0]["cuts"]}  # fmt: skip
-    search_price, trim_price = (max(c[f"{what}_seconds"] / c["train_seconds"] for c in arms["a"])
-                                for what in ("search", "trim"))  # fmt: skip
+    cuts = {
+        cut: against(np.mean([cell["cuts"][cut] for cell in arms["a"]], axis=0), whole, groups)
+        for cut in arms["a"][0]["cuts"]
+    }
+    search_price, trim_price = (
+        max(c[f"{what}_seconds"] / c["train_seconds"] for c in arms["a"]) for what in ("search", "trim")
+    )
     return {
-        "regret": regret, "regret_of_b": regret_b, "against_defaults": defaults, "cuts": cuts,
-        "price_fast": search_price, "price_trim": trim_price,
+        "regret": regret,
+        "regret_of_b": regret_b,
+        "against_defaults": defaults,
+        "cuts": cuts,
+        "price_fast": search_price,
+        "price_trim": trim_price,
         "shipped_shares": [cell["chosen_share"] for cell in arms["a"]],
-        "holds": {"regret": regret[2] <= 0.005, "defaults": defaults[0] <= -0.02 and defaults[2] < 0,
-                  "trim": cuts["both 0.25"][2] <= 0.005, "price": search_price + trim_price <= 0.5},
-    }  # fmt: skip
+        "holds": {
+            "regret": regret[2] <= 0.005,
+            "defaults": defaults[0] <= -0.02 and defaults[2] < 0,
+            "trim": cuts["both 0.25"][2] <= 0.005,
+            "price": search_price + trim_price <= 0.5,
+        },
+    }
 
 
 def main() -> None:
@@ -392,22 +430,27 @@ def main() -> None:
             each = [float(np.mean(cell["test"])) for cell in cells]
             spent = sum(cell["steps"] for cell in cells) / len(cells)
             spent = spent * len(GRID_RATES) * len(GRID_RANKS) * len(GRID_PLACES) if label.startswith("e, ") else spent
-            lines.append([
-                LABELS.get(label, f"({label[0]}){label[2:]}"), f"{np.mean(each):.4f}",
-                f"{np.std(each, ddof=1):.4f}" if len(each) > 1 else "-",
-                percent(against(mean_test(cells), winner, groups)),
-                f"{round(np.mean([cell['parameters'] for cell in cells])):,}",
-                f"{spent * (len(FULL_RATES) if label == 'f' else 1):.0f}",
-            ])  # fmt: skip
+            lines.append(
+                [
+                    LABELS.get(label, f"({label[0]}){label[2:]}"),
+                    f"{np.mean(each):.4f}",
+                    f"{np.std(each, ddof=1):.4f}" if len(each) > 1 else "-",
+                    percent(against(mean_test(cells), winner, groups)),
+                    f"{round(np.mean([cell['parameters'] for cell in cells])):,}",
+                    f"{spent * (len(FULL_RATES) if label == 'f' else 1):.0f}",
+                ]
+            )
         table = Table(*head, title=name)
         for line in lines:
             table.add_row(*line)
         console.print(table)
         cut = "; ".join(f"{which}: {percent(values)}" for which, values in found["cuts"].items())
         said = ", ".join(f"{claim} {'holds' if holds else 'fails'}" for claim, holds in found["holds"].items())
-        below = (f"(a) against the winner of the grid {percent(found['regret'])}, against PEFT's defaults "
-                 f"{percent(found['against_defaults'])}. Cut to a share: {cut}. Search (fast) took "
-                 f"{found['price_fast']:.2f} of a run, trim {found['price_trim']:.2f}. {said}.")  # fmt: skip
+        below = (
+            f"(a) against the winner of the grid {percent(found['regret'])}, against PEFT's defaults "
+            f"{percent(found['against_defaults'])}. Cut to a share: {cut}. Search (fast) took "
+            f"{found['price_fast']:.2f} of a run, trim {found['price_trim']:.2f}. {said}."
+        )
         console.print(below)
         text.append(f"### {name}\n\n{markdown(head, lines)}\n\n{below}")
     result = {"benchmark": "planning", **about, "quick": given.quick, "rates": list(rates_for(STEPS)), "sets": told}

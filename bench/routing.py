@@ -98,8 +98,10 @@ def router_of(read: Reader, asked: Mapping[str, Mapping[str, list[str]]]) -> tup
     """A router between adapters with these questions by part, and the seconds its training took."""
     base = read.base
     parts = ("train", "valid", "train_declined", "valid_declined")
-    kept = {name: Features(base.identity, depths(base), *(read(given[part]).half() for part in parts))
-            for name, given in asked.items()}  # fmt: skip
+    kept = {
+        name: Features(base.identity, depths(base), *(read(given[part]).half() for part in parts))
+        for name, given in asked.items()
+    }
     others, began = read(elsewhere()), time.monotonic()
     return fit(kept, others), time.monotonic() - began
 
@@ -140,8 +142,9 @@ def tfidf(asked: Mapping[str, Mapping[str, list[str]]], sets: Mapping[str, list[
         return [text for text, _ in pairs], [label for _, label in pairs]
 
     job = {"train": labelled("train"), "valid": labelled("valid"), "ask": sets}
-    done = subprocess.run([python, str(HERE / "routing_tfidf.py")], input=json.dumps(job), capture_output=True,
-                          text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [python, str(HERE / "routing_tfidf.py")], input=json.dumps(job), capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -163,9 +166,13 @@ def measured(
 
 
 def compared(
-    read: Reader, asked: Mapping[str, Mapping[str, list[str]]], sets: Mapping[str, list[str]],
-    right: Mapping[str, Tensor], inside: str, python: str,
-) -> dict[str, Any]:  # fmt: skip
+    read: Reader,
+    asked: Mapping[str, Mapping[str, list[str]]],
+    sets: Mapping[str, list[str]],
+    right: Mapping[str, Tensor],
+    inside: str,
+    python: str,
+) -> dict[str, Any]:
     """Each method's shares."""
     router, seconds = router_of(read, asked)
     count = len(router.names)
@@ -188,8 +195,13 @@ def compared(
         threshold = at_ours(found.pop(""))
         label = "TF-IDF" + (", our questions for none" if none else "")
         methods[label] = measured(found, threshold, right, inside)
-    return {"methods": methods, "threshold": router.threshold, "seconds": seconds, "questions": {
-        name: len(parts["train"]) for name, parts in asked.items()}, "scikit-learn": told["version"]}  # fmt: skip
+    return {
+        "methods": methods,
+        "threshold": router.threshold,
+        "seconds": seconds,
+        "questions": {name: len(parts["train"]) for name, parts in asked.items()},
+        "scikit-learn": told["version"],
+    }
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -246,16 +258,20 @@ def main() -> None:
                 part: [text for text, of in rows[split] if of == domain]
                 for part, split in (("train", "train"), ("valid", "val"))
             }
-            off = {part: [text for text, _ in rows[split]] if declined else [] for part, split in
-                   (("train_declined", "oos_train"), ("valid_declined", "oos_val"))}  # fmt: skip
+            off = {
+                part: [text for text, _ in rows[split]] if declined else []
+                for part, split in (("train_declined", "oos_train"), ("valid_declined", "oos_val"))
+            }
             asked[domain] = {"train": spread(mine["train"], 512), "valid": spread(mine["valid"], 128), **off}
         name = "CLINC150 with its hundred out of scope" if declined else "CLINC150"
         found[name] = compared(read, asked, sets, right, "test", python)
         parts.append(f"{name}, ten adapters ({figures(found[name])}):\n\n{table(found[name])}")
         print(parts[-1], flush=True)
     found["ms_per_question"] = 1000 * read.seconds / len(read._known)
-    parts.append(f"{found['dtype'].removeprefix('torch.')}; {found['ms_per_question']:.0f} ms to read a question, "
-                 f"32 at once; scikit-learn {found['CLINC150']['scikit-learn']}.")  # fmt: skip
+    parts.append(
+        f"{found['dtype'].removeprefix('torch.')}; {found['ms_per_question']:.0f} ms to read a question, "
+        f"32 at once; scikit-learn {found['CLINC150']['scikit-learn']}."
+    )
     print(parts[-1])
     if options.record:
         record("Routing", found, "\n\n".join(parts))

@@ -93,9 +93,12 @@ class Device:
         flops = 2 * (shape.read + adapter) / self.flop_s
         return Costs(
             step=self.around + width * shape.read / self.bytes_s,
-            row=width * context * shape.kept_a_token / self.bytes_s + flops, adapter=width * adapter / self.bytes_s,
-            token=flops, warm=4 * adapter / self.host_s, disk=4 * adapter / self.disk_s,
-        )  # fmt: skip
+            row=width * context * shape.kept_a_token / self.bytes_s + flops,
+            adapter=width * adapter / self.bytes_s,
+            token=flops,
+            warm=4 * adapter / self.host_s,
+            disk=4 * adapter / self.disk_s,
+        )
 
 
 # Assumed: an accelerator of 80 GB at some 60 % of 3.35 TB/s and 30 % of 1e15 operations/s.
@@ -148,8 +151,17 @@ def gpu(shape: str, slots: int, prompt: int, answer: int, requests: int) -> Case
     """What is left of the memory beside base and slots is for hot adapters."""
     one, width, room = SHAPES[shape], 2, 1024
     left = GPU.memory - width * (one.held + slots * room * one.kept_a_token)
-    return Case(shape, GPU.costs(one, RANK, prompt + answer // 2, width), width, slots, room, left, 256e9,
-                Traffic(0, 0, prompt, answer), requests)  # fmt: skip
+    return Case(
+        shape,
+        GPU.costs(one, RANK, prompt + answer // 2, width),
+        width,
+        slots,
+        room,
+        left,
+        256e9,
+        Traffic(0, 0, prompt, answer),
+        requests,
+    )
 
 
 def here(known: Mapping[str, Any]) -> Case:
@@ -161,14 +173,33 @@ def here(known: Mapping[str, Any]) -> Case:
 # Tables
 
 Rows = list[list[str]]
-ONE_HEAD = ["adapters", "skew", "different in a step", "tokens/s at most", "first token p50 / p99 (s)",
-            "hot / warm / disk", "hot, warm (GB)"]  # fmt: skip
+ONE_HEAD = [
+    "adapters",
+    "skew",
+    "different in a step",
+    "tokens/s at most",
+    "first token p50 / p99 (s)",
+    "hot / warm / disk",
+    "hot, warm (GB)",
+]
 ONE = ((16, 1.0), (256, 1.0), (1024, 1.0), (4096, 0.0), (4096, 0.5), (4096, 1.0), (4096, 1.5))
-FLEET_HEAD = ["skew", "machines", "sent to", "tokens/s", "first token p50 / p99 (s)", "waited p99 (s)",
-              "hot / warm / disk"]  # fmt: skip
+FLEET_HEAD = [
+    "skew",
+    "machines",
+    "sent to",
+    "tokens/s",
+    "first token p50 / p99 (s)",
+    "waited p99 (s)",
+    "hot / warm / disk",
+]
 ROUTES: tuple[Route, ...] = ("random", "least", "adapter")
-FLEET = [(skew, machines, route) for skew in (1.0, 0.0) for machines in (1, 4, 8) for route in ROUTES
-         if machines > 1 or route == "least"]  # fmt: skip
+FLEET = [
+    (skew, machines, route)
+    for skew in (1.0, 0.0)
+    for machines in (1, 4, 8)
+    for route in ROUTES
+    if machines > 1 or route == "least"
+]
 WORDS = {"random": "any", "least": "the least loaded", "adapter": "the adapter's"}
 ADAPTERS = 4096  # of several machines
 
@@ -183,9 +214,17 @@ def one_machine(case: Case) -> Rows:
         traffic = case.of(adapters, skew)
         seen, held = case.run(traffic, 1, "least", LOAD)
         hot, warm = case.width * case.adapter * held["hot"], 4 * case.adapter * held["warm"]
-        rows.append([f"{adapters:,}", f"{skew:g}", f"{traffic.distinct(case.slots):.1f}",
-                     f"{case.rate(traffic) * traffic.answer:,.0f}", f"{seen.first_p50:.2f} / {seen.first_p99:.2f}",
-                     places(seen), f"{hot / 1e9:.1f}, {warm / 1e9:.1f}"])  # fmt: skip
+        rows.append(
+            [
+                f"{adapters:,}",
+                f"{skew:g}",
+                f"{traffic.distinct(case.slots):.1f}",
+                f"{case.rate(traffic) * traffic.answer:,.0f}",
+                f"{seen.first_p50:.2f} / {seen.first_p99:.2f}",
+                places(seen),
+                f"{hot / 1e9:.1f}, {warm / 1e9:.1f}",
+            ]
+        )
     return rows
 
 
@@ -194,8 +233,17 @@ def several(case: Case) -> Rows:
     for skew, machines, route in FLEET:
         seen, _ = case.run(case.of(ADAPTERS, skew), machines, route, LOAD)
         first = f"{seen.first_p50:.2f} / {seen.first_p99:.2f}"
-        rows.append([f"{skew:g}", str(machines), WORDS[route], f"{seen.tok_s:,.0f}", first, f"{seen.waited_p99:.2f}",
-                     places(seen)])  # fmt: skip
+        rows.append(
+            [
+                f"{skew:g}",
+                str(machines),
+                WORDS[route],
+                f"{seen.tok_s:,.0f}",
+                first,
+                f"{seen.waited_p99:.2f}",
+                places(seen),
+            ]
+        )
     return rows
 
 
@@ -205,24 +253,44 @@ def paper() -> Rows:
     for name, shape in SHAPES.items():
         adapter, base = 2 * shape.adapter(RANK), 2 * shape.read
         eight, many = (1 + k * adapter / base for k in (8, 64))
-        rows.append([name, f"{2 * shape.held / 1e9:.2f}", f"{2 * shape.kept_a_token / 1e3:.0f}",
-                     f"{adapter / 1e6:.1f}", f"{eight:.3f}", f"{many:.2f}", f"{int(1e9 / adapter):,}"])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{2 * shape.held / 1e9:.2f}",
+                f"{2 * shape.kept_a_token / 1e3:.0f}",
+                f"{adapter / 1e6:.1f}",
+                f"{eight:.3f}",
+                f"{many:.2f}",
+                f"{int(1e9 / adapter):,}",
+            ]
+        )
     return rows
 
 
-PAPER_HEAD = ["shape, bf16", "base (GB)", "keys and values (KB a token)", "adapter of rank 8 (MB)",
-              "floor, 8 in a step", "floor, 64 in a step", "adapters in a GB"]  # fmt: skip
+PAPER_HEAD = [
+    "shape, bf16",
+    "base (GB)",
+    "keys and values (KB a token)",
+    "adapter of rank 8 (MB)",
+    "floor, 8 in a step",
+    "floor, 64 in a step",
+    "adapters in a GB",
+]
 CHECK_HEAD = ["64 adapters, 16 hot, 32 warm", "simulated", "measured"]
 
 
 def checked(check: Mapping[str, Mapping[str, float]]) -> Rows:
     rows = []
     for label, key, form in (
-        ("tokens/s", "tok_s", "{:.0f}"), ("first token p50 (s)", "first_p50", "{:.2f}"),
-        ("first token p99 (s)", "first_p99", "{:.2f}"), ("waited p50 (s)", "waited_p50", "{:.2f}"),
-        ("waited p99 (s)", "waited_p99", "{:.2f}"), ("hot", "hot", "{:.0%}"), ("warm", "warm", "{:.0%}"),
+        ("tokens/s", "tok_s", "{:.0f}"),
+        ("first token p50 (s)", "first_p50", "{:.2f}"),
+        ("first token p99 (s)", "first_p99", "{:.2f}"),
+        ("waited p50 (s)", "waited_p50", "{:.2f}"),
+        ("waited p99 (s)", "waited_p99", "{:.2f}"),
+        ("hot", "hot", "{:.0%}"),
+        ("warm", "warm", "{:.0%}"),
         ("on disk", "disk", "{:.0%}"),
-    ):  # fmt: skip
+    ):
         rows.append([label, *(form.format(check[side][key]) for side in ("simulated", "measured"))])
     return rows
 
@@ -231,11 +299,16 @@ COSTS_HEAD = ["ms", "SmolLM2-135M, measured", "1B, computed", "8B, computed"]
 
 
 def priced(cases: Sequence[Case]) -> Rows:
-    words = {"step": "a step", "row": "each row more", "adapter": "each different adapter more",
-             "piece": "prompts beside, once", "token": "each token of a prompt", "warm": "hot from memory",
-             "disk": "hot from disk"}  # fmt: skip
-    return [[word, *(f"{1000 * getattr(case.costs, key):.3g}" for case in cases)]
-            for key, word in words.items()]  # fmt: skip
+    words = {
+        "step": "a step",
+        "row": "each row more",
+        "adapter": "each different adapter more",
+        "piece": "prompts beside, once",
+        "token": "each token of a prompt",
+        "warm": "hot from memory",
+        "disk": "hot from disk",
+    }
+    return [[word, *(f"{1000 * getattr(case.costs, key):.3g}" for case in cases)] for key, word in words.items()]
 
 
 def tables() -> dict[str, str]:
@@ -288,8 +361,14 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         measured = Seen.of(jobs)
     jobs = traffic.jobs(rate, given.requests)
     simulate(jobs, 1, Kind(slots, hot, warm), costs, [name_of(i) for i in reversed(range(traffic.adapters))])
-    return {"dtype": name, "costs": asdict(costs), "missed": missed, "rate": rate, "requests": given.requests,
-            "check": {"simulated": asdict(Seen.of(jobs)), "measured": asdict(measured)}}  # fmt: skip
+    return {
+        "dtype": name,
+        "costs": asdict(costs),
+        "missed": missed,
+        "rate": rate,
+        "requests": given.requests,
+        "check": {"simulated": asdict(Seen.of(jobs)), "measured": asdict(measured)},
+    }
 
 
 def main() -> None:
@@ -307,8 +386,10 @@ def main() -> None:
         result |= found
         table = markdown(CHECK_HEAD, checked(found["check"]))
         costs = ", ".join(f"{key} {1000 * value:.3g}" for key, value in found["costs"].items())
-        words = (f"{found['dtype']}, rank {RANK}, skew 1, {found['requests']} requests, {found['rate']:.2f} a second. "
-                 f"Costs of a step in ms: {costs}; median error {found['missed']:.1%}.")  # fmt: skip
+        words = (
+            f"{found['dtype']}, rank {RANK}, skew 1, {found['requests']} requests, {found['rate']:.2f} a second. "
+            f"Costs of a step in ms: {costs}; median error {found['missed']:.1%}."
+        )
         print(f"{words}\n\n{table}")
         if not given.base:
             COSTS.write_text(json.dumps({**found, "machine": result["machine"]}, indent=1) + "\n", encoding="utf-8")

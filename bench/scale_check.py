@@ -39,8 +39,13 @@ def opened(base: Base, rank: int, number: int, slots: int, room: int, hot: int, 
     plan = plan_of(base, rank)
     width = torch.finfo(base.dtype).bits // 8
     half = 0.5  # of one more, for what each takes beyond its numbers
-    engine = Engine(base, slots=slots, room=room, hot_bytes=int((hot + half) * width * plan.parameters),
-                    warm_bytes=int((warm + half) * plan.bytes))  # fmt: skip
+    engine = Engine(
+        base,
+        slots=slots,
+        room=room,
+        hot_bytes=int((hot + half) * width * plan.parameters),
+        warm_bytes=int((warm + half) * plan.bytes),
+    )
     for i in reversed(range(number)):
         folder = BUILD / f"{base.name.replace('/', '-')}-r{rank}-{i}"
         if not folder.exists():
@@ -94,8 +99,9 @@ def _not_negative(design: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def decoding(engine: Engine, rows: int, adapters: int, draw: random.Random) -> float:
     """Seconds of a step in which so many rows, of so many adapters, get their next token."""
     names = [name_of(i % adapters) if adapters else None for i in range(rows)]
-    answers = [engine.submit(Request(tokens(draw, engine, 8), name, max_tokens=engine.room, ignore_end=True))
-               for name in names]  # fmt: skip
+    answers = [
+        engine.submit(Request(tokens(draw, engine, 8), name, max_tokens=engine.room, ignore_end=True)) for name in names
+    ]
     for answer in answers:  # all are past their prompts
         next(iter(answer))
     before = engine.stats()
@@ -137,8 +143,9 @@ def heating(engine: Engine) -> tuple[float, float]:
 def served(engine: Engine, traffic: Traffic, jobs: Sequence[Job], seed: int = 0) -> None:
     """Let the engine answer jobs as they come; what became of each is written into it."""
     draw = random.Random(seed)
-    asked = [Request(tokens(draw, engine, job.prompt), job.name, max_tokens=job.answer, ignore_end=True)
-             for job in jobs]  # fmt: skip
+    asked = [
+        Request(tokens(draw, engine, job.prompt), job.name, max_tokens=job.answer, ignore_end=True) for job in jobs
+    ]
     for i in reversed(range(traffic.adapters)):  # in memory as at the simulator's beginning
         engine.adapters.heat(engine.adapters.find(name_of(i)))
     began, answers = time.perf_counter(), []

@@ -56,10 +56,14 @@ def judged(workload: Workload, told: dict[str, Any], tokenizer: Any) -> dict[str
     firsts = [one["at"][0] for one in served]
     return {
         "tok_s": sum(len(one["ids"]) for one in served) / told["seconds"],
-        "first_p50": float(np.percentile(firsts, 50)), "first_p99": float(np.percentile(firsts, 99)),
-        "between_p50": float(np.percentile(gaps, 50)), "between_p99": float(np.percentile(gaps, 99)),
-        "memory": float(told["memory"]), "own": own / len(served), "wrong": float(wrong),
-    }  # fmt: skip
+        "first_p50": float(np.percentile(firsts, 50)),
+        "first_p99": float(np.percentile(firsts, 99)),
+        "between_p50": float(np.percentile(gaps, 50)),
+        "between_p99": float(np.percentile(gaps, 99)),
+        "memory": float(told["memory"]),
+        "own": own / len(served),
+        "wrong": float(wrong),
+    }
 
 
 def main() -> None:
@@ -94,19 +98,30 @@ def main() -> None:
     chosen = chosen if given.only is None else [chosen[i] for i in given.only]
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = os.environ.get("PIP_FLAGS", "").split()
-    folders = {name: folder for kind in sorted({one.kind for one in chosen if one.adapters})
-               for name, folder in train_codes(kind).items()}  # fmt: skip
+    folders = {
+        name: folder
+        for kind in sorted({one.kind for one in chosen if one.adapters})
+        for name, folder in train_codes(kind).items()
+    }
     arms: list[Arm] = []
     text = str(Path(lorafit.evaluation.__file__).with_name("general.txt"))
     short = [one["prompt"] for one in asked_of(Workload(), outline.tokenizer)]
     for name in given.arms or ARMS:
         if not any(serves(name, one) for one in chosen):
             continue
-        job = {"more": 1000 if name == "lorafit-1000" else 0, "eight_bit": name == "lorafit-8bit",
-               "model": str(outline.folder), "dtype": dtype, "slots": 16, "room": 1024, "most_rank": max(RANKS),
-               "adapters": {} if name in BARE else {key: str(folder) for key, folder in folders.items()},
-               "inside": name == "lorafit" and bool(folders) and not given.quick,
-               "prompts": short, "text": text}  # fmt: skip
+        job = {
+            "more": 1000 if name == "lorafit-1000" else 0,
+            "eight_bit": name == "lorafit-8bit",
+            "model": str(outline.folder),
+            "dtype": dtype,
+            "slots": 16,
+            "room": 1024,
+            "most_rank": max(RANKS),
+            "adapters": {} if name in BARE else {key: str(folder) for key, folder in folders.items()},
+            "inside": name == "lorafit" and bool(folders) and not given.quick,
+            "prompts": short,
+            "text": text,
+        }
         arms.append(started(name, job, flags))
     for workload in chosen:
         turns = {arm: given.turns if arm.name.startswith("lorafit") else given.peer_turns for arm in arms}
@@ -126,9 +141,13 @@ def main() -> None:
 
 
 def report(
-    given: argparse.Namespace, about: dict[str, Any], dtype: str, works: list[Workload],
-    told: dict[str, dict[str, list[dict[str, float]]]], arms: dict[str, Arm],
-) -> None:  # fmt: skip
+    given: argparse.Namespace,
+    about: dict[str, Any],
+    dtype: str,
+    works: list[Workload],
+    told: dict[str, dict[str, list[dict[str, float]]]],
+    arms: dict[str, Arm],
+) -> None:
     head = [
         "arm",
         "tokens/s",
@@ -147,10 +166,17 @@ def report(
                 continue
             m = {key: median(turn[key] for turn in turns) for key in turns[0]}
             middle.setdefault(name, {})[work.name] = m["tok_s"]
-            lines.append([ARMS[name], f"{m['tok_s']:.0f}", f"{m['first_p50']:.2f} / {m['first_p99']:.2f}",
-                          f"{1000 * m['between_p50']:.0f} / {1000 * m['between_p99']:.0f}", f"{m['memory'] / 1e9:.1f}",
-                          f"{m['own']:.0%}" if work.adapters else "-",
-                          f"{sum(turn['wrong'] for turn in turns):.0f}"])  # fmt: skip
+            lines.append(
+                [
+                    ARMS[name],
+                    f"{m['tok_s']:.0f}",
+                    f"{m['first_p50']:.2f} / {m['first_p99']:.2f}",
+                    f"{1000 * m['between_p50']:.0f} / {1000 * m['between_p99']:.0f}",
+                    f"{m['memory'] / 1e9:.1f}",
+                    f"{m['own']:.0%}" if work.adapters else "-",
+                    f"{sum(turn['wrong'] for turn in turns):.0f}",
+                ]
+            )
         table = Table(*head, title=work.name)
         for line in lines:
             table.add_row(*line)
@@ -167,10 +193,14 @@ def report(
 
     one = Workload(1, tokens).name
     result = {
-        "benchmark": "serve", **about, "quick": given.quick, "dtype": dtype,
+        "benchmark": "serve",
+        **about,
+        "quick": given.quick,
+        "dtype": dtype,
         "versions": {name: arm.about.get("versions") for name, arm in arms.items()},
         "failed": {name: arm.failed for name, arm in arms.items() if arm.failed},
-        "base_tok_s": of("lorafit", base), "mixed_tok_s": of("lorafit", mixed),
+        "base_tok_s": of("lorafit", base),
+        "mixed_tok_s": of("lorafit", mixed),
         "mixed_vs_own_base": ratio(of("lorafit", mixed), of("lorafit", base)),
         "mixed_vs_vllm_mixed": ratio(of("lorafit", mixed), of("vllm", mixed)),
         "mixed_vs_vllm_base": ratio(of("lorafit", mixed), of("vllm-base", base)),
@@ -184,7 +214,7 @@ def report(
         "nll_8bit": arms["lorafit-8bit"].about.get("nll") if "lorafit-8bit" in arms else None,
         **{key: arms["lorafit"].about.get(key) if "lorafit" in arms else None for key in INSIDE},
         "tok_s": middle,
-    }  # fmt: skip
+    }
     print(json.dumps(result))
     if given.record:
         ratios = ", ".join(f"{key} {value}" for key, value in result.items() if "_vs_" in key)

@@ -126,8 +126,13 @@ def started(name: str, job: Mapping[str, Any], flags: Sequence[str]) -> Arm:
     path.write_text(json.dumps(given), encoding="utf-8")
     python = sys.executable if family == "lorafit" else environment(family, flags)
     log = (BUILD / f"{name}.log").open("w", encoding="utf-8")
-    process = subprocess.Popen([python, str(HERE / f"serve_{family}.py"), str(path)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [python, str(HERE / f"serve_{family}.py"), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
     arm = Arm(name, process)
     arm.about = arm.hear() or {}
     print(f"{ARMS[name]}: {arm.failed or 'ready'}" + (f", see {log.name}" if arm.failed else ""), file=sys.stderr)

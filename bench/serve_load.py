@@ -30,8 +30,10 @@ async def exchange(port: int, body: bytes, began: float, came: Came) -> str | No
     """Ask, and note what comes. What went wrong, if anything."""
     reader, writer = await asyncio.open_connection(HOST, port)
     try:
-        head = (f"POST /v1/completions HTTP/1.1\r\nhost: {HOST}:{port}\r\nconnection: close\r\n"
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n")  # fmt: skip
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: {HOST}:{port}\r\nconnection: close\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         writer.write(head.encode() + body)
         status = (await reader.readline()).split()[1:2]
         while (await reader.readline()).strip():
@@ -46,10 +48,20 @@ async def exchange(port: int, body: bytes, began: float, came: Came) -> str | No
 
 
 async def load(port: int, asked: list[dict[str, Any]], clients: int | None, patience: float) -> dict[str, Any]:
-    bodies = [json.dumps({
-        "model": one["model"], "prompt": one["prompt"], "max_tokens": one["tokens"], "temperature": 0, "stream": True,
-        "ignore_eos": True, "stream_options": {"include_usage": True},
-    }).encode() for one in asked]  # fmt: skip
+    bodies = [
+        json.dumps(
+            {
+                "model": one["model"],
+                "prompt": one["prompt"],
+                "max_tokens": one["tokens"],
+                "temperature": 0,
+                "stream": True,
+                "ignore_eos": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+        for one in asked
+    ]
     at: list[float] = [one.get("at", 0.0) for one in asked]
     came: list[Came] = [[] for _ in asked]
     failed: list[str | None] = [None] * len(asked)
@@ -101,8 +113,14 @@ def looked_into(at: float, came: Came, failed: str | None) -> dict[str, Any]:
                 text += new
     if not (failed or (done and times and usage)):
         failed = "the answer is not whole"
-    return {"at": at, "times": times, "end": came[-1][0] if came else at, "text": text, "failed": failed,
-            "tokens": usage.get("completion_tokens", 0)}  # fmt: skip
+    return {
+        "at": at,
+        "times": times,
+        "end": came[-1][0] if came else at,
+        "text": text,
+        "failed": failed,
+        "tokens": usage.get("completion_tokens", 0),
+    }
 
 
 def main() -> None:

@@ -26,8 +26,15 @@ def main() -> None:
     about: dict[str, Any] = {}
     if job["eight_bit"]:
         about["nll"] = nll_change(base, Path(job["text"]).read_text(encoding="utf-8"))
-    with Engine(base, adapters, slots=job["slots"], room=job["room"], eight_bit=job["eight_bit"],
-                hot_bytes=2 * held + 1, warm_bytes=2 * held + 1) as engine:  # fmt: skip
+    with Engine(
+        base,
+        adapters,
+        slots=job["slots"],
+        room=job["room"],
+        eight_bit=job["eight_bit"],
+        hot_bytes=2 * held + 1,
+        warm_bytes=2 * held + 1,
+    ) as engine:
         if job["more"]:  # registered, and never asked for
             folders = list(adapters.values())
             more = []
@@ -57,8 +64,10 @@ def main() -> None:
                     served[number].ids.extend(token.id for token in piece.tokens)
                     served[number].at.append(time.perf_counter() - began)
 
-            answers = [engine.submit(Request(tuple(one.prompt), one.adapter, max_tokens=one.tokens, ignore_end=True))
-                       for one in asked]  # fmt: skip
+            answers = [
+                engine.submit(Request(tuple(one.prompt), one.adapter, max_tokens=one.tokens, ignore_end=True))
+                for one in asked
+            ]
             listeners = [threading.Thread(target=listen, args=(i,)) for i in range(len(asked))]
             for one in listeners:
                 one.start()

@@ -45,13 +45,20 @@ def main() -> None:
         if any(one.adapter for one in asked):
             own["adapter_names"] = [one.adapter or "__base__" for one in asked]
         out = model.generate(
-            input_ids=ids, attention_mask=seen, do_sample=False, min_new_tokens=asked[0].tokens,
-            max_new_tokens=asked[0].tokens, pad_token_id=0, stopping_criteria=[clock], **own,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=seen,
+            do_sample=False,
+            min_new_tokens=asked[0].tokens,
+            max_new_tokens=asked[0].tokens,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+            **own,
+        )
         return [Served(row[width:].tolist(), clock.at) for row in out]
 
-    take_turns(serve, versions={"torch": torch.__version__, "transformers": transformers.__version__,
-                                "peft": peft.__version__})  # fmt: skip
+    take_turns(
+        serve, versions={"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    )
 
 
 if __name__ == "__main__":

@@ -36,8 +36,15 @@ SHAPES = {
 
 def base_of(shape: str, device: str) -> Base:
     hidden, blocks, heads, kept, inner, vocabulary = SHAPES[shape]
-    config = LlamaConfig(hidden_size=hidden, num_hidden_layers=blocks, num_attention_heads=heads, vocab_size=vocabulary,
-                         num_key_value_heads=kept, intermediate_size=inner, max_position_embeddings=2048)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+        num_key_value_heads=kept,
+        intermediate_size=inner,
+        max_position_embeddings=2048,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -49,8 +56,10 @@ def tokens_a_second(engine: Engine, given: argparse.Namespace, names: list[str])
     rates = []
     for turn in range(given.turns + 1):
         began = time.perf_counter()
-        asked = [Request(prompt, names[i % len(names)] if names else None, max_tokens=given.tokens, ignore_end=True)
-                 for i, prompt in enumerate(prompts)]  # fmt: skip
+        asked = [
+            Request(prompt, names[i % len(names)] if names else None, max_tokens=given.tokens, ignore_end=True)
+            for i, prompt in enumerate(prompts)
+        ]
         results = [answer.result() for answer in [engine.submit(one) for one in asked]]
         if turn:  # the first warms up
             rates.append(sum(len(one.tokens) for one in results) / (time.perf_counter() - began))

@@ -21,11 +21,20 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 def main() -> None:
     job = read_job()
     most = max(1, len(job["adapters"]))
-    engine = LLMEngine.from_engine_args(EngineArgs(
-        model=job["model"], dtype=DTYPES[job["dtype"]], enforce_eager=True, max_model_len=job["room"],
-        max_num_seqs=job["slots"], enable_lora=bool(job["adapters"]), max_loras=most, max_lora_rank=job["most_rank"],
-        max_cpu_loras=most, enable_prefix_caching=True,
-    ))  # fmt: skip
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=job["model"],
+            dtype=DTYPES[job["dtype"]],
+            enforce_eager=True,
+            max_model_len=job["room"],
+            max_num_seqs=job["slots"],
+            enable_lora=bool(job["adapters"]),
+            max_loras=most,
+            max_lora_rank=job["most_rank"],
+            max_cpu_loras=most,
+            enable_prefix_caching=True,
+        )
+    )
     numbers = {name: i + 1 for i, name in enumerate(job["adapters"])}
     count = 0
 

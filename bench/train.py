@@ -41,10 +41,19 @@ class Shape:
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool) -> dict[str, Any]:
-    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary,
-            "tie_word_embeddings": tied, "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": 0,
-            "pad_token_id": 0}  # fmt: skip
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 8192,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
 
 
 SHAPES = {
@@ -162,8 +171,21 @@ def data_plans(asked: argparse.Namespace, root: Path) -> Iterator[DataPlan]:
             print(f"{name} is left out: {missing}", file=sys.stderr)
             continue
         dtype = fastest if asked.dtype == "auto" else asked.dtype
-        job = Job("", dtype, device, str(base.folder), None, str(work / "start"), rows, valid, batch,
-                  asked.warmup, asked.windows, asked.steps, str(work))  # fmt: skip
+        job = Job(
+            "",
+            dtype,
+            device,
+            str(base.folder),
+            None,
+            str(work / "start"),
+            rows,
+            valid,
+            batch,
+            asked.warmup,
+            asked.windows,
+            asked.steps,
+            str(work),
+        )
         sites = [site for site in base.sites if site.path not in base.head_paths()]
         peft.write(fresh(base, uniform(sites, job.rank, job.alpha), job.seed, renderer.rendering), work / "start")
         lengths = sorted(len(ids) for ids, _ in rows)
@@ -179,16 +201,31 @@ def shape_plans(asked: argparse.Namespace, root: Path) -> Iterator[DataPlan]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     heavy = [name for name in asked.shapes if SHAPES[name].needs_gpu]
     if heavy and device == "cpu":
-        sys.exit(f"bench/train.py --gpu: no CUDA device here, and {' and '.join(heavy)} would take days without one: "
-                 "run it on a machine with a GPU, or try the code with --shapes tiny")  # fmt: skip
+        sys.exit(
+            f"bench/train.py --gpu: no CUDA device here, and {' and '.join(heavy)} would take days without one: "
+            "run it on a machine with a GPU, or try the code with --shapes tiny"
+        )
     for name in asked.shapes:
         for kind, (batch, lengths) in SHAPE_ROWS.items():
             batch = asked.batch or batch
             shape, work = SHAPES[name], root / f"{name}-{kind}"
             wanted = batch * (asked.warmup + asked.windows * asked.steps)
             rows = random_rows(batch, lengths, shape.config["vocab_size"], wanted)
-            job = Job("", "bf16" if asked.dtype == "auto" else asked.dtype, device, None, shape.config, None, rows,
-                      rows[:2], batch, asked.warmup, asked.windows, asked.steps, str(work))  # fmt: skip
+            job = Job(
+                "",
+                "bf16" if asked.dtype == "auto" else asked.dtype,
+                device,
+                None,
+                shape.config,
+                None,
+                rows,
+                rows[:2],
+                batch,
+                asked.warmup,
+                asked.windows,
+                asked.steps,
+                str(work),
+            )
             title = f"{shape.about}: {lengths[0]} to {lengths[1]} tokens, {batch} examples a step"
             yield DataPlan(f"{name}-{kind}", title, tuple(job_of(a, job, False) for a in asked.arms), shape.together)
 
@@ -227,8 +264,11 @@ def measure_all(asked: argparse.Namespace, plans: Sequence[DataPlan]) -> tuple[d
         for group in groups:
             measured |= measure(plan.name, group, peft, work, progress)
         full = max(job.all_steps * job.batch for job in plan.jobs)
-        adapters = {arm: one.finished["adapter"] for arm, one in measured.items()
-                    if "adapter" in one.finished and one.job.all_steps * one.job.batch == full}  # fmt: skip
+        adapters = {
+            arm: one.finished["adapter"]
+            for arm, one in measured.items()
+            if "adapter" in one.finished and one.job.all_steps * one.job.batch == full
+        }
         scoring = replace(plan.jobs[0], dtype="fp32")
         nlls = score(scoring, adapters, work) if adapters and scoring.base else {}
         datasets[plan.name] = data_json(measured, nlls, plan.together)

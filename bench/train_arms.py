@@ -90,9 +90,12 @@ class Arm:
         keeps = job.arm not in PEFT_ARMS or PEFT_ARMS[job.arm].keeps_memory
         self.process = subprocess.Popen(
             [python, str(HERE / "train.py"), "--arm", job.arm, "--job", str(path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w", encoding="utf-8"), text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w", encoding="utf-8"),
+            text=True,
             env=child_environment(keeps),
-        )  # fmt: skip
+        )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 

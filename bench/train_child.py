@@ -44,12 +44,19 @@ class PeftArm:
 
     def switches(self) -> list[str]:
         """What is set away from what the Trainer and PEFT do by themselves, by public names."""
-        return [name for name, on in (
-            ("group_by_length", self.grouped), ("DataCollatorWithFlattening", self.flat),
-            ("autocast_adapter_dtype=False", self.half_factors), ("bf16=True", self.autocast),
-            ("torch_compile", self.compiled), ("use_liger_kernel", self.liger),
-            ("freed memory kept (MALLOC_TRIM_THRESHOLD_)", self.keeps_memory),
-        ) if on]  # fmt: skip
+        return [
+            name
+            for name, on in (
+                ("group_by_length", self.grouped),
+                ("DataCollatorWithFlattening", self.flat),
+                ("autocast_adapter_dtype=False", self.half_factors),
+                ("bf16=True", self.autocast),
+                ("torch_compile", self.compiled),
+                ("use_liger_kernel", self.liger),
+                ("freed memory kept (MALLOC_TRIM_THRESHOLD_)", self.keeps_memory),
+            )
+            if on
+        ]
 
 
 PEFT_ARMS = {

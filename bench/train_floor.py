@@ -29,9 +29,15 @@ class RowByRow:
         AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        scaling: float | None = None, **more: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
         """query (1, heads, N, d), key and value (1, kv heads, N, d) → (1, N, heads, d)."""
         parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
         done = [

@@ -46,9 +46,14 @@ def run(job: Job) -> None:
         pace.stepped(counts)
 
     recipe = Recipe(
-        job.learning_rate, job.batch, job.all_steps, job.rate_warmup, validate_every=job.all_steps,
-        patience=job.all_steps + 1, seed=job.seed,
-    )  # fmt: skip
+        job.learning_rate,
+        job.batch,
+        job.all_steps,
+        job.rate_warmup,
+        validate_every=job.all_steps,
+        patience=job.all_steps + 1,
+        seed=job.seed,
+    )
     trained = train(base, start, rows_of(job.rows), rows_of(job.valid[:2]), recipe, tell=tell)
     if counted != [trained.tokens, trained.trained_tokens]:
         raise RuntimeError(f"counted {counted} tokens, the loop {[trained.tokens, trained.trained_tokens]}")

@@ -73,20 +73,35 @@ def run(job: Job) -> None:
     pace.memory.base_is_loaded()
     seen = Seen(model.get_input_embeddings(), job)
     arguments = TrainingArguments(
-        output_dir=job.out, per_device_train_batch_size=job.batch, max_steps=job.all_steps, seed=job.seed,
-        max_grad_norm=1.0, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=job.device != "cpu", use_cpu=job.device == "cpu",
+        output_dir=job.out,
+        per_device_train_batch_size=job.batch,
+        max_steps=job.all_steps,
+        seed=job.seed,
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=job.device != "cpu",
+        use_cpu=job.device == "cpu",
         train_sampling_strategy="group_by_length" if arm.grouped else "random",
-        torch_compile=arm.compiled, bf16=arm.autocast, use_liger_kernel=arm.liger,
-    )  # fmt: skip
+        torch_compile=arm.compiled,
+        bf16=arm.autocast,
+        use_liger_kernel=arm.liger,
+    )
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=job.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_factor(done, job))
     collate = DataCollatorWithFlattening() if arm.flat else Pad()
     trainer = Trainer(
-        model, arguments, collate, examples_of(job, arm.flat), optimizers=(optimizer, schedule),
+        model,
+        arguments,
+        collate,
+        examples_of(job, arm.flat),
+        optimizers=(optimizer, schedule),
         callbacks=[Paced(pace, seen)],
-    )  # fmt: skip
+    )
     trainer.train()
     folder = Path(job.out) / "adapter"
     model.save_pretrained(str(folder))

@@ -113,24 +113,33 @@ def cells(found: Mapping[str, Any]) -> list[list[str]]:
             lines.append([ABOUT[name], "failed", *[""] * (len(HEAD) - 2)])
             continue
         over = found["nll_over_lorafit"].get(name)
-        lines.append([
-            ABOUT[name] + (" *" if arm["short"] else ""),
-            f"{arm['examples_per_second']:.3g}", f"{arm['tokens_per_second']:.1f}",
-            f"{arm['trained_tokens_per_second']:.1f}", f"{100 * arm['spread']:.0f} %",
-            f"{arm['peak_bytes'] / 1e6:,.0f}",
-            "" if arm["valid_nll"] is None else f"{arm['valid_nll']:.4f}",
-            "" if over is None else f"{over['mean']:+.4f} ± {over['two_se']:.4f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                ABOUT[name] + (" *" if arm["short"] else ""),
+                f"{arm['examples_per_second']:.3g}",
+                f"{arm['tokens_per_second']:.1f}",
+                f"{arm['trained_tokens_per_second']:.1f}",
+                f"{100 * arm['spread']:.0f} %",
+                f"{arm['peak_bytes'] / 1e6:,.0f}",
+                "" if arm["valid_nll"] is None else f"{arm['valid_nll']:.4f}",
+                "" if over is None else f"{over['mean']:+.4f} ± {over['two_se']:.4f}",
+            ]
+        )
     return lines
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What a table does not say by itself."""
-    speeds = [f"{what} {value:.2f}" for what, value in (
-        ("PEFT fp32", found["ratio_vs_peft_fp32"]),
-        (f"PEFT's best ({found['peft_best']})", found["ratio_vs_peft_best"]),
-        ("the floor", found["ratio_vs_floor"]), ("the compiled floor", found["ratio_vs_floor_compiled"])
-    ) if value is not None]  # fmt: skip
+    speeds = [
+        f"{what} {value:.2f}"
+        for what, value in (
+            ("PEFT fp32", found["ratio_vs_peft_fp32"]),
+            (f"PEFT's best ({found['peft_best']})", found["ratio_vs_peft_best"]),
+            ("the floor", found["ratio_vs_floor"]),
+            ("the compiled floor", found["ratio_vs_floor_compiled"]),
+        )
+        if value is not None
+    ]
     lines = [f"speed of lorafit over that of: {'; '.join(speeds)}" if speeds else ""]
     if found["memory_vs_peft_best"] is not None:
         lines.append(f"memory of lorafit over PEFT's best: {found['memory_vs_peft_best']:.2f}")
@@ -145,8 +154,10 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         if arm["failed"]:
             lines.append(f"{name}: {arm['failed']}")
         if arm["short"]:
-            lines.append(f"* {name}: bf16 is the slower here, so {arm['windows']} windows of {arm['steps_per_window']} "
-                         f"steps of {arm['examples_per_step']} examples, not scored")  # fmt: skip
+            lines.append(
+                f"* {name}: bf16 is the slower here, so {arm['windows']} windows of {arm['steps_per_window']} "
+                f"steps of {arm['examples_per_step']} examples, not scored"
+            )
         if arm["compile_seconds"] is not None:
             lines.append(f"{name}: {arm['compile_seconds']:.0f} s of compiling, outside the windows")
     if cost := found["floor_cost"]:

@@ -28,8 +28,12 @@ ROOMS = ("<!-- rooms: from docs/rooms.toml, by scripts/make_docs.py -->\n", "<!-
 def cli_page() -> str:
     verbs = [command.name for command in app.registered_commands]
     parts = ["# The command line", "", "Made from the program by `scripts/make_docs.py`.", ""]
-    groups = [[group.name, command.name] for group in app.registered_groups if group.typer_instance
-              for command in group.typer_instance.registered_commands]  # fmt: skip
+    groups = [
+        [group.name, command.name]
+        for group in app.registered_groups
+        if group.typer_instance
+        for command in group.typer_instance.registered_commands
+    ]
     for words in ([], *([verb] for verb in verbs), *groups):
         text = CliRunner().invoke(app, [*map(str, words), "--help"], prog_name="lorafit").output
         lines = [line.rstrip() for line in text.strip("\n").splitlines()]
@@ -53,8 +57,18 @@ def settings_page() -> str:
     for name, field in RunFile.model_fields.items():
         default = "by rule" if name in BY_RULE else "" if field.default is None else f"`{json.dumps(field.default)}`"
         lines.append(f"| `{name}` | {default} | {field.description} |")
-    return "\n".join([*lines, "", "`lorafit settings` prints this file to start from:", "", "```toml",
-                      template().rstrip(), "```", ""])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`lorafit settings` prints this file to start from:",
+            "",
+            "```toml",
+            template().rstrip(),
+            "```",
+            "",
+        ]
+    )
 
 
 def floors() -> list[dict[str, str]]:

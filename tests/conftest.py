@@ -59,31 +59,54 @@ def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, eos_token_id=256, bos_token_id=None, pad_token_id=256,
+            vocab_size=261,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=256,
+            bos_token_id=None,
+            pad_token_id=256,
             tie_word_embeddings=True,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def tiny_mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
     return MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
+            vocab_size=261,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=512,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=261, n_embd=32, n_layer=2, n_head=2, n_positions=512, eos_token_id=256, bos_token_id=256,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=261,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=512,
+            eos_token_id=256,
+            bos_token_id=256,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def tiny_falcon() -> FalconForCausalLM:
@@ -91,10 +114,18 @@ def tiny_falcon() -> FalconForCausalLM:
     torch.manual_seed(0)
     model = FalconForCausalLM(
         FalconConfig(
-            vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True, alibi=False,
-            eos_token_id=256, bos_token_id=256, hidden_dropout=0.0, attention_dropout=0.0,
+            vocab_size=261,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bias=True,
+            alibi=False,
+            eos_token_id=256,
+            bos_token_id=256,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -331,17 +331,21 @@ def test_a_quantised_folder_is_refused_with_the_reason(folder: Path, said: dict[
 @pytest.mark.parametrize(
     ("file", "said", "how"),
     [
-        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}},
-         r"quantised to NVFP4 \(quantization in hf_quant_config\.json\)"),
-        ("quantize_config.json", {"bits": 4, "group_size": 128},
-         r"quantised to 4 bits \(quantize_config\.json\)"),
+        (
+            "hf_quant_config.json",
+            {"quantization": {"quant_algo": "NVFP4"}},
+            r"quantised to NVFP4 \(quantization in hf_quant_config\.json\)",
+        ),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, r"quantised to 4 bits \(quantize_config\.json\)"),
         ("quant_config.json", {"w_bit": 4, "zero_point": True}, r"quantised to 4 bits \(quant_config\.json\)"),
-        ("quantization_config.json", {"quant_method": "auto-round"},
-         r"quantised by auto-round \(quantization_config\.json\)"),
-        ("quanto_qmap.json", {"model.layers.0.mlp.up_proj": {"weights": "qint4"}},
-         r"quantised \(quanto_qmap\.json\)"),
+        (
+            "quantization_config.json",
+            {"quant_method": "auto-round"},
+            r"quantised by auto-round \(quantization_config\.json\)",
+        ),
+        ("quanto_qmap.json", {"model.layers.0.mlp.up_proj": {"weights": "qint4"}}, r"quantised \(quanto_qmap\.json\)"),
     ],
-)  # fmt: skip
+)
 def test_a_folder_with_a_file_about_its_quantising_is_refused(
     folder: Path, file: str, said: dict[str, Any], how: str
 ) -> None:

@@ -75,8 +75,21 @@ def test_lorafit_and_peft_end_at_the_same_numbers_when_batches_are_the_same(
     ends = []
     for arm in ("peft-fp32-best", "lorafit"):
         (tmp_path / arm).mkdir()
-        job = child.Job(arm, "fp32", "cpu", str(tiny_folder), None, str(tmp_path / "start"), ROWS, ROWS, len(ROWS),
-                        1, 4, 1, str(tmp_path / arm))  # fmt: skip
+        job = child.Job(
+            arm,
+            "fp32",
+            "cpu",
+            str(tiny_folder),
+            None,
+            str(tmp_path / "start"),
+            ROWS,
+            ROWS,
+            len(ROWS),
+            1,
+            4,
+            1,
+            str(tmp_path / arm),
+        )
         (tmp_path / "job.json").write_text(json.dumps(asdict(job)))
         command = [sys.executable, str(BENCH / "train.py"), "--arm", arm, "--job", str(tmp_path / "job.json")]
         subprocess.run(command, input="go\n" * 4, capture_output=True, text=True, check=True)
@@ -91,10 +104,26 @@ def test_every_arm_is_measured_and_scored(tiny_folder: Path) -> None:
     arms = ["peft-fp32", "peft-fp32-best", "lorafit", "floor"]
     sizes = ["--windows", "2", "--steps", "1", "--warmup", "1", "--batch", "2"]
     done = subprocess.run(
-        [sys.executable, str(BENCH / "train.py"), "--base", str(tiny_folder), "--data", "builtin", "--dtype", "fp32",
-         "--peft-python", sys.executable, "--arms", *arms, *sizes],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(BENCH / "train.py"),
+            "--base",
+            str(tiny_folder),
+            "--data",
+            "builtin",
+            "--dtype",
+            "fp32",
+            "--peft-python",
+            sys.executable,
+            "--arms",
+            *arms,
+            *sizes,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["datasets"]["builtin"]
     assert {name: arm["failed"] for name, arm in found["arms"].items()} == dict.fromkeys(arms)
@@ -147,11 +176,18 @@ def streaming() -> Iterator[int]:
 
 @pytest.mark.parametrize("clients", [None, 2])
 def test_clients_note_what_came_and_what_did_not(streaming: int, clients: int | None) -> None:
-    asked = [{"model": model, "prompt": [1, 2], "tokens": 3, "at": 0.05 * i}
-             for i, model in enumerate(("base", "unknown", "broken", "base"))]  # fmt: skip
+    asked = [
+        {"model": model, "prompt": [1, 2], "tokens": 3, "at": 0.05 * i}
+        for i, model in enumerate(("base", "unknown", "broken", "base"))
+    ]
     load = {"port": streaming, "asked": asked, "clients": clients, "patience": 20}
-    done = subprocess.run([sys.executable, str(BENCH / "serve_load.py")], input=json.dumps(load) + "\n",
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "serve_load.py")],
+        input=json.dumps(load) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told = json.loads(done.stdout)
     first, unknown, broken, last = told["served"]
     for one in (first, last):

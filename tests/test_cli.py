@@ -28,15 +28,44 @@ from lorafit.jobs import doctor
 from lorafit.runs.folder import read_summary
 from lorafit.settings import TrainSettings
 
-VERBS = ["data", "plan", "train", "eval", "show", "trim", "demo", "doctor", "bases", "chat", "settings", "report",
-         "explain"]  # fmt: skip
-SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged",
-          "counts"}  # fmt: skip
+VERBS = [
+    "data",
+    "plan",
+    "train",
+    "eval",
+    "show",
+    "trim",
+    "demo",
+    "doctor",
+    "bases",
+    "chat",
+    "settings",
+    "report",
+    "explain",
+]
+SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged", "counts"}
 TRAINED = SCORES | {
-    "base", "base_identity", "adapter_dir", "n_train", "n_valid", "test_openings", "trained_tokens",
-    "trainable_parameters", "best_step", "steps", "validation", "seconds", "tokens_per_second", "dtype", "peft",
-    "peak_rss_gb", "parameters", "ladder", "forgetting", "passed_over",
-}  # fmt: skip
+    "base",
+    "base_identity",
+    "adapter_dir",
+    "n_train",
+    "n_valid",
+    "test_openings",
+    "trained_tokens",
+    "trainable_parameters",
+    "best_step",
+    "steps",
+    "validation",
+    "seconds",
+    "tokens_per_second",
+    "dtype",
+    "peft",
+    "peak_rss_gb",
+    "parameters",
+    "ladder",
+    "forgetting",
+    "passed_over",
+}
 EVALUATED = SCORES | {
     "general",
     "base",
@@ -153,17 +182,33 @@ def test_data_and_mistakes_in_arguments_are_reported_before_a_library_of_weight_
 ) -> None:
     (tmp_path / "data.csv").write_text("x", encoding="utf-8")
     wrong = [
-        ["data", "nowhere.jsonl"], ["data", rows, "--base", "nowhere"], ["plan", tiny_folder, "nowhere.jsonl"],
-        ["plan", "nowhere", rows], ["plan", tiny_folder, rows, "--general", "nowhere.txt"],
-        ["plan", tiny_folder, rows, "--picture", rows], ["train", tiny_folder, "nowhere.jsonl"],
-        ["train", "nowhere", rows], ["train", tiny_folder, rows, "--rank", "0"],
-        ["train", tiny_folder, rows, "--out", tmp_path], ["train", "--resume", "--out", "nowhere"],
-        ["eval", "nowhere", rows], ["eval", tiny_folder, rows], ["eval", "nowhere", rows, "--answers", rows],
-        ["chat", "nowhere"], ["chat", "--base", "nowhere"], ["route", "Where?", "it=nowhere"],
-        ["route", "Where?", "--adapters", "nowhere"], ["route", "Where?", "--learn", "it=nowhere"],
-        ["serve", "nowhere"], ["serve", tiny_folder, "it=nowhere"], ["report", "nowhere"], ["show", "nowhere"],
-        ["show", rows], ["trim", "nowhere", "--out", "out"], ["refine", "nowhere"],
-    ]  # fmt: skip
+        ["data", "nowhere.jsonl"],
+        ["data", rows, "--base", "nowhere"],
+        ["plan", tiny_folder, "nowhere.jsonl"],
+        ["plan", "nowhere", rows],
+        ["plan", tiny_folder, rows, "--general", "nowhere.txt"],
+        ["plan", tiny_folder, rows, "--picture", rows],
+        ["train", tiny_folder, "nowhere.jsonl"],
+        ["train", "nowhere", rows],
+        ["train", tiny_folder, rows, "--rank", "0"],
+        ["train", tiny_folder, rows, "--out", tmp_path],
+        ["train", "--resume", "--out", "nowhere"],
+        ["eval", "nowhere", rows],
+        ["eval", tiny_folder, rows],
+        ["eval", "nowhere", rows, "--answers", rows],
+        ["chat", "nowhere"],
+        ["chat", "--base", "nowhere"],
+        ["route", "Where?", "it=nowhere"],
+        ["route", "Where?", "--adapters", "nowhere"],
+        ["route", "Where?", "--learn", "it=nowhere"],
+        ["serve", "nowhere"],
+        ["serve", tiny_folder, "it=nowhere"],
+        ["report", "nowhere"],
+        ["show", "nowhere"],
+        ["show", rows],
+        ["trim", "nowhere", "--out", "out"],
+        ["refine", "nowhere"],
+    ]
     code = (
         "import sys\nfrom lorafit.cli import main\n"
         f"for words in {[[*map(str, words)] for words in [['data', rows], *wrong]]}:\n"
@@ -216,8 +261,15 @@ def test_what_arguments_and_files_tell_is_refused_where_nothing_of_weight_can_be
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "adapter" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "adapter" / name).write_bytes(b"")
-    frozen = {"dtype": "fp32", "threads": 1, "apart": True, "packed": True, "micro_tokens": 64, "recompute": False,
-              "now": None}  # fmt: skip
+    frozen = {
+        "dtype": "fp32",
+        "threads": 1,
+        "apart": True,
+        "packed": True,
+        "micro_tokens": 64,
+        "recompute": False,
+        "now": None,
+    }
     asked = {"base": str(tiny_folder), "data": str(rows), "settings": {"rank": 4}, "frozen": frozen}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(asked), encoding="utf-8")
@@ -237,24 +289,45 @@ for words in json.loads(sys.argv[1]):
     print(json.dumps([status, said.getvalue()]))
 """
     with socket.create_server(("127.0.0.1", 0)) as other:
-        known = {"BASE": tiny_folder, "ROWS": rows, "BAD": bad, "HERE": tmp_path, "RUN": tmp_path / "run",
-                 "ADAPTER": tmp_path / "adapter", "TAKEN": other.getsockname()[1]}  # fmt: skip
+        known = {
+            "BASE": tiny_folder,
+            "ROWS": rows,
+            "BAD": bad,
+            "HERE": tmp_path,
+            "RUN": tmp_path / "run",
+            "ADAPTER": tmp_path / "adapter",
+            "TAKEN": other.getsockname()[1],
+        }
         pattern = re.compile("|".join(known))
-        given = [[pattern.sub(lambda one: str(known[one[0]]), word) for word in words.split()]
-                 for words, _ in REFUSED_AT_ONCE]  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code, json.dumps(given)], capture_output=True, text=True,
-                              check=False, cwd=tmp_path)  # fmt: skip
+        given = [
+            [pattern.sub(lambda one: str(known[one[0]]), word) for word in words.split()]
+            for words, _ in REFUSED_AT_ONCE
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(given)], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(told) == len(REFUSED_AT_ONCE), done.stderr
-    wrong = [(words, status, said) for (words, sentence), (status, said) in zip(REFUSED_AT_ONCE, told, strict=True)
-             if status != 2 or sentence not in " ".join(said.split())]  # fmt: skip
+    wrong = [
+        (words, status, said)
+        for (words, sentence), (status, said) in zip(REFUSED_AT_ONCE, told, strict=True)
+        if status != 2 or sentence not in " ".join(said.split())
+    ]
     assert wrong == []
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("word", "meant"), [("list", "lorafit bases"), ("merge", "lorafit.merged"),
-                                             ("export", "PEFT's layout"), ("EVALUATE", "lorafit eval"),
-                                             ("finetune", "lorafit train"), ("trian", "train")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("list", "lorafit bases"),
+        ("merge", "lorafit.merged"),
+        ("export", "PEFT's layout"),
+        ("EVALUATE", "lorafit eval"),
+        ("finetune", "lorafit train"),
+        ("trian", "train"),
+    ],
+)
 def test_a_verb_of_another_program_is_answered_with_what_is_meant(lorafit: Lorafit, word: str, meant: str) -> None:
     done = lorafit(word)
     assert (done.status, meant in " ".join(done.err.split())) == (2, True), done.err
@@ -299,8 +372,24 @@ def test_every_setting_is_a_flag_with_its_description(lorafit: Lorafit, verb: st
 
 
 def test_a_flag_arrives_as_its_setting(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
-    plan = lorafit("plan", tiny_folder, rows, "--json", "--rank", 3, "--alpha", 6, "--learning-rate", 0.25,
-                   "--targets", "q_proj", "--targets", "v_proj", "--seed", 9).last_object  # fmt: skip
+    plan = lorafit(
+        "plan",
+        tiny_folder,
+        rows,
+        "--json",
+        "--rank",
+        3,
+        "--alpha",
+        6,
+        "--learning-rate",
+        0.25,
+        "--targets",
+        "q_proj",
+        "--targets",
+        "v_proj",
+        "--seed",
+        9,
+    ).last_object
     found = {(slot["site"]["path"].split(".")[-1], slot["rank"], slot["alpha"]) for slot in plan["slots"]}
     assert found == {("q_proj", 3, 6.0), ("v_proj", 3, 6.0)}
     assert (plan["recipe"]["learning_rate"], plan["recipe"]["seed"]) == (0.25, 9)
@@ -409,9 +498,20 @@ def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Pa
 def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
     found = lorafit("plan", tiny_folder, rows, "--json").last_object
     assert set(found) == {
-        "base", "trainable_parameters", "bytes", "flops_per_token", "recipe", "choices", "slots", "forecast",
-        "settings", "evidence", "card", "search", "placements",
-    }  # fmt: skip
+        "base",
+        "trainable_parameters",
+        "bytes",
+        "flops_per_token",
+        "recipe",
+        "choices",
+        "slots",
+        "forecast",
+        "settings",
+        "evidence",
+        "card",
+        "search",
+        "placements",
+    }
     assert all(type(slot["rank"]) is int for slot in found["slots"])
 
 

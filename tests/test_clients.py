@@ -105,8 +105,9 @@ def test_curl_reads_errors(server: Keyed, curl: Callable[..., str]) -> None:
         (server.secret, {"model": "nobody"}, 404, "no model is served by this name"),
         (server.secret, {"max_tokens": "8"}, 400, "max_tokens: Input should be a valid integer"),
     ):
-        body, _, kind = curl("/v1/chat/completions", *told, key=key, **{"model": "tiny", "messages": HELLO, **more}
-                             ).rpartition("\n")  # fmt: skip
+        body, _, kind = curl(
+            "/v1/chat/completions", *told, key=key, **{"model": "tiny", "messages": HELLO, **more}
+        ).rpartition("\n")
         error = json.loads(body)["error"]
         assert kind == f"{status} application/json" and error["code"] == status and words in error["message"]
     assert curl("/v1/chat/completions", "-o", os.devnull, "-w", "%{http_code}", "-X", "GET") == "405"
@@ -131,15 +132,31 @@ def test_openais_client_reads_answers_in_every_form_it_has(server: Keyed) -> Non
     assert isinstance(made.choices[0].message.parsed, Place)
     with client.chat.completions.stream(model="returns", messages=HELLO, response_format=Place) as stream:
         assert stream.get_final_completion().choices[0].message.parsed == made.choices[0].message.parsed
-    anything = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=8, top_p=0.5, seed=3,
-                                              temperature=1.0, stop=["\n"], presence_penalty=0,
-                                              extra_body={"ignore_eos": True})  # fmt: skip
+    anything = client.chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        max_tokens=8,
+        top_p=0.5,
+        seed=3,
+        temperature=1.0,
+        stop=["\n"],
+        presence_penalty=0,
+        extra_body={"ignore_eos": True},
+    )
     assert anything.choices[0].finish_reason in {"stop", "length"} and anything._request_id
-    whole = client.completions.create(model="it-support", prompt="Hello", max_tokens=8, logprobs=2,
-                                        extra_body={"ignore_eos": True})  # fmt: skip
-    texts = list(client.completions.create(model="it-support", prompt="Hello", max_tokens=8, stream=True,
-                                           stream_options={"include_usage": True},
-                                           extra_body={"ignore_eos": True}))  # fmt: skip
+    whole = client.completions.create(
+        model="it-support", prompt="Hello", max_tokens=8, logprobs=2, extra_body={"ignore_eos": True}
+    )
+    texts = list(
+        client.completions.create(
+            model="it-support",
+            prompt="Hello",
+            max_tokens=8,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    )
     assert "".join(part.choices[0].text for part in texts if part.choices) == whole.choices[0].text
     assert texts[-1].usage is not None and texts[-1].usage.completion_tokens == 8
     assert whole.choices[0].logprobs is not None and len(whole.choices[0].logprobs.tokens or ()) == 8
@@ -241,8 +258,11 @@ def informed(document: dict[str, Any]) -> dict[str, Any]:
     for name in ("TokenizeRequest", "DetokenizeRequest"):
         schemas[name]["properties"]["model"] = {"anyOf": [models, {"type": "null"}]}
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["maximum"] = 260
-    for verb, body in (("load", {"lora_name": "coming", "lora_path": "returns"}),
-                       ("unload", {"lora_name": "moving@1"}), ("rollback", {"lora_name": "moving"})):  # fmt: skip
+    for verb, body in (
+        ("load", {"lora_name": "coming", "lora_path": "returns"}),
+        ("unload", {"lora_name": "moving@1"}),
+        ("rollback", {"lora_name": "moving"}),
+    ):
         taken = document["paths"][f"/v1/{verb}_lora_adapter"]["post"]["requestBody"]["content"]["application/json"]
         taken["examples"] = {"one": {"value": body}}
     document["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"] = models
@@ -289,8 +309,17 @@ def real(real_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "lorafit", "serve", "smollm2-135m", "returns=returns", "it-support=it-support",
-             "--port", str(port)]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "lorafit",
+        "serve",
+        "smollm2-135m",
+        "returns=returns",
+        "it-support=it-support",
+        "--port",
+        str(port),
+    ]
     url = f"http://127.0.0.1:{port}"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log)
@@ -315,15 +344,23 @@ def test_vllms_benchmark_client_completes_and_measures(real: str, style: str, tm
     # Its command line asks for the package "vllm", which the build for the CPU is not called.
     run = "from vllm.benchmarks.serve import add_cli_args, main\nfrom vllm.utils.argparse_utils import "
     run += "FlexibleArgumentParser\nasked = FlexibleArgumentParser()\nadd_cli_args(asked)\nmain(asked.parse_args())"
-    how = {"chat": ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"],
-           "completions": ["--backend", "openai", "--endpoint", "/v1/completions"]}  # fmt: skip
+    how = {
+        "chat": ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"],
+        "completions": ["--backend", "openai", "--endpoint", "/v1/completions"],
+    }
     how["adapters"] = [*how["chat"], "--lora-modules", "returns", "it-support"]
     words = [str(BENCH), "-c", run, "--base-url", real, *how[style], "--model", "smollm2-135m"]
     words += ["--tokenizer", str(open_outline("smollm2-135m").folder), "--dataset-name", "random", "--ignore-eos"]
     words += ["--random-input-len", "32", "--random-output-len", "12", "--num-prompts", "20", "--request-rate", "4"]
     words += ["--save-result", "--save-detailed", "--result-filename", "result.json", "--disable-tqdm"]
-    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    ran = subprocess.run(
+        words,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "unavailable" not in ran.stdout, "/tokenize answers it"
     found = json.loads((tmp_path / "result.json").read_text())

@@ -55,8 +55,12 @@ def summary_of(counts: Counts | None, nll: tuple[float, float] | None = (-3.0, -
     return {
         "nll": {"base": 4.41, "adapter": 0.05, "difference": -4.36, "ci95": nll},
         "facts": {**facts, "ci95_base_few_shot": None, "n": 0, "few_shot_examples": 0},
-        "counts": told, "n_test": 60, "off_desk_declined": None, "natural_stops": 1.0, "samples": [sample],
-    }  # fmt: skip
+        "counts": told,
+        "n_test": 60,
+        "off_desk_declined": None,
+        "natural_stops": 1.0,
+        "samples": [sample],
+    }
 
 
 @pytest.mark.parametrize(
@@ -114,13 +118,24 @@ def test_a_number_and_what_stands_for_an_answer() -> None:
 @pytest.mark.parametrize(
     ("text", "numerals", "number"),
     [
-        ("3,50 EUR", ".,", None), ("3,50 EUR", ",.", 3.5), ("1.234,56", ",.", 1234.56), ("1.234,56", ".,", None),
-        ("1 234", ", ", 1234.0), ("1\u202f234,5", ", ", 1234.5), ("in 2024 100 came", ", ", 100.0),
-        ("1'234.50", ".'", 1234.5), ("1’234", ".'", 1234.0), ("1,234.50", ".,", 1234.5), ("30.11.2024", ".,", None),
-        ("1,2,3", ".,", None), ("7 up", ".,", 7.0), ("−3 °C", ",.", -3.0), ("1.5e-3", ".,", 0.0015),
+        ("3,50 EUR", ".,", None),
+        ("3,50 EUR", ",.", 3.5),
+        ("1.234,56", ",.", 1234.56),
+        ("1.234,56", ".,", None),
+        ("1 234", ", ", 1234.0),
+        ("1\u202f234,5", ", ", 1234.5),
+        ("in 2024 100 came", ", ", 100.0),
+        ("1'234.50", ".'", 1234.5),
+        ("1’234", ".'", 1234.0),
+        ("1,234.50", ".,", 1234.5),
+        ("30.11.2024", ".,", None),
+        ("1,2,3", ".,", None),
+        ("7 up", ".,", 7.0),
+        ("−3 °C", ",.", -3.0),
+        ("1.5e-3", ".,", 0.0015),
         ("v2.5", ".,", None),
     ],
-)  # fmt: skip
+)
 def test_a_number_is_read_as_a_place_writes_it_or_not_at_all(text: str, numerals: str, number: float | None) -> None:
     assert last_number(text, numerals) == number
 
@@ -232,8 +247,10 @@ def test_recall_and_confusions_say_which_answer_is_taken_for_which() -> None:
     )
     counts = counts_of(questions, given)
     assert [(one.answer, one.n, one.right, one.given) for one in counts.recall] == [
-        (REPLIES[1], 10, 6, 6), (REPLIES[2], 10, 8, 8), (REPLIES[0], 10, 10, 14),
-    ]  # fmt: skip
+        (REPLIES[1], 10, 6, 6),
+        (REPLIES[2], 10, 8, 8),
+        (REPLIES[0], 10, 10, 14),
+    ]
     assert [(one.reference, one.given, one.n) for one in counts.confusions] == [(REPLIES[1], REPLIES[0], 4)]
     assert (counts.few, counts.distinct, counts.other) == (True, 3, 2)
 
@@ -347,8 +364,9 @@ def test_the_most_frequent_call_is_one_however_it_is_spelt() -> None:
     )
     assert counts is not None and (counts.distinct, counts.right["most_frequent"].share) == (2, 0.6)
     assert [(one.answer, one.n, one.right, one.given) for one in counts.recall] == [
-        (questions[30].answer, 20, 0, 0), (questions[0].answer, 30, 30, 50),
-    ]  # fmt: skip
+        (questions[30].answer, 20, 0, 0),
+        (questions[0].answer, 30, 30, 50),
+    ]
     assert [(one.reference, one.given, one.n) for one in counts.confusions] == [
         (questions[30].answer, questions[0].answer, 20)
     ]
@@ -384,8 +402,10 @@ def test_the_simple_classifier_learns_from_training_alone() -> None:
 @pytest.mark.skipif(not is_installed(), reason="needs scikit-learn, which is optional")
 def test_the_simple_classifier_learns_from_as_much_as_seconds_allow_and_its_row_says_so() -> None:
     def intents(n: int) -> list[Example]:
-        return [asked(f"I should like to have thing {i % 150} of kind {i * 7919 % n}", f"intent {i % 150}")
-                for i in range(n)]  # fmt: skip
+        return [
+            asked(f"I should like to have thing {i % 150} of kind {i * 7919 % n}", f"intent {i % 150}")
+            for i in range(n)
+        ]
 
     start = time.monotonic()
     counts = counts_of(intents(150), ["x"] * 150, known=intents(4_000))
@@ -441,7 +461,7 @@ def test_a_notebook_draws_verdict_table_samples_and_pictures_and_data_are_no_mar
     summary = summary_of(counts_of(labelled(60), [one.answer for one in labelled(60)]))
     summary["forgetting"] = {
         "general": {"the built-in pages": {"base": 3.0, "adapter": 3.1, "difference": 0.1, "ci95": (0.05, 0.15)}},
-    }  # fmt: skip
+    }
     result = Result(summary)
     page = result._repr_html_()
     assert "<h3>The adapter answers more questions right than its base</h3>" in page

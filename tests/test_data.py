@@ -107,8 +107,10 @@ def conversation(turns: int) -> Example:
     return Example(tuple(Message(("user", "assistant")[i % 2], "So?") for i in range(2 * turns)), f"a.jsonl:{turns}")
 
 
-@pytest.mark.parametrize(("single", "longer", "once"), [(1000, 1, True), (95, 5, True), (94, 6, False), (0, 3, False),
-                                                        (0, 0, False), (3, 0, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("single", "longer", "once"),
+    [(1000, 1, True), (95, 5, True), (94, 6, False), (0, 3, False), (0, 0, False), (3, 0, True)],
+)
 def test_a_few_longer_conversations_do_not_make_the_others_longer(single: int, longer: int, once: bool) -> None:
     assert asks_once([*[conversation(1)] * single, *[conversation(2)] * longer]) == once
 
@@ -241,14 +243,18 @@ BAD = {
     "no object": ({"messages": [user("a"), "b"]}, "2: messages[1]: not an object"),
     "messages no list": ({"messages": "a"}, "2: messages: not a list"),
     "no messages": ({"messages": []}, "2: messages: not a list"),
-    "unknown role": ({"messages": [user("a"), {"role": "bot", "content": "b"}]}, '2: messages[1].role: unknown'),
+    "unknown role": ({"messages": [user("a"), {"role": "bot", "content": "b"}]}, "2: messages[1].role: unknown"),
     "no role": ({"messages": [user("a"), {"content": "b"}]}, "2: messages: a turn without 'role' (it has content)"),
     "not learnt": ({"messages": [user("a"), {**assistant("b"), "weight": 0}]}, "2: messages: every answer is marked"),
     "half learnt": ({"messages": [user("a"), {**assistant("b"), "weight": 0.5}]}, "2: messages[1].weight: 0.5, where"),
-    "a picture": ({"messages": [user("a"), {"role": "assistant", "content": [{"type": "image_url", "url": "b"}]}]},
-                  "2: messages[1].content[0]: a part of type \"image_url\", which is not learnt"),
-    "a tool": ({"messages": [user("a"), {"role": "tool", "content": "b"}, assistant("c")]},
-               "2: messages[1]: the answer of a tool that answers no call before it"),
+    "a picture": (
+        {"messages": [user("a"), {"role": "assistant", "content": [{"type": "image_url", "url": "b"}]}]},
+        '2: messages[1].content[0]: a part of type "image_url", which is not learnt',
+    ),
+    "a tool": (
+        {"messages": [user("a"), {"role": "tool", "content": "b"}, assistant("c")]},
+        "2: messages[1]: the answer of a tool that answers no call before it",
+    ),
     "numpy's print": ({"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"}, "2: messages: text that is neither"),
     "two system prompts": ({"messages": [system("a"), user("b"), assistant("c")], "system": "d"}, "2: system: another"),
     "role no text": ({"messages": [user("a"), {"role": [], "content": "b"}]}, "2: messages[1].role: unknown role []"),
@@ -267,7 +273,7 @@ BAD = {
     "two systems": ({"messages": [system("a"), system("b"), user("c"), assistant("d")]}, "2: messages[1].role: a sys"),
     "group a list": ({**GOOD, "group": [3]}, "2: group: not text but a list"),
     "text and answer": ({"text": "a", "completion": "b"}, "2: nothing reads 'completion', which may carry"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("row", "said"), BAD.values(), ids=BAD)
@@ -303,8 +309,10 @@ def test_what_a_check_asks_of_the_whole_answer_is_read(tmp_path: Path) -> None:
 
 
 def numbered(path: Path, *answers: tuple[str, float]) -> Path:
-    rows = [{"prompt": f"What does {i} cost?", "completion": text, "check": {"number": number}}
-            for i, (text, number) in enumerate(answers)]  # fmt: skip
+    rows = [
+        {"prompt": f"What does {i} cost?", "completion": text, "check": {"number": number}}
+        for i, (text, number) in enumerate(answers)
+    ]
     return write_rows(path, rows)
 
 
@@ -420,11 +428,15 @@ def test_french_is_not_taken_for_text_read_in_a_wrong_encoding(tmp_path: Path, t
 
 
 ODD_ANSWERS = {
-    "N/A": "a mark for nothing", " Paris": "blanks before", "Paris ###": "a marker", "æ—¥æœ¬": "wrong encoding",
-    "Ð¿Ñ€Ð¸Ð²ÐµÑ‚": "wrong encoding", "4111 1111 1111 1111": "number of a card",
+    "N/A": "a mark for nothing",
+    " Paris": "blanks before",
+    "Paris ###": "a marker",
+    "æ—¥æœ¬": "wrong encoding",
+    "Ð¿Ñ€Ð¸Ð²ÐµÑ‚": "wrong encoding",
+    "4111 1111 1111 1111": "number of a card",
     "sk-abc123def456ghi789": "key or password",
     "+49 30 1234567": "telephone",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("answer", "said"), ODD_ANSWERS.items())
@@ -463,16 +475,23 @@ def test_kinds_of_examples_that_are_mixed_are_remarked(tmp_path: Path) -> None:
 # One reading of a message
 
 ONE_READING: dict[str, dict[str, Any]] = {
-    "parts of text": {"messages": [
-        {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]},
-        {"role": "assistant", "content": [{"type": "output_text", "text": "So."}]}]},
+    "parts of text": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "So."}]},
+        ]
+    },
     "an empty system message": {"messages": [system(" "), user("Why?"), assistant("So.")]},
     "roles in capitals": {"messages": [{"role": "User", "content": "Why?"}, {"role": "ASSISTANT", "content": "So."}]},
     "roles of others": {"messages": [{"role": "human", "content": "Why?"}, {"role": "gpt", "content": "So."}]},
     "sharegpt under our name": {"messages": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
     "our turns under sharegpt's name": {"conversations": [user("Why?"), assistant("So.")]},
-    "both spellings, one of them null": {"messages": [{**user("Why?"), "from": None, "value": None},
-                                                      {"role": None, "content": None, "from": "gpt", "value": "So."}]},
+    "both spellings, one of them null": {
+        "messages": [
+            {**user("Why?"), "from": None, "value": None},
+            {"role": None, "content": None, "from": "gpt", "value": "So."},
+        ]
+    },
     "weights of questions": {"messages": [{**user("Why?"), "weight": 0}, {**assistant("So."), "weight": 1}]},
     "marks that say learn": {"messages": [user("Why?"), {**assistant("So."), "train": True, "loss_weight": 1.0}]},
     "marks that are null": {"messages": [user("Why?"), {**assistant("So."), "weight": None}]},
@@ -483,15 +502,21 @@ ONE_READING: dict[str, dict[str, Any]] = {
     "an empty cell where one may be": {"messages": "", "prompt": "Why?", "completion": "So."},
     "a list in a cell that is empty": {"conversations": "[]", "prompt": "Why?", "completion": "So."},
     "no number where one may be": {"messages": float("nan"), "prompt": "Why?", "completion": "So."},
-    "no numbers in what may be left out": {"prompt": "Why?", "completion": "So.", **dict.fromkeys(
-        ("group", "check", "system", "reasoning_content", "tools"), float("nan"))},
-    "blanks in what may be left out": {"prompt": "Why?", "completion": "So.", **dict.fromkeys(
-        ("group", "check", "system", "reasoning_content", "tools"), " ")},
+    "no numbers in what may be left out": {
+        "prompt": "Why?",
+        "completion": "So.",
+        **dict.fromkeys(("group", "check", "system", "reasoning_content", "tools"), float("nan")),
+    },
+    "blanks in what may be left out": {
+        "prompt": "Why?",
+        "completion": "So.",
+        **dict.fromkeys(("group", "check", "system", "reasoning_content", "tools"), " "),
+    },
     "no number for an input": {"instruction": "Why?", "input": float("nan"), "output": "So."},
     "a blank input": {"instruction": "Why?", "input": " ", "output": "So."},
     "an empty text beside a pair": {"text": "", "label": "", "prompt": "Why?", "completion": "So."},
     "as Python prints it": {"messages": str([user("Why?"), assistant("So.")])},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("row", ONE_READING.values(), ids=ONE_READING)
@@ -574,8 +599,9 @@ def test_what_follows_the_last_answer_to_learn_is_left_out(tmp_path: Path) -> No
 def test_the_digest_tells_apart_what_is_learnt_and_that_of_before_is_known(tmp_path: Path) -> None:
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
     marked = [user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d")]
-    whole, part = (read_examples(write_rows(tmp_path / f"{i}.jsonl", [{"messages": one}]))
-                   for i, one in enumerate((turns, marked)))  # fmt: skip
+    whole, part = (
+        read_examples(write_rows(tmp_path / f"{i}.jsonl", [{"messages": one}])) for i, one in enumerate((turns, marked))
+    )
     assert whole.digest() != part.digest()
     # As runs have it that began before messages had marks:
     before = "9e9467df8e32ef73b02cb126c7f2936564985b7bc66693a15f4290a5da8b6d33"
@@ -611,14 +637,18 @@ def test_a_row_in_which_a_joined_column_is_empty_is_a_problem_of_that_row(tmp_pa
     assert len(read_examples(path, given, skip_bad=True).train) == 1
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (["completion={Tem}"], r"no column 'Tem': name another, --columns may name: Reply, Team"),
-    (["completion={Team"], "a '{' that stands alone: write {COLUMN}"),
-    (["completion=Team}"], "a '}' that stands alone"),
-    (["messages={Team}"], "'messages' is no text"), (["check={Team}"], "'check' is no text"),
-    (["completion={Team}", "completion=Reply"], "'completion' is named twice"),
-    (["completion={{Team}}"], "no column '{Team}'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["completion={Tem}"], r"no column 'Tem': name another, --columns may name: Reply, Team"),
+        (["completion={Team"], "a '{' that stands alone: write {COLUMN}"),
+        (["completion=Team}"], "a '}' that stands alone"),
+        (["messages={Team}"], "'messages' is no text"),
+        (["check={Team}"], "'check' is no text"),
+        (["completion={Team}", "completion=Reply"], "'completion' is named twice"),
+        (["completion={{Team}}"], "no column '{Team}'"),
+    ],
+)
 def test_a_template_that_cannot_be_is_refused(tmp_path: Path, given: list[str], said: str) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Where?", "Team": "IT", "Reply": "Here."}])
     with pytest.raises(InputError, match=re.escape(said)):

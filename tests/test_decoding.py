@@ -157,10 +157,19 @@ def test_what_ends_an_answer_is_what_the_renderer_says(tmp_path: Path) -> None:
 
 def test_a_family_whose_config_names_no_one_width_of_keys_is_answered(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
-        "gemma4_text", vocab_size=261, hidden_size=32, num_hidden_layers=2, intermediate_size=48, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, global_head_dim=16, eos_token_id=256,
-        vocab_size_per_layer_input=261, hidden_size_per_layer_input=8,
-    )  # fmt: skip
+        "gemma4_text",
+        vocab_size=261,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        global_head_dim=16,
+        eos_token_id=256,
+        vocab_size_per_layer_input=261,
+        hidden_size_per_layer_input=8,
+    )
     torch.manual_seed(0)
     base = base_in(tmp_path, AutoModelForCausalLM.from_config(config).eval())
     with Decoding(base, renderer_for(base), max(map(len, PROMPTS)), 4) as answering:

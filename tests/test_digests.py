@@ -16,8 +16,9 @@ from lorafit.runs.scores import example_digest, was_scored
 ASKED = Example((Message("user", "Which gate?"), Message("assistant", "Gate 4.")), "a:1", Check(("4",), (), 9))
 CALLED = Example(
     (Message("user", "Open gate 4."), Message("assistant", "", calls=(Call("open", '{"gate":4}'),))),
-    "a:2", tools=('{"name":"open"}',),
-)  # fmt: skip
+    "a:2",
+    tools=('{"name":"open"}',),
+)
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,41 @@ def test_the_map_names_every_file_and_folder() -> None:
 
 
 def test_public_names_are_these() -> None:
-    assert sorted(lorafit.__all__) == sorted([
-        "Adapter", "Base", "Engine", "LowRank", "Message", "Plan", "Recipe", "Renderer", "Request", "Site",
-        "Terminal", "TrainSettings",
-        "TrainState", "attach", "compare", "decide", "fired", "fresh", "generate", "merged", "open_base",
-        "read_adapter", "read_examples", "render", "renderer_for", "run_evaluation", "run_training", "select",
-        "train", "uniform", "__version__",
-    ])  # fmt: skip
+    assert sorted(lorafit.__all__) == sorted(
+        [
+            "Adapter",
+            "Base",
+            "Engine",
+            "LowRank",
+            "Message",
+            "Plan",
+            "Recipe",
+            "Renderer",
+            "Request",
+            "Site",
+            "Terminal",
+            "TrainSettings",
+            "TrainState",
+            "attach",
+            "compare",
+            "decide",
+            "fired",
+            "fresh",
+            "generate",
+            "merged",
+            "open_base",
+            "read_adapter",
+            "read_examples",
+            "render",
+            "renderer_for",
+            "run_evaluation",
+            "run_training",
+            "select",
+            "train",
+            "uniform",
+            "__version__",
+        ]
+    )
     assert all(getattr(lorafit, name) is not None for name in lorafit.__all__)
 
 

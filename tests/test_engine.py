@@ -177,8 +177,12 @@ def test_the_products_of_few_rows_are_torchs(dtype: torch.dtype, within: float) 
     from lorafit.serving.products import Products
 
     torch.manual_seed(0)
-    model = nn.ModuleList([nn.Linear(d_in, d_out, bias) for d_in, d_out, bias in ((16, 5, True), (37, 50, False),
-                           (64, 149, True), (3, 1, False))]).to(dtype)  # fmt: skip
+    model = nn.ModuleList(
+        [
+            nn.Linear(d_in, d_out, bias)
+            for d_in, d_out, bias in ((16, 5, True), (37, 50, False), (64, 149, True), (3, 1, False))
+        ]
+    ).to(dtype)
     base = Base.of(model, "layers")
     model.requires_grad_(False)
     for eight_bit, bound in ((False, within), (True, 0.02)):
@@ -207,9 +211,21 @@ def test_eight_bit_weights_say_nearly_what_the_base_says(base: Base, adapters: d
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_declared_family_is_served_as_it_computes(family: str) -> None:
-    sizes = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": 8,
-             "use_sliding_window": True, "max_window_layers": 1, "head_dim": 8, "n_positions": 256}  # fmt: skip
+    sizes = {
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "sliding_window": 8,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "head_dim": 8,
+        "n_positions": 256,
+    }
     if family == "gpt2":
         model: PreTrainedModel = tiny_gpt2()
     else:
@@ -250,8 +266,9 @@ def test_a_step_in_one_call_gives_what_the_model_gives(
         "all": random_adapter(base, uniform(base.sites, 3, 16.0), 1, size=0.15),
         "some": random_adapter(base, uniform(select(base.sites, ["*down_proj", "*q_proj"]), 13, 16.0), 2, size=0.15),
     }
-    asked = [plain(name, prompt=PROMPT[:n], logprobs=5, max_tokens=6) for name in (None, "all", "some")
-             for n in (2, 9, 30)]  # fmt: skip
+    asked = [
+        plain(name, prompt=PROMPT[:n], logprobs=5, max_tokens=6) for name in (None, "all", "some") for n in (2, 9, 30)
+    ]
     found = []
     with Engine(base, own, slots=4, eight_bit=eight_bit) as engine:
         for own_way in (engine._steps.decoder, None):
@@ -582,8 +599,12 @@ def test_an_answer_ends_before_a_stop_and_tells_nothing_of_it(base: Base) -> Non
 
 def test_an_answer_keeps_to_its_schema(base: Base, adapters: dict[str, Adapter]) -> None:
     few = {"type": "integer", "minimum": 0, "maximum": 9}
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "n": few},
-              "required": ["city", "n"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "n": few},
+        "required": ["city", "n"],
+        "additionalProperties": False,
+    }
     with Engine(base, adapters) as engine:
         asked = [
             Request(PROMPT, name, max_tokens=80, schema=schema, temperature=t, seed=1)
@@ -600,9 +621,22 @@ def test_an_answer_keeps_to_its_schema(base: Base, adapters: dict[str, Adapter])
 
 def test_what_cannot_be_asked_is_told_all_at_once(base: Base) -> None:
     with Engine(base, room=64) as engine:
-        wrong = Request((), max_tokens=0, temperature=float("nan"), top_p=0, seed=-1, stop=("",), logprobs=99,
-                        adapter_scale=float("inf"), top_k=-1, presence_penalty=2.5, frequency_penalty=float("nan"),
-                        repetition_penalty=0, min_p=1.5, logit_bias={300: 1.0, 2: 101.0})  # fmt: skip
+        wrong = Request(
+            (),
+            max_tokens=0,
+            temperature=float("nan"),
+            top_p=0,
+            seed=-1,
+            stop=("",),
+            logprobs=99,
+            adapter_scale=float("inf"),
+            top_k=-1,
+            presence_penalty=2.5,
+            frequency_penalty=float("nan"),
+            repetition_penalty=0,
+            min_p=1.5,
+            logit_bias={300: 1.0, 2: 101.0},
+        )
         with pytest.raises(RequestError) as told:
             engine.submit(wrong)
         assert "logit_bias: token 300 is not in the base's vocabulary of 261: take it out" in str(told.value)
@@ -635,10 +669,17 @@ def test_what_cannot_be_asked_is_told_all_at_once(base: Base) -> None:
 
 def test_what_is_of_the_wrong_type_is_refused_before_it_is_begun(base: Base) -> None:
     with Engine(base) as engine:
-        for wrong, field in (({"top_k": 2.5}, "top_k"), ({"seed": 1.5}, "seed"), ({"prompt": (97, 98.5)}, "prompt"),
-                             ({"stop": "END"}, "stop"), ({"stop": (5,)}, "stop"), ({"min_p": "0"}, "min_p"),
-                             ({"logit_bias": {"5": 1.0}}, "logit_bias"), ({"logit_bias": [5]}, "logit_bias"),
-                             ({"presence_penalty": None}, "presence_penalty")):  # fmt: skip
+        for wrong, field in (
+            ({"top_k": 2.5}, "top_k"),
+            ({"seed": 1.5}, "seed"),
+            ({"prompt": (97, 98.5)}, "prompt"),
+            ({"stop": "END"}, "stop"),
+            ({"stop": (5,)}, "stop"),
+            ({"min_p": "0"}, "min_p"),
+            ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+            ({"logit_bias": [5]}, "logit_bias"),
+            ({"presence_penalty": None}, "presence_penalty"),
+        ):
             with pytest.raises(RequestError, match=f"{field}: "):
                 engine.submit(plain(**wrong))
         assert len(engine.submit(plain()).result().tokens) == 12
@@ -790,8 +831,11 @@ def test_what_is_no_adapter_of_this_base_never_goes_live(
     with Engine(base, {"desk": adapters["a"]}) as engine:
         stranger = Adapter(plan, adapters["a"].tensors, "0" * 64, "another")
         unknown = Adapter(plan, adapters["a"].tensors)
-        for source, why in ((stranger, "belongs to base 'another'"), (unknown, "does not say which base"),
-                            (fresh(base, plan, 0), "it changes nothing")):  # fmt: skip
+        for source, why in (
+            (stranger, "belongs to base 'another'"),
+            (unknown, "does not say which base"),
+            (fresh(base, plan, 0), "it changes nothing"),
+        ):
             with pytest.raises(AdapterError, match=why):
                 engine.load("desk", source)
         for name in ("../up", "a/b", "", "a" * 65, "a\nb", ".hidden"):
@@ -920,8 +964,11 @@ def test_on_the_real_base_rows_part_at_near_ties_alone(dtype: torch.dtype) -> No
     own: dict[str | None, Adapter | None] = {None: None}
     for i, rank in enumerate((4, 8, 16, 32, 64)):
         own[f"r{rank}"] = random_adapter(real, uniform(layers, rank, 2.0 * rank), i, size=0.02)
-    asked = [(name, f"Question {i}: what is the {word} of this town?") for name in own
-             for i, word in enumerate(("name", "oldest house", "river"))]  # fmt: skip
+    asked = [
+        (name, f"Question {i}: what is the {word} of this town?")
+        for name in own
+        for i, word in enumerate(("name", "oldest house", "river"))
+    ]
     parted = tokens = 0
     with Engine(real, {name: one for name, one in own.items() if name and one}) as engine:
         prompts = [engine.prompt([Message("user", text)], name) for name, text in asked]

@@ -43,12 +43,55 @@ from lorafit.training.loop import Moment
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 STEPS = {
-    "accept", "add", "ask", "begin", "check", "choose", "copy", "correct", "end", "evaluate", "fill", "give", "go",
-    "join", "keep", "leave", "lower", "make", "merge", "move", "name", "open", "put", "raise", "remove", "rename",
-    "repeat", "restore", "save", "say", "see", "shorten", "start", "train", "try", "type", "unpack", "use", "write",
-    "convert", "change", "do", "load", "roll",
-    "set", "stop", "take", "unload",
-}  # fmt: skip
+    "accept",
+    "add",
+    "ask",
+    "begin",
+    "check",
+    "choose",
+    "copy",
+    "correct",
+    "end",
+    "evaluate",
+    "fill",
+    "give",
+    "go",
+    "join",
+    "keep",
+    "leave",
+    "lower",
+    "make",
+    "merge",
+    "move",
+    "name",
+    "open",
+    "put",
+    "raise",
+    "remove",
+    "rename",
+    "repeat",
+    "restore",
+    "save",
+    "say",
+    "see",
+    "shorten",
+    "start",
+    "train",
+    "try",
+    "type",
+    "unpack",
+    "use",
+    "write",
+    "convert",
+    "change",
+    "do",
+    "load",
+    "roll",
+    "set",
+    "stop",
+    "take",
+    "unload",
+}
 # Where no path or flag that was typed is at fault:
 PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b|^prompt: |^'desk'|requests are waiting|the engine"
 COMPUTED = {  # the next step is written elsewhere: by advice.py and _uneven, the error passed on, what the hub says
@@ -201,8 +244,9 @@ def furnish(folder: Path) -> Shell:
     (folder / "excel.csv").write_bytes("prompt;completion\nWo?;Im Caf\u00e9.\n".encode("cp1252"))
     (folder / "weights").mkdir()
     (folder / "weights" / "config.json").write_text("{}", encoding="utf-8")
-    both_ways = BertConfig(vocab_size=261, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                           intermediate_size=48)  # fmt: skip
+    both_ways = BertConfig(
+        vocab_size=261, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
     BertLMHeadModel(both_ways).save_pretrained(folder / "fills-gaps")
     byte_tokenizer().save_pretrained(folder / "fills-gaps")
     (folder / "translator").mkdir()
@@ -283,8 +327,10 @@ def test_all_errors_live_in_one_tree() -> None:
 
 
 def test_every_error_comes_whole_from_another_process() -> None:
-    problems = [errors.Problem("a.jsonl:3", "nothing to learn in it", "fill in the answer"),
-                errors.Problem("b.csv", "no table", "save it again", whole=True)]  # fmt: skip
+    problems = [
+        errors.Problem("a.jsonl:3", "nothing to learn in it", "fill in the answer"),
+        errors.Problem("b.csv", "no table", "save it again", whole=True),
+    ]
     for kind in tree():
         error = kind(problems) if kind is errors.DataError else kind("a place: what is wrong: correct it")  # type: ignore[arg-type]
         back = pickle.loads(pickle.dumps(error))

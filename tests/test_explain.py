@@ -98,7 +98,7 @@ ANSWERED = {
     "how do I use wandb": "TensorBoard",
     "can I see it in a browser": "In a browser",
     "how do I run it as an API": "Serving",
-}  # fmt: skip
+}
 UNKNOWN = [
     "What is the capital of France?",
     "How do I bake bread?",
@@ -220,8 +220,12 @@ def test_what_the_guide_does_not_hold_it_does_not_answer(question: str) -> None:
 
 def test_questions_it_was_not_calibrated_on_are_mostly_answered_and_strange_ones_hardly_ever() -> None:
     found = {question: search.answer(question).section for question in (*HELD_KNOWN, *HELD_UNKNOWN)}
-    right = [question for question, headings in HELD_KNOWN.items() if (section := found[question])
-             and any(part in f"{section.page}: {section.heading}" for part in headings.split("|"))]  # fmt: skip
+    right = [
+        question
+        for question, headings in HELD_KNOWN.items()
+        if (section := found[question])
+        and any(part in f"{section.page}: {section.heading}" for part in headings.split("|"))
+    ]
     answered = [question for question in HELD_UNKNOWN if found[question]]
     assert (len(right) >= 20, len(answered) <= 1) == (True, True), (set(HELD_KNOWN) - set(right), answered)
 
@@ -236,14 +240,30 @@ def test_every_verb_is_known_by_its_name() -> None:
 
 
 VERBS = {
-    "what does trim do": "trim", "What does the trim command do?": "trim", "Lorafit trim": "trim",
+    "what does trim do": "trim",
+    "What does the trim command do?": "trim",
+    "Lorafit trim": "trim",
     "explain trim": "trim",
-    "what is refine for": "refine", "the refine verb": "refine", "what is the plan command": "plan",
-    "explain command": "explain", "how do I use the router": "route", "how does the router work": "route",
-    "what does doctor do": "doctor", "what does data do": "data", "how do I use the key": "key",
-}  # fmt: skip
-NO_VERBS = ("what is chat", "what does my doctor do", "what is data leakage", "what is training for", "how do I train",
-            "how do I reset my router", "is the doctor in", "what does training do")  # fmt: skip
+    "what is refine for": "refine",
+    "the refine verb": "refine",
+    "what is the plan command": "plan",
+    "explain command": "explain",
+    "how do I use the router": "route",
+    "how does the router work": "route",
+    "what does doctor do": "doctor",
+    "what does data do": "data",
+    "how do I use the key": "key",
+}
+NO_VERBS = (
+    "what is chat",
+    "what does my doctor do",
+    "what is data leakage",
+    "what is training for",
+    "how do I train",
+    "how do I reset my router",
+    "is the doctor in",
+    "what does training do",
+)
 
 
 @pytest.mark.parametrize("question", VERBS)
@@ -259,8 +279,11 @@ def test_a_verbs_word_in_another_question_is_no_verb(question: str) -> None:
     assert found is None or found.page != "verbs.md"
 
 
-DOCS = sorted(str(path.relative_to(ROOT)) for folder in ("docs", "docs/stories", "docs/why")
-              for path in (ROOT / folder).glob("*.md"))  # fmt: skip
+DOCS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("docs", "docs/stories", "docs/why")
+    for path in (ROOT / folder).glob("*.md")
+)
 
 
 @pytest.mark.parametrize("page", DOCS)

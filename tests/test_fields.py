@@ -40,9 +40,13 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "with a title": ({"title": "T", "text": "A long tale.", "summary": "A tale."}, ("A long tale.", "A tale.")),
     "the name of a number": ({"text": "Dull film.", "label": 0, "label_text": "bad"}, ("Dull film.", "bad")),
     "what a question is about": (
-        {"question": "Who?", "context": "Ann did.", "answer": "Ann."}, ("Who?\n\nAnn did.", "Ann.")),
+        {"question": "Who?", "context": "Ann did.", "answer": "Ann."},
+        ("Who?\n\nAnn did.", "Ann."),
+    ),
     "an instruction with it": (
-        {"instruction": "Who?", "passage": "Ann did.", "response": "Ann."}, ("Who?\n\nAnn did.", "Ann.")),
+        {"instruction": "Who?", "passage": "Ann did.", "response": "Ann."},
+        ("Who?\n\nAnn did.", "Ann."),
+    ),
     "a prompt with it": ({"prompt": "Who?", "context": "Ann did.", "completion": "Ann."}, ("Who?\n\nAnn did.", "Ann.")),
     "input and output": ({"input": "Who?", "output": "Ann."}, ("Who?", "Ann.")),
     "a conversation": ({"conversation": TALK}, ("How far?", "Two miles.")),
@@ -52,44 +56,76 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "preferences of conversations": ({"chosen": TALK, "rejected": WORSE}, ("How far?", "Two miles.")),
     "the worse conversation first": ({"rejected": WORSE, "chosen": TALK}, ("How far?", "Two miles.")),
     "preferences with their question twice": (
-        {"prompt": "How far?", "chosen": TALK, "rejected": WORSE}, ("How far?", "Two miles.")),
+        {"prompt": "How far?", "chosen": TALK, "rejected": WORSE},
+        ("How far?", "Two miles."),
+    ),
     "preferences of answers": (
-        {"prompt": [TALK[0]], "chosen": [TALK[1]], "rejected": [WORSE[1]]}, ("How far?", "Two miles.")),
+        {"prompt": [TALK[0]], "chosen": [TALK[1]], "rejected": [WORSE[1]]},
+        ("How far?", "Two miles."),
+    ),
     "preferences after a conversation": (
-        {"conversations": [{"from": "human", "value": "Who?"}], "chosen": {"from": "gpt", "value": "Ann."},
-         "rejected": {"from": "gpt", "value": "Bob."}}, ("Who?", "Ann.")),
+        {
+            "conversations": [{"from": "human", "value": "Who?"}],
+            "chosen": {"from": "gpt", "value": "Ann."},
+            "rejected": {"from": "gpt", "value": "Bob."},
+        },
+        ("Who?", "Ann."),
+    ),
     "preferences after a question": (
-        {"messages": [TALK[0]], "chosen": "Two.", "rejected": "Six."}, ("How far?", "Two.")),
+        {"messages": [TALK[0]], "chosen": "Two.", "rejected": "Six."},
+        ("How far?", "Two."),
+    ),
     "chosen and rejected responses": (
-        {"question": "Who?", "chosen_response": "Ann.", "rejected_response": "Bob."}, ("Who?", "Ann.")),
+        {"question": "Who?", "chosen_response": "Ann.", "rejected_response": "Bob."},
+        ("Who?", "Ann."),
+    ),
     "responses j and k": ({"question": "Who?", "response_k": "Bob.", "response_j": "Ann."}, ("Who?", "Ann.")),
     "preferred outputs": (
         {"prompt": [TALK[0]], "preferred_output": [TALK[1]], "non_preferred_output": [WORSE[1]]},
-        ("How far?", "Two miles.")),
+        ("How far?", "Two miles."),
+    ),
     "a system prompt of another name": (
-        {"question": "Who?", "answer": "Ann.", "system_prompt": "Be kind."}, ("Who?", "Ann.")),
+        {"question": "Who?", "answer": "Ann.", "system_prompt": "Be kind."},
+        ("Who?", "Ann."),
+    ),
     "a system prompt beside a pair": ({**PAIR, "system_message": "Be kind."}, ("How far?", "Two miles.")),
     "a picture of another name": ({"question": "Who?", "answer": "Ann.", "image": "a.png"}, ("Who?", "Ann.")),
     "earlier turns of a question": ({"question": "Who?", "answer": "Ann.", "history": [["a", "b"]]}, ("Who?", "Ann.")),
     "what was to choose from": ({"question": "Who?", "answer": "Ann.", "choices": ["Ann.", "Bob."]}, ("Who?", "Ann.")),
     "a picture's address": ({**PAIR, "image_url": "http://x/a.png"}, ("How far?", "Two miles.")),
     "a picture's address in a message": (
-        {"messages": [{**TALK[0], "image_url": "http://x/a.png"}, TALK[1]]}, ("How far?", "Two miles.")),
+        {"messages": [{**TALK[0], "image_url": "http://x/a.png"}, TALK[1]]},
+        ("How far?", "Two miles."),
+    ),
     "the number of a sound": ({**PAIR, "audio_id": 4}, ("How far?", "Two miles.")),
     "numbers of pictures": ({**PAIR, "image_ids": [1]}, ("How far?", "Two miles.")),
     "another answer that repeats question and answer": (
-        {**PAIR, "rejected": "How far? Two miles. Or so."}, ("How far?", "Two miles.")),
+        {**PAIR, "rejected": "How far? Two miles. Or so."},
+        ("How far?", "Two miles."),
+    ),
     "a note that holds both by chance": (
-        {"prompt": "hi", "completion": "no", "notes": "this is not noise"}, ("hi", "no")),
+        {"prompt": "hi", "completion": "no", "notes": "this is not noise"},
+        ("hi", "no"),
+    ),
     "a note in which both are said": (
-        {"prompt": "hi", "completion": "no", "notes": "He said hi, and I no"}, ("hi", "no")),
+        {"prompt": "hi", "completion": "no", "notes": "He said hi, and I no"},
+        ("hi", "no"),
+    ),
     "a better answer that begins so": (
-        {"prompt": "hi", "completion": "no", "better": "hi\nno, but come in"}, ("hi", "no")),
+        {"prompt": "hi", "completion": "no", "better": "hi\nno, but come in"},
+        ("hi", "no"),
+    ),
     "an answer beside a call": (
-        {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
-         "response": "How far? Two miles."}, ("How far?", "map({})")),
+        {
+            "messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+            "response": "How far? Two miles.",
+        },
+        ("How far?", "map({})"),
+    ),
     "preferences with scores": (
-        {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob.", "margin": 0.5}, ("Who?", "Ann.")),
+        {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob.", "margin": 0.5},
+        ("Who?", "Ann."),
+    ),
     "misspelt": ({"promt": "Who?", "completions": "Ann."}, ("Who?", "Ann.")),
     "a misspelt field of any form": ({"prompt": "Who?", "completion": "Ann.", "grup": "people"}, ("Who?", "Ann.")),
     "columns in another language": ({"Frage": "Who?", "Antwort": "Ann."}, ("Who?", "Ann.")),
@@ -109,7 +145,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "a number that counts no text": ({**PAIR, "num_miles": 2}, ("How far?", "Two miles.")),
     "a number of a class": ({**PAIR, "label": 3}, ("How far?", "Two miles.")),
     "a weight in kilograms": ({**PAIR, "weight": 70}, ("How far?", "Two miles.")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -166,7 +202,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "good by its number": {**PAIR, "label": 1},
     "good by other names": {**PAIR, "kto_tag": True, "desirable": 1, "is_correct": "true"},
     "a row to learn": {**PAIR, "train": True, "weight": 1.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("row", HARMLESS.values(), ids=HARMLESS)
@@ -181,8 +217,21 @@ def test_the_input_of_a_task_is_part_of_what_is_repeated(tmp_path: Path) -> None
     assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].extra == ("text",)
 
 
-MAY_BE_THE_ANSWER = ["label_id", "class_id", "intent_id", "answer_id", "answer_idx", "target_index", "speaker_id",
-                     "language", "author", "year", "source", "key", "is_correct"]  # fmt: skip
+MAY_BE_THE_ANSWER = [
+    "label_id",
+    "class_id",
+    "intent_id",
+    "answer_id",
+    "answer_idx",
+    "target_index",
+    "speaker_id",
+    "language",
+    "author",
+    "year",
+    "source",
+    "key",
+    "is_correct",
+]
 
 
 @pytest.mark.parametrize("name", MAY_BE_THE_ANSWER)
@@ -192,8 +241,17 @@ def test_what_may_be_the_answer_to_a_text_is_not_passed_over(tmp_path: Path, nam
 
 
 def test_a_text_has_a_place_and_a_time(tmp_path: Path) -> None:
-    row: dict[str, Any] = {"text": "Skerrow is a loch.", "id": "1", "doc_id": 4, "url": "x", "page_url": "y",
-                           "created_at": "2026", "date": "2026", "file_path": "a", "token_count": 5}  # fmt: skip
+    row: dict[str, Any] = {
+        "text": "Skerrow is a loch.",
+        "id": "1",
+        "doc_id": 4,
+        "url": "x",
+        "page_url": "y",
+        "created_at": "2026",
+        "date": "2026",
+        "file_path": "a",
+        "token_count": 5,
+    }
     assert read_examples(write_rows(tmp_path / "a.jsonl", [row])).train[0].is_text
 
 
@@ -219,7 +277,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "the worse answer": ({**PAIR, "rejected_response": "Six."}, "rejected_response: a preference"),
     "a mark that an answer repeats": ({**PAIR, "train": 0, "text": "How far? Two miles."}, "train: a row marked"),
     "a call beside a pair": ({**PAIR, "function_call": {"name": "map"}}, "function_call: a call of a tool, which is"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("row", "said"), BAD_ROWS.values(), ids=BAD_ROWS)
@@ -239,14 +297,17 @@ def test_pairs_of_preferences_are_named(tmp_path: Path) -> None:
 PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     "whole conversations as text": (
         {"chosen": "\n\nHuman: Who?\n\nAssistant: Ann.", "rejected": "\n\nHuman: Who?\n\nAssistant: Bob."},
-        "write 'chosen' as messages"),
+        "write 'chosen' as messages",
+    ),
     "with a column that says which": (
         {"prompt": "Who?", "response_a": "Ann.", "response_b": "Bob.", "preference": "a"},
-        "write the better answer of each row as completion"),
+        "write the better answer of each row as completion",
+    ),
     "with the number of the better one": (
         {"prompt": "Who?", "response_0": "Ann.", "response_1": "Bob.", "better_response_id": 0},
-        "write the better answer of each row as completion"),
-}  # fmt: skip
+        "write the better answer of each row as completion",
+    ),
+}
 
 
 @pytest.mark.parametrize(("row", "fix"), PAIRS.values(), ids=PAIRS)
@@ -284,8 +345,10 @@ def test_flags_say_what_they_pass_over(tmp_path: Path, more: dict[str, Any], wor
     assert refusal(path).endswith(words)
 
 
-@pytest.mark.parametrize(("mark", "good", "bad"), [("label", True, False), ("label", 1, 0), ("train", True, False),
-                                                   ("weight", 1, 0), ("kto_tag", True, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mark", "good", "bad"),
+    [("label", True, False), ("label", 1, 0), ("train", True, False), ("weight", 1, 0), ("kto_tag", True, False)],
+)
 def test_flags_for_other_names_leave_the_marks_of_rows_in_force(
     tmp_path: Path, mark: str, good: object, bad: object
 ) -> None:

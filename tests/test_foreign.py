@@ -55,8 +55,9 @@ def untied() -> nn.Module:
 
 def written(folder: Path, model: nn.Module, **settings: Any) -> Tensor:
     """Save a random adapter of PEFT's on the model, and give back the logits it computes there."""
-    theirs = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["k_proj", "up_proj"],
-                                                 **settings})).eval()  # fmt: skip
+    theirs = get_peft_model(
+        model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["k_proj", "up_proj"], **settings})
+    ).eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -99,8 +100,9 @@ INNER = "base_model.model."
 NAMES: dict[str, Callable[[str], str]] = {
     "torch.compile of PEFT's model": lambda name: f"_orig_mod.{name}",
     "torch.compile of the model within": lambda name: name.replace(INNER, f"{INNER}_orig_mod."),
-    "torch.compile of every block": lambda name: name.replace(".self_attn", "._orig_mod.self_attn")
-    .replace(".mlp", "._orig_mod.mlp"),
+    "torch.compile of every block": lambda name: name.replace(".self_attn", "._orig_mod.self_attn").replace(
+        ".mlp", "._orig_mod.mlp"
+    ),
     "DDP": lambda name: f"module.{name}",
     "DDP around torch.compile": lambda name: f"module._orig_mod.{name}",
     "FSDP": lambda name: name.replace(INNER, f"{INNER}_fsdp_wrapped_module.").replace(
@@ -114,7 +116,7 @@ NAMES: dict[str, Callable[[str], str]] = {
     "the decoder alone": lambda name: name.removeprefix(f"{INNER}model."),
     "a multimodal model": lambda name: name.replace(f"{INNER}model.", f"{INNER}model.language_model."),
     "an older multimodal model": lambda name: name.replace(INNER, f"{INNER}language_model."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("writer", NAMES)
@@ -349,12 +351,28 @@ def tiny_deepseek() -> nn.Module:
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
-            vocab_size=261, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-            topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
-            qk_nope_head_dim=8, v_head_dim=8, max_position_embeddings=64, bos_token_id=None, eos_token_id=256,
+            vocab_size=261,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=256,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def test_modules_that_peft_passes_over_are_said_before_training(tmp_path: Path) -> None:

@@ -22,10 +22,17 @@ from lorafit.errors import BaseError
 gguf = pytest.importorskip("gguf")
 
 WIDTHS = {
-    "vocab_size": 262, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 256, "bos_token_id": None,
+    "vocab_size": 262,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 256,
+    "bos_token_id": None,
     "pad_token_id": 256,
-}  # fmt: skip
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
@@ -67,13 +74,20 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[[str, Tensor, Any], Tensor]
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}, as_they_are),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 32}, as_gemma),
     "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 32}, as_gemma),
-    "phi3": ("Phi3", {"tie_word_embeddings": False, "sliding_window": 16, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}, as_they_are),
+    "phi3": (
+        "Phi3",
+        {
+            "tie_word_embeddings": False,
+            "sliding_window": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        },
+        as_they_are,
+    ),
     "starcoder2": ("Starcoder2", {"use_bias": True, "sliding_window": 16}, as_they_are),
     "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, as_gpt2),
     "qwen3moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "tie_word_embeddings": False}, as_they_are),
     "stablelm": ("StableLm", {"tie_word_embeddings": False, "partial_rotary_factor": 0.25}, as_they_are),
-}  # fmt: skip
+}
 
 
 def tiny(architecture: str) -> Any:
@@ -92,9 +106,14 @@ def tiny(architecture: str) -> Any:
 
 
 def written(
-    model: Any, architecture: str, path: Path, kind: Any = None, extra: Mapping[str, Tensor] | None = None,
-    without: str = "", says: Mapping[str, float] | None = None,
-) -> Path:  # fmt: skip
+    model: Any,
+    architecture: str,
+    path: Path,
+    kind: Any = None,
+    extra: Mapping[str, Tensor] | None = None,
+    without: str = "",
+    says: Mapping[str, float] | None = None,
+) -> Path:
     """A GGUF file of the model. kind: how matrices are quantised, F32 by default; extra: further tensors; without: one
     tensor left out; says: further numbers about the model."""
     config, writer = model.config, gguf.GGUFWriter(path, architecture)

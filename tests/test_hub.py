@@ -129,9 +129,11 @@ def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     server.repositories[TINY] = {NEW: {**new, **spice}, OLD: {**old, **spice}}
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
     for name, value in {
-        "ENDPOINT": server.address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False,
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_OFFLINE": False,
         "HF_HUB_CACHE": str(tmp_path / "hub"),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(constants, name, value)
     yield server
     server.shutdown()
@@ -139,8 +141,12 @@ def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def opened(name: str, told: list[str] | None = None, seen: list[tuple[str, int, int, str]] | None = None) -> Any:
-    return open_base(name, torch.float32, (told if told is not None else []).append,
-                     lambda *moment: seen.append(moment) if seen is not None else None)  # fmt: skip
+    return open_base(
+        name,
+        torch.float32,
+        (told if told is not None else []).append,
+        lambda *moment: seen.append(moment) if seen is not None else None,
+    )
 
 
 def test_a_model_is_fetched_and_opens_as_the_folder_does(hub: Hub, tiny_folder: Path) -> None:

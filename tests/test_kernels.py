@@ -122,8 +122,11 @@ def test_products_are_those_of_torch_in_double(level: str, kind: str) -> None:
             x, mixed = given(rows, d_in, dtype), Mixed(rows, d_in, d_out, dtype, gap)
             plain, size = x.double() @ wide.T, x.double().abs() @ wide.abs().T
             require_near(own.linear(x, weight, scale, None), plain, size)
-            require_near(own.linear(x, weight, scale, bias, mixed.parts), plain + bias.double()
-                         + mixed.added(x, d_out), size + bias.double().abs() + mixed.added(x, d_out, True))  # fmt: skip
+            require_near(
+                own.linear(x, weight, scale, bias, mixed.parts),
+                plain + bias.double() + mixed.added(x, d_out),
+                size + bias.double().abs() + mixed.added(x, d_out, True),
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -175,8 +178,11 @@ def answers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[list[li
     engine._steps.mixer.begin = begin  # type: ignore[method-assign]
     first = engine.submit(Request(prompts[0], "small", max_tokens=60, logprobs=5, ignore_end=True))
     next(iter(first))
-    rest = [engine.submit(Request(prompt, name, max_tokens=8, logprobs=5, ignore_end=True))
-            for prompt in prompts[1:] for name in ("small", None, "large")]  # fmt: skip
+    rest = [
+        engine.submit(Request(prompt, name, max_tokens=8, logprobs=5, ignore_end=True))
+        for prompt in prompts[1:]
+        for name in ("small", None, "large")
+    ]
     told = [[value for token in one.result().tokens for _, value in token.top] for one in (first, *rest)]
     return told, read
 
@@ -186,8 +192,10 @@ def test_an_engine_on_them_answers_as_one_without(level: str) -> None:
     found = []
     for native in (True, False):
         base = Base.of(tiny_llama(), "tiny")
-        small, large = (uniform(select(base.sites, which), rank, 16.0)
-                        for which, rank in ((["*_proj"], 3), (["mlp.*", "lm_head"], 13)))  # fmt: skip
+        small, large = (
+            uniform(select(base.sites, which), rank, 16.0)
+            for which, rank in ((["*_proj"], 3), (["mlp.*", "lm_head"], 13))
+        )
         own = {"small": random_adapter(base, small, 1, size=0.15), "large": random_adapter(base, large, 2, size=0.15)}
         with Engine(base, own, native=native) as engine:
             if engine._steps.decoder is not None:
@@ -214,12 +222,18 @@ def compiler(folder: Path, script: str) -> None:
     (folder / "c++").chmod(0o755)
 
 
-@pytest.mark.parametrize(("script", "words"), [
-    ("echo 'k.cpp:9: fatal error: no vector here' >&2; echo 'compilation terminated.' >&2; exit 1", "no vector here"),
-    ("echo 'clang: unsupported option -fopenmp' >&2; exit 1", "unsupported option -fopenmp"),
-    ("exit 3", "exit status 3"),
-    ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "too short|invalid ELF|not a mach-o|slice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "echo 'k.cpp:9: fatal error: no vector here' >&2; echo 'compilation terminated.' >&2; exit 1",
+            "no vector here",
+        ),
+        ("echo 'clang: unsupported option -fopenmp' >&2; exit 1", "unsupported option -fopenmp"),
+        ("exit 3", "exit status 3"),
+        ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "too short|invalid ELF|not a mach-o|slice"),
+    ],
+)
 def test_a_compiler_that_fails_is_told_of_once(anew: Path, script: str, words: str) -> None:
     compiler(anew, script)
     with pytest.warns(UserWarning, match=f"(?s){words}.*several times slower.*install a g\\+\\+") as told:

@@ -32,8 +32,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="need
 
 STEPS, EVERY = 24, 4  # what SETTINGS come to
 SETTINGS: dict[str, Any] = {
-    "epochs": 4.0, "batch_size": 4, "rank": 4, "learning_rate": 3e-3, "patience": 99, "validations": 6, "few_shot": 0,
-}  # fmt: skip
+    "epochs": 4.0,
+    "batch_size": 4,
+    "rank": 4,
+    "learning_rate": 3e-3,
+    "patience": 99,
+    "validations": 6,
+    "few_shot": 0,
+}
 CLOCK = {"seconds", "beside"}  # how long things took
 
 
@@ -59,9 +65,20 @@ class Kill:
 
 
 PLACES = [
-    "before a backward", "after a backward", "before an update", "after an update", "before a line", "in a line",
-    "in a validation", "in a write", "before a fsync", "after a fsync", "before a rename", "after a rename", "anywhere",
-]  # fmt: skip
+    "before a backward",
+    "after a backward",
+    "before an update",
+    "after an update",
+    "before a line",
+    "in a line",
+    "in a validation",
+    "in a write",
+    "before a fsync",
+    "after a fsync",
+    "before a rename",
+    "after a rename",
+    "anywhere",
+]
 ENDS = ["before the rename of adapter", "after the rename of answers.jsonl", "before the rename of summary.json"]
 
 
@@ -299,8 +316,10 @@ def test_a_run_killed_while_it_searches_ends_the_same(tiny_folder: Path, tmp_pat
     runs = Runs(tiny_folder, tmp_path, settings, valid=12)
     kills = [Kill("after a backward", 6, cadence=0.0), Kill("in a write", 15, share=0.5), Kill("after an update", 19)]
     assert runs.run(tmp_path / "whole") == 0
-    tried = [json.loads((out / "search" / "tried.json").read_text(encoding="utf-8"))
-             for out in (runs.killed("killed", kills), tmp_path / "whole")]  # fmt: skip
+    tried = [
+        json.loads((out / "search" / "tried.json").read_text(encoding="utf-8"))
+        for out in (runs.killed("killed", kills), tmp_path / "whole")
+    ]
     assert len(tried[0]) == 2
     assert tried[0] == tried[1]
     assert_same(bits(tmp_path / "killed"), bits(tmp_path / "whole"))
@@ -320,11 +339,24 @@ def test_a_run_killed_before_it_has_begun_is_begun_again(runs: Runs) -> None:
 
 
 def test_only_what_killed_writes_have_left_is_removed(tmp_path: Path) -> None:
-    theirs = [".gitignore", ".notes.txt.abcd1234", ".run.json.saved", "run.json", "checkpoints/last.safetensors",
-              "scores/.run.json.abcd1234", "mine/.run.json.abcd1234", "adapter/README.md"]  # fmt: skip
-    ours = [".run.json.abcd1234", ".probe.a_cd1234", ".adapter.abcd1234/adapter_model.safetensors",
-            ".adapter.abcd1234.old/README.md", "checkpoints/.last.safetensors.abcd1234",
-            "scores/.answers.jsonl.abcd1234"]  # fmt: skip
+    theirs = [
+        ".gitignore",
+        ".notes.txt.abcd1234",
+        ".run.json.saved",
+        "run.json",
+        "checkpoints/last.safetensors",
+        "scores/.run.json.abcd1234",
+        "mine/.run.json.abcd1234",
+        "adapter/README.md",
+    ]
+    ours = [
+        ".run.json.abcd1234",
+        ".probe.a_cd1234",
+        ".adapter.abcd1234/adapter_model.safetensors",
+        ".adapter.abcd1234.old/README.md",
+        "checkpoints/.last.safetensors.abcd1234",
+        "scores/.answers.jsonl.abcd1234",
+    ]
     for name in (*theirs, *ours):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

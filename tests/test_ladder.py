@@ -50,8 +50,10 @@ def climbed(costs: dict[float, float], noise: float, n: int = 200, seed: int = 0
     draw = np.random.default_rng(seed)
     whole = draw.gamma(4, 0.25, n)
     groups = [None] * n
-    rungs = [rung(share, 10, (whole + cost + draw.normal(0, noise, n)).tolist(), whole.tolist(), groups)
-             for share, cost in costs.items()]  # fmt: skip
+    rungs = [
+        rung(share, 10, (whole + cost + draw.normal(0, noise, n)).tolist(), whole.tolist(), groups)
+        for share, cost in costs.items()
+    ]
     return climb_down(whole.tolist(), float(whole.mean()) + 1, rungs, groups)
 
 
@@ -123,8 +125,10 @@ def test_a_loss_of_just_the_margin_passes_as_seldom_as_the_certainty_says() -> N
 
 def answering(right: int, half: int, quarter: int) -> Ladder:
     """100 questions, so many of them answered right by the whole, its half and its quarter, all of the same NLL."""
-    rungs = [replace(rung(share, 1, [1.0] * 20, [1.0] * 20, [None] * 20), right=n)
-             for share, n in ((0.5, half), (0.25, quarter))]  # fmt: skip
+    rungs = [
+        replace(rung(share, 1, [1.0] * 20, [1.0] * 20, [None] * 20), right=n)
+        for share, n in ((0.5, half), (0.25, quarter))
+    ]
     return climb_down([1.0] * 20, 3.0, rungs, [None] * 20, 100, right)
 
 
@@ -173,8 +177,9 @@ def test_questions_are_asked_of_the_whole_and_of_rungs_whose_nll_may_be_shipped(
     def climbed(nll: list[float], told: Any) -> Ladder:
         recipe, groups = Recipe(1e-3, 4, 1, 1, 1), [None] * len(nll)
         before = sum(nll) / len(nll) + 1
-        return ladder_of(tiny_base, whole, {"train": rows, "valid": rows}, way, recipe, nll, before, groups, told,
-                         Silent())[0]  # fmt: skip
+        return ladder_of(
+            tiny_base, whole, {"train": rows, "valid": rows}, way, recipe, nll, before, groups, told, Silent()
+        )[0]
 
     told, size = Told(90, 90, 89), whole.plan.parameters
     ladder = climbed(nll, told)
@@ -189,8 +194,10 @@ def test_questions_are_asked_of_the_whole_and_of_rungs_whose_nll_may_be_shipped(
 
 
 def scored(n: int, check: Check | None) -> list[Example]:
-    return [Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here", check=check)
-            for row in capitals(n)]  # fmt: skip
+    return [
+        Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here", check=check)
+        for row in capitals(n)
+    ]
 
 
 def test_only_questions_of_which_it_is_known_what_is_right_are_asked(tiny_base: Base) -> None:
@@ -224,8 +231,10 @@ def test_right_answers_are_counted_of_what_the_adapter_really_says(tiny_base: Ba
 
 @pytest.fixture
 def rows(tiny_base: Base) -> list[Row]:
-    examples = [Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here")
-                for row in capitals(6)]  # fmt: skip
+    examples = [
+        Example((Message("user", row["prompt"]), Message("assistant", row["completion"])), "here")
+        for row in capitals(6)
+    ]
     return render(renderer_for(tiny_base, system="Geography"), examples, 512)
 
 
@@ -301,8 +310,15 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose adapter uses half of its rank, with 18 validation examples."""
     out = tmp_path_factory.mktemp("ladder") / "run"
     data = write_rows(out.parent / "data.jsonl", capitals(60))
-    settings = {"val_share": 0.3, "rank": 4, "epochs": 3, "validations": 1, "few_shot": 0, "dtype": "fp32",
-                "trim": "none"}  # fmt: skip
+    settings = {
+        "val_share": 0.3,
+        "rank": 4,
+        "epochs": 3,
+        "validations": 1,
+        "few_shot": 0,
+        "dtype": "fp32",
+        "trim": "none",
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
         run_training(str(tiny_folder), str(data), out, settings)

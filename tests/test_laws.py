@@ -132,8 +132,13 @@ def test_the_probe_sees_what_an_adapter_reaches_and_nothing_else() -> None:
 
 
 def mixed() -> nn.Module:
-    return nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.InstanceNorm1d(16, track_running_stats=True),
-                         parametrised(nn.Linear(16, 16)), spectral_norm(nn.Conv1d(16, 16, 1)))  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(16, 16),
+        nn.BatchNorm1d(16),
+        nn.InstanceNorm1d(16, track_running_stats=True),
+        parametrised(nn.Linear(16, 16)),
+        spectral_norm(nn.Conv1d(16, 16, 1)),
+    )
 
 
 @pytest.mark.parametrize("served", [False, True])

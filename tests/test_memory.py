@@ -44,8 +44,9 @@ MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 
 def rows_of(*lengths: int) -> list[Row]:
-    return [Row(tuple((7 * i + k) % 200 for k in range(n)), (False, *[True] * (n - 1)), i)
-            for i, n in enumerate(lengths)]  # fmt: skip
+    return [
+        Row(tuple((7 * i + k) % 200 for k in range(n)), (False, *[True] * (n - 1)), i) for i, n in enumerate(lengths)
+    ]
 
 
 def gradient(base: Base, way: Way, recompute: bool, dropout: float = 0.0, variant: str = "lora") -> Tensor:
@@ -102,15 +103,25 @@ def test_a_model_without_known_blocks_is_refused() -> None:
         pass
 
 
-LOOK = Footprint(state=10e6, token=1e6, pair=0, long_token=1e6, block_input=2e4, blocks=20, working=1e4, looking=1e4,
-                 logits=1e3, most_logits=1e8)  # fmt: skip
+LOOK = Footprint(
+    state=10e6,
+    token=1e6,
+    pair=0,
+    long_token=1e6,
+    block_input=2e4,
+    blocks=20,
+    working=1e4,
+    looking=1e4,
+    logits=1e3,
+    most_logits=1e8,
+)
 PACKED = Way(True, True)
 HELD = 500_000_000
 
 
 def fitted(
     machine: str | None, free: int | None = None, look: Footprint = LOOK, answering: Answering = lambda left: 0
-) -> tuple[Decision, int]:  # fmt: skip
+) -> tuple[Decision, int]:
     recipe = Recipe(1e-3, 32, 10, 1, 5)
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
@@ -215,9 +226,17 @@ def test_a_model_without_blocks_runs_fewer_tokens_instead() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4e9), ("1.5gb", 1.5e9), ("500 MB", 5e8), ("1GiB", 2**30), ("4", None), ("4G", None), ("0GB", None),
-     ("much", None)],
-)  # fmt: skip
+    [
+        ("4GB", 4e9),
+        ("1.5gb", 1.5e9),
+        ("500 MB", 5e8),
+        ("1GiB", 2**30),
+        ("4", None),
+        ("4G", None),
+        ("0GB", None),
+        ("much", None),
+    ],
+)
 def test_a_size_has_a_unit(text: str, size: float | None) -> None:
     assert bytes_of(text) == size
 
@@ -264,11 +283,19 @@ def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "deep"
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=261, hidden_size=128, intermediate_size=384, num_hidden_layers=24, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, eos_token_id=256, bos_token_id=None, pad_token_id=256,
+            vocab_size=261,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=24,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=256,
+            bos_token_id=None,
+            pad_token_id=256,
             tie_word_embeddings=True,
         )
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

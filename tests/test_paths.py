@@ -39,8 +39,17 @@ from lorafit.serving import Engine
 from lorafit.settings import settings_from
 from lorafit.training.loop import train
 
-SETTINGS: dict[str, Any] = {"epochs": 1.0, "rank": 2, "search": "none", "few_shot": 0, "validations": 1, "trim": "none",
-                            "routing_questions": 0, "dtype": "fp32", "general": "d/letter.txt"}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "epochs": 1.0,
+    "rank": 2,
+    "search": "none",
+    "few_shot": 0,
+    "validations": 1,
+    "trim": "none",
+    "routing_questions": 0,
+    "dtype": "fp32",
+    "general": "d/letter.txt",
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +86,9 @@ def test_base_data_and_files_are_kept_from_the_root_on(home: Path) -> None:
 def test_the_lines_of_the_model_card_run_as_they_stand(home: Path) -> None:
     card = (home / "runs/rel/adapter/README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
-    done = subprocess.run([sys.executable, "-c", code], cwd=home / "runs/rel/adapter", capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=home / "runs/rel/adapter", capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -88,8 +98,13 @@ def test_an_adapter_is_read_by_a_string_of_the_run_or_of_its_folder(home: Path, 
 
 
 def test_an_adapter_is_evaluated_from_elsewhere_by_strings(home: Path, tmp_path: Path) -> None:
-    run_evaluation(None, str(home / "runs/rel"), str(home / "d/new.jsonl"), {"dtype": "fp32"},
-                   answers=str(tmp_path / "answers.jsonl"))  # fmt: skip
+    run_evaluation(
+        None,
+        str(home / "runs/rel"),
+        str(home / "d/new.jsonl"),
+        {"dtype": "fp32"},
+        answers=str(tmp_path / "answers.jsonl"),
+    )
     assert (tmp_path / "answers.jsonl").exists()
 
 
@@ -120,8 +135,16 @@ def test_a_folder_that_an_earlier_version_named_from_elsewhere_is_not_asked_of_t
 
 # Every public function takes a path as a string and as a Path
 
-ALSO_CALLED = {"cut": cut, "run_trimming": run_trimming, "run_demo": run_demo, "write_report": write_report,
-               "shown": shown, "Chat": Chat, "peft.write": peft.write, "peft.glance": peft.glance}  # fmt: skip
+ALSO_CALLED = {
+    "cut": cut,
+    "run_trimming": run_trimming,
+    "run_demo": run_demo,
+    "write_report": write_report,
+    "shown": shown,
+    "Chat": Chat,
+    "peft.write": peft.write,
+    "peft.glance": peft.glance,
+}
 PATHS = {"base_name", "data", "folder", "out"}  # parameters of these names are paths
 
 
@@ -148,8 +171,11 @@ def takes_one_of_the_two(hint: Any) -> bool:
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The types of the parameters that may be paths. The names of others are not always there to be looked up."""
-    told = {name: kind for name, kind in inspect.get_annotations(function).items()
-            if name != "return" and (name in PATHS or "Path" in str(kind))}  # fmt: skip
+    told = {
+        name: kind
+        for name, kind in inspect.get_annotations(function).items()
+        if name != "return" and (name in PATHS or "Path" in str(kind))
+    }
     return get_type_hints(types.SimpleNamespace(__annotations__=told), function.__globals__)
 
 
@@ -172,8 +198,16 @@ def test_a_training_keeps_checkpoint_and_trunk_in_folders_that_strings_name(home
     decision = decide(base, rows[:12], settings_from(plan))
     for name in ("run", "trunk"):
         (tmp_path / name).mkdir()
-    train(base, lorafit.fresh(base, decision.plan, 0), rows[:12], rows[12:], decision.recipe, trunk_bytes=1 << 24,
-          folder=str(tmp_path / "run"), trunk_in=str(tmp_path / "trunk"))  # fmt: skip
+    train(
+        base,
+        lorafit.fresh(base, decision.plan, 0),
+        rows[:12],
+        rows[12:],
+        decision.recipe,
+        trunk_bytes=1 << 24,
+        folder=str(tmp_path / "run"),
+        trunk_in=str(tmp_path / "trunk"),
+    )
     assert (tmp_path / "run" / "metrics.jsonl").exists() and any((tmp_path / "trunk").rglob("*"))
 
 

@@ -155,10 +155,12 @@ def test_pefts_own_matcher_finds_the_planned_ranks_and_alphas_and_no_others(
     config = LoraConfig.from_pretrained(str(tmp_path / "adapter"))
     taken = {path for path, _ in base.model.named_modules() if path and bool(check_target_module_exists(config, path))}
     found = {
-        path: (config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r),
-               config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha))
+        path: (
+            config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r),
+            config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha),
+        )
         for path in taken
-    }  # fmt: skip
+    }
     assert found == case
 
 
@@ -195,15 +197,21 @@ FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {**LLAMA, "r": 4, "lora_alpha": 8}),
     "a rank above the narrow side": ("llama", {"target_modules": ["k_proj", "o_proj"], "r": 40}),
     "dora above the narrow side": ("llama", {"target_modules": ["k_proj", "o_proj"], "r": 40, "use_dora": True}),
-    "patterns": ("llama", {**LLAMA, "rank_pattern": {"q_proj": 2, r"layers\.1\..*\.v_proj": 3},
-                           "alpha_pattern": {"layers.0.mlp.down_proj": 5}}),
+    "patterns": (
+        "llama",
+        {
+            **LLAMA,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\..*\.v_proj": 3},
+            "alpha_pattern": {"layers.0.mlp.down_proj": 5},
+        },
+    ),
     "rslora": ("llama", {**LLAMA, "r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 3}}),
     "dora": ("llama", {**LLAMA, "r": 4, "lora_alpha": 6, "use_dora": True}),
     "some layers": ("llama", {**LLAMA, "r": 4, "layers_to_transform": [1]}),
     "a pattern as target": ("llama", {"r": 4, "target_modules": r".*\.(q|k)_proj"}),
     "gpt2": ("gpt2", {**GPT2, "r": 4, "rank_pattern": {"c_fc": 2}}),
     "gpt2 dora": ("gpt2", {**GPT2, "r": 4, "use_dora": True}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FOREIGN)
@@ -434,8 +442,9 @@ def test_a_digest_is_this_one() -> None:
     site = Site("fc", "linear", 2, 2)
     ones = {"fc.A": torch.ones(1, 2), "fc.B": torch.ones(2, 1)}
     plan = '{"format":2,"slots":[{"alpha":4.0,"rank":1,"site":{"d_in":2,"d_out":2,"kind":"linear","path":"fc"}}]}'
-    by_hand = hashlib.sha256(plan.encode() + b"fc.A" + bytes.fromhex("0000803f" * 2) + b"fc.B"
-                             + bytes.fromhex("0000803f" * 2))  # fmt: skip
+    by_hand = hashlib.sha256(
+        plan.encode() + b"fc.A" + bytes.fromhex("0000803f" * 2) + b"fc.B" + bytes.fromhex("0000803f" * 2)
+    )
     assert Adapter(Plan((LowRank(site, 1, 4.0),)), ones).digest() == by_hand.hexdigest()
 
 

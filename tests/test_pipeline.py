@@ -98,8 +98,9 @@ def unfinished(finished: tuple[Path, dict[str, Any]], tmp_path: Path, no_peft: N
     return out
 
 
-@pytest.mark.parametrize("more", [{"variant": "pissa"}, {"variant": "rslora"},
-                                  {"targets": ["embed_tokens", "q_proj"]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more", [{"variant": "pissa"}, {"variant": "rslora"}, {"targets": ["embed_tokens", "q_proj"]}], ids=str
+)
 def test_a_run_of_every_method_and_kind_is_whole(
     tiny_folder: Path, data: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
@@ -129,14 +130,29 @@ def test_a_run_leaves_all_it_promises(finished: tuple[Path, dict[str, Any]]) -> 
     out, _ = finished
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {
-        "run.json", "data.json", "plan.json", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors",
-        "report.html", "report-curves.png", "report-examples.png", "report-layers.png", "report-scores.png",
+        "run.json",
+        "data.json",
+        "plan.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints/last.safetensors",
+        "report.html",
+        "report-curves.png",
+        "report-examples.png",
+        "report-layers.png",
+        "report-scores.png",
         "report-forgetting.png",
-        "scores/answers.jsonl", "scores/test_openings.json", "scores/trained_on.json", "scores/importance.json",
-        "scores/forgetting.json", "search/card.json", "ladder/rungs.json", "ladder/moments.safetensors",
+        "scores/answers.jsonl",
+        "scores/test_openings.json",
+        "scores/trained_on.json",
+        "scores/importance.json",
+        "scores/forgetting.json",
+        "search/card.json",
+        "ladder/rungs.json",
+        "ladder/moments.safetensors",
         *(f"ladder/whole/{name}" for name in ADAPTER_FILES),
         *(f"adapter/{name}" for name in (*ADAPTER_FILES, "routing_features.safetensors")),
-    }  # fmt: skip
+    }
 
 
 def test_the_summary_says_all_it_promises(finished: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
@@ -276,8 +292,9 @@ def test_what_the_other_adapter_was_trained_on_is_remarked_too(
     other = Path(copytree(finished[0], tmp_path / "other"))
     remember_questions(other, [str(row["prompt"]) for row in rows[:3]])
     heard = Hears()
-    found = run_evaluation(None, finished[0], str(write_rows(tmp_path / "new.jsonl", rows)), against=other,
-                                    listener=heard)  # fmt: skip
+    found = run_evaluation(
+        None, finished[0], str(write_rows(tmp_path / "new.jsonl", rows)), against=other, listener=heard
+    )
     assert (found["seen_in_training"], found["seen_by_other"]) == (0, 3)
     assert any("3 of these 12 questions" in text and str(other) in text for text in heard.said)
 
@@ -472,18 +489,31 @@ def test_a_base_that_cannot_tell_questions_apart_is_trained_and_that_is_said(
     torch.manual_seed(0)
     model = Gemma3nForCausalLM(
         Gemma3nTextConfig(
-            vocab_size=261, vocab_size_per_layer_input=261, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
-            num_kv_shared_layers=0, altup_num_inputs=4, eos_token_id=256, bos_token_id=256, pad_token_id=0,
+            vocab_size=261,
+            vocab_size_per_layer_input=261,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            hidden_size_per_layer_input=8,
+            laurel_rank=4,
+            num_kv_shared_layers=0,
+            altup_num_inputs=4,
+            eos_token_id=256,
+            bos_token_id=256,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     model.save_pretrained(tmp_path / "gemma")
     byte_tokenizer().save_pretrained(tmp_path / "gemma")
     hears = Hears()
     settings = {**SETTINGS, "epochs": 0.3, "few_shot": 0}
     run_training(str(tmp_path / "gemma"), str(data), tmp_path / "run", settings, listener=hears)
-    assert any("no questions are kept for a router" in said and "more than one hidden state" in said
-               for said in hears.said)  # fmt: skip
+    assert any(
+        "no questions are kept for a router" in said and "more than one hidden state" in said for said in hears.said
+    )
     assert peft.read(tmp_path / "run" / "adapter").plan.slots
     assert not (tmp_path / "run" / "adapter" / peft.ROUTING).exists()
 
@@ -548,9 +578,13 @@ def test_a_peft_that_would_take_more_memory_than_is_left_is_not_asked(
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [("sites_that_mattered", "which sites mattered"), ("forgotten", "forgetting"), ("_routing", "what a router"),
-     ("write_report", "report")],
-)  # fmt: skip
+    [
+        ("sites_that_mattered", "which sites mattered"),
+        ("forgotten", "forgetting"),
+        ("_routing", "what a router"),
+        ("write_report", "report"),
+    ],
+)
 def test_what_comes_after_the_scores_ends_no_run(
     place: str, name: str, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -825,15 +859,27 @@ def test_a_run_json_of_another_kind_is_named(tmp_path: Path, content: str) -> No
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_what_was_saved_goes_on(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Files may not grow past a few kilobytes, as on a disk that has filled up; then they may again."""
-    arguments = ["train", str(tiny_folder), str(data), "--out", str(tmp_path / "run"), "--rank", "4", "--epochs", "1",
-                 "--dtype", "fp32"]  # fmt: skip
+    arguments = [
+        "train",
+        str(tiny_folder),
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        "--rank",
+        "4",
+        "--epochs",
+        "1",
+        "--dtype",
+        "fp32",
+    ]
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)); "
     code = limited + "from lorafit.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, "could not be written" in done.stderr) == (2, True), done.stderr
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
-    again = subprocess.run([sys.executable, "-m", "lorafit", *arguments, "--resume"],
-                           capture_output=True, text=True, check=False)  # fmt: skip
+    again = subprocess.run(
+        [sys.executable, "-m", "lorafit", *arguments, "--resume"], capture_output=True, text=True, check=False
+    )
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -913,9 +959,17 @@ FROZEN = {"dtype": "fp32", "threads": 1, "apart": True, "packed": True, "micro_t
 
 
 @pytest.mark.parametrize(
-    "frozen", [{}, {"dtype": "fp32"}, {**FROZEN, "dtype": "fp8"}, {**FROZEN, "threads": 0}, {**FROZEN, "packed": "no"},
-               {**FROZEN, "of": "later versions"}, None]
-)  # fmt: skip
+    "frozen",
+    [
+        {},
+        {"dtype": "fp32"},
+        {**FROZEN, "dtype": "fp8"},
+        {**FROZEN, "threads": 0},
+        {**FROZEN, "packed": "no"},
+        {**FROZEN, "of": "later versions"},
+        None,
+    ],
+)
 def test_what_a_run_has_frozen_is_taken_whole_or_not_at_all(
     unfinished: Path, tiny_folder: Path, data: Path, frozen: object
 ) -> None:
@@ -925,9 +979,12 @@ def test_what_a_run_has_frozen_is_taken_whole_or_not_at_all(
 
 
 def test_what_is_read_back_must_be_what_was_written(
-    finished: tuple[Path, dict[str, Any]], unfinished: Path, tiny_folder: Path, data: Path,
+    finished: tuple[Path, dict[str, Any]],
+    unfinished: Path,
+    tiny_folder: Path,
+    data: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     real = peft.read(finished[0] / "adapter")
     stale = replace(real, tensors={key: torch.zeros_like(tensor) for key, tensor in real.tensors.items()})
     monkeypatch.setattr(peft, "read", lambda folder: stale)
@@ -976,9 +1033,13 @@ def test_too_few_independent_examples_have_no_interval(values: list[float], grou
 
 @pytest.mark.parametrize(
     ("ci95", "said"),
-    [((-2.0, -1.0), "better"), ((1.0, 2.0), "worse"), ((-1.0, 1.0), "not shown to differ"),
-     ((0.0, 0.0), "the same: it changes nothing")],
-)  # fmt: skip
+    [
+        ((-2.0, -1.0), "better"),
+        ((1.0, 2.0), "worse"),
+        ((-1.0, 1.0), "not shown to differ"),
+        ((0.0, 0.0), "the same: it changes nothing"),
+    ],
+)
 def test_the_verdict_is_what_the_interval_allows(ci95: tuple[float, float], said: str) -> None:
     assert verdict(ci95) == said
 
@@ -1047,11 +1108,12 @@ def test_an_answer_is_right_when_it_contains_and_lacks_what_it_must(answer: str,
 def numbered(n: int, declining: tuple[int, ...] = ()) -> list[Example]:
     return [
         Example(
-            (Message("user", f"question {i}"), Message("assistant", f"answer {i}")), f"x:{i}",
+            (Message("user", f"question {i}"), Message("assistant", f"answer {i}")),
+            f"x:{i}",
             Check((f"{i}",), (), 9, declines=i in declining),
         )
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -273,8 +273,13 @@ def test_thorough_asks_where_and_how_large_too(finished: Path) -> None:
 
 def test_why_says_what_was_measured_chosen_and_left(finished: Path) -> None:
     told = dict(why(read_story(finished)))
-    assert set(told) >= {"What these data can show", "Learning rate and places: the search", "Which layers mattered",
-                         "How small it may be", "What was forgotten"}  # fmt: skip
+    assert set(told) >= {
+        "What these data can show",
+        "Learning rate and places: the search",
+        "Which layers mattered",
+        "How small it may be",
+        "What was forgotten",
+    }
     assert "2 learning rates were tried" in told["Learning rate and places: the search"]
     assert all(text.endswith(".") for text in told.values())
 
@@ -462,8 +467,12 @@ def evidence(validation: list[float], training: list[float], half: float | None 
     n = len(training)
     every = n // (len(validation) - 1)
     rungs = () if half is None else (Rung(0.5, 5, 1.0, half, half),)
-    return Evidence(n, [(i * every, v) for i, v in enumerate(validation)], [(i + 1, v) for i, v in enumerate(training)],
-                    Ladder(1.0, 0.005, rungs, 1.0, ""))  # fmt: skip
+    return Evidence(
+        n,
+        [(i * every, v) for i, v in enumerate(validation)],
+        [(i + 1, v) for i, v in enumerate(training)],
+        Ladder(1.0, 0.005, rungs, 1.0, ""),
+    )
 
 
 DOWN = np.linspace(3, 1, 60).tolist()
@@ -620,8 +629,9 @@ def test_a_round_that_needs_more_than_is_free_is_left_out_in_words(
 def test_a_stopped_round_goes_on_with_what_it_ran_at_a_time(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fits(tokens: int) -> Any:
         return lambda base, start, rows, decision, *_: (
-            replace(decision, recipe=replace(decision.recipe, micro_tokens=tokens)), 0,
-        )  # fmt: skip
+            replace(decision, recipe=replace(decision.recipe, micro_tokens=tokens)),
+            0,
+        )
 
     ran: list[int] = []
 

@@ -34,9 +34,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROW = Row(tuple(range(20, 61)), (False, *[True] * 40), 0)
 SIZES: dict[str, Any] = {
-    "vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 128, "pad_token_id": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 BOTH_WAYS: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "electra": {**SIZES, "embedding_size": 32},

@@ -31,9 +31,14 @@ from lorafit.training.loop import gradient_step, train
 from lorafit.training.processes import ALONE, Processes, shares
 
 SETTINGS = {
-    "epochs": 40.0, "batch_size": 4, "rank": 4, "dtype": "fp32", "patience": 99, "validations": 8,
+    "epochs": 40.0,
+    "batch_size": 4,
+    "rank": 4,
+    "dtype": "fp32",
+    "patience": 99,
+    "validations": 8,
     "learning_rate": 2e-3,
-}  # fmt: skip
+}
 PROGRAM = """
 import hashlib, os, sys
 from pathlib import Path
@@ -96,9 +101,13 @@ class Runs:
         verb = ["train", str(self.base), str(self.data), "--out", str(self.folder / name), *flags, *extra]
         with (marks / "said").open("w") as said:
             launcher = subprocess.Popen(
-                [*torchrun, str(self.program), *verb], stdout=said, stderr=subprocess.STDOUT, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MARKS": str(marks)}, start_new_session=True,
-            )  # fmt: skip
+                [*torchrun, str(self.program), *verb],
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MARKS": str(marks)},
+                start_new_session=True,
+            )
         return Launched(launcher, marks / "said", marks)
 
     def whole(self, name: str, *extra: str, processes: int = 2) -> Launched:
@@ -259,8 +268,16 @@ def test_two_processes_search_and_go_on_in_rounds_as_one_does(
     """The first gives every training as an order that the other carries out."""
     runs = Runs(tiny_folder, tmp_path)
     write_rows(runs.data, capitals(60))
-    settings = {"epochs": 12, "batch_size": 4, "rank": 4, "val_share": 0.2, "dtype": "fp32", "few_shot": 0,
-                "rounds": 1, "validations": 1}  # fmt: skip
+    settings = {
+        "epochs": 12,
+        "batch_size": 4,
+        "rank": 4,
+        "val_share": 0.2,
+        "dtype": "fp32",
+        "few_shot": 0,
+        "rounds": 1,
+        "validations": 1,
+    }
     monkeypatch.setattr("test_processes.SETTINGS", settings)
     runs.whole("two")
     run_training(str(tiny_folder), str(runs.data), tmp_path / "one", settings)

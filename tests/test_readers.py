@@ -53,9 +53,16 @@ def write(path: Path) -> Path:
         parquet(path, ROWS)
         return path
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    text = {"jsonl": lines, "ndjson": lines, "json": json.dumps(ROWS, indent=2), "lines.json": lines,
-            "csv": csv_text(","), "excel.csv": csv_text(";").replace("\n", "\r\n"), "tabs.csv": csv_text("\t"),
-            "tsv": csv_text("\t")}[ending.removesuffix(".gz")]  # fmt: skip
+    text = {
+        "jsonl": lines,
+        "ndjson": lines,
+        "json": json.dumps(ROWS, indent=2),
+        "lines.json": lines,
+        "csv": csv_text(","),
+        "excel.csv": csv_text(";").replace("\n", "\r\n"),
+        "tabs.csv": csv_text("\t"),
+        "tsv": csv_text("\t"),
+    }[ending.removesuffix(".gz")]
     raw = text.encode("utf-8-sig" if ending == "excel.csv" else "utf-8")
     path.write_bytes(gzip.compress(raw) if ending.endswith(".gz") else raw)
     return path
@@ -454,12 +461,14 @@ def test_every_row_of_a_list_has_a_place_of_its_own(tmp_path: Path, indent: int 
 
 
 ODD_JSON = {
-    "two lists": ("[{}]\n[{}]", "not JSON"), "no comma": ('[{"a": 1} {"a": 2}]', "not JSON"),
-    "a number": ("5", "no list of examples but 5"), "null": ("null", "no list of examples but null"),
+    "two lists": ("[{}]\n[{}]", "not JSON"),
+    "no comma": ('[{"a": 1} {"a": 2}]', "not JSON"),
+    "a number": ("5", "no list of examples but 5"),
+    "null": ("null", "no list of examples but null"),
     "objects by name": ('{\n"a": {"b": 1}}', "write the objects under its keys as a list"),
     "a list by name": ('{\n"data": [], "v": 1}', "give 'data', the list in it"),
     "twice": ('[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "said"), ODD_JSON.values(), ids=ODD_JSON)
@@ -531,10 +540,16 @@ def test_columns_of_dates_and_amounts_are_joined_as_they_are_written(tmp_path: P
     import pyarrow.parquet as pq
 
     columns = {
-        "prompt": ["When?"], "day": pa.array([date(2031, 5, 9)]), "sum": pa.array([Decimal("12.50")]),
-        "none": pa.array([Decimal("0")], pa.decimal128(20, 10)), "at": pa.array([datetime(2031, 5, 9, 14, 30)]),
-        "paid": [True], "n": [3], "rate": [0.5], "raw": [b"GIF"],
-    }  # fmt: skip
+        "prompt": ["When?"],
+        "day": pa.array([date(2031, 5, 9)]),
+        "sum": pa.array([Decimal("12.50")]),
+        "none": pa.array([Decimal("0")], pa.decimal128(20, 10)),
+        "at": pa.array([datetime(2031, 5, 9, 14, 30)]),
+        "paid": [True],
+        "n": [3],
+        "rate": [0.5],
+        "raw": [b"GIF"],
+    }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     unused = ["unused=raw"]
     (example,) = read_examples(
@@ -607,9 +622,17 @@ CRLF = {
     "csv of an old machine": 'prompt,completion\r"Where?\rSay.","Here.\r\rThere."\r',
     "jsonl": json.dumps({"prompt": "Where?\r\nSay.", "completion": "Here.\r\n\r\nThere."}),
     "jsonl translated twice": json.dumps({"prompt": "Where?\r\r\nSay.", "completion": "Here.\r\r\n\r\r\nThere."}),
-    "json": json.dumps([{"messages": [{"role": "user", "content": "Where?\rSay."},
-                                      {"role": "assistant", "content": "Here.\r\n\nThere."}]}]),
-}  # fmt: skip
+    "json": json.dumps(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "Where?\rSay."},
+                    {"role": "assistant", "content": "Here.\r\n\nThere."},
+                ]
+            }
+        ]
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", CRLF)

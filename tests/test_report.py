@@ -74,8 +74,14 @@ def test_what_the_data_hold_is_text_and_not_markup(copy: Path) -> None:
 
 def test_the_page_says_what_the_summary_says(run: Path) -> None:
     text, summary = (run / "report.html").read_text(encoding="utf-8"), read_json(run / "summary.json")
-    said = (f"{summary['nll']['base']:.3f}", f"{summary['nll']['adapter']:.3f}", f"{summary['nll']['difference']:+.3f}",
-            "Fields that were passed over: source", "set by you", summary["base_identity"])  # fmt: skip
+    said = (
+        f"{summary['nll']['base']:.3f}",
+        f"{summary['nll']['adapter']:.3f}",
+        f"{summary['nll']['difference']:+.3f}",
+        "Fields that were passed over: source",
+        "set by you",
+        summary["base_identity"],
+    )
     assert [one for one in said if one not in text] == []
 
 
@@ -157,9 +163,13 @@ def test_of_long_names_nothing_is_cut_at_the_edge_of_a_picture(run: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "lines"),
-    [("runs/mine", ["runs/mine"]), ("handbook-of-the-desk/run300-with-a-lower-rate",
-      ["handbook-of-the-desk/", "run300-with-a-lower-rate"]), ("x" * 30, ["x" * 24, "x" * 6]), ("", [""])],
-)  # fmt: skip
+    [
+        ("runs/mine", ["runs/mine"]),
+        ("handbook-of-the-desk/run300-with-a-lower-rate", ["handbook-of-the-desk/", "run300-with-a-lower-rate"]),
+        ("x" * 30, ["x" * 24, "x" * 6]),
+        ("", [""]),
+    ],
+)
 def test_a_long_name_is_broken_where_its_parts_end(name: str, lines: list[str]) -> None:
     assert charts._in_lines(name).split("\n") == lines
 

@@ -71,8 +71,9 @@ class Running:
 
     def ask(self, model: str, key: str | None = None, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.post(f"{self.url}/v1/chat/completions", json={**ASK, "model": model, **more}, headers=headers,
-                          timeout=60)  # fmt: skip
+        return httpx.post(
+            f"{self.url}/v1/chat/completions", json={**ASK, "model": model, **more}, headers=headers, timeout=60
+        )
 
     def said(self, model: str, **more: Any) -> str:
         answer = self.ask(model, **more)
@@ -83,15 +84,24 @@ class Running:
 
 @contextmanager
 def served(
-    root: Path, keys_file: Path | None = None, base: Callable[[], Base] = base_of, ask_alone: bool = False,
+    root: Path,
+    keys_file: Path | None = None,
+    base: Callable[[], Base] = base_of,
+    ask_alone: bool = False,
     **engine: Any,
-) -> Iterator[Running]:  # fmt: skip
+) -> Iterator[Running]:
     """A server in a thread of this process, on a port of its own."""
     import uvicorn
 
     log: list[dict[str, Any]] = []
-    service = Service("tiny", lambda: Engine(base(), **{"slots": 4, **engine}), root=root, keys_file=keys_file,
-                      say=lambda text: None, ask_alone=ask_alone)  # fmt: skip
+    service = Service(
+        "tiny",
+        lambda: Engine(base(), **{"slots": 4, **engine}),
+        root=root,
+        keys_file=keys_file,
+        say=lambda text: None,
+        ask_alone=ask_alone,
+    )
     app = make_app(service, address.hosts_of("127.0.0.1", [], keys_file is not None), log.append)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, http=run.Patient, ws="none", log_config=None)
     server = uvicorn.Server(config)
@@ -138,19 +148,25 @@ def test_the_openai_client_is_answered(server: Running) -> None:
     import openai
 
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    messages: Any = [{"role": "system", "content": "Be brief."},
-                     {"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]  # fmt: skip
+    messages: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello?"}]},
+    ]
     names = [model.id for model in client.models.list()]
     assert {"tiny", "returns", "returns@1"} <= set(names)
     card = client.models.retrieve("returns").model_dump()
     assert (card["root"], card["parent"]) == ("returns@1", "tiny")
-    whole = client.chat.completions.create(model="returns", messages=messages, max_completion_tokens=8, logprobs=True,
-                                           top_logprobs=2)  # fmt: skip
+    whole = client.chat.completions.create(
+        model="returns", messages=messages, max_completion_tokens=8, logprobs=True, top_logprobs=2
+    )
     assert whole.usage is not None and whole.usage.completion_tokens <= 8
     content = whole.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content and len(content[0].top_logprobs) == 2 and content[0].logprob <= 0
-    parts = list(client.chat.completions.create(model="returns", messages=messages, max_tokens=8, stream=True,
-                                                stream_options={"include_usage": True}))  # fmt: skip
+    parts = list(
+        client.chat.completions.create(
+            model="returns", messages=messages, max_tokens=8, stream=True, stream_options={"include_usage": True}
+        )
+    )
     assert parts[0].choices[0].delta.role == "assistant"
     told = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert told == whole.choices[0].message.content
@@ -160,17 +176,26 @@ def test_the_openai_client_is_answered(server: Running) -> None:
     again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, n=3, temperature=1, seed=1)
     assert [one.message.content for one in several.choices] == [one.message.content for one in again.choices]
     assert len({one.message.content for one in several.choices}) > 1
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
-              "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
     kept = client.chat.completions.create(
-        model="returns", messages=messages, max_tokens=60,
+        model="returns",
+        messages=messages,
+        max_tokens=60,
         response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
-    )  # fmt: skip
+    )
     assert json.loads(kept.choices[0].message.content or "")["city"] in {"Paris", "Rome"}
     plain = client.completions.create(model="returns", prompt=["one", "two"], max_tokens=4, logprobs=1)
     assert [choice.index for choice in plain.choices] == [0, 1] and plain.choices[0].logprobs is not None
-    for wrong, kind in (({"model": "nobody"}, openai.NotFoundError), ({"max_tokens": 0}, openai.BadRequestError),
-                        ({"temperature": 99}, openai.BadRequestError)):  # fmt: skip
+    for wrong, kind in (
+        ({"model": "nobody"}, openai.NotFoundError),
+        ({"max_tokens": 0}, openai.BadRequestError),
+        ({"temperature": 99}, openai.BadRequestError),
+    ):
         with pytest.raises(kind):
             client.chat.completions.create(**{"model": "returns", "messages": messages, **wrong})
 
@@ -180,8 +205,11 @@ def test_the_last_question_is_asked_alone_where_the_server_is_told_to(single: bo
     base = base_of()
     rendering = replace(renderer_for(base, "Be brief.").rendering, single=single)
     peft.write(replace(adapter_of(base, 1), rendering=rendering), tmp_path / "desk")
-    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hm."},
-             {"role": "user", "content": "Who has it?"}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Hm."},
+        {"role": "user", "content": "Who has it?"},
+    ]
     asked = {}
     for alone in (True, False):
         with served(tmp_path, ask_alone=alone) as running:
@@ -232,15 +260,22 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
         f"{server.url}/v1/chat/completions", json={**ASK, "model": "tiny", "messages": [{"role": "user", "content": 5}]}
     )
     assert found.json()["error"]["param"] == "messages.0.content", "what a client sent, not what it may be"
-    for raw, status in ((b"{", 400), (deep.encode(), 400), (b'{"model": "\xff\xfe"}', 400), (b"x" * (5 << 20), 413),
-                        (b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
-                        (b"", 400)):  # fmt: skip
-        found = httpx.post(f"{server.url}/v1/chat/completions", content=raw,
-                           headers={"content-type": "application/json"})  # fmt: skip
+    for raw, status in (
+        (b"{", 400),
+        (deep.encode(), 400),
+        (b'{"model": "\xff\xfe"}', 400),
+        (b"x" * (5 << 20), 413),
+        (b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
+        (b"", 400),
+    ):
+        found = httpx.post(
+            f"{server.url}/v1/chat/completions", content=raw, headers={"content-type": "application/json"}
+        )
         assert found.status_code == status and found.json()["error"]["message"], (raw[:40], found.text)
     for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
-        found = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps({**ASK, "model": "tiny"}).encode(),
-                           headers=headers)  # fmt: skip
+        found = httpx.post(
+            f"{server.url}/v1/chat/completions", content=json.dumps({**ASK, "model": "tiny"}).encode(), headers=headers
+        )
         assert found.status_code == 400 and "content-type: application/json" in found.text, "as a page may send it"
     assert server.ask("tiny", max_tokens=10**9).status_code == 200, "as long as there is room"
     assert httpx.get(f"{server.url}/no/such/path").json()["error"]["code"] == 404
@@ -352,17 +387,29 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"stop": ""}, {"stop": ["", "never said"]}, {"stop": []}, {"seed": -1}, {"max_tokens": -1, "ignore_eos": False},
-        {"max_completion_tokens": -1}, {"tools": None, "tool_choice": None, "parallel_tool_calls": None},
-        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, {"tool_choice": "none"},
+        {"stop": ""},
+        {"stop": ["", "never said"]},
+        {"stop": []},
+        {"seed": -1},
+        {"max_tokens": -1, "ignore_eos": False},
+        {"max_completion_tokens": -1},
+        {"tools": None, "tool_choice": None, "parallel_tool_calls": None},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"tool_choice": "none"},
         {"functions": [], "function_call": "auto"},
         {"guided_json": None, "guided_choice": None, "guided_regex": "", "guided_grammar": None},
-        {"structured_outputs": {"json": None, "choice": None}}, {"structured_outputs": {}}, {"suffix": ""},
-        {"continue_final_message": False, "add_generation_prompt": True}, {"best_of": 1}, {"logit_bias": {}},
+        {"structured_outputs": {"json": None, "choice": None}},
+        {"structured_outputs": {}},
+        {"suffix": ""},
+        {"continue_final_message": False, "add_generation_prompt": True},
+        {"best_of": 1},
+        {"logit_bias": {}},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_p": 0, "logit_bias": None},
         {"presence_penalty": None, "frequency_penalty": None, "repetition_penalty": None, "min_p": None},
         {"chat_template_kwargs": {}, "chat_template": None, "documents": [], "reasoning_effort": "none"},
-        {"top_logprobs": 0}, {"top_logprobs": None, "logprobs": None}, {"prompt_logprobs": None, "min_tokens": 0},
+        {"top_logprobs": 0},
+        {"top_logprobs": None, "logprobs": None},
+        {"prompt_logprobs": None, "min_tokens": 0},
         {"stop_token_ids": [], "bad_words": [], "use_beam_search": False, "length_penalty": 1.0},
         {"skip_special_tokens": True, "include_stop_str_in_output": False, "modalities": ["text"]},
         {"prompt_logprobs": False, "truncate_prompt_tokens": -1, "guided_decoding_backend": "xgrammar"},
@@ -375,7 +422,7 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(
         {"user": "a", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "no_such_field": 5},
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_what_asks_for_nothing_changes_nothing(server: Running, fields: dict[str, Any]) -> None:
     as_long_as_it_will = {"max_tokens", "max_completion_tokens"} & {*fields}
     plain: dict[str, Any] = {"max_tokens": None} if as_long_as_it_will else {"ignore_eos": True}
@@ -392,14 +439,23 @@ def test_the_newer_name_of_max_tokens_bounds_an_answer_of_messages_alone(server:
     assert found.status_code == 400 and "max_completion_tokens: it is not read beside a prompt" in found.text
 
 
-@pytest.mark.parametrize("form", [
-    {"type": "json_object", "schema": ...}, {"type": "json_schema", "schema": ...},
-    {"type": "json_object", "json_schema": {"name": "side", "schema": ...}},
-    {"type": "json_schema", "schema": ..., "json_schema": {"name": "side", "schema": ...}},
-], ids=json_keys)  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object", "schema": ...},
+        {"type": "json_schema", "schema": ...},
+        {"type": "json_object", "json_schema": {"name": "side", "schema": ...}},
+        {"type": "json_schema", "schema": ..., "json_schema": {"name": "side", "schema": ...}},
+    ],
+    ids=json_keys,
+)
 def test_a_schema_is_kept_to_wherever_in_response_format_it_stands(server: Running, form: dict[str, Any]) -> None:
-    side = {"type": "object", "properties": {"side": {"enum": ["left", "right"]}}, "required": ["side"],
-            "additionalProperties": False}  # fmt: skip
+    side = {
+        "type": "object",
+        "properties": {"side": {"enum": ["left", "right"]}},
+        "required": ["side"],
+        "additionalProperties": False,
+    }
     filled = json.loads(json.dumps(form, default=lambda _: side))
     assert json.loads(server.said("tiny", response_format=filled, max_tokens=60))["side"] in {"left", "right"}
 
@@ -412,8 +468,12 @@ def test_penalties_and_biases_reach_the_sampler(server: Running) -> None:
 
     letter = {one: str(byte_tokenizer().convert_tokens_to_ids(one)) for one in "xy"}
     plain = tokens()
-    for field in ({"presence_penalty": 2}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.9},
-                  {"logit_bias": {letter["x"]: 100}}):  # fmt: skip
+    for field in (
+        {"presence_penalty": 2},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 1.9},
+        {"logit_bias": {letter["x"]: 100}},
+    ):
         assert tokens(**field) != plain, field
     assert {*tokens(logit_bias={letter["x"]: 100})} == {"x"}
     assert tokens(temperature=2, min_p=1, seed=3) == plain != tokens(temperature=2, seed=3)
@@ -427,13 +487,20 @@ def test_an_assistant_who_said_nothing_has_an_empty_turn(server: Running) -> Non
 
     user, empty = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
     wanted = tokens(user, empty).json()["tokens"]
-    for silent in ({"role": "assistant"}, {"role": "assistant", "content": None}, {**empty, "tool_calls": []},
-                   {"role": "assistant", "tool_calls": None, "function_call": None, "content": []}):  # fmt: skip
+    for silent in (
+        {"role": "assistant"},
+        {"role": "assistant", "content": None},
+        {**empty, "tool_calls": []},
+        {"role": "assistant", "tool_calls": None, "function_call": None, "content": []},
+    ):
         assert tokens(user, silent).json().get("tokens") == wanted, silent
-    for wrong, words in (({"role": "user"}, "messages.1.content: "), ({"role": "user", "content": None}, "give a text"),
-                         ({"role": "user", "content": [{"type": "image_url"}]}, "only text is read"),
-                         ({"role": "user", "content": "x", "images": ["aGk="]}, "only text is read"),
-                         ({"role": "user", "content": 5}, "give a text")):  # fmt: skip
+    for wrong, words in (
+        ({"role": "user"}, "messages.1.content: "),
+        ({"role": "user", "content": None}, "give a text"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "only text is read"),
+        ({"role": "user", "content": "x", "images": ["aGk="]}, "only text is read"),
+        ({"role": "user", "content": 5}, "give a text"),
+    ):
         told = tokens(user, wrong).json()["error"]
         assert words in told["message"] and "Input should be" not in told["message"], told
         assert told["param"].startswith("messages.1")
@@ -455,8 +522,12 @@ def test_completions_refuse_what_they_do_not_do(server: Running) -> None:
     wanted = asked().json()["choices"][0]["text"]
     for neutral in ({"suffix": None}, {"best_of": 1}, {"echo": False}, {"add_special_tokens": True}):
         assert asked(**neutral).json()["choices"][0]["text"] == wanted
-    for fields, words in (({"suffix": "x"}, "suffix: "), ({"echo": True}, "echo: prompts are not repeated"),
-                          ({"best_of": 2}, "best_of: "), ({"guided_regex": "x"}, "guided_regex: ")):  # fmt: skip
+    for fields, words in (
+        ({"suffix": "x"}, "suffix: "),
+        ({"echo": True}, "echo: prompts are not repeated"),
+        ({"best_of": 2}, "best_of: "),
+        ({"guided_regex": "x"}, "guided_regex: "),
+    ):
         found = asked(**fields)
         assert found.status_code == 400 and found.json()["error"]["message"].startswith(words), found.text
         assert found.json()["error"]["param"] == words.partition(":")[0]
@@ -498,13 +569,17 @@ def test_nobody_gets_in_without_a_key(desks: Path, tmp_path: Path) -> None:
                 headers = {"authorization": f"Bearer {secret}"} if secret else {}
                 load = {"lora_name": "y", "lora_path": "returns"}
                 assert httpx.post(running.url + path, json=load, headers=headers).status_code in {401, 403, 404}
-        stolen = httpx.post(f"{running.url}/tokenize", headers={"authorization": f"Bearer {few}"},
-                            json={"model": "products", "messages": ASK["messages"]})  # fmt: skip
+        stolen = httpx.post(
+            f"{running.url}/tokenize",
+            headers={"authorization": f"Bearer {few}"},
+            json={"model": "products", "messages": ASK["messages"]},
+        )
         assert stolen.status_code == 404 and "products" in stolen.text and "it-support" not in stolen.text
         load = {"lora_name": "x", "lora_path": "returns"}
         for secret, status in ((few, 403), (admin, 200)):
-            found = httpx.post(f"{running.url}/v1/load_lora_adapter", json=load,
-                               headers={"authorization": f"Bearer {secret}"})  # fmt: skip
+            found = httpx.post(
+                f"{running.url}/v1/load_lora_adapter", json=load, headers={"authorization": f"Bearer {secret}"}
+            )
             assert found.status_code == status, found.text
         assert running.ask("returns", admin).status_code == 403
     told = json.dumps(running.log)
@@ -547,8 +622,9 @@ def test_nothing_is_fetched_that_a_request_names(server: Running, monkeypatch: p
         there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/x"
         image = {"type": "image_url", "image_url": {"url": there}}
         schemas = ({"$ref": there}, {"type": "object", "properties": {"a": {"$ref": f"{there}#/a"}}})
-        bodies: list[dict[str, Any]] = [{"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
-                                        for schema in schemas]  # fmt: skip
+        bodies: list[dict[str, Any]] = [
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}} for schema in schemas
+        ]
         for body in (*bodies, {"messages": [{"role": "user", "content": [image]}]}):
             found = server.ask("tiny", **body)
             assert found.status_code == 400 and found.json()["error"]["message"], (body, found.text)
@@ -563,8 +639,10 @@ def test_another_host_is_refused(server: Running) -> None:
     with pytest.raises(SettingsError, match="others reach this address, and no keys are set"):
         address.hosts_of("0.0.0.0", [], False)
     assert address.hosts_of("::1", ["desk.example"], False) == {*address.LOOPBACK, "::1", "desk.example"}
-    found = httpx.options(f"{server.url}/v1/chat/completions", headers={"origin": "https://evil.example",
-                          "access-control-request-method": "POST"})  # fmt: skip
+    found = httpx.options(
+        f"{server.url}/v1/chat/completions",
+        headers={"origin": "https://evil.example", "access-control-request-method": "POST"},
+    )
     assert "access-control-allow-origin" not in found.headers
 
 
@@ -593,8 +671,11 @@ def test_a_page_of_another_origin_is_refused_before_anything_is_done(
     here = server.url.removeprefix("http://")
     headers = {name: value.replace("HERE", here) for name, value in headers.items()}
     before = server.service.engine.stats().requests
-    for method, path, body in (("POST", "/v1/chat/completions", {**ASK, "model": "tiny"}), ("GET", "/v1/models", None),
-                               ("GET", "/health", None)):  # fmt: skip
+    for method, path, body in (
+        ("POST", "/v1/chat/completions", {**ASK, "model": "tiny"}),
+        ("GET", "/v1/models", None),
+        ("GET", "/health", None),
+    ):
         found = httpx.request(method, server.url + path, json=body, headers=headers, timeout=60)
         assert found.status_code == status, (path, found.text)
         if status == 403:
@@ -632,25 +713,41 @@ def test_adapters_come_and_go_by_request(server: Running, tmp_path: Path) -> Non
     shutil.copytree(outside, root.parent / f"{root.name}-evil" / "x")
     other = replace(adapter_of(base, 9), base="0" * 64)
     peft.write(other, root / ".other")
-    for path, words in ((str(outside), "not within"), ("../outside", "not within"), ("linked", "not within"),
-                        (f"../{root.name}-evil/x", "not within"), ("x" * 400, "not within"),
-                        (".", "not within"), ("partly", "a link out of"),
-                        (".lorafit/versions/returns@1", "not within"), ("nowhere", "no such folder"),
-                        ("a\0b", "not within"), (".pickled", "pickle"), (".other", "belongs to base"),
-                        ("http://evil.example/x", "no such folder"), ("~/x", "no such folder")):  # fmt: skip
+    for path, words in (
+        (str(outside), "not within"),
+        ("../outside", "not within"),
+        ("linked", "not within"),
+        (f"../{root.name}-evil/x", "not within"),
+        ("x" * 400, "not within"),
+        (".", "not within"),
+        ("partly", "a link out of"),
+        (".lorafit/versions/returns@1", "not within"),
+        ("nowhere", "no such folder"),
+        ("a\0b", "not within"),
+        (".pickled", "pickle"),
+        (".other", "belongs to base"),
+        ("http://evil.example/x", "no such folder"),
+        ("~/x", "no such folder"),
+    ):
         found = admin(server, "load", lora_name="intruder", lora_path=path)
         assert found.status_code == 400 and words in found.json()["error"]["message"], (path, found.text)
         assert str(outside) not in found.text
     for name in ("../x", "a/b", "a\n", ".x", "x" * 65, ""):
         assert admin(server, "load", lora_name=name, lora_path="products").status_code == 400
     assert {path.name for path in (root / ".lorafit" / "versions").iterdir()} <= {
-        "returns@1", "returns@2", "it-support@1", "products@1"}  # fmt: skip
+        "returns@1",
+        "returns@2",
+        "it-support@1",
+        "products@1",
+    }
 
 
 def test_two_loads_of_one_name_are_two_versions(server: Running) -> None:
     with ThreadPoolExecutor(4) as pool:
-        loads = [pool.submit(admin, server, "load", lora_name="twice", lora_path=path, load_inplace=True)
-                 for path in ("products", "it-support", "products", "it-support")]  # fmt: skip
+        loads = [
+            pool.submit(admin, server, "load", lora_name="twice", lora_path=path, load_inplace=True)
+            for path in ("products", "it-support", "products", "it-support")
+        ]
         told = [load.result() for load in loads]
     assert sorted(one.text.rpartition(" as ")[2] for one in told) == [f"twice@{i}." for i in (1, 2, 3, 4)]
     said = {server.said(f"twice@{i}") for i in (1, 2, 3, 4)}
@@ -696,15 +793,24 @@ def test_metrics_are_what_prometheus_reads(server: Running) -> None:
 
     def read() -> dict[str, float]:
         page = httpx.get(f"{server.url}/metrics").text
-        return {f"{sample.name} {sample.labels.get('adapter', '')}".strip(): sample.value
-                for family in text_string_to_metric_families(page) for sample in family.samples}  # fmt: skip
+        return {
+            f"{sample.name} {sample.labels.get('adapter', '')}".strip(): sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
 
     before = read()
     server.said("it-support", max_tokens=5, ignore_eos=True)
     after = read()
-    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
-                 "vllm:time_to_first_token_seconds_count", "vllm:inter_token_latency_seconds_count",
-                 "vllm:e2e_request_latency_seconds_count", "vllm:lora_requests_info"):  # fmt: skip
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:lora_requests_info",
+    ):
         assert name in after
     assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == 5
     assert after["lorafit:requests_total it-support"] - before.get("lorafit:requests_total it-support", 0) == 1
@@ -770,8 +876,9 @@ def test_a_quota_is_used_up_by_what_is_on_its_way(desks: Path, tmp_path: Path, m
         engine = running.service.engine
         slow(engine, monkeypatch)
         body = {**ASK, "model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body,
-                          headers={"authorization": f"Bearer {secret}"}):  # fmt: skip
+        with httpx.stream(
+            "POST", f"{running.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}
+        ):
             assert soon(lambda: engine.stats().tokens > 100)
             assert running.ask("tiny", secret).status_code == 429
             assert engine.stats().running == 1
@@ -892,14 +999,17 @@ def connected(running: Running) -> socket.socket:
 
 
 def head_of(length: int) -> bytes:
-    return (f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {length}\r\n\r\n").encode()  # fmt: skip
+    return (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\n\r\n"
+    ).encode()
 
 
 def ask_for_much(connection: socket.socket, **more: Any) -> None:
     """A stream of some 1500 bytes a token."""
-    body = json.dumps({**ASK, "model": "tiny", "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20,
-                       **more}).encode()  # fmt: skip
+    body = json.dumps(
+        {**ASK, "model": "tiny", "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20, **more}
+    ).encode()
     connection.sendall(head_of(len(body)) + body)
 
 
@@ -991,13 +1101,16 @@ def test_a_stream_tells_where_each_token_stands_and_which_bytes_it_is(server: Ru
 def test_what_is_no_text_is_refused(server: Running) -> None:
     half = r'"a\ud800"'
     schema = '{"type": "json_schema", "json_schema": {"schema": {"enum": [HALF]}}}'
-    for path, fields in (("chat/completions", '"messages": [{"role": "user", "content": HALF}]'),
-                         ("chat/completions", '"messages": [{"role": "user", "content": [{"type": "text", "text": '
-                          "HALF}]}]"), ("completions", '"prompt": HALF'), ("completions", '"prompt": ["b", HALF]'),
-                         ("completions", '"prompt": "b", "stop": HALF'),
-                         ("completions", f'"prompt": "b", "response_format": {schema}'),
-                         ("unload_lora_adapter", '"lora_name": HALF'),
-                         ("load_lora_adapter", '"lora_name": "x", "lora_path": HALF')):  # fmt: skip
+    for path, fields in (
+        ("chat/completions", '"messages": [{"role": "user", "content": HALF}]'),
+        ("chat/completions", '"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]'),
+        ("completions", '"prompt": HALF'),
+        ("completions", '"prompt": ["b", HALF]'),
+        ("completions", '"prompt": "b", "stop": HALF'),
+        ("completions", f'"prompt": "b", "response_format": {schema}'),
+        ("unload_lora_adapter", '"lora_name": HALF'),
+        ("load_lora_adapter", '"lora_name": "x", "lora_path": HALF'),
+    ):
         raw = f'{{"model": "tiny", {fields.replace("HALF", half)}}}'.encode()
         found = httpx.post(f"{server.url}/v1/{path}", content=raw, headers={"content-type": "application/json"})
         assert found.status_code == 400 and "half of a surrogate pair" in found.json()["error"]["message"], found.text
@@ -1246,8 +1359,10 @@ def test_chat_asks_a_server(
         chat("Hello?\n")
     assert "LORAFIT_KEY: no key" in capsys.readouterr().err
     monkeypatch.delenv("LORAFIT_KEY")
-    for flags, words in ((["--model", "nobody"], "no model is served by this name"),
-                         (["--base", "tiny"], "a server is asked, or a base here")):  # fmt: skip
+    for flags, words in (
+        (["--model", "nobody"], "no model is served by this name"),
+        (["--base", "tiny"], "a server is asked, or a base here"),
+    ):
         with pytest.raises(SystemExit):
             chat("Hello?\n", *flags)
         assert words in capsys.readouterr().err
@@ -1365,9 +1480,13 @@ def test_a_port_in_use_is_one_sentence(host: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("host", "words"),
-    [("192.0.2.1", "--host 192.0.2.1: no address of this machine"), ("no-such-host.invalid", "--host no-such-host.inv"),
-     ("a" * 70, "--host aaa"), ("", "--host : ")],
-)  # fmt: skip
+    [
+        ("192.0.2.1", "--host 192.0.2.1: no address of this machine"),
+        ("no-such-host.invalid", "--host no-such-host.inv"),
+        ("a" * 70, "--host aaa"),
+        ("", "--host : "),
+    ],
+)
 def test_an_address_that_cannot_be_listened_at_is_said(host: str, words: str) -> None:
     with pytest.raises(SettingsError, match=": name another with --host") as refused:
         address.listening(host, 0)
@@ -1575,8 +1694,11 @@ def test_the_router_picks_an_adapter_and_says_how_sure_it_is(tmp_path: Path) -> 
         assert refused.status_code == 404 and "auto" in refused.json()["error"]["message"]
         assert asked(running, "zzzz qqqq jjjj wwww xxxx kkkk 3", numbers).status_code in (200, 404)
         assert "letters" not in asked(running, "zzzz qqqq jjjj wwww xxxx kkkk 3", numbers).text
-        several = httpx.post(f"{running.url}/v1/completions", json={"model": "auto", "prompt": ["a", "b"]},
-                             headers={"authorization": f"Bearer {whole}"})  # fmt: skip
+        several = httpx.post(
+            f"{running.url}/v1/completions",
+            json={"model": "auto", "prompt": ["a", "b"]},
+            headers={"authorization": f"Bearer {whole}"},
+        )
         assert several.status_code == 400 and "one prompt" in several.json()["error"]["message"]
         names = httpx.get(f"{running.url}/v1/models", headers={"authorization": f"Bearer {whole}"}).json()["data"]
         assert "auto" in {card["id"] for card in names}

@@ -53,8 +53,12 @@ def test_a_file_gives_what_flags_do_not(
 ) -> None:
     file = written(tmp_path / "a.toml", f'{given}out = "o"\nrank = 4\nval-share = 0.2\nskip_bad = true\n')
     lorafit(monkeypatch, "train", "-c", file, "--rank", "8")
-    assert asked == {"base": str(tiny_folder), "data": str(tmp_path / "d.jsonl"), "out": tmp_path / "o",
-                     "settings": {"rank": 8, "val_share": 0.2, "skip_bad": True}}  # fmt: skip
+    assert asked == {
+        "base": str(tiny_folder),
+        "data": str(tmp_path / "d.jsonl"),
+        "out": tmp_path / "o",
+        "settings": {"rank": 8, "val_share": 0.2, "skip_bad": True},
+    }
 
 
 def test_arguments_beat_the_file(

@@ -68,11 +68,30 @@ def config(**settings: Any) -> dict[str, Any]:
     return settings
 
 
-LLAMA = config(vocab_size=200, bos_token_id=None, eos_token_id=1, pad_token_id=0, hidden_size=32, num_hidden_layers=2,
-               intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-               max_position_embeddings=512)  # fmt: skip
-GPT2 = config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0,
-              attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)  # fmt: skip
+LLAMA = config(
+    vocab_size=200,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+GPT2 = config(
+    vocab_size=200,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=512,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=1,
+    eos_token_id=1,
+)
 MANY_HEADS = {**LLAMA, "num_key_value_heads": 4}
 NO_GROUPS = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 WIDE = {**LLAMA, "head_dim": 16}
@@ -129,15 +148,31 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared heads": ("llama", LLAMA),
     "own heads": ("llama", MANY_HEADS),
     "window": ("mistral", {**LLAMA, "sliding_window": 16}),
-    "some windows": ("gemma3_text", {**WIDE, "sliding_window": 16, "layer_types": ["sliding_attention",
-                                                                                   "full_attention"]}),
+    "some windows": (
+        "gemma3_text",
+        {**WIDE, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "bias": ("qwen2", LLAMA),
     "learned positions": ("gpt2", GPT2),
     # Without experts: which of them answer would turn on rounding, and jump.
-    "narrow values": ("deepseek_v3", {**MANY_HEADS, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-                      "v_head_dim": 8, "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                      "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 2}),
-}  # fmt: skip
+    "narrow values": (
+        "deepseek_v3",
+        {
+            **MANY_HEADS,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 2,
+        },
+    ),
+}
 ROWS = {
     "one trained token": [row_of(12, 1), row_of(30, 1, 1), row_of(2, 1, 2)],
     "equal lengths": rows_of(24, 24, 24),
@@ -171,8 +206,9 @@ def test_in_bf16_packed_rows_are_as_near_to_the_truth_as_padded_ones(name: str, 
 
 def test_rows_of_several_groups_and_kernels_have_been_packed() -> None:
     """Of the row sets above: else those tests would prove little."""
-    groups = {key: packs.Segments(tuple(len(r.ids) for r in rows), torch.device("cpu")).groups
-              for key, rows in ROWS.items()}  # fmt: skip
+    groups = {
+        key: packs.Segments(tuple(len(r.ids) for r in rows), torch.device("cpu")).groups for key, rows in ROWS.items()
+    }
     assert [g.count for g in groups["equal lengths"]] == [3]
     assert groups["equal lengths"][0].places is None
     assert [(g.count, g.width) for g in groups["around SHORT"]] == [(2, 128), (1, 129), (1, 130), (1, 128)]
@@ -306,8 +342,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], Way]] = {
     "gpt2": (GPT2, APART_AND_PACKED),
     "gpt_bigcode": (GPT2, APART_AND_PACKED),
     "gpt_neox": (NO_GROUPS, APART_AND_PACKED),
-    "opt": (config(vocab_size=200, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-                   dropout=0.0, word_embed_proj_dim=32, max_position_embeddings=512, pad_token_id=0), APART_AND_PACKED),
+    "opt": (
+        config(
+            vocab_size=200,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            dropout=0.0,
+            word_embed_proj_dim=32,
+            max_position_embeddings=512,
+            pad_token_id=0,
+        ),
+        APART_AND_PACKED,
+    ),
     "olmo2": (LLAMA, APART_AND_PACKED),
     "olmo3": ({**LLAMA, "sliding_window": 16}, APART_AND_PACKED),
     "starcoder2": (LLAMA, APART_AND_PACKED),
@@ -329,18 +377,27 @@ FAMILIES: dict[str, tuple[dict[str, Any], Way]] = {
     # Distances by a bias, or positions that the model counts itself.
     "bloom": (config(vocab_size=200, hidden_size=32, n_layer=2, n_head=4), PADDED),
     "mpt": (config(vocab_size=200, d_model=32, n_layers=2, n_heads=4, max_seq_len=512), PADDED),
-    "falcon": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
-               PADDED),
+    "falcon": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True), PADDED),
     # Attention of their own that hands no segments on.
-    "gpt_neo": (config(vocab_size=200, hidden_size=32, num_layers=2, num_heads=4, window_size=16,
-                     attention_types=[[["global", "local"], 1]], max_position_embeddings=512), PADDED),
+    "gpt_neo": (
+        config(
+            vocab_size=200,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            window_size=16,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=512,
+        ),
+        PADDED,
+    ),
     "gptj": ({**GPT2, "rotary_dim": 4}, PADDED),
     "stablelm": (LLAMA, PADDED),
     # A state that runs from token to token.
     "mamba": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=8), PADDED),
     "rwkv": (config(vocab_size=200, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), PADDED),
     "lfm2": ({**LLAMA, "full_attn_idxs": [1]}, PADDED),
-}  # fmt: skip
+}
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 FAMILY_ROWS = rows_of(20, 33, 150, 7)
 SENTENCES = (
@@ -432,9 +489,17 @@ def test_a_kernel_that_is_wrong_in_one_dtype_alone_is_noticed(monkeypatch: pytes
 
 
 def kernel(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-    scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
     """Row by row, in fp32: (tokens, heads, depth) each."""
     assert query.shape[1] == key.shape[1], "as many keys as queries"
     assert max_q == max_k == max(cu_seq_q.diff().tolist())
@@ -514,9 +579,12 @@ def test_sites_that_share_their_input_go_together_from_the_second_forward_on() -
 def outputs_of(base: Base, adapter: Adapter, forwards: int) -> list[dict[str, Tensor]]:
     """What every site gave, in each of several forwards."""
     found: list[dict[str, Tensor]] = []
-    hooks = [base.model.get_submodule(slot.site.path).register_forward_hook(
-        lambda m, x, y, path=slot.site.path: found[-1].update({path: y.detach().clone()}))
-        for slot in adapter.plan.slots]  # fmt: skip
+    hooks = [
+        base.model.get_submodule(slot.site.path).register_forward_hook(
+            lambda m, x, y, path=slot.site.path: found[-1].update({path: y.detach().clone()})
+        )
+        for slot in adapter.plan.slots
+    ]
     with attach(base, TrainState(adapter)):
         for _ in range(forwards):
             found.append({})
@@ -626,9 +694,22 @@ def written_to_by_who_follows(fan: Fan, x: Tensor, i: int) -> list[Tensor]:
     return [fan.a(x).relu_(), fan.b(x).mul_(2), fan.c(x)]
 
 
-WAYS_TO_CALL = [plain, one_unused, one_not_called, another_order, called_twice, under_two_names, equal_but_not_the_same,
-                another_tensor_later, a_part_of_it, no_rows, grad_off_for_one, grad_on_for_one, one_through_another,
-                written_to_by_who_follows]  # fmt: skip
+WAYS_TO_CALL = [
+    plain,
+    one_unused,
+    one_not_called,
+    another_order,
+    called_twice,
+    under_two_names,
+    equal_but_not_the_same,
+    another_tensor_later,
+    a_part_of_it,
+    no_rows,
+    grad_off_for_one,
+    grad_on_for_one,
+    one_through_another,
+    written_to_by_who_follows,
+]
 
 
 def fan_of(dtype: torch.dtype = FP32) -> tuple[Fan, Base, Adapter]:

@@ -140,8 +140,9 @@ def test_identical_prompts_are_all_tied_to_the_first() -> None:
     assert pairs_of(["alpha beta", "gamma delta", "Alpha  beta", "alpha beta"]) == [(0, 2), (0, 3)]
 
 
-@pytest.mark.parametrize(("one", "other"), [("In C, when is a = b taken?", "In C, when is a != b taken?"),
-                                              ("लड़का कहाँ है?", "लड़की कहाँ है?")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "other"), [("In C, when is a = b taken?", "In C, when is a != b taken?"), ("लड़का कहाँ है?", "लड़की कहाँ है?")]
+)
 def test_signs_and_vowels_that_tell_prompts_apart_are_letters_of_them(one: str, other: str) -> None:
     assert not np.array_equal(shingles(one), shingles(other))
 
@@ -160,8 +161,10 @@ def test_all_of_a_large_family_of_near_identical_prompts_are_named() -> None:
     """None is passed over because its family is large: each is near to one of training."""
     rng = random.Random(2)
     families = [words(rng, 20) for _ in range(30)]
-    sides = {side: tuple(example(f"{families[i % 30]} {side}{i}", f"{side}:{i}") for i in range(n))
-             for side, n in (("train", 600), ("test", 300))}  # fmt: skip
+    sides = {
+        side: tuple(example(f"{families[i % 30]} {side}{i}", f"{side}:{i}") for i in range(n))
+        for side, n in (("train", 600), ("test", 300))
+    }
     with pytest.raises(DataError) as caught:
         require_apart(Examples(sides["train"], (), sides["test"]))
     assert len(caught.value.problems) == 300

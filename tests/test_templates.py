@@ -95,9 +95,16 @@ ASKED = Message("user", "Which gate?")
 PLAIN = Example((ASKED, Message("assistant", "Gate 4.")), "talk.jsonl:1")
 REASONED = Example((ASKED, Message("assistant", "Gate 4.", reasoning="It is odd.")), "talk.jsonl:2")
 QUICK: dict[str, Any] = {
-    "search": "none", "rank": 2, "epochs": 2, "validations": 2, "few_shot": 0, "routing_questions": 0, "trim": "none",
-    "dtype": "fp32", "batch_size": 4,
-}  # fmt: skip
+    "search": "none",
+    "rank": 2,
+    "epochs": 2,
+    "validations": 2,
+    "few_shot": 0,
+    "routing_questions": 0,
+    "trim": "none",
+    "dtype": "fp32",
+    "batch_size": 4,
+}
 
 
 def folder_with(template: str, folder: Path) -> Path:
@@ -201,8 +208,14 @@ def test_an_adapter_sees_the_day_it_was_trained_on_in_every_verb(tmp_path: Path,
             told.append(text)
 
     data = write_rows(tmp_path / "a.jsonl", capitals(3))
-    run_evaluation(str(tmp_path / "base"), tmp_path / "adapter", data, {"dtype": "fp32"}, against=tmp_path / "other",
-                   listener=Heard())  # fmt: skip
+    run_evaluation(
+        str(tmp_path / "base"),
+        tmp_path / "adapter",
+        data,
+        {"dtype": "fp32"},
+        against=tmp_path / "other",
+        listener=Heard(),
+    )
     assert any("both are told 2030-02-03T04:05:06" in line for line in told)
 
 
@@ -216,8 +229,18 @@ def test_a_rendering_is_read_as_it_was_written() -> None:
     assert Rendering("a1", None).to_json() == {"template_hash": "a1", "system": None}  # as earlier versions read it
 
 
-@pytest.mark.parametrize("odd", [{"now": "yesterday"}, {"now": 3}, {"settings": []}, {"settings": {"a": []}},
-                                 {"reasoning": 0}, {"system": 1}, {"strange": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"now": "yesterday"},
+        {"now": 3},
+        {"settings": []},
+        {"settings": {"a": []}},
+        {"reasoning": 0},
+        {"system": 1},
+        {"strange": 1},
+    ],
+)
 def test_an_odd_rendering_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
         Rendering.from_json({"template_hash": "a1", "system": None, **odd})
@@ -237,10 +260,16 @@ def test_a_rendering_that_is_no_object_is_an_error_of_the_folder(odd: Any, tmp_p
 # What the template writes before an answer
 
 
-@pytest.mark.parametrize(("template", "start"), [
-    (HYBRID, "<|assistant|><think>\n\n</think>\n\n"), (OPENING, "<|assistant|><think></think>"),
-    (CHANNELS, "<|assistant|><|pad|>"), (DROPPING, "<|assistant|><think>\n"), (TEMPLATE, "<|assistant|>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        (HYBRID, "<|assistant|><think>\n\n</think>\n\n"),
+        (OPENING, "<|assistant|><think></think>"),
+        (CHANNELS, "<|assistant|><|pad|>"),
+        (DROPPING, "<|assistant|><think>\n"),
+        (TEMPLATE, "<|assistant|>"),
+    ],
+)
 def test_what_the_template_writes_before_an_answer_is_of_the_prompt(template: str, start: str) -> None:
     renderer = Renderer(byte_tokenizer(template))
     assert trained(renderer, PLAIN) == "Gate 4.<|end|>"
@@ -257,8 +286,10 @@ def test_a_label_before_which_the_template_thinks_passes_its_own_check(tmp_path:
 
 
 def test_the_rendering_says_that_answers_have_no_reasoning_where_it_makes_a_difference() -> None:
-    told = {template: Renderer(byte_tokenizer(template)).rendering.reasoning
-            for template in (HYBRID, OPENING, DROPPING, TEMPLATE)}  # fmt: skip
+    told = {
+        template: Renderer(byte_tokenizer(template)).rendering.reasoning
+        for template in (HYBRID, OPENING, DROPPING, TEMPLATE)
+    }
     assert told == {HYBRID: False, OPENING: False, DROPPING: False, TEMPLATE: True}
 
 
@@ -364,10 +395,14 @@ def test_a_special_token_beyond_the_embedding_is_a_control_token(tmp_path: Path)
     assert "<aisle>" in open_outline(folder).tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("template", [
-    TEMPLATE.replace("'<|' + m['role'] + '|>'", "'<aisle>' + m['role'] + ': '"),
-    TEMPLATE.replace("'<|end|>'", "'<aisle>'"), TEMPLATE.replace("'<|assistant|>'", "'<aisle>'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE.replace("'<|' + m['role'] + '|>'", "'<aisle>' + m['role'] + ': '"),
+        TEMPLATE.replace("'<|end|>'", "'<aisle>'"),
+        TEMPLATE.replace("'<|assistant|>'", "'<aisle>'"),
+    ],
+)
 def test_a_template_that_writes_a_token_beyond_the_embedding_is_refused(template: str) -> None:
     with pytest.raises(
         BaseError, match=r"'<aisle>' is written, .*no row \(token 261, where it has 261\): copy the tok"
@@ -429,14 +464,17 @@ def test_a_base_with_a_token_beyond_its_embedding_answers_by_a_schema_and_with_t
 # Thinking
 
 
-@pytest.mark.parametrize(("template", "start", "learnt"), [
-    (HYBRID, "<|assistant|>", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
-    (OPENING, "<|assistant|><think>\n", "It is odd.\n</think>Gate 4.<|end|>"),
-    (DROPPING, "<|assistant|><think>\n", "It is odd.\n</think>\n\nGate 4.<|end|>"),
-    (TEMPLATE, "<|assistant|>", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
-    (CHANNELS, "<|assistant|>", "thought:It is odd.<|pad|>Gate 4.<|end|>"),
-    (EMPTY, "<|assistant|><think>\n\n</think>\n\n", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "start", "learnt"),
+    [
+        (HYBRID, "<|assistant|>", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
+        (OPENING, "<|assistant|><think>\n", "It is odd.\n</think>Gate 4.<|end|>"),
+        (DROPPING, "<|assistant|><think>\n", "It is odd.\n</think>\n\nGate 4.<|end|>"),
+        (TEMPLATE, "<|assistant|>", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
+        (CHANNELS, "<|assistant|>", "thought:It is odd.<|pad|>Gate 4.<|end|>"),
+        (EMPTY, "<|assistant|><think>\n\n</think>\n\n", "<think>\nIt is odd.\n</think>\n\nGate 4.<|end|>"),
+    ],
+)
 def test_reasoning_is_learnt_where_the_template_has_a_place_for_it(template: str, start: str, learnt: str) -> None:
     renderer = Renderer(byte_tokenizer(template), reasoning=True)
     assert prompt(renderer, REASONED).partition("<|end|>")[2].lstrip("\n") == start
@@ -514,15 +552,27 @@ def test_a_prompt_that_turns_thinking_off_is_told_with_the_flag_that_helps() -> 
 
 
 ROWS: dict[str, dict[str, object]] = {
-    "in a message": {"messages": [{"role": "user", "content": "Which gate?"},
-                                  {"role": "assistant", "reasoning_content": "It is odd. ", "content": "Gate 4."}]},
-    "thinking": {"messages": [{"role": "user", "content": "Which gate?"},
-                              {"role": "assistant", "thinking": "It is odd.", "content": "Gate 4."}]},
+    "in a message": {
+        "messages": [
+            {"role": "user", "content": "Which gate?"},
+            {"role": "assistant", "reasoning_content": "It is odd. ", "content": "Gate 4."},
+        ]
+    },
+    "thinking": {
+        "messages": [
+            {"role": "user", "content": "Which gate?"},
+            {"role": "assistant", "thinking": "It is odd.", "content": "Gate 4."},
+        ]
+    },
     "in the answer": {"prompt": "Which gate?", "completion": "<think>It is odd.</think>Gate 4."},
     "a field of the row": {"prompt": "Which gate?", "completion": "Gate 4.", "reasoning_content": "It is odd."},
-    "both, the same": {"messages": [{"role": "user", "content": "Which gate?"}, {
-        "role": "assistant", "reasoning": "It is odd.", "content": "<think>\nIt is odd.\n</think>\nGate 4."}]},
-}  # fmt: skip
+    "both, the same": {
+        "messages": [
+            {"role": "user", "content": "Which gate?"},
+            {"role": "assistant", "reasoning": "It is odd.", "content": "<think>\nIt is odd.\n</think>\nGate 4."},
+        ]
+    },
+}
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -623,10 +673,15 @@ def test_a_setting_without_a_name_or_value_is_refused(given: str) -> None:
         settings_from({"template": [given]})
 
 
-@pytest.mark.parametrize(("name", "fix"), [
-    ("enable_thinkin", "did you mean enable_thinking"), ("colour", "leave it out"), ("messages", "leave it out"),
-    ("eos_token", "leave it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("enable_thinkin", "did you mean enable_thinking"),
+        ("colour", "leave it out"),
+        ("messages", "leave it out"),
+        ("eos_token", "leave it out"),
+    ],
+)
 def test_a_setting_that_the_template_does_not_read_is_refused(name: str, fix: str) -> None:
     with pytest.raises(SettingsError, match=f"--template {name}: .*{fix}"):
         renderer_for(base_with(HYBRID), settings=((name, 1),))
@@ -674,8 +729,9 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with Engine(base_with(HYBRID, model), slots=1) as engine:
         text = engine.submit(Request(engine.prompt(asked), max_tokens=60, ignore_end=True)).result().text
     letter = next(one for one in text[2:-2] if one.isascii() and one.isalnum() and one not in text[:2])
-    template = HYBRID.replace("'<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n'",
-                              f"(m.reasoning_content or '') + '\n{letter}\n'")  # fmt: skip
+    template = HYBRID.replace(
+        "'<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n'", f"(m.reasoning_content or '') + '\n{letter}\n'"
+    )
     base = base_with(template, model)
     peft.write(with_rendering(base, Renderer(base.tokenizer).rendering), root / "plain")
     with served(root, base=lambda: base) as running:
@@ -730,8 +786,11 @@ def test_a_setting_that_the_template_does_not_read_is_refused_unless_it_asks_for
 
 
 def test_earlier_reasoning_may_be_sent_back(thinking: Running) -> None:
-    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi.", "reasoning_content": "Hm."},
-             {"role": "user", "content": "Bye."}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Hi.", "reasoning_content": "Hm."},
+        {"role": "user", "content": "Bye."},
+    ]
     assert "Hm." not in tokens_of(thinking, "tiny", messages=turns)  # this template leaves it out of earlier turns
     assert thinking.ask("tiny", messages=turns).status_code == 200
 

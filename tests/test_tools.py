@@ -43,39 +43,58 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHOWN = "{% if tools %}{% for t in tools %}{{ '<|system|>' + (t | tojson) + '<|end|>' }}{% endfor %}{% endif %}"
 TURNS = SHOWN + "{% for m in messages %}{{ '<|' + m.role + '|>' }}CALLS{{ '<|end|>' }}{% endfor %}"
 TURNS += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-TAGGED = TURNS.replace("CALLS", (
-    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '\n<call>\n{\"name\": \"' + c.function.name"
-    " + '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\n</call>' }}{% endfor %}"
-))  # fmt: skip
-ALONE = TURNS.replace("CALLS", (
-    "{% if m.tool_calls %}{% if m.tool_calls | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}"
-    "{{ '{\"name\": \"' + m.tool_calls[0].function.name + '\", \"parameters\": '"
-    " + (m.tool_calls[0].function.arguments | tojson) + '}' }}"
-    "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
-))  # fmt: skip
-LISTED = TURNS.replace("CALLS", (
-    "{{ m.content or '' }}{% if m.tool_calls %}{{ '[CALLS] [' }}{% for c in m.tool_calls %}"
-    "{{ '{\"name\": \"' + c.function.name + '\", \"arguments\": ' + (c.function.arguments | tojson) }}"
-    "{{ ', \"id\": \"' + c.id + '\"}' }}{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ']' }}{% endif %}"
-))  # fmt: skip
-TEXTUAL = TURNS.replace("CALLS", (
-    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ '<run>' + c.function.name + '\n```json\n'"
-    " + c.function.arguments + '\n```</run>' }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
-))  # fmt: skip
-MARKUP = TURNS.replace("CALLS", (
-    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' }}"
-    "{% for k, v in c.function.arguments | items %}{{ '<' + k + '>' + (v | string) }}{% endfor %}{% endfor %}"
-))  # fmt: skip
-THOUGHTFUL = TAGGED.replace("{{ m.content or '' }}", (
-    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
-    "{% endif %}{{ m.content or '' }}"
-))  # fmt: skip
+TAGGED = TURNS.replace(
+    "CALLS",
+    (
+        "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '\n<call>\n{\"name\": \"' + c.function.name"
+        " + '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\n</call>' }}{% endfor %}"
+    ),
+)
+ALONE = TURNS.replace(
+    "CALLS",
+    (
+        "{% if m.tool_calls %}{% if m.tool_calls | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}"
+        '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \''
+        " + (m.tool_calls[0].function.arguments | tojson) + '}' }}"
+        "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
+    ),
+)
+LISTED = TURNS.replace(
+    "CALLS",
+    (
+        "{{ m.content or '' }}{% if m.tool_calls %}{{ '[CALLS] [' }}{% for c in m.tool_calls %}"
+        '{{ \'{"name": "\' + c.function.name + \'", "arguments": \' + (c.function.arguments | tojson) }}'
+        "{{ ', \"id\": \"' + c.id + '\"}' }}{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ']' }}{% endif %}"
+    ),
+)
+TEXTUAL = TURNS.replace(
+    "CALLS",
+    (
+        "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ '<run>' + c.function.name + '\n```json\n'"
+        " + c.function.arguments + '\n```</run>' }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    ),
+)
+MARKUP = TURNS.replace(
+    "CALLS",
+    (
+        "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' }}"
+        "{% for k, v in c.function.arguments | items %}{{ '<' + k + '>' + (v | string) }}{% endfor %}{% endfor %}"
+    ),
+)
+THOUGHTFUL = TAGGED.replace(
+    "{{ m.content or '' }}",
+    (
+        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
+        "{% endif %}{{ m.content or '' }}"
+    ),
+)
 FORGETFUL = TAGGED.replace("{{ m.content or '' }}", "{{ '' if m.role == 'tool' else m.content or '' }}")
 
 # Words beside tools begin with a mark that calls do not have.
-CHANNELLED = TAGGED.replace("{{ m.content or '' }}", (
-    "{{ '<|pad|>final:' if m.role == 'assistant' and not m.tool_calls else '' }}{{ m.content or '' }}"
-))  # fmt: skip
+CHANNELLED = TAGGED.replace(
+    "{{ m.content or '' }}",
+    ("{{ '<|pad|>final:' if m.role == 'assistant' and not m.tool_calls else '' }}{{ m.content or '' }}"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +120,21 @@ FAMILIES = {
     "no template": Family(lambda: byte_tokenizer(None), own=False),
 }
 
-COUNT: dict[str, Any] = {"type": "function", "function": {
-    "name": "count", "description": "Counts a bay.",
-    "parameters": {"type": "object", "properties": {"bay": {"type": "integer"}}, "required": ["bay"]},
-}}  # fmt: skip
-MOVE: dict[str, Any] = {"type": "function", "function": {"name": "move_all", "parameters": {
-    "type": "object", "properties": {"to": {"type": "string"}, "how": {"type": ["string", "null"]}}}}}  # fmt: skip
+COUNT: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "count",
+        "description": "Counts a bay.",
+        "parameters": {"type": "object", "properties": {"bay": {"type": "integer"}}, "required": ["bay"]},
+    },
+}
+MOVE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "move_all",
+        "parameters": {"type": "object", "properties": {"to": {"type": "string"}, "how": {"type": ["string", "null"]}}},
+    },
+}
 ASKED = {"role": "user", "content": "How many are in bay 4?"}
 SAID = {"role": "assistant", "content": "Seven of them."}
 
@@ -149,16 +177,28 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "by names": {"messages": [ASKED, calls(call("count", {"bay": 4})), answer("7", name="count"), SAID]},
     "bare": {"messages": [ASKED, calls({"name": "count", "arguments": {"bay": 4}}), answer("7"), SAID]},
     "in parts": {"messages": [ASKED, calls(call("count", {"bay": 4})), answer([{"type": "text", "text": "7"}]), SAID]},
-    "older": {"messages": [ASKED, {"role": "assistant", "content": "", "function_call": {
-        "name": "count", "arguments": '{"bay": 4}'}}, {"role": "function", "name": "count", "content": "7"}, SAID]},
+    "older": {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "content": "", "function_call": {"name": "count", "arguments": '{"bay": 4}'}},
+            {"role": "function", "name": "count", "content": "7"},
+            SAID,
+        ]
+    },
     "two lists": {"prompt": [ASKED], "completion": [calls(call("count", {"bay": 4})), answer("7"), SAID]},
-    "sharegpt": {"conversations": [
-        {"from": "human", "value": ASKED["content"]},
-        {"from": "function_call", "value": '{"name": "count", "arguments": {"bay": 4}}'},
-        {"from": "observation", "value": "7"}, {"from": "gpt", "value": SAID["content"]}]},
-    "a cell": {"messages": json.dumps([ASKED, calls(call("count", {"bay": 4})), answer("7"), SAID]),
-               "parallel_tool_calls": True},
-}  # fmt: skip
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": ASKED["content"]},
+            {"from": "function_call", "value": '{"name": "count", "arguments": {"bay": 4}}'},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": SAID["content"]},
+        ]
+    },
+    "a cell": {
+        "messages": json.dumps([ASKED, calls(call("count", {"bay": 4})), answer("7"), SAID]),
+        "parallel_tool_calls": True,
+    },
+}
 
 
 @pytest.mark.parametrize("row", WRITTEN.values(), ids=WRITTEN)
@@ -173,9 +213,16 @@ def test_a_call_is_the_same_however_it_is_written(tmp_path: Path, row: dict[str,
     )
 
 
-@pytest.mark.parametrize("tools", [[COUNT], [COUNT["function"]], json.dumps([COUNT]), [{**COUNT, "function": {
-    **COUNT["function"], "strict": True, "return": None}}]],
-    ids=["OpenAI", "functions", "a cell", "nulls"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [COUNT],
+        [COUNT["function"]],
+        json.dumps([COUNT]),
+        [{**COUNT, "function": {**COUNT["function"], "strict": True, "return": None}}],
+    ],
+    ids=["OpenAI", "functions", "a cell", "nulls"],
+)
 @pytest.mark.parametrize("field", ["tools", "functions"])
 def test_a_tool_is_the_same_however_it_is_written(tmp_path: Path, tools: Any, field: str) -> None:
     (example,) = read(tmp_path, {"messages": [ASKED, SAID], field: tools})
@@ -234,54 +281,101 @@ def test_a_null_that_the_schema_takes_is_an_argument(parameters: dict[str, Any],
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "half of an object": ({"messages": [ASKED, calls(call("count", '{"bay": '))]},
-                          "1: messages[1].tool_calls[0]: arguments that are no JSON object"),
+    "half of an object": (
+        {"messages": [ASKED, calls(call("count", '{"bay": '))]},
+        "1: messages[1].tool_calls[0]: arguments that are no JSON object",
+    ),
     "a list": ({"messages": [ASKED, calls(call("count", "[4]"))]}, "1: messages[1].tool_calls[0]: arguments that are"),
-    "no name": ({"messages": [ASKED, calls({"type": "function", "function": {"arguments": "{}"}})]},
-                "1: messages[1].tool_calls[0]: not a call of a function by its name"),
-    "of the user": ({"messages": [{**ASKED, "tool_calls": [call("count", {})]}, SAID]},
-                    "1: messages[0].tool_calls: a call in a message of the user"),
-    "two fields": ({"messages": [ASKED, calls(call("count", {}), function_call={"name": "count"})]},
-                   "1: messages[1]: calls in both tool_calls and function_call"),
+    "no name": (
+        {"messages": [ASKED, calls({"type": "function", "function": {"arguments": "{}"}})]},
+        "1: messages[1].tool_calls[0]: not a call of a function by its name",
+    ),
+    "of the user": (
+        {"messages": [{**ASKED, "tool_calls": [call("count", {})]}, SAID]},
+        "1: messages[0].tool_calls: a call in a message of the user",
+    ),
+    "two fields": (
+        {"messages": [ASKED, calls(call("count", {}), function_call={"name": "count"})]},
+        "1: messages[1]: calls in both tool_calls and function_call",
+    ),
     "no answer": ({"messages": [ASKED, calls(call("count", {})), SAID]}, "1: messages[1]: a call of count that no"),
-    "another id": ({"messages": [ASKED, calls(call("count", {}, "x")), answer("7", "y"), SAID]},
-                   "1: messages[2]: the answer of a tool that answers no call before it"),
+    "another id": (
+        {"messages": [ASKED, calls(call("count", {}, "x")), answer("7", "y"), SAID]},
+        "1: messages[2]: the answer of a tool that answers no call before it",
+    ),
     "nobody asked": ({"messages": [ASKED, answer("7"), SAID]}, "1: messages[1]: the answer of a tool that answers no"),
-    "unknown": ({"messages": [ASKED, calls(call("find", {}))], "tools": [COUNT, MOVE]},
-                "1: messages: calls find, which is none of its tools (count, move_all)"),
-    "two at once": ({"messages": [ASKED, calls(call("count", {}), call("count", {}))], "parallel_tool_calls": False},
-                    "1: messages: 2 calls in one message, where parallel_tool_calls is false"),
-    "a check": ({"messages": [ASKED, calls(call("count", {}))], "check": {"contains": ["4"]}},
-                "1: check: a check of an answer that is a call"),
+    "unknown": (
+        {"messages": [ASKED, calls(call("find", {}))], "tools": [COUNT, MOVE]},
+        "1: messages: calls find, which is none of its tools (count, move_all)",
+    ),
+    "two at once": (
+        {"messages": [ASKED, calls(call("count", {}), call("count", {}))], "parallel_tool_calls": False},
+        "1: messages: 2 calls in one message, where parallel_tool_calls is false",
+    ),
+    "a check": (
+        {"messages": [ASKED, calls(call("count", {}))], "check": {"contains": ["4"]}},
+        "1: check: a check of an answer that is a call",
+    ),
     "ends with a tool": ({"messages": [ASKED, calls(call("count", {})), answer("7")]}, "1: messages: ends with a tool"),
     "no function": ({"messages": [ASKED, SAID], "tools": [{"type": "web_search"}]}, "1: tools[0]: a tool of the type"),
     "a text": ({"messages": [ASKED, SAID], "tools": ["count"]}, "1: tools[0]: not the description of a function"),
-    "arguments of another name": ({"messages": [ASKED, calls({"name": "count", "args": {"bay": 4}})]},
-                                  "1: messages[1].tool_calls[0]: a call with 'args', which nothing reads: leave it"),
-    "input": ({"messages": [ASKED, calls({"type": "function", "function": {"name": "count", "input": '{"bay": 4}'}})]},
-              "1: messages[1].tool_calls[0]: a call with 'input', which nothing reads"),
-    "beside the function": ({"messages": [ASKED, calls({"function": {"name": "count"}, "kwargs": {"bay": 4}})]},
-                            "1: messages[1].tool_calls[0]: a call with 'kwargs', which nothing reads"),
-    "in sharegpt's form": ({"conversations": [{"from": "human", "value": "a"}, {
-        "from": "function_call", "value": '{"name": "count", "params": {"bay": 4}}'}]},
-                           "1: conversations[1].tool_calls: a call with 'params', which nothing reads"),
-    "a required argument missing": ({"messages": [ASKED, calls(call("count", {"of": "boxes"}))], "tools": [COUNT]},
-                                    "1: messages: calls count without 'bay', which it requires"),
-    "two kinds of arguments": ({"messages": [ASKED, calls({"name": "n", "arguments": {}, "parameters": {"bay": 4}})]},
-                               "1: messages[1].tool_calls[0]: a call with 'parameters', which nothing reads"),
+    "arguments of another name": (
+        {"messages": [ASKED, calls({"name": "count", "args": {"bay": 4}})]},
+        "1: messages[1].tool_calls[0]: a call with 'args', which nothing reads: leave it",
+    ),
+    "input": (
+        {"messages": [ASKED, calls({"type": "function", "function": {"name": "count", "input": '{"bay": 4}'}})]},
+        "1: messages[1].tool_calls[0]: a call with 'input', which nothing reads",
+    ),
+    "beside the function": (
+        {"messages": [ASKED, calls({"function": {"name": "count"}, "kwargs": {"bay": 4}})]},
+        "1: messages[1].tool_calls[0]: a call with 'kwargs', which nothing reads",
+    ),
+    "in sharegpt's form": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "count", "params": {"bay": 4}}'},
+            ]
+        },
+        "1: conversations[1].tool_calls: a call with 'params', which nothing reads",
+    ),
+    "a required argument missing": (
+        {"messages": [ASKED, calls(call("count", {"of": "boxes"}))], "tools": [COUNT]},
+        "1: messages: calls count without 'bay', which it requires",
+    ),
+    "two kinds of arguments": (
+        {"messages": [ASKED, calls({"name": "n", "arguments": {}, "parameters": {"bay": 4}})]},
+        "1: messages[1].tool_calls[0]: a call with 'parameters', which nothing reads",
+    ),
     "a name with blanks": ({"messages": [ASKED, SAID], "tools": [{"name": "count all"}]}, '1: tools[0].name: "count'),
-    "no schema": ({"messages": [ASKED, SAID], "tools": [{"name": "count", "parameters": []}]},
-                  "1: tools[0].parameters: not a JSON schema"),
-    "a list of properties": ({"messages": [ASKED, calls(call("count", {"bay": None}))], "tools": [
-        {"name": "count", "parameters": {"properties": ["bay"]}}]}, "1: tools[0].parameters.properties: not described"),
-    "a type by number": ({"messages": [ASKED, calls(call("count", {"bay": None}))], "tools": [
-        {"name": "count", "parameters": {"properties": {"bay": {"type": 5}}}}]},
-                         "1: tools[0].parameters.properties.bay: not described by a JSON schema"),
-    "two of a name": ({"messages": [ASKED, SAID], "tools": [COUNT, {"name": "count"}]},
-                      "1: tools[1]: a second tool of the name count"),
-    "no call": ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "count"}]},
-                "1: conversations[1].value: not a call as JSON"),
-}  # fmt: skip
+    "no schema": (
+        {"messages": [ASKED, SAID], "tools": [{"name": "count", "parameters": []}]},
+        "1: tools[0].parameters: not a JSON schema",
+    ),
+    "a list of properties": (
+        {
+            "messages": [ASKED, calls(call("count", {"bay": None}))],
+            "tools": [{"name": "count", "parameters": {"properties": ["bay"]}}],
+        },
+        "1: tools[0].parameters.properties: not described",
+    ),
+    "a type by number": (
+        {
+            "messages": [ASKED, calls(call("count", {"bay": None}))],
+            "tools": [{"name": "count", "parameters": {"properties": {"bay": {"type": 5}}}}],
+        },
+        "1: tools[0].parameters.properties.bay: not described by a JSON schema",
+    ),
+    "two of a name": (
+        {"messages": [ASKED, SAID], "tools": [COUNT, {"name": "count"}]},
+        "1: tools[1]: a second tool of the name count",
+    ),
+    "no call": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "count"}]},
+        "1: conversations[1].value: not a call as JSON",
+    ),
+}
 
 
 @pytest.mark.parametrize(("row", "said"), BAD.values(), ids=BAD)
@@ -299,11 +393,14 @@ def test_what_says_nothing_beside_a_call_is_passed_over(tmp_path: Path, more: di
 
 def test_a_call_that_is_not_learnt_may_lack_an_argument(tmp_path: Path) -> None:
     wrong = {"role": "tool", "content": "bay is missing"}
-    row = {"messages": [ASKED, calls(call("count", {}), weight=0), wrong, calls(call("count", {"bay": 4}))],
-           "tools": [COUNT]}  # fmt: skip
+    row = {
+        "messages": [ASKED, calls(call("count", {}), weight=0), wrong, calls(call("count", {"bay": 4}))],
+        "tools": [COUNT],
+    }
     assert [message.calls[0].arguments for message in read(tmp_path, row)[0].messages if message.calls] == [
-        "{}", '{"bay": 4}',
-    ]  # fmt: skip
+        "{}",
+        '{"bay": 4}',
+    ]
 
 
 def test_a_call_that_is_not_to_be_learnt_is_context(tmp_path: Path) -> None:
@@ -372,14 +469,18 @@ def test_a_template_without_tools_is_given_words_of_ours(tmp_path: Path) -> None
     (example,) = read(tmp_path, {"messages": [ASKED, made, answer("7"), SAID], "tools": [COUNT]})
     said = worded(example.messages, example.tools)
     assert [(one.role, one.content) for one in said] == [
-        ("user", 'These functions can be called, one a line:\n{"name": "count", "description": "Counts a bay.", '
-         '"parameters": {"type": "object", "properties": {"bay": {"type": "integer"}}, "required": ["bay"]}}\n'
-         'A call is written as\n<tool_call>\n{"name": "its name", "arguments": {"name of an argument": "its value"}}\n'
-         "</tool_call>\n\nHow many are in bay 4?"),
+        (
+            "user",
+            'These functions can be called, one a line:\n{"name": "count", "description": "Counts a bay.", '
+            '"parameters": {"type": "object", "properties": {"bay": {"type": "integer"}}, "required": ["bay"]}}\n'
+            "A call is written "
+            'as\n<tool_call>\n{"name": "its name", "arguments": {"name of an argument": "its value"}}\n'
+            "</tool_call>\n\nHow many are in bay 4?",
+        ),
         ("assistant", 'One moment.\n<tool_call>\n{"name": "count", "arguments": {"bay": 4}}\n</tool_call>'),
         ("user", "<tool_response>\n7\n</tool_response>"),
         ("assistant", "Seven of them."),
-    ]  # fmt: skip
+    ]
 
 
 def test_what_a_template_leaves_out_beside_a_call_is_refused(tmp_path: Path) -> None:
@@ -433,9 +534,14 @@ def test_a_control_token_in_what_tools_say_is_no_turn(place: str, tmp_path: Path
 THOUGHT = "Bay 4 it is."
 
 
-@pytest.mark.parametrize("said", [
-    {"reasoning_content": THOUGHT}, {"content": f"<think>\n{THOUGHT}\n</think>"},
-], ids=["beside it", "in its words"])  # fmt: skip
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"reasoning_content": THOUGHT},
+        {"content": f"<think>\n{THOUGHT}\n</think>"},
+    ],
+    ids=["beside it", "in its words"],
+)
 def test_a_call_is_learnt_after_its_reasoning_and_read_without_it(tmp_path: Path, said: dict[str, Any]) -> None:
     made = {**calls(call("count", {"bay": 4})), **said}
     (example,) = read(tmp_path, {"messages": [ASKED, made], "tools": [COUNT]})
@@ -572,8 +678,10 @@ def tall() -> Base:
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Example:
-    path = write_rows(tmp_path_factory.mktemp("talk") / "a.jsonl", [
-        {"messages": [ASKED, calls(call("count", {"bay": 4})), answer("7"), SAID], "tools": [COUNT]}])  # fmt: skip
+    path = write_rows(
+        tmp_path_factory.mktemp("talk") / "a.jsonl",
+        [{"messages": [ASKED, calls(call("count", {"bay": 4})), answer("7"), SAID], "tools": [COUNT]}],
+    )
     return read_examples(path).train[0]
 
 
@@ -631,7 +739,8 @@ def test_openais_client_calls_and_hears_a_stream(server: Running) -> None:
     heard = [one for part in parts for one in part.choices[0].delta.tool_calls or []]
     assert parts[0].choices[0].delta.role == "assistant"
     assert [(one.index, one.type, one.function and one.function.name) for one in heard if one.id] == [
-        (0, "function", "count")]  # fmt: skip
+        (0, "function", "count")
+    ]
     assert "".join((one.function and one.function.arguments) or "" for one in heard) == '{"bay": 4}'
     assert parts[-1].choices[0].finish_reason == "tool_calls"
     whole = client.chat.completions.create(model="tiny", tool_choice="required", **PICK)
@@ -642,8 +751,11 @@ def test_openais_client_calls_and_hears_a_stream(server: Running) -> None:
 
 
 def test_a_conversation_with_calls_is_rendered_as_it_was_learnt(server: Running, talk: Example) -> None:
-    body = {"model": "stock", "messages": [ASKED, calls(call("count", '{"bay":4}', "abc")), answer("7", "abc")],
-            "tools": [COUNT]}  # fmt: skip
+    body = {
+        "model": "stock",
+        "messages": [ASKED, calls(call("count", '{"bay":4}', "abc")), answer("7", "abc")],
+        "tools": [COUNT],
+    }
     found = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
     assert found == Renderer(byte_tokenizer(TAGGED)).prompt_ids(talk.messages[:-1], talk.tools)
     assert found == prompts_of(Renderer(byte_tokenizer(TAGGED)), [talk])[0]
@@ -672,8 +784,9 @@ def test_calls_of_a_question_that_is_asked_alone_are_numbered_as_it_was_learnt(r
 def test_who_must_call_calls(server: Running, choice: Any, temperature: float) -> None:
     asked = {**PICK, "tools": [STRICT]} if choice == "required" else PICK
     for seed in range(2):
-        told = server.ask("tiny", tool_choice=choice, temperature=temperature, seed=seed, parallel_tool_calls=False,
-                          **asked).json()["choices"][0]  # fmt: skip
+        told = server.ask(
+            "tiny", tool_choice=choice, temperature=temperature, seed=seed, parallel_tool_calls=False, **asked
+        ).json()["choices"][0]
         (made,) = told["message"]["tool_calls"]
         assert told["finish_reason"] == "tool_calls" and made["function"]["name"] == "pick"
         assert json.loads(made["function"]["arguments"])["bay"] in (1, 2)
@@ -712,14 +825,18 @@ UNASKABLE: dict[str, tuple[dict[str, Any], str]] = {
     "two of a name": ({"tools": [COUNT, {**COUNT, "function": {"name": "count"}}]}, "tools[1]: a second tool of the"),
     "older names": ({"functions": [COUNT["function"]]}, "functions: the older names of tools"),
     "a schema too": ({"response_format": {"type": "json_object"}}, "response_format: an answer keeps to it, or calls"),
-    "a strict schema that is none": ({"tools": [{"type": "function", "function": {
-        "name": "x", "strict": True, "parameters": {"type": "objects"}}}]}, "tools: "),
+    "a strict schema that is none": (
+        {"tools": [{"type": "function", "function": {"name": "x", "strict": True, "parameters": {"type": "objects"}}}]},
+        "tools: ",
+    ),
     "an answer to nothing": ({"messages": [ASKED, answer("7", "x")]}, "messages[1]: the answer of a tool that answers"),
     "no answer": ({"messages": [ASKED, calls(call("count", "{}", "x")), ASKED]}, "messages[1]: a call of count that"),
-    "no arguments": ({"messages": [ASKED, calls(call("count", "{", "x")), answer("7", "x")]},
-                     "messages.1: tool_calls[0]: arguments that are no JSON object"),
+    "no arguments": (
+        {"messages": [ASKED, calls(call("count", "{", "x")), answer("7", "x")]},
+        "messages.1: tool_calls[0]: arguments that are no JSON object",
+    ),
     "the user calls": ({"messages": [{**ASKED, "tool_calls": [call("count", "{}", "x")]}]}, "messages.0: only the"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("fields", "words"), UNASKABLE.values(), ids=UNASKABLE)
@@ -828,8 +945,11 @@ def test_with_tools_an_answer_begins_without_a_thought(template: str, tmp_path: 
         return replace(tall(), tokenizer=byte_tokenizer(template))
 
     with served(tmp_path, base=base) as running:
-        for fields in ({"tools": [COUNT]}, {"tools": [COUNT], "tool_choice": "required"},
-                       {"response_format": {"type": "json_object"}}):  # fmt: skip
+        for fields in (
+            {"tools": [COUNT]},
+            {"tools": [COUNT], "tool_choice": "required"},
+            {"response_format": {"type": "json_object"}},
+        ):
             told = running.ask("tiny", messages=[ASKED], max_tokens=9, **fields).json()
             assert "reasoning_content" not in told["choices"][0]["message"]
             if "tools" in fields:
@@ -851,9 +971,12 @@ def test_a_strict_schema_that_cannot_be_kept_to_is_refused() -> None:
 
 
 NO_OBJECTS: list[dict[str, Any]] = [
-    {"type": "string"}, {"type": ["array", "null"]}, {"enum": ["x"]},
+    {"type": "string"},
+    {"type": ["array", "null"]},
+    {"enum": ["x"]},
     {"anyOf": [{"type": "null"}, {"type": "integer"}]},
-    {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}]  # fmt: skip
+    {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}},
+]
 
 
 @pytest.mark.parametrize("schema", NO_OBJECTS, ids=str)

@@ -50,9 +50,31 @@ def test_tensorboard_is_given_the_curve_and_the_scores_of_a_run(
     library: Mapping[str, str], tiny_folder: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", capitals())
-    command = [sys.executable, "-m", "lorafit", "train", str(tiny_folder), str(rows), "--out", str(tmp_path / "run"),
-               "--rank", "2", "--epochs", "1", "--validations", "1", "--dtype", "fp32", "--few-shot", "0", "--search",
-               "none", "--report-to", "tensorboard", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lorafit",
+        "train",
+        str(tiny_folder),
+        str(rows),
+        "--out",
+        str(tmp_path / "run"),
+        "--rank",
+        "2",
+        "--epochs",
+        "1",
+        "--validations",
+        "1",
+        "--dtype",
+        "fp32",
+        "--few-shot",
+        "0",
+        "--search",
+        "none",
+        "--report-to",
+        "tensorboard",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(library))
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -139,8 +161,11 @@ def test_the_shares_that_were_counted_are_handed_over_where_they_tell_how_good_a
 def test_other_programs_take_what_they_are_given(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[{name}]'")
     monkeypatch.chdir(tmp_path)
-    for variable, value in {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": str(tmp_path / "mlflow"),
-                            "TRACKIO_DIR": str(tmp_path / "trackio")}.items():  # fmt: skip
+    for variable, value in {
+        "WANDB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": str(tmp_path / "mlflow"),
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }.items():
         monkeypatch.setenv(variable, value)
     (tmp_path / "run").mkdir()
     heard = Hears()

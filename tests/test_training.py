@@ -252,8 +252,14 @@ def test_training_leaves_the_global_generator_where_it_was(tiny_base: Base) -> N
 # Stopping and going on
 
 SETTINGS = {
-    "epochs": 40.0, "batch_size": 4, "rank": 4, "dropout": 0.1, "dtype": "fp32", "patience": 99, "validations": 8,
-}  # fmt: skip
+    "epochs": 40.0,
+    "batch_size": 4,
+    "rank": 4,
+    "dropout": 0.1,
+    "dtype": "fp32",
+    "patience": 99,
+    "validations": 8,
+}
 WITHOUT_PEFT = "import sys; sys.modules['peft'] = None\n"  # spares every run the check by PEFT
 # Under nohup a hangup is ignored, and so it is by what runs there: whoever runs the tests so must not change them.
 HANGS_UP = "import signal; hasattr(signal, 'SIGHUP') and signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
@@ -288,9 +294,12 @@ class Runs:
         out = str(self.folder / name)
         command = [sys.executable, "-c", code, "train", str(self.base), str(self.data), "--out", out, *flags(), *extra]
         return subprocess.Popen(
-            [*command, *([last] if last else [])], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*command, *([last] if last else [])],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
 
     def here(self, name: str, resume: bool = False) -> str:
         run_training(str(self.base), str(self.data), self.folder / name, SETTINGS, resume=resume)
@@ -594,9 +603,13 @@ def test_decoding_is_greedy_whatever_the_base_is_used_to(tmp_path: Path) -> None
     with attach(base, random_adapter(base, uniform(base.sites, 4, 32), size=0.3)):
         plain = generate(base, renderer_for(base), prompts, 24)
         habits = GenerationConfig(
-            repetition_penalty=1.5, no_repeat_ngram_size=2, num_beams=3, do_sample=True, eos_token_id=256,
+            repetition_penalty=1.5,
+            no_repeat_ngram_size=2,
+            num_beams=3,
+            do_sample=True,
+            eos_token_id=256,
             suppress_tokens=list(range(120)),
-        )  # fmt: skip
+        )
         base.model.generation_config = habits
         assert generate(base, renderer_for(base), prompts, 24) == plain
     assert base.model.generation_config is habits

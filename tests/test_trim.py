@@ -21,8 +21,14 @@ SITES = tuple(Site(name, "linear", d_in, d_out) for name, d_in, d_out in (("a", 
 def adapter_of(plan: Plan | None = None, seed: int = 0) -> Adapter:
     plan = plan or uniform(SITES, 6, 12.0)
     g = torch.Generator().manual_seed(seed)
-    return Adapter(plan, {f"{slot.site.path}.{name}": torch.randn(shape, generator=g)
-                          for slot in plan.slots for name, shape in slot.shapes().items()})  # fmt: skip
+    return Adapter(
+        plan,
+        {
+            f"{slot.site.path}.{name}": torch.randn(shape, generator=g)
+            for slot in plan.slots
+            for name, shape in slot.shapes().items()
+        },
+    )
 
 
 def delta(adapter: Adapter, path: str) -> Tensor:
@@ -50,8 +56,10 @@ def moments_of(adapter: Adapter, n: int = 400) -> tuple[dict[str, Tensor], dict[
 def test_the_whole_is_what_it_was(weighted: str) -> None:
     adapter = adapter_of()
     _, _, moments = moments_of(adapter)
-    given = {path: Moments(m.inputs if weighted != "plain" else None, m.outputs if weighted == "both" else None)
-             for path, m in moments.items()}  # fmt: skip
+    given = {
+        path: Moments(m.inputs if weighted != "plain" else None, m.outputs if weighted == "both" else None)
+        for path, m in moments.items()
+    }
     found, _ = trimmed(adapter, 1.0, given)
     assert found.plan == adapter.plan
     for site in SITES:
@@ -153,7 +161,8 @@ def test_a_share_below_the_smallest_direction_is_refused_and_the_one_named_will_
 
 def test_an_adapter_that_does_nothing_has_nothing_to_keep() -> None:
     plan = uniform(SITES, 2, 4.0)
-    idle = Adapter(plan, {key: torch.zeros_like(t) if key.endswith("B") else t
-                          for key, t in adapter_of(plan).tensors.items()})  # fmt: skip
+    idle = Adapter(
+        plan, {key: torch.zeros_like(t) if key.endswith("B") else t for key, t in adapter_of(plan).tensors.items()}
+    )
     with pytest.raises(AdapterError, match="does nothing"):
         trimmed(idle, 0.5)

@@ -119,8 +119,16 @@ def test_trainings_on_the_same_rows_share_a_trunk_that_stays(
 
     def arm(folder: str, valid: int, trunk_in: Path | None, **given: object) -> str:
         recipe = replace(RECIPE, **given)  # type: ignore[arg-type]
-        return train(tiny_base, upper(tiny_base), rows[:12], rows[12 : 12 + valid], recipe, folder=tmp_path / folder,
-                     trunk_bytes=1 << 30, trunk_in=trunk_in).adapter.digest()  # fmt: skip
+        return train(
+            tiny_base,
+            upper(tiny_base),
+            rows[:12],
+            rows[12 : 12 + valid],
+            recipe,
+            folder=tmp_path / folder,
+            trunk_bytes=1 << 30,
+            trunk_in=trunk_in,
+        ).adapter.digest()
 
     for folder in ("a", "b", "c", "d"):
         (tmp_path / folder).mkdir()

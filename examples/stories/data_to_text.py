@@ -19,8 +19,12 @@ from scores import Scored, bleu, gain, mean, rouge_l, words
 from verbs import Story, story, table
 
 SYSTEM = "Write one or two sentences that say everything in this list about the place, and nothing else."
-ARMS = {"values": "the values, joined", "base": "base", "base_few_shot": "base, 3 examples in its prompt",
-        "adapter": "adapter"}  # fmt: skip
+ARMS = {
+    "values": "the values, joined",
+    "base": "base",
+    "base_few_shot": "base, 3 examples in its prompt",
+    "adapter": "adapter",
+}
 FIELDS = ("name", "eatType", "food", "area", "near")  # that people say as they stand there
 
 
@@ -52,8 +56,9 @@ def names_said(mr: str, answer: str) -> float:
 
 def said_of(field: str, mrs: list[str], texts: list[str]) -> str:
     """How many of the lists that have a field see its value said word for word."""
-    hits = [found.lower() in text.lower() for mr, text in zip(mrs, texts, strict=True)
-            if (found := values(mr).get(field))]  # fmt: skip
+    hits = [
+        found.lower() in text.lower() for mr, text in zip(mrs, texts, strict=True) if (found := values(mr).get(field))
+    ]
     return f"{100 * sum(hits) / len(hits):.0f}" if hits else "-"
 
 
@@ -72,29 +77,48 @@ def main(at: Story) -> None:
     said["values"] = [", ".join(values(mr).values()) for mr in mrs]
     rouge = {arm: [rouge_l(a, *known[mr]) for a, mr in zip(said[arm], mrs, strict=True)] for arm in ARMS}
     rows: list[list[object]] = [
-        [label, bleu(said[arm], [known[mr] for mr in mrs]), mean(rouge[arm], mrs),
-         mean([names_said(mr, a) for mr, a in zip(mrs, said[arm], strict=True)], mrs),
-         f"{sum(map(words, said[arm])) / len(mrs):.0f}"]
+        [
+            label,
+            bleu(said[arm], [known[mr] for mr in mrs]),
+            mean(rouge[arm], mrs),
+            mean([names_said(mr, a) for mr, a in zip(mrs, said[arm], strict=True)], mrs),
+            f"{sum(map(words, said[arm])) / len(mrs):.0f}",
+        ]
         for arm, label in ARMS.items()
-    ]  # fmt: skip
+    ]
     ahead = gain(rouge["adapter"], rouge["base_few_shot"], mrs)
     nll = evaluated.summary["nll"]
     change = Scored(nll["difference"], tuple(nll["ci95"]) if nll["ci95"] else None)
     train, took = trained.summary, trained.summary["seconds"]
     sample = answers[len(answers) // 2]
-    at.tell([trained, evaluated], "\n\n".join([
-        f"{len(mrs)} lists of the official test, none of which training has seen; intervals over lists:",
-        table(["", "BLEU", "ROUGE-L", "names said, %", "words"], rows),
-        f"Adapter over the base with examples: {ahead.signed(1)} ROUGE-L, paired. NLL of a reference, nats per token: "
-        f"{nll['base']:.3f} → {nll['adapter']:.3f}, paired difference {change.signed(3)}.",
-        "Said word for word, per cent of the lists that have the field:",
-        table(["", *FIELDS], [[label, *(said_of(field, mrs, texts) for field in FIELDS)] for label, texts in
-              (("adapter", said["adapter"]), ("people, one sentence each", [one["reference"] for one in answers]))]),
-        f"Training: {train['n_train']} sentences, {train['steps']} steps, {train['trainable_parameters']:,} parameters"
-        f", {took['train']:.0f} s. Base unchanged: {'yes' if evaluated.summary['base_unchanged'] else 'NO'}.",
-        f"```text\n{sample['question']}\nbase:     {sample['base']}\nexamples: {sample['base_few_shot']}\n"
-        f"adapter:  {sample['adapter']}\n```",
-    ]))  # fmt: skip
+    at.tell(
+        [trained, evaluated],
+        "\n\n".join(
+            [
+                f"{len(mrs)} lists of the official test, none of which training has seen; intervals over lists:",
+                table(["", "BLEU", "ROUGE-L", "names said, %", "words"], rows),
+                f"Adapter over the base with examples: {ahead.signed(1)} ROUGE-L, paired. NLL of "
+                "a reference, nats per token: "
+                f"{nll['base']:.3f} → {nll['adapter']:.3f}, paired difference {change.signed(3)}.",
+                "Said word for word, per cent of the lists that have the field:",
+                table(
+                    ["", *FIELDS],
+                    [
+                        [label, *(said_of(field, mrs, texts) for field in FIELDS)]
+                        for label, texts in (
+                            ("adapter", said["adapter"]),
+                            ("people, one sentence each", [one["reference"] for one in answers]),
+                        )
+                    ],
+                ),
+                f"Training: {train['n_train']} sentences, {train['steps']} steps, "
+                f"{train['trainable_parameters']:,} parameters"
+                f", {took['train']:.0f} s. Base unchanged: {'yes' if evaluated.summary['base_unchanged'] else 'NO'}.",
+                f"```text\n{sample['question']}\nbase:     {sample['base']}\nexamples: {sample['base_few_shot']}\n"
+                f"adapter:  {sample['adapter']}\n```",
+            ]
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -82,8 +82,14 @@ def main(at: Story) -> None:
         seen = {one["completion"] for one in sides[False]}
         near = nearest(sides[False], [one["question"] for one in lines])
         for one, known in zip(lines, near, strict=True):
-            asked.append({**one, "first": first_sentence(one["question"]), "nearest": known["completion"],
-                          "seen": one["reference"] in seen})  # fmt: skip
+            asked.append(
+                {
+                    **one,
+                    "first": first_sentence(one["question"]),
+                    "nearest": known["completion"],
+                    "seen": one["reference"] in seen,
+                }
+            )
     stages.append(at.report(*(f"run{k}" for k in range(FOLDS))))
     at.tell(stages, told(asked, stages))
 
@@ -98,12 +104,23 @@ def told(asked: Sequence[dict[str, Any]], stages: Sequence[Stage]) -> str:
 
     def row(arm: str) -> list[object]:
         documents = [one["group"] for one in asked]
-        near = [mean(scores(asked, arm, rouge_l), documents), mean(scores(asked, arm, rouge_1), documents),
-                mean(scores(unseen, arm, rouge_l), [one["group"] for one in unseen])]  # fmt: skip
-        form = (fmean(words(one[arm]) for one in asked), fmean(grade(one[arm]) for one in asked),
-                fmean(share_from(one[arm], one["question"]) for one in asked))  # fmt: skip
-        return [ARMS[arm], *(["", "", ""] if arm == "reference" else near), f"{form[0]:.0f}",
-                f"{form[1]:.1f}", f"{form[2]:.0f}"]  # fmt: skip
+        near = [
+            mean(scores(asked, arm, rouge_l), documents),
+            mean(scores(asked, arm, rouge_1), documents),
+            mean(scores(unseen, arm, rouge_l), [one["group"] for one in unseen]),
+        ]
+        form = (
+            fmean(words(one[arm]) for one in asked),
+            fmean(grade(one[arm]) for one in asked),
+            fmean(share_from(one[arm], one["question"]) for one in asked),
+        )
+        return [
+            ARMS[arm],
+            *(["", "", ""] if arm == "reference" else near),
+            f"{form[0]:.0f}",
+            f"{form[1]:.1f}",
+            f"{form[2]:.0f}",
+        ]
 
     def ahead(lines: Sequence[dict[str, Any]], arm: str) -> str:
         groups = [one["group"] for one in lines]
@@ -117,21 +134,28 @@ def told(asked: Sequence[dict[str, Any]], stages: Sequence[Stage]) -> str:
     one = unseen[len(unseen) // 2]
     unchanged = all(stage.summary["base_unchanged"] for stage in (*trained, *evaluated))
     seconds = sum(stage.summary["seconds"]["train"] for stage in trained)
-    return "\n\n".join([
-        f"{len(asked)} clauses of {len({one['group'] for one in asked})} documents, each answered by an adapter that "
-        f"has not seen its document; {len(unseen)} of their summaries occur nowhere in that adapter's training. "
-        "Intervals over documents.",
-        table(["", "ROUGE-L", "ROUGE-1", "ROUGE-L, unseen summaries", "words", "grade", "words from the clause, %"],
-              [row(arm) for arm in ARMS]),
-        "The adapter's gain in ROUGE-L, paired:",
-        table(["over", "all", "unseen summaries"],
-              [[ARMS[arm], ahead(asked, arm), ahead(unseen, arm)] for arm in (*MODELLESS, *BASES)]),
-        "NLL of the summaries in each fold, base → adapter, paired difference: " + "; ".join(nlls) + ".",
-        f"Training: {trained[0].summary['steps']} steps a fold, {seconds:.0f} s in all. Base unchanged: "
-        f"{'yes' if unchanged else 'NO'}.",
-        f"```text\nclause:   {one['question']}\nwanted:   {one['reference']}\n"
-        f"examples: {one['base_few_shot']}\nadapter:  {one['adapter']}\n```",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"{len(asked)} clauses of {len({one['group'] for one in asked})} documents, each "
+            "answered by an adapter that "
+            f"has not seen its document; {len(unseen)} of their summaries occur nowhere in that adapter's training. "
+            "Intervals over documents.",
+            table(
+                ["", "ROUGE-L", "ROUGE-1", "ROUGE-L, unseen summaries", "words", "grade", "words from the clause, %"],
+                [row(arm) for arm in ARMS],
+            ),
+            "The adapter's gain in ROUGE-L, paired:",
+            table(
+                ["over", "all", "unseen summaries"],
+                [[ARMS[arm], ahead(asked, arm), ahead(unseen, arm)] for arm in (*MODELLESS, *BASES)],
+            ),
+            "NLL of the summaries in each fold, base → adapter, paired difference: " + "; ".join(nlls) + ".",
+            f"Training: {trained[0].summary['steps']} steps a fold, {seconds:.0f} s in all. Base unchanged: "
+            f"{'yes' if unchanged else 'NO'}.",
+            f"```text\nclause:   {one['question']}\nwanted:   {one['reference']}\n"
+            f"examples: {one['base_few_shot']}\nadapter:  {one['adapter']}\n```",
+        ]
+    )
 
 
 if __name__ == "__main__":

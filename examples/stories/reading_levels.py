@@ -30,8 +30,13 @@ ALIGNED = {"ADV-ELE": (2, 0), "ADV-INT": (2, 1), "ELE-INT": (0, 1)}
 MOST_ALIKE = 0.75  # of their words; pairs that share more are left out: there is too little to change
 PIECE = 4  # sentences a level is recognised by in training
 
-WRITERS = {"the sentence given": "source", "what people wrote": "reference", "base": "base",
-           "base, 3 examples": "examples", "the level's adapter": None}  # fmt: skip
+WRITERS = {
+    "the sentence given": "source",
+    "what people wrote": "reference",
+    "base": "base",
+    "base, 3 examples": "examples",
+    "the level's adapter": None,
+}
 
 Rows = list[dict[str, str]]
 Asked = Sequence[Mapping[str, Any]]  # each held-out pair with all answers to it
@@ -96,9 +101,13 @@ def recogniser(sentences: dict[tuple[str, str], list[str]], articles: set[str]) 
             texts += pieces
             levels += [level] * len(pieces)
     measured = make_pipeline(FunctionTransformer(measures), StandardScaler())
-    features = FeatureUnion([("words", TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)),
-                             ("letters", TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), min_df=3)),
-                             ("measures", measured)])  # fmt: skip
+    features = FeatureUnion(
+        [
+            ("words", TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)),
+            ("letters", TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), min_df=3)),
+            ("measures", measured),
+        ]
+    )
     return make_pipeline(features, LogisticRegression(max_iter=3000, C=10.0)).fit(texts, levels)
 
 
@@ -150,10 +159,17 @@ def main(at: Story) -> None:
                 other[3:]: (two, "adapter"),
                 third[3:]: (two, "base"),
             }
-            asked.append({"level": level, "article": one["group"], "source": one["question"],
-                          "reference": one["reference"], "examples": one["base_few_shot"],
-                          "nll": {name: line["nll"][key] for name, (line, key) in who.items()},
-                          **{name: line[key] for name, (line, key) in who.items()}})  # fmt: skip
+            asked.append(
+                {
+                    "level": level,
+                    "article": one["group"],
+                    "source": one["question"],
+                    "reference": one["reference"],
+                    "examples": one["base_few_shot"],
+                    "nll": {name: line["nll"][key] for name, (line, key) in who.items()},
+                    **{name: line[key] for name, (line, key) in who.items()},
+                }
+            )
     stages.append(at.report(*(f"to-{level}" for level in LEVELS)))
     at.tell(stages, told(asked, recogniser(sentences, train), trained))
 
@@ -174,29 +190,35 @@ def told(asked: Asked, model: Any, trained: Sequence[Stage]) -> str:
 
     seconds = " + ".join(f"{stage.summary['seconds']['train']:.0f}" for stage in trained)
     articles = {one["article"] for one in asked}
-    return "\n\n".join([
-        f"{len(asked)} pairs of {len(articles)} articles that training has not seen; intervals over articles. "
-        "NLL of what people wrote at a level, nats per token, and how much worse than the level's own adapter (bold), "
-        "paired:",
-        nll_matrix(of),
-        f"The level of the texts, those of one article taken together. The recogniser is right for {right:.0f} % of "
-        f"the {len(true)} texts people wrote for articles it has not seen (by chance 33 %):",
-        recognised(asked, of, model),
-        "Grade over that of the sentences given, on the pairs that end in a level, paired:",
-        steps(of),
-        "To the same sentences, the grade of the advanced adapter's answers over the elementary one's is "
-        f"{apart.signed(1)}.",
-        "How near the answers are to what people wrote:",
-        nearness(of),
-        f"Training: {each('n_train')} pairs, {each('steps')} steps, "
-        f"{trained[0].summary['trainable_parameters']:,} parameters each, {seconds} s. "
-        f"One base, {'the same' if len(same) == 1 else 'NOT the same'} in all three runs (SHA-256 "
-        f"{sorted(same)[0][:16]}…); unchanged after each: {'yes' if unchanged else 'NO'}.",
-        f"To {100 * len(differ) / len(asked):.0f} % of the sentences base and adapters give four different answers; "
-        "one of them:",
-        f"```text\ngiven:         {shown['source']}\n"
-        + "\n".join(f"{level + ':':<14} {shown[level]}" for level in LEVELS) + "\n```",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"{len(asked)} pairs of {len(articles)} articles that training has not seen; intervals over articles. "
+            "NLL of what people wrote at a level, nats per token, and how much worse than "
+            "the level's own adapter (bold), "
+            "paired:",
+            nll_matrix(of),
+            "The level of the texts, those of one article taken together. The recogniser is "
+            f"right for {right:.0f} % of "
+            f"the {len(true)} texts people wrote for articles it has not seen (by chance 33 %):",
+            recognised(asked, of, model),
+            "Grade over that of the sentences given, on the pairs that end in a level, paired:",
+            steps(of),
+            "To the same sentences, the grade of the advanced adapter's answers over the elementary one's is "
+            f"{apart.signed(1)}.",
+            "How near the answers are to what people wrote:",
+            nearness(of),
+            f"Training: {each('n_train')} pairs, {each('steps')} steps, "
+            f"{trained[0].summary['trainable_parameters']:,} parameters each, {seconds} s. "
+            f"One base, {'the same' if len(same) == 1 else 'NOT the same'} in all three runs (SHA-256 "
+            f"{sorted(same)[0][:16]}…); unchanged after each: {'yes' if unchanged else 'NO'}.",
+            f"To {100 * len(differ) / len(asked):.0f} % of the sentences base and adapters "
+            "give four different answers; "
+            "one of them:",
+            f"```text\ngiven:         {shown['source']}\n"
+            + "\n".join(f"{level + ':':<14} {shown[level]}" for level in LEVELS)
+            + "\n```",
+        ]
+    )
 
 
 def nll_matrix(of: Mapping[str, Asked]) -> str:
@@ -208,8 +230,10 @@ def nll_matrix(of: Mapping[str, Asked]) -> str:
             return f"**{np.mean(own):.3f}**"
         return f"{np.mean(found):.3f}: " + gain(found, own, [one["article"] for one in of[level]]).signed(3)
 
-    rows = [[f"adapter, {who}" if who in LEVELS else who, *(cell(who, level) for level in LEVELS)]
-            for who in ("base", *LEVELS)]  # fmt: skip
+    rows = [
+        [f"adapter, {who}" if who in LEVELS else who, *(cell(who, level) for level in LEVELS)]
+        for who in ("base", *LEVELS)
+    ]
     return table(["", *(f"{level} texts" for level in LEVELS)], rows)
 
 
@@ -233,8 +257,14 @@ def steps(of: Mapping[str, Asked]) -> str:
     def moved(who: str, level: str) -> str:
         return gain(grades(of[level], who), grades(of[level], "source"), None).signed(1)
 
-    return table(["", *LEVELS], [[label, *(moved(who or level, level) for level in LEVELS)]
-                                 for label, who in WRITERS.items() if who != "source"])  # fmt: skip
+    return table(
+        ["", *LEVELS],
+        [
+            [label, *(moved(who or level, level) for level in LEVELS)]
+            for label, who in WRITERS.items()
+            if who != "source"
+        ],
+    )
 
 
 def nearness(of: Mapping[str, Asked]) -> str:
@@ -247,8 +277,14 @@ def nearness(of: Mapping[str, Asked]) -> str:
             texts = [one[who or level] for one in some]
             copied = [tokens(text) == tokens(one["source"]) for text, one in zip(texts, some, strict=True)]
             like = [rouge_l(text, one["reference"]) for text, one in zip(texts, some, strict=True)]
-            rows.append([f"{level}: {label}", mean(like, [one["article"] for one in some]),
-                         f"{100 * np.mean(copied):.0f}", f"{np.mean([*map(words, texts)]):.0f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{level}: {label}",
+                    mean(like, [one["article"] for one in some]),
+                    f"{100 * np.mean(copied):.0f}",
+                    f"{np.mean([*map(words, texts)]):.0f}",
+                ]
+            )
     return table(["", "ROUGE-L", "copied, %", "words"], rows)
 
 

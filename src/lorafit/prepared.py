@@ -61,13 +61,17 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
     """Read, check, describe; make sure that what is held out is, and complete the splits."""
     examples = read_examples(data, settings.columns or (), settings.skip_bad)
     if all(examples.by_name().values()) and settings.val_share != TrainSettings().val_share:
-        raise SettingsError(f"--val-share {settings.val_share}: does nothing, for {data} brings train, valid and test "
-                            "of its own: leave it out")  # fmt: skip
+        raise SettingsError(
+            f"--val-share {settings.val_share}: does nothing, for {data} brings train, valid and test "
+            "of its own: leave it out"
+        )
     for problem in examples.skipped:
         listener.say(f"left out: {problem}")
     if examples.unread:
-        listener.say(f"not read: {', '.join(examples.unread)}: of a folder are read its files called train, valid and "
-                     "test, or else its texts, or else the folders of texts in it")  # fmt: skip
+        listener.say(
+            f"not read: {', '.join(examples.unread)}: of a folder are read its files called train, valid and "
+            "test, or else its texts, or else the folders of texts in it"
+        )
     for note in examples.notes:
         listener.say(note)
     different: list[int] = []
@@ -112,12 +116,15 @@ def sifted(examples: Examples, check: Callable[[Examples], None], skip_bad: bool
 def require_passing(examples: Examples) -> None:
     """Raise DataError naming every example whose own answer does not pass its check: no answer to it could count."""
     problems = [
-        Problem(f"{example.where}: check", f"its own answer does not pass it{_numbers_read(example)}",
-                "correct the answer, or what the check asks of it")
+        Problem(
+            f"{example.where}: check",
+            f"its own answer does not pass it{_numbers_read(example)}",
+            "correct the answer, or what the check asks of it",
+        )
         for split in examples.by_name().values()
         for example in split
         if example.check is not None and not is_right(example.answer, example.check)
-    ]  # fmt: skip
+    ]
     if problems:
         raise DataError(problems)
 

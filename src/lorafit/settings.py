@@ -21,8 +21,14 @@ from lorafit.errors import SettingsError
 from lorafit.variants import NAMES
 
 BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
-KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
-         "string": "text", "tuple": "a list"}  # fmt: skip
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+}
 BY_RULE = {
     "targets",
     "rank",
@@ -51,22 +57,28 @@ class TrainSettings(BaseModel):
     learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None
     search: Annotated[
         Literal["none", "fast", "thorough"],
-        Field(description="Short runs before the run, compared on validation: fast tries learning rates, for about "
-              "half of the run's time at most; thorough also where to adapt, and the rank."),
-    ] = "fast"  # fmt: skip
+        Field(
+            description="Short runs before the run, compared on validation: fast tries learning rates, for about "
+            "half of the run's time at most; thorough also where to adapt, and the rank."
+        ),
+    ] = "fast"
     trim: Annotated[
         Literal["auto", "none"],
-        Field(description="After training: the smallest adapter that on validation gives up less than 0.5 % of what "
-              "training gained, and no right answers (auto), or all of it."),
-    ] = "auto"  # fmt: skip
+        Field(
+            description="After training: the smallest adapter that on validation gives up less than 0.5 % of what "
+            "training gained, and no right answers (auto), or all of it."
+        ),
+    ] = "auto"
     rounds: Annotated[
         int, Field(ge=0, description="Rounds of lorafit refine at most, before the test is opened; it stops by itself.")
     ] = 0
     general: Annotated[
         str | None,
-        Field(description="A text file in whose NLL forgetting is measured, beside a few built-in pages.",
-              examples=["letters.txt"]),
-    ] = None  # fmt: skip
+        Field(
+            description="A text file in whose NLL forgetting is measured, beside a few built-in pages.",
+            examples=["letters.txt"],
+        ),
+    ] = None
     epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.", examples=[2])] = None
     batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.", examples=[8])] = None
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
@@ -88,14 +100,18 @@ class TrainSettings(BaseModel):
     skip_bad: Annotated[bool, Field(description="Leave out rows that cannot be used, and name them.")] = False
     system: Annotated[
         str | None,
-        Field(description="System prompt for conversations that bring none; \"\": none, whatever the data call for.",
-              examples=["You answer for ..."]),
-    ] = None  # fmt: skip
+        Field(
+            description='System prompt for conversations that bring none; "": none, whatever the data call for.',
+            examples=["You answer for ..."],
+        ),
+    ] = None
     template: Annotated[
         tuple[str, ...] | None,
-        Field(description="Settings of the base's chat template: NAME=VALUE. Once for each; the adapter keeps them.",
-              examples=[["enable_thinking=false"]]),
-    ] = None  # fmt: skip
+        Field(
+            description="Settings of the base's chat template: NAME=VALUE. Once for each; the adapter keeps them.",
+            examples=[["enable_thinking=false"]],
+        ),
+    ] = None
     val_share: Annotated[
         float, Field(gt=0, lt=0.5, description="Share for validation, and for test, of a single file.")
     ] = 0.1
@@ -111,17 +127,22 @@ class TrainSettings(BaseModel):
     ] = 4.0
     memory: Annotated[
         str | None,
-        Field(description="Most that the process may hold in a whole run, such as 4GB or 500MB (of the GPU, where "
-              "there is one).", examples=["4GB"]),
-    ] = None  # fmt: skip
+        Field(
+            description="Most that the process may hold in a whole run, such as 4GB or 500MB (of the GPU, where "
+            "there is one).",
+            examples=["4GB"],
+        ),
+    ] = None
     routing_questions: Annotated[
         int, Field(ge=0, description="Questions of which the adapter keeps hidden states, for a router; 0: none.")
     ] = 512
     report_to: Annotated[
         Literal["none", "tensorboard", "trackio", "wandb", "mlflow"],
-        Field(description="A tracking program that is given curves and scores too, by its own library (the extra of "
-              "its name)."),
-    ] = "none"  # fmt: skip
+        Field(
+            description="A tracking program that is given curves and scores too, by its own library (the extra of "
+            "its name)."
+        ),
+    ] = "none"
     seed: Annotated[
         int,
         Field(
@@ -235,8 +256,10 @@ def read_run_file(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise SettingsError(f"{path}: saved as UTF-16, as PowerShell's > does: save it as UTF-8 "
-                                "(lorafit settings | Out-File -Encoding utf8 FILE)")  # fmt: skip
+            raise SettingsError(
+                f"{path}: saved as UTF-16, as PowerShell's > does: save it as UTF-8 "
+                "(lorafit settings | Out-File -Encoding utf8 FILE)"
+            )
         text = content.decode("utf-8-sig")
         written = tomllib.loads(text)
     except FileNotFoundError as error:
@@ -252,8 +275,9 @@ def read_run_file(path: Path) -> dict[str, Any]:
     try:
         given = RunFile.model_validate_json(json.dumps(found, default=str), strict=True).model_dump(exclude_unset=True)
     except ValidationError as error:
-        wrong = [_told(f"{path}:{_line_of(str(each['loc'][0]), text)}: {each['loc'][0]}", each)
-                 for each in error.errors()]  # fmt: skip
+        wrong = [
+            _told(f"{path}:{_line_of(str(each['loc'][0]), text)}: {each['loc'][0]}", each) for each in error.errors()
+        ]
         raise SettingsError("\n".join(wrong)) from error
     beside = {
         name: str(path.parent / Path(given[name]).expanduser()) for name in ("base", "data", "out") if given.get(name)
@@ -284,16 +308,23 @@ def _told(where: str, found: Mapping[str, Any]) -> str:
         return f"{given}: {found['ctx']['error']}"
     if kind == "literal_error":
         return f"{given}: unknown: choose {found['ctx']['expected'].replace(chr(39), '')}"
-    limits = [text.format(value) for rule in RunFile.model_fields[name].metadata
-              for key, text in BOUNDS.items() if (value := getattr(rule, key, None)) is not None]  # fmt: skip
+    limits = [
+        text.format(value)
+        for rule in RunFile.model_fields[name].metadata
+        for key, text in BOUNDS.items()
+        if (value := getattr(rule, key, None)) is not None
+    ]
     wanted = KINDS.get(kind.partition("_")[0], "")
     return f"{given}: {'out of range' if not wanted else f'not {wanted}'}: choose {' and '.join(limits) or wanted}"
 
 
 def template() -> str:
     """A TOML file that sets nothing: every setting with its default and what it means, commented out."""
-    lines = ["# Take the # away from what you want to set. Flags beat this file: lorafit train -c FILE",
-             "# Paths (base, data, out) count from the folder of this file.", ""]  # fmt: skip
+    lines = [
+        "# Take the # away from what you want to set. Flags beat this file: lorafit train -c FILE",
+        "# Paths (base, data, out) count from the folder of this file.",
+        "",
+    ]
     for name, field in (*_first(), *TrainSettings.model_fields.items()):
         value = (field.examples or [None])[0] if field.default is None else field.default
         note = " By rule where nothing is set." if name in BY_RULE else ""

@@ -62,8 +62,11 @@ class Adapter:
                 problems.append(f"not finite numbers: {key}")
         if problems:
             shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
-            raise AdapterError(f"tensors and plan do not match ({len(problems)})\n  " + "\n  ".join(shown)
-                               + "\nrestore the adapter, or make it from the plan with fresh()")  # fmt: skip
+            raise AdapterError(
+                f"tensors and plan do not match ({len(problems)})\n  "
+                + "\n  ".join(shown)
+                + "\nrestore the adapter, or make it from the plan with fresh()"
+            )
         copies = {key: self.tensors[key].detach().to("cpu", torch.float32, copy=True).contiguous() for key in expected}
         object.__setattr__(self, "tensors", MappingProxyType(copies))
 

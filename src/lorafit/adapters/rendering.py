@@ -36,10 +36,17 @@ class Rendering:
 
     def to_json(self) -> dict[str, Any]:
         """Without what says nothing, so that earlier versions read it where nothing is said that they lack."""
-        told = {"now": self.now, "settings": dict(self.settings), "reasoning": None if self.reasoning else False,
-                "single": self.single or None}  # fmt: skip
-        return {"template_hash": self.template_hash, "system": self.system,
-                **{name: value for name, value in told.items() if value not in (None, {})}}  # fmt: skip
+        told = {
+            "now": self.now,
+            "settings": dict(self.settings),
+            "reasoning": None if self.reasoning else False,
+            "single": self.single or None,
+        }
+        return {
+            "template_hash": self.template_hash,
+            "system": self.system,
+            **{name: value for name, value in told.items() if value not in (None, {})},
+        }
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Rendering:

@@ -108,7 +108,7 @@ def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tenso
 
 def _changed(
     number: int, original: Callable[..., Tensor], change: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
-) -> Callable[..., Tensor]:  # fmt: skip
+) -> Callable[..., Tensor]:
     def forward(*given: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*given, *named.values())
         return change(number, x, original)

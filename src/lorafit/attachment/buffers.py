@@ -46,5 +46,7 @@ def _on_copies(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
             module._buffers.update(own.pop())
 
     unseen: Callable[[Callable[..., None]], Any] = torch.compiler.disable  # a compiler need not understand them
-    return (module.register_forward_pre_hook(unseen(lend), prepend=True),
-            module.register_forward_hook(unseen(take_back), always_call=True))  # fmt: skip
+    return (
+        module.register_forward_pre_hook(unseen(lend), prepend=True),
+        module.register_forward_hook(unseen(take_back), always_call=True),
+    )

@@ -54,8 +54,11 @@ def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
             problems.append(f"{site.path}: {d_in} → {d_out} in the base, {site.d_in} → {site.d_out} in the adapter")
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown)
-                           + "\nopen the base it was trained on")  # fmt: skip
+        raise AdapterError(
+            f"{len(problems)} slots do not land on '{base.name}'\n  "
+            + "\n  ".join(shown)
+            + "\nopen the base it was trained on"
+        )
     return modules
 
 

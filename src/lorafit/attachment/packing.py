@@ -77,10 +77,17 @@ class Segments:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, segments: Segments | None = None,
-    sliding_window: int | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """Causal attention within each row of a pack, in the form transformers calls it.
 
     query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). attention_mask: as `window`
@@ -138,8 +145,9 @@ def _of_group(group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, windo
     narrow = window is not None and window < width
     if width > SHORT:
         mask = _mask(width, window, q.device).to(q.dtype) if narrow else None
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale,
-                                             enable_gqa=heads != k.shape[1])  # fmt: skip
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=heads != k.shape[1]
+        )
     else:  # the heads that share keys and values stand below each other: nothing is repeated
         kept = k.shape[1]
         flat = q.reshape(count * kept, -1, depth), k.reshape(-1, width, depth), v.reshape(-1, width, v.shape[-1])

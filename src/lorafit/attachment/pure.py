@@ -32,8 +32,10 @@ def served(base: Base, adapter: Adapter) -> dict[int, Served]:
     modules = landing_of(base, adapter.plan)
     numbers = {site.path: number for number, site in enumerate(base.sites)}
     if others := [slot.site.path for slot in adapter.plan.slots if not slot.is_product]:
-        raise AdapterError(f"{', '.join(others)}: an adapter of such a layer is not served to many at once: attach it, "
-                           "or merge it into its base")  # fmt: skip
+        raise AdapterError(
+            f"{', '.join(others)}: an adapter of such a layer is not served to many at once: attach it, "
+            "or merge it into its base"
+        )
     factors = adapter.factors(torch.float32, base.device)
     made = {}
     for slot in adapter.plan.slots:
@@ -52,8 +54,11 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
     require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)
-    shared = [f"{slot.site.path} (with {', '.join(tied)})" for slot in adapter.plan.slots
-              if (tied := base.tied(slot.site.path))]  # fmt: skip
+    shared = [
+        f"{slot.site.path} (with {', '.join(tied)})"
+        for slot in adapter.plan.slots
+        if (tied := base.tied(slot.site.path))
+    ]
     if shared:
         raise AdapterError(
             f"cannot be merged, for its weight is shared with another module: {'; '.join(shared)}: keep the adapter "

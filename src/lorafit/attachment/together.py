@@ -62,9 +62,12 @@ class Shared:
         group = self._groups[place]
         self._kept = None  # what a forward that broke off has left
         first, *others = together(
-            x, [one.original for one in group], [one.layer for one in group],
-            [factors[one.slot.site.path] for one in group], [one.slot.scaling for one in group],
-        )  # fmt: skip
+            x,
+            [one.original for one in group],
+            [one.layer for one in group],
+            [factors[one.slot.site.path] for one in group],
+            [one.slot.scaling for one in group],
+        )
         made = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())
         self._kept = (made, dict(zip(group[1:], others, strict=True)))
         return first

@@ -66,7 +66,7 @@ def _behind(output: Tensor) -> set[Node]:
 @contextmanager
 def observing(
     base: Base, paths: Iterable[str], keep: Callable[[str, Tensor], T], see: Callable[[str, T, Tensor], None]
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """Watch these sites in every forward and backward inside. Goes inside `attach`. A site that is run without gradient
     is not seen.
 

@@ -172,8 +172,10 @@ def open_base(
     base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as))
     if {site.path for site in base.sites} <= base.head_paths():
         kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
-        raise BaseError(f"'{known_as}': no layer of its blocks is of a kind that can be adapted (its weights are in "
-                        f"{kinds}): choose another base")  # fmt: skip
+        raise BaseError(
+            f"'{known_as}': no layer of its blocks is of a kind that can be adapted (its weights are in "
+            f"{kinds}): choose another base"
+        )
     return base
 
 
@@ -228,24 +230,35 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, device_map=_device_map(),
-        )  # fmt: skip
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map=_device_map(),
+        )
     except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
         raise BaseError(
             f"{folder}: transformers cannot open it ({error}): copy it again, or try another base"
         ) from error
     model: PreTrainedModel = opened[0]
     info: dict[str, Any] = opened[1]
-    wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
-             for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(kind)]  # fmt: skip
+    wrong = [
+        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
+        if info.get(kind)
+    ]
     if wrong:
         saved, causal = classes(folder)
         if saved not in (causal, model.config.model_type):
-            raise BaseError(f"{folder}: holds {saved}, whose weights are not those of {causal}: name the folder of a "
-                            "causal language model")  # fmt: skip
-        raise BaseError(f"{folder}: weights and config do not belong together: " + "; ".join(wrong)
-                        + ": copy both from one place")  # fmt: skip
+            raise BaseError(
+                f"{folder}: holds {saved}, whose weights are not those of {causal}: name the folder of a "
+                "causal language model"
+            )
+        raise BaseError(
+            f"{folder}: weights and config do not belong together: " + "; ".join(wrong) + ": copy both from one place"
+        )
     _require_rows(folder, model, tokenizer)
     _require_numbers(model, str(folder))
     model.eval()
@@ -279,8 +292,9 @@ def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
     those that its template writes."""
     rows, added = _rows_of(model), tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special}
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items()
-                    if rows is not None and i >= rows and i not in special)  # fmt: skip
+    beyond = sorted(
+        (i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows and i not in special
+    )
     if beyond:
         some = ", ".join(f"{token!r} is {i}" for i, token in beyond[:3]) + (" ..." if len(beyond) > 3 else "")
         raise BaseError(
@@ -294,8 +308,10 @@ def _require_numbers(model: nn.Module, name: str) -> None:
     """Raise BaseError where a weight is no matrix of numbers, but codes that its module unpacks as it computes."""
     coded = [f"{path}.{own}".lstrip(".") for path, module in model.named_modules() for own in _codes(module)]
     if coded:
-        raise BaseError(f"'{name}': {len(coded)} of its weights are quantised, such as {coded[0]}, and such weights "
-                        "are not read yet: open the 16-bit model they were made from")  # fmt: skip
+        raise BaseError(
+            f"'{name}': {len(coded)} of its weights are quantised, such as {coded[0]}, and such weights "
+            "are not read yet: open the 16-bit model they were made from"
+        )
 
 
 def _codes(module: nn.Module) -> list[str]:
@@ -311,8 +327,11 @@ def _codes(module: nn.Module) -> list[str]:
     held = [*parameters.values(), *buffers.values()]
     is_layer = not module._modules and any(one.is_floating_point() for one in held)
     if is_layer and all(_is_coded(one) for one in parameters.values() if one.ndim > 1):
-        found += [name for name, one in buffers.items()
-                  if _is_coded(one) and one.dtype != torch.bool and one.element_size() <= 4]  # fmt: skip
+        found += [
+            name
+            for name, one in buffers.items()
+            if _is_coded(one) and one.dtype != torch.bool and one.element_size() <= 4
+        ]
     # What torch's own quantised layers hold is an object of its own.
     return [*dict.fromkeys(found), *(name for name, one in vars(module).items() if type(one) is torch.ScriptObject)]
 

@@ -14,8 +14,12 @@ from lorafit.files import read_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 QUANTISED = (  # files that are only there where weights are codes: of ModelOpt, AutoGPTQ, AutoAWQ, AutoRound and quanto
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json", "quanto_qmap.json",
-)  # fmt: skip
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "quanto_qmap.json",
+)
 _HOW = ("quantization_config", "quantization", "compression_config")  # as transformers, MLX and sparseml call it
 # Models of pictures and text whose text part transformers opens by itself.
 _TEXT_OPENS = frozenset(f"{one}ForConditionalGeneration" for one in ("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"))
@@ -26,13 +30,23 @@ def check(folder: Path, *, weights: bool = True) -> None:
     """Raise BaseError listing all that is missing from, or not allowed in, a model folder; of a model of another kind
     that alone, for nothing that is missing from it matters then."""
     if other := _other_kind(folder):
-        raise BaseError(f"{folder}: holds {other}, which is no causal language model: name the folder of one, which "
-                        "writes from left to right; lorafit bases lists some")  # fmt: skip
-    problems = [*_config(folder), *_code(folder), *_quantised(folder), *_tokenizer(folder),
-                *(_weights(folder) if weights else [])]  # fmt: skip
+        raise BaseError(
+            f"{folder}: holds {other}, which is no causal language model: name the folder of one, which "
+            "writes from left to right; lorafit bases lists some"
+        )
+    problems = [
+        *_config(folder),
+        *_code(folder),
+        *_quantised(folder),
+        *_tokenizer(folder),
+        *(_weights(folder) if weights else []),
+    ]
     if problems:
-        raise BaseError(f"{folder}: cannot be used as a base\n  " + "\n  ".join(problems)
-                        + "\nname the folder of a whole model; lorafit bases lists some")  # fmt: skip
+        raise BaseError(
+            f"{folder}: cannot be used as a base\n  "
+            + "\n  ".join(problems)
+            + "\nname the folder of a whole model; lorafit bases lists some"
+        )
 
 
 def is_refused(folder: Path) -> bool:
@@ -99,8 +113,11 @@ def _classes_of_other_tasks() -> set[str]:
 
 def _code(folder: Path) -> list[str]:
     """Files that name code of their own."""
-    return [f"{name} names code of its own (auto_map), which is never run: use a model that transformers knows by "
-            "itself" for name in _MAY_NAME_CODE if _described(folder / name).get("auto_map")]  # fmt: skip
+    return [
+        f"{name} names code of its own (auto_map), which is never run: use a model that transformers knows by itself"
+        for name in _MAY_NAME_CODE
+        if _described(folder / name).get("auto_map")
+    ]
 
 
 def _quantised(folder: Path) -> list[str]:
@@ -113,8 +130,10 @@ def _quantised(folder: Path) -> list[str]:
             found = described, name
         if found is not None:
             said, where = found
-            return [f"its weights are quantised{_method(said)} ({where}), and such weights are not read yet: use the "
-                    "16-bit model they were made from, or a GGUF file of it"]  # fmt: skip
+            return [
+                f"its weights are quantised{_method(said)} ({where}), and such weights are not read yet: use the "
+                "16-bit model they were made from, or a GGUF file of it"
+            ]
     return []
 
 

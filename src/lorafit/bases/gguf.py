@@ -103,8 +103,10 @@ def remove(name: str) -> list[Path]:
     gone = [folder for folder, known_as in copies().items() if name in {known_as, f"{known_as}.gguf", folder.name}]
     gone += [folder for folder in remains() if folder.name == name]
     if not gone:
-        raise BaseError(f"'{name}': there is no converted copy of this name in {cache_folder()}: lorafit bases lists "
-                        "those there are; what the hub's cache holds is removed with: hf cache rm")  # fmt: skip
+        raise BaseError(
+            f"'{name}': there is no converted copy of this name in {cache_folder()}: lorafit bases lists "
+            "those there are; what the hub's cache holds is removed with: hf cache rm"
+        )
     for folder in gone:
         shutil.rmtree(folder)
     return gone
@@ -119,8 +121,10 @@ def name_of(folder: Path) -> str | None:
     except (FormatError, KeyError, TypeError):
         name = None
     if not isinstance(name, str) or not name:
-        raise BaseError(f"{folder}: {OURS} in it is damaged: remove the folder, it is made anew from its GGUF file: "
-                        f"lorafit bases --remove {folder.name}")  # fmt: skip
+        raise BaseError(
+            f"{folder}: {OURS} in it is damaged: remove the folder, it is made anew from its GGUF file: "
+            f"lorafit bases --remove {folder.name}"
+        )
     return name
 
 
@@ -140,8 +144,10 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
     try:
         header = _header(file)
         _require_known(file, header.architecture)
-        report(f"converting {file.name} ({header.architecture}) once: {shown(header.bytes)} as fp32 into {target}, "
-               f"where {shown(free_bytes(target))} are free")  # fmt: skip
+        report(
+            f"converting {file.name} ({header.architecture}) once: {shown(header.bytes)} as fp32 into {target}, "
+            f"where {shown(free_bytes(target))} are free"
+        )
         require_room(header.bytes, target, f"{file.name} does not fit", "LORAFIT_CACHE")
         _require_writable(target.parent)
         with whole_folder(target) as building, _watched(watch):
@@ -162,8 +168,10 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BaseError(f"{folder}: converted bases cannot be written there ({error.strerror}): name another folder "
-                        "in LORAFIT_CACHE") from error  # fmt: skip
+        raise BaseError(
+            f"{folder}: converted bases cannot be written there ({error.strerror}): name another folder "
+            "in LORAFIT_CACHE"
+        ) from error
 
 
 def _header(file: Path) -> Header:
@@ -177,8 +185,11 @@ def _header(file: Path) -> Header:
         raise BaseError(f"{file}: cannot be converted: its header cannot be read ({error}): copy it again") from error
     rope = {t.name: torch.tensor(t.data, dtype=torch.float32) for t in reader.tensors if t.name in _ROPE}
     prefix = f"{architecture}."
-    says = {key.removeprefix(prefix): value for key, field in reader.fields.items() if key.startswith(prefix)
-            and not isinstance(value := field.contents(), list)}  # fmt: skip
+    says = {
+        key.removeprefix(prefix): value
+        for key, field in reader.fields.items()
+        if key.startswith(prefix) and not isinstance(value := field.contents(), list)
+    }
     return Header(architecture, {t.name: int(t.n_elements) for t in reader.tensors}, rope, says)
 
 
@@ -194,8 +205,10 @@ def _require_known(file: Path, architecture: str) -> None:
     except ImportError:
         pass  # before it had a second reader
     if architecture not in known:
-        raise BaseError(f"{file}: is of architecture '{architecture}', of which transformers reads no GGUF files; it "
-                        f"reads {', '.join(sorted(known))}: name the model's folder or hub id instead")  # fmt: skip
+        raise BaseError(
+            f"{file}: is of architecture '{architecture}', of which transformers reads no GGUF files; it "
+            f"reads {', '.join(sorted(known))}: name the model's folder or hub id instead"
+        )
 
 
 def _convert(file: Path, header: Header, building: Path) -> None:
@@ -207,9 +220,14 @@ def _convert(file: Path, header: Header, building: Path) -> None:
     take_over(header, config)
     _set_rope(file, header, config)
     opened: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True, **where,
-    )  # fmt: skip
+        file.parent,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **where,
+    )
     model, info = opened
     _require_all(file, header, model, info)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
@@ -227,15 +245,19 @@ def _require_all(file: Path, header: Header, model: Any, info: dict[str, Any]) -
     """
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if wrong:
-        raise BaseError(f"{file}: cannot be converted: transformers finds no values, or of another shape, for "
-                        f"{len(wrong)} weights: {', '.join(wrong[:3])}: name the model's folder or hub id")  # fmt: skip
+        raise BaseError(
+            f"{file}: cannot be converted: transformers finds no values, or of another shape, for "
+            f"{len(wrong)} weights: {', '.join(wrong[:3])}: name the model's folder or hub id"
+        )
     inside = sum(count for name, count in header.numbers.items() if name not in _ROPE)
     weights = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     taken = sum(weights.values()) + sum(buffer.numel() for buffer in buffers.values())
     if inside != taken:
-        raise BaseError(f"{file}: cannot be converted: it holds {inside:,} numbers, and transformers makes of it a "
-                        f"model of {taken:,}: name the model's folder or hub id instead")  # fmt: skip
+        raise BaseError(
+            f"{file}: cannot be converted: it holds {inside:,} numbers, and transformers makes of it a "
+            f"model of {taken:,}: name the model's folder or hub id instead"
+        )
 
 
 def take_over(header: Header, config: Any) -> None:
@@ -272,19 +294,29 @@ def _set_rope(file: Path, header: Header, config: Any) -> None:
     if factors is not None and len(stretched) == 1 and theta and header.architecture == "llama":
         if bool((factors == 1).all()):
             return
-        said: dict[str, Any] = {"factor": round(float(factors.max()), 4), "low_freq_factor": 1.0,
-                                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+        said: dict[str, Any] = {
+            "factor": round(float(factors.max()), 4),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
         if torch.allclose(llama3_factors(theta, 2 * len(factors), **said), factors, rtol=1e-3):
             config.rope_parameters = {**rope, "rope_type": "llama3", **said}
             return
-    raise BaseError(f"{file}: cannot be converted: positions are stretched by {', '.join(stretched)}, "
-                    "which transformers does not take from a GGUF file: name the model's folder or hub id")  # fmt: skip
+    raise BaseError(
+        f"{file}: cannot be converted: positions are stretched by {', '.join(stretched)}, "
+        "which transformers does not take from a GGUF file: name the model's folder or hub id"
+    )
 
 
 def llama3_factors(
-    theta: float, width: int, factor: float, low_freq_factor: float, high_freq_factor: float,
+    theta: float,
+    width: int,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
     original_max_position_embeddings: int,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """What each frequency is divided by: (width / 2,). width: of a head. The other names are those of the config."""
     import torch
 

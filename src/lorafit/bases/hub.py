@@ -25,11 +25,25 @@ from lorafit.files import free_bytes, shown
 _NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json",
-    "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja",
-    "additional_chat_templates/*.jinja", folder.INDEX, *folder.QUANTISED,
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    folder.INDEX,
+    *folder.QUANTISED,
+)
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,10 @@ def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = Tru
     cache = Path(constants.HF_HUB_CACHE)
     if missing:
         total = sum(missing.values())
-        report(f"downloading {wanted} ({info.sha}): {len(missing)} file{'s' * (len(missing) != 1)}, {shown(total)}, "
-               f"into {cache}, where {shown(free_bytes(cache))} are free")  # fmt: skip
+        report(
+            f"downloading {wanted} ({info.sha}): {len(missing)} file{'s' * (len(missing) != 1)}, {shown(total)}, "
+            f"into {cache}, where {shown(free_bytes(cache))} are free"
+        )
         require_room(total, cache, f"{wanted} does not fit", "HF_HOME")
     bar = _bar(f"downloading {wanted.id}", sum(missing.values()), watch)
     try:
@@ -125,8 +141,10 @@ def _chosen(wanted: Wanted, sizes: dict[str, int]) -> tuple[list[str], list[str]
     if any(name.endswith(".gguf") for name in sizes):
         raise BaseError(f"{wanted}: holds GGUF files, which open from a path only: save one here and give its path")
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in sizes):
-        raise BaseError(f"{wanted}: holds its weights as pickles only, which can run any code when opened and are "
-                        "never fetched: choose a model or a revision with safetensors")  # fmt: skip
+        raise BaseError(
+            f"{wanted}: holds its weights as pickles only, which can run any code when opened and are "
+            "never fetched: choose a model or a revision with safetensors"
+        )
     raise BaseError(f"{wanted}: holds no model in transformers' layout (config.json and safetensors): choose another")
 
 
@@ -187,17 +205,24 @@ def _explained(wanted: Wanted) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise BaseError(f"{wanted}: is gated: accept its terms at {hub}/{wanted.id}, then put a token of that account "
-                        "into HF_TOKEN") from error  # fmt: skip
+        raise BaseError(
+            f"{wanted}: is gated: accept its terms at {hub}/{wanted.id}, then put a token of that account into HF_TOKEN"
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise BaseError(f"'{wanted}': there is no such path, and the hub ({hub}) knows no such model: check the "
-                        "spelling; for a private one put a token that may read it in HF_TOKEN") from error  # fmt: skip
+        raise BaseError(
+            f"'{wanted}': there is no such path, and the hub ({hub}) knows no such model: check the "
+            "spelling; for a private one put a token that may read it in HF_TOKEN"
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise BaseError(f"{wanted.id}: has no branch, tag or commit '{wanted.revision}': choose one that "
-                        f"{hub}/{wanted.id}/commits lists; give a commit in full") from error  # fmt: skip
+        raise BaseError(
+            f"{wanted.id}: has no branch, tag or commit '{wanted.revision}': choose one that "
+            f"{hub}/{wanted.id}/commits lists; give a commit in full"
+        ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise _Unreachable(f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold it whole",
-                           "remove HF_HUB_OFFLINE once, to fetch it") from error  # fmt: skip
+        raise _Unreachable(
+            f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold it whole",
+            "remove HF_HUB_OFFLINE once, to fetch it",
+        ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in {401, 403}:
@@ -207,7 +232,9 @@ def _explained(wanted: Wanted) -> Iterator[None]:
         raise
     except Exception as error:  # the client lets through what its network library raises, whichever that is
         if isinstance(error, OSError) and error.errno in {EACCES, ENOSPC, EROFS}:
-            raise BaseError(f"{constants.HF_HUB_CACHE}: cannot be written ({error.strerror}): make room, or name "
-                            "another folder in HF_HOME") from error  # fmt: skip
+            raise BaseError(
+                f"{constants.HF_HUB_CACHE}: cannot be written ({error.strerror}): make room, or name "
+                "another folder in HF_HOME"
+            ) from error
         step = "check the network and HF_ENDPOINT, then try again; what was fetched is kept"
         raise _Unreachable(f"the hub ({hub}) cannot be reached ({error})", step) from error

@@ -24,5 +24,7 @@ def require_room(size: int, folder: Path, what: str, setting: str) -> None:
     """Raise BaseError where `size` bytes do not fit beside `folder`. setting: the variable that names another place."""
     free = free_bytes(folder)
     if size > free:
-        raise BaseError(f"{what}: {shown(size)} are needed and {shown(free)} are free where {folder} is: make room, "
-                        f"or name a folder on another disk in {setting}")  # fmt: skip
+        raise BaseError(
+            f"{what}: {shown(size)} are needed and {shown(free)} are free where {folder} is: make room, "
+            f"or name a folder on another disk in {setting}"
+        )

@@ -50,8 +50,10 @@ WORDS = {  # of the library that reads the flags, and ours
 _TRAIN = "lorafit train BASE DATA trains an adapter"
 _CHAT = "lorafit chat RUN asks an adapter, lorafit serve BASE NAME=RUN serves it"
 _SHOW = "lorafit bases lists bases, lorafit show FOLDER says what a run or an adapter is"
-_FOLDER = ("the adapter folder, RUN/adapter, is in PEFT's layout as it stands, which vLLM and transformers read; "
-           "lorafit explain export says what else reads it")  # fmt: skip
+_FOLDER = (
+    "the adapter folder, RUN/adapter, is in PEFT's layout as it stands, which vLLM and transformers read; "
+    "lorafit explain export says what else reads it"
+)
 MEANT = {  # what is typed by those who know other programs
     **dict.fromkeys(("list", "ls", "models", "runs"), _SHOW),
     **dict.fromkeys(("info", "status", "inspect"), _SHOW),

@@ -46,9 +46,11 @@ def bases(
         "NAME deletes one; it is made anew when needed"
     )
     terminal.say("also: any model folder in transformers' layout, any .gguf file, any ORG/NAME of the hub")
-    terminal.finish({
-        "bases": [asdict(one) for one in found],
-        "cache": str(cache),
-        "cache_bytes": ours,
-        "removed": [str(path) for path in gone],
-    })  # fmt: skip
+    terminal.finish(
+        {
+            "bases": [asdict(one) for one in found],
+            "cache": str(cache),
+            "cache_bytes": ours,
+            "removed": [str(path) for path in gone],
+        }
+    )

@@ -71,9 +71,9 @@ class Terminal:
             self._end_bar()
             speed = f", {moment.tokens_per_second:.0f} tokens/s" if moment.step else ", before the first step"
             left = f", {clock(moment.seconds_left)} left" if moment.step and moment.step < moment.steps else ""
-            self.out.print(Text(
-                f"step {moment.step:>4}/{moment.steps}  validation NLL {moment.valid_nll:.3f}{speed}{left}"
-            ))  # fmt: skip
+            self.out.print(
+                Text(f"step {moment.step:>4}/{moment.steps}  validation NLL {moment.valid_nll:.3f}{speed}{left}")
+            )
         elif moment.train_nll is not None:
             text = f"training {moment.step}/{moment.steps}  NLL {moment.train_nll:.3f}"
             self._draw("training", moment.step, moment.steps, text, moment.seconds_left)
@@ -106,9 +106,14 @@ class Terminal:
         for name, split in report.splits.items():
             checked = f"{split.checked}" + (f" ({split.declining} to decline)" if split.declining else "")
             table.add_row(
-                name, f"{split.examples:,}", f"{split.answers:,}", "{}-{}-{}".format(*split.words),
-                "{}-{}-{}".format(*split.answer_words), f"{split.near_duplicates:,}", checked if split.checked else "-",
-            )  # fmt: skip
+                name,
+                f"{split.examples:,}",
+                f"{split.answers:,}",
+                "{}-{}-{}".format(*split.words),
+                "{}-{}-{}".format(*split.answer_words),
+                f"{split.near_duplicates:,}",
+                checked if split.checked else "-",
+            )
         self.out.print(table)
         self.out.print("words: shortest-median-longest; alike: near-identical to an earlier prompt of the same split")
         for name, split in report.splits.items():
@@ -119,8 +124,7 @@ class Terminal:
         for name, split in report.splits.items():
             if split.contradictions:
                 self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
-        passed_over = [f"'{field}' ({count:,} line{'s' * (count != 1)})"
-                       for field, count in report.passed_over.items()]  # fmt: skip
+        passed_over = [f"'{field}' ({count:,} line{'s' * (count != 1)})" for field, count in report.passed_over.items()]
         if passed_over:
             self.out.print(Text(f"field{'s' * (len(passed_over) > 1)} passed over: {', '.join(passed_over)}"))
         for one in report.remarks:
@@ -171,10 +175,18 @@ class Terminal:
         table = Table("layer card", "sites", "pull of the data", "cost", "strongest in blocks")
         for name, sites in kinds.items():
             pull = sum(max(0.0, site["energy"]) for site in sites) / whole
-            ranked = [str(site["block"]) for site in sorted(sites, key=lambda one: -one["energy"])[:3]
-                      if site["block"] is not None]  # fmt: skip
-            table.add_row(name, str(len(sites)), f"{pull:.0%}", f"{sum(s['parameters'] for s in sites) / cost:.0%}",
-                          ", ".join(ranked))  # fmt: skip
+            ranked = [
+                str(site["block"])
+                for site in sorted(sites, key=lambda one: -one["energy"])[:3]
+                if site["block"] is not None
+            ]
+            table.add_row(
+                name,
+                str(len(sites)),
+                f"{pull:.0%}",
+                f"{sum(s['parameters'] for s in sites) / cost:.0%}",
+                ", ".join(ranked),
+            )
         self.out.print(table)
         self.out.print(f"pull: where {card['batches']} gradients agree; cost: share of parameters and of operations")
 
@@ -193,20 +205,24 @@ class Terminal:
         self._samples(summary["samples"], scores[0].name)
         kind = "held-out examples" if "split" not in summary else f"{summary['split'] or ''} examples".strip()
         table = Table(f"on {summary['n_test']} {kind}", *(line.name for line in scores))
-        table.add_row("NLL of the answers, nats per token",
-                      *("" if line.nll is None else f"{line.nll:.3f}" for line in scores))  # fmt: skip
+        table.add_row(
+            "NLL of the answers, nats per token", *("" if line.nll is None else f"{line.nll:.3f}" for line in scores)
+        )
         if thought := summary.get("nll_of_reasoning"):
-            table.add_row("NLL of the reasoning before them",
-                          *(f"{thought[line.key]:.3f}" if line.key in ("base", "adapter") else ""
-                            for line in scores))  # fmt: skip
+            table.add_row(
+                "NLL of the reasoning before them",
+                *(f"{thought[line.key]:.3f}" if line.key in ("base", "adapter") else "" for line in scores),
+            )
         for what, of, shares in (
             ("facts right", counts["n"] if counts else summary["facts"]["n"], [line.right for line in scores]),
             ("equal to the reference", (counts or {}).get("n"), [line.equal for line in scores]),
         ):
             if any(shares):
                 table.add_row(f"{what} (of {of})", *(percent(one[0]) if one else "" for one in shares))
-        for what, of_all in (("off-topic declined", summary["off_desk_declined"]),
-                             ("answers that end by themselves", summary["natural_stops"])):  # fmt: skip
+        for what, of_all in (
+            ("off-topic declined", summary["off_desk_declined"]),
+            ("answers that end by themselves", summary["natural_stops"]),
+        ):
             if of_all is not None:
                 table.add_row(what, *(percent(of_all) if line.key == "adapter" else "" for line in scores))
         self.out.print(table)

@@ -57,9 +57,7 @@ def data(
     terminal.finish({**asdict(report), "tokens": tokens})
 
 
-def _seen_by(
-    base: str, examples: Examples, settings: TrainSettings, terminal: Terminal
-) -> dict[str, dict[str, int]]:  # fmt: skip
+def _seen_by(base: str, examples: Examples, settings: TrainSettings, terminal: Terminal) -> dict[str, dict[str, int]]:
     """Show the examples as a base sees them, and count their tokens by split."""
     from lorafit.bases.base import open_outline
     from lorafit.jobs.prepare import rendered

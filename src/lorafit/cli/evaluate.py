@@ -53,9 +53,17 @@ def evaluate(
     from lorafit.jobs.evaluate import run_evaluation
 
     summary = run_evaluation(
-        base, adapter, data, settings, against=against, split=split, answers=answers,
-        accept_unknown_base=accept_unknown_base, listener=terminal, chosen=chosen,
-    )  # fmt: skip
+        base,
+        adapter,
+        data,
+        settings,
+        against=against,
+        split=split,
+        answers=answers,
+        accept_unknown_base=accept_unknown_base,
+        listener=terminal,
+        chosen=chosen,
+    )
     terminal.results(summary)
     terminal.finish(summary)
     if not summary["base_unchanged"]:

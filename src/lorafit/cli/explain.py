@@ -48,8 +48,12 @@ def _told(out: Any, question: str) -> dict[str, Any]:
             Text(("\nsee also:\n" if section else "") + "\n".join(f"  {one.page}: {one.heading}" for one in near))
         )
     said = {"page": section.page, "section": section.heading, "text": section.text} if section else {}
-    return {"question": question, "answered": section is not None, **said,
-            "see_also": [{"page": one.page, "section": one.heading} for one in near]}  # fmt: skip
+    return {
+        "question": question,
+        "answered": section is not None,
+        **said,
+        "see_also": [{"page": one.page, "section": one.heading} for one in near],
+    }
 
 
 def _listed(out: Any) -> dict[str, Any]:

@@ -57,8 +57,11 @@ def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[...,
     names = chosen or tuple(name for name in RunFile.model_fields if name not in {"base", "data", "out"})
 
     def change(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values()
-               if p.name not in {"settings", "typed"}]  # fmt: skip
+        own = [
+            p
+            for p in inspect.signature(command, eval_str=True).parameters.values()
+            if p.name not in {"settings", "typed"}
+        ]
         flags = [_flag(name) for name in names]
 
         @wraps(command)
@@ -71,9 +74,13 @@ def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[...,
                     kwargs[name] = default
             missing = [p.name for p in own if p.annotation in (BASE, DATA) and kwargs[p.name] is None]
             if missing and not kwargs.get("resume"):  # a run that is gone on with knows both
-                raise SettingsError(" and ".join(name.upper() for name in missing) + ": missing: name "
-                                    + ("it" if len(missing) == 1 else "them") + " on the command line, or in a file "
-                                    "given with -c")  # fmt: skip
+                raise SettingsError(
+                    " and ".join(name.upper() for name in missing)
+                    + ": missing: name "
+                    + ("it" if len(missing) == 1 else "them")
+                    + " on the command line, or in a file "
+                    "given with -c"
+                )
             given = {name: kwargs.pop(name) for name in names}
             typed = {name: value for name, value in given.items() if value is not None}
             if "typed" in inspect.signature(command).parameters:

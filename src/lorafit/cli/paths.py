@@ -16,9 +16,12 @@ from lorafit.settings import settings_from
 
 
 def require(
-    *, base: str | None = None, data: str | Path | None = None, adapters: Iterable[str | Path | None] = (),
+    *,
+    base: str | None = None,
+    data: str | Path | None = None,
+    adapters: Iterable[str | Path | None] = (),
     settings: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Check arguments that a library function would refuse later. None is nothing to check.
 
     Args:

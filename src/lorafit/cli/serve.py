@@ -70,8 +70,14 @@ def serve(
     terminal = Terminal(False)
 
     def opened() -> Engine:
-        return Engine(open_base(base, None, terminal.say, terminal.watch), slots=slots, room=room, queue=queue,
-                      eight_bit=eight_bit, accept_unknown_base=accept_unknown_base)  # fmt: skip
+        return Engine(
+            open_base(base, None, terminal.say, terminal.watch),
+            slots=slots,
+            room=room,
+            queue=queue,
+            eight_bit=eight_bit,
+            accept_unknown_base=accept_unknown_base,
+        )
 
     served = Path(base).name if Path(base).exists() else base
     service = Service(served, opened, named, adapters, keys, terminal.say, ask_alone)

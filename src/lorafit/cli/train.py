@@ -72,8 +72,9 @@ def train(
                     typer.echo(f"lorafit: process {processes.rank + 1} of {processes.count}: {error}", err=True)
                 raise typer.Exit(error.status if isinstance(error, LorafitError) else 130) from None
             return
-        summary = run_training(base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes,
-                               prepared=prepared)  # fmt: skip
+        summary = run_training(
+            base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes, prepared=prepared
+        )
     conclude(terminal, summary, Path(out), [])
 
 

@@ -51,8 +51,10 @@ def trim(
         for rung in found["rungs"]:
             bound = "?" if rung["bound"] is None else f"{rung['bound']:+.4f}"
             right = "" if rung["right"] is None else f" {rung['right']:>13}"
-            terminal.say(f"{rung['share']:>8.2%} {rung['parameters']:>12,} {rung['nll']:>15.4f} "
-                         f"{rung['difference']:>+11.4f} {bound:>9}{right}")  # fmt: skip
+            terminal.say(
+                f"{rung['share']:>8.2%} {rung['parameters']:>12,} {rung['nll']:>15.4f} "
+                f"{rung['difference']:>+11.4f} {bound:>9}{right}"
+            )
         terminal.say(found["reason"])
         kept = f"{found['chosen']:.2%} is written to {out}" if found["adapter_dir"] else "nothing is written"
         terminal.say(kept + "; at most: with 95 % certainty, one-sided, paired example by example")

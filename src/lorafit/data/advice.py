@@ -96,9 +96,11 @@ def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> 
     found = _proposal(record, renamed, judged=False)
     learnt = f"{found.flags} to learn from it{found.remark}, or " if found else ""
     return Problem(
-        record.where, f"nothing reads {names}, {MAY_MEAN}", f"add {learnt}{unused} to pass it over",
+        record.where,
+        f"nothing reads {names}, {MAY_MEAN}",
+        f"add {learnt}{unused} to pass it over",
         whole=True,
-    )  # fmt: skip
+    )
 
 
 def _column(field: str, renamed: Mapping[str, str]) -> str:
@@ -216,8 +218,10 @@ def _without_pair(pair: tuple[str, str]) -> str:
     """What makes examples of a better and a worse answer whose columns alone do not tell what was asked."""
     better, worse = pair
     if is_preferred(better):
-        return (f"write '{better}' as messages, [{{\"role\": \"user\", \"content\": ...}}, {{\"role\": \"assistant\", "
-                f"\"content\": ...}}], and leave '{worse}' out")  # fmt: skip
+        return (
+            f'write \'{better}\' as messages, [{{"role": "user", "content": ...}}, {{"role": "assistant", '
+            f"\"content\": ...}}], and leave '{worse}' out"
+        )
     return "write the better answer of each row as completion, and leave the other out"
 
 
@@ -235,8 +239,11 @@ def _without_flags(record: Record, renamed: Mapping[str, str], pair: tuple[str, 
     for form in FORMS.values():
         if form.needed & set(row):
             return f"add {' and '.join(sorted(form.needed - set(row)))}"
-    speaking = [name for name, value in row.items() if isinstance(value, str) and not is_harmless(name, value, None)
-                and not meaning_of(name)]  # fmt: skip
+    speaking = [
+        name
+        for name, value in row.items()
+        if isinstance(value, str) and not is_harmless(name, value, None) and not meaning_of(name)
+    ]
     if len(speaking) == 2:
         asked, answered = speaking
         if found := _tried(record, {asked: "prompt", answered: "completion"}, renamed, judged=False):

@@ -97,7 +97,7 @@ def _batch(rows: Sequence[Row], ids: Tensor, trained: Tensor, device: torch.devi
 
 def epoch_order(
     rows: Sequence[Row], batch_size: int, seed: int, epoch: int, fixed: bool = False, packed: bool = False
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Batches of row positions for one epoch, shuffled by (seed, epoch). The last batch may be smaller.
 
     fixed: the batches are those of epoch 0 in every epoch, in another order each. packed: rows are not padded. Where

@@ -33,8 +33,9 @@ def worded(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
         if message.role == "tool":
             one = Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
         elif message.calls:
-            calls = [f'{OPENS}{{"name": "{call.name}", "arguments": {call.arguments}}}{CLOSES}'
-                     for call in message.calls]  # fmt: skip
+            calls = [
+                f'{OPENS}{{"name": "{call.name}", "arguments": {call.arguments}}}{CLOSES}' for call in message.calls
+            ]
             content = "\n".join([*([message.content] if message.content else []), *calls])
             one = replace(message, content=content, calls=())
         if found and found[-1].role == one.role == "user":
@@ -75,10 +76,16 @@ _ONE = Call("look_up_probe", '{"probe_key": "probe value", "probe_count": 3}', "
 _TWO = Call("send_probe", '{"probe_list": [1, 2]}', "call00001")
 _ASKED, _WORDS, _RESULT = Message("user", "probing question"), "probing words", "probing result"
 CALLED = _ASKED, Message("assistant", "", calls=(_ONE,))
-PROBE = json.dumps({"type": "function", "function": {
-    "name": _ONE.name, "description": "A probe.",
-    "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A key."}}},
-}})  # fmt: skip
+PROBE = json.dumps(
+    {
+        "type": "function",
+        "function": {
+            "name": _ONE.name,
+            "description": "A probe.",
+            "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A key."}}},
+        },
+    }
+)
 
 Write = Callable[[Sequence[Message], bool, Sequence[str]], str]
 """write(messages, prompt, tools): a template over these; raises what a template raises."""
@@ -319,12 +326,16 @@ class Spelling:
             if not (message.content or self.empty):
                 del turn["content"]
             turn["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {
-                    "name": call.name,
-                    "arguments": call.arguments if self.as_text else json.loads(call.arguments),
-                }}
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": call.arguments if self.as_text else json.loads(call.arguments),
+                    },
+                }
                 for call in message.calls
-            ]  # fmt: skip
+            ]
         if message.answers is not None:
             turn |= {"name": message.answers.name, "tool_call_id": message.answers.id}
         return turn

@@ -51,11 +51,21 @@ class Template:
         for column, text in zip(self.columns, self.texts[1:], strict=True):
             value = record.fields.get(column)
             if not filled(value):
-                problems.append(Problem(f"{record.where}: {column}", f"empty, and '{field}' is made of it",
-                                        "write it, or leave the row out (--skip-bad)"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"{record.where}: {column}",
+                        f"empty, and '{field}' is made of it",
+                        "write it, or leave the row out (--skip-bad)",
+                    )
+                )
             elif kind := _NO_TEXT.get(type(value)):
-                problems.append(Problem(f"{record.where}: {column}", f"{kind}, and '{field}' is made of it",
-                                        "name a column of text or numbers"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"{record.where}: {column}",
+                        f"{kind}, and '{field}' is made of it",
+                        "name a column of text or numbers",
+                    )
+                )
             found += [_written(value), text]
         return "".join(found) if len(problems) == before else None
 
@@ -93,8 +103,9 @@ def columns_named(given: Sequence[str]) -> tuple[dict[str, str], dict[str, Templ
         try:
             template = Template.of(column)
         except ValueError as error:
-            raise SettingsError(f"--columns {one}: {error}: write {{COLUMN}} for a column, {{{{ or }}}} for a brace "
-                                "itself") from error  # fmt: skip
+            raise SettingsError(
+                f"--columns {one}: {error}: write {{COLUMN}} for a column, {{{{ or }}}} for a brace itself"
+            ) from error
         column = column if template.columns else template.texts[0]
         if column in named or (field in {*named.values(), *templates} and field != UNUSED):
             twice = column if column in named else field

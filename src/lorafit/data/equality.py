@@ -71,8 +71,7 @@ def last_number(text: str, numerals: str = NUMERALS[0]) -> float | None:
 
 def numerals_of(text: str, number: float) -> tuple[str, ...]:
     """The ways of writing numbers in which the last number of a text is this one."""
-    return tuple(way for way in NUMERALS
-                 if (read := last_number(text, way)) is not None and math.isclose(read, number))  # fmt: skip
+    return tuple(way for way in NUMERALS if (read := last_number(text, way)) is not None and math.isclose(read, number))
 
 
 def _whole(value: Any) -> Any:

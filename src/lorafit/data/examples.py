@@ -86,8 +86,13 @@ class Check:
     @property
     def forms(self) -> tuple[tuple[str, str | float], ...]:
         """What is asked of the answer as a whole, by name."""
-        found = {"exact": self.exact, "json": self.json, "number": self.number, "pattern": self.pattern,
-                 "label": self.label}  # fmt: skip
+        found = {
+            "exact": self.exact,
+            "json": self.json,
+            "number": self.number,
+            "pattern": self.pattern,
+            "label": self.label,
+        }
         return tuple((name, value) for name, value in found.items() if value is not None)
 
 
@@ -199,9 +204,17 @@ class Examples:
 
     def _digest_of_format_1(self) -> str:
         content = [
-            [(e.messages, e.check, *e.not_learnt, *e.with_tools,
-              *((i, m.reasoning) for i, m in enumerate(e.messages) if m.reasoning),
-              *(e.check.forms if e.check else ())) for e in split]
+            [
+                (
+                    e.messages,
+                    e.check,
+                    *e.not_learnt,
+                    *e.with_tools,
+                    *((i, m.reasoning) for i, m in enumerate(e.messages) if m.reasoning),
+                    *(e.check.forms if e.check else ()),
+                )
+                for e in split
+            ]
             for split in self.by_name().values()
-        ]  # fmt: skip
+        ]
         return digest_of_format_1(content)

@@ -31,24 +31,59 @@ BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"  # what shows
 
 ALSO = {  # what others call these fields, in the public data sets met so far
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
-    "prompt": ("instruction", "question", "query", "source", "mr", "problem", "document", "original_text", "ask",
-               "user"),
+    "prompt": (
+        "instruction",
+        "question",
+        "query",
+        "source",
+        "mr",
+        "problem",
+        "document",
+        "original_text",
+        "ask",
+        "user",
+    ),
     "input": ("context", "passage", "schema"),
-    "completion": ("output", "answer", "response", "reply", "target", "ref", "reference", "summary",
-                   "reference_summary", "solution", "assistant"),
+    "completion": (
+        "output",
+        "answer",
+        "response",
+        "reply",
+        "target",
+        "ref",
+        "reference",
+        "summary",
+        "reference_summary",
+        "solution",
+        "assistant",
+    ),
     "text": ("sentence", "utterance", "review", "content", "body", "comment", "message"),
     "reasoning_content": ("reasoning", "thinking", "thought", "thoughts", "cot", "chain_of_thought", "rationale"),
-    "label": ("intent", "category", "class", "sentiment", "emotion", "rating", "stars", "topic", "label_text",
-              "label_name"),
+    "label": (
+        "intent",
+        "category",
+        "class",
+        "sentiment",
+        "emotion",
+        "rating",
+        "stars",
+        "topic",
+        "label_text",
+        "label_name",
+    ),
     "system": ("system_prompt", "system_message", "system_instruction", "system_instructions"),
-}  # fmt: skip
+}
 
 # What sets of preferences call a better answer and the worse one; two answers of which a third column says which is the
 # better one; and what says of one answer whether it is a good one.
 PREFERRED = {
-    "chosen": "rejected", "chosen_response": "rejected_response", "preferred_output": "non_preferred_output",
-    "preferred_response": "non_preferred_response", "response_j": "response_k", "winner": "loser",
-}  # fmt: skip
+    "chosen": "rejected",
+    "chosen_response": "rejected_response",
+    "preferred_output": "non_preferred_output",
+    "preferred_response": "non_preferred_response",
+    "response_j": "response_k",
+    "winner": "loser",
+}
 TWO_ANSWERS = tuple(
     (f"{noun}_{one}", f"{noun}_{other}")
     for noun in ("response", "answer", "completion", "output", "reply", "summary")
@@ -59,39 +94,178 @@ _OF_PAIRS = frozenset(name for pair in _PAIRS for name in pair)
 VERDICTS = ("label", "kto_tag", "desirable", "is_desirable", "correct", "is_correct")
 
 # Which row it is, where it lies, when it was made, how long it is: nothing that any text says.
-PLACES = frozenset({
-    "id", "ids", "idx", "index", "nr", "no", "row", "uid", "uuid", "guid", "hash", "sha", "md5", "checksum",
-    "url", "urls", "uri", "link", "links", "license", "licence", "file", "filename", "file_name", "path", "file_path",
-    "page", "pages", "line", "source_file", "doc_name", "document_name", "doi", "isbn", "split",
-    "created", "created_at", "updated", "updated_at", "modified", "date", "time", "datetime", "timestamp",
-    "posted", "posted_on", "published", "published_on", "created_on", "updated_on", "date_created", "last_modified",
-    "last_updated", "length", "encoding", "mime_type",
-})  # fmt: skip
+PLACES = frozenset(
+    {
+        "id",
+        "ids",
+        "idx",
+        "index",
+        "nr",
+        "no",
+        "row",
+        "uid",
+        "uuid",
+        "guid",
+        "hash",
+        "sha",
+        "md5",
+        "checksum",
+        "url",
+        "urls",
+        "uri",
+        "link",
+        "links",
+        "license",
+        "licence",
+        "file",
+        "filename",
+        "file_name",
+        "path",
+        "file_path",
+        "page",
+        "pages",
+        "line",
+        "source_file",
+        "doc_name",
+        "document_name",
+        "doi",
+        "isbn",
+        "split",
+        "created",
+        "created_at",
+        "updated",
+        "updated_at",
+        "modified",
+        "date",
+        "time",
+        "datetime",
+        "timestamp",
+        "posted",
+        "posted_on",
+        "published",
+        "published_on",
+        "created_on",
+        "updated_on",
+        "date_created",
+        "last_modified",
+        "last_updated",
+        "length",
+        "encoding",
+        "mime_type",
+    }
+)
 # Who made it, in which language, out of which collection: nothing that an answer depends on, but what a text alone may
 # be told by. What judges an answer (score, rating, votes, quality, confidence) is not among them: low ones mark answers
 # that are not to be learnt, and beside a text alone it is the answer. Nor is what may explain an answer or belong to a
 # question (note, comment).
 HARMLESS = PLACES | {
-    "key", "source", "sources", "origin", "author", "authors", "by", "at", "annotator", "annotators", "worker",
-    "contributor", "dataset", "data_source", "subset", "config", "section", "year", "month", "lead_time", "duration",
-    "language", "lang", "languages", "locale", "version", "model", "model_name", "generator", "created_by", "meta",
-    "metadata", "batch", "fold", "source_name", "source_type", "source_dataset", "site", "website", "publisher",
-    "publication", "editor", "reviewer", "labeler", "labeller", "rater", "username", "user_name", "revision", "commit",
-    "release", "snapshot",
-}  # fmt: skip
+    "key",
+    "source",
+    "sources",
+    "origin",
+    "author",
+    "authors",
+    "by",
+    "at",
+    "annotator",
+    "annotators",
+    "worker",
+    "contributor",
+    "dataset",
+    "data_source",
+    "subset",
+    "config",
+    "section",
+    "year",
+    "month",
+    "lead_time",
+    "duration",
+    "language",
+    "lang",
+    "languages",
+    "locale",
+    "version",
+    "model",
+    "model_name",
+    "generator",
+    "created_by",
+    "meta",
+    "metadata",
+    "batch",
+    "fold",
+    "source_name",
+    "source_type",
+    "source_dataset",
+    "site",
+    "website",
+    "publisher",
+    "publication",
+    "editor",
+    "reviewer",
+    "labeler",
+    "labeller",
+    "rater",
+    "username",
+    "user_name",
+    "revision",
+    "commit",
+    "release",
+    "snapshot",
+}
 _NUMBERS, _PLACED = ("_id", "_ids", "_idx", "_index"), ("_uuid", "_hash", "_url", "_date", "_time", "_at", "_timestamp")
 ENDS_OF_HARMLESS = (*_NUMBERS, *_PLACED)
-ROWS = ("row", "record", "example", "sample", "item", "doc", "document", "text", "article", "page", "paper", "post",
-        "entry", "line", "file", "book", "sentence", "paragraph", "passage", "chunk")  # fmt: skip
+ROWS = (
+    "row",
+    "record",
+    "example",
+    "sample",
+    "item",
+    "doc",
+    "document",
+    "text",
+    "article",
+    "page",
+    "paper",
+    "post",
+    "entry",
+    "line",
+    "file",
+    "book",
+    "sentence",
+    "paragraph",
+    "passage",
+    "chunk",
+)
 _UNIT = "tokens?|words?|chars?|characters?|turns?|sentences?|lines?|messages?|bytes"
 COUNTS = re.compile(
     rf"(?:num|n|nb|number_of|count_of)_(?:{_UNIT})|(?:{_UNIT})_(?:count|length|len)|.+_(?:{_UNIT})_count"
 )
 # What a row is about: told by its question too, but not by a text that is learnt alone.
-DESCRIPTIONS = frozenset({
-    "category", "categories", "topic", "topics", "domain", "subject", "subjects", "tag", "tags", "type", "kind",
-    "task", "task_type", "difficulty", "level", "desk", "department", "team", "queue", "channel", "wording",
-})  # fmt: skip
+DESCRIPTIONS = frozenset(
+    {
+        "category",
+        "categories",
+        "topic",
+        "topics",
+        "domain",
+        "subject",
+        "subjects",
+        "tag",
+        "tags",
+        "type",
+        "kind",
+        "task",
+        "task_type",
+        "difficulty",
+        "level",
+        "desk",
+        "department",
+        "team",
+        "queue",
+        "channel",
+        "wording",
+    }
+)
 HARMLESS_OF_TEXT = PLACES | {"title"} | {f"{noun}{end}" for noun in ROWS for end in _NUMBERS}  # encyclopedias: a title
 HARMLESS_OF_MESSAGES = HARMLESS | {"name", "annotations"}
 
@@ -125,8 +299,9 @@ def fields_of(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, A
     found |= {name: turns for name in SPOKEN & found.keys() if (turns := turns_in(found[name]))}
     unused = {name for name, field in renamed.items() if field == UNUSED and "[]." in name}
     for name in SPOKEN & set(found) if unused else ():
-        found[name] = _without(found[name], {key for one, _, key in (path.partition("[].") for path in unused)
-                                             if one == name})  # fmt: skip
+        found[name] = _without(
+            found[name], {key for one, _, key in (path.partition("[].") for path in unused) if one == name}
+        )
     told = {"check"} if isinstance(found.get("check"), dict | list) else set()  # one that asks for nothing is told
     return {name: value for name, value in found.items() if name in BASIC or name in told or not is_empty(value)}
 

@@ -71,8 +71,11 @@ def form_of(row: Row) -> str | None:
     """The first form whose fields all hold something; failing that, the first whose fields are all there. A
     conversation that two answers may end is of none."""
     # A label that is a number and none is told, and not taken for no label.
-    held = {name for name in BASIC & row.keys()
-            if not is_empty(row[name]) or (name == "label" and isinstance(row[name], float))}  # fmt: skip
+    held = {
+        name
+        for name in BASIC & row.keys()
+        if not is_empty(row[name]) or (name == "label" and isinstance(row[name], float))
+    }
     found = next((form for there in (held, row.keys()) for form, one in FORMS.items() if one.needed <= there), None)
     if found and FORMS[found].needed <= TURNS and preferences_in(row):
         ends = sides_of(row[next(iter(FORMS[found].needed))])[-1:]
@@ -147,8 +150,11 @@ def unread(row: Row, form: str) -> dict[str, Any]:
     for name in FORMS[form].needed & SPOKEN:
         for turn in row[name] if isinstance(row[name], list) else ():
             if isinstance(turn, dict):
-                found |= {f"{name}[].{key}": value for key, value in turn.items()
-                          if key not in (*BY, *SAYS, *MARKS, *OF_CALLS, *THINKS) and filled(value)}  # fmt: skip
+                found |= {
+                    f"{name}[].{key}": value
+                    for key, value in turn.items()
+                    if key not in (*BY, *SAYS, *MARKS, *OF_CALLS, *THINKS) and filled(value)
+                }
     return found
 
 
@@ -159,8 +165,11 @@ def _called(row: Row, messages: tuple[Message, ...], tools: tuple[str, ...], wro
     place = next((name for name in ("messages", "conversations") if name in row), "prompt")
     several = next((one for one in messages if len(one.calls) > 1), None)
     if truth_of(row.get("parallel_tool_calls")) is False and several is not None:
-        wrong(f"{len(several.calls)} calls in one message, where parallel_tool_calls is false",
-              "set it to true, or give each call a message", place)  # fmt: skip
+        wrong(
+            f"{len(several.calls)} calls in one message, where parallel_tool_calls is false",
+            "set it to true, or give each call a message",
+            place,
+        )
     return tuple(known_calls(messages, tools, [place] * len(messages), wrong))
 
 
@@ -254,8 +263,10 @@ def _pair(row: Row, wrong: Wrong) -> tuple[Message, ...]:
     """A question and an answer: two texts, or lists of messages that make one conversation."""
     fields = {"prompt": "user", "completion": "assistant"}
     if any(isinstance(row[name], list) for name in fields):
-        turns = {name: [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
-                 for name, role in fields.items()}  # fmt: skip
+        turns = {
+            name: [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
+            for name, role in fields.items()
+        }
         return read_turns(turns, wrong)
     return _told(*(said(role, row[name], name, wrong) for name, role in fields.items()))
 
@@ -331,10 +342,15 @@ def _check(value: Any, wrong: Wrong) -> Check | None:
             wrong(f"not a check, for its {name} is {fault}", "write one, or leave it out", "check")
             return None
     return Check(
-        tuple(lists[0]), tuple(lists[1]), words, declines, whole.get("exact"),
+        tuple(lists[0]),
+        tuple(lists[1]),
+        words,
+        declines,
+        whole.get("exact"),
         json_form(whole["json"]) if "json" in whole else None,
-        float(whole["number"]) if "number" in whole else None, whole.get("pattern"),
-    )  # fmt: skip
+        float(whole["number"]) if "number" in whole else None,
+        whole.get("pattern"),
+    )
 
 
 def _fault(name: str, value: Any) -> str | None:

@@ -14,17 +14,34 @@ from lorafit.data.fields import BLANK, MARKS, filled, is_empty, meaning_of, trut
 from lorafit.data.tools import CALLS, OF_CALLS, bound, claim, read_calls
 
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
-    "tool_response": "tool", "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
 CALLERS = ("function_call", "tool_call")  # roles of messages that are nothing but calls, as sharegpt has them
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a message that is text
 BY, SAYS = ("role", "from"), ("content", "value")  # who says a message, and what it says: OpenAI's and sharegpt's names
 THINKS = ("reasoning_content", "reasoning", "thinking")  # what was thought before an answer
 THOUGHT = ("<think>", "</think>")  # around it, where it stands in the answer itself
-KINDS: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", int: "a number",
-                          float: "a number"}  # fmt: skip
+KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    int: "a number",
+    float: "a number",
+}
 
 Wrong = Callable[..., None]
 """wrong(what, fix, field): report a problem of the row at hand."""
@@ -99,8 +116,10 @@ def last_question(messages: Sequence[Message]) -> list[Message]:
 
 def sides_of(turns: Any) -> list[str | None]:
     """The roles of a list of messages, as far as they can be told; none for anything else."""
-    said = [turn.get(field_of(turn, BY) or BY[0]) if isinstance(turn, dict) else None
-            for turn in (turns if isinstance(turns, list) else ())]  # fmt: skip
+    said = [
+        turn.get(field_of(turn, BY) or BY[0]) if isinstance(turn, dict) else None
+        for turn in (turns if isinstance(turns, list) else ())
+    ]
     return [role_of(name) if isinstance(name, str) else None for name in said]
 
 
@@ -113,8 +132,9 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong, closes: bool) -> Message |
         return None
     by, says = field_of(turn, BY), field_of(turn, SAYS) or ("value" if "from" in turn else "content")
     if by is None:
-        wrong(f"a turn without 'role' (it has {', '.join(list(turn)[:6])})", "rename its fields to role and content",
-              name)  # fmt: skip
+        wrong(
+            f"a turn without 'role' (it has {', '.join(list(turn)[:6])})", "rename its fields to role and content", name
+        )
         return None
     told = turn[by]
     role = role_of(told) if isinstance(told, str) else None
@@ -151,8 +171,9 @@ def _turn(turn: Any, name: str, i: int, wrong: Wrong, closes: bool) -> Message |
     marks = {mark: turn[mark] for mark in MARKS if role == "assistant" and filled(turn.get(mark))}
     for mark, value in marks.items():
         if truth_of(value) is None:
-            wrong(f"{json.dumps(value, default=str)}, where an answer is learnt or not", "write 0 or 1",
-                  f"{place}.{mark}")  # fmt: skip
+            wrong(
+                f"{json.dumps(value, default=str)}, where an answer is learnt or not", "write 0 or 1", f"{place}.{mark}"
+            )
             return None
     message = message and _thinking(message, turn, place, wrong)
     learnt = all(truth_of(value) for value in marks.values())

@@ -293,8 +293,13 @@ class Dialect:
     def rows(self, text: str) -> Any:
         """A reader of the cells of each row, which raises csv.Error."""
         csv.field_size_limit(1 << 30)
-        return csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True, quoting=self.quoting,
-                          skipinitialspace=self.blanks)  # fmt: skip
+        return csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=self.delimiter,
+            strict=True,
+            quoting=self.quoting,
+            skipinitialspace=self.blanks,
+        )
 
     def first(self, text: str) -> list[str]:
         """The cells of the first line; none where it has none."""
@@ -399,8 +404,10 @@ def _uneven(cells: list[str], header: list[str], delimiter: str) -> str:
     if len(cells) < len(header):
         return f"cells are missing at its end: write {named} for each of them, even if it is empty"
     if len(header) == 1:
-        return (f"if the first line, '{header[0][:40]}', is a title, remove it: the names of the columns come first; "
-                f"else put cells that hold {named} in quotes")  # fmt: skip
+        return (
+            f"if the first line, '{header[0][:40]}', is a title, remove it: the names of the columns come first; "
+            f"else put cells that hold {named} in quotes"
+        )
     return f"put cells that hold {named} or a line break in quotes"
 
 
@@ -452,8 +459,10 @@ def _named(values: list[Any], names: list[str] | None) -> list[Any]:
     if names is None:
         return values
     numbers = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
-    return [names[value] if type(value) is int and 0 <= value < len(names) else None if value == -1 else value
-            for value in numbers]  # fmt: skip
+    return [
+        names[value] if type(value) is int and 0 <= value < len(names) else None if value == -1 else value
+        for value in numbers
+    ]
 
 
 def _paragraphs(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:

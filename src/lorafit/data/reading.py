@@ -27,8 +27,16 @@ ALSO_CALLED = {
     "tests": "test",
 }
 NOT_EXAMPLES = {  # names of files that come with data
-    "readme", "license", "licence", "copying", "notice", "dataset_dict", "dataset_info", "dataset_infos", "state",
-}  # fmt: skip
+    "readme",
+    "license",
+    "licence",
+    "copying",
+    "notice",
+    "dataset_dict",
+    "dataset_info",
+    "dataset_infos",
+    "state",
+}
 SHARD = r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$"  # what ends the names of files that are parts of one
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 MOST_LABELS = 30  # named in the system prompt
@@ -85,8 +93,10 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
     notes += [f"no row of {name} can be used: it is left out whole" for name, split in splits.items() if not split]
     levels = sorted({part.fields["label"] for parts in given.values() for part in parts if "label" in part.fields})
     if levels:
-        notes.append(f"the names of the folders ({', '.join(levels)}) are the labels of their texts; to learn the "
-                     "texts of one as they are, give that folder")  # fmt: skip
+        notes.append(
+            f"the names of the folders ({', '.join(levels)}) are the labels of their texts; to learn the "
+            "texts of one as they are, give that folder"
+        )
     return _with_labels(Examples((), skipped=tuple(problems), unread=unread, notes=tuple(notes)).with_splits(splits))
 
 
@@ -168,8 +178,12 @@ def _labelled(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -
     if not any(example.label is not None for split in splits.values() for example in split):
         return splits
     fix = "write it, or leave the row out (--skip-bad)"
-    problems += [Problem(f"{e.where}: label", "missing, where other rows have one", fix)
-                 for split in splits.values() for e in split if e.is_text]  # fmt: skip
+    problems += [
+        Problem(f"{e.where}: label", "missing, where other rows have one", fix)
+        for split in splits.values()
+        for e in split
+        if e.is_text
+    ]
     problems += _numbers_beside_names([e for split in splits.values() for e in split if e.label is not None])
     return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
 
@@ -177,8 +191,12 @@ def _labelled(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -
 def _with_numerals(splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
     """The same, each check by a number with the way in which its reference writes numbers; where several fit (42), with
     the one that fits most references."""
-    ways = {e.where: numerals_of(e.answer, e.check.number)
-            for split in splits.values() for e in split if e.check and e.check.number is not None}  # fmt: skip
+    ways = {
+        e.where: numerals_of(e.answer, e.check.number)
+        for split in splits.values()
+        for e in split
+        if e.check and e.check.number is not None
+    }
     fits = Counter(way for each in ways.values() for way in each)
     usual = sorted(NUMERALS, key=lambda way: -fits[way])
 
@@ -201,8 +219,15 @@ def _numbers_beside_names(labelled: Sequence[Example]) -> list[Problem]:
     if named is None:
         return []
     what = "labels are numbers ({}), where those of {} are names ({})"
-    return [Problem(file, what.format(", ".join(held[file][:5]), Path(named).name, ", ".join(held[named][:5])),
-                    "write the names here too", whole=True) for file in sorted(numbers)]  # fmt: skip
+    return [
+        Problem(
+            file,
+            what.format(", ".join(held[file][:5]), Path(named).name, ", ".join(held[named][:5])),
+            "write the names here too",
+            whole=True,
+        )
+        for file in sorted(numbers)
+    ]
 
 
 def _line(problem: Problem) -> int:
@@ -311,8 +336,9 @@ def _by_split(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     folders = {one.name.lower(): one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
     names = {split: [split, *(other for other, meant in ALSO_CALLED.items() if meant == split)] for split in SPLITS}
     found = {split: folders[name] for split in SPLITS if (name := next((n for n in names[split] if n in folders), ""))}
-    files = {split: sorted(file for held in _by_name(folder).values() for file in held)
-             for split, folder in found.items()}  # fmt: skip
+    files = {
+        split: sorted(file for held in _by_name(folder).values() for file in held) for split, folder in found.items()
+    }
     if not (files.get("train") and all(files.values())):
         return {}, ()
     given, problems = {}, []
@@ -332,8 +358,10 @@ def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     nothing for other folders. One text at several levels is one group: it is never on two sides of a split."""
     found, left = _levels_of(path)
     groups = iter(_without_levels([(file.stem, level) for texts in found.values() for file, level in texts]))
-    return {split: [Part(file, {"group": next(groups), "label": level}) for file, level in texts]
-            for split, texts in found.items()}, left  # fmt: skip
+    return {
+        split: [Part(file, {"group": next(groups), "label": level}) for file, level in texts]
+        for split, texts in found.items()
+    }, left
 
 
 def _levels_of(path: Path) -> tuple[dict[str, list[tuple[Path, str]]], tuple[str, ...]]:
@@ -368,8 +396,11 @@ def _seen(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list
 
 def _with_texts(path: Path) -> tuple[str, ...]:
     """The folders in a folder that hold a file of text."""
-    return tuple(f"{one.name}/" for one in _seen(path, Path.is_dir)
-                 if any(file.suffix.lower() == ".txt" for file in _seen(one, Path.is_file)))  # fmt: skip
+    return tuple(
+        f"{one.name}/"
+        for one in _seen(path, Path.is_dir)
+        if any(file.suffix.lower() == ".txt" for file in _seen(one, Path.is_file))
+    )
 
 
 def _without_levels(named: Sequence[tuple[str, str]]) -> list[str]:
@@ -383,8 +414,12 @@ def _without_levels(named: Sequence[tuple[str, str]]) -> list[str]:
     """
     levels = [(stem, _squeezed(level)) for stem, level in named]
     before = [(_before(stem, level), level) for stem, level in levels]
-    readings = ([stem for stem, _ in named], [_behind(*one) for one in levels], [stem for stem, _ in before],
-                [_behind(*one) for one in before])  # fmt: skip
+    readings = (
+        [stem for stem, _ in named],
+        [_behind(*one) for one in levels],
+        [stem for stem, _ in before],
+        [_behind(*one) for one in before],
+    )
     return min(readings, key=lambda names: len(set(names)))
 
 

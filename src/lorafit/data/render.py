@@ -78,9 +78,16 @@ FROZEN_CLOCK = (  # written before them: names of parts of the time, such as %d,
     "{{ told.text }}{% endmacro %}\n"
 )
 GIVEN = {  # names that we give, or take the place of what we give
-    "messages", "tools", "custom_tools", "documents", "add_generation_prompt", "begin", "lorafit_now", CLOCK,
+    "messages",
+    "tools",
+    "custom_tools",
+    "documents",
+    "add_generation_prompt",
+    "begin",
+    "lorafit_now",
+    CLOCK,
     "raise_exception",
-}  # fmt: skip
+}
 REWRITES = (
     "the chat template rewrites the conversation when an answer is added, so what is trained cannot be told apart: "
     "give the base a template that only appends"
@@ -94,10 +101,17 @@ class Renderer:
     """One tokenizer with one rendering. Training, evaluation and chat all go through it."""
 
     def __init__(
-        self, tokenizer: Any, system: str | None = None, stop_ids: Sequence[int] = (), context: int | None = None,
-        *, vocabulary: int | None = None, now: str | None = None, settings: Sequence[tuple[str, Scalar]] = (),
+        self,
+        tokenizer: Any,
+        system: str | None = None,
+        stop_ids: Sequence[int] = (),
+        context: int | None = None,
+        *,
+        vocabulary: int | None = None,
+        now: str | None = None,
+        settings: Sequence[tuple[str, Scalar]] = (),
         reasoning: bool = False,
-    ):  # fmt: skip
+    ):
         """
         Args:
             system: put before conversations that bring no system prompt; "" is none.
@@ -190,9 +204,7 @@ class Renderer:
         reasoned = any(message.reasoning for message in messages)
         return self._text(messages, prompt, self._place if reasoned else None, tools)
 
-    def _text(
-        self, messages: Sequence[Message], prompt: bool, place: Place | None, tools: Sequence[str] = ()
-    ) -> str:  # fmt: skip
+    def _text(self, messages: Sequence[Message], prompt: bool, place: Place | None, tools: Sequence[str] = ()) -> str:
         if not (tools or any(m.calls or m.answers for m in messages)):
             return self._spelled(PLAINLY, messages, prompt, place=place)
         if self._spelling is None:
@@ -200,9 +212,13 @@ class Renderer:
         return self._spelled(self._spelling, messages, prompt, tools, place)
 
     def _spelled(
-        self, spelling: Spelling, messages: Sequence[Message], prompt: bool, tools: Sequence[str] = (),
+        self,
+        spelling: Spelling,
+        messages: Sequence[Message],
+        prompt: bool,
+        tools: Sequence[str] = (),
         place: Place | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         turns = [_turn_of(message, place, spelling) for message in messages]
         if turns[0]["role"] == "system" and not turns[0]["content"].strip():
             turns = turns[1:]  # an empty one is none
@@ -220,10 +236,14 @@ class Renderer:
         eos = self.tokenizer.eos_token or self.tokenizer.decode(self.stop_ids[:1])
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, chat_template=FROZEN_CLOCK + self.template if self._clock else self.template, tokenize=False,
-                add_generation_prompt=prompt, tools=[json.loads(tool) for tool in tools] or None, eos_token=eos,
+                turns,
+                chat_template=FROZEN_CLOCK + self.template if self._clock else self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                tools=[json.loads(tool) for tool in tools] or None,
+                eos_token=eos,
                 **given,
-            )  # fmt: skip
+            )
         except Exception as error:  # a template is a program: it may fail in any way
             raise BaseError(
                 f"the chat template of this base refuses the conversation ({error}): change one of the two"
@@ -465,10 +485,14 @@ class Renderer:
             return begins.sub(lambda found: found[0] + CUT, text.replace(CUT, ""))
 
         safe = [
-            replace(one, content=cut(one.content), reasoning=cut(one.reasoning),
-                    calls=tuple(replace(call, arguments=cut(call.arguments)) for call in one.calls))
+            replace(
+                one,
+                content=cut(one.content),
+                reasoning=cut(one.reasoning),
+                calls=tuple(replace(call, arguments=cut(call.arguments)) for call in one.calls),
+            )
             for one in messages
-        ]  # fmt: skip
+        ]
         text = self.start(safe, self.reasoning, [cut(tool) for tool in tools])
         return self._known([token for piece in text.split(CUT) for token in self._ids(piece)])
 
@@ -646,9 +670,14 @@ def _holds(text: str, *contents: str) -> bool:
 
 
 def renderer_for(
-    base: Base, system: str | None = None, like: Rendering | None = None, *, now: str | None = None,
-    settings: Sequence[tuple[str, Scalar]] = (), reasoning: bool = False,
-) -> Renderer:  # fmt: skip
+    base: Base,
+    system: str | None = None,
+    like: Rendering | None = None,
+    *,
+    now: str | None = None,
+    settings: Sequence[tuple[str, Scalar]] = (),
+    reasoning: bool = False,
+) -> Renderer:
     """The renderer of a base: its template, and every token with which its model may end a turn.
 
     Args:
@@ -669,8 +698,16 @@ def renderer_for(
         now, settings, reasoning = like.now, like.settings, like.reasoning
     said = base.model.generation_config.eos_token_id if isinstance(base.model, GenerationMixin) else None
     stops = [] if said is None else [said] if isinstance(said, int) else list(said)
-    made = Renderer(base.tokenizer, system, stops, base.context, vocabulary=base.vocabulary, now=now,
-                    settings=settings, reasoning=reasoning)  # fmt: skip
+    made = Renderer(
+        base.tokenizer,
+        system,
+        stops,
+        base.context,
+        vocabulary=base.vocabulary,
+        now=now,
+        settings=settings,
+        reasoning=reasoning,
+    )
     if like is not None:
         made.require(like)
     made.require_settings()

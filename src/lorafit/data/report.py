@@ -112,9 +112,10 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
     "answer with a mark for nothing (N/A, null, TODO)": (_nothing, "fill them in, or leave them out"),
     "answer with blanks before or after": (_answers(r"^\s|\s$"), "strip them, they are learnt too"),
     "end an answer with a marker (###, END, </s>)": (
-        _answers(_MARKER), "take it out: where an answer ends is learnt without it",
+        _answers(_MARKER),
+        "take it out: where an answer ends is learnt without it",
     ),
-}  # fmt: skip
+}
 
 
 def describe(examples: Examples, questions: Questions | None = None) -> DataReport:
@@ -166,8 +167,11 @@ def _mixed(everything: Sequence[Example]) -> list[Found]:
     for e in everything:
         kinds["plain text" if e.is_text else "conversations" if e.label is None else "texts with a label"].append(e)
     most = max(kinds, key=lambda kind: len(kinds[kind]))
-    return [(f"are {kind}, where most are {most}", held, "give one kind, unless both are meant")
-            for kind, held in kinds.items() if kind != most]  # fmt: skip
+    return [
+        (f"are {kind}, where most are {most}", held, "give one kind, unless both are meant")
+        for kind, held in kinds.items()
+        if kind != most
+    ]
 
 
 def _labels(given: dict[str, tuple[Example, ...]]) -> list[Found]:
@@ -178,8 +182,10 @@ def _labels(given: dict[str, tuple[Example, ...]]) -> list[Found]:
     odd = [e for e in labelled if usual[str(e.label).casefold()] != e.label]
     known = {e.label for e in given.get("train", ())}
     unknown = [e for e in labelled if e.label not in known]
-    return [("have a label that differs from a more frequent one in case alone", odd, "write a label in one way"),
-            ("have a label that no training example has", unknown, "add examples of it to training")]  # fmt: skip
+    return [
+        ("have a label that differs from a more frequent one in case alone", odd, "write a label in one way"),
+        ("have a label that no training example has", unknown, "add examples of it to training"),
+    ]
 
 
 def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:

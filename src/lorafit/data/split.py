@@ -57,8 +57,10 @@ def asks_one_thing(examples: Sequence[Example]) -> bool:
     can be held out is answers."""
     if any(example.is_text for example in examples):
         return False
-    questions, answers = ({plain(text) for text in texts} for texts in (
-        [example.question for example in examples], [example.answer for example in examples]))  # fmt: skip
+    questions, answers = (
+        {plain(text) for text in texts}
+        for texts in ([example.question for example in examples], [example.answer for example in examples])
+    )
     return len(questions) == 1 and len(answers) >= VOICE
 
 
@@ -116,8 +118,9 @@ def complete(examples: Examples, share: float = 0.1, questions: Questions | None
             f"too few to split: {n} example{'s' * (n != 1)}, {apart} of them independent (of different groups, "
             f"with prompts that differ), where {1 + len(want)} are needed"
         )
-        problem = Problem(examples.train[0].where, what,
-                          "give more examples that differ, or train, valid and test files of your own")  # fmt: skip
+        problem = Problem(
+            examples.train[0].where, what, "give more examples that differ, or train, valid and test files of your own"
+        )
         raise DataError([problem])
     order = {name: sorted(chain.from_iterable(groups)) for name, groups in taken.items()}
     sides = {name: tuple(examples.train[i] for i in numbers) for name, numbers in order.items()}
@@ -168,11 +171,16 @@ def require_apart(examples: Examples, questions: Questions | None = None) -> int
         meet(held[i], held[j])
         meet(held[j], held[i])
     if leaks:
-        raise DataError([
-            Problem(everything[j][1].where, f"near-identical to {everything[i][1].where} in {everything[i][0]}",
-                    f"remove one of the two: {everything[j][0]} would not be held out")
-            for j, i in sorted(leaks.items())
-        ])  # fmt: skip
+        raise DataError(
+            [
+                Problem(
+                    everything[j][1].where,
+                    f"near-identical to {everything[i][1].where} in {everything[i][0]}",
+                    f"remove one of the two: {everything[j][0]} would not be held out",
+                )
+                for j, i in sorted(leaks.items())
+            ]
+        )
     return len(different)
 
 

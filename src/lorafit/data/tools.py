@@ -62,24 +62,36 @@ def _tool(one: Any, place: str, wrong: Wrong) -> tuple[str, str]:
         wrong("not the description of a function", f"write {FUNCTION}", place)
         return "", ""
     if kind not in ("function", None) and "name" not in function:
-        wrong(f"a tool of the type {json.dumps(kind, default=str)}, and only functions are called here",
-              "leave it out", place)  # fmt: skip
+        wrong(
+            f"a tool of the type {json.dumps(kind, default=str)}, and only functions are called here",
+            "leave it out",
+            place,
+        )
         return "", ""
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        wrong(f"{json.dumps(name, default=str)}, where a function has its name",
-              "write up to 128 letters, digits, and _ . : -", f"{place}.name")  # fmt: skip
+        wrong(
+            f"{json.dumps(name, default=str)}, where a function has its name",
+            "write up to 128 letters, digits, and _ . : -",
+            f"{place}.name",
+        )
         return "", ""
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         wrong("not a JSON schema", 'write {"type": "object", "properties": {...}}', f"{place}.parameters")
         return "", ""
     if (odd := _odd_property(parameters or {})) is not None:
-        wrong("not described by a JSON schema", 'write {"type": "string"}, or what else it takes',
-              f"{place}.parameters.{odd}")  # fmt: skip
+        wrong(
+            "not described by a JSON schema",
+            'write {"type": "string"}, or what else it takes',
+            f"{place}.parameters.{odd}",
+        )
         return "", ""
-    known = {"name": name, "description": function.get("description"),
-             "parameters": parameters or {"type": "object", "properties": {}}}  # fmt: skip
+    known = {
+        "name": name,
+        "description": function.get("description"),
+        "parameters": parameters or {"type": "object", "properties": {}},
+    }
     # `strict` asks something of the server, and says nothing to the model.
     more = {key: value for key, value in function.items() if key not in (*known, "strict", "type")}
     whole = {"type": "function", "function": without_nulls({**known, **more})}
@@ -108,8 +120,11 @@ def _odd_property(parameters: Mapping[str, Any]) -> str | None:
 def without_nulls(value: Any) -> Any:
     """A schema without what is null in it: tables fill the fields of one tool with null where another has them."""
     if isinstance(value, dict):
-        return {key: held if key in ("enum", "const", "default", "examples") else without_nulls(held)
-                for key, held in value.items() if held is not None or key in ("const", "default")}  # fmt: skip
+        return {
+            key: held if key in ("enum", "const", "default", "examples") else without_nulls(held)
+            for key, held in value.items()
+            if held is not None or key in ("const", "default")
+        }
     return [without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
@@ -141,8 +156,11 @@ def read_call(one: Any, place: str, wrong: Wrong) -> Call | None:
     fields = {**one, **function}
     strange = next((key for key, value in fields.items() if key not in (*OF_A_CALL, by) and filled(value)), None)
     if strange is not None:
-        wrong(f"a call with '{strange}', which nothing reads",
-              "leave it out, or call it arguments if it holds them", place)  # fmt: skip
+        wrong(
+            f"a call with '{strange}', which nothing reads",
+            "leave it out, or call it arguments if it holds them",
+            place,
+        )
         return None
     given = function.get(by)
     try:
@@ -192,15 +210,21 @@ def bound(messages: Sequence[Message], places: Sequence[str], wrong: Wrong) -> l
             without_ids = not said.id or not any(given.id for given, _ in waiting)
             fits = by_id or [pair for pair in waiting if without_ids and said.name in ("", pair[0].name)]
             if not fits:
-                wrong("the answer of a tool that answers no call before it", "give it the tool_call_id of that call",
-                      place)  # fmt: skip
+                wrong(
+                    "the answer of a tool that answers no call before it",
+                    "give it the tool_call_id of that call",
+                    place,
+                )
                 continue
             waiting.remove(fits[0])
             answered.append((fits[0][1].id, replace(message, answers=fits[0][1])))
             continue
         if waiting:
-            wrong(f"a call of {waiting[0][0].name} that no tool answers, in a conversation that goes on",
-                  "add the tool's message behind it", asked_at)  # fmt: skip
+            wrong(
+                f"a call of {waiting[0][0].name} that no tool answers, in a conversation that goes on",
+                "add the tool's message behind it",
+                asked_at,
+            )
         found += [answer for _, answer in sorted(answered, key=lambda one: one[0])]
         calls = tuple(replace(call, id=f"call{number + i:05}") for i, call in enumerate(message.calls))
         number, asked_at, answered = number + len(calls), place, []
@@ -216,7 +240,7 @@ def name_of(tool: str) -> str:
 
 def known_calls(
     messages: Sequence[Message], tools: Sequence[str], places: Sequence[str], wrong: Wrong
-) -> list[Message]:  # fmt: skip
+) -> list[Message]:
     """The messages with calls of the tools that are described, where any are: without the nulls by which tables fill
     the arguments of one tool where another has them.
 
@@ -232,11 +256,17 @@ def known_calls(
         calls = []
         for call in message.calls:
             if functions and call.name not in functions:
-                wrong(f"calls {call.name}, which is none of its tools ({', '.join([*functions][:6])})",
-                      "add its description, or correct the name", place)  # fmt: skip
+                wrong(
+                    f"calls {call.name}, which is none of its tools ({', '.join([*functions][:6])})",
+                    "add its description, or correct the name",
+                    place,
+                )
             elif missing := _missing(call, functions.get(call.name)) if message.learnt else []:
-                wrong(f"calls {call.name} without '{missing[0]}', which it requires",
-                      "add the argument, or take it out of what the tool requires", place)  # fmt: skip
+                wrong(
+                    f"calls {call.name} without '{missing[0]}', which it requires",
+                    "add the argument, or take it out of what the tool requires",
+                    place,
+                )
             calls.append(_without_filling(call, functions.get(call.name)))
         found.append(replace(message, calls=tuple(calls)) if calls else message)
     return found
@@ -261,10 +291,12 @@ def _without_filling(call: Call, function: Mapping[str, Any] | None) -> Call:
     properties, needed = whole.get("properties") or {}, _required(function)
     others = bool(whole.get("patternProperties")) or _takes_null(whole.get("additionalProperties", False), whole)
     kept = {
-        name: value for name, value in arguments.items()
-        if value is not None or name in needed
+        name: value
+        for name, value in arguments.items()
+        if value is not None
+        or name in needed
         or (_takes_null(properties[name], whole) if name in properties else others)
-    }  # fmt: skip
+    }
     if kept == arguments:
         return call
     return replace(call, arguments=json.dumps(kept, ensure_ascii=False))

@@ -99,8 +99,9 @@ def score_answers(examples: Sequence[Example], answers: Sequence[Answer], render
     stops = sum(answer.stopped for answer in answers)
     names = [e.group for e, declines in zip(examples, declining, strict=True) if e.is_scored and not declines]
     groups = len(set(groups_of(names)))
-    return AnswerScore(sum(asked), len(asked), sum(map(bool, turned)), len(turned), stops, groups, tuple(texts),
-                       tuple(correct))  # fmt: skip
+    return AnswerScore(
+        sum(asked), len(asked), sum(map(bool, turned)), len(turned), stops, groups, tuple(texts), tuple(correct)
+    )
 
 
 def few_shots(examples: Sequence[Example], k: int) -> list[Example]:

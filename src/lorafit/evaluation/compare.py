@@ -123,8 +123,9 @@ def compare(
     groups = [examples[i].group for i in sorted({row.example for row in thoughts_of})]
     reasoning = nll_score(base_thought, adapter_thought, groups) if thoughts_of else None
     each = tuple(zip(base_nll, adapter_nll, strict=True))
-    return Comparison(nll, base_answers, few, adapter_answers, samples, tuple(asked), each, counts, len(given),
-                      reasoning)  # fmt: skip
+    return Comparison(
+        nll, base_answers, few, adapter_answers, samples, tuple(asked), each, counts, len(given), reasoning
+    )
 
 
 def asked_of(
@@ -180,8 +181,10 @@ def _samples(
     """A few questions with their answers: half of them wrong ones, which come first, where so many are; the others
     spread, the last one a question to decline where there is one. correct: as in AnswerScore, of the adapter."""
     told = counts is not None and counts.tells and not counts.unchecked
-    good = [right(q, text, fine) if told or q.is_scored else None
-            for q, text, fine in zip(questions, adapter, correct, strict=True)]  # fmt: skip
+    good = [
+        right(q, text, fine) if told or q.is_scored else None
+        for q, text, fine in zip(questions, adapter, correct, strict=True)
+    ]
     wrong = [i for i, fine in enumerate(good) if fine is False]
     others = [i for i, fine in enumerate(good) if fine is not False]
     few = max(SAMPLES // 2, SAMPLES - len(others))

@@ -156,30 +156,40 @@ def counted(
             key == own if q.calls else None for q, key, own in zip(asked, meant[who], keys, strict=True)
         ]
         good[who] = [right(q, text, fine) for q, text, fine in zip(asked, each, told, strict=True)]
-        same[who] = [fine if q.calls else is_equal(text, q.answer)
-                     for q, text, fine in zip(asked, each, good[who], strict=True)]  # fmt: skip
+        same[who] = [
+            fine if q.calls else is_equal(text, q.answer) for q, text, fine in zip(asked, each, good[who], strict=True)
+        ]
     against = {
         who: Paired(*sign_test([a - b for a, b in zip(good[ADAPTER], each, strict=True)], groups))
         for who, each in good.items()
         if who != ADAPTER
     }
     labels = {label_of(one.answer): key_of(one) for one in (*known, *asked) if one.label is not None}
-    said = [own if q.calls and fine else labels.get(label_of(text), key)
-            for q, own, text, key, fine in zip(asked, keys, texts[ADAPTER], meant[ADAPTER], good[ADAPTER],
-                                               strict=True)]  # fmt: skip
+    said = [
+        own if q.calls and fine else labels.get(label_of(text), key)
+        for q, own, text, key, fine in zip(asked, keys, texts[ADAPTER], meant[ADAPTER], good[ADAPTER], strict=True)
+    ]
     recall, confusions, other = (
         _by_answer(asked, keys, texts[ADAPTER], said, good[ADAPTER], every) if few else ((), (), 0)
     )
     return Counts(
-        by="check" if checked else "equality", n=len(asked), checked=len(checked),
+        by="check" if checked else "equality",
+        n=len(asked),
+        checked=len(checked),
         unchecked=0 if with_bare else len(bare) + unasked,
         json=sum(json_of(one.answer) is not None and one.answer.lstrip()[:1] in ("{", "[") for one in asked),
-        distinct=len(set(keys)), few=few, right={who: share(each) for who, each in good.items()},
-        equal={who: share(each) for who, each in same.items()}, against=against, most_frequent=constant,
-        recall=recall, confusions=confusions, other=other,
+        distinct=len(set(keys)),
+        few=few,
+        right={who: share(each) for who, each in good.items()},
+        equal={who: share(each) for who, each in same.items()},
+        against=against,
+        most_frequent=constant,
+        recall=recall,
+        confusions=confusions,
+        other=other,
         classifier_missing=simple.missing if simple else None,
         classifier_learnt=(simple.learnt, len(known)) if simple and simple.answers is not None else None,
-    )  # fmt: skip
+    )
 
 
 def scored_and_bare(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
@@ -260,7 +270,8 @@ def _by_answer(
     recall = [Recall(spelt[key], times[key], rights[key], gives[key]) for key in worst]
     shown = dict(zip(said, given, strict=True))
     wrong = Counter((key, one) for key, one, fine in zip(keys, said, good, strict=True) if not fine)
-    taken = [Confusion(spelt[key], spelt.get(one, shown[one]), n)
-             for (key, one), n in wrong.most_common() if one in every]  # fmt: skip
+    taken = [
+        Confusion(spelt[key], spelt.get(one, shown[one]), n) for (key, one), n in wrong.most_common() if one in every
+    ]
     other = sum(n for (_, one), n in wrong.items() if one not in every)
     return tuple(recall), tuple(taken[:CONFUSED]), other

@@ -39,9 +39,14 @@ class Decoding:
     """
 
     def __init__(
-        self, base: Base, renderer: Renderer, longest: int, most: int, memory: int | None = None,
+        self,
+        base: Base,
+        renderer: Renderer,
+        longest: int,
+        most: int,
+        memory: int | None = None,
         accept_unknown_base: bool = False,
-    ):  # fmt: skip
+    ):
         """
         Args:
             base: what answers.
@@ -79,9 +84,15 @@ class Decoding:
                 if (same_for_all(model) or room) < room:
                     return None
                 self._engine = Engine(
-                    self.base, slots=_slots(self.base, room, self._memory), room=room, queue=1 << 30, stall=UNHURRIED,
-                    accept_unknown_base=self._accept, timed=False, renderer=self.renderer,
-                )  # fmt: skip
+                    self.base,
+                    slots=_slots(self.base, room, self._memory),
+                    room=room,
+                    queue=1 << 30,
+                    stall=UNHURRIED,
+                    accept_unknown_base=self._accept,
+                    timed=False,
+                    renderer=self.renderer,
+                )
             except NotServedError:
                 return None
         return self._engine

@@ -61,10 +61,15 @@ def general_rows(
 
 
 def forgetting(
-    base: Base, adapter: Adapter, general: Mapping[str, Sequence[Row]], way: Way,
-    watch: Callable[[int, int], None] = lambda done, of: None, *, against: Adapter | None = None,
+    base: Base,
+    adapter: Adapter,
+    general: Mapping[str, Sequence[Row]],
+    way: Way,
+    watch: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    against: Adapter | None = None,
     accept_unknown_base: bool = False,
-) -> dict[str, NllScore]:  # fmt: skip
+) -> dict[str, NllScore]:
     """NLL of general text without the adapter and with it.
 
     Args:

@@ -19,9 +19,11 @@ EVALUATION_TOKENS = 2048  # per forward
 
 
 def example_nll(
-    base: Base, rows: Sequence[Row], progress: Callable[[int, int], None] = lambda done, of: None,
+    base: Base,
+    rows: Sequence[Row],
+    progress: Callable[[int, int], None] = lambda done, of: None,
     way: Way | None = None,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Mean NLL in nats per trained token, of each example in the order of their numbers.
 
     Rows of one example (several answers in one conversation) are joined before the mean is taken. Numbers that no
@@ -51,8 +53,10 @@ def nll_sums(
 def require_finite(base: Base, nll: Sequence[float]) -> None:
     """Raise BaseError where a base gives examples no finite NLL before anything is trained."""
     if wrong := [value for value in nll if not math.isfinite(value)]:
-        raise BaseError(f"'{base.name}' gives validation examples no finite NLL ({wrong[0]}): the fault is in the "
-                        "base or its dtype, not in the training; try --dtype fp32, or another base")  # fmt: skip
+        raise BaseError(
+            f"'{base.name}' gives validation examples no finite NLL ({wrong[0]}): the fault is in the "
+            "base or its dtype, not in the training; try --dtype fp32, or another base"
+        )
 
 
 def means(rows: Sequence[Row], sums: Sequence[float]) -> list[float]:

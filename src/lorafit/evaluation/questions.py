@@ -30,9 +30,13 @@ class Questions:
 
     @staticmethod
     def among(
-        base: Base, renderer: Renderer, examples: Sequence[Example], rows: Sequence[Row], known: Sequence[Example],
+        base: Base,
+        renderer: Renderer,
+        examples: Sequence[Example],
+        rows: Sequence[Row],
+        known: Sequence[Example],
         memory: int | None = None,
-    ) -> Questions | None:  # fmt: skip
+    ) -> Questions | None:
         """At most MOST of those among `examples` that are asked when answers are counted (`asked_of`); None where
         nothing says what is right: none carries a check or asks for a call, and their answers are not few different
         ones. rows: the examples rendered. known: what the adapter was trained on."""

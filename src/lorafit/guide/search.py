@@ -37,28 +37,55 @@ your
 STOP = frozenset(_SAYS_NOTHING.split())
 # What the guide calls a thing, and what others call it.
 _NAMES = {
-    "learning rate": "lr", "data": "dataset", "example": "sample row",
-    "nll": "loss perplexity likelihood", "diverge": "explode nan", 
+    "learning rate": "lr",
+    "data": "dataset",
+    "example": "sample row",
+    "nll": "loss perplexity likelihood",
+    "diverge": "explode nan",
     "interval": "confidence significant significance pvalue",
-    "paired": "statistically", "retrieval": "rag", "model": "llm", "layer": "module", "weight": "matrix matrices",
-    "memory": "ram vram", "train": "finetune finetuning tune tuning", "learn": "teach",
-    "overfit": "memorise memorize", "bf16": "bfloat16", "fp32": "float32", "leak": "contamination",
-    "label": "classification classify classifier category class", "legal": "lawyer contract", "medical": "doctor",
-    "invent": "hallucinate hallucination", "right": "accuracy", "forget": "catastrophic",
-    "many": "enough much", "curve": "chart plot graph",
-    "level": "student pupil", "private": "privacy confidential", "written": "synthetic", "unbalanced": "imbalanced",
-    "repeat": "reproducible", "cut": "truncated", "trackio": "wandb",
-}  # fmt: skip
+    "paired": "statistically",
+    "retrieval": "rag",
+    "model": "llm",
+    "layer": "module",
+    "weight": "matrix matrices",
+    "memory": "ram vram",
+    "train": "finetune finetuning tune tuning",
+    "learn": "teach",
+    "overfit": "memorise memorize",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "leak": "contamination",
+    "label": "classification classify classifier category class",
+    "legal": "lawyer contract",
+    "medical": "doctor",
+    "invent": "hallucinate hallucination",
+    "right": "accuracy",
+    "forget": "catastrophic",
+    "many": "enough much",
+    "curve": "chart plot graph",
+    "level": "student pupil",
+    "private": "privacy confidential",
+    "written": "synthetic",
+    "unbalanced": "imbalanced",
+    "repeat": "reproducible",
+    "cut": "truncated",
+    "trackio": "wandb",
+}
 SAME = {said: name for name, others in _NAMES.items() for said in others.split()}
 # Questions that ask about a verb, where the word in them is one ("what does trim do").
-_ABOUT_VERBS = re.compile("|".join(f"(?:{one})" for one in (
-    r"VERB(?: command| verb)?",
-    r"(?:explain|describe|tell me about) VERB(?: command| verb)?",
-    r"what (?:is|are) VERB(?: command| verb| (?:command |verb )?(?:good )?for)",
-    r"what (?:does|do) VERB(?: command| verb)? do",
-    r"how (?:do i|do you|can i|to) use VERB(?: command| verb)?",
-    r"how does VERB(?: command| verb)? work",
-)).replace("VERB", r"(?:the )?(?:lorafit )?([a-z]+)"))  # fmt: skip
+_ABOUT_VERBS = re.compile(
+    "|".join(
+        f"(?:{one})"
+        for one in (
+            r"VERB(?: command| verb)?",
+            r"(?:explain|describe|tell me about) VERB(?: command| verb)?",
+            r"what (?:is|are) VERB(?: command| verb| (?:command |verb )?(?:good )?for)",
+            r"what (?:does|do) VERB(?: command| verb)? do",
+            r"how (?:do i|do you|can i|to) use VERB(?: command| verb)?",
+            r"how does VERB(?: command| verb)? work",
+        )
+    ).replace("VERB", r"(?:the )?(?:lorafit )?([a-z]+)")
+)
 _ABOUT_PAGES = re.compile(r"\b(?:pages?|docs?|documentation)\b", re.IGNORECASE)
 
 

@@ -22,9 +22,7 @@ class Ahead:
     """By a few steps that are tried, or by those that were done before a stop. forward: seconds of a token in one, None
     where they are not known."""
 
-    def __init__(
-        self, opened: Opened, settings: TrainSettings, out: Path, forward: float | None, processes: Processes
-    ):  # fmt: skip
+    def __init__(self, opened: Opened, settings: TrainSettings, out: Path, forward: float | None, processes: Processes):
         self._opened, self._settings, self._out = opened, settings, out
         self._forward, self._processes = forward, processes
         self._cost: Forecast | None = None

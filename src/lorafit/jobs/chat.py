@@ -166,8 +166,12 @@ class Chat:
         if not self._tried:
             self._tried = True
             with suppress(NotServedError):
-                self._engine = Engine(self.base, slots=2, room=min(self.base.context or LONGEST, LONGEST),
-                                      accept_unknown_base=self.accept_unknown_base)  # fmt: skip
+                self._engine = Engine(
+                    self.base,
+                    slots=2,
+                    room=min(self.base.context or LONGEST, LONGEST),
+                    accept_unknown_base=self.accept_unknown_base,
+                )
         if self._engine is None:
             on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
             with on:

@@ -128,8 +128,9 @@ def _training(base: Base) -> list[Finding]:
     """How fast it trains, by a step that is taken."""
     sites = all_linear(base)
     width = min(TRIED_TOKENS, base.context or TRIED_TOKENS)
-    rows = [Row(tuple((7 * i + k) % 97 for k in range(width)), (False, *[True] * (width - 1)), i)
-            for i in range(TRIED_ROWS)]  # fmt: skip
+    rows = [
+        Row(tuple((7 * i + k) % 97 for k in range(width)), (False, *[True] * (width - 1)), i) for i in range(TRIED_ROWS)
+    ]
     state, way = TrainState(fresh(base, uniform(sites, 8, 32.0), 0), base.device), way_of(base, rows)
     batch = batch_of(base, rows, way)
     with attach(base, state), packing(base, way.packed):
@@ -137,8 +138,13 @@ def _training(base: Base) -> list[Finding]:
         start = time.monotonic()
         gradient_step(base, state, [batch], way)
         seconds = time.monotonic() - start
-    return [Finding("training", f"{width * len(rows) / seconds:.0f} tokens/s, of one step that was timed: "
-                                f"{len(rows)} rows of {width} tokens, rank 8 on {len(sites)} sites")]  # fmt: skip
+    return [
+        Finding(
+            "training",
+            f"{width * len(rows) / seconds:.0f} tokens/s, of one step that was timed: "
+            f"{len(rows)} rows of {width} tokens, rank 8 on {len(sites)} sites",
+        )
+    ]
 
 
 def _context(base: Base) -> Finding:

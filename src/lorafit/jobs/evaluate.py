@@ -62,9 +62,11 @@ def run_evaluation(
     adapter = peft.read(adapter_folder)
     other = peft.read(peft.adapter_folder(against)) if against else None
     if other and other.rendering and not _alike(other.rendering, adapter.rendering):
-        raise AdapterError(f"{against}: was trained with another system prompt or chat template than {adapter_folder}, "
-                           "or with other settings of it: evaluate each against the base, no one rendering is what "
-                           "both have learnt")  # fmt: skip
+        raise AdapterError(
+            f"{against}: was trained with another system prompt or chat template than {adapter_folder}, "
+            "or with other settings of it: evaluate each against the base, no one rendering is what "
+            "both have learnt"
+        )
     chosen = chosen or choose(data, split, resolved, listener)
     picked, single = chosen.scored, Path(data).is_file()
     shots_from: tuple[Example, ...] = () if single or split == "train" else chosen.all.train
@@ -87,26 +89,49 @@ def run_evaluation(
     before = base.integrity()
     renderer = renderer_for(base, like=adapter.rendering, reasoning=adapter.rendering is None)  # as it is served
     if other and other.rendering and other.rendering.now != renderer.now:
-        listener.say(f"the base's template tells the time, which was another when {against} was trained: both are told "
-                     f"{renderer.now}")  # fmt: skip
+        listener.say(
+            f"the base's template tells the time, which was another when {against} was trained: both are told "
+            f"{renderer.now}"
+        )
     rows: dict[str, list[Row]] = {}
-    picked = sifted(picked, lambda e: rows.update(render_all(renderer, e, resolved.max_length)), resolved.skip_bad,
-                    listener)  # fmt: skip
+    picked = sifted(
+        picked, lambda e: rows.update(render_all(renderer, e, resolved.max_length)), resolved.skip_bad, listener
+    )
     loaded = time.monotonic()
     way = way_of(base, rows["train"])
-    comparison = compare(base, adapter, renderer, picked.train, rows["train"], against=other, shots_from=shots_from,
-                         shots=resolved.few_shot, known=known, answer_all=answers is not None,
-                         watch=listener.watch, accept_unknown_base=accept_unknown_base, way=way)  # fmt: skip
+    comparison = compare(
+        base,
+        adapter,
+        renderer,
+        picked.train,
+        rows["train"],
+        against=other,
+        shots_from=shots_from,
+        shots=resolved.few_shot,
+        known=known,
+        answer_all=answers is not None,
+        watch=listener.watch,
+        accept_unknown_base=accept_unknown_base,
+        way=way,
+    )
     for run in runs:
         _count(run, chosen.split, listener)
     if answers is not None:
         write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
     texts = dict(general_text(named) for named in dict.fromkeys((None, resolved.general)))
-    general = {source: general_rows(base.tokenizer, text, base.context, base.vocabulary)
-               for source, text in texts.items()}  # fmt: skip
-    lost = forgetting(base, adapter, general, way, lambda done, of: listener.watch("forgetting", done, of, "texts"),
-                      against=other, accept_unknown_base=accept_unknown_base)  # fmt: skip
+    general = {
+        source: general_rows(base.tokenizer, text, base.context, base.vocabulary) for source, text in texts.items()
+    }
+    lost = forgetting(
+        base,
+        adapter,
+        general,
+        way,
+        lambda done, of: listener.watch("forgetting", done, of, "texts"),
+        against=other,
+        accept_unknown_base=accept_unknown_base,
+    )
     done = time.monotonic()
     return Result(
         {
@@ -137,15 +162,20 @@ def _trained_on(run: Path, asked: Sequence[Example]) -> tuple[Example, ...]:
     try:
         given = prepare(was["data"], settings_from(was["settings"]), Silent())[0].train
     except DataError as error:
-        raise SettingsError(f"{where}, and {was['data']} cannot be read as it was then ({error}): restore it, or leave "
-                            "--few-shot out") from error  # fmt: skip
+        raise SettingsError(
+            f"{where}, and {was['data']} cannot be read as it was then ({error}): restore it, or leave --few-shot out"
+        ) from error
     known = remembered(run, [example.question for example in given]) or []
     now = {" ".join(example.question.lower().split()) for example in asked}
-    left = tuple(example for example, trained in zip(given, known, strict=False)
-                 if trained and " ".join(example.question.lower().split()) not in now)  # fmt: skip
+    left = tuple(
+        example
+        for example, trained in zip(given, known, strict=False)
+        if trained and " ".join(example.question.lower().split()) not in now
+    )
     if not left:
-        raise SettingsError(f"{where}: of that, in {was['data']}, nothing is left that is not asked here: leave "
-                            "--few-shot out")  # fmt: skip
+        raise SettingsError(
+            f"{where}: of that, in {was['data']}, nothing is left that is not asked here: leave --few-shot out"
+        )
     return left
 
 
@@ -160,8 +190,9 @@ def _remarked(run: Path, chosen: Sequence[Example], listener: Listener) -> int |
     known = remembered(run, [example.question for example in chosen])
     seen = None if known is None else sum(known)
     if seen:
-        listener.say(f"{seen} of these {len(chosen)} questions were trained or validated on in {run}: this measures "
-                     "memory")  # fmt: skip
+        listener.say(
+            f"{seen} of these {len(chosen)} questions were trained or validated on in {run}: this measures memory"
+        )
     return seen
 
 
@@ -175,5 +206,7 @@ def _count(run: Path, chosen: Sequence[Example], listener: Listener) -> None:
         opened = f"now opened {count_opening(run)} times"
     except (OSError, InputError) as error:
         opened = f"which could not be counted there ({error})"
-    listener.say(f"{again} of these {len(chosen)} examples are of the test of {run}, {opened}: choose by other "
-                 "examples, or it is no test any more")  # fmt: skip
+    listener.say(
+        f"{again} of these {len(chosen)} examples are of the test of {run}, {opened}: choose by other "
+        "examples, or it is no test any more"
+    )

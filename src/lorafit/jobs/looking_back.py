@@ -33,7 +33,7 @@ TRIMMING = "trimming"
 
 def trim_trained(
     opened: Opened, trained: Trained, recipe: Recipe, settings: TrainSettings, out: Path, extras: Extras
-) -> tuple[Ladder, Adapter]:  # fmt: skip
+) -> tuple[Ladder, Adapter]:
     """The ladder, and the adapter that is shipped: the whole, where trimming fails. The run keeps the ladder, by which
     `lorafit trim` takes another rung, and where a smaller one is shipped the whole."""
     whole, before = trained.adapter, trained.history[0][1]
@@ -46,10 +46,26 @@ def trim_trained(
         return kept_whole(trained.each, before, why), whole
 
     def climbed() -> tuple[Ladder, Adapter]:
-        questions = Questions.among(opened.base, opened.renderer, opened.examples.valid, opened.rows["valid"],
-                                    opened.examples.train, left_of(settings.memory, opened.base))  # fmt: skip
-        ladder, small, moments = ladder_of(opened.base, whole, opened.rows, opened.way, recipe, trained.each, before,
-                                           groups, questions, extras.listener)  # fmt: skip
+        questions = Questions.among(
+            opened.base,
+            opened.renderer,
+            opened.examples.valid,
+            opened.rows["valid"],
+            opened.examples.train,
+            left_of(settings.memory, opened.base),
+        )
+        ladder, small, moments = ladder_of(
+            opened.base,
+            whole,
+            opened.rows,
+            opened.way,
+            recipe,
+            trained.each,
+            before,
+            groups,
+            questions,
+            extras.listener,
+        )
         make_folder(out / LADDER)
         write_moments(moments, out / LADDER / MOMENTS)
         if small is not None:
@@ -78,8 +94,15 @@ def sites_that_mattered(opened: Opened, recipe: Recipe, whole: Adapter, out: Pat
     places = spread_over(count, every)
     few, groups = some(opened.rows["valid"], places), [every[i] for i in places]
     first = first_order(base, whole, few, opened.way, opened.frozen.micro_tokens, recipe.recompute)
-    taken = ablations(base, whole, few, parts, opened.way, groups,
-                      lambda done, of: listener.watch("which sites mattered", done, of, "parts"))  # fmt: skip
+    taken = ablations(
+        base,
+        whole,
+        few,
+        parts,
+        opened.way,
+        groups,
+        lambda done, of: listener.watch("which sites mattered", done, of, "parts"),
+    )
     make_folder(out / SCORES)
     mattered = {"examples": count, "first_order": first, "ablations": [asdict(one) for one in taken]}
     write_json(out / SCORES / IMPORTANCE, mattered)
@@ -87,8 +110,13 @@ def sites_that_mattered(opened: Opened, recipe: Recipe, whole: Adapter, out: Pat
 
 def forgotten(opened: Opened, shipped: Adapter, out: Path, listener: Listener) -> dict[str, Any]:
     """What the adapter that is shipped has made the base forget; into a file of the run, and returned."""
-    lost = forgetting(opened.base, shipped, opened.general, opened.way,
-                      lambda done, of: listener.watch("forgetting", done, of, "texts"))  # fmt: skip
+    lost = forgetting(
+        opened.base,
+        shipped,
+        opened.general,
+        opened.way,
+        lambda done, of: listener.watch("forgetting", done, of, "texts"),
+    )
     make_folder(out / SCORES)
     told = {"general": {source: asdict(score) for source, score in lost.items()}}
     write_json(out / SCORES / FORGETTING, told)

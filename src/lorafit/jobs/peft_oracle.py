@@ -43,8 +43,10 @@ def compare_with_peft(
     logits = 3 * sum(map(len, rows)) * int(config.get_text_config().vocab_size)  # of the base, of ours, of theirs
     needed = FP32 * (sum(parameter.numel() for parameter in base.model.parameters()) + logits) + BESIDE
     if room is not None and needed > room:
-        say(f"PEFT was not asked to read the adapter: to open the base in fp32 once more takes about "
-            f"{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left")  # fmt: skip
+        say(
+            f"PEFT was not asked to read the adapter: to open the base in fp32 once more takes about "
+            f"{needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left"
+        )
         return None
     say("asking PEFT to read the adapter and compute the same")
     command = [sys.executable, "-m", "lorafit.jobs.with_peft", str(folder.resolve()), str(base.folder.resolve())]

@@ -59,9 +59,12 @@ class Forecast:
 
 
 def run_planning(
-    base_name: str | Path, data: str | Path, settings: Mapping[str, Any], listener: Listener | None = None,
+    base_name: str | Path,
+    data: str | Path,
+    settings: Mapping[str, Any],
+    listener: Listener | None = None,
     prepared: Prepared | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Check, decide, try a few steps; returns the plan, its reasons and its cost. Nothing is written. prepared: the
     data, where they have been read already."""
     listener = listener or Silent()
@@ -168,8 +171,9 @@ def forecast(
     kept = min(trunk_bytes, needed) if read else 0
     disk = max(disk_of(opened.decision.plan, False) + kept, disk_of(opened.decision.plan, settings.trim == "auto"))
     scoring = evaluation_seconds(opened, forward, settings)
-    return Forecast(recipe.steps * step + count * validation, step, validation, scoring,
-                    round((opened.peak or 0) / 1e9, 2), disk)  # fmt: skip
+    return Forecast(
+        recipe.steps * step + count * validation, step, validation, scoring, round((opened.peak or 0) / 1e9, 2), disk
+    )
 
 
 def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings) -> float:
@@ -184,8 +188,9 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     tokens += (2 + (settings.few_shot > 0)) * asked * _answering(rows["test"])
     if settings.trim == "auto":
         tokens += RUNGS_TRIED * valid
-        if questions := Questions.among(opened.base, opened.renderer, opened.examples.valid, rows["valid"],
-                                        opened.examples.train):  # fmt: skip
+        if questions := Questions.among(
+            opened.base, opened.renderer, opened.examples.valid, rows["valid"], opened.examples.train
+        ):
             tokens += RUNGS_TRIED * len(questions.examples) / len(opened.examples.valid) * _answering(rows["valid"])
     return per_token * tokens
 

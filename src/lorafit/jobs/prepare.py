@@ -58,9 +58,14 @@ class Opened:
 
 
 def open_all(
-    base_name: str | Path, data: str | Path, settings: TrainSettings, listener: Listener,
-    began: Environment | None = None, processes: int = 1, prepared: Prepared | None = None,
-) -> Opened:  # fmt: skip
+    base_name: str | Path,
+    data: str | Path,
+    settings: TrainSettings,
+    listener: Listener,
+    began: Environment | None = None,
+    processes: int = 1,
+    prepared: Prepared | None = None,
+) -> Opened:
     """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
 
     began: what a run has frozen that is gone on with. What depends on this machine and this moment is found out here,
@@ -101,17 +106,21 @@ def open_all(
         recipe.recompute,
         renderer.now,
     )
-    general = {name: general_rows(base.tokenizer, text, base.context, base.vocabulary)
-               for name, text in texts.items()}  # fmt: skip
+    general = {name: general_rows(base.tokenizer, text, base.context, base.vocabulary) for name, text in texts.items()}
     return Opened(
         base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
     )
 
 
 def fitted(
-    base: Base, start: Adapter, rows: dict[str, list[Row]], decision: Decision, settings: TrainSettings, way: Way,
+    base: Base,
+    start: Adapter,
+    rows: dict[str, list[Row]],
+    decision: Decision,
+    settings: TrainSettings,
+    way: Way,
     processes: int = 1,
-) -> tuple[Decision, int]:  # fmt: skip
+) -> tuple[Decision, int]:
     """The decision with how much is run at a time, and the bytes that its run will hold at most: see `fit`.
 
     Args:
@@ -138,10 +147,18 @@ def fitted(
 def _laying(way: Way) -> Choice:
     """How rows are laid into a batch."""
     if way.packed:
-        return Choice("rows", "one behind the other", "measured here: each computes what it computes alone, and no "
-                      "padding is computed", "")  # fmt: skip
-    return Choice("rows", "padded to one width", "measured here: one behind the other, this base would not compute "
-                  "what each computes alone", "")  # fmt: skip
+        return Choice(
+            "rows",
+            "one behind the other",
+            "measured here: each computes what it computes alone, and no padding is computed",
+            "",
+        )
+    return Choice(
+        "rows",
+        "padded to one width",
+        "measured here: one behind the other, this base would not compute what each computes alone",
+        "",
+    )
 
 
 def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Environment | None = None) -> Base:
@@ -165,18 +182,26 @@ def rendered(
     that the template is told; None: that of the moment."""
     conversations = [example for split in examples.by_name().values() for example in split if not example.is_text]
     reasoned = sum(example.reasoned for example in conversations)
-    renderer = renderer_for(base, examples.system if settings.system is None else settings.system, now=now,
-                            settings=settings.template_settings, reasoning=reasoned > 0)  # fmt: skip
+    renderer = renderer_for(
+        base,
+        examples.system if settings.system is None else settings.system,
+        now=now,
+        settings=settings.template_settings,
+        reasoning=reasoned > 0,
+    )
     if not renderer.system and (added := renderer.preamble()):
         listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
     if renderer.now:
         listener.say(f"the base's template tells the time: {renderer.now}, in this run and by its adapter for ever")
     if reasoned:
-        listener.say(f"{reasoned} of {len(conversations)} conversations have their reasoning: it is learnt before the "
-                     "answer, which is scored on its own")  # fmt: skip
+        listener.say(
+            f"{reasoned} of {len(conversations)} conversations have their reasoning: it is learnt before the "
+            "answer, which is scored on its own"
+        )
     rows: dict[str, list[Row]] = {}
-    examples = sifted(examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad,
-                       listener)  # fmt: skip
+    examples = sifted(
+        examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad, listener
+    )
     if said := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1])):
         listener.say(said)
     listener.example(rows["train"][0], renderer)

@@ -97,8 +97,14 @@ def figures_of(trained: Trained) -> dict[str, Any]:
 
 def write_plan(decision: Decision, folder: Path) -> None:
     """plan.json: the plan, how it is trained, and why."""
-    write_json(folder / PLAN, {**decision.plan.to_json(), "recipe": asdict(decision.recipe),
-                               "choices": [asdict(choice) for choice in decision.choices]})  # fmt: skip
+    write_json(
+        folder / PLAN,
+        {
+            **decision.plan.to_json(),
+            "recipe": asdict(decision.recipe),
+            "choices": [asdict(choice) for choice in decision.choices],
+        },
+    )
 
 
 def _read_plan(folder: Path) -> Decision:
@@ -128,8 +134,10 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
     with on_threads(frozen.threads, listener):
         opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
         if opened.base.identity != asked["base_identity"] or not opened.examples.has_digest(asked["data_digest"]):
-            raise RunError(f"{folder}: its base or its data have changed since it was trained, or an earlier version "
-                           "of lorafit held other examples out: restore them, or train again")  # fmt: skip
+            raise RunError(
+                f"{folder}: its base or its data have changed since it was trained, or an earlier version "
+                "of lorafit held other examples out: restore them, or train again"
+            )
         last = accepted_round(folder)
         if last:
             standing = _stands(folder / ROUNDS / str(last))
@@ -143,8 +151,12 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
         except Interrupted as error:
             raise Interrupted(str(error).replace(RESUME_HINT, "type the same again and it goes on")) from None
         if isinstance(done, str):
-            return {"number": None, "accepted": False, "verdict": f"nothing is left to try: {done}",
-                    "adapter_dir": str(folder / ADAPTER)}  # fmt: skip
+            return {
+                "number": None,
+                "accepted": False,
+                "verdict": f"nothing is left to try: {done}",
+                "adapter_dir": str(folder / ADAPTER),
+            }
         if new is not None:
             _install(new, done.number, folder, summary)
         else:
@@ -159,11 +171,20 @@ def _install(standing: Standing, number: int, folder: Path, summary: Mapping[str
     if not (first / ADAPTER).exists():
         with whole_folder(first / ADAPTER) as building:
             shutil.copytree(folder / ADAPTER, building, dirs_exist_ok=True)
-    told = {**summary, **standing.told(), "scores_of_round": number,
-            "rounds": [asdict(one) for one in history_of(folder)]}  # fmt: skip
+    told = {
+        **summary,
+        **standing.told(),
+        "scores_of_round": number,
+        "rounds": [asdict(one) for one in history_of(folder)],
+    }
     if peft.read(folder / ADAPTER) != standing.adapter:
-        peft.write(standing.adapter, folder / ADAPTER, card(standing.adapter, standing.decision.choices, told),
-                   {"versions": versions(), "round": number}, peft.routing_of(folder / ADAPTER))  # fmt: skip
+        peft.write(
+            standing.adapter,
+            folder / ADAPTER,
+            card(standing.adapter, standing.decision.choices, told),
+            {"versions": versions(), "round": number},
+            peft.routing_of(folder / ADAPTER),
+        )
     _take_ladder(standing, folder)
     write_json(folder / SUMMARY, told)
 
@@ -176,9 +197,15 @@ def _take_ladder(standing: Standing, out: Path) -> None:
 
 
 def refine(
-    opened: Opened, standing: Standing, out: Path, settings: TrainSettings, known: tuple[float, ...], resume: bool,
-    extras: Extras, processes: Processes,
-) -> Standing:  # fmt: skip
+    opened: Opened,
+    standing: Standing,
+    out: Path,
+    settings: TrainSettings,
+    known: tuple[float, ...],
+    resume: bool,
+    extras: Extras,
+    processes: Processes,
+) -> Standing:
     """At most settings.rounds of them, before the test is opened; those done before a stop are taken from the files.
     One that fails is the last, and what stood before it stands."""
     history = history_of(out)
@@ -201,9 +228,16 @@ def refine(
 
 
 def one_round(
-    opened: Opened, standing: Standing, history: Sequence[Round], out: Path, settings: TrainSettings,
-    known: tuple[float, ...], resume: bool, listener: Listener, processes: Processes = ALONE,
-) -> tuple[Standing | None, Round | str]:  # fmt: skip
+    opened: Opened,
+    standing: Standing,
+    history: Sequence[Round],
+    out: Path,
+    settings: TrainSettings,
+    known: tuple[float, ...],
+    resume: bool,
+    listener: Listener,
+    processes: Processes = ALONE,
+) -> tuple[Standing | None, Round | str]:
     """Try what the rules say, and judge it: what stands now where that has changed, and the round; or why none is left.
     A round is in the history once its adapter is on disk."""
     groups = [example.group for example in opened.examples.valid]
@@ -243,8 +277,20 @@ def one_round(
         trained = carry_out(opened, order, out, resume, settings.trunk_bytes, processes, listener)
     except DivergedError as error:
         mean = sum(before) / len(before)
-        done = Round(number, change.kind, change.reason, change.steps, rank, mean, mean, 0.0, None, 0.0, False,
-                     f"it diverged: {error}")  # fmt: skip
+        done = Round(
+            number,
+            change.kind,
+            change.reason,
+            change.steps,
+            rank,
+            mean,
+            mean,
+            0.0,
+            None,
+            0.0,
+            False,
+            f"it diverged: {error}",
+        )
     else:
         ladder, adapter = trim_trained(opened, trained, decision.recipe, settings, folder, Extras(listener))
         after = trained.each if adapter is trained.adapter else scored(opened, adapter, listener)

@@ -16,9 +16,12 @@ from lorafit.routing import Features, Router, elsewhere, features_of, fit, learn
 
 
 def run_routing(
-    texts: Sequence[str], adapters: Mapping[str, Path], base: str | None = None,
-    learn: Mapping[str, Examples] | None = None, listener: Listener | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    texts: Sequence[str],
+    adapters: Mapping[str, Path],
+    base: str | None = None,
+    learn: Mapping[str, Examples] | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
     """The scores of each text. adapters: folders, or runs, by name. base: by default the one the adapters name.
     learn: by name, examples whose questions an adapter's folder shall keep from now on. Raises AdapterError where there
     is nothing to learn from."""
@@ -30,19 +33,30 @@ def run_routing(
     for name, given in learn.items():
         found = Features.of(opened, given.train, given.valid, watch=listener.watch)
         if found is None:
-            raise AdapterError(f"--learn {name}: these examples ask nothing that a router could learn from: give "
-                               "questions with answers")  # fmt: skip
+            raise AdapterError(
+                f"--learn {name}: these examples ask nothing that a router could learn from: give "
+                "questions with answers"
+            )
         with whole_file(folders[name] / peft.ROUTING) as building:
             building.write_bytes(found.to_bytes())
         listener.say(f"{folders[name]} keeps what the base makes of {len(found.train)} questions")
     router, left_out = router_of(opened, folders, listener)
     told = [router.route(row) for row in features_of(opened, texts)]
     return {
-        "threshold": router.threshold, "right": router.right, "kept_out": router.kept_out, "left_out": left_out,
-        "texts": [{"text": text, "adapter": one.adapter, "probability": one.probability,
-                   "scores": {name or "base": score for name, score in one.scores.items()}}
-                  for text, one in zip(texts, told, strict=True)],
-    }  # fmt: skip
+        "threshold": router.threshold,
+        "right": router.right,
+        "kept_out": router.kept_out,
+        "left_out": left_out,
+        "texts": [
+            {
+                "text": text,
+                "adapter": one.adapter,
+                "probability": one.probability,
+                "scores": {name or "base": score for name, score in one.scores.items()},
+            }
+            for text, one in zip(texts, told, strict=True)
+        ],
+    }
 
 
 def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tuple[Router, dict[str, str]]:
@@ -56,8 +70,7 @@ def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tu
 
 def _base_of(folders: Mapping[str, Path]) -> str:
     """The base that adapter folders name."""
-    named = {name: peft.glance(folder).base_name for name, folder in folders.items()
-             if (folder / peft.OURS).exists()}  # fmt: skip
+    named = {name: peft.glance(folder).base_name for name, folder in folders.items() if (folder / peft.OURS).exists()}
     bases = sorted({str(base) for base in named.values() if base})
     if len(bases) != 1:
         raise BaseError(f"the adapters name {', '.join(bases) or 'no base'}: say which with --base")

@@ -35,7 +35,7 @@ from lorafit.planning.halving import (
     rates_for,
     steps_needed,
     survivors,
-)  # fmt: skip
+)
 from lorafit.planning.placement import ALL, Placement, placements
 from lorafit.planning.rules import reached, told, told_rank
 from lorafit.planning.signal import Card, Signal, card_of
@@ -69,9 +69,15 @@ class Order:
 
 
 def carry_out(
-    opened: Opened, order: Order, out: Path, resume: bool, trunk_bytes: int, processes: Processes,
-    listener: Listener | None = None, tell: Callable[[Moment], None] | None = None,
-) -> Trained:  # fmt: skip
+    opened: Opened,
+    order: Order,
+    out: Path,
+    resume: bool,
+    trunk_bytes: int,
+    processes: Processes,
+    listener: Listener | None = None,
+    tell: Callable[[Moment], None] | None = None,
+) -> Trained:
     """Train as ordered; called alike in all processes. tell: hears the moments in the listener's place."""
     base, rows = opened.base, opened.rows
     if processes.first:
@@ -81,9 +87,21 @@ def carry_out(
     if listener:
         name = f"{order.folder}: validation" if order.folder else "validation"
         kept = {"tell": tell or listener.moment, "watch": lambda done, of: listener.watch(name, done, of)}
-    return train(base, start_of(opened, order.plan), rows["train"], valid, order.recipe, folder=out / order.folder,
-                 resume=resume, trunk_bytes=trunk_bytes, trunk_in=out if order.folder.startswith(SEARCH) else None,
-                 way=opened.way, known=order.known, processes=processes, **kept)  # fmt: skip
+    return train(
+        base,
+        start_of(opened, order.plan),
+        rows["train"],
+        valid,
+        order.recipe,
+        folder=out / order.folder,
+        resume=resume,
+        trunk_bytes=trunk_bytes,
+        trunk_in=out if order.folder.startswith(SEARCH) else None,
+        way=opened.way,
+        known=order.known,
+        processes=processes,
+        **kept,
+    )
 
 
 def start_of(opened: Opened, plan: Plan) -> Adapter:
@@ -116,7 +134,7 @@ def some(rows: Sequence[Row], numbers: Collection[int]) -> list[Row]:
 
 def look(
     opened: Opened, listener: Listener, places: Collection[int] | None = None
-) -> tuple[tuple[float, ...], Card | None, float]:  # fmt: skip
+) -> tuple[tuple[float, ...], Card | None, float]:
     """The base's NLL on the validation examples (on those at `places`), the layer card, and the seconds that a token of
     a forward takes.
     Raises BaseError where the NLL is not finite."""
@@ -126,14 +144,18 @@ def look(
         known = example_nll(opened.base, rows, partial(listener.watch, "base: validation"), opened.way)
     forward = (time.monotonic() - began) / sum(len(row.ids) for row in rows)
     require_finite(opened.base, known)
-    card = card_of(opened.base, _with_b_of_zero(opened), opened.rows["train"], opened.decision.recipe, opened.way,
-                   lambda d, n: listener.watch("layer card", d, n, "batches"))  # fmt: skip
+    card = card_of(
+        opened.base,
+        _with_b_of_zero(opened),
+        opened.rows["train"],
+        opened.decision.recipe,
+        opened.way,
+        lambda d, n: listener.watch("layer card", d, n, "batches"),
+    )
     return tuple(known), card, forward
 
 
-def looked(
-    opened: Opened, out: Path, listener: Listener
-) -> tuple[tuple[float, ...], Card | None, float | None]:  # fmt: skip
+def looked(opened: Opened, out: Path, listener: Listener) -> tuple[tuple[float, ...], Card | None, float | None]:
     """What `look` finds on all validation examples, kept in search/card.json for a resume. The seconds are None where
     an earlier version looked."""
     path = out / SEARCH / CARD
@@ -157,9 +179,15 @@ def _with_b_of_zero(opened: Opened) -> Adapter:
 
 
 def search(
-    opened: Opened, settings: TrainSettings, known: tuple[float, ...], card: Card | None, out: Path, resume: bool,
-    processes: Processes, listener: Listener,
-) -> Decision:  # fmt: skip
+    opened: Opened,
+    settings: TrainSettings,
+    known: tuple[float, ...],
+    card: Card | None,
+    out: Path,
+    resume: bool,
+    processes: Processes,
+    listener: Listener,
+) -> Decision:
     """Search as the settings say, and decide. Every arm is a training of its own below `out`/search, and what it came
     to is in search/tried.json as soon as it is known: a search that was stopped goes on where it was.
 
@@ -187,8 +215,11 @@ def told_by(known: Sequence[float], opened: Opened, places: Sequence[int]) -> di
     part = [groups[i] for i in places]
     seen, there = (len(set(groups_of(names))) for names in (part, groups))
     smallest = detectable(known, part)
-    return {"independent": there, "nll": sum(known) / len(known),
-            "detectable": None if smallest is None else smallest * (seen / there) ** 0.5}  # fmt: skip
+    return {
+        "independent": there,
+        "nll": sum(known) / len(known),
+        "detectable": None if smallest is None else smallest * (seen / there) ** 0.5,
+    }
 
 
 def card_from(told: Mapping[str, Any]) -> Card | None:
@@ -207,8 +238,10 @@ def obstacle(opened: Opened, settings: TrainSettings) -> str | None:
     if independent < FEWEST:
         return f"{independent} independent validation examples decide nothing, at least {FEWEST} are needed"
     if rates_for(steps) == (1.0,):
-        return (f"{steps} steps are too short a run to search within half of it; from {steps_needed(2)} on two rates "
-                f"are tried, from {steps_needed(4)} four")  # fmt: skip
+        return (
+            f"{steps} steps are too short a run to search within half of it; from {steps_needed(2)} on two rates "
+            f"are tried, from {steps_needed(4)} four"
+        )
     return None
 
 
@@ -244,9 +277,15 @@ def places_cost(arms: int, run_steps: int) -> float:
 
 class _Search:
     def __init__(
-        self, opened: Opened, settings: TrainSettings, out: Path, resume: bool, processes: Processes,
-        listener: Listener, known: tuple[float, ...],
-    ):  # fmt: skip
+        self,
+        opened: Opened,
+        settings: TrainSettings,
+        out: Path,
+        resume: bool,
+        processes: Processes,
+        listener: Listener,
+        known: tuple[float, ...],
+    ):
         self.opened, self.settings, self.out, self.resume = opened, settings, out, resume
         self.processes, self.listener, self.known = processes, listener, known
         self.path = out / SEARCH / TRIED
@@ -310,13 +349,17 @@ class _Search:
         while True:
             rung += 1
             steps = first << (rung - 1)
-            tried = [self._tried(arm, steps, f"{what}-{rung}-{i + 1}", f"{arm.name}, {i + 1} of {len(left)}")
-                     for i, arm in enumerate(left)]  # fmt: skip
+            tried = [
+                self._tried(arm, steps, f"{what}-{rung}-{i + 1}", f"{arm.name}, {i + 1} of {len(left)}")
+                for i, arm in enumerate(left)
+            ]
             best = survivors(tried)
             if not best:
                 lowest = min(arm.rate for arm in left)
-                raise DivergedError(f"every arm of the search diverged, at rates from {lowest:.1e} up: give a lower "
-                                    f"--learning-rate, e.g. {lowest / 10:.0e}, and name another --out")  # fmt: skip
+                raise DivergedError(
+                    f"every arm of the search diverged, at rates from {lowest:.1e} up: give a lower "
+                    f"--learning-rate, e.g. {lowest / 10:.0e}, and name another --out"
+                )
             if all(one.each == self.before for one in best):
                 least = min((one.arm for one in best), key=lambda arm: (arm.rate, arm.parameters))
                 return least, "no arm was better than the base when it ended, so the least is taken"
@@ -336,15 +379,19 @@ class _Search:
                 return Tried(arm, one["steps"], None if one["each"] is None else tuple(one["each"]))
         self.listener.say(f"search: {told}, for {steps} steps")
         recipe = replace(
-            self.opened.decision.recipe, learning_rate=arm.rate, steps=steps, validate_every=steps,
+            self.opened.decision.recipe,
+            learning_rate=arm.rate,
+            steps=steps,
+            validate_every=steps,
             warmup=max(1, round(self.settings.warmup * steps)),
-        )  # fmt: skip
+        )
         order = Order(self.plans[arm.plan], recipe, f"{SEARCH}/{cell}", tuple(self.places), self.before)
         self.processes.agreed(order.to_json)
         each: tuple[float, ...] | None
         try:
-            each = carry_out(self.opened, order, self.out, self.resume, self.settings.trunk_bytes, self.processes,
-                             self.listener).each  # fmt: skip
+            each = carry_out(
+                self.opened, order, self.out, self.resume, self.settings.trunk_bytes, self.processes, self.listener
+            ).each
         except DivergedError:
             each = None
         self.stored.append({"cell": cell, **asdict(arm), "steps": steps, "each": each})

@@ -35,8 +35,15 @@ def shown(path: str | Path) -> dict[str, Any]:
     base = open_base(path)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     names = dict(Counter(site.name for site in base.sites))
-    return {"kind": "base", "name": base.name, "folder": str(base.folder), "parameters": parameters,
-            "identity": base.identity, "sites": len(base.sites), "site names": names}  # fmt: skip
+    return {
+        "kind": "base",
+        "name": base.name,
+        "folder": str(base.folder),
+        "parameters": parameters,
+        "identity": base.identity,
+        "sites": len(base.sites),
+        "site names": names,
+    }
 
 
 def require_shown(path: Path) -> None:
@@ -51,8 +58,10 @@ def require_shown(path: Path) -> None:
         return
     if not path.exists():
         raise FormatError(f"{path}: there is no such path: {did_you_mean(path, 'check the path')}")
-    raise FormatError(f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base: name one of these; "
-                      "lorafit data shows a file of examples")  # fmt: skip
+    raise FormatError(
+        f"{path}: neither a run, nor an adapter, nor a plan.json, nor a base: name one of these; "
+        "lorafit data shows a file of examples"
+    )
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -67,8 +76,14 @@ def _run(path: Path) -> dict[str, Any]:
     summary = read_summary(path)
     if summary is None:
         return {**found, "state": "not finished: go on with lorafit train ... --resume"}
-    return {**found, "state": "finished", "adapter": str(path / "adapter"), "best step": summary["best_step"],
-            "base unchanged": summary["base_unchanged"], "test openings": openings(path)}  # fmt: skip
+    return {
+        **found,
+        "state": "finished",
+        "adapter": str(path / "adapter"),
+        "best step": summary["best_step"],
+        "base unchanged": summary["base_unchanged"],
+        "test openings": openings(path),
+    }
 
 
 def _adapter(path: Path) -> dict[str, Any]:
@@ -77,13 +92,24 @@ def _adapter(path: Path) -> dict[str, Any]:
     adapter = peft.read(path)
     rendering = adapter.rendering
     told = {"time told": rendering.now, "template settings": dict(rendering.settings)} if rendering else {}
-    return {"kind": "adapter", "base": adapter.base_name, "base identity": adapter.base or "unknown",
-            "digest": adapter.digest(), "system prompt": rendering.system if rendering else None,
-            **{name: value for name, value in told.items() if value}, **_plan(adapter.plan)}  # fmt: skip
+    return {
+        "kind": "adapter",
+        "base": adapter.base_name,
+        "base identity": adapter.base or "unknown",
+        "digest": adapter.digest(),
+        "system prompt": rendering.system if rendering else None,
+        **{name: value for name, value in told.items() if value},
+        **_plan(adapter.plan),
+    }
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
     ranks = Counter(slot.rank for slot in plan.slots)
-    return {"sites": len(plan.slots), "site names": ", ".join(dict.fromkeys(slot.site.name for slot in plan.slots)),
-            "variant": plan.slots[0].variant, "ranks": dict(sorted(ranks.items())),
-            "parameters": plan.parameters, "bytes": plan.bytes}  # fmt: skip
+    return {
+        "sites": len(plan.slots),
+        "site names": ", ".join(dict.fromkeys(slot.site.name for slot in plan.slots)),
+        "variant": plan.slots[0].variant,
+        "ranks": dict(sorted(ranks.items())),
+        "parameters": plan.parameters,
+        "bytes": plan.bytes,
+    }

@@ -32,18 +32,28 @@ class Tracked:
         self._listener.moment(moment)
         values = {"valid/nll": moment.valid_nll}
         if moment.train_nll is not None:
-            values |= {"train/nll": moment.train_nll, "train/learning_rate": moment.learning_rate,
-                       "train/tokens_per_second": moment.tokens_per_second}  # fmt: skip
+            values |= {
+                "train/nll": moment.train_nll,
+                "train/learning_rate": moment.learning_rate,
+                "train/tokens_per_second": moment.tokens_per_second,
+            }
         self._log(values, moment.step)
 
     def scores(self, summary: Mapping[str, Any]) -> None:
         """Hand over the scores on the test, at the last step."""
         nll, facts, counts = summary["nll"], summary["facts"], summary.get("counts")
         shares = counts["right"] if counts and counts["tells"] else {}  # of free text equality says little
-        self._log({"test/nll_base": nll["base"], "test/nll_adapter": nll["adapter"], "test/facts_base": facts["base"],
-                   "test/facts_adapter": facts["adapter"],
-                   **{f"test/right_{who}": share["share"] for who, share in shares.items()},
-                   "adapter/parameters": summary["trainable_parameters"]}, self._step)  # fmt: skip
+        self._log(
+            {
+                "test/nll_base": nll["base"],
+                "test/nll_adapter": nll["adapter"],
+                "test/facts_base": facts["base"],
+                "test/facts_adapter": facts["adapter"],
+                **{f"test/right_{who}": share["share"] for who, share in shares.items()},
+                "adapter/parameters": summary["trainable_parameters"],
+            },
+            self._step,
+        )
 
     def end(self) -> None:
         if self._tracker is not None:
@@ -65,9 +75,7 @@ class Tracked:
 
 
 @contextmanager
-def tracked(
-    settings: TrainSettings, opened: Opened, out: Path, resume: bool, listener: Listener
-) -> Iterator[Tracked]:  # fmt: skip
+def tracked(settings: TrainSettings, opened: Opened, out: Path, resume: bool, listener: Listener) -> Iterator[Tracked]:
     """A run as the tracking program of the settings follows it. Raises SettingsError where that cannot begin, before
     anything is trained; what it has written into a new run folder by then is removed."""
     name, tracker = settings.report_to, None
@@ -90,8 +98,14 @@ def _facts(settings: TrainSettings, opened: Opened) -> dict[str, Any]:
     """What tells one run from another: numbers and choices. No path, no prompt, no example."""
     numbers = {name: value for name, value in settings.model_dump().items() if isinstance(value, (bool, int, float))}
     recipe = {name: value for name, value in asdict(opened.decision.recipe).items() if isinstance(value, (int, float))}
-    return {"base": Path(opened.base.name).name, "variant": settings.variant, "examples": len(opened.examples.train),
-            "parameters": opened.decision.plan.parameters, **numbers, **recipe}  # fmt: skip
+    return {
+        "base": Path(opened.base.name).name,
+        "variant": settings.variant,
+        "examples": len(opened.examples.train),
+        "parameters": opened.decision.plan.parameters,
+        **numbers,
+        **recipe,
+    }
 
 
 def _why(error: Exception) -> str:

@@ -135,14 +135,26 @@ def _train_along(out: Path, resume: bool, processes: Processes) -> dict[str, Any
 
 
 def _run(
-    base_name: str, data: str, out: Path, resolved: TrainSettings, opened: Opened, resume: bool,
-    listener: Listener, followed: Tracked, extra: Mapping[str, Any], processes: Processes,
-) -> dict[str, Any]:  # fmt: skip
+    base_name: str,
+    data: str,
+    out: Path,
+    resolved: TrainSettings,
+    opened: Opened,
+    resume: bool,
+    listener: Listener,
+    followed: Tracked,
+    extra: Mapping[str, Any],
+    processes: Processes,
+) -> dict[str, Any]:
     """From the plan on: everything here writes into the run folder."""
     base, rows = opened.base, opened.rows
     before = base.integrity()
-    asked = {"base": base.address or base.name, "data": data if data == BUILTIN else absolute(data),
-             "typed": {"base": base_name, "data": data}, "settings": settings_written(resolved)}  # fmt: skip
+    asked = {
+        "base": base.address or base.name,
+        "data": data if data == BUILTIN else absolute(data),
+        "typed": {"base": base_name, "data": data},
+        "settings": settings_written(resolved),
+    }
     if resume:
         require_same(out, _decides(opened, processes, str(read_run(out).get("data_digest"))))
     else:
@@ -183,16 +195,27 @@ def _run(
     adapter, decision = standing.adapter, standing.decision
     _write(out, adapter)
     listener.say(f"adapter written to {out / ADAPTER} and read back: equal bit for bit; now it is scored")
-    extras.get("which sites mattered",
-               lambda: sites_that_mattered(opened, decision.recipe, standing.whole(), out, listener))  # fmt: skip
+    extras.get(
+        "which sites mattered", lambda: sites_that_mattered(opened, decision.recipe, standing.whole(), out, listener)
+    )
     lost = extras.get("forgetting", lambda: forgotten(opened, adapter, out, listener))
     beside: dict[str, Any] = {"forgetting": lost} if lost else {}
     if resolved.rounds:
         beside["rounds"] = [asdict(one) for one in history_of(out)]
     opens = count_opening(out)
-    comparison = compare(base, adapter, opened.renderer, opened.examples.test, rows["test"],
-                         shots_from=opened.examples.train, shots=resolved.few_shot, known=opened.examples.train,
-                         watch=listener.watch, memory=left_of(resolved.memory, base), way=opened.way)  # fmt: skip
+    comparison = compare(
+        base,
+        adapter,
+        opened.renderer,
+        opened.examples.test,
+        rows["test"],
+        shots_from=opened.examples.train,
+        shots=resolved.few_shot,
+        known=opened.examples.train,
+        watch=listener.watch,
+        memory=left_of(resolved.memory, base),
+        way=opened.way,
+    )
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     unchanged = base.integrity() == before
     seconds["evaluate"] = time.monotonic() - began
@@ -290,5 +313,6 @@ def _write(
     """The adapter folder; what was written is read back and must be the same value."""
     peft.write(adapter, out / ADAPTER, text, {**(scores or {}), "versions": versions()}, routing)
     if peft.read(out / ADAPTER) != adapter:
-        raise FormatError(f"{out / ADAPTER}: what was read back differs from what was written: check the disk, and "
-                          "train again")  # fmt: skip
+        raise FormatError(
+            f"{out / ADAPTER}: what was read back differs from what was written: check the disk, and train again"
+        )

@@ -62,14 +62,17 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
     base = opened_base(asked["base"], settings, listener, frozen)
     examples, renderer, rows = rendered(base, examples, settings, listener, frozen.now)
     if base.identity != asked["base_identity"] or not examples.has_digest(asked["data_digest"]):
-        raise RunError(f"{folder}: its base or its data have changed since it was trained, and so its validation, or "
-                       "an earlier version of lorafit held others out: restore them, or give --to 25%")  # fmt: skip
+        raise RunError(
+            f"{folder}: its base or its data have changed since it was trained, and so its validation, or "
+            "an earlier version of lorafit held others out: restore them, or give --to 25%"
+        )
     with attach(base, whole):
         nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
     groups = [example.group for example in examples.valid]
     before, recipe = float(summary["validation"][0][1]), Recipe(**read_json(folder / PLAN)["recipe"])
-    questions = Questions.among(base, renderer, examples.valid, rows["valid"], examples.train,
-                                left_of(settings.memory, base))  # fmt: skip
+    questions = Questions.among(
+        base, renderer, examples.valid, rows["valid"], examples.train, left_of(settings.memory, base)
+    )
     ladder, small, _ = ladder_of(base, whole, rows, way, recipe, nll, before, groups, questions, listener)
     if small is not None:
         peft.write(
@@ -78,14 +81,26 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
             extra={"trimmed_from": whole.digest(), "ladder": asdict(ladder)},
             routing=peft.routing_of(peft.adapter_folder(folder)),
         )
-    return {**asdict(ladder), "parameters": whole.plan.parameters, "seconds": round(time.monotonic() - began, 1),
-            "adapter_dir": str(out) if small else None}  # fmt: skip
+    return {
+        **asdict(ladder),
+        "parameters": whole.plan.parameters,
+        "seconds": round(time.monotonic() - began, 1),
+        "adapter_dir": str(out) if small else None,
+    }
 
 
 def ladder_of(
-    base: Base, whole: Adapter, rows: Mapping[str, Sequence[Row]], way: Way, recipe: Recipe,
-    nll: Sequence[float], before: float, groups: Sequence[str | None], questions: Questions | None, listener: Listener,
-) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:  # fmt: skip
+    base: Base,
+    whole: Adapter,
+    rows: Mapping[str, Sequence[Row]],
+    way: Way,
+    recipe: Recipe,
+    nll: Sequence[float],
+    before: float,
+    groups: Sequence[str | None],
+    questions: Questions | None,
+    listener: Listener,
+) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:
     """Down the ladder until validation refuses a rung: the ladder as far as it was climbed, the smallest adapter that
     may be shipped (None where that is the whole), and the moments by which it was cut.
 
@@ -140,8 +155,14 @@ def cut(folder: str | Path, to: str, out: str | Path) -> dict[str, Any]:
     small, left = trimmed(whole, share, read_moments(moments) if moments.exists() else None)
     peft.write(small, out, extra={"trimmed_from": whole.digest()}, routing=peft.routing_of(peft.adapter_folder(folder)))
     ranks = [slot.rank for slot in small.plan.slots]
-    return {"adapter_dir": str(out), "parameters": small.plan.parameters, "of": whole.plan.parameters,
-            "sites": len(ranks), "ranks": [min(ranks), max(ranks)], "left": left}  # fmt: skip
+    return {
+        "adapter_dir": str(out),
+        "parameters": small.plan.parameters,
+        "of": whole.plan.parameters,
+        "sites": len(ranks),
+        "ranks": [min(ranks), max(ranks)],
+        "left": left,
+    }
 
 
 def write_moments(moments: Mapping[str, Moments], path: Path) -> None:
@@ -155,8 +176,11 @@ def read_moments(path: Path) -> dict[str, Moments]:
     """Raises FormatError for a damaged file."""
     try:
         tensors = load_file(path)
-        return {name.removesuffix(".inputs"): Moments(tensor, tensors[name.removesuffix(".inputs") + ".outputs"])
-                for name, tensor in tensors.items() if name.endswith(".inputs")}  # fmt: skip
+        return {
+            name.removesuffix(".inputs"): Moments(tensor, tensors[name.removesuffix(".inputs") + ".outputs"])
+            for name, tensor in tensors.items()
+            if name.endswith(".inputs")
+        }
     except (SafetensorError, KeyError) as error:
         raise FormatError(f"{path}: damaged ({error}): remove it, and every direction counts alike") from error
 
@@ -167,16 +191,15 @@ def _whole(folder: Path) -> Path:
     return kept if kept.exists() else peft.adapter_folder(folder)
 
 
-def moments_of(
-    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, recipe: Recipe
-) -> dict[str, Moments]:  # fmt: skip
+def moments_of(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, recipe: Recipe) -> dict[str, Moments]:
     """Second moments inside the adapter's pairs, over what the rows are laid into, with the gradient of their mean NLL.
     A pair that took no part has moments of zero. It holds no more than a step of the recipe, and A x of every pair."""
     state = TrainState(adapter, base.device)
     pairs = {slot.site.path: slot for slot in adapter.plan.slots if slot.is_pair}
     factors = adapter.factors(torch.float32, base.device)
-    sums = {path: [torch.zeros(slot.rank, slot.rank, dtype=torch.float64) for _ in range(2)]
-            for path, slot in pairs.items()}  # fmt: skip
+    sums = {
+        path: [torch.zeros(slot.rank, slot.rank, dtype=torch.float64) for _ in range(2)] for path, slot in pairs.items()
+    }
 
     def inside(path: str, x: Tensor) -> Tensor:
         return x.float() @ factors[path]["A"].T

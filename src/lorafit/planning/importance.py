@@ -37,7 +37,7 @@ class Ablation:
 
 def first_order(
     base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024, recompute: bool = False
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """By site path, what taking its pair away would add to the mean NLL (nats per token) if that were linear in the
     pair: −⟨gradient of B, B⟩, which is −⟨gradient of ΔW, ΔW⟩ (Molchanov et al. 2017, arXiv 1611.06440). Below zero it
     would help. Of a variant with more than A and B it is their part alone. One backward in all."""
@@ -46,14 +46,22 @@ def first_order(
     with attach(base, state), packing(base, way.packed), recomputing(base, recompute):
         gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
     gradients = state.gradients()
-    return {slot.site.path: -float((gradients[name].cpu().double() * adapter.tensors[name].double()).sum())
-            for slot in adapter.plan.slots for name in (f"{slot.site.path}.B",)}  # fmt: skip
+    return {
+        slot.site.path: -float((gradients[name].cpu().double() * adapter.tensors[name].double()).sum())
+        for slot in adapter.plan.slots
+        for name in (f"{slot.site.path}.B",)
+    }
 
 
 def ablations(
-    base: Base, adapter: Adapter, rows: Sequence[Row], parts: Mapping[str, Sequence[str]], way: Way,
-    groups: Sequence[str | None], watch: Callable[[int, int], None] = lambda done, of: None,
-) -> list[Ablation]:  # fmt: skip
+    base: Base,
+    adapter: Adapter,
+    rows: Sequence[Row],
+    parts: Mapping[str, Sequence[str]],
+    way: Way,
+    groups: Sequence[str | None],
+    watch: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Ablation]:
     """Exact: each of the parts, as names of sites, taken away in turn, all else as it is."""
 
     def scored(one: Adapter) -> list[float]:
@@ -68,8 +76,11 @@ def ablations(
         each = [b - a for a, b in zip(whole, scored(less), strict=True)]
         interval = paired_bootstrap(each, groups)
         parameters = adapter.plan.parameters - less.plan.parameters
-        found.append(Ablation(name, len(paths), parameters, sum(each) / len(each),
-                              (interval.low, interval.high) if interval else None))  # fmt: skip
+        found.append(
+            Ablation(
+                name, len(paths), parameters, sum(each) / len(each), (interval.low, interval.high) if interval else None
+            )
+        )
     watch(len(parts) + 1, len(parts) + 1)
     return found
 
@@ -95,5 +106,6 @@ def without(adapter: Adapter, paths: Collection[str]) -> Adapter:
     """The adapter without its slots at these sites, of which it must have others."""
     slots = tuple(slot for slot in adapter.plan.slots if slot.site.path not in paths)
     kept = {f"{slot.site.path}.{name}" for slot in slots for name in slot.shapes()}
-    return replace(adapter, plan=Plan(slots),
-                   tensors={name: tensor for name, tensor in adapter.tensors.items() if name in kept})  # fmt: skip
+    return replace(
+        adapter, plan=Plan(slots), tensors={name: tensor for name, tensor in adapter.tensors.items() if name in kept}
+    )

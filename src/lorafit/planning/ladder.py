@@ -64,7 +64,7 @@ def costs_too_much(each: Rung, margin: float, right: int | None = None) -> bool:
 
 def rung(
     share: float, parameters: int, small: Sequence[float], whole: Sequence[float], groups: Sequence[str | None]
-) -> Rung:  # fmt: skip
+) -> Rung:
     """small, whole: NLL of the same examples, one by one."""
     differences = [one - other for one, other in zip(small, whole, strict=True)]
     found = paired_bootstrap(differences, groups, 2 * SURE - 1)
@@ -72,9 +72,13 @@ def rung(
 
 
 def climb_down(
-    whole: Sequence[float], base: float, rungs: Sequence[Rung], groups: Sequence[str | None],
-    asked: int = 0, right: int | None = None,
-) -> Ladder:  # fmt: skip
+    whole: Sequence[float],
+    base: float,
+    rungs: Sequence[Rung],
+    groups: Sequence[str | None],
+    asked: int = 0,
+    right: int | None = None,
+) -> Ladder:
     """The smallest rung that is not worse by more than the margin, and answers no fewer questions right: down from the
     largest, until one costs too much. A fixed order of tests keeps the error of all at that of one (Westfall and
     Krishen 2001).
@@ -108,9 +112,14 @@ def climb_down(
 
 
 def _reason(
-    chosen: Rung | None, rungs: Sequence[Rung], gained: float, margin: float, groups: Sequence[str | None], asked: int,
+    chosen: Rung | None,
+    rungs: Sequence[Rung],
+    gained: float,
+    margin: float,
+    groups: Sequence[str | None],
+    asked: int,
     right: int | None,
-) -> str:  # fmt: skip
+) -> str:
     n = len(set(groups_of(groups)))
     allowed = (
         f"{TOLERATED:.1%} of the {gained:.4f} nats that were gained may be given up, {margin:.4f}"
@@ -118,8 +127,10 @@ def _reason(
         else "validation shows no gain over the base, so nothing may be given up"
     )
     if chosen is not None:
-        said = (f"{1 - chosen.share:.4g} of the parameters were given up for {chosen.difference:+.4f} validation NLL, "
-                f"with 95 % certainty less than {chosen.bound:+.4f}; {allowed}")  # fmt: skip
+        said = (
+            f"{1 - chosen.share:.4g} of the parameters were given up for {chosen.difference:+.4f} validation NLL, "
+            f"with 95 % certainty less than {chosen.bound:+.4f}; {allowed}"
+        )
         if chosen.right is not None:
             said += f"; of {asked} validation questions it answers {chosen.right} right, the whole {right}"
         following = [each for each in rungs if each.share < chosen.share]
@@ -132,11 +143,15 @@ def _reason(
     if first.bound is None:
         return f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
     if first.right is not None:
-        return (f"untrimmed: of {asked} validation questions {first.share:.0%} answers {first.right} right, the whole "
-                f"{right}, and no right answer is given up; its NLL differs by {first.difference:+.4f}")  # fmt: skip
+        return (
+            f"untrimmed: of {asked} validation questions {first.share:.0%} answers {first.right} right, the whole "
+            f"{right}, and no right answer is given up; its NLL differs by {first.difference:+.4f}"
+        )
     if first.difference > margin or margin == 0:
         return f"untrimmed: {first.share:.0%} already costs {first.difference:+.4f}; {allowed}"
     more = ((first.bound - first.difference) / (margin - first.difference)) ** 2
     wanted = f"about {math.ceil(n * more):,}" if more < 100 else "more than a hundred times as many"
-    return (f"untrimmed: validation cannot tell: {first.share:.0%} differs by {first.difference:+.4f}, perhaps by "
-            f"{first.bound:+.4f}; {allowed}; {wanted} independent examples instead of {n} may decide")  # fmt: skip
+    return (
+        f"untrimmed: validation cannot tell: {first.share:.0%} differs by {first.difference:+.4f}, perhaps by "
+        f"{first.bound:+.4f}; {allowed}; {wanted} independent examples instead of {n} may decide"
+    )

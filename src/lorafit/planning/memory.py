@@ -134,11 +134,17 @@ def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropo
     hidden, blocks = hidden_size(base), len(blocks_of(base)) - blocks_below(base, adapter.plan)
     words = _vocabulary(base)
     return Footprint(
-        state=STATE * adapter.plan.parameters + fixed, token=token, pair=pair, long_token=long_token,
-        block_input=blocks * hidden * size, blocks=blocks, working=size * (3 * base.widest + 6 * hidden),
-        looking=size * (4 * base.widest + 6 * hidden), logits=words * (8 + (size if size < 4 else 0)),
+        state=STATE * adapter.plan.parameters + fixed,
+        token=token,
+        pair=pair,
+        long_token=long_token,
+        block_input=blocks * hidden * size,
+        blocks=blocks,
+        working=size * (3 * base.widest + 6 * hidden),
+        looking=size * (4 * base.widest + 6 * hidden),
+        logits=words * (8 + (size if size < 4 else 0)),
         most_logits=CHUNK * (8 + 2 * (size if size < 4 else 0)) if way.apart else float("inf"),
-    )  # fmt: skip
+    )
 
 
 def _vocabulary(base: Base) -> int:
@@ -176,7 +182,7 @@ def kept(base: Base, state: TrainState, rows: Sequence[Row], lengths: Sequence[i
 
 def peak(
     look: Footprint, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]], recipe: Recipe, way: Way
-) -> float:  # fmt: skip
+) -> float:
     """The most a run of these steps holds above what the process holds before it: in its largest micro-batch, or where
     it scores."""
     train = rows["train"]
@@ -230,9 +236,15 @@ class Room:
 
 
 def fit(
-    decision: Decision, look: Look, answering: Answering, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]],
-    way: Way, room: Room, memory: str | None,
-) -> tuple[Decision, int]:  # fmt: skip
+    decision: Decision,
+    look: Look,
+    answering: Answering,
+    rows: dict[str, list[Row]],
+    steps: Sequence[Sequence[int]],
+    way: Way,
+    room: Room,
+    memory: str | None,
+) -> tuple[Decision, int]:
     """The decision with how much is run at a time, chosen so that the process stays under `memory`, or by rule under
     what is free here, from opening to the last answer of the evaluation; and the bytes it will hold at most. Raises
     SettingsError where even the least is too much."""

@@ -30,8 +30,9 @@ def placements(plan: Plan, card: Card, even: bool = True) -> list[Placement]:
     part = {one.path: one.part for one in card.sites}
     parts = list(dict.fromkeys(part.values()))
     if len(parts) > 1:
-        found += [_arm(plan, card, f"{name} alone", {path for path in part if part[path] == name}, even)
-                  for name in parts]  # fmt: skip
+        found += [
+            _arm(plan, card, f"{name} alone", {path for path in part if part[path] == name}, even) for name in parts
+        ]
     blocks = {block for one in card.sites if (block := one.block) is not None}
     if len(blocks) > 1:
         middle = sorted(blocks)[len(blocks) // 2]

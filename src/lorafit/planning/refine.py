@@ -114,18 +114,28 @@ def changed(decision: Decision, change: Change) -> Decision:
     by = change.steps / recipe.steps
     if change.steps != recipe.steps:
         decision = told(decision, "steps", str(change.steps), f"{change.kind}: {change.reason}")
-    recipe = replace(recipe, steps=change.steps, warmup=max(1, round(by * recipe.warmup)),
-                     validate_every=max(1, math.ceil(by * recipe.validate_every)))  # fmt: skip
-    slots = tuple(replace(slot, rank=min(change.growth * slot.rank, slot.site.d_in, slot.site.d_out))
-                  for slot in decision.plan.slots)  # fmt: skip
+    recipe = replace(
+        recipe,
+        steps=change.steps,
+        warmup=max(1, round(by * recipe.warmup)),
+        validate_every=max(1, math.ceil(by * recipe.validate_every)),
+    )
+    slots = tuple(
+        replace(slot, rank=min(change.growth * slot.rank, slot.site.d_in, slot.site.d_out))
+        for slot in decision.plan.slots
+    )
     decision = replace(decision, plan=Plan(slots), recipe=recipe)
     return told_rank(decision, f"{change.kind}: {change.reason}") if change.growth > 1 else decision
 
 
 def judged(
-    number: int, change: Change, rank: int, before: Sequence[float], after: Sequence[float],
+    number: int,
+    change: Change,
+    rank: int,
+    before: Sequence[float],
+    after: Sequence[float],
     groups: Sequence[str | None],
-) -> Round:  # fmt: skip
+) -> Round:
     """The paired test of round `number`, one-sided, on the NLL of the same examples before and after."""
     error = ERROR / number**2
     found = paired_bootstrap([b - a for a, b in zip(before, after, strict=True)], groups, 1 - 2 * error)
@@ -135,7 +145,21 @@ def judged(
     if bound is None:
         verdict = f"{len(set(groups_of(groups)))} independent validation examples decide nothing, {FEWEST} are needed"
     else:
-        verdict = (f"validation NLL differs by {difference:+.4f}, but for an error of {error:.2g} by less than "
-                   f"{bound:+.4f}: it is {'better' if accepted else 'not shown to be better'}")  # fmt: skip
-    return Round(number, change.kind, change.reason, change.steps, rank, fmean(before), fmean(after), difference, bound,
-                 error, accepted, verdict)  # fmt: skip
+        verdict = (
+            f"validation NLL differs by {difference:+.4f}, but for an error of {error:.2g} by less than "
+            f"{bound:+.4f}: it is {'better' if accepted else 'not shown to be better'}"
+        )
+    return Round(
+        number,
+        change.kind,
+        change.reason,
+        change.steps,
+        rank,
+        fmean(before),
+        fmean(after),
+        difference,
+        bound,
+        error,
+        accepted,
+        verdict,
+    )

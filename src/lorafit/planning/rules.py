@@ -112,18 +112,21 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
     else:
         candidates = tuple(site for site in all_linear(base) if seen is None or site.path in seen)
     if not candidates:
-        raise BaseError(f"no layer of '{base.name}' that can be adapted takes part in a forward over your rows: "
-                        "choose another base")  # fmt: skip
+        raise BaseError(
+            f"no layer of '{base.name}' that can be adapted takes part in a forward over your rows: choose another base"
+        )
     rank, rank_choice = _rank(candidates, rows, settings)
     sites, sites_choice = _sites(base, candidates, rank, settings)
     plan = uniform(sites, rank, settings.alpha, settings.variant)
     rate, rate_choice = _rate(base, settings)
     recipe, run_choices = _recipe(len(rows), rate, settings)
     size = Choice(
-        "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB",
+        "adapter",
+        f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB",
         f"{100 * plan.parameters / sum(p.numel() for p in base.model.parameters()):.1f} % of the base, "
-        "which stays as it is", "",
-    )  # fmt: skip
+        "which stays as it is",
+        "",
+    )
     passes = recipe.steps > math.ceil(len(rows) / recipe.batch_size)
     if settings.trunk_gb and (told := _trunk(base, plan, passes, settings)):
         run_choices.append(told)

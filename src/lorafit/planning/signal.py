@@ -87,9 +87,13 @@ def block_of(site: Site | str) -> int | None:
 
 
 def card_of(
-    base: Base, fresh: Adapter, rows: Sequence[Row], recipe: Recipe, way: Way,
+    base: Base,
+    fresh: Adapter,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    way: Way,
     watch: Callable[[int, int], None] = lambda done, of: None,
-) -> Card | None:  # fmt: skip
+) -> Card | None:
     """Measure it on `fresh`, an adapter with B = 0, in at most SHARE of the rows that the run will see; None where this
     is not enough for FEWEST batches of a row each. The gradients go past and are not kept."""
     spent = int(SHARE * recipe.steps * recipe.batch_size)

@@ -45,8 +45,10 @@ def require_pairs(adapter: Adapter) -> list[LowRank]:
     """The slots that can be trimmed. Raises AdapterError where there are none, or they do nothing."""
     pairs = [slot for slot in adapter.plan.slots if slot.is_pair]
     if not pairs:
-        raise AdapterError("nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
-                           "whole pair): train with --variant lora")  # fmt: skip
+        raise AdapterError(
+            "nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
+            "whole pair): train with --variant lora"
+        )
     if not any(adapter.tensors[f"{slot.site.path}.B"].any() for slot in pairs):
         raise AdapterError("nothing to trim: this adapter does nothing, its B are zero: train it first")
     return pairs
@@ -94,8 +96,9 @@ def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | Non
             tensors[f"{path}.B"] = spectra[path].b[:, :rank].float()
     if not any(ranks.values()):
         least = math.ceil(1e4 * smallest_share(adapter)) / 100
-        raise AdapterError(f"{share:.2%} of this adapter is less than one direction of a pair: keep {least:.2f}% or "
-                           "more")  # fmt: skip
+        raise AdapterError(
+            f"{share:.2%} of this adapter is less than one direction of a pair: keep {least:.2f}% or more"
+        )
     kept = sum(float(each.values[: ranks[path]].square().sum()) for path, each in spectra.items())
     return replace(adapter, plan=Plan(tuple(slots)), tensors=tensors), kept / does
 

@@ -109,5 +109,8 @@ def _before(summary: Mapping[str, Any]) -> list[str]:
     """That the scores are those of an adapter before this one, where they are."""
     if "scores_of_round" not in summary:
         return []
-    return [f"These scores are of the adapter before round {summary['scores_of_round']}; this one is better on "
-            "validation, and the test was not opened again.", ""]  # fmt: skip
+    return [
+        f"These scores are of the adapter before round {summary['scores_of_round']}; this one is better on "
+        "validation, and the test was not opened again.",
+        "",
+    ]

@@ -22,16 +22,30 @@ from lorafit.report.words import lines, share
 
 # Drawn in these colours; in the SVG each becomes the page's variable of that name, which differs by light and dark.
 COLOURS = {
-    "ink": "#1b1f27", "muted": "#646c79", "line": "#d9dce2", "paper": "#fefefe",
-    "base": "#b4540a", "few": "#7a4fc4", "adapter": "#0b7a6d",
-    "run1": "#0b7a6c", "run2": "#b4540b", "run3": "#7a4fc5", "run4": "#2463b0", "run5": "#a8326b", "run6": "#5d6b1a",
-}  # fmt: skip
+    "ink": "#1b1f27",
+    "muted": "#646c79",
+    "line": "#d9dce2",
+    "paper": "#fefefe",
+    "base": "#b4540a",
+    "few": "#7a4fc4",
+    "adapter": "#0b7a6d",
+    "run1": "#0b7a6c",
+    "run2": "#b4540b",
+    "run3": "#7a4fc5",
+    "run4": "#2463b0",
+    "run5": "#a8326b",
+    "run6": "#5d6b1a",
+}
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f4f6", "#5fb3a8", "#0b5a52"])  # as well on dark paper
 _SHOWN = "run "  # before a name in a legend, which leaves out those that begin with _
 # What is drawn of those that answer: a shorter name, and the colour.
-BARS = {"base": ("", "base"), "base_few_shot": ("base, with examples", "few"),
-        "most_frequent": ("always the same answer", "muted"), "classifier": ("", "run4"),
-        "adapter": ("", "adapter")}  # fmt: skip
+BARS = {
+    "base": ("", "base"),
+    "base_few_shot": ("base, with examples", "few"),
+    "most_frequent": ("always the same answer", "muted"),
+    "classifier": ("", "run4"),
+    "adapter": ("", "adapter"),
+}
 LEAST_NLL = 1e-4  # where a logarithmic axis, which has no zero, ends
 LEAST_SPAN = 0.1  # nats on both sides
 LONGEST_LINE = 24  # characters of a name
@@ -97,8 +111,9 @@ def scores_of(summary: Mapping[str, Any]) -> Figure | None:
     if share(summary) is None:
         return _differences([("adapter", summary["nll"], COLOURS["adapter"])])
     found = [(line, line.right or line.equal) for line in lines(summary) if line.key in BARS]
-    return _bars([(BARS[line.key][0] or line.name, *shared, COLOURS[BARS[line.key][1]])
-                  for line, shared in found if shared])  # fmt: skip
+    return _bars(
+        [(BARS[line.key][0] or line.name, *shared, COLOURS[BARS[line.key][1]]) for line, shared in found if shared]
+    )
 
 
 Bar = tuple[str, float, Sequence[float] | None, str]
@@ -146,10 +161,20 @@ def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
             ends = [score["base"] + end for end in score["ci95"]]
             axes.plot(ends, [place, place], color=COLOURS["adapter"], linewidth=2, solid_capstyle="round")
         for who in ("base", "adapter"):
-            axes.plot(score[who], place, color=COLOURS[who], marker="o", markersize=8, linestyle="none",
-                      label=who if place == 0 else None)  # fmt: skip
-    shown = [value for score in found.values() for value in
-             (score["base"], score["adapter"], *(score["base"] + end for end in score["ci95"] or ()))]  # fmt: skip
+            axes.plot(
+                score[who],
+                place,
+                color=COLOURS[who],
+                marker="o",
+                markersize=8,
+                linestyle="none",
+                label=who if place == 0 else None,
+            )
+    shown = [
+        value
+        for score in found.values()
+        for value in (score["base"], score["adapter"], *(score["base"] + end for end in score["ci95"] or ()))
+    ]
     spare = max(0.1 * (max(shown) - min(shown)), LEAST_SPAN)  # a difference of nothing is not to look like one
     axes.set_xlim(min(shown) - spare, max(shown) + spare)
     axes.set_xlabel("NLL of general text, nats per token\n(to the right is worse)", loc="right")
@@ -245,8 +270,9 @@ def svg(figure: Figure, name: str) -> str:
         _save(figure, file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
-                  count=1)  # fmt: skip
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")

@@ -95,9 +95,17 @@ def _one(story: Story) -> dict[str, Any]:
     worse = sum(answer["nll"]["adapter"] > answer["nll"]["base"] for answer in answers)
     sites = Counter(slot["site"]["path"].rpartition(".")[2] for slot in story.plan["slots"]) if story.plan else {}
     told = {"headline": headline(story.summary), "share": share(story.summary)} if story.summary else {}
-    return {"shown": shown, "folded": folded[:FOLDED] if answered else [], "answered": len(answered),
-            "wrong": len(wrong), "worst": worst[:3] if len(worst) > SHOWN else [], "worse": worse, "sites": sites,
-            "why": why(story), **told}  # fmt: skip
+    return {
+        "shown": shown,
+        "folded": folded[:FOLDED] if answered else [],
+        "answered": len(answered),
+        "wrong": len(wrong),
+        "worst": worst[:3] if len(worst) > SHOWN else [],
+        "worse": worse,
+        "sites": sites,
+        "why": why(story),
+        **told,
+    }
 
 
 def _marks(answer: Mapping[str, Any], tells: bool) -> dict[str, bool]:
@@ -124,8 +132,10 @@ def _differing(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
     told: list[dict[str, Any]] = []
     for story in stories:
         one = {"base": story.asked["base"], "data": story.asked["data"]}
-        one |= {name: "by rule" if value is None and name in BY_RULE else value
-                for name, value in story.asked["settings"].items()}  # fmt: skip
+        one |= {
+            name: "by rule" if value is None and name in BY_RULE else value
+            for name, value in story.asked["settings"].items()
+        }
         one |= story.asked["frozen"]  # what auto came to
         if story.plan:
             one |= {f"{name} (resolved)": value for name, value in story.plan["recipe"].items()}

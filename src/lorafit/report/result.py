@@ -35,8 +35,11 @@ class Result(dict[str, Any]):
 
     def __repr__(self) -> str:
         sentence = of_a_hundred(self)
-        told = [headline(self), *([sentence] if sentence else []),
-                f"difference in NLL {self['nll']['difference']:+.3f}, {interval(self['nll']['ci95'])}"]  # fmt: skip
+        told = [
+            headline(self),
+            *([sentence] if sentence else []),
+            f"difference in NLL {self['nll']['difference']:+.3f}, {interval(self['nll']['ci95'])}",
+        ]
         where = f"; report: {self.folder / REPORT}" if self.folder else ""
         return "; ".join(told) + f" (a dictionary of {', '.join(self)}){where}"
 

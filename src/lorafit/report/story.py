@@ -90,8 +90,10 @@ def _tried(folder: Path) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(arms, list):
         raise FormatError(f"{folder / TRIED}: not written by lorafit, or damaged: train again into another folder")
     lines = {arm["cell"]: lines_of(folder / arm["cell"] / METRICS) for arm in arms}
-    return tuple({**arm, "curve": [(line["step"], line["train_nll"]) for line in lines[arm["cell"]]
-                                   if "train_nll" in line]} for arm in arms)  # fmt: skip
+    return tuple(
+        {**arm, "curve": [(line["step"], line["train_nll"]) for line in lines[arm["cell"]] if "train_nll" in line]}
+        for arm in arms
+    )
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:

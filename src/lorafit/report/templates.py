@@ -24,12 +24,24 @@ from lorafit.report.words import (
 def template(name: str) -> Template:
     """A template of this folder."""
     environment = Environment(
-        loader=PackageLoader("lorafit", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("lorafit", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(percent=percent, clock=clock, interval=interval, verdict=verdict, doubt=doubt,
-                               lines=lines, no_classifier=no_classifier, share=share, of_checked=of_checked,
-                               quoted=lambda path: shlex.quote(str(path)),
-                               capitalise=lambda text: text[:1].upper() + text[1:])  # fmt: skip
+    )
+    environment.filters.update(
+        percent=percent,
+        clock=clock,
+        interval=interval,
+        verdict=verdict,
+        doubt=doubt,
+        lines=lines,
+        no_classifier=no_classifier,
+        share=share,
+        of_checked=of_checked,
+        quoted=lambda path: shlex.quote(str(path)),
+        capitalise=lambda text: text[:1].upper() + text[1:],
+    )
     environment.globals.update(aside=ASIDE, simple=SIMPLE)
     return environment.get_template(name)

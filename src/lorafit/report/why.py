@@ -31,8 +31,10 @@ def _evidence(story: Story) -> str:
         return ""
     n = card["independent"]
     if card["detectable"] is None:
-        return (f"There are {n} independent validation examples, too few to choose by: what was decided rests on rules "
-                "that held for other data.")  # fmt: skip
+        return (
+            f"There are {n} independent validation examples, too few to choose by: what was decided rests on rules "
+            "that held for other data."
+        )
     share = card["detectable"] / card["nll"]
     return (
         f"Every choice was made on validation examples, of which there are {n} that are independent of each other. The "
@@ -139,8 +141,10 @@ def _rounds(story: Story) -> str:
     told.append("Each was judged on validation by a test of its own, stricter than the one before.")
     tested = (story.summary or {}).get("scores_of_round")
     if tested is not None:
-        told.append(f"The test scores above are those of the adapter before round {tested}: it was not opened again. "
-                    "lorafit eval on new examples scores the one that stands.")  # fmt: skip
+        told.append(
+            f"The test scores above are those of the adapter before round {tested}: it was not opened again. "
+            "lorafit eval on new examples scores the one that stands."
+        )
     return " ".join(told)
 
 

@@ -71,8 +71,11 @@ def headline(summary: Mapping[str, Any]) -> str:
         )
     if tuple(nll) == (0, 0):
         return f"The adapter is the same as {other}: it changes nothing"
-    return (f"The adapter is not shown to answer more {questions} right than {other}" if base
-            else f"No difference between the adapter and {other} has been shown")  # fmt: skip
+    return (
+        f"The adapter is not shown to answer more {questions} right than {other}"
+        if base
+        else f"No difference between the adapter and {other} has been shown"
+    )
 
 
 def of_checked(summary: Mapping[str, Any]) -> str | None:
@@ -127,9 +130,14 @@ def lines(summary: Mapping[str, Any]) -> list[Line]:
     few = f"base, {facts['few_shot_examples']} examples in its prompt"
     learnt, of = (counts or {}).get("classifier_learnt") or (0, 0)
     simple = f"simple classifier, {learnt:,} of {of:,} examples" if learnt < of else "simple classifier"
-    names = {"base": "other adapter" if summary.get("against") else "base", "base_few_shot": few,
-             "most_frequent": "always the same answer", "classifier": simple,
-             "adapter": "adapter", "shuffled_control": "control: trained on shuffled answers"}  # fmt: skip
+    names = {
+        "base": "other adapter" if summary.get("against") else "base",
+        "base_few_shot": few,
+        "most_frequent": "always the same answer",
+        "classifier": simple,
+        "adapter": "adapter",
+        "shuffled_control": "control: trained on shuffled answers",
+    }
     ends = {"base": "ci95_base", "base_few_shot": "ci95_base_few_shot", "adapter": "ci95"}
     found = []
     for key, name in names.items():

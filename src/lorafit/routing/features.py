@@ -37,8 +37,10 @@ def depths(base: Base) -> tuple[int, ...]:
     """Before which blocks the hidden states are read. Raises BaseError for a model that is no stack of blocks."""
     count = len(blocks_of(base))
     if count < 2 or base.tokenizer is None:
-        raise BaseError(f"'{base.name}' cannot tell questions apart for a router, for it is no language model made of "
-                        "blocks: name the adapter in each request")  # fmt: skip
+        raise BaseError(
+            f"'{base.name}' cannot tell questions apart for a router, for it is no language model made of "
+            "blocks: name the adapter in each request"
+        )
     return tuple(sorted({1, max(1, round(count / 8)), max(1, round(count / 3))}))
 
 
@@ -70,8 +72,10 @@ def features_of(base: Base, texts: Sequence[str], watch: Watch = unwatched) -> T
         with torch.inference_mode(), inputs_of_blocks(base, read) as streams:
             base.model(input_ids=ids, use_cache=False)
         if any(stream.shape[:-1] != ids.shape for stream in streams):
-            raise BaseError(f"'{base.name}' cannot tell questions apart for a router, for its blocks hand on more than "
-                            "one hidden state of each token: name the adapter in each request")  # fmt: skip
+            raise BaseError(
+                f"'{base.name}' cannot tell questions apart for a router, for its blocks hand on more than "
+                "one hidden state of each token: name the adapter in each request"
+            )
         for row, i in enumerate(chosen):
             found[i] = pooled([stream[row, : len(asked[i])] for stream in streams])
         watch("questions for the router", len(found), len(texts), "questions")
@@ -128,8 +132,9 @@ class Features:
             if any(len(getattr(found, part)) and getattr(found, part).shape[1] != width for part in PARTS):
                 raise ValueError("of different widths")
         except Exception as error:  # a damaged file may raise anything
-            raise FormatError(f"{where}: no questions for a router ({error}): make them again with lorafit route "
-                              "--learn") from error  # fmt: skip
+            raise FormatError(
+                f"{where}: no questions for a router ({error}): make them again with lorafit route --learn"
+            ) from error
         return found
 
 

@@ -78,8 +78,12 @@ class Router:
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
-        about = {"format": FORMAT, "key": self.key, "names": self.names,
-                 "numbers": [self.threshold, self.right, self.kept_out]}  # fmt: skip
+        about = {
+            "format": FORMAT,
+            "key": self.key,
+            "names": self.names,
+            "numbers": [self.threshold, self.right, self.kept_out],
+        }
         return packed({"mean": self.mean, "scale": self.scale, "weights": self.weights}, about)
 
     @staticmethod
@@ -157,8 +161,9 @@ def fitting(adapters: Mapping[str, Features], others: Tensor, key: str = "") -> 
     targets = torch.nn.functional.one_hot(y, len(names) + 1).float()
     weights = torch.zeros(inputs.shape[1], len(names) + 1)
     # One step at a time; max_eval would be 1 by itself, and a line search that is broken off there goes nowhere.
-    optimizer = torch.optim.LBFGS([weights], max_iter=1, max_eval=25, tolerance_grad=1e-9, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")  # fmt: skip
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=1, max_eval=25, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
     decay = torch.full((inputs.shape[1], 1), DECAY)
     decay[-1] = 0.0  # not of the bias
 

@@ -36,8 +36,23 @@ RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summar
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 SEARCH, LADDER, ROUNDS = "search", "ladder", "rounds"
 PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples", "forgetting"))
-WRITTEN = {RUN, DATA, PLAN, SUMMARY, REPORT, METRICS, SCORES, CHECKPOINTS, ADAPTER, SEARCH, LADDER, ROUNDS,
-           TENSORBOARD, WANDB, *PICTURES}  # all in a run folder  # fmt: skip
+WRITTEN = {
+    RUN,
+    DATA,
+    PLAN,
+    SUMMARY,
+    REPORT,
+    METRICS,
+    SCORES,
+    CHECKPOINTS,
+    ADAPTER,
+    SEARCH,
+    LADDER,
+    ROUNDS,
+    TENSORBOARD,
+    WANDB,
+    *PICTURES,
+}  # all in a run folder
 LAST = "last.safetensors"  # below CHECKPOINTS
 CARD, TRIED = "card.json", "tried.json"  # below SEARCH: what was measured before; what each arm came to
 RUNGS, MOMENTS, WHOLE = "rungs.json", "moments.safetensors", "whole"  # below LADDER; WHOLE is an adapter folder
@@ -47,12 +62,34 @@ IMPORTANCE, FORGETTING = "importance.json", "forgetting.json"  # below SCORES
 ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
 SCORED = {  # what a summary says at least, with the parts it has
     "nll": {"base", "adapter", "difference", "ci95"},
-    "facts": {"base", "base_few_shot", "adapter", "shuffled_control", "ci95", "ci95_base", "ci95_base_few_shot", "n",
-              "few_shot_examples"},
+    "facts": {
+        "base",
+        "base_few_shot",
+        "adapter",
+        "shuffled_control",
+        "ci95",
+        "ci95_base",
+        "ci95_base_few_shot",
+        "n",
+        "few_shot_examples",
+    },
     "seconds": {"train"},
-}  # fmt: skip
-SAID = {"n_test", "n_train", "off_desk_declined", "natural_stops", "samples", "trainable_parameters", "best_step",
-        "steps", "tokens_per_second", "base_unchanged", "adapter_dir", "base", *SCORED}  # fmt: skip
+}
+SAID = {
+    "n_test",
+    "n_train",
+    "off_desk_declined",
+    "natural_stops",
+    "samples",
+    "trainable_parameters",
+    "best_step",
+    "steps",
+    "tokens_per_second",
+    "base_unchanged",
+    "adapter_dir",
+    "base",
+    *SCORED,
+}
 
 
 ONLY_RUNS = "only a run has validation examples: name one, or give --to 25%"  # to whoever trims
@@ -151,8 +188,10 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Environment:
     try:
         frozen = Environment(**asked["frozen"])
     except TypeError as error:
-        raise FormatError(f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
-                          "start anew with another --out") from error  # fmt: skip
+        raise FormatError(
+            f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
+            "start anew with another --out"
+        ) from error
     counts = (frozen.threads, frozen.micro_tokens)
     flags = (frozen.apart, frozen.packed, frozen.recompute)
     whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
@@ -165,11 +204,14 @@ def frozen_of(out: Path, asked: Mapping[str, Any]) -> Environment:
 def left_by_kills(out: Path) -> list[Path]:
     """Temporary files of writes into a run folder that were killed: they are of no use to anyone."""
     written = (
-        (out, {*WRITTEN, PROBE}), (out / CHECKPOINTS, {LAST}), (out / SEARCH, {CARD, TRIED}),
+        (out, {*WRITTEN, PROBE}),
+        (out / CHECKPOINTS, {LAST}),
+        (out / SEARCH, {CARD, TRIED}),
         (out / SCORES, {ANSWERS, TRAINED_ON, OPENINGS, IMPORTANCE, FORGETTING}),
-        (out / LADDER, {RUNGS, MOMENTS, WHOLE}), (out / ROUNDS, {HISTORY}),
+        (out / LADDER, {RUNGS, MOMENTS, WHOLE}),
+        (out / ROUNDS, {HISTORY}),
         *((folder, {PLAN, FIGURES, ADAPTER, LADDER, METRICS}) for folder in (out / ROUNDS).glob("[0-9]*")),
-    )  # fmt: skip
+    )
     return [path for folder, names in written for path in unfinished(folder, names)]
 
 
@@ -186,8 +228,11 @@ def require_same(out: Path, now: Mapping[str, Any]) -> None:
         f"{key}: {began.get(key)} when it began, {value} now" for key, value in now.items() if began.get(key) != value
     ]
     if odd:
-        raise RunError(f"{out}: cannot go on, for something has changed since\n  " + "\n  ".join(odd)
-                       + "\nrestore it, or start anew with another --out")  # fmt: skip
+        raise RunError(
+            f"{out}: cannot go on, for something has changed since\n  "
+            + "\n  ".join(odd)
+            + "\nrestore it, or start anew with another --out"
+        )
 
 
 @contextmanager
@@ -207,8 +252,10 @@ def sole_writer(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{out}: another process is at work in this run: stop it with Ctrl-C there, which "
-                           "saves, or leave this folder to it until it has ended") from None  # fmt: skip
+            raise RunError(
+                f"{out}: another process is at work in this run: stop it with Ctrl-C there, which "
+                "saves, or leave this folder to it until it has ended"
+            ) from None
         except OSError:
             pass
         yield
@@ -224,9 +271,11 @@ def require_disk(folder: Path, size: int) -> None:
     free = free_bytes(folder)
     if size - there > free:
         more = " more" if there else ""
-        raise RunError(f"{folder}: this run writes up to {shown(size - there)}{more}, and {shown(free)} are free on "
-                       "that disk: make room, name another disk with --out, or train less with --rank or "
-                       "--targets")  # fmt: skip
+        raise RunError(
+            f"{folder}: this run writes up to {shown(size - there)}{more}, and {shown(free)} are free on "
+            "that disk: make room, name another disk with --out, or train less with --rank or "
+            "--targets"
+        )
 
 
 def _is_temporary(path: Path) -> bool:
@@ -263,8 +312,10 @@ def read_summary(out: Path) -> dict[str, Any] | None:
     found = read_json(path)
     whole = isinstance(found, dict) and set(found) >= SAID
     if not whole or not all(isinstance(found[key], dict) and set(found[key]) >= parts for key, parts in SCORED.items()):
-        raise FormatError(f"{path}: not written by lorafit, or damaged: remove it, and lorafit train --resume "
-                          f"--out {out} makes it anew")  # fmt: skip
+        raise FormatError(
+            f"{path}: not written by lorafit, or damaged: remove it, and lorafit train --resume "
+            f"--out {out} makes it anew"
+        )
     return dict(found)
 
 
@@ -313,8 +364,9 @@ def tested(out: Path) -> frozenset[str]:
     try:
         return frozenset(json.loads(line)["example"] for line in lines)
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: damaged ({error}): move it elsewhere, and looks at this test are counted no "
-                          "more") from error  # fmt: skip
+        raise FormatError(
+            f"{path}: damaged ({error}): move it elsewhere, and looks at this test are counted no more"
+        ) from error
 
 
 def remember_questions(out: Path, questions: Sequence[str]) -> None:

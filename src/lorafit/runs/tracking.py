@@ -63,8 +63,14 @@ class WeightsAndBiases:
         import wandb
 
         # By default it also keeps what is printed, the command that was typed, and the folder's changes in git.
-        private = wandb.Settings(console="off", disable_git=True, disable_code=True, save_code=False,
-                                 x_disable_meta=True, x_disable_stats=True)  # fmt: skip
+        private = wandb.Settings(
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+        )
         self._run = wandb.init(
             project=PROJECT, name=out.resolve().name, config=dict(facts), dir=str(out), settings=private
         )
@@ -108,5 +114,7 @@ TRACKERS: dict[str, type[TensorBoard | Trackio | WeightsAndBiases | MLflow]] = {
 def require_tracker(name: str) -> None:
     """Raise SettingsError where the library of a tracking program is not installed; `none` needs none."""
     if name != "none" and importlib.util.find_spec(name) is None:
-        raise SettingsError(f"--report-to {name}: {name} is not installed: pip install '.[{name}]' in a clone, or the "
-                            f"wheel with [{name}]; or leave --report-to out")  # fmt: skip
+        raise SettingsError(
+            f"--report-to {name}: {name} is not installed: pip install '.[{name}]' in a clone, or the "
+            f"wheel with [{name}]; or leave --report-to out"
+        )

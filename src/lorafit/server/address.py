@@ -29,8 +29,10 @@ def hosts_of(host: str, allowed: Collection[str], with_keys: bool) -> Collection
     Raises SettingsError for an address that others reach, without keys.
     """
     if not with_keys and not is_loopback(host):
-        raise SettingsError(f"--host {host}: others reach this address, and no keys are set: make one with lorafit key "
-                            "create --keys FILE, and start with --keys FILE")  # fmt: skip
+        raise SettingsError(
+            f"--host {host}: others reach this address, and no keys are set: make one with lorafit key "
+            "create --keys FILE, and start with --keys FILE"
+        )
     if with_keys and not allowed:
         return None
     return {*LOOPBACK, host.lower(), *(name.lower() for name in allowed)}

@@ -105,17 +105,21 @@ def _watching(app: FastAPI, service: Service) -> None:
 def _models(app: FastAPI, service: Service) -> None:
     def card(name: str, created: int, version: Version | None) -> Card:
         return Card(
-            id=name, created=created, root=version.id if version else name,
-            parent=service.base if version else None, max_model_len=service.engine.room,
+            id=name,
+            created=created,
+            root=version.id if version else name,
+            parent=service.base if version else None,
+            max_model_len=service.engine.room,
             single=version is not None and version.single,
-        )  # fmt: skip
+        )
 
     def cards(key: Key) -> dict[str, Card]:
         """By id: the base, each adapter, and each of its versions. Nothing is read from disk."""
         found = {service.base: card(service.base, service.began, None)}
         if service.can_route(key):
-            found[AUTO] = Card(id=AUTO, created=service.began, root=AUTO, parent=service.base,
-                               max_model_len=service.engine.room)  # fmt: skip
+            found[AUTO] = Card(
+                id=AUTO, created=service.began, root=AUTO, parent=service.base, max_model_len=service.engine.room
+            )
         for version, live in service.engine.adapters.listed():
             if live:
                 found[version.name] = card(version.name, version.created, version)

@@ -59,8 +59,12 @@ class Remote:
         turn = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         before = [] if self._asks_alone() else self.history
-        body = {"model": self.model, "messages": [*system, *before, turn], "max_tokens": self.max_tokens,
-                "stream": True}  # fmt: skip
+        body = {
+            "model": self.model,
+            "messages": [*system, *before, turn],
+            "max_tokens": self.max_tokens,
+            "stream": True,
+        }
         said: list[str] = []
         thought = False
         try:

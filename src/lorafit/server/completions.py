@@ -66,9 +66,14 @@ async def _answered(
     prompts = sum(len(one.prompt) for one in requests)
     await _submitted(service, key, coming, requests, len(requests) - bool(routed), prompts)
     logprobs = None if requests[0].logprobs is None else _logprobs(kind, engine)
-    style = Style(kind, ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12), told["model"],
-                  {"adapter": name, "probability": round(routed.probability, 4)} if routed else None,
-                  called.form, thought)  # fmt: skip
+    style = Style(
+        kind,
+        ("chatcmpl-" if kind == "chat.completion" else "cmpl-") + secrets.token_hex(12),
+        told["model"],
+        {"adapter": name, "probability": round(routed.probability, 4)} if routed else None,
+        called.form,
+        thought,
+    )
 
     def ended() -> None:
         coming.cancel()
@@ -89,14 +94,16 @@ async def _answered(
     finally:
         ended()
     results = [coming.results[i] for i in range(len(requests))]
-    choices = [style.choice(i, one.text, logprobs and logprobs(i, one.tokens), finish_of(one.finish))
-               for i, one in enumerate(results)]  # fmt: skip
+    choices = [
+        style.choice(i, one.text, logprobs and logprobs(i, one.tokens), finish_of(one.finish))
+        for i, one in enumerate(results)
+    ]
     return JSONResponse(style.whole(choices, usage_of(results)), headers=headers)
 
 
 def _thought(
     service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling
-) -> Thought | None:  # fmt: skip
+) -> Thought | None:
     """How reasoning is told apart in the answers; None where all is the answer, as it is of one that a grammar keeps to
     a form: it holds from the first token, and would hold within a thought too."""
     if not isinstance(body, ChatRequest) or called.grammar is not None:
@@ -174,8 +181,11 @@ async def _routed(service: Service, key: Key, body: ChatRequest | CompletionRequ
 
 def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> None:
     if wait := service.quota.take(key, requests, tokens):
-        raise HTTPException(429, f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
-                            {"retry-after": str(math.ceil(wait))})  # fmt: skip
+        raise HTTPException(
+            429,
+            f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
+            {"retry-after": str(math.ceil(wait))},
+        )
 
 
 def _called(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> Calling:
@@ -186,15 +196,19 @@ def _called(service: Service, body: ChatRequest | CompletionRequest, version: Ve
     renderer = service.renderer(version, body.chat_template_kwargs or {})
     found = calling(told["tools"], told["tool_choice"], body.parallel_tool_calls, renderer)
     if found.grammar is not None and body.response_format and body.response_format.schema_of() is not None:
-        raise RequestError('response_format: an answer keeps to it, or calls tools: leave one of them out, or say '
-                           'tool_choice "none"')  # fmt: skip
+        raise RequestError(
+            'response_format: an answer keeps to it, or calls tools: leave one of them out, or say tool_choice "none"'
+        )
     return found
 
 
 def _requests(
-    service: Service, body: ChatRequest | CompletionRequest, version: Version | None, called: Calling,
+    service: Service,
+    body: ChatRequest | CompletionRequest,
+    version: Version | None,
+    called: Calling,
     thought: Thought | None,
-) -> list[Request]:  # fmt: skip
+) -> list[Request]:
     """What the engine is asked: each prompt as often as answers are wanted, each with a seed of its own."""
     engine = service.engine
     if isinstance(body, ChatRequest):

@@ -168,8 +168,9 @@ CHAT, PLAIN = {"model": ChatAnswer, **ASKED}, {"model": TextAnswer, **ASKED}
 
 def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route answers by these, and by the statuses of every route."""
-    return {status: ERRORS[status] | ({"headers": RETRY} if status in LATER else {})
-            for status in (*ANYWHERE, *statuses)}  # fmt: skip
+    return {
+        status: ERRORS[status] | ({"headers": RETRY} if status in LATER else {}) for status in (*ANYWHERE, *statuses)
+    }
 
 
 def finish(made: dict[str, Any], with_keys: bool, open_paths: tuple[str, ...]) -> dict[str, Any]:

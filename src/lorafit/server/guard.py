@@ -53,9 +53,15 @@ class Guard:
     called, without port; None: any. most: bytes of a body; patience: seconds for it to arrive; at_once: requests."""
 
     def __init__(
-        self, app: App, service: Service, hosts: Collection[str] | None, most: int, patience: float, at_once: int,
+        self,
+        app: App,
+        service: Service,
+        hosts: Collection[str] | None,
+        most: int,
+        patience: float,
+        at_once: int,
         log: Callable[[dict[str, Any]], None],
-    ):  # fmt: skip
+    ):
         self._app, self._service, self._hosts, self._log = app, service, hosts, log
         self._most, self._patience, self._at_once = most, patience, at_once
 
@@ -77,15 +83,22 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode()),
-                                      (b"x-content-type-options", b"nosniff")]  # fmt: skip
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-request-id", name.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
             await send(message)
 
         self._service.under_way += counts
         try:
             if counts and self._service.under_way > self._at_once:
-                raise Refused(503, f"{self._at_once} requests are under way already: ask again later",
-                              "ServiceUnavailableError", {"retry-after": SOON})  # fmt: skip
+                raise Refused(
+                    503,
+                    f"{self._at_once} requests are under way already: ask again later",
+                    "ServiceUnavailableError",
+                    {"retry-after": SOON},
+                )
             key = self._known(scope["path"], headers)
             scope["state"]["key"], told["key"] = key, key and key.name
             body = await self._body(headers, receive)
@@ -96,8 +109,9 @@ class Guard:
             told["failed"] = f"{type(error).__name__} at {_place(error)}"
             if status is not None:
                 raise
-            await _refuse(answer, Refused(500, "the server failed at this request: tell whoever runs it",
-                                          "InternalServerError"))  # fmt: skip
+            await _refuse(
+                answer, Refused(500, "the server failed at this request: tell whoever runs it", "InternalServerError")
+            )
         finally:
             self._service.under_way -= counts
             if counts:
@@ -115,9 +129,10 @@ class Guard:
             )
         if _is_foreign(headers):
             raise Refused(
-                403, "a page of another origin asked this: ask from a program, or through a server of that page's own",
+                403,
+                "a page of another origin asked this: ask from a program, or through a server of that page's own",
                 "PermissionDeniedError",
-            )  # fmt: skip
+            )
         if CONTROL.search(path):
             raise Refused(404, "there is no such path", "NotFoundError")
         if path in OPEN:
@@ -128,8 +143,12 @@ class Guard:
         kind, _, secret = headers.get("authorization", "").partition(" ")
         key = find(list(keys), secret.strip()) if kind.lower() == "bearer" else None
         if key is None:
-            raise Refused(401, "no key that is known: send the header Authorization: Bearer KEY", "AuthenticationError",
-                          {"www-authenticate": "Bearer"})  # fmt: skip
+            raise Refused(
+                401,
+                "no key that is known: send the header Authorization: Bearer KEY",
+                "AuthenticationError",
+                {"www-authenticate": "Bearer"},
+            )
         wanted = SCOPES.get(path, "infer")
         if wanted not in key.scopes:
             raise Refused(403, f"this key may not: {wanted} is not among its scopes", "PermissionDeniedError")
@@ -145,8 +164,9 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError as error:
-                raise Refused(408, f"the body did not arrive within {self._patience:g} s: send it at once",
-                              "BadRequestError") from error  # fmt: skip
+                raise Refused(
+                    408, f"the body did not arrive within {self._patience:g} s: send it at once", "BadRequestError"
+                ) from error
             if message["type"] == "http.disconnect":
                 raise Refused(GONE, "the client went away: send the whole body", "BadRequestError")
             parts.append(message.get("body", b""))
@@ -188,8 +208,17 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 async def _refuse(send: Send, refused: Refused) -> None:
     body = json.dumps(error(str(refused), refused.kind, refused.status)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close",
-               **refused.headers}  # fmt: skip
-    await send({"type": "http.response.start", "status": refused.status,
-                "headers": [(key.encode(), value.encode()) for key, value in headers.items()]})  # fmt: skip
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **refused.headers,
+    }
+    await send(
+        {
+            "type": "http.response.start",
+            "status": refused.status,
+            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": body})

@@ -64,9 +64,13 @@ def read(path: Path) -> list[Key]:
 
 
 def create(
-    path: Path, name: str, scopes: Sequence[str], adapters: Sequence[str] = ("*",), requests: int | None = None,
+    path: Path,
+    name: str,
+    scopes: Sequence[str],
+    adapters: Sequence[str] = ("*",),
+    requests: int | None = None,
     tokens: int | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Add a key to a file, and return it: it is told this once. Raises SettingsError where the name is taken, and for
     a scope that is none."""
     if strange := sorted({*scopes} - {*get_args(Scope)}):
@@ -76,8 +80,15 @@ def create(
         raise SettingsError(f"{path}: there is a key '{name}' already: choose another name, or take its entry out")
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
-        made = Key(name=name, hash=_hash(secret), scopes=tuple(scopes), adapters=tuple(adapters), requests=requests,
-                   tokens=tokens, created=int(time.time()))  # fmt: skip
+        made = Key(
+            name=name,
+            hash=_hash(secret),
+            scopes=tuple(scopes),
+            adapters=tuple(adapters),
+            requests=requests,
+            tokens=tokens,
+            created=int(time.time()),
+        )
     except ValidationError as error:
         raise SettingsError(f"{name!r}: no name for a key: choose letters, digits, dots, hyphens") from error
     write_text(path, _File(keys=[*known, made]).model_dump_json(indent=2) + "\n", mode=0o600)

@@ -89,8 +89,11 @@ class _Engine(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._base], value)
             yield gauge
-        info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters that answer and that wait; unix time.",
-                                 labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"])  # fmt: skip
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters that answer and that wait; unix time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
         running, waiting = (",".join(sorted(names)) for names in (stats.answering, stats.queued))
         info.add_metric([str(self._engine.slots), running, waiting], time.time())
         yield info

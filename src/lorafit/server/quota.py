@@ -38,8 +38,11 @@ class Quota:
     def take(self, key: Key, requests: int, tokens: int) -> float:
         """Take requests, and the tokens of their prompts. Returns 0, or the seconds to wait where nothing was taken."""
         with self._lock:
-            found = [(self._bucket(key.name, kind, size), wanted) for kind, size, wanted in
-                     (("requests", key.requests, requests), ("tokens", key.tokens, tokens)) if size]  # fmt: skip
+            found = [
+                (self._bucket(key.name, kind, size), wanted)
+                for kind, size, wanted in (("requests", key.requests, requests), ("tokens", key.tokens, tokens))
+                if size
+            ]
             wait = max((bucket.wait(wanted) for bucket, wanted in found), default=0.0)
             if not wait:
                 for bucket, wanted in found:

@@ -40,14 +40,19 @@ class ErrorAnswer(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in {
-        400: "The request cannot be served as it is.", 401: "No key that is known.",
+        400: "The request cannot be served as it is.",
+        401: "No key that is known.",
         403: "The key may not, or a page of another origin asks.",
-        404: "There is nothing by this name.", 405: "Not with this method.", 408: "The body came too slowly.",
+        404: "There is nothing by this name.",
+        405: "Not with this method.",
+        408: "The body came too slowly.",
         413: "The body is too large.",
-        421: "Another server's name.", 507: "The disk is full.", 429: "Too much at once; see retry-after.",
+        421: "Another server's name.",
+        507: "The disk is full.",
+        429: "Too much at once; see retry-after.",
         503: "Loading, draining or ended; see retry-after.",
     }.items()
-}  # fmt: skip
+}
 
 
 BROKEN = {

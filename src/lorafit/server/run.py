@@ -91,15 +91,25 @@ class Log:
                 print(self._lines.get(), file=sys.stderr, flush=True)
 
 
-def serve(service: Service, sockets: list[socket.socket], hosts: Collection[str] | None, patience: float,
-          log: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+def serve(
+    service: Service,
+    sockets: list[socket.socket],
+    hosts: Collection[str] | None,
+    patience: float,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
     """Serve until a signal comes. sockets: that listen. patience: seconds for what is being answered to end. Raises
     what the base or its adapters could not be opened for."""
     config = uvicorn.Config(
-        make_app(service, hosts, log), http=Patient, ws="none", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=int(PATIENCE),
+        make_app(service, hosts, log),
+        http=Patient,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=int(PATIENCE),
         timeout_graceful_shutdown=5,
-    )  # fmt: skip
+    )
     asyncio.run(Server(config, service, patience).serve(sockets))
     if service.failed:
         raise service.failed

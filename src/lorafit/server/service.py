@@ -183,9 +183,13 @@ class Service:
         return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else known
 
     def prompt(
-        self, messages: Sequence[Message], version: Version | None, tools: Sequence[str] = (),
-        settings: Mapping[str, Scalar] = NO_SETTINGS, thinks: bool = True,
-    ) -> tuple[int, ...]:  # fmt: skip
+        self,
+        messages: Sequence[Message],
+        version: Version | None,
+        tools: Sequence[str] = (),
+        settings: Mapping[str, Scalar] = NO_SETTINGS,
+        thinks: bool = True,
+    ) -> tuple[int, ...]:
         """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
         beginning takes the place of the adapter's. tools: that may be called. settings: of the template, as `renderer`
         takes them. thinks: whether the answer may begin with reasoning, where the adapter's may."""

@@ -80,8 +80,10 @@ class Store:
         try:
             registry = Registry.model_validate(read_json(self._file)) if known else self._found()
         except ValidationError as error:
-            raise FormatError(f"{self._file}: {error.errors()[0]['msg']}: restore it from a copy, or move it away and "
-                              "the newest of each adapter is served") from error  # fmt: skip
+            raise FormatError(
+                f"{self._file}: {error.errors()[0]['msg']}: restore it from a copy, or move it away and "
+                "the newest of each adapter is served"
+            ) from error
         served: dict[str, list[Entry]] = {}
         for entry in registry.versions:
             folder = self._folder(entry.name, entry.number)
@@ -104,8 +106,10 @@ class Store:
                 self._write()
             return
         kept = {self._folder(entry.name, entry.number) for entry in registry.versions}
-        for left in [*unfinished(self._versions, [path.name for path in self._versions.iterdir()]),
-                     *(path for path in self._versions.iterdir() if path not in kept)]:  # fmt: skip
+        for left in [
+            *unfinished(self._versions, [path.name for path in self._versions.iterdir()]),
+            *(path for path in self._versions.iterdir() if path not in kept),
+        ]:
             shutil.rmtree(left, ignore_errors=True)
 
     def _next_best(self, name: str, entries: Sequence[Entry]) -> None:
@@ -124,9 +128,12 @@ class Store:
     def _found(self) -> Registry:
         """What the copies tell by their names where there is no registry. None is said to be live: the highest is."""
         found = Registry()
-        numbered = [(name, int(number), path) for path in self._versions.iterdir()
-                    for name, _, number in [path.name.rpartition("@")]
-                    if NAME.fullmatch(name) and number.isdecimal()]  # fmt: skip
+        numbered = [
+            (name, int(number), path)
+            for path in self._versions.iterdir()
+            for name, _, number in [path.name.rpartition("@")]
+            if NAME.fullmatch(name) and number.isdecimal()
+        ]
         for name, number, folder in sorted(numbered):
             found.last[name] = number
             try:
@@ -142,8 +149,10 @@ class Store:
                 if (contents := _contents(source)) in map(_contents, copies):
                     found.handled[name] = contents[0]
         if numbered:
-            self._say(f"{self._file}: is not there: what lies in {self._versions} is served again, the highest version "
-                      "of each name live: roll back or unload what should not be")  # fmt: skip
+            self._say(
+                f"{self._file}: is not there: what lies in {self._versions} is served again, the highest version "
+                "of each name live: roll back or unload what should not be"
+            )
         return found
 
     def within(self, path: str) -> Path:
@@ -155,8 +164,10 @@ class Store:
         except (OSError, ValueError, RuntimeError):  # elsewhere, longer than names may be, a ring of links, a zero
             outside, there = True, False
         if outside:
-            raise AdapterError("lora_path: it is not within the server's folder of adapters: put the adapter there, "
-                               "and name its folder")  # fmt: skip
+            raise AdapterError(
+                "lora_path: it is not within the server's folder of adapters: put the adapter there, "
+                "and name its folder"
+            )
         if not there:
             raise AdapterError("lora_path: there is no such folder among the server's adapters: put it there first")
         return wanted
@@ -168,15 +179,19 @@ class Store:
         The copy and the registry are on disk before anyone can be answered by it.
         """
         if not NAME.fullmatch(name):
-            raise AdapterError(f"lora_name: {name[:80]!r}: begin with a letter or digit, and go on with up to 63 "
-                               "letters, digits, dots, hyphens and underscores")  # fmt: skip
+            raise AdapterError(
+                f"lora_name: {name[:80]!r}: begin with a letter or digit, and go on with up to 63 "
+                "letters, digits, dots, hyphens and underscores"
+            )
         self._require_name(name)
         folder = peft.adapter_folder(source)
         peft.require_adapter_folder(folder)
         with self._lock:
             if anew and any(version.name == name for version, _ in self.engine.adapters.listed()):
-                raise AdapterError(f"lora_name: '{name}' is loaded already: unload it first, or set load_inplace for a "
-                                   "new version of it")  # fmt: skip
+                raise AdapterError(
+                    f"lora_name: '{name}' is loaded already: unload it first, or set load_inplace for a "
+                    "new version of it"
+                )
             target = self._folder(name, self.engine.adapters.numbers().get(name, 0) + 1)
             try:
                 with whole_folder(target) as building:
@@ -246,8 +261,10 @@ class Store:
         files = [folder / name for name in sorted(peft.FILES) if (folder / name).exists()]
         for file in (folder, *files):
             if not file.resolve().is_relative_to(self.root) or not (file.is_file() or file == folder):
-                raise AdapterError(f"{folder.name}/{file.name}: a link out of the server's folder of adapters, or no "
-                                   "file: put the file itself there")  # fmt: skip
+                raise AdapterError(
+                    f"{folder.name}/{file.name}: a link out of the server's folder of adapters, or no "
+                    "file: put the file itself there"
+                )
         return files
 
     def _clear(self) -> None:
@@ -267,16 +284,23 @@ class Store:
     ) -> None:
         """What will be in a moment, so that a disk that is full leaves all as it was. coming: a version that will be
         live, of what its name's folder holds; without: versions that will be gone."""
-        listed = [(version, live and not (coming and coming.name == version.name))
-                  for version, live in self.engine.adapters.listed()
-                  if version is not coming and version not in without]  # fmt: skip
+        listed = [
+            (version, live and not (coming and coming.name == version.name))
+            for version, live in self.engine.adapters.listed()
+            if version is not coming and version not in without
+        ]
         listed += [(coming, True)] if coming else []
         listed = [one for one in listed if one[0].folder and one[0].folder.is_relative_to(self._versions)]
-        entries = [Entry(name=version.name, number=version.number, digest=version.digest, live=live)
-                   for version, live in listed]  # fmt: skip
+        entries = [
+            Entry(name=version.name, number=version.number, digest=version.digest, live=live)
+            for version, live in listed
+        ]
         names = {version.name for version, live in listed if live}
-        entries += [one.model_copy(update={"live": one.live and one.name not in names}) for one in self._unserved
-                    if self._folder(one.name, one.number).is_dir()]  # fmt: skip
+        entries += [
+            one.model_copy(update={"live": one.live and one.name not in names})
+            for one in self._unserved
+            if self._folder(one.name, one.number).is_dir()
+        ]
         handled = {**self._handled, **({coming.name: content} if coming and content else {})}
         numbers = self.engine.adapters.numbers()
         write_json(self._file, Registry(versions=entries, last=numbers, handled=handled).model_dump())

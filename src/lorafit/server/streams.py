@@ -122,7 +122,7 @@ class Style:
 
     def delta(
         self, number: int, told: str | dict[str, Any], logprobs: Any, finish: str | None, is_first: bool
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Of a part: the text of a completion, or the body of its delta. The role comes with the first token: clients
         take the first chunk for it."""
         if isinstance(told, dict):
@@ -138,8 +138,12 @@ def usage_of(results: Sequence[Result]) -> dict[str, Any]:
     """Tokens of all prompts and answers."""
     prompt = sum(result.prompt_tokens for result in results)
     made = sum(len(result.tokens) for result in results)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": sum(result.known for result in results)}}  # fmt: skip
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": sum(result.known for result in results)},
+    }
 
 
 def finish_of(finish: str | None) -> str | None:
@@ -165,8 +169,10 @@ class Telling:
         empty: str | dict[str, Any] = {} if is_chat else ""
         told: list[Any] = self._deltas(piece.text, ended) if is_chat else [piece.text] * bool(piece.text)
         told = told or ([empty] if logprobs or is_first else [])
-        choices = [self._style.delta(self._number, one, logprobs if i == 0 else None, None, is_first and i == 0)
-                   for i, one in enumerate(told)]  # fmt: skip
+        choices = [
+            self._style.delta(self._number, one, logprobs if i == 0 else None, None, is_first and i == 0)
+            for i, one in enumerate(told)
+        ]
         if piece.finish:
             finish = tools.finish_of(finish_of(piece.finish), self._reader)
             choices.append(self._style.delta(self._number, empty, None, finish, False))

@@ -72,8 +72,10 @@ class Switch:
                     building.write_bytes(router.to_bytes())
         except OSError as error:
             self._say(f"{self._file}: cannot be written ({error.strerror}): it is trained again at the next start")
-        self._say(f"the router knows {', '.join(router.names)}: on validation {router.right:.1%} of their questions go "
-                  f"to them, and {router.kept_out:.1%} of others to the base")  # fmt: skip
+        self._say(
+            f"the router knows {', '.join(router.names)}: on validation {router.right:.1%} of their questions go "
+            f"to them, and {router.kept_out:.1%} of others to the base"
+        )
         return router
 
     def names(self, may_use: Callable[[str], bool]) -> set[str]:
@@ -86,10 +88,13 @@ class Switch:
         UnknownAdapterError where there is nothing to choose from."""
         router, names = self.router, self.names(may_use)
         if router is None or not names:
-            raise UnknownAdapterError("'auto': no adapter that you may use keeps questions that the router could learn "
-                                      "from: name one of /v1/models")  # fmt: skip
+            raise UnknownAdapterError(
+                "'auto': no adapter that you may use keeps questions that the router could learn "
+                "from: name one of /v1/models"
+            )
         routed = router.route(features, names)
         if routed.adapter is None and not may_use(base):
-            raise UnknownAdapterError("'auto': this is a question for no adapter that you may use: name one of "
-                                      "/v1/models")  # fmt: skip
+            raise UnknownAdapterError(
+                "'auto': this is a question for no adapter that you may use: name one of /v1/models"
+            )
         return routed

@@ -53,7 +53,7 @@ def shown(tools: Sequence[Mapping[str, Any]] | None, choice: Any) -> tuple[str, 
 
 def calling(
     tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: bool | None, renderer: Renderer
-) -> Calling:  # fmt: skip
+) -> Calling:
     """
     Args:
         tools: of the request.
@@ -73,14 +73,21 @@ def calling(
         if choice == "required":
             raise RequestError("tool_choice: there are no tools to choose from: give tools")
         return Calling()
-    strict = {one["function"]["name"]: _of_object(one["function"].get("parameters") or ANY, f"tools[{i}]")
-              for i, one in enumerate(tools or ()) if one["function"].get("strict")}  # fmt: skip
+    strict = {
+        one["function"]["name"]: _of_object(one["function"].get("parameters") or ANY, f"tools[{i}]")
+        for i, one in enumerate(tools or ())
+        if one["function"].get("strict")
+    }
     schemas = {name: strict.get(name, ANY) for name in ([named] if named else names)}
     form, added = renderer.call_form, renderer.tokenizer.added_tokens_decoder
     must, several = choice == "required" or named is not None, parallel is not False and not named
-    known = {str(token): id_ for id_, token in added.items()
-             if id_ not in renderer.stop_ids and str(token) not in renderer.rowless
-             and (token.special or re.fullmatch("<.*>", str(token)))}  # fmt: skip
+    known = {
+        str(token): id_
+        for id_, token in added.items()
+        if id_ not in renderer.stop_ids
+        and str(token) not in renderer.rowless
+        and (token.special or re.fullmatch("<.*>", str(token)))
+    }
     barred = renderer.thought.opening if renderer.thought else ""
     grammar = grammar_of(form, schemas, known, must, several, barred)
     _require_kept(grammar)
@@ -91,8 +98,11 @@ def _of_object(schema: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     """A strict schema that takes objects alone, for arguments are one. Raises RequestError where it takes none."""
     kinds = schema.get("type", "object")
     if kinds in KINDS or (isinstance(kinds, list) and "object" not in kinds):
-        _refuse(f"a strict schema of the type {json.dumps(kinds)}, and arguments are an object",
-                "write the type object, or set strict to false", f"{place}.function.parameters")  # fmt: skip
+        _refuse(
+            f"a strict schema of the type {json.dumps(kinds)}, and arguments are an object",
+            "write the type object, or set strict to false",
+            f"{place}.function.parameters",
+        )
     return {**schema, "type": "object" if isinstance(kinds, list) else kinds}
 
 
@@ -107,9 +117,13 @@ def _require_kept(grammar: str) -> None:
 
 
 def grammar_of(
-    form: CallForm, schemas: Mapping[str, Mapping[str, Any]], added: Mapping[str, int], must: bool, several: bool,
+    form: CallForm,
+    schemas: Mapping[str, Mapping[str, Any]],
+    added: Mapping[str, int],
+    must: bool,
+    several: bool,
     barred: str = "",
-) -> str:  # fmt: skip
+) -> str:
     """What an answer with calls is kept to, in llguidance's dialect of Lark: words alone, or the marks of calls with
     names that are known and arguments that are JSON.
 

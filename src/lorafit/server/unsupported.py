@@ -33,34 +33,105 @@ def _named(name: str) -> str:
 
 _WORDS = {
     **dict.fromkeys(
-        ("structured_outputs", "structural_tag", "grammar", "json_schema", "regex", "ebnf", "format",
-         "response_schema"), _BOUND),
+        (
+            "structured_outputs",
+            "structural_tag",
+            "grammar",
+            "json_schema",
+            "regex",
+            "ebnf",
+            "format",
+            "response_schema",
+        ),
+        _BOUND,
+    ),
     **dict.fromkeys(("functions", "function_call"), _OLDER),
     **dict.fromkeys(("continue_final_message", "add_generation_prompt"), _OPEN),
     **dict.fromkeys(
-        ("chat_template", "documents", "reasoning_effort", "verbosity", "template", "prompt_template", "raw",
-         "safe_prompt", "tool_prompt"), _RENDERED),
+        (
+            "chat_template",
+            "documents",
+            "reasoning_effort",
+            "verbosity",
+            "template",
+            "prompt_template",
+            "raw",
+            "safe_prompt",
+            "tool_prompt",
+        ),
+        _RENDERED,
+    ),
     **dict.fromkeys(("repeat_penalty", "repetition_context_size"), _named("repetition_penalty")),
     **dict.fromkeys(("stop_sequences", "stop_strings"), _named("stop")),
     **dict.fromkeys(
         ("n_predict", "num_predict", "max_new_tokens", "max_output_tokens", "max_tokens_to_sample", "max_length"),
-        _named("max_tokens")),
+        _named("max_tokens"),
+    ),
     **dict.fromkeys(("random_seed", "sampling_seed"), _named("seed")),
     **dict.fromkeys(("num_return_sequences", "candidate_count"), _named("n")),
     "n_probs": _named("logprobs"),
     **dict.fromkeys(
-        ("use_beam_search", "num_beams", "length_penalty", "min_tokens", "min_new_tokens", "min_length",
-         "stop_token_ids", "bad_words", "allowed_token_ids", "logits_processors", "custom_logit_processor",
-         "vllm_xargs", "samplers", "typical_p", "tfs_z", "top_a", "top_n_sigma", "mirostat", "mirostat_mode",
-         "xtc_probability", "dry_multiplier", "dynatemp_range", "dynamic_temperature", "smoothing_factor",
-         "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "no_repeat_ngram_size", "encoder_repetition_penalty",
-         "guidance_scale", "negative_prompt"), _CHOSEN),
+        (
+            "use_beam_search",
+            "num_beams",
+            "length_penalty",
+            "min_tokens",
+            "min_new_tokens",
+            "min_length",
+            "stop_token_ids",
+            "bad_words",
+            "allowed_token_ids",
+            "logits_processors",
+            "custom_logit_processor",
+            "vllm_xargs",
+            "samplers",
+            "typical_p",
+            "tfs_z",
+            "top_a",
+            "top_n_sigma",
+            "mirostat",
+            "mirostat_mode",
+            "xtc_probability",
+            "dry_multiplier",
+            "dynatemp_range",
+            "dynamic_temperature",
+            "smoothing_factor",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "penalty_alpha",
+            "no_repeat_ngram_size",
+            "encoder_repetition_penalty",
+            "guidance_scale",
+            "negative_prompt",
+        ),
+        _CHOSEN,
+    ),
     **dict.fromkeys(
-        ("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "detokenize",
-         "return_token_ids", "return_tokens_as_token_ids", "return_token_strs", "return_hidden_states"), _WRITTEN),
+        (
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "detokenize",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+            "return_token_strs",
+            "return_hidden_states",
+        ),
+        _WRITTEN,
+    ),
     **dict.fromkeys(
-        ("enable_thinking", "think", "thinking", "reasoning", "thinking_budget", "thinking_budget_tokens",
-         "thinking_token_budget", "reasoning_budget"), _THOUGHT),
+        (
+            "enable_thinking",
+            "think",
+            "thinking",
+            "reasoning",
+            "thinking_budget",
+            "thinking_budget_tokens",
+            "thinking_token_budget",
+            "reasoning_budget",
+        ),
+        _THOUGHT,
+    ),
     **dict.fromkeys(("include_reasoning", "separate_reasoning", "stream_reasoning", "reasoning_format"), _APART),
     **dict.fromkeys(("extra_body", "options", "parameters", "sampling_params"), _BAG),
     **dict.fromkeys(("system", "system_prompt", "system_instruction", "instructions"), _SYSTEM),
@@ -72,7 +143,7 @@ _WORDS = {
     "echo": "prompts are not repeated here: leave it out",
     "prompt_logprobs": "prompts are not scored here: leave it out",
     "truncate_prompt_tokens": "no prompt is cut here: shorten it yourself",
-}  # fmt: skip
+}
 MEDIA = re.compile("(input_)?(image|audio|video|file|attachment)s?(_urls?|_data|_ids?|_base64)?")
 _LIKE = {  # words for whatever is called like this, and is not among those
     re.compile("guided_(?!decoding_backend$).*"): _BOUND,
@@ -87,20 +158,53 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # where other values than the empty
     "modalities": (*EMPTY, ["text"]),
     "top_n_sigma": (*EMPTY, NONE),
     **dict.fromkeys(
-        ("repeat_penalty", "length_penalty", "typical_p", "tfs_z", "num_beams", "encoder_repetition_penalty",
-         "guidance_scale", "num_return_sequences", "candidate_count"), (*EMPTY, 1)),
+        (
+            "repeat_penalty",
+            "length_penalty",
+            "typical_p",
+            "tfs_z",
+            "num_beams",
+            "encoder_repetition_penalty",
+            "guidance_scale",
+            "num_return_sequences",
+            "candidate_count",
+        ),
+        (*EMPTY, 1),
+    ),
     **dict.fromkeys(
-        ("add_generation_prompt", "skip_special_tokens", "spaces_between_special_tokens", "detokenize",
-         "include_reasoning", "separate_reasoning", "stream_reasoning"), (None, True)),
+        (
+            "add_generation_prompt",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "detokenize",
+            "include_reasoning",
+            "separate_reasoning",
+            "stream_reasoning",
+        ),
+        (None, True),
+    ),
     **dict.fromkeys(
-        ("n_predict", "num_predict", "max_new_tokens", "max_output_tokens", "max_tokens_to_sample", "max_length",
-         "random_seed", "sampling_seed", "thinking_budget", "thinking_budget_tokens", "thinking_token_budget",
-         "reasoning_budget"), (None, NONE)),
+        (
+            "n_predict",
+            "num_predict",
+            "max_new_tokens",
+            "max_output_tokens",
+            "max_tokens_to_sample",
+            "max_length",
+            "random_seed",
+            "sampling_seed",
+            "thinking_budget",
+            "thinking_budget_tokens",
+            "thinking_token_budget",
+            "reasoning_budget",
+        ),
+        (None, NONE),
+    ),
     **dict.fromkeys(("enable_thinking", "think", "thinking"), (None, {})),
     "web_search_options": (None,),
     "prompt_logprobs": (None, False),
     "truncate_prompt_tokens": (*EMPTY, NONE),  # as much of it as there is room for; what has none is refused
-}  # fmt: skip
+}
 
 
 def problems(body: Mapping[str, Any]) -> list[str]:
@@ -109,8 +213,11 @@ def problems(body: Mapping[str, Any]) -> list[str]:
     body: of a request for an answer, or for the tokens of a conversation, as JSON gives it.
     """
     asked = {name: _given(value) for name, value in body.items()}
-    found = [f"{name[:80]}: {words}" for name, words in {name: _words_for(name) for name in asked}.items()
-             if words and not _among(asked[name], _NEUTRAL.get(name, EMPTY))]  # fmt: skip
+    found = [
+        f"{name[:80]}: {words}"
+        for name, words in {name: _words_for(name) for name in asked}.items()
+        if words and not _among(asked[name], _NEUTRAL.get(name, EMPTY))
+    ]
     best, wanted = body.get("best_of"), body.get("n") or 1
     if best not in EMPTY and best != wanted:
         found.append(f"best_of: {best} answers are not compared here: ask for so many with n, and choose")

@@ -164,10 +164,14 @@ class Turn(Body):
     """A message of a conversation. An assistant may have said nothing, or called tools; a tool answers a call.
     reasoning_content, reasoning, thinking: what an assistant thought before, by the names that programs give it."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [
-        {"properties": {"role": {"const": "assistant"}}},
-        {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
-    ]})  # fmt: skip
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
+            ]
+        }
+    )
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[Text | list[Part] | None, Field(validate_default=True)] = None
     reasoning_content: Text | None = None
@@ -422,8 +426,11 @@ def chat_logprobs(
     def one(token: int, value: float | None) -> dict[str, Any]:
         return {"token": text_of(token), "logprob": value, "bytes": list(bytes_of(token))}
 
-    return {"content": [{**one(token.id, token.logprob), "top_logprobs": [one(*pair) for pair in token.top]}
-                        for token in tokens]}  # fmt: skip
+    return {
+        "content": [
+            {**one(token.id, token.logprob), "top_logprobs": [one(*pair) for pair in token.top]} for token in tokens
+        ]
+    }
 
 
 def completion_logprobs(tokens: Sequence[Token], text_of: Callable[[int], str], start: int) -> dict[str, Any]:

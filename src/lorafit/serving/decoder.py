@@ -26,8 +26,15 @@ from lorafit.serving.timing import FIRST, ROWS, SECOND, UNTIMED, bytes_for, comp
 FAMILIES = frozenset({"llama", "mistral", "qwen2"})
 
 
-SITES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-         "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+SITES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 class Decoder:
@@ -106,10 +113,24 @@ class Decoder:
         x, mind = body.embed_tokens(ids)[0].float(), body.layers[0].self_attn
         shape, ends = tuple(step.slots.layers[0][0].shape), torch.arange(len(x)) if last is None else last
         return self._kernels.step(
-            some, x, *part, body.norm.weight, cos, sin, step.numbers, step.positions, shape, step.each, ends,
-            shape[1] * mind.num_key_value_groups, mind.scaling, body.norm.variance_epsilon, *mix.tables, mix.scale,
+            some,
+            x,
+            *part,
+            body.norm.weight,
+            cos,
+            sin,
+            step.numbers,
+            step.positions,
+            shape,
+            step.each,
+            ends,
+            shape[1] * mind.num_key_value_groups,
+            mind.scaling,
+            body.norm.variance_epsilon,
+            *mix.tables,
+            mix.scale,
             self.spent,
-        )  # fmt: skip
+        )
 
     def _addresses(self, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
         """`blocks` and `head` of Kernels.step, of the whole model."""

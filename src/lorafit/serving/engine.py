@@ -83,11 +83,22 @@ class Engine:
     """
 
     def __init__(
-        self, base: Base, adapters: Mapping[str, Adapter | str | Path] | None = None, *, slots: int = 16,
-        room: int | None = None, queue: int = 1024, stall: float = 0.25, hot_bytes: int = 4 << 30,
-        warm_bytes: int | None = None, native: bool = True, eight_bit: bool = False, accept_unknown_base: bool = False,
-        timed: bool = True, renderer: Renderer | None = None,
-    ):  # fmt: skip
+        self,
+        base: Base,
+        adapters: Mapping[str, Adapter | str | Path] | None = None,
+        *,
+        slots: int = 16,
+        room: int | None = None,
+        queue: int = 1024,
+        stall: float = 0.25,
+        hot_bytes: int = 4 << 30,
+        warm_bytes: int | None = None,
+        native: bool = True,
+        eight_bit: bool = False,
+        accept_unknown_base: bool = False,
+        timed: bool = True,
+        renderer: Renderer | None = None,
+    ):
         self.base = base
         self._renderers = lru_cache(RENDERERS)(partial(_renderer_of, base))
         self._renderer = renderer or (self.renderer() if base.tokenizer is not None else None)
@@ -148,9 +159,11 @@ class Engine:
     # What others ask, from any thread
 
     def submit(
-        self, request: Request, listener: Callable[[Piece | Result | LorafitError], None] | None = None,
+        self,
+        request: Request,
+        listener: Callable[[Piece | Result | LorafitError], None] | None = None,
         version: Version | None = None,
-    ) -> Answer:  # fmt: skip
+    ) -> Answer:
         """Have a request answered; returns at once. listener: see Answer. version: what `adapters.find` gave for its
         adapter before, whatever the name means by now. Raises RequestError, UnknownAdapterError, or BusyError."""
         require_valid(request, self.vocabulary, self.room)
@@ -175,18 +188,23 @@ class Engine:
             return [self.submit(request) for request in requests]
 
     def prompt(
-        self, messages: Sequence[Message], adapter: str | None = None, system: str | None = None,
+        self,
+        messages: Sequence[Message],
+        adapter: str | None = None,
+        system: str | None = None,
         tools: Sequence[str] = (),
-    ) -> tuple[int, ...]:  # fmt: skip
+    ) -> tuple[int, ...]:
         """Token ids of a conversation, as the adapter was trained to read it. system: another system prompt. tools:
         that may be called, as `data.tools.read_tools` reads them."""
         version = None if adapter is None else self.adapters.find(adapter)
         return tuple(self.renderer(version, system).prompt_ids(messages, tools))
 
     def renderer(
-        self, version: Version | None = None, system: str | None = None,
+        self,
+        version: Version | None = None,
+        system: str | None = None,
         settings: tuple[tuple[str, Scalar], ...] = (),
-    ) -> Renderer:  # fmt: skip
+    ) -> Renderer:
         """The renderer of what an adapter was trained with; of the bare base, as its template has it, without one.
 
         Args:

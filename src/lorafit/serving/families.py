@@ -59,5 +59,7 @@ def require_same(base: Base, found: Tensor, wanted: Tensor, rounding: float) -> 
     """Raise NotServedError unless logits piece by piece are those at once, within `rounding` relative."""
     off = float((found.float() - wanted.float()).norm() / wanted.float().norm())
     if not off <= rounding:
-        raise NotServedError(f"'{base.name}' cannot be served: token by token it computes something else than "
-                        f"at once (by {off:.1%}): open a base whose state is in keys and values alone")  # fmt: skip
+        raise NotServedError(
+            f"'{base.name}' cannot be served: token by token it computes something else than "
+            f"at once (by {off:.1%}): open a base whose state is in keys and values alone"
+        )

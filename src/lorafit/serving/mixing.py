@@ -49,8 +49,10 @@ class Loaded:
             sizes = [-(-factor.numel() // ALIGNED) * ALIGNED for pair in pairs.values() for factor in pair]
             whole = torch.empty(sum(sizes), dtype=base.dtype, device=base.device)
             rooms = iter(whole.split(sizes))
-            placed = {n: tuple(next(rooms)[: one.numel()].view(one.shape).copy_(one) for one in pair)
-                      for n, pair in pairs.items()}  # fmt: skip
+            placed = {
+                n: tuple(next(rooms)[: one.numel()].view(one.shape).copy_(one) for one in pair)
+                for n, pair in pairs.items()
+            }
         self.down = {n: pair[0] for n, pair in placed.items()}
         self.up = {n: pair[1] for n, pair in placed.items()}
         self.gains = {n: Gain(one.gain, one.bias) for n, one in parts.items() if one.gain is not None}
@@ -96,8 +98,14 @@ class Mix:
     step of one call (decoder.py) all parts go through the kernels.
     """
 
-    def __init__(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
-                 device: torch.device, few: int):  # fmt: skip
+    def __init__(
+        self,
+        owners: Sequence[Loaded | None],
+        scales: Sequence[float],
+        lengths: Sequence[int],
+        device: torch.device,
+        few: int,
+    ):
         """owners, scales, lengths: of each request, `lengths` in rows. few: rows of a part up to which it goes through
         the kernels."""
         ends = np.cumsum(lengths).tolist()
@@ -155,8 +163,10 @@ class Mix:
             loaded, start, end = parts[0]
             return Stack(loaded.down[number][None], loaded.up[number][None], slice(start, end))
         rows = torch.tensor([row for _, start, end in parts for row in range(start, end)], device=self.scale.device)
-        down, up = (torch.stack([of[number] for of in which])
-                    for which in ([one.down for one, *_ in parts], [one.up for one, *_ in parts]))  # fmt: skip
+        down, up = (
+            torch.stack([of[number] for of in which])
+            for which in ([one.down for one, *_ in parts], [one.up for one, *_ in parts])
+        )
         return Stack(down, up, rows)
 
 
@@ -175,8 +185,13 @@ class Mixer:
         self.rows: Mix | None = None
         self._kept: Mix | None = None
 
-    def begin(self, owners: Sequence[Loaded | None], scales: Sequence[float], lengths: Sequence[int],
-              kept: Sequence[int] | None) -> None:  # fmt: skip
+    def begin(
+        self,
+        owners: Sequence[Loaded | None],
+        scales: Sequence[float],
+        lengths: Sequence[int],
+        kept: Sequence[int] | None,
+    ) -> None:
         """Say whose rows the next forward has. kept: of each request, how many of its rows reach the output head, where
         not all do."""
         made = {}

@@ -57,7 +57,7 @@ class Kernels:
 
     def linear(
         self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, parts: Parts | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """x (..., d_in) contiguous, weight (d_out, d_in) of x's dtype, or int8 with scale (d_out,) → (..., d_out), with
         what the parts' adapters add."""
         y = x.new_empty(*x.shape[:-1], len(weight))
@@ -69,29 +69,59 @@ class Kernels:
         self._run(self.products[x.dtype], y, x, None, None, None, parts)
 
     def _run(
-        self, product: Any, y: Tensor, x: Tensor, weight: int | None, scale: Tensor | None, bias: Tensor | None,
+        self,
+        product: Any,
+        y: Tensor,
+        x: Tensor,
+        weight: int | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
         parts: Parts | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         width = x.shape[-1]
         product(
-            y.data_ptr(), x.data_ptr(), weight, None if scale is None else scale.data_ptr(),
-            None if bias is None else bias.data_ptr(), x.numel() // width, width, y.shape[-1],
+            y.data_ptr(),
+            x.data_ptr(),
+            weight,
+            None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.numel() // width,
+            width,
+            y.shape[-1],
             *((0, None, None, None) if parts is None else (parts.count, parts.edges, parts.pairs, parts.scale)),
-        )  # fmt: skip
+        )
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
         """q (rows, heads, depth), keys and values (slots, kept, room, depth), seen (rows, 3) int64: slot, first token,
         the one after the last → (rows, heads, depth); contiguous."""
         out = torch.empty_like(q)
-        self.loops["attend"](out.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), len(q), q.shape[1],
-                       keys.shape[1], keys.shape[2], q.shape[2], seen.data_ptr(), scale)  # fmt: skip
+        self.loops["attend"](
+            out.data_ptr(),
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            len(q),
+            q.shape[1],
+            keys.shape[1],
+            keys.shape[2],
+            q.shape[2],
+            seen.data_ptr(),
+            scale,
+        )
         return out
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
         """x (..., n) += delta, in place; returns weight · x / root mean square of x. All contiguous."""
         y = torch.empty_like(x)
-        self.loops["norm"](y.data_ptr(), x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(),
-                           x.numel() // x.shape[-1], x.shape[-1], epsilon)  # fmt: skip
+        self.loops["norm"](
+            y.data_ptr(),
+            x.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            weight.data_ptr(),
+            x.numel() // x.shape[-1],
+            x.shape[-1],
+            epsilon,
+        )
         return y
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -100,9 +130,17 @@ class Kernels:
         return gate
 
     def store(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-        numbers: Tensor, positions: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        numbers: Tensor,
+        positions: Tensor,
+    ) -> None:
         """Rotary positions for q (N, heads, depth), in place, and for k (N, kept, depth), which goes with v to its slot
         and position (N,) int64 in keys and values (slots, kept, room, depth). cos, sin (N, depth). All contiguous."""
         _, kept, room, depth = keys.shape
@@ -110,10 +148,27 @@ class Kernels:
         self.loops["store"](*(one.data_ptr() for one in tensors), len(q), q.shape[1], kept, room, depth)
 
     def step(
-        self, kind: torch.dtype, x: Tensor, blocks: np.ndarray, head: np.ndarray, last: Tensor, cos: Tensor,
-        sin: Tensor, numbers: Tensor, positions: Tensor, shape: tuple[int, ...], seen: Tensor, ends: Tensor, heads: int,
-        scale: float, epsilon: float, edges: np.ndarray, table: np.ndarray, scales: Tensor, spent: np.ndarray,
-    ) -> Tensor:  # fmt: skip
+        self,
+        kind: torch.dtype,
+        x: Tensor,
+        blocks: np.ndarray,
+        head: np.ndarray,
+        last: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        numbers: Tensor,
+        positions: Tensor,
+        shape: tuple[int, ...],
+        seen: Tensor,
+        ends: Tensor,
+        heads: int,
+        scale: float,
+        epsilon: float,
+        edges: np.ndarray,
+        table: np.ndarray,
+        scales: Tensor,
+        spent: np.ndarray,
+    ) -> Tensor:
         """A whole step: x (rows, width) fp32, which it changes → logits (ends, vocabulary) fp32, of the rows `ends`.
 
         kind: dtype of the weights. blocks (blocks, 46), head (6,) int64: as `Block` and `Site` of kernels.cpp lie in
@@ -124,11 +179,33 @@ class Kernels:
         logits = x.new_empty(len(ends), int(head[4]))
         _, kept, room, depth = shape
         self.steps[kind](
-            logits.data_ptr(), x.data_ptr(), blocks.ctypes.data, len(blocks), head.ctypes.data, last.data_ptr(),
-            cos.data_ptr(), sin.data_ptr(), numbers.data_ptr(), positions.data_ptr(), kept, room, depth,
-            seen.data_ptr(), len(x), ends.data_ptr(), len(ends), heads, scale, epsilon, len(edges), edges.ctypes.data,
-            table.ctypes.data, len(table), scales.data_ptr(), spent.ctypes.data,
-        )  # fmt: skip
+            logits.data_ptr(),
+            x.data_ptr(),
+            blocks.ctypes.data,
+            len(blocks),
+            head.ctypes.data,
+            last.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            numbers.data_ptr(),
+            positions.data_ptr(),
+            kept,
+            room,
+            depth,
+            seen.data_ptr(),
+            len(x),
+            ends.data_ptr(),
+            len(ends),
+            heads,
+            scale,
+            epsilon,
+            len(edges),
+            edges.ctypes.data,
+            table.ctypes.data,
+            len(table),
+            scales.data_ptr(),
+            spent.ctypes.data,
+        )
         return logits
 
 
@@ -153,8 +230,13 @@ def kernels(dtype: torch.dtype, device: torch.device) -> Kernels | None:
         products[kind] = getattr(library, f"linear_{NAMES[dtype]}_{name}")
         products[kind].argtypes, products[kind].restype = [address] * 5 + [word] * 4 + [address] * 3, None
         steps[kind] = getattr(library, f"step_{NAMES[dtype]}_{name}")
-        steps[kind].argtypes = [address] * 3 + [word] + [address] * 6 + [word] * 3 + [address, word, address, word,
-                                word, real, real, word, address, address, word, address, address]  # fmt: skip
+        steps[kind].argtypes = (
+            [address] * 3
+            + [word]
+            + [address] * 6
+            + [word] * 3
+            + [address, word, address, word, word, real, real, word, address, address, word, address, address]
+        )
         steps[kind].restype = None
     return Kernels(products, steps, loops)
 
@@ -179,9 +261,12 @@ def _library() -> ctypes.CDLL | None:
                 built.replace(target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:  # a compiler that lacks something, a full disk
-        warnings.warn(f"the C++ kernels could not be made with {compiler}: {_why(error)}: torch's own operations "
-                      "serve instead, with the same answers, several times slower on this machine: install a g++ or "
-                      "clang that has OpenMP, or name a folder of your own in LORAFIT_CACHE", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"the C++ kernels could not be made with {compiler}: {_why(error)}: torch's own operations "
+            "serve instead, with the same answers, several times slower on this machine: install a g++ or "
+            "clang that has OpenMP, or name a folder of your own in LORAFIT_CACHE",
+            stacklevel=2,
+        )
         return None
 
 

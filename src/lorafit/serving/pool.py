@@ -77,8 +77,10 @@ class Pool:
         """A new version under this name, checked and hot, not to be found until it is published. Raises AdapterError or
         FormatError where it is not this base's, or is not whole."""
         if not NAME.fullmatch(name):
-            raise AdapterError(f"{name!r}: no name for an adapter: begin with a letter or digit, and go on with up to "
-                               "63 letters, digits, dots, hyphens and underscores")  # fmt: skip
+            raise AdapterError(
+                f"{name!r}: no name for an adapter: begin with a letter or digit, and go on with up to "
+                "63 letters, digits, dots, hyphens and underscores"
+            )
         folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
         adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
         self._require(adapter)
@@ -133,8 +135,10 @@ class Pool:
             if wanted in versions:
                 return versions[wanted]
             if versions and at:
-                raise UnknownAdapterError(f"'{name}': '{alias}' has the versions {', '.join(map(str, versions))}: name "
-                                          "one of them, or none for the live one")  # fmt: skip
+                raise UnknownAdapterError(
+                    f"'{name}': '{alias}' has the versions {', '.join(map(str, versions))}: name "
+                    "one of them, or none for the live one"
+                )
             known = ", ".join(sorted(self._live)[:20])
             fix = f"name one of {known}" if known else "load one first, or name none for the bare base"
             raise UnknownAdapterError(f"'{name}': no adapter is served by this name: {fix}")
@@ -180,8 +184,11 @@ class Pool:
     def listed(self) -> list[tuple[Version, bool]]:
         """All versions, each with whether it is live."""
         with self._lock:
-            return [(version, self._live.get(name) == number)
-                    for name, versions in self._versions.items() for number, version in versions.items()]  # fmt: skip
+            return [
+                (version, self._live.get(name) == number)
+                for name, versions in self._versions.items()
+                for number, version in versions.items()
+            ]
 
     def heat(self, version: Version) -> Loaded:
         """Its factors, read again where they had been let go. Raises AdapterError where the folder holds another
@@ -195,8 +202,10 @@ class Pool:
             assert version.folder is not None
             adapter = peft.read(version.folder)
             if version.digest not in (adapter.digest(), adapter.digest_of_format_1()):
-                raise AdapterError(f"{version.folder}: holds another adapter than when '{version.id}' was loaded: "
-                                   "load it as a new version")  # fmt: skip
+                raise AdapterError(
+                    f"{version.folder}: holds another adapter than when '{version.id}' was loaded: "
+                    "load it as a new version"
+                )
             self._require(adapter)
         loaded = Loaded(self.base, adapter)
         with self._lock:
@@ -222,7 +231,7 @@ class Pool:
 
     def _let_go(
         self, most: int, kept: Version, size: Callable[[Version], int], drop: Callable[[Version], None]
-    ) -> None:  # fmt: skip
+    ) -> None:
         held = sorted(
             (v for versions in self._versions.values() for v in versions.values() if size(v)), key=lambda v: v.used
         )

@@ -51,8 +51,9 @@ class Products:
                     made[key] = made.get(key) or _in_eight_bits(weight)
                     self.eight[number] = Weight(*made[key], bias)
         if eight_bit and len(self.plain) < len(base.sites):
-            raise BaseError(f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: "
-                            "leave it out")  # fmt: skip
+            raise BaseError(
+                f"'{base.name}': 8-bit weights are made of plain linear layers, which not all of its are: leave it out"
+            )
         if self.plain and not eight_bit:
             self.timings = compared(self._ways, ROWS) if timed else UNTIMED
 
@@ -66,9 +67,7 @@ class Products:
         weights are taken for any: what a row gets must not depend on its company."""
         return self.eight or (self.plain if self.timings.faster(rows) else {})
 
-    def of(
-        self, number: int, x: Tensor, original: Callable[[Tensor], Tensor], parts: Parts | None = None
-    ) -> Tensor:  # fmt: skip
+    def of(self, number: int, x: Tensor, original: Callable[[Tensor], Tensor], parts: Parts | None = None) -> Tensor:
         """What the site gives for x (1, N, d_in), with what the adapters of these parts add."""
         own = self.for_rows(x.shape[1]).get(number)
         if own is not None and self.kernels is not None:

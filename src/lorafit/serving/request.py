@@ -59,8 +59,11 @@ class Request:
     def problems(self, vocabulary: int) -> list[str]:
         """What cannot be about this request, each with what to do."""
         whole = {"max_tokens": self.max_tokens, "top_k": self.top_k, "seed": self.seed, "logprobs": self.logprobs}
-        wrong = [f"{name}: {value!r} is no whole number: give one" for name, value in whole.items()
-                 if type(value) is not int and not (value is None and name in {"seed", "logprobs"})]  # fmt: skip
+        wrong = [
+            f"{name}: {value!r} is no whole number: give one"
+            for name, value in whole.items()
+            if type(value) is not int and not (value is None and name in {"seed", "logprobs"})
+        ]
         if not all(type(token) is int for token in self.prompt):
             wrong.append("prompt: it holds what is no token id: give whole numbers")
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
@@ -77,33 +80,50 @@ class Request:
             return wrong
         checks = {
             "prompt: it is empty: give at least one token": not self.prompt,
-            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: take it out":
-                any(not 0 <= token < vocabulary for token in self.prompt),
+            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: take it out": any(
+                not 0 <= token < vocabulary for token in self.prompt
+            ),
             f"max_tokens: {self.max_tokens} cannot be: ask for at least 1": self.max_tokens < 1,
-            f"temperature: {self.temperature} cannot be: choose 0 to {HOTTEST}":
-                not (math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST),
+            f"temperature: {self.temperature} cannot be: choose 0 to {HOTTEST}": not (
+                math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST
+            ),
             f"top_k: {self.top_k} cannot be: choose 0 (all) or more": self.top_k < 0,
             f"top_p: {self.top_p} cannot be: choose above 0, up to 1": not 0 < self.top_p <= 1,
             f"min_p: {self.min_p} cannot be: choose 0 (off) to 1": not 0 <= self.min_p <= 1,
-            f"presence_penalty: {self.presence_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}":
-                not abs(self.presence_penalty) <= MOST_PENALTY,
-            f"frequency_penalty: {self.frequency_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}":
-                not abs(self.frequency_penalty) <= MOST_PENALTY,
-            f"repetition_penalty: {self.repetition_penalty} cannot be: choose above 0, up to {MOST_PENALTY}":
-                not 0 < self.repetition_penalty <= MOST_PENALTY,
-            f"logit_bias: a bias cannot be: choose -{MOST_BIAS} to {MOST_BIAS}, for at most {MOST_BIASES} tokens":
-                len(bias) > MOST_BIASES or not all(abs(one) <= MOST_BIAS for one in bias.values()),
+            f"presence_penalty: {self.presence_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}": not abs(
+                self.presence_penalty
+            )
+            <= MOST_PENALTY,
+            f"frequency_penalty: {self.frequency_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}": not abs(
+                self.frequency_penalty
+            )
+            <= MOST_PENALTY,
+            f"repetition_penalty: {self.repetition_penalty} cannot be: choose above 0, up to {MOST_PENALTY}": not 0
+            < self.repetition_penalty
+            <= MOST_PENALTY,
+            f"logit_bias: a bias cannot be: choose -{MOST_BIAS} to {MOST_BIAS}, for at most {MOST_BIASES} tokens": len(
+                bias
+            )
+            > MOST_BIASES
+            or not all(abs(one) <= MOST_BIAS for one in bias.values()),
             f"seed: {self.seed} cannot be: choose 0 to 2**63 - 1": self.seed is not None and not 0 <= self.seed < 2**63,
-            f"adapter_scale: {self.adapter_scale} cannot be: choose -{MOST_SCALE} to {MOST_SCALE}":
-                not (math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= MOST_SCALE),
+            f"adapter_scale: {self.adapter_scale} cannot be: choose -{MOST_SCALE} to {MOST_SCALE}": not (
+                math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= MOST_SCALE
+            ),
             "stop: an empty text stops nothing: leave it out": any(not text for text in self.stop),
-            f"stop: a text of more than {LONGEST_STOP} characters, or more than {MOST_STOPS} texts: shorten them":
-                len(self.stop) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in self.stop),
-            f"logprobs: {self.logprobs} cannot be: choose 0 to {MOST_LOGPROBS}":
-                self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS,
-        }  # fmt: skip
-        strange = [f"logit_bias: token {token} is not in the base's vocabulary of {vocabulary}: take it out"
-                   for token in bias if not 0 <= token < vocabulary]  # fmt: skip
+            f"stop: a text of more than {LONGEST_STOP} characters, or more than {MOST_STOPS} texts: shorten them": len(
+                self.stop
+            )
+            > MOST_STOPS
+            or any(len(text) > LONGEST_STOP for text in self.stop),
+            f"logprobs: {self.logprobs} cannot be: choose 0 to {MOST_LOGPROBS}": self.logprobs is not None
+            and not 0 <= self.logprobs <= MOST_LOGPROBS,
+        }
+        strange = [
+            f"logit_bias: token {token} is not in the base's vocabulary of {vocabulary}: take it out"
+            for token in bias
+            if not 0 <= token < vocabulary
+        ]
         return [problem for problem, wrong in checks.items() if wrong] + strange[:1]
 
 

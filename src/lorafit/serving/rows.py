@@ -76,6 +76,14 @@ class Row:
 
     def result(self, finish: Finish) -> Result:
         asked, now = self.asked, time.monotonic()
-        return Result("".join(self.text), tuple(self.tokens), finish, asked.answer.adapter,
-                      len(asked.answer.request.prompt), self.known, self.began - asked.at,
-                      (self.first or now) - asked.at, now - asked.at)  # fmt: skip
+        return Result(
+            "".join(self.text),
+            tuple(self.tokens),
+            finish,
+            asked.answer.adapter,
+            len(asked.answer.request.prompt),
+            self.known,
+            self.began - asked.at,
+            (self.first or now) - asked.at,
+            now - asked.at,
+        )

@@ -100,8 +100,11 @@ class Grammar:
         self._kind = "grammar" if isinstance(schema, str) else "schema"
         try:
             # Where any space may stand between two parts, a small model writes spaces until its room is full.
-            grammar = schema if isinstance(schema, str) else LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), {"whitespace_flexible": False})  # fmt: skip
+            grammar = (
+                schema
+                if isinstance(schema, str)
+                else LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_flexible": False})
+            )
             self._matcher: Any = LLMatcher(tokenizer, grammar)
         except (ValueError, TypeError) as error:
             raise RequestError(f"{self._kind}: {error}: correct it") from error

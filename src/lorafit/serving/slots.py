@@ -168,17 +168,29 @@ class Step:
                 seen.append((slot.number, 0, past + 1))
             else:
                 long.append(Long(start, start + n, slot.number, past))
-        return Step(slots, torch.tensor([positions], device=device), torch.tensor(numbers, device=device),
-                    torch.tensor(single, dtype=torch.int64, device=device),
-                    torch.tensor(seen, dtype=torch.int64, device=device).view(-1, 3),
-                    max((end for *_, end in seen), default=0), tuple(long))  # fmt: skip
+        return Step(
+            slots,
+            torch.tensor([positions], device=device),
+            torch.tensor(numbers, device=device),
+            torch.tensor(single, dtype=torch.int64, device=device),
+            torch.tensor(seen, dtype=torch.int64, device=device).view(-1, 3),
+            max((end for *_, end in seen), default=0),
+            tuple(long),
+        )
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, step: Step | None = None, sliding_window: int | None = None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    step: Step | None = None,
+    sliding_window: int | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:
     """Attention of every token to its request's slot, in the form transformers calls it.
 
     query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). Raises AttachError for what it
@@ -189,8 +201,10 @@ def attention(
         strange.append("a mask of its own")
     number = getattr(module, "layer_idx", None)
     if step is None or strange or dropout or number is None or not getattr(module, "is_causal", True):
-        raise AttachError(f"attention by slots: {', '.join(strange) or 'a call without a step'} is not computed: open "
-                          "a base of another family")  # fmt: skip
+        raise AttachError(
+            f"attention by slots: {', '.join(strange) or 'a call without a step'} is not computed: open "
+            "a base of another family"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys, values = step.slots.layer(number, key, value)
     step.write(keys, key)
@@ -232,6 +246,7 @@ def _long(piece: Long, q: Tensor, keys: Tensor, values: Tensor, scale: float, wi
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(piece.past - window)
         mask = torch.zeros(n, total, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, mask, is_causal=mask is None, scale=scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out[0].transpose(0, 1)

@@ -74,9 +74,13 @@ class Steps:
         self.slots.layers.clear()
 
     def forward(
-        self, slots: Sequence[Slot], ids: Sequence[Sequence[int]], owners: Sequence[Loaded | None],
-        scales: Sequence[float], ends: Sequence[bool],
-    ) -> Tensor:  # fmt: skip
+        self,
+        slots: Sequence[Slot],
+        ids: Sequence[Sequence[int]],
+        owners: Sequence[Loaded | None],
+        scales: Sequence[float],
+        ends: Sequence[bool],
+    ) -> Tensor:
         """One step; keys and values go into the slots. Rows of one adapter are neighbours.
 
         Args:

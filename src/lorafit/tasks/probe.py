@@ -43,8 +43,14 @@ def way_of(base: Base, rows: Sequence[Row]) -> Way:
         require_causal(base, max(few, key=lambda row: len(row.ids)))
     with torch.no_grad():
         separate = _succeeds(lambda: _has_separate_head(base, few))
-        return Way(separate, _succeeds(lambda: _keeps_rows_apart(base, few) and _computes_as_alone(base, few)
-                                       and _attends_as_in_fp32(base, few)))  # fmt: skip
+        return Way(
+            separate,
+            _succeeds(
+                lambda: (
+                    _keeps_rows_apart(base, few) and _computes_as_alone(base, few) and _attends_as_in_fp32(base, few)
+                )
+            ),
+        )
 
 
 def beginnings(rows: Sequence[Row]) -> list[Row]:
@@ -67,9 +73,11 @@ def require_causal(base: Base, row: Row) -> None:
         if not (before.isfinite().all() and after.isfinite().all()):
             return  # told where it is scored
         if not _alike_before(base, cut, row, other, before, after):
-            raise NotCausalError(f"'{base.name}': a later token changes what it predicts before it, so it would be "
-                                 "trained and scored on answers that it can see: choose a causal language model, which "
-                                 "writes from left to right")  # fmt: skip
+            raise NotCausalError(
+                f"'{base.name}': a later token changes what it predicts before it, so it would be "
+                "trained and scored on answers that it can see: choose a causal language model, which "
+                "writes from left to right"
+            )
 
 
 def _alike_before(base: Base, cut: int, row: Row, other: Row, logits: Tensor, of_other: Tensor) -> bool:

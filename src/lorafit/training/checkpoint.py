@@ -44,8 +44,15 @@ def save(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, at: Pr
     tensors = {"master": state.master.detach(), "best": at.best}
     for name, value in optimizer.state.get(state.master, {}).items():
         tensors[f"optimizer.{name}"] = value
-    said = {"step": at.step, "history": at.history, "seconds": at.seconds, "beside": at.beside, "tokens": at.tokens,
-            "trained": at.trained, "run": of}  # fmt: skip
+    said = {
+        "step": at.step,
+        "history": at.history,
+        "seconds": at.seconds,
+        "beside": at.beside,
+        "tokens": at.tokens,
+        "trained": at.trained,
+        "run": of,
+    }
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as building:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, building, {"progress": json.dumps(said)})

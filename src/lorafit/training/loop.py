@@ -162,11 +162,21 @@ def same_bits(device: torch.device) -> Iterator[None]:
 
 class _Run:
     def __init__(
-        self, base: Base, adapter: Adapter, train_rows: Sequence[Row], valid_rows: Sequence[Row],
-        recipe: Recipe, folder: Path | None, trunk_bytes: int, trunk_in: Path | None, way: Way | None,
-        known: Sequence[float] | None, tell: Callable[[Moment], None], watch: Callable[[int, int], None],
+        self,
+        base: Base,
+        adapter: Adapter,
+        train_rows: Sequence[Row],
+        valid_rows: Sequence[Row],
+        recipe: Recipe,
+        folder: Path | None,
+        trunk_bytes: int,
+        trunk_in: Path | None,
+        way: Way | None,
+        known: Sequence[float] | None,
+        tell: Callable[[Moment], None],
+        watch: Callable[[int, int], None],
         processes: Processes,
-    ):  # fmt: skip
+    ):
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
         self.tell, self.watch, self.processes = tell, watch, processes
         self.others_stop = False
@@ -267,8 +277,10 @@ class _Run:
         rate = adamw.rate_at(at.step, recipe.steps, recipe.warmup, recipe.learning_rate)
         norm = adamw.step(self.state, self.optimizer, rate, recipe.weight_decay, recipe.clip)
         if at.step == 0 and norm == 0:
-            raise AdapterError("no factor receives a gradient at the first step, the adapter would learn nothing: "
-                               "choose sites on which the answer depends")  # fmt: skip
+            raise AdapterError(
+                "no factor receives a gradient at the first step, the adapter would learn nothing: "
+                "choose sites on which the answer depends"
+            )
         at.step += 1
         self._require_finite(nll + norm)
         if norm == 0 and nll > 1:  # weights so large that every answer is as likely, whatever they do
@@ -423,8 +435,17 @@ class _Run:
         self.state.training = False
         each = self.each or tuple(self._measured(lambda done, of: None))
         speed = at.tokens / at.seconds if at.seconds else 0.0
-        return Trained(self.state.freeze(), tuple(at.history), self._best()[0], each, at.step,
-                       at.seconds + at.beside, at.tokens, at.trained, speed)  # fmt: skip
+        return Trained(
+            self.state.freeze(),
+            tuple(at.history),
+            self._best()[0],
+            each,
+            at.step,
+            at.seconds + at.beside,
+            at.tokens,
+            at.trained,
+            speed,
+        )
 
 
 class _Stopped(Exception):

@@ -40,9 +40,15 @@ class Trunk:
     """
 
     def __init__(
-        self, folder: Path, name: str, base: Base, same: str, packs: Mapping[tuple[int, ...], int], blocks: int,
+        self,
+        folder: Path,
+        name: str,
+        base: Base,
+        same: str,
+        packs: Mapping[tuple[int, ...], int],
+        blocks: int,
         room: int,
-    ):  # fmt: skip
+    ):
         self._base, self._blocks = base, blocks
         self._token = base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize  # type: ignore[operator]
         told = repr((base.integrity(), same, list(packs.items()), blocks))

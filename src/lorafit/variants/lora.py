@@ -69,9 +69,13 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, originals: Sequence[Callable[[Tensor], Tensor]], layers: Sequence[Layer],
-        scalings: Sequence[float], *pairs: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        originals: Sequence[Callable[[Tensor], Tensor]],
+        layers: Sequence[Layer],
+        scalings: Sequence[float],
+        *pairs: Tensor,
+    ) -> tuple[Tensor, ...]:
         a, b = pairs[::2], pairs[1::2]
         flat = x.reshape(-1, x.shape[-1])
         outputs, inner = [], []

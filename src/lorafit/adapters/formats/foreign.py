@@ -38,12 +38,36 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Settings that are read, or that change nothing of what a trained adapter computes. (Nothing is read of PEFT itself:
 # these are the fields of its LoraConfig, 0.3 to 0.21, and those that other trainers add.)
 _KNOWN = {
-    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-    "use_dora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision",
-    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_config", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
-    "merge_weights", "unsloth_fixed",
-}  # fmt: skip
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "layers_pattern",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "merge_weights",
+    "unsloth_fixed",
+}
 # Settings that are not read here and that pass where they are at these values; any other setting where it says nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -158,8 +182,9 @@ def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> A
 
 def choosing(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that choose modules. Raises ValueError or re.error for values that cannot be."""
-    found = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform",
-                                              "layers_pattern")}  # fmt: skip
+    found = {
+        key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    }
     selects(found, "")
     return found
 

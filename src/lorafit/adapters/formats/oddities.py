@@ -30,12 +30,16 @@ def misread_by_peft(model: Any, paths: Sequence[str]) -> str | None:
     merged = [path for path in paths if path.rpartition(".")[2] in experts]
     refused = [path for path in paths if refused_by_peft(model, path.rpartition(".")[2])]
     if merged:
-        return (f"PEFT takes targets of a {family} that end in {', '.join(sorted(_ends(merged)))} for its experts: it "
-                f"would pass over {len(merged)} modules of this plan, such as {merged[0]}. lorafit reads them as they "
-                "are trained; for PEFT name others with --targets")  # fmt: skip
+        return (
+            f"PEFT takes targets of a {family} that end in {', '.join(sorted(_ends(merged)))} for its experts: it "
+            f"would pass over {len(merged)} modules of this plan, such as {merged[0]}. lorafit reads them as they "
+            "are trained; for PEFT name others with --targets"
+        )
     if refused:
-        return (f"PEFT refuses {', '.join(sorted(_ends(refused)))} of a {family}, whose fused kernels read the weight "
-                "past the module. lorafit reads them as trained; for PEFT leave them out of --targets")  # fmt: skip
+        return (
+            f"PEFT refuses {', '.join(sorted(_ends(refused)))} of a {family}, whose fused kernels read the weight "
+            "past the module. lorafit reads them as trained; for PEFT leave them out of --targets"
+        )
     return None
 
 

@@ -38,9 +38,17 @@ FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
 
 # What in our adapter_config.json decides what PEFT computes.
 _COMPUTES = {
-    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-    "use_dora", "bias",
-}  # fmt: skip
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+}
 
 _DEFAULT = 8  # PEFT's rank and alpha where the config names none
 
@@ -240,9 +248,14 @@ def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
-        adapter = Adapter(plan, _factors(plan, pairs.tensors), ours["base"], _recorded(ours["base_name"]),
-                          Rendering.from_json(rendering) if rendering else None,
-                          Claims(**ours["claims"]) if ours.get("claims") else None)  # fmt: skip
+        adapter = Adapter(
+            plan,
+            _factors(plan, pairs.tensors),
+            ours["base"],
+            _recorded(ours["base_name"]),
+            Rendering.from_json(rendering) if rendering else None,
+            Claims(**ours["claims"]) if ours.get("claims") else None,
+        )
     except (KeyError, TypeError) as error:
         raise FormatError(
             f"{folder / OURS}: {error!r} is missing or odd: restore the file, it was edited or damaged"
@@ -278,15 +291,21 @@ def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter
     try:
         slots, problems = _foreign_slots(config, pairs)
         claims = Claims(choosing(config), pairs.weights)
-        problems += [f"{slot.site.path}: has tensors, and the config's target_modules do not name it" for slot in slots
-                     if selects(claims.selects, slot.site.path) is False]  # fmt: skip
+        problems += [
+            f"{slot.site.path}: has tensors, and the config's target_modules do not name it"
+            for slot in slots
+            if selects(claims.selects, slot.site.path) is False
+        ]
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise FormatError(
             f"{folder / CONFIG}: a rank, alpha or pattern in it is odd ({error}): save the adapter again"
         ) from error
     if problems:
-        raise FormatError(f"{folder}: config and tensors disagree\n  " + "\n  ".join(problems[:12])
-                          + "\nsave the adapter again, or restore the folder")  # fmt: skip
+        raise FormatError(
+            f"{folder}: config and tensors disagree\n  "
+            + "\n  ".join(problems[:12])
+            + "\nsave the adapter again, or restore the folder"
+        )
     return Adapter(Plan(tuple(slots)), pairs.tensors, base=None, base_name=_named_base(config), claims=claims)
 
 
