@@ -45,6 +45,7 @@ VERBS = [
 ]
 SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged", "counts"}
 TRAINED = SCORES | {
+    "misread_by_peft",
     "base",
     "base_identity",
     "adapter_dir",

@@ -101,6 +101,9 @@ COMPUTED = {  # the next step is written elsewhere: by advice.py and _uneven, th
     "…: … tokens, the limit is …: …",
     "'…': there is no such path, and …: …",
     "…: …: …",
+    "--template …: holds the control token …: …",
+    "…: holds the control token … in a message: …",
+    "…: no run: …",
 }
 AS_GOOD = ("did you mean ", "pip install ", "lorafit ", "if you know ")
 

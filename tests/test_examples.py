@@ -14,7 +14,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"
 
 
 # A minute each; what they show of lorafit is tested elsewhere, so make test-all runs them.
-SLOW = {"training_loop.py", "with_trainer.py"}
+SLOW = {"training_loop.py", "with_trainer.py", "library.py", "three_desks.py"}
 
 
 @pytest.mark.parametrize(

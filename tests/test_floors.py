@@ -50,6 +50,7 @@ def parsed(file: Path) -> ast.Module:
 
 def test_every_file_has_its_floor_and_every_floor_its_file() -> None:
     assert {room(file) for file in FILES} == set(FLOORS)
+    assert len(FLOORS) == sum(map(len, TABLE))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SRC)))

@@ -120,13 +120,13 @@ HELD = 500_000_000
 
 
 def fitted(
-    machine: str | None, free: int | None = None, look: Footprint = LOOK, answering: Answering = lambda left: 0
+    memory: str | None, free: int | None = None, look: Footprint = LOOK, answering: Answering = lambda left: 0
 ) -> tuple[Decision, int]:
     recipe = Recipe(1e-3, 32, 10, 1, 5)
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
     steps = steps_of(rows["train"], recipe, fixed=False, packed=True)
-    return fit(decision, lambda _: look, answering, rows, steps, PACKED, Room(HELD, free), machine)
+    return fit(decision, lambda _: look, answering, rows, steps, PACKED, Room(HELD, free), memory)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def fitted(
     [(None, 1024, False), ("4GB", 1024, False), ("1.2GB", 512, False), ("840MB", 256, False), ("620MB", 1024, True)],
 )
 def test_the_fastest_settings_that_stay_under_the_limit_are_taken(
-    machine: str | None, tokens: int, recompute: bool
+    memory: str | None, tokens: int, recompute: bool
 ) -> None:
-    decision, peak = fitted(machine)
+    decision, peak = fitted(memory)
     assert (decision.recipe.micro_tokens, decision.recipe.recompute) == (tokens, recompute)
-    assert machine is None or HELD + MARGIN * (peak - HELD) <= (bytes_of(machine) or 0)
-    assert decision.choices[-1].flag == "--machine"
+    assert memory is None or HELD + MARGIN * (peak - HELD) <= (bytes_of(memory) or 0)
+    assert decision.choices[-1].flag == "--memory"
 
 
 def test_without_a_setting_what_is_free_is_the_limit() -> None:
@@ -242,7 +242,7 @@ def test_a_size_has_a_unit(text: str, size: float | None) -> None:
 
 
 def test_a_size_without_a_unit_is_refused_with_a_hint() -> None:
-    with pytest.raises(SettingsError, match="--machine '4000000000': no size with its unit: write it as 4GB"):
+    with pytest.raises(SettingsError, match="--memory '4000000000': no size with its unit: write it as 4GB"):
         settings_from({"memory": "4000000000"})
 
 
@@ -278,7 +278,7 @@ print(json.dumps({"before": before, "peak": summary["peak_rss_gb"], "recipe": pl
 
 @pytest.fixture(scope="session")
 def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of little weight whose blocks keep much: machine goes into what is kept for the backward."""
+    """A base of little weight whose blocks keep much: memory goes into what is kept for the backward."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bases") / "deep"
     LlamaForCausalLM(
@@ -313,14 +313,14 @@ def ran(base: Path, tmp_path: Path, **settings: object) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere machine is not told as exactly")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not told as exactly")
 def test_a_run_stays_under_the_memory_it_was_given(deep_folder: Path, tmp_path: Path) -> None:
     free = ran(deep_folder, tmp_path)
     limit = free["before"] + 0.55 * (free["peak"] - free["before"])
     (tmp_path / "again").mkdir()
-    held = ran(deep_folder, tmp_path / "again", machine=f"{1000 * limit:.0f}MB")
+    held = ran(deep_folder, tmp_path / "again", memory=f"{1000 * limit:.0f}MB")
     assert held["recipe"]["micro_tokens"] < free["recipe"]["micro_tokens"] or held["recipe"]["recompute"]
-    assert free["trimmed"] and held["trimmed"], "trimming takes machine too"
+    assert free["trimmed"] and held["trimmed"], "trimming takes memory too"
     assert held["peak"] <= limit < free["peak"]
 
 

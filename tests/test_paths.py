@@ -19,7 +19,6 @@ import torch
 from conftest import byte_tokenizer, capitals, tiny_llama, write_rows
 
 import lorafit
-from lorafit import pipeline
 from lorafit.adapters.formats import peft
 from lorafit.bases.base import open_base
 from lorafit.data.reading import read_examples
@@ -29,6 +28,7 @@ from lorafit.jobs.chat import Chat
 from lorafit.jobs.demo import run_demo
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.plan import run_planning
+from lorafit.jobs.prepare import open_all
 from lorafit.jobs.refine import run_refining
 from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
@@ -145,13 +145,14 @@ ALSO_CALLED = {
     "peft.write": peft.write,
     "peft.glance": peft.glance,
 }
+JOBS = {one.__name__: one for one in (run_evaluation, run_planning, open_all, run_refining)}
 PATHS = {"base_name", "data", "folder", "out"}  # parameters of these names are paths
 
 
 def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
     """The functions behind the package's names, the jobs' and those of the commands, and the methods of the classes
     among them, without the `__init__` that a dataclass or a pydantic model is given."""
-    named = {name: getattr(lorafit, name) for name in lorafit.__all__} | vars(pipeline) | ALSO_CALLED
+    named = {name: getattr(lorafit, name) for name in lorafit.__all__} | JOBS | ALSO_CALLED
     for name, value in named.items():
         if inspect.isfunction(value):
             yield name, value

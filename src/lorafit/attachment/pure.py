@@ -33,7 +33,7 @@ def served(base: Base, adapter: Adapter) -> dict[int, Served]:
     numbers = {site.path: number for number, site in enumerate(base.sites)}
     if others := [slot.site.path for slot in adapter.plan.slots if not slot.is_product]:
         raise AdapterError(
-            f"{', '.join(others)}: an adapter of such a layer is not served to many at once: attach it, "
+            f"{', '.join(others)}: an adapter of such a layer is not served to many at once: use attach(), "
             "or merge it into its base"
         )
     factors = adapter.factors(torch.float32, base.device)
