@@ -91,7 +91,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize(("law", "model", "variant", "dtype"), cases())
+@pytest.mark.parametrize(("law", "model", "variant", "dtype"), [*cases()])
 def test_law(law: Callable[[Case], None], model: str, variant: str, dtype: torch.dtype) -> None:
     law(make_case(model, variant, dtype))
 
