@@ -467,7 +467,13 @@ def test_data_describes_the_splits_as_json(lorafit: Lorafit, tiny_folder: Path, 
 
 def test_data_needs_no_base(lorafit: Lorafit, rows: Path) -> None:
     done = lorafit("data", rows)
-    assert (done.status, "--base BASE shows an example" in done.out) == (0, True)
+    assert (done.status, "in order but for their lengths: --base BASE counts" in done.out) == (0, True)
+
+
+def test_data_without_a_base_report_what_every_base_would_refuse(lorafit: Lorafit, tmp_path: Path) -> None:
+    long = {"prompt": "so " * 4534, "completion": "Two miles."}
+    done = lorafit("data", write_rows(tmp_path / "a.jsonl", [*capitals(), long]))
+    assert "1 hold more words (up to 4,536) than the 1,024 tokens that training takes" in " ".join(done.out.split())
 
 
 def test_data_of_a_settings_file_are_seen_as_its_base_sees_them_unless_told_not_to(

@@ -368,6 +368,21 @@ def test_what_only_looks_odd_is_not_remarked(tmp_path: Path) -> None:
     assert describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks == ()
 
 
+def test_an_example_of_more_words_than_training_takes_tokens_is_remarked(tmp_path: Path) -> None:
+    rows = [GOOD, {**GOOD, "prompt": "so " * 1020 + "where?"}, {**GOOD, "prompt": "so " * 4000 + "where?"}]
+    examples = read_examples(write_rows(tmp_path / "a.jsonl", rows))
+    (remark,) = describe(examples, max_length=1024).remarks
+    words = 4001 + len(str(GOOD["completion"]).split())
+    assert (remark.examples, remark.first.rpartition(":")[2]) == (1, "3")
+    assert f"more words (up to {words:,}) than the 1,024 tokens" in remark.what
+    assert describe(examples, max_length=5000).remarks == ()
+
+
+def test_plain_text_is_cut_and_never_too_long(tmp_path: Path) -> None:
+    examples = read_examples(write_rows(tmp_path / "a.jsonl", [{"text": "so " * 4000}]))
+    assert describe(examples, max_length=1024).remarks == ()
+
+
 def test_one_answer_to_everything_is_remarked(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {i}?", "completion": "A number."} for i in range(12)]
     (remark,) = describe(read_examples(write_rows(tmp_path / "a.jsonl", rows))).remarks

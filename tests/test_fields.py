@@ -143,6 +143,24 @@ OTHERWISE: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "a judgement of an answer": ({**PAIR, "score": 0.1}, ("How far?", "Two miles.")),
     "what may explain an answer": ({**PAIR, "note": "by the old road"}, ("How far?", "Two miles.")),
     "a number that counts no text": ({**PAIR, "num_miles": 2}, ("How far?", "Two miles.")),
+    "the subject of a mail": (
+        {"Ticket ID": 7, "Customer": "Ann", "Subject": "A walk", "Question": "How far?", "Answer": "Two miles."},
+        ("A walk\n\nHow far?", "Two miles."),
+    ),
+    "the subject of a pair": ({**PAIR, "subject": "A walk"}, ("A walk\n\nHow far?", "Two miles.")),
+    "the subject of an instruction": (
+        {"instruction": "How far?", "output": "Two miles.", "Subject line": "A walk"},
+        ("A walk\n\nHow far?", "Two miles."),
+    ),
+    "the subject of a text with its label": (
+        {"subject": "A walk", "body": "How far?", "sentiment": "calm"},
+        ("A walk\n\nHow far?", "calm"),
+    ),
+    "the subject of messages": ({"messages": TALK, "subject": "A walk"}, ("How far?", "Two miles.")),
+    "a subject where names tell nothing": (
+        {"mail": "How far?", "sent back": "Two miles.", "subject": "A walk"},
+        ("A walk\n\nHow far?", "Two miles."),
+    ),
     "a number of a class": ({**PAIR, "label": 3}, ("How far?", "Two miles.")),
     "a weight in kilograms": ({**PAIR, "weight": 70}, ("How far?", "Two miles.")),
 }
@@ -167,6 +185,23 @@ def test_flags_beside_those_that_are_typed_already(tmp_path: Path) -> None:
     assert read_examples(path, typed).train[0].answer == "Ann."
 
 
+def test_the_flag_that_joins_a_subject_takes_the_place_of_the_one_that_was_typed(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"Subject": "A walk", "Mail": "How far?", "completion": "Two miles."}] * 2)
+    said = refusal(path, ["prompt=Mail"])
+    join, typed, unused = flags_in(said)
+    assert typed == ["prompt=Mail"] and " in place of --columns prompt=Mail to learn from it" in said
+    assert read_examples(path, join).train[0].question == "A walk\n\nHow far?"
+    assert read_examples(path, [*typed, *unused]).train[0].question == "How far?"
+
+
+def test_no_subject_is_joined_to_what_is_joined_already(tmp_path: Path) -> None:
+    row = {"Subject": "A walk", "Mail": "How far?", "Place": "Skerrow", "completion": "Two miles."}
+    path = write_rows(tmp_path / "a.jsonl", [row] * 2)
+    typed = ["prompt={Place}: {Mail}"]
+    (unused,) = flags_in(refusal(path, typed))
+    assert (unused, read_examples(path, typed + unused).train[0].question) == (["unused=Subject"], "Skerrow: How far?")
+
+
 def test_flags_leave_rows_of_the_usual_names_as_they_are(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [PAIR, {"text": "Who?", "completion": "Ann."}])
     assert [e.question for e in read_examples(path, ["prompt=text"]).train] == ["How far?", "Who?"]
@@ -184,7 +219,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "who published it": {**PAIR, "publisher": "Ann's Press", "published_on": "2020", "doi": "10.1/2"},
     "counts": {**PAIR, "num_words": 5, "token_count": 7, "completion_tokens_count": 3, "characters_len": 20},
     "ids and sources": {**PAIR, "id": 1, "custom_id": "a", "source": "atlas", "url": "x", "created_at": "2026"},
-    "what it is about": {**PAIR, "category": "roads", "topic": "miles", "task-type": "qa"},
+    "what it is about": {**PAIR, "category": "roads", "topic": "miles", "task-type": "qa", "Team": "IT", "queue": "1"},
     "a number without a name": {**PAIR, "Unnamed: 0": 7},
     "nothing in it": {**PAIR, "images": [], "tools": None, "history": [[]], "mood": " ", "score": float("nan")},
     "nothing inside": {**PAIR, "mood": {"of": None, "at": []}},

@@ -20,7 +20,7 @@ from lorafit.data.readers import PIECE
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, render
 from lorafit.data.split import require_apart
-from lorafit.errors import DataError, SettingsError
+from lorafit.errors import DataError, Problem, SettingsError
 from lorafit.evaluation.answers import is_right
 from lorafit.evaluation.nll import example_nll
 
@@ -185,7 +185,7 @@ BROKEN = {
         b"{'prompt': 'Q', 'completion': None}",
         r"a\.jsonl:1: not JSON, but an object as Python",
     ),
-    "after a long cell": ("a.csv", b'prompt,completion\n"Q\n\nQ",A\nx\n', r"a\.csv:5: 1 cells"),
+    "after a long cell": ("a.csv", b'prompt,completion\n"Q\n\nQ",A\nx\n', r"a\.csv:row 3, line 5: 1 cells"),
     "open quote": ("a.csv", b'prompt,completion\n"Q,A\n', r"a\.csv:2: not a table"),
     "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:2: of no form .*prompt, column 2\): add completion"),
     "names twice": ("a.csv", b"prompt,prompt\nQ,A\n", r"a\.csv:1: two columns are named 'prompt'"),
@@ -259,6 +259,26 @@ def test_the_flags_that_are_proposed_work(tmp_path: Path) -> None:
     words = shlex.split(caught.value.problems[0].fix.partition(" if ")[0])
     columns = [words[i + 1] for i, word in enumerate(words) if word == "--columns"]
     assert asked(read_examples(tmp_path / "a.csv", columns)) == [("Where?", "Here.")]
+
+
+def test_below_cells_of_several_lines_a_place_says_the_row_too(tmp_path: Path) -> None:
+    text = '# of May\nprompt,completion\nQ,A\n"Q\n\nQ",A\n\nQ2,\nQ3,\n"Q4\n'
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(tmp_path / "a.csv")
+    places = [problem.where.removeprefix(f"{tmp_path / 'a.csv'}:") for problem in caught.value.problems]
+    assert places == ["row 6, line 8: completion", "row 7, line 9: completion", "row 8, line 10"]
+    assert f"{tmp_path / 'a.csv'}:row 6, line 8: completion: an empty answer" in str(caught.value)
+    assert "(also at row 7, line 9)" in str(caught.value)
+
+
+def test_rows_below_cells_of_several_lines_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,completion\n"Q\nQ",A\nQ2,\nQ3,C\n', encoding="utf-8")
+    examples = read_examples(tmp_path / "a.csv", skip_bad=True)
+    places = [example.where.removeprefix(f"{tmp_path / 'a.csv'}:") for example in examples.train]
+    assert places == ["2", "row 4, line 5"]
+    left = examples.without([Problem(f"{examples.train[1].where}: check", "", "")])
+    assert left.train == examples.train[:1]
 
 
 def test_bad_rows_are_left_out_when_asked_and_kept_by_line(tmp_path: Path) -> None:

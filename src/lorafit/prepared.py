@@ -84,7 +84,7 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
             "as it must be in data to text; elsewhere such a test may be easier than life"
         )
     examples = complete(examples, settings.val_share, questions)
-    report = describe(examples, questions)
+    report = describe(examples, questions, settings.max_length)
     listener.data(report)
     independent = len(set(groups_of([example.group for example in examples.test])))
     if independent < FEWEST:

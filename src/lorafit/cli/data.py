@@ -53,7 +53,8 @@ def data(
     require(base=base, data=data)
     examples, report = prepare(data, chosen, terminal)
     tokens = {} if base is None else _seen_by(base, examples, chosen, terminal)
-    terminal.say("the data are in order" + ("" if base else "; --base BASE shows an example as a model sees it"))
+    lengths = " but for their lengths: --base BASE counts their tokens, and shows an example as a model sees it"
+    terminal.say("the data are in order" + ("" if base else lengths))
     terminal.finish({**asdict(report), "tokens": tokens})
 
 

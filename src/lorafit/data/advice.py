@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lorafit.data.columns import Template, joined
 from lorafit.data.examples import Example
 from lorafit.data.fields import (
     ALSO,
@@ -21,6 +22,7 @@ from lorafit.data.fields import (
     fields_of,
     filled,
     is_harmless,
+    is_heading,
     is_preferred,
     meaning_of,
     preferences_in,
@@ -33,6 +35,7 @@ from lorafit.data.readers import Record
 from lorafit.errors import Problem
 
 MAY_MEAN = "which may carry meaning"
+ASKED = ("prompt", "instruction", "text")  # fields that the subject of a mail stands above
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,19 @@ class Proposal:
     """Flags with which a row becomes an example: they were tried on it.
 
     columns: as --columns has them. passed: what may be lost with each column that is passed over, by its name. marks:
-    columns that say which rows are not to be learnt, and that are read.
+    columns that say which rows are not to be learnt, and that are read. instead: a flag that was given, and that these
+    flags replace; "" for none.
     """
 
     columns: tuple[str, ...]
     passed: Mapping[str, str]
     marks: tuple[str, ...]
+    instead: str = ""
 
     @property
     def flags(self) -> str:
-        return _written(self.columns) + (" --skip-bad" if self.marks else "")
+        skip = " --skip-bad" if self.marks else ""
+        return _written(self.columns) + skip + (f" in place of {_written([self.instead])}" if self.instead else "")
 
     @property
     def remark(self) -> str:
@@ -92,7 +98,7 @@ def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> 
     """
     record = next(iter(unknown.values()))
     names = ", ".join(f"'{name}'" for name in unknown)
-    unused = _written([f"{UNUSED}={_column(name, renamed)}" for name in unknown])
+    unused = _written([f"{UNUSED}={_doubled(_column(name, renamed))}" for name in unknown])
     found = _proposal(record, renamed, judged=False)
     learnt = f"{found.flags} to learn from it{found.remark}, or " if found else ""
     return Problem(
@@ -108,10 +114,13 @@ def _column(field: str, renamed: Mapping[str, str]) -> str:
     return next((column for column, one in renamed.items() if one == field), field)
 
 
+def _doubled(column: str) -> str:
+    """The name of a column as --columns has it, where a brace stands for itself."""
+    return column.replace("{", "{{").replace("}", "}}")
+
+
 def _written(columns: Sequence[str]) -> str:
-    """As flags; a brace in a name stands for itself."""
-    doubled = (column.replace("{", "{{").replace("}", "}}") for column in columns)
-    return " ".join(f"--columns {shlex.quote(column)}" for column in doubled)
+    return " ".join(f"--columns {shlex.quote(column)}" for column in columns)
 
 
 def _proposal(record: Record, renamed: Mapping[str, str], judged: bool) -> Proposal | None:
@@ -119,11 +128,42 @@ def _proposal(record: Record, renamed: Mapping[str, str], judged: bool) -> Propo
     for fields in _candidates(fields_of(record.fields, renamed)):
         named = {column: field for field, column in fields.items() if column != field}
         taken = set(renamed) | set(renamed.values())
-        if not named or taken & {*named, *named.values()}:
+        if taken & {*named, *named.values()}:
             continue
-        if found := _tried(record, named, renamed, judged):
+        if found := _headed(record, fields, renamed, judged):
+            return found
+        if named and (found := _tried(record, named, renamed, judged)):
             return found
     return None
+
+
+def _headed(record: Record, fields: Mapping[str, str], renamed: Mapping[str, str], judged: bool) -> Proposal | None:
+    """A proposal that puts the subject of a mail above what is asked; None where the record has none, or where what is
+    asked is made of columns already.
+
+    Args:
+        record: the row.
+        fields: the column, or the field of one that was named by a flag, by the field that it is meant for.
+        renamed: the field of each column that was named by a flag.
+        judged: whether a number in `label` judges the answer.
+    """
+    field = next((name for name in ASKED if name in fields), "")
+    heading = next((name for name in record.fields if is_heading(name) and name not in renamed), "")
+    if not (field and heading and filled(record.fields[heading])) or (field == "text" and "label" not in fields):
+        return None
+    column = _column(fields[field], renamed)
+    text = record.fields.get(column)
+    if not isinstance(text, str) or renamed.get(column) == column or {"{", "}"} & {*heading, *column}:
+        return None
+    template = f"{{{heading}}}\\n\\n{{{column}}}"
+    rows = joined([record], {field: Template.of(template)}, {}, [])
+    rest = {column: of for column, of in renamed.items() if of != field}
+    named = {one: of for of, one in fields.items() if of not in (one, field)}
+    found = _tried(rows[0], named, rest, judged) if rows else None
+    if found is None:
+        return None
+    instead = f"{field}={_doubled(column)}" if column in renamed else ""
+    return replace(found, columns=(f"{field}={template}", *found.columns), instead=instead)
 
 
 def _tried(record: Record, named: Mapping[str, str], renamed: Mapping[str, str], judged: bool) -> Proposal | None:
@@ -153,7 +193,8 @@ def _tried(record: Record, named: Mapping[str, str], renamed: Mapping[str, str],
         elif ruled is not True:
             worse = pair is not None and path == pair[1]
             passed[path] = "the worse answer" if worse else meaning[0] if (meaning := meaning_of(path)) else MAY_MEAN
-    columns = [*(f"{field}={column}" for column, field in named.items()), *(f"{UNUSED}={path}" for path in passed)]
+    columns = [f"{field}={_doubled(column)}" for column, field in named.items()]
+    columns += [f"{UNUSED}={_doubled(path)}" for path in passed]
     return Proposal(tuple(columns), passed, tuple(marks))
 
 
@@ -242,10 +283,11 @@ def _without_flags(record: Record, renamed: Mapping[str, str], pair: tuple[str, 
     speaking = [
         name
         for name, value in row.items()
-        if isinstance(value, str) and not is_harmless(name, value, None) and not meaning_of(name)
+        if isinstance(value, str) and not (is_harmless(name, value, None) or is_heading(name) or meaning_of(name))
     ]
     if len(speaking) == 2:
         asked, answered = speaking
-        if found := _tried(record, {asked: "prompt", answered: "completion"}, renamed, judged=False):
+        headed = _headed(record, {"prompt": asked, "completion": answered}, renamed, judged=False)
+        if found := headed or _tried(record, {asked: "prompt", answered: "completion"}, renamed, judged=False):
             return f"add {found.flags} if {asked} is what is asked and {answered} the answer{found.remark}"
     return f"say which column is what, as in {_written(['prompt=QUESTION', 'completion=ANSWER'])}"

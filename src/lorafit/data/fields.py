@@ -240,7 +240,8 @@ _UNIT = "tokens?|words?|chars?|characters?|turns?|sentences?|lines?|messages?|by
 COUNTS = re.compile(
     rf"(?:num|n|nb|number_of|count_of)_(?:{_UNIT})|(?:{_UNIT})_(?:count|length|len)|.+_(?:{_UNIT})_count"
 )
-# What a row is about: told by its question too, but not by a text that is learnt alone.
+# What a row is about: told by its question too, but not by a text that is learnt alone. The subject of a mail is not
+# among these: it is a part of the question (HEADINGS).
 DESCRIPTIONS = frozenset(
     {
         "category",
@@ -248,7 +249,6 @@ DESCRIPTIONS = frozenset(
         "topic",
         "topics",
         "domain",
-        "subject",
         "subjects",
         "tag",
         "tags",
@@ -266,6 +266,7 @@ DESCRIPTIONS = frozenset(
         "wording",
     }
 )
+HEADINGS = frozenset({"subject", "subject_line", "email_subject", "mail_subject"})  # written by who asks
 HARMLESS_OF_TEXT = PLACES | {"title"} | {f"{noun}{end}" for noun in ROWS for end in _NUMBERS}  # encyclopedias: a title
 HARMLESS_OF_MESSAGES = HARMLESS | {"name", "annotations"}
 
@@ -367,6 +368,11 @@ def is_known(name: str) -> bool:
     """Whether one of the fields is called so, here or elsewhere."""
     plain = name.strip().lower()
     return plain in FIELDS or is_preferred(name) or any(plain in names for names in ALSO.values())
+
+
+def is_heading(name: str) -> bool:
+    """Whether a column so called holds the line above a question, such as the subject of a mail."""
+    return _plain(name) in HEADINGS
 
 
 def is_preferred(name: str) -> bool:

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.data.fields import is_harmless, is_known
+from lorafit.data.fields import is_harmless, is_heading, is_known
 from lorafit.errors import Problem
 from lorafit.files import did_you_mean
 
@@ -33,7 +33,7 @@ ARCHIVES = (".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file. `where` is `file:line`."""
+    """One row of a file. `where` is `file:line`, or `file:row N, line L` where cells above hold line breaks."""
 
     where: str
     fields: dict[str, Any]
@@ -346,7 +346,7 @@ def _delimiter_of(text: str) -> str:
     header = dialect.first(text.lstrip("\n"))
     if len(header) < 2 or not any(map(is_known, header)):
         return ""
-    if not all(is_known(name) or is_harmless(name, name, None) for name in header):
+    if not all(is_known(name) or is_harmless(name, name, None) or is_heading(name) for name in header):
         return ""
     try:
         rows = [row for row in dialect.rows(text) if row]
@@ -358,11 +358,12 @@ def _delimiter_of(text: str) -> str:
 def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Problem]) -> Iterator[Record]:
     """The records of a table. above: lines of the file before the header."""
     rows = dialect.rows(text)
-    started = above
+    started = row = above  # row: as a spreadsheet counts, which shows a cell of several lines in one row
     hashes = text.count("\n# ")
     lines = text.split("\n") if 0 < hashes <= max(2, text.count("\n") // 50) else []  # where they are no usual cells
     try:
         written: list[str] = next(rows, [])
+        row += 1
         stripped = any(name != name.rstrip() for name in written[:-1])
         skipped = any(name != name.lstrip() for name in written[1:])
         header = [name.strip() or f"column {i}" for i, name in enumerate(written, 1)]
@@ -374,7 +375,8 @@ def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Pr
             return
         started = above + rows.line_num
         for cells in rows:
-            where, begins, started = f"{path}:{started + 1}", started, above + rows.line_num
+            row += 1
+            where, begins, started = _place(path, row, started + 1), started, above + rows.line_num
             if not any(map(str.strip, cells)):
                 continue
             if lines and lines[begins - above].startswith("# "):
@@ -393,7 +395,12 @@ def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Pr
     except csv.Error as error:
         fix = "write a quote inside quotes twice"
         what = f"not a table ({error}), perhaps a quote that is not closed"
-        problems.append(Problem(f"{path}:{started + 1}", what, fix, whole=True))
+        problems.append(Problem(_place(path, row + 1, started + 1), what, fix, whole=True))
+
+
+def _place(path: Path, row: int, line: int) -> str:
+    """The place of a row of a table: its line, and its number too where the two differ."""
+    return f"{path}:{line}" if row == line else f"{path}:row {row}, line {line}"
 
 
 def _uneven(cells: list[str], header: list[str], delimiter: str) -> str:

@@ -81,7 +81,7 @@ def read_examples(path: str | Path, columns: Sequence[str] = (), skip_bad: bool 
             problems += [Problem(str(file), f"no column '{name}'", fix, whole=True) for name in lost]
             continue
         rows = joined(records, templates, renamed, problems)
-        found = _parsed(str(file), rows, renamed, problems)
+        found = _parsed(str(file), rows, {**renamed, **{name: name for name in templates}}, problems)
         named_so = None if file == Path(path).expanduser() else split
         notes += _of_other_splits(str(file), named_so, rows, renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)

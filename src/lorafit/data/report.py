@@ -118,20 +118,26 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
 }
 
 
-def describe(examples: Examples, questions: Questions | None = None) -> DataReport:
-    """The report of examples that have passed the checks. questions: of these examples, where they are at hand."""
+def describe(examples: Examples, questions: Questions | None = None, max_length: int | None = None) -> DataReport:
+    """The report of examples that have passed the checks.
+
+    Args:
+        examples: all splits.
+        questions: of these examples, where they are at hand.
+        max_length: tokens that training takes in an example; None where that is not asked.
+    """
     questions = questions or Questions.of(examples)
     given = {name: split for name, split in examples.by_name().items() if split}
     fields = Counter(field for split in given.values() for example in split for field in example.extra)
     return DataReport(
         {name: _describe(split, questions) for name, split in given.items()},
         dict(fields),
-        _remarks(given, questions),
+        _remarks(given, questions, max_length),
         examples.digest(),
     )
 
 
-def _remarks(given: dict[str, tuple[Example, ...]], questions: Questions) -> tuple[Remark, ...]:
+def _remarks(given: dict[str, tuple[Example, ...]], questions: Questions, max_length: int | None) -> tuple[Remark, ...]:
     everything = [example for split in given.values() for example in split]
     found = [(what, [e for e in everything if has(e)], advice) for what, (has, advice) in ODD.items()]
     answered = [example for example in everything if not example.is_text]
@@ -149,6 +155,11 @@ def _remarks(given: dict[str, tuple[Example, ...]], questions: Questions) -> tup
     if questions.by_answer:
         advice = "right for teaching a voice; else give the questions that were asked"
         found.append(("ask one and the same thing, so that answers are what is held out", everything, advice))
+    if max_length is not None:  # plain text is cut into pieces
+        long = [e for e in everything if not e.is_text and _words(e) > max_length]
+        words = max(map(_words, long), default=0)
+        what = f"hold more words (up to {words:,}) than the {max_length:,} tokens that training takes, and are refused"
+        found.append((what, long, "shorten or split them, leave them out, or raise --max-length"))
     found += _mixed(everything) + _labels(given)
     taught = {e.group for e in given.get("train", ()) if e.group is not None}
     shared = [e for name in given if name != "train" for e in given[name] if e.group in taught]
@@ -196,7 +207,7 @@ def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
     return SplitReport(
         examples=len(split),
         answers=len(answers),
-        words=_spread([sum(len(m.text.split()) for m in example.messages) for example in split]),
+        words=_spread([_words(example) for example in split]),
         answer_words=_spread([len(m.text.split()) for m in answers]),
         near_duplicates=questions.repeated(split),
         contradictions=sum(len(found) > 1 for found in said.values()),
@@ -204,6 +215,11 @@ def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
         declining=sum(example.check is not None and example.check.declines for example in split),
         labels=dict(Counter(example.label for example in split if example.label is not None).most_common()),
     )
+
+
+def _words(example: Example) -> int:
+    """Words of a whole example, none of which takes less than a token."""
+    return sum(len(message.text.split()) for message in example.messages)
 
 
 def _spread(counts: list[int]) -> tuple[int, int, int]:

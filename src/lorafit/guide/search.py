@@ -245,9 +245,7 @@ def _named(question: str) -> Section | None:
 
 def _searched(question: str, index: _Index) -> tuple[Section | None, tuple[Section, ...]]:
     """The section of an index that holds enough of the question, and those nearest to it."""
-    asked = [w for w in dict.fromkeys(words(question)) if w in index.weight or not w.isdigit()]
-    if all(word.replace(".", "").isdigit() for word in asked):
-        asked = []  # a number alone asks nothing
+    asked = [w for w in dict.fromkeys(words(question)) if not w.replace(".", "").isdigit()]  # 500 of what, is asked
     scores = [index.score(i, asked) for i in range(len(index.texts))]
     near = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: -scores[i])[: NEAREST + 1]
     best = next((i for i in near if index.knows(asked) and index.holds(i, asked) >= ENOUGH), None)
