@@ -84,3 +84,11 @@ def test_an_example_that_an_earlier_version_scored_is_known() -> None:
     before = hashlib.sha256(said.encode()).hexdigest()[:16]
     for known in (before, example_digest(CALLED)):
         assert was_scored(CALLED, {known}) and not was_scored(ASKED, {known})
+
+
+def test_a_label_is_known_by_the_check_it_had_in_format_1() -> None:
+    labelled = Example(
+        (Message("user", "Fine."), Message("assistant", "very good")), "a:1", Check((), (), 9, label="x")
+    )
+    before = (labelled.messages, Check(("very good",), (), 2))
+    assert Examples((labelled,)).has_digest(digest_of_format_1([[before], [], []]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch.nn.utils import spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm as parametrised
 from transformers.modeling_utils import PreTrainedModel
 
+from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import LowRank, Plan
 from lorafit.attachment.adapters import adapting, attach
+from lorafit.attachment.pure import fresh
 from lorafit.attachment.watching import fired
 from lorafit.bases.base import Base
+from lorafit.layers import KINDS
+from lorafit.layers.kind import Layer
 from lorafit.planning.rules import all_linear
 from lorafit.testing import LAWS, Case, law_compiled_notices, random_adapter
 from lorafit.variants import VARIANTS
@@ -94,6 +99,27 @@ COMPILED = {
 @pytest.mark.parametrize(("law", "model", "variant", "dtype"), [*cases()])
 def test_law(law: Callable[[Case], None], model: str, variant: str, dtype: torch.dtype) -> None:
     law(make_case(model, variant, dtype))
+
+
+def test_what_pissa_has_learnt_is_not_lost_in_bf16() -> None:
+    """A step is far below the spacing of bf16 at the start's size: it is told apart before the cast."""
+    case = make_case("llama", "pissa", torch.bfloat16)
+    start = fresh(case.base, case.plan, 0)
+    moved = {k: t + 1e-4 * torch.randn(t.shape) if k.endswith((".A", ".B")) else t for k, t in start.tensors.items()}
+    adapter = Adapter(case.plan, moved, start.base, start.base_name)
+    wide = Base.of(copy.deepcopy(case.base.model).float(), "wide")
+    theirs = Adapter(case.plan, moved, wide.identity, wide.name)
+    path = case.plan.slots[0].site.path
+    x = torch.randn(64, case.plan.slots[0].site.d_in, generator=torch.Generator().manual_seed(2))
+    effects = []
+    for base, one, given in ((case.base, adapter, x.bfloat16()), (wide, theirs, x.bfloat16().float())):
+        module = base.model.get_submodule(path)
+        factors = one.factors(given.dtype, given.device)[path]
+        slot, zero = case.plan.slots[0], torch.zeros(64, case.plan.slots[0].site.d_out, dtype=given.dtype)
+        layer = Layer(KINDS[slot.site.kind], module)
+        effects.append(VARIANTS["pissa"].forward(given, zero, layer, factors, slot.scaling).float())
+    error = float((effects[0] - effects[1]).norm() / effects[1].norm())
+    assert error < 4 * torch.finfo(torch.bfloat16).eps  # of four roundings: x A, twice, and what they add
 
 
 # torch's fused encoder layer, which passes over the layers within it

@@ -111,6 +111,19 @@ def test_a_run_of_every_method_and_kind_is_whole(
     assert {slot.variant for slot in adapter.plan.slots} == {more.get("variant", "lora")}
 
 
+def test_a_pattern_names_no_embedding_and_its_name_does(tiny_base: Base) -> None:
+    paths = {
+        wanted: {slot.site.name for slot in decide(tiny_base, ROWS, TrainSettings(targets=(wanted,))).plan.slots}
+        for wanted in ("*", "embed_tokens")
+    }
+    assert "embed_tokens" not in paths["*"] and paths["embed_tokens"] == {"embed_tokens"}
+
+
+def test_weight_decay_is_refused_where_it_would_undo_the_base(tiny_base: Base) -> None:
+    with pytest.raises(SettingsError, match=r"--weight-decay 0\.1: with pissa"):
+        decide(tiny_base, ROWS, TrainSettings(variant="pissa", weight_decay=0.1))
+
+
 def new_rows() -> list[dict[str, object]]:
     return [{"prompt": f"What follows {n}?", "completion": str(n + 1)} for n in range(12)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.adapters.plan import Plan
+from lorafit.adapters.plan import LowRank, Plan
 from lorafit.adapters.rendering import Rendering
 from lorafit.digests import canonical
 from lorafit.errors import AdapterError
@@ -71,13 +71,8 @@ class Adapter:
         object.__setattr__(self, "tensors", MappingProxyType(copies))
 
     def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
-        """Factors by site path and name; matrices in `dtype`, vectors in fp32."""
-        return {
-            slot.site.path: {
-                name: cast(self.tensors[f"{slot.site.path}.{name}"], dtype, device) for name in slot.shapes()
-            }
-            for slot in self.plan.slots
-        }
+        """What its methods compute with, by site path and name; matrices in `dtype`, vectors in fp32."""
+        return {slot.site.path: computed(slot, self.tensors, dtype, device) for slot in self.plan.slots}
 
     def digest(self) -> str:
         """SHA-256 over plan and tensors: the content, whatever file or name it lives under."""
@@ -104,6 +99,15 @@ class Adapter:
 
     def __hash__(self) -> int:
         return hash(self.digest())
+
+
+def computed(
+    slot: LowRank, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """What the slot's method computes with, of fp32 factors by `<site path>.<factor>`, as `cast` gives it."""
+    own = {name: tensors[f"{slot.site.path}.{name}"] for name in slot.factors()}
+    made = VARIANTS[slot.variant].computed(own)
+    return {name: cast(tensor, dtype, device) for name, tensor in made.items()}
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -35,7 +35,7 @@ class LowRank:
 
     def at_rank(self, rank: int) -> LowRank:
         """The slot at another rank, and of the same scale."""
-        return replace(self, rank=rank, alpha=self.scaling / VARIANTS[self.variant].scaling(1.0, rank))
+        return replace(self, rank=rank, alpha=VARIANTS[self.variant].alpha(self.scaling, rank))
 
     @property
     def is_pair(self) -> bool:
@@ -46,6 +46,12 @@ class LowRank:
     def is_product(self) -> bool:
         """Whether its layer computes a product with a weight."""
         return KINDS[self.site.kind].is_product
+
+    @property
+    def flops(self) -> int:
+        """Extra floating-point operations of one forward, per token."""
+        inputs = KINDS[self.site.kind].fan_in(self.site) if not self.is_product else self.site.d_in
+        return 2 * self.rank * VARIANTS[self.variant].peft.ranks * (inputs + self.site.d_out)
 
     def factors(self) -> dict[str, Factor]:
         """What the method declares of every factor, by name."""
@@ -106,7 +112,7 @@ class Plan:
     @property
     def flops_per_token(self) -> int:
         """Extra floating-point operations of one forward, per token."""
-        return sum(2 * slot.rank * (slot.site.d_in + slot.site.d_out) for slot in self.slots)
+        return sum(slot.flops for slot in self.slots)
 
     def to_json(self) -> dict[str, Any]:
         return {"slots": [asdict(slot) for slot in self.slots]}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorafit.adapters.adapter import Adapter, cast
+from lorafit.adapters.adapter import Adapter, cast, computed
 
 
 class TrainState:
@@ -33,11 +33,13 @@ class TrainState:
         self.training = True
         declared = [(slot.site.path, *item) for slot in adapter.plan.slots for item in slot.factors().items()]
         items = [(path, name, factor.shape) for path, name, factor in declared if factor.trained]
-        self._frozen = {f"{path}.{name}": (path, name) for path, name, factor in declared if not factor.trained}
+        device = device or torch.device("cpu")
+        frozen = [f"{path}.{name}" for path, name, factor in declared if not factor.trained]
+        self._frozen = {key: adapter.tensors[key].to(device, torch.float32) for key in frozen}
         self._layout = sorted(items, key=lambda item: len(item[2]) == 1)  # stable: matrices, then vectors
         flat = torch.cat([adapter.tensors[f"{path}.{name}"].reshape(-1) for path, name, _ in self._layout])
         self.matrices = sum(math.prod(shape) for _, _, shape in self._layout if len(shape) > 1)
-        self.master = nn.Parameter(flat.to(device or torch.device("cpu"), torch.float32))
+        self.master = nn.Parameter(flat.to(device, torch.float32))
         self._views: dict[str, dict[str, Tensor]] = {}
         self._made_for: tuple[object, ...] | None = None
         _forget_after_steps(self)
@@ -67,6 +69,9 @@ class TrainState:
         return self._views
 
     def _make_views(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        if self._frozen:  # what such methods compute with is made in fp32, slot by slot
+            named = {**self._frozen, **self._named(self.master)}
+            return {slot.site.path: computed(slot, named, dtype, device) for slot in self._start.plan.slots}
         matrices, vectors = self.master.split([self.matrices, self.master.numel() - self.matrices])
         flat = {True: cast(matrices[None], dtype, device)[0], False: vectors.to(device)}
         views: dict[str, dict[str, Tensor]] = {}
@@ -75,8 +80,6 @@ class TrainState:
             parts = whole.split([math.prod(shape) for _, _, shape in items]) if items else ()
             for (path, name, shape), part in zip(items, parts, strict=True):
                 views.setdefault(path, {})[name] = part.view(shape)
-        for key, (path, name) in self._frozen.items():
-            views[path][name] = cast(self._start.tensors[key], dtype, device)
         return views
 
     def drop(self, x: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ class TrainState:
     def freeze(self) -> Adapter:
         """The adapter as it stands now, copied: later steps do not reach it."""
         start = self._start
-        tensors = {key: start.tensors[key] for key in self._frozen} | self._named(self.master.detach())
+        tensors = {**self._frozen, **self._named(self.master.detach())}
         return Adapter(start.plan, tensors, start.base, start.base_name, start.rendering)
 
     def load(self, flat: Tensor) -> None:

@@ -162,8 +162,13 @@ class Chat:
             end()
 
     def _speak(self, adapter: Adapter | None, renderer: Renderer, prompt: list[int], room: int, emit: Emit) -> None:
-        """Answer by the engine, which keeps what it has read of a conversation; without, where it refuses the base."""
-        if not self._tried:
+        """Answer by the engine, which keeps what it has read of a conversation; without, where it refuses the base, or
+        does not serve the adapter."""
+        served = adapter is None or adapter.plan.is_product
+        if not served:  # the engine has the model to itself while it is open
+            self.close()
+            self._engine, self._tried = None, False
+        if served and not self._tried:
             self._tried = True
             with suppress(NotServedError):
                 self._engine = Engine(
@@ -172,7 +177,7 @@ class Chat:
                     room=min(self.base.context or LONGEST, LONGEST),
                     accept_unknown_base=self.accept_unknown_base,
                 )
-        if self._engine is None:
+        if not served or self._engine is None:
             on = attach(self.base, adapter, accept_unknown_base=self.accept_unknown_base) if adapter else nullcontext()
             with on:
                 stream(self.base, renderer, prompt, room, emit)

@@ -191,9 +191,13 @@ def _install(standing: Standing, number: int, folder: Path, summary: Mapping[str
 
 def _take_ladder(standing: Standing, out: Path) -> None:
     """The ladder in the run's folder is that of the adapter that stands."""
-    if standing.folder != out and (standing.folder / LADDER).exists():
+    if standing.folder == out:
+        return
+    if (standing.folder / LADDER).exists():
         with whole_folder(out / LADDER) as building:
             shutil.copytree(standing.folder / LADDER, building, dirs_exist_ok=True)
+    elif (out / LADDER).exists():  # of an adapter that no longer stands
+        shutil.rmtree(out / LADDER)
 
 
 def refine(

@@ -28,7 +28,8 @@ class Site:
         return self.path.rpartition(".")[2]
 
 
-def _matches(site: Site, target: str) -> bool:
+def matches(site: Site, target: str) -> bool:
+    """Whether a target names a site: see `select`."""
     return fnmatchcase(site.path, target) or fnmatchcase(site.path, f"*.{target}")
 
 
@@ -39,14 +40,14 @@ def select(sites: Sequence[Site], targets: Sequence[str]) -> tuple[Site, ...]:
     Raises TargetError naming *every* target that matches nothing, each with the nearest names: a target
     that is passed over in silence leaves most of a model unadapted.
     """
-    unmatched = [target for target in targets if not any(_matches(site, target) for site in sites)]
+    unmatched = [target for target in targets if not any(matches(site, target) for site in sites)]
     if unmatched or not targets:
         names = sorted({site.name for site in sites})
         lines = []
         for target in unmatched:
-            near = difflib.get_close_matches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
+            near = difflib.get_closematches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
             fix = f"did you mean {', '.join(near)}?" if near else "choose from the sites below"
             lines.append(f"target '{target}' matches no site: {fix}")
         known = ", ".join(names) or "none"
         raise TargetError("\n".join([*lines, f"sites of this model end in: {known}"]))
-    return tuple(site for site in sites if any(_matches(site, target) for target in targets))
+    return tuple(site for site in sites if any(matches(site, target) for target in targets))

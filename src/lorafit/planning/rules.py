@@ -16,9 +16,11 @@ from lorafit.attachment.blocks import blocks_below, free_blocks
 from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, SettingsError
-from lorafit.layers.site import Site, select
+from lorafit.layers import KINDS
+from lorafit.layers.site import Site, matches, select
 from lorafit.settings import TrainSettings
 from lorafit.training.recipe import Recipe
+from lorafit.variants import VARIANTS
 
 # Where it is trimmed afterwards, a run begins with more rank than is needed and ends with less than it began with: on
 # short runs rank 32 was better than 8 at equal rate (bench/planning.py).
@@ -108,7 +110,7 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
     if not base.sites:
         raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted: choose another base")
     if settings.targets is not None:
-        candidates = select(base.every_site, settings.targets)
+        candidates = _named(base, settings.targets)
     else:
         candidates = tuple(site for site in all_linear(base) if seen is None or site.path in seen)
     if not candidates:
@@ -118,6 +120,11 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
     rank, rank_choice = _rank(candidates, rows, settings)
     sites, sites_choice = _sites(base, candidates, rank, settings)
     plan = uniform(sites, rank, settings.alpha, settings.variant)
+    if settings.weight_decay and any(not one.trained for slot in plan.slots for one in slot.factors().values()):
+        raise SettingsError(
+            f"--weight-decay {settings.weight_decay:g}: with {settings.variant} it would take the base's own largest "
+            "directions out: leave it 0"
+        )
     rate, rate_choice = _rate(base, settings)
     recipe, run_choices = _recipe(len(rows), rate, settings)
     size = Choice(
@@ -171,7 +178,9 @@ def _rank(sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings) -
         return settings.rank, Choice("rank", str(settings.rank), "set by you", "--rank")
     tokens = sum(row.n_trained for row in rows)
     per_rank = sum(site.d_in + site.d_out for site in sites)
-    trimmed = settings.trim == "auto" and uniform(sites[:1], 1, settings.alpha, settings.variant).slots[0].is_pair
+    trimmed = settings.trim == "auto" and all(
+        slot.is_pair for slot in uniform(sites, 1, settings.alpha, settings.variant).slots
+    )
     least = TRIMMED_RANK if trimmed else SMALLEST_RANK
     rank = rank_by_capacity(tokens, per_rank, least)
     # A gate of one output is no reason to give every other layer rank 1: where no site is named, it stays out. Keys and
@@ -186,6 +195,15 @@ def _rank(sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings) -
     return fitting, Choice("rank", f"{fitting} (alpha {settings.alpha:g})", reason, "--rank, --alpha")
 
 
+def _named(base: Base, targets: Sequence[str]) -> tuple[Site, ...]:
+    """The sites that targets name; what is no product, such as an embedding, by its name alone and by no pattern."""
+    plain = [target for target in targets if "*" not in target]
+    others = [site for site in base.every_site if not KINDS[site.kind].is_product]
+    named = {site.path for site in others if any(matches(site, target) for target in plain)}
+    open_to = [site for site in base.every_site if KINDS[site.kind].is_product or site.path in named]
+    return select(open_to, targets)
+
+
 def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
     if settings.learning_rate is not None:
         rate, reason = settings.learning_rate, "set by you"
@@ -195,6 +213,8 @@ def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
         reason = f"by width: 5e-4 · (2000 / {hidden})^0.781 at alpha 32"
         if settings.alpha != 32:
             reason += f"; you set alpha {settings.alpha:g}: the rule is not fitted for it"
+        if VARIANTS[settings.variant].scaling(1.0, 4) != 1 / 4:
+            reason += f"; the scale of {settings.variant} is larger than LoRA's: a lower rate may be better"
     return rate, Choice("learning rate", f"{rate:.1e}", reason + "; warms up, then falls to zero", "--learning-rate")
 
 

@@ -44,6 +44,8 @@ class _Spectrum:
 def require_pairs(adapter: Adapter) -> list[LowRank]:
     """The slots that can be trimmed. Raises AdapterError where there are none, or they do nothing."""
     pairs = [slot for slot in adapter.plan.slots if slot.is_pair]
+    if not adapter.plan.is_product:
+        raise AdapterError("nothing to trim: an embedding is not cut: leave it out of --targets")
     if not pairs:
         raise AdapterError(
             "nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "

@@ -44,20 +44,27 @@ def _largest(weight: Tensor, rank: int, generator: Generator) -> tuple[Tensor, T
     return (basis @ u)[:, :k], s[:k], vt[:k]
 
 
+def computed(factors: Factors) -> dict[str, Tensor]:
+    """A and what has been learnt of it, B₀ and what has been learnt of B: a cast of A alone would not hold it."""
+    learnt = {"dA": factors["A"] - factors["A0"], "dB": factors["B"] - factors["B0"]}
+    return {"A": factors["A"], "B0": factors["B0"], **learnt}
+
+
 def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float) -> Tensor:
-    # The difference first: at the start both products are the same bits, and nothing is added.
-    now = layer.up(layer.down(x, factors["A"]), factors["B"], scaling, torch.zeros_like(y))
-    start = layer.up(layer.down(x, factors["A0"]), factors["B0"], scaling, torch.zeros_like(y))
-    return y + (now - start)
+    # B A − B₀ A₀ = B₀ (A − A₀) + (B − B₀) A, in which nothing cancels: at the start nothing is added.
+    with_a = layer.up(layer.down(x, factors["dA"]), factors["B0"], scaling, y)
+    return layer.up(layer.down(x, factors["A"]), factors["dB"], scaling, with_a)
 
 
 def delta(layer: Layer, factors: Factors, scaling: float) -> Tensor:
-    return lora.product(factors, scaling) - lora.product({"A": factors["A0"], "B": factors["B0"]}, scaling)
+    parts = computed(factors)
+    return lora.product({"A": parts["dA"], "B": parts["B0"]}, scaling) + lora.product(
+        {"A": parts["A"], "B": parts["dB"]}, scaling
+    )
 
 
 def served(layer: Layer, factors: Factors, scaling: float) -> Served:
-    pair = _written(factors)
-    return Served(pair["A"], scaling * pair["B"])
+    return Served(torch.cat([factors["dA"], factors["A"]]), scaling * torch.cat([factors["B0"], factors["dB"]], dim=1))
 
 
 def _written(factors: Factors) -> dict[str, Tensor]:
@@ -69,4 +76,6 @@ def _read(pair: Factors) -> dict[str, Tensor]:
     return {"A": a, "B": b, "A0": a0, "B0": -b0}
 
 
-VARIANT = Variant(factors, init, forward, delta, served, peft=Peft(ranks=2, written=_written, read=_read))
+VARIANT = Variant(
+    factors, init, forward, delta, served, computed=computed, peft=Peft(ranks=2, written=_written, read=_read)
+)

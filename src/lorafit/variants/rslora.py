@@ -14,4 +14,8 @@ def scaling(alpha: float, rank: int) -> float:
     return alpha / math.sqrt(rank)
 
 
-VARIANT = replace(lora.VARIANT, scaling=scaling, peft=Peft(config={"use_rslora": True}))
+def alpha(scaling: float, rank: int) -> float:
+    return scaling * math.sqrt(rank)
+
+
+VARIANT = replace(lora.VARIANT, scaling=scaling, alpha=alpha, peft=Peft(config={"use_rslora": True}))

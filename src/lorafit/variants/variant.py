@@ -42,6 +42,10 @@ def _by_rank(alpha: float, rank: int) -> float:
     return alpha / rank
 
 
+def _times_rank(scaling: float, rank: int) -> float:
+    return scaling * rank
+
+
 def _as_they_are(factors: Factors) -> dict[str, Tensor]:
     return dict(factors)
 
@@ -76,11 +80,14 @@ class Variant:
             unchanged.
         forward: (x, y, layer, factors, scaling) -> y'. x: the (dropped-out) input of the layer; y (..., d_out): the
             base's output for the undropped input.
-        delta: (layer, factors, scaling) -> (d_out, d_in) in fp32: what must be added to the weight.
+        delta: (layer, factors, scaling) -> (d_out, d_in) in fp32, of factors as they are kept: what the weight lacks.
         served: (layer, factors, scaling) -> `forward(x, y, ...) - y` in the form that serves many rows, in fp32.
         together: (x, originals, layers, factors, scalings) -> [y' of each]: several products on one undropped input,
             computed with `forward`'s result from the layers' own forwards. None: each goes on its own.
         scaling: (alpha, rank) -> the scale of the pair.
+        alpha: (scaling, rank) -> the alpha that gives it.
+        computed: (factors in fp32) -> what `forward` and `served` are given of them, cast: differences are taken before
+            a cast would lose them.
         peft: How PEFT keeps it.
         any_kind: Whether it acts beside layers that compute no product too.
     """
@@ -92,5 +99,7 @@ class Variant:
     served: Callable[[Layer, Factors, float], Served]
     together: Together | None = None
     scaling: Callable[[float, int], float] = _by_rank
+    alpha: Callable[[float, int], float] = _times_rank
+    computed: Callable[[Factors], dict[str, Tensor]] = _as_they_are
     peft: Peft = field(default_factory=Peft)
     any_kind: bool = True
