@@ -19,7 +19,7 @@ from lorafit.evaluation import counting as counting_module
 from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import classified, is_installed
 from lorafit.evaluation.compare import SAMPLES, Comparison, _samples, asked_of
-from lorafit.evaluation.counting import Counts, counted
+from lorafit.evaluation.counting import Counts, are_few, counted
 from lorafit.evaluation.scores import AnswerScore, NllScore
 from lorafit.evaluation.statistics import sign_test
 from lorafit.report import charts
@@ -487,3 +487,10 @@ def test_the_terminal_says_what_is_taken_for_what(capsys: pytest.CaptureFixture[
     said = " ".join(capsys.readouterr().out.split())
     assert "3 × 'no' where 'yes' is right" in said
     assert "of 100 questions like these about 95 are answered right" in said
+
+
+def test_free_answers_are_not_counted_because_training_had_few() -> None:
+    learnt = [asked(f"q{i}", f"Reply {i % 10}.") for i in range(200)]
+    free = [asked(f"n{i}", f"Something of its own, {i}.") for i in range(20)]
+    assert are_few([asked(f"n{i}", f"Reply {i % 10}.") for i in range(20)], learnt)
+    assert not are_few(free, learnt)
