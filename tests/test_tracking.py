@@ -163,7 +163,7 @@ def test_other_programs_take_what_they_are_given(name: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     for variable, value in {
         "WANDB_MODE": "offline",
-        "MLFLOW_TRACKING_URI": str(tmp_path / "mlflow"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",  # MLflow 3 takes no folder
         "TRACKIO_DIR": str(tmp_path / "trackio"),
     }.items():
         monkeypatch.setenv(variable, value)
