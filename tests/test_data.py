@@ -742,6 +742,26 @@ def test_what_an_unzipped_folder_holds_beside_its_levels_is_left_out_and_named(t
     assert found.unread == ("__MACOSX/", "empty/", "pictures/", "about.txt", "index.csv")
 
 
+EXAMPLES = {
+    "a table": {"mails.csv": "prompt,completion\nWhere?,Here.\n"},
+    "columns of other names": {"mails.csv": "Question,Answer\nWhere?,Here.\n"},
+    "two files": {name: '{"prompt": "Where?", "completion": "Here."}\n' for name in ("old.jsonl", "new.jsonl")},
+}
+
+
+@pytest.mark.parametrize("held", EXAMPLES.values(), ids=EXAMPLES)
+def test_examples_beside_folders_of_texts_are_not_left_out_for_the_texts(tmp_path: Path, held: dict[str, str]) -> None:
+    texts(tmp_path, "docs", "notes")
+    for name, text in held.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (problem,) = problems_of(tmp_path)
+    given = " or ".join(str(tmp_path / name) for name in sorted(held))
+    assert f"beside folders of texts: give {given}; or take {', '.join(sorted(held))} out" in problem
+    for name in held:
+        (tmp_path / name).unlink()
+    assert {example.label for example in read_examples(tmp_path).train} == {"docs", "notes"}
+
+
 def test_texts_of_a_folder_with_fewer_in_folders_are_read_and_the_folders_named(tmp_path: Path) -> None:
     for name in ("one.TXT", "two.TXT", "three.TXT", "old/one.txt", "older/one.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
-from lorafit.data.advice import formless, unread_fields
+from lorafit.data.advice import formless, hold_examples, unread_fields
 from lorafit.data.columns import columns_named, joined
 from lorafit.data.equality import NUMERALS, numerals_of
 from lorafit.data.examples import SPLITS, Check, Example, Examples
@@ -107,7 +107,8 @@ def unskippable(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def require_data(path: str | Path) -> None:
-    """Raise DataError where `path` can be no data. No file is read: asked before slow work."""
+    """Raise DataError where `path` can be no data. No file is read but those beside folders of texts: asked before slow
+    work."""
     if str(path) == BUILTIN:
         return
     given, _ = _files(Path(path).expanduser())
@@ -279,8 +280,10 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         return {split: [Part(file) for file in parts] for split, parts in given.items()}, left
     if not (named["valid"] or named["test"]):
         levels, left = _by_level(path)
-        flat = readable if len(readable) > 1 and all(file.suffix.lower() == ".txt" for file in readable) else []
+        flat = readable if len(readable) > 1 and all(map(_is_text, readable)) else []
         if levels and sum(map(len, levels.values())) >= len(flat):
+            if problem := _beside(path, readable):
+                raise DataError([problem])
             return levels, (*left, *(file.name for file in readable))
         if flat:
             return {"train": [Part(file, {"group": file.name}) for file in flat]}, _with_texts(path)
@@ -309,6 +312,20 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         fix = "give files named train, valid and test (jsonl, json, csv, tsv, parquet or txt), or one file"
     what = f"no train.jsonl or other training file in this folder (it holds {here})"
     raise DataError([Problem(str(path), what, fix)])
+
+
+def _beside(path: Path, files: Sequence[Path]) -> Problem | None:
+    """Files of examples beside folders of texts: which of the two is meant is not told. None where there are none."""
+    held = [file for file in files if not _is_text(file) and hold_examples(read_records(file, []))]
+    if not held:
+        return None
+    names = ", ".join(file.name for file in held)
+    fix = f"give {' or '.join(map(str, held))}; or take {names} out, to learn each text with its folder's name as label"
+    return Problem(str(path), f"examples in {names} beside folders of texts", fix)
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() == ".txt"
 
 
 def _apart(path: Path, split: str, files: Sequence[Path]) -> Problem | None:
