@@ -745,7 +745,7 @@ def test_what_an_unzipped_folder_holds_beside_its_levels_is_left_out_and_named(t
 EXAMPLES = {
     "a table": {"mails.csv": "prompt,completion\nWhere?,Here.\n"},
     "columns of other names": {"mails.csv": "Question,Answer\nWhere?,Here.\n"},
-    "two files": {name: '{"prompt": "Where?", "completion": "Here."}\n' for name in ("old.jsonl", "new.jsonl")},
+    "two files": dict.fromkeys(("old.jsonl", "new.jsonl"), '{"prompt": "Where?", "completion": "Here."}\n'),
 }
 
 
