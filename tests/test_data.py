@@ -790,6 +790,46 @@ def test_folders_of_texts_in_folders_of_splits_keep_the_split(tmp_path: Path) ->
         read_examples(tmp_path)
 
 
+def written(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"The text {name}.", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("a.txt",), ("neg/a.txt", "pos/a.txt")], ids=["texts", "labels"])
+@pytest.mark.parametrize(
+    ("one", "other", "split"), [("Train", "train", "train"), ("dev", "val", "valid"), ("TEST", "test", "test")]
+)
+def test_two_folders_of_one_split_are_refused(
+    tmp_path: Path, one: str, other: str, split: str, names: tuple[str, ...]
+) -> None:
+    written(tmp_path, *(f"{folder}/{name}" for folder in ("train", one, other) for name in names))
+    (problem,) = problems_of(tmp_path)
+    assert problem == f"{tmp_path}: two {split} folders: {one}, {other}: leave one of them"
+
+
+@pytest.mark.parametrize("names", [("a.txt",), ("neg/a.txt", "pos/a.txt")], ids=["texts", "labels"])
+def test_the_folder_of_our_name_stands_before_that_of_others(tmp_path: Path, names: tuple[str, ...]) -> None:
+    folders = ("train", "training", "valid", "validation")
+    written(tmp_path, *(f"{folder}/{name}" for folder in folders for name in names))
+    found = read_examples(tmp_path)
+    where = {Path(e.where).relative_to(tmp_path).parts[0] for e in (*found.train, *found.valid)}
+    assert (where, found.unread) == ({"train", "valid"}, ("training/", "validation/"))
+
+
+def test_texts_whose_endings_are_written_large_are_texts(tmp_path: Path) -> None:
+    found = read_examples(written(tmp_path / "splits", "Train/A.TXT", "Train/B.txt", "test/C.Txt"))
+    assert [e.group for e in (*found.train, *found.test)] == ["A.TXT", "B.txt", "C.Txt"]
+    assert {e.label for e in read_examples(written(tmp_path / "levels", "1/a.TXT", "two/b.TXT")).train} == {"1", "two"}
+
+
+def test_what_tells_of_a_folder_of_texts_is_none_of_them(tmp_path: Path) -> None:
+    found = read_examples(written(tmp_path, "neg/a.txt", "pos/b.txt", "pos/README.txt", "pos/dataset_info.json"))
+    assert [Path(e.where).name for e in found.train] == ["a.txt:1", "b.txt:1"]
+    assert found.unread == ("pos/README.txt", "pos/dataset_info.json")
+
+
 @pytest.mark.parametrize("file", ["Ele-Txt/rows.jsonl", "more/rows.csv"])
 def test_folders_that_hold_more_than_texts_are_no_labels(tmp_path: Path, file: str) -> None:
     texts(tmp_path, "Adv-Txt", "Ele-Txt")

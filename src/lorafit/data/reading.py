@@ -214,7 +214,8 @@ def _numbers_beside_names(labelled: Sequence[Example]) -> list[Problem]:
     labels: dict[str, set[str]] = defaultdict(set)
     for example in labelled:
         labels[example.where.rpartition(":")[0]].add(example.label or "")
-    held = {file: sorted(found) for file, found in labels.items() if not file.endswith(".txt")}  # those are of folders
+    of_folders = {file for file in labels if _is_text(Path(file))}
+    held = {file: sorted(found) for file, found in labels.items() if file not in of_folders}
     numbers = {file for file, found in held.items() if all(map(NUMBER.fullmatch, found))}
     named = next((file for file, found in held.items() if not any(map(NUMBER.fullmatch, found))), None)
     if named is None:
@@ -348,11 +349,9 @@ def _by_split(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     """The files of folders each of which is a split, as the hub converts data (`train/0000.parquet`), by split, and
     what else lies there; nothing for other folders. Texts of a split are read whole, each a group.
 
-    Raises DataError for files in one of the folders that are no parts of one.
+    Raises DataError for files in one of the folders that are no parts of one, and for two folders of one split.
     """
-    folders = {one.name.lower(): one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
-    names = {split: [split, *(other for other, meant in ALSO_CALLED.items() if meant == split)] for split in SPLITS}
-    found = {split: folders[name] for split in SPLITS if (name := next((n for n in names[split] if n in folders), ""))}
+    found, others = _folders_of_splits(path)
     files = {
         split: sorted(file for held in _by_name(folder).values() for file in held) for split, folder in found.items()
     }
@@ -360,14 +359,38 @@ def _by_split(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         return {}, ()
     given, problems = {}, []
     for split, held in files.items():
-        if all(file.suffix == ".txt" for file in held):
+        if all(map(_is_text, held)):
             given[split] = [Part(file, {"group": file.name}) for file in held]
             continue
         given[split] = [Part(file) for file in held]
         problems += [problem] if (problem := _apart(found[split], split, held)) else []
     if problems:
         raise DataError(problems)
-    return given, tuple(f"{one.name}/" for _, one in sorted(folders.items()) if one not in found.values())
+    return given, others
+
+
+def _folders_of_splits(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The folder of each split, and the names of the other folders; nothing without one to train on. As of files, what
+    other programs call otherwise counts where no folder has our name.
+
+    Raises DataError for two of one split, such as Train and train: neither is to be passed over.
+    """
+    folders = _seen(path, Path.is_dir)
+    named: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        ours = [one for one in folders if one.name.lower() == split]
+        named[split] = ours or [one for one in folders if ALSO_CALLED.get(one.name.lower()) == split]
+    if not named["train"]:
+        return {}, ()
+    what = "two {} folders: {}"
+    if problems := [
+        Problem(str(path), what.format(split, ", ".join(one.name for one in held)), "leave one of them")
+        for split, held in named.items()
+        if len(held) > 1
+    ]:
+        raise DataError(problems)
+    found = {split: held[0] for split, held in named.items() if held}
+    return found, tuple(f"{one.name}/" for one in folders if one not in found.values())
 
 
 def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
@@ -383,24 +406,26 @@ def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
 
 def _levels_of(path: Path) -> tuple[dict[str, list[tuple[Path, str]]], tuple[str, ...]]:
     """Texts with the names of their folders, by split, and what else lies in the folders, or is a folder without texts;
-    nothing where fewer than two folders hold texts, or where one holds examples of another kind."""
-    folders = _seen(path, Path.is_dir)
-    splits = {ALSO_CALLED.get(one.name.lower(), one.name.lower()): one for one in folders}
-    if "train" in splits:  # each split is a folder of such folders
-        found = {split: _levels_of(splits[split]) for split in SPLITS if split in splits}
+    nothing where fewer than two folders hold texts, or where one holds examples of another kind.
+
+    Raises DataError for two folders of one split.
+    """
+    splits, others = _folders_of_splits(path)
+    if splits:  # each split is a folder of such folders
+        found = {split: _levels_of(folder) for split, folder in splits.items()}
         if not all(held for held, _ in found.values()):
             return {}, ()
-        unread = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
-        unread += [f"{splits[split].name}/{name}" for split, (_, rest) in found.items() for name in rest]
-        return {split: held["train"] for split, (held, _) in found.items()}, tuple(unread)
+        unread = [f"{splits[split].name}/{name}" for split, (_, rest) in found.items() for name in rest]
+        return {split: held["train"] for split, (held, _) in found.items()}, (*others, *unread)
     texts: list[tuple[Path, str]] = []
     left: list[str] = []
-    for folder in folders:
+    for folder in _seen(path, Path.is_dir):
         files = _seen(folder)
-        here = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
-        besides = sorted({*files} - {*here})
-        if any(one.is_file() and one.suffix.lower() in kinds() for one in besides):
+        read = [one for one in files if one.suffix.lower() in kinds() and one.is_file()]
+        here = [one for one in read if _stem(one) not in NOT_EXAMPLES]
+        if not all(map(_is_text, here)):
             return {}, ()
+        besides = sorted({*files} - {*here})
         texts += [(one, folder.name) for one in here]
         left += [f"{folder.name}/{one.name}" for one in besides] if here else [f"{folder.name}/"]
     return ({"train": texts} if len({level for _, level in texts}) > 1 else {}), tuple(left)
@@ -413,11 +438,7 @@ def _seen(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list
 
 def _with_texts(path: Path) -> tuple[str, ...]:
     """The folders in a folder that hold a file of text."""
-    return tuple(
-        f"{one.name}/"
-        for one in _seen(path, Path.is_dir)
-        if any(file.suffix.lower() == ".txt" for file in _seen(one, Path.is_file))
-    )
+    return tuple(f"{one.name}/" for one in _seen(path, Path.is_dir) if any(map(_is_text, _seen(one, Path.is_file))))
 
 
 def _without_levels(named: Sequence[tuple[str, str]]) -> list[str]:
