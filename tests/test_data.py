@@ -78,6 +78,17 @@ def test_check_and_group_are_read(tmp_path: Path) -> None:
     assert (example.check, example.group) == (Check(("four",), ("five",), 7, True), "sums")
 
 
+def test_what_is_wrong_with_an_example_leaves_it_out_whatever_its_path_holds(tmp_path: Path) -> None:
+    (tmp_path / "g: h").mkdir()
+    wrong = {**GOOD, "check": {"contains": ["nowhere"]}}
+    examples = read_examples(write_rows(tmp_path / "g: h" / "x.jsonl", [GOOD, wrong, *[GOOD] * 18]))
+    with pytest.raises(DataError) as caught:
+        require_passing(examples)
+    left = examples.without(caught.value.problems)
+    assert [int(e.where.rpartition(":")[2]) for e in left.train] == [1, *range(3, 21)]  # 2 is not the beginning of 20
+    require_passing(left)
+
+
 def test_an_example_knows_its_file_and_line_blank_lines_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n" + json.dumps(GOOD) + "\n", encoding="utf-8")
