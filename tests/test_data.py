@@ -15,7 +15,8 @@ from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
 from lorafit.errors import DataError, InputError
 from lorafit.evaluation.answers import is_right
-from lorafit.prepared import require_passing
+from lorafit.prepared import Unheard, choose, prepare, require_passing
+from lorafit.settings import TrainSettings
 
 GOOD = {"prompt": "What is two and two?", "completion": "Four."}
 
@@ -771,6 +772,38 @@ def test_examples_beside_folders_of_texts_are_not_left_out_for_the_texts(tmp_pat
     for name in held:
         (tmp_path / name).unlink()
     assert {example.label for example in read_examples(tmp_path).train} == {"docs", "notes"}
+
+
+class Heard(Unheard):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_how_a_folder_is_taken_is_told_alike_for_training_and_for_scores(tmp_path: Path) -> None:
+    written(tmp_path, *(f"{level}/{topic}.txt" for level in ("neg", "pos") for topic in "abcdefgh"), "pos/notes.pdf")
+    trained, scored = Heard(), Heard()
+    prepare(str(tmp_path), TrainSettings(), trained)
+    choose(str(tmp_path), "train", TrainSettings(), scored)
+    unread, note = scored.said
+    assert unread.startswith("not read: pos/notes.pdf: of a folder") and "(neg, pos) are the labels" in note
+    assert trained.said[:2] == scored.said
+
+
+def test_one_file_below_the_home_folder_is_scored_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "more.jsonl", [GOOD] * 3)
+    assert len(choose("~/more.jsonl", "test", TrainSettings(), Unheard()).split) == 3
+
+
+def test_the_builtin_data_are_scored_by_split_whatever_a_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "builtin", [GOOD])
+    assert choose("builtin", "test", TrainSettings(), Unheard()).split == read_examples("builtin").test
 
 
 def test_texts_of_a_folder_with_fewer_in_folders_are_read_and_the_folders_named(tmp_path: Path) -> None:
