@@ -814,6 +814,28 @@ def test_texts_of_a_folder_with_fewer_in_folders_are_read_and_the_folders_named(
     assert ({e.group for e in found.train}, found.unread) == ({"one.TXT", "two.TXT", "three.TXT"}, ("old/", "older/"))
 
 
+def test_texts_with_dots_in_their_names_are_read(tmp_path: Path) -> None:
+    names = ("Mr. Hill.txt", "no. 7.v2.TXT", "rain.txt")
+    flat = read_examples(written(tmp_path / "flat", *names, "readme.en.txt", ".hidden.txt"))
+    split = read_examples(written(tmp_path / "split", *(f"train/{name}" for name in names)))
+    assert {e.group for e in flat.train} == {e.group for e in split.train} == set(names)
+
+
+def test_a_file_with_a_dot_in_its_name_is_told_where_it_is_not_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.v2.jsonl", [GOOD])
+    with pytest.raises(DataError, match=r"give that file, .*train\.v2\.jsonl, or call it train\.jsonl$"):
+        read_examples(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [GOOD])
+    assert read_examples(tmp_path).unread == ("train.v2.jsonl",)
+
+
+def test_every_folder_beside_texts_is_told_as_not_read(tmp_path: Path) -> None:
+    written(tmp_path, "one.txt", "two.txt", "pictures/rain.png")
+    (tmp_path / "more").mkdir()
+    write_rows(tmp_path / "more" / "train.jsonl", [GOOD])
+    assert read_examples(tmp_path).unread == ("more/", "pictures/")
+
+
 def test_a_file_beside_a_folder_of_texts_is_not_advised_to_be_called_train(tmp_path: Path) -> None:
     (tmp_path / "A1").mkdir()
     for name in ("A1/rain.txt", "about.txt"):

@@ -287,7 +287,8 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
                 raise DataError([problem])
             return levels, (*left, *(file.name for file in readable))
         if flat:
-            return {"train": [Part(file, {"group": file.name}) for file in flat]}, _with_texts(path)
+            beside = tuple(f"{one.name}/" for one in _seen(path, Path.is_dir))
+            return {"train": [Part(file, {"group": file.name}) for file in flat]}, beside
     if not readable:
         splits, left = _by_split(path)
         if splits:
@@ -303,7 +304,7 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     elif len(readable) == 1:
         deeper = [path / name for name in _with_texts(path)]
         fix = f"give that file, {readable[0]}, or " + (
-            f"the folder {deeper[0]}" if deeper else f"call it train.{readable[0].name.partition('.')[2]}"
+            f"the folder {deeper[0]}" if deeper else f"call it train{_ending(readable[0])}"
         )
     elif readable:
         fix = "name the files train, valid and test, or give one of them"
@@ -422,7 +423,7 @@ def _levels_of(path: Path) -> tuple[dict[str, list[tuple[Path, str]]], tuple[str
     for folder in _seen(path, Path.is_dir):
         files = _seen(folder)
         read = [one for one in files if one.suffix.lower() in kinds() and one.is_file()]
-        here = [one for one in read if _stem(one) not in NOT_EXAMPLES]
+        here = [one for one in read if not _is_about(one)]
         if not all(map(_is_text, here)):
             return {}, ()
         besides = sorted({*files} - {*here})
@@ -485,10 +486,9 @@ def _by_name(path: Path) -> dict[str, list[Path]]:
     """The files of a folder by what they are called, parts of one file together. A split that other programs call
     otherwise has our name, unless a file of that name is there too."""
     named: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(path.iterdir()):
-        stem, _, ending = file.name.lower().partition(".")
-        if f".{ending.removesuffix('.gz')}" in kinds() and stem not in NOT_EXAMPLES:
-            named[re.sub(SHARD, "", stem)].append(file)
+    for file in _seen(path):
+        if _ending(file).removesuffix(".gz") in kinds() and not _is_about(file):
+            named[re.sub(SHARD, "", _stem(file))].append(file)
     given = {split for split in SPLITS if split in named}
     for name, split in ALSO_CALLED.items():
         if split not in given:
@@ -497,7 +497,18 @@ def _by_name(path: Path) -> dict[str, list[Path]]:
 
 
 def _stem(file: Path) -> str:
-    return file.name.lower().partition(".")[0]
+    """The name without its ending; dots may stand in it (`Mr. Hill.txt`)."""
+    return file.name.lower().removesuffix(_ending(file))
+
+
+def _ending(file: Path) -> str:
+    """The ending, with that of packing: `.jsonl`, `.jsonl.gz`."""
+    return "".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else file.suffixes[-1:]).lower()
+
+
+def _is_about(file: Path) -> bool:
+    """Whether a file by its name tells of data and holds none: README.txt, readme.en.txt."""
+    return file.name.lower().partition(".")[0] in NOT_EXAMPLES
 
 
 def _with_labels(examples: Examples) -> Examples:
