@@ -90,6 +90,22 @@ def test_what_is_wrong_with_an_example_leaves_it_out_whatever_its_path_holds(tmp
     require_passing(left)
 
 
+def test_what_is_wrong_alike_is_told_once_and_in_order_whatever_the_path_holds(tmp_path: Path) -> None:
+    path = tmp_path / "g: h" / "x.csv"
+    path.parent.mkdir()
+    path.write_text(
+        "prompt,completion\n" + "".join(f"Q{i},{'A,B' if i == 30 else ''}\n" for i in range(31)), encoding="utf-8"
+    )
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    empty, cells = str(caught.value).splitlines()[1:]
+    assert (
+        empty.startswith(f"  {path}:2: completion: an empty answer")
+        and "(also at 3, 4, 5, 6, 7, 8, 9, 10 and 21 more)" in empty
+    )
+    assert cells.startswith(f"  {path}:32: 3 cells under 2 columns")
+
+
 def test_an_example_knows_its_file_and_line_blank_lines_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n" + json.dumps(GOOD) + "\n", encoding="utf-8")

@@ -233,8 +233,8 @@ def _numbers_beside_names(labelled: Sequence[Example]) -> list[Problem]:
 
 
 def _line(problem: Problem) -> int:
-    """The line of a problem's `file:line: field`."""
-    digits = re.search(r"(\d+)$", problem.where.partition(": ")[0])
+    """The line of a problem, for the order in which problems are told."""
+    digits = re.search(r"(\d+)$", problem.place[1])
     return int(digits[1]) if digits else 0
 
 
