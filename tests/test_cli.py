@@ -473,7 +473,11 @@ def test_data_needs_no_base(lorafit: Lorafit, rows: Path) -> None:
 def test_data_without_a_base_report_what_every_base_would_refuse(lorafit: Lorafit, tmp_path: Path) -> None:
     long = {"prompt": "so " * 4534, "completion": "Two miles."}
     done = lorafit("data", write_rows(tmp_path / "a.jsonl", [*capitals(), long]))
-    assert "1 hold more words (up to 4,536) than the 1,024 tokens that training takes" in " ".join(done.out.split())
+    told = " ".join(done.out.split())
+    assert "1 hold more words (up to 4,536) than the 1,024 tokens that training takes" in told
+    assert "refused (--skip-bad leaves them out)" in told and "or raise --max-length" in told
+    advised = lorafit("data", tmp_path / "a.jsonl", "--max-length", "9000")
+    assert advised.status == 0 and "hold more words" not in advised.out
 
 
 def test_data_of_a_settings_file_are_seen_as_its_base_sees_them_unless_told_not_to(

@@ -15,7 +15,8 @@ from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
 from lorafit.errors import DataError, InputError
 from lorafit.evaluation.answers import is_right
-from lorafit.prepared import require_passing
+from lorafit.prepared import Unheard, choose, prepare, require_passing
+from lorafit.settings import TrainSettings
 
 GOOD = {"prompt": "What is two and two?", "completion": "Four."}
 
@@ -76,6 +77,33 @@ def test_check_and_group_are_read(tmp_path: Path) -> None:
     check = {"contains": ["four"], "lacks": ["five"], "max_words": 7, "declines": True}
     (example,) = read_examples(write_rows(tmp_path / "a.jsonl", [{**GOOD, "check": check, "group": "sums"}])).train
     assert (example.check, example.group) == (Check(("four",), ("five",), 7, True), "sums")
+
+
+def test_what_is_wrong_with_an_example_leaves_it_out_whatever_its_path_holds(tmp_path: Path) -> None:
+    (tmp_path / "g: h").mkdir()
+    wrong = {**GOOD, "check": {"contains": ["nowhere"]}}
+    examples = read_examples(write_rows(tmp_path / "g: h" / "x.jsonl", [GOOD, wrong, *[GOOD] * 18]))
+    with pytest.raises(DataError) as caught:
+        require_passing(examples)
+    left = examples.without(caught.value.problems)
+    assert [int(e.where.rpartition(":")[2]) for e in left.train] == [1, *range(3, 21)]  # 2 is not the beginning of 20
+    require_passing(left)
+
+
+def test_what_is_wrong_alike_is_told_once_and_in_order_whatever_the_path_holds(tmp_path: Path) -> None:
+    path = tmp_path / "g: h" / "x.csv"
+    path.parent.mkdir()
+    path.write_text(
+        "prompt,completion\n" + "".join(f"Q{i},{'A,B' if i == 30 else ''}\n" for i in range(31)), encoding="utf-8"
+    )
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    empty, cells = str(caught.value).splitlines()[1:]
+    assert (
+        empty.startswith(f"  {path}:2: completion: an empty answer")
+        and "(also at 3, 4, 5, 6, 7, 8, 9, 10 and 21 more)" in empty
+    )
+    assert cells.startswith(f"  {path}:32: 3 cells under 2 columns")
 
 
 def test_an_example_knows_its_file_and_line_blank_lines_counted(tmp_path: Path) -> None:
@@ -742,12 +770,86 @@ def test_what_an_unzipped_folder_holds_beside_its_levels_is_left_out_and_named(t
     assert found.unread == ("__MACOSX/", "empty/", "pictures/", "about.txt", "index.csv")
 
 
+EXAMPLES = {
+    "a table": {"mails.csv": "prompt,completion\nWhere?,Here.\n"},
+    "columns of other names": {"mails.csv": "Question,Answer\nWhere?,Here.\n"},
+    "two files": dict.fromkeys(("old.jsonl", "new.jsonl"), '{"prompt": "Where?", "completion": "Here."}\n'),
+}
+
+
+@pytest.mark.parametrize("held", EXAMPLES.values(), ids=EXAMPLES)
+def test_examples_beside_folders_of_texts_are_not_left_out_for_the_texts(tmp_path: Path, held: dict[str, str]) -> None:
+    texts(tmp_path, "docs", "notes")
+    for name, text in held.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (problem,) = problems_of(tmp_path)
+    given = " or ".join(str(tmp_path / name) for name in sorted(held))
+    assert f"beside folders of texts: give {given}; or take {', '.join(sorted(held))} out" in problem
+    for name in held:
+        (tmp_path / name).unlink()
+    assert {example.label for example in read_examples(tmp_path).train} == {"docs", "notes"}
+
+
+class Heard(Unheard):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_how_a_folder_is_taken_is_told_alike_for_training_and_for_scores(tmp_path: Path) -> None:
+    written(tmp_path, *(f"{level}/{topic}.txt" for level in ("neg", "pos") for topic in "abcdefgh"), "pos/notes.pdf")
+    trained, scored = Heard(), Heard()
+    prepare(str(tmp_path), TrainSettings(), trained)
+    choose(str(tmp_path), "train", TrainSettings(), scored)
+    unread, note = scored.said
+    assert unread.startswith("not read: pos/notes.pdf: of a folder") and "(neg, pos) are the labels" in note
+    assert trained.said[:2] == scored.said
+
+
+def test_one_file_below_the_home_folder_is_scored_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "more.jsonl", [GOOD] * 3)
+    assert len(choose("~/more.jsonl", "test", TrainSettings(), Unheard()).split) == 3
+
+
+def test_the_builtin_data_are_scored_by_split_whatever_a_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "builtin", [GOOD])
+    assert choose("builtin", "test", TrainSettings(), Unheard()).split == read_examples("builtin").test
+
+
 def test_texts_of_a_folder_with_fewer_in_folders_are_read_and_the_folders_named(tmp_path: Path) -> None:
     for name in ("one.TXT", "two.TXT", "three.TXT", "old/one.txt", "older/one.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
     found = read_examples(tmp_path)
     assert ({e.group for e in found.train}, found.unread) == ({"one.TXT", "two.TXT", "three.TXT"}, ("old/", "older/"))
+
+
+def test_texts_with_dots_in_their_names_are_read(tmp_path: Path) -> None:
+    names = ("Mr. Hill.txt", "no. 7.v2.TXT", "rain.txt")
+    flat = read_examples(written(tmp_path / "flat", *names, "readme.en.txt", ".hidden.txt"))
+    split = read_examples(written(tmp_path / "split", *(f"train/{name}" for name in names)))
+    assert {e.group for e in flat.train} == {e.group for e in split.train} == set(names)
+
+
+def test_a_file_with_a_dot_in_its_name_is_told_where_it_is_not_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.v2.jsonl", [GOOD])
+    with pytest.raises(DataError, match=r"give that file, .*train\.v2\.jsonl, or call it train\.jsonl$"):
+        read_examples(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [GOOD])
+    assert read_examples(tmp_path).unread == ("train.v2.jsonl",)
+
+
+def test_every_folder_beside_texts_is_told_as_not_read(tmp_path: Path) -> None:
+    written(tmp_path, "one.txt", "two.txt", "pictures/rain.png")
+    (tmp_path / "more").mkdir()
+    write_rows(tmp_path / "more" / "train.jsonl", [GOOD])
+    assert read_examples(tmp_path).unread == ("more/", "pictures/")
 
 
 def test_a_file_beside_a_folder_of_texts_is_not_advised_to_be_called_train(tmp_path: Path) -> None:
@@ -768,6 +870,46 @@ def test_folders_of_texts_in_folders_of_splits_keep_the_split(tmp_path: Path) ->
     (tmp_path / "test" / "one.txt").write_text("No label.", encoding="utf-8")
     with pytest.raises(DataError, match="or other training file in this folder"):
         read_examples(tmp_path)
+
+
+def written(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"The text {name}.", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("a.txt",), ("neg/a.txt", "pos/a.txt")], ids=["texts", "labels"])
+@pytest.mark.parametrize(
+    ("one", "other", "split"), [("Train", "train", "train"), ("dev", "val", "valid"), ("TEST", "test", "test")]
+)
+def test_two_folders_of_one_split_are_refused(
+    tmp_path: Path, one: str, other: str, split: str, names: tuple[str, ...]
+) -> None:
+    written(tmp_path, *(f"{folder}/{name}" for folder in ("train", one, other) for name in names))
+    (problem,) = problems_of(tmp_path)
+    assert problem == f"{tmp_path}: two {split} folders: {one}, {other}: leave one of them"
+
+
+@pytest.mark.parametrize("names", [("a.txt",), ("neg/a.txt", "pos/a.txt")], ids=["texts", "labels"])
+def test_the_folder_of_our_name_stands_before_that_of_others(tmp_path: Path, names: tuple[str, ...]) -> None:
+    folders = ("train", "training", "valid", "validation")
+    written(tmp_path, *(f"{folder}/{name}" for folder in folders for name in names))
+    found = read_examples(tmp_path)
+    where = {Path(e.where).relative_to(tmp_path).parts[0] for e in (*found.train, *found.valid)}
+    assert (where, found.unread) == ({"train", "valid"}, ("training/", "validation/"))
+
+
+def test_texts_whose_endings_are_written_large_are_texts(tmp_path: Path) -> None:
+    found = read_examples(written(tmp_path / "splits", "Train/A.TXT", "Train/B.txt", "test/C.Txt"))
+    assert [e.group for e in (*found.train, *found.test)] == ["A.TXT", "B.txt", "C.Txt"]
+    assert {e.label for e in read_examples(written(tmp_path / "levels", "1/a.TXT", "two/b.TXT")).train} == {"1", "two"}
+
+
+def test_what_tells_of_a_folder_of_texts_is_none_of_them(tmp_path: Path) -> None:
+    found = read_examples(written(tmp_path, "neg/a.txt", "pos/b.txt", "pos/README.txt", "pos/dataset_info.json"))
+    assert [Path(e.where).name for e in found.train] == ["a.txt:1", "b.txt:1"]
+    assert found.unread == ("pos/README.txt", "pos/dataset_info.json")
 
 
 @pytest.mark.parametrize("file", ["Ele-Txt/rows.jsonl", "more/rows.csv"])

@@ -26,8 +26,11 @@ A message says what is wrong, where, all of it at once, and what to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+PLACE = re.compile(r"(.*?):((?:row )?\d+(?:, line \d+| part \d+)?)(?:: (.*))?", re.DOTALL)
 
 
 class LorafitError(Exception):
@@ -57,6 +60,14 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.where}: {self.what}: {self.fix}"
 
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """The file, the line in it, and the field; where no line is named, the file is what stands for the line."""
+        if found := PLACE.fullmatch(self.where):  # a path may hold ": " as well
+            return found[1], found[2], found[3] or ""
+        whole, _, field = self.where.partition(": ")
+        return "", whole, field
+
 
 class DataError(InputError):
     """Examples that cannot be used. `problems` lists all of them; the message has a line for each of the first `SHOWN`
@@ -69,8 +80,8 @@ class DataError(InputError):
         self.problems = tuple(problems)
         kinds: dict[tuple[str, ...], list[Problem]] = {}
         for problem in self.problems:
-            place, _, field = problem.where.partition(": ")
-            kinds.setdefault((place.rpartition(":")[0], field, problem.what, problem.fix), []).append(problem)
+            file, _, field = problem.place
+            kinds.setdefault((file, field, problem.what, problem.fix), []).append(problem)
         lines = [f"{one}{self._also(more)}" for one, *more in kinds.values()]
         if len(lines) > self.SHOWN:
             lines[self.SHOWN :] = [f"... and {len(lines) - self.SHOWN} other kinds"]
@@ -84,7 +95,7 @@ class DataError(InputError):
         """Where else the same is wrong."""
         if not more:
             return ""
-        places = [problem.where.partition(": ")[0].rpartition(":")[2] for problem in more[: self.PLACES]]
+        places = [problem.place[1] for problem in more[: self.PLACES]]
         rest = f" and {len(more) - self.PLACES:,} more" if len(more) > self.PLACES else ""
         return f" (also at {', '.join(places)}{rest})"
 

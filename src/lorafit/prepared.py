@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lorafit.data.equality import NUMERALS, last_number
 from lorafit.data.examples import Example, Examples
-from lorafit.data.reading import read_examples, unskippable
+from lorafit.data.reading import BUILTIN, read_examples, unskippable
 from lorafit.data.report import DataReport, describe
 from lorafit.data.split import Questions, complete, require_apart
 from lorafit.errors import DataError, Problem, SettingsError
@@ -49,12 +49,29 @@ class Chosen:
 def choose(data: str, split: str, settings: TrainSettings, listener: DataListener) -> Chosen:
     """Read and check data that are to be scored: of a folder one split, a single file whole."""
     examples = read_examples(data, settings.columns or (), settings.skip_bad)
-    for problem in examples.skipped:
-        listener.say(f"left out: {problem}")
-    chosen = examples.train if Path(data).is_file() else examples.by_name()[split]
+    _tell(examples, listener)
+    chosen = examples.train if is_single(data) else examples.by_name()[split]
     if not chosen:
         raise DataError([Problem(data, f"has no {split} split", "name another with --split, or give one file")])
     return Chosen(examples, chosen, sifted(Examples(chosen), require_passing, settings.skip_bad, listener))
+
+
+def is_single(data: str) -> bool:
+    """Whether the data are one file, which is scored whole."""
+    return data != BUILTIN and Path(data).expanduser().is_file()
+
+
+def _tell(examples: Examples, listener: DataListener) -> None:
+    """Say what of the data was not taken, and how the rest was."""
+    for problem in examples.skipped:
+        listener.say(f"left out: {problem}")
+    if examples.unread:
+        listener.say(
+            f"not read: {', '.join(examples.unread)}: of a folder are read its files called train, valid and "
+            "test, or else its texts, or else the folders of texts in it"
+        )
+    for note in examples.notes:
+        listener.say(note)
 
 
 def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple[Examples, DataReport]:
@@ -65,15 +82,7 @@ def prepare(data: str, settings: TrainSettings, listener: DataListener) -> tuple
             f"--val-share {settings.val_share}: does nothing, for {data} brings train, valid and test "
             "of its own: leave it out"
         )
-    for problem in examples.skipped:
-        listener.say(f"left out: {problem}")
-    if examples.unread:
-        listener.say(
-            f"not read: {', '.join(examples.unread)}: of a folder are read its files called train, valid and "
-            "test, or else its texts, or else the folders of texts in it"
-        )
-    for note in examples.notes:
-        listener.say(note)
+    _tell(examples, listener)
     different: list[int] = []
     examples = sifted(examples, require_passing, settings.skip_bad, listener)
     questions = Questions.of(examples)

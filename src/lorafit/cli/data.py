@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lorafit.data.examples import Examples
     from lorafit.settings import TrainSettings
 
-OF_A_BASE = ("system", "template", "max_length")  # settings that say how a base sees examples
+OF_A_BASE = ("system", "template")  # settings that say how a base sees examples
 
 
-@with_settings("columns", "skip_bad", "val_share", *OF_A_BASE)
+@with_settings("columns", "skip_bad", "val_share", *OF_A_BASE, "max_length")
 def data(
     data: DATA = None,
     base: Annotated[

@@ -39,14 +39,14 @@ def evaluate(
     from lorafit.cli.paths import require
     from lorafit.errors import BaseChangedError
     from lorafit.files import require_new
-    from lorafit.prepared import choose
+    from lorafit.prepared import choose, is_single
     from lorafit.settings import settings_from
 
     assert data is not None  # with_settings sees to it
     if answers is not None:
         require_new(answers, "--answers")
     require(base=base, data=data, adapters=(adapter, against), settings=settings)
-    if "few_shot" not in typed and (split == "train" or Path(data).is_file()):
+    if "few_shot" not in typed and (split == "train" or is_single(data)):
         settings = {**settings, "few_shot": 0}  # a file made for training may ask for examples that are not there
     terminal = Terminal(json)
     chosen = choose(data, split, settings_from(settings), terminal)

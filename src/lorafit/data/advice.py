@@ -89,6 +89,11 @@ def formless(where: str, records: Sequence[Record], renamed: Mapping[str, str]) 
     return Problem(where, what, known if found else _without_flags(records[0], renamed, pair))
 
 
+def hold_examples(records: Sequence[Record]) -> bool:
+    """Whether one of the first rows has a form, or would have one with the flags that are proposed."""
+    return any(form_of(fields_of(one.fields, {})) or _proposal(one, {}, judged=False) for one in records[:20])
+
+
 def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> Problem:
     """The problem of a file with fields that nothing reads and that may carry meaning.
 

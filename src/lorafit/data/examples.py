@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -190,7 +191,8 @@ class Examples:
 
     def without(self, problems: Sequence[Problem]) -> Examples:
         """The same without the examples that the problems name; they are kept in `skipped`."""
-        bad = {problem.where.partition(": ")[0] for problem in problems}
+        ends = re.compile(r": |\Z")  # of a place, which a field may follow; a path may hold the former too
+        bad = {problem.where[: end.start()] for problem in problems for end in ends.finditer(problem.where)}
         left = {name: tuple(e for e in split if e.where not in bad) for name, split in self.by_name().items()}
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 

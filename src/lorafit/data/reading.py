@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
-from lorafit.data.advice import formless, unread_fields
+from lorafit.data.advice import formless, hold_examples, unread_fields
 from lorafit.data.columns import columns_named, joined
 from lorafit.data.equality import NUMERALS, numerals_of
 from lorafit.data.examples import SPLITS, Check, Example, Examples
@@ -107,7 +107,8 @@ def unskippable(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def require_data(path: str | Path) -> None:
-    """Raise DataError where `path` can be no data. No file is read: asked before slow work."""
+    """Raise DataError where `path` can be no data. No file is read but those beside folders of texts: asked before slow
+    work."""
     if str(path) == BUILTIN:
         return
     given, _ = _files(Path(path).expanduser())
@@ -213,7 +214,8 @@ def _numbers_beside_names(labelled: Sequence[Example]) -> list[Problem]:
     labels: dict[str, set[str]] = defaultdict(set)
     for example in labelled:
         labels[example.where.rpartition(":")[0]].add(example.label or "")
-    held = {file: sorted(found) for file, found in labels.items() if not file.endswith(".txt")}  # those are of folders
+    of_folders = {file for file in labels if _is_text(Path(file))}
+    held = {file: sorted(found) for file, found in labels.items() if file not in of_folders}
     numbers = {file for file, found in held.items() if all(map(NUMBER.fullmatch, found))}
     named = next((file for file, found in held.items() if not any(map(NUMBER.fullmatch, found))), None)
     if named is None:
@@ -231,8 +233,8 @@ def _numbers_beside_names(labelled: Sequence[Example]) -> list[Problem]:
 
 
 def _line(problem: Problem) -> int:
-    """The line of a problem's `file:line: field`."""
-    digits = re.search(r"(\d+)$", problem.where.partition(": ")[0])
+    """The line of a problem, for the order in which problems are told."""
+    digits = re.search(r"(\d+)$", problem.place[1])
     return int(digits[1]) if digits else 0
 
 
@@ -279,11 +281,14 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         return {split: [Part(file) for file in parts] for split, parts in given.items()}, left
     if not (named["valid"] or named["test"]):
         levels, left = _by_level(path)
-        flat = readable if len(readable) > 1 and all(file.suffix.lower() == ".txt" for file in readable) else []
+        flat = readable if len(readable) > 1 and all(map(_is_text, readable)) else []
         if levels and sum(map(len, levels.values())) >= len(flat):
+            if problem := _beside(path, readable):
+                raise DataError([problem])
             return levels, (*left, *(file.name for file in readable))
         if flat:
-            return {"train": [Part(file, {"group": file.name}) for file in flat]}, _with_texts(path)
+            beside = tuple(f"{one.name}/" for one in _seen(path, Path.is_dir))
+            return {"train": [Part(file, {"group": file.name}) for file in flat]}, beside
     if not readable:
         splits, left = _by_split(path)
         if splits:
@@ -299,7 +304,7 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     elif len(readable) == 1:
         deeper = [path / name for name in _with_texts(path)]
         fix = f"give that file, {readable[0]}, or " + (
-            f"the folder {deeper[0]}" if deeper else f"call it train.{readable[0].name.partition('.')[2]}"
+            f"the folder {deeper[0]}" if deeper else f"call it train{_ending(readable[0])}"
         )
     elif readable:
         fix = "name the files train, valid and test, or give one of them"
@@ -309,6 +314,20 @@ def _files(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         fix = "give files named train, valid and test (jsonl, json, csv, tsv, parquet or txt), or one file"
     what = f"no train.jsonl or other training file in this folder (it holds {here})"
     raise DataError([Problem(str(path), what, fix)])
+
+
+def _beside(path: Path, files: Sequence[Path]) -> Problem | None:
+    """Files of examples beside folders of texts: which of the two is meant is not told. None where there are none."""
+    held = [file for file in files if not _is_text(file) and hold_examples(read_records(file, []))]
+    if not held:
+        return None
+    names = ", ".join(file.name for file in held)
+    fix = f"give {' or '.join(map(str, held))}; or take {names} out, to learn each text with its folder's name as label"
+    return Problem(str(path), f"examples in {names} beside folders of texts", fix)
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() == ".txt"
 
 
 def _apart(path: Path, split: str, files: Sequence[Path]) -> Problem | None:
@@ -331,11 +350,9 @@ def _by_split(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
     """The files of folders each of which is a split, as the hub converts data (`train/0000.parquet`), by split, and
     what else lies there; nothing for other folders. Texts of a split are read whole, each a group.
 
-    Raises DataError for files in one of the folders that are no parts of one.
+    Raises DataError for files in one of the folders that are no parts of one, and for two folders of one split.
     """
-    folders = {one.name.lower(): one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
-    names = {split: [split, *(other for other, meant in ALSO_CALLED.items() if meant == split)] for split in SPLITS}
-    found = {split: folders[name] for split in SPLITS if (name := next((n for n in names[split] if n in folders), ""))}
+    found, others = _folders_of_splits(path)
     files = {
         split: sorted(file for held in _by_name(folder).values() for file in held) for split, folder in found.items()
     }
@@ -343,14 +360,38 @@ def _by_split(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
         return {}, ()
     given, problems = {}, []
     for split, held in files.items():
-        if all(file.suffix == ".txt" for file in held):
+        if all(map(_is_text, held)):
             given[split] = [Part(file, {"group": file.name}) for file in held]
             continue
         given[split] = [Part(file) for file in held]
         problems += [problem] if (problem := _apart(found[split], split, held)) else []
     if problems:
         raise DataError(problems)
-    return given, tuple(f"{one.name}/" for _, one in sorted(folders.items()) if one not in found.values())
+    return given, others
+
+
+def _folders_of_splits(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The folder of each split, and the names of the other folders; nothing without one to train on. As of files, what
+    other programs call otherwise counts where no folder has our name.
+
+    Raises DataError for two of one split, such as Train and train: neither is to be passed over.
+    """
+    folders = _seen(path, Path.is_dir)
+    named: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        ours = [one for one in folders if one.name.lower() == split]
+        named[split] = ours or [one for one in folders if ALSO_CALLED.get(one.name.lower()) == split]
+    if not named["train"]:
+        return {}, ()
+    what = "two {} folders: {}"
+    if problems := [
+        Problem(str(path), what.format(split, ", ".join(one.name for one in held)), "leave one of them")
+        for split, held in named.items()
+        if len(held) > 1
+    ]:
+        raise DataError(problems)
+    found = {split: held[0] for split, held in named.items() if held}
+    return found, tuple(f"{one.name}/" for one in folders if one not in found.values())
 
 
 def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
@@ -366,24 +407,26 @@ def _by_level(path: Path) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
 
 def _levels_of(path: Path) -> tuple[dict[str, list[tuple[Path, str]]], tuple[str, ...]]:
     """Texts with the names of their folders, by split, and what else lies in the folders, or is a folder without texts;
-    nothing where fewer than two folders hold texts, or where one holds examples of another kind."""
-    folders = _seen(path, Path.is_dir)
-    splits = {ALSO_CALLED.get(one.name.lower(), one.name.lower()): one for one in folders}
-    if "train" in splits:  # each split is a folder of such folders
-        found = {split: _levels_of(splits[split]) for split in SPLITS if split in splits}
+    nothing where fewer than two folders hold texts, or where one holds examples of another kind.
+
+    Raises DataError for two folders of one split.
+    """
+    splits, others = _folders_of_splits(path)
+    if splits:  # each split is a folder of such folders
+        found = {split: _levels_of(folder) for split, folder in splits.items()}
         if not all(held for held, _ in found.values()):
             return {}, ()
-        unread = [f"{one.name}/" for name, one in splits.items() if name not in SPLITS]
-        unread += [f"{splits[split].name}/{name}" for split, (_, rest) in found.items() for name in rest]
-        return {split: held["train"] for split, (held, _) in found.items()}, tuple(unread)
+        unread = [f"{splits[split].name}/{name}" for split, (_, rest) in found.items() for name in rest]
+        return {split: held["train"] for split, (held, _) in found.items()}, (*others, *unread)
     texts: list[tuple[Path, str]] = []
     left: list[str] = []
-    for folder in folders:
+    for folder in _seen(path, Path.is_dir):
         files = _seen(folder)
-        here = [one for one in files if one.suffix.lower() == ".txt" and one.is_file()]
-        besides = sorted({*files} - {*here})
-        if any(one.is_file() and one.suffix.lower() in kinds() for one in besides):
+        read = [one for one in files if one.suffix.lower() in kinds() and one.is_file()]
+        here = [one for one in read if not _is_about(one)]
+        if not all(map(_is_text, here)):
             return {}, ()
+        besides = sorted({*files} - {*here})
         texts += [(one, folder.name) for one in here]
         left += [f"{folder.name}/{one.name}" for one in besides] if here else [f"{folder.name}/"]
     return ({"train": texts} if len({level for _, level in texts}) > 1 else {}), tuple(left)
@@ -396,11 +439,7 @@ def _seen(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list
 
 def _with_texts(path: Path) -> tuple[str, ...]:
     """The folders in a folder that hold a file of text."""
-    return tuple(
-        f"{one.name}/"
-        for one in _seen(path, Path.is_dir)
-        if any(file.suffix.lower() == ".txt" for file in _seen(one, Path.is_file))
-    )
+    return tuple(f"{one.name}/" for one in _seen(path, Path.is_dir) if any(map(_is_text, _seen(one, Path.is_file))))
 
 
 def _without_levels(named: Sequence[tuple[str, str]]) -> list[str]:
@@ -447,10 +486,9 @@ def _by_name(path: Path) -> dict[str, list[Path]]:
     """The files of a folder by what they are called, parts of one file together. A split that other programs call
     otherwise has our name, unless a file of that name is there too."""
     named: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(path.iterdir()):
-        stem, _, ending = file.name.lower().partition(".")
-        if f".{ending.removesuffix('.gz')}" in kinds() and stem not in NOT_EXAMPLES:
-            named[re.sub(SHARD, "", stem)].append(file)
+    for file in _seen(path):
+        if _ending(file).removesuffix(".gz") in kinds() and not _is_about(file):
+            named[re.sub(SHARD, "", _stem(file))].append(file)
     given = {split for split in SPLITS if split in named}
     for name, split in ALSO_CALLED.items():
         if split not in given:
@@ -459,7 +497,18 @@ def _by_name(path: Path) -> dict[str, list[Path]]:
 
 
 def _stem(file: Path) -> str:
-    return file.name.lower().partition(".")[0]
+    """The name without its ending; dots may stand in it (`Mr. Hill.txt`)."""
+    return file.name.lower().removesuffix(_ending(file))
+
+
+def _ending(file: Path) -> str:
+    """The ending, with that of packing: `.jsonl`, `.jsonl.gz`."""
+    return "".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else file.suffixes[-1:]).lower()
+
+
+def _is_about(file: Path) -> bool:
+    """Whether a file by its name tells of data and holds none: README.txt, readme.en.txt."""
+    return file.name.lower().partition(".")[0] in NOT_EXAMPLES
 
 
 def _with_labels(examples: Examples) -> Examples:

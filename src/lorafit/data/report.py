@@ -158,8 +158,10 @@ def _remarks(given: dict[str, tuple[Example, ...]], questions: Questions, max_le
     if max_length is not None:  # plain text is cut into pieces
         long = [e for e in everything if not e.is_text and _words(e) > max_length]
         words = max(map(_words, long), default=0)
-        what = f"hold more words (up to {words:,}) than the {max_length:,} tokens that training takes, and are refused"
-        found.append((what, long, "shorten or split them, leave them out, or raise --max-length"))
+        what = f"hold more words (up to {words:,}) than the {max_length:,} tokens that training takes"
+        found.append(
+            (what, long, "they are refused (--skip-bad leaves them out): shorten or split them, or raise --max-length")
+        )
     found += _mixed(everything) + _labels(given)
     taught = {e.group for e in given.get("train", ()) if e.group is not None}
     shared = [e for name in given if name != "train" for e in given[name] if e.group in taught]

@@ -20,7 +20,7 @@ from lorafit.files import require_new, write_text
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory, peak_gb
 from lorafit.jobs.prepare import opened_base, render_all
-from lorafit.prepared import Chosen, choose, prepare, sifted
+from lorafit.prepared import Chosen, choose, is_single, prepare, sifted
 from lorafit.report.result import Result
 from lorafit.runs.folder import RUN, count_opening, read_run, remembered, tested
 from lorafit.runs.scores import answer_lines, scores_json, was_scored
@@ -68,7 +68,7 @@ def run_evaluation(
             "both have learnt"
         )
     chosen = chosen or choose(data, split, resolved, listener)
-    picked, single = chosen.scored, Path(data).is_file()
+    picked, single = chosen.scored, is_single(data)
     shots_from: tuple[Example, ...] = () if single or split == "train" else chosen.all.train
     shots_missing = bool(settings.get("few_shot")) and not shots_from
     try:
