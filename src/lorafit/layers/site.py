@@ -45,7 +45,7 @@ def select(sites: Sequence[Site], targets: Sequence[str]) -> tuple[Site, ...]:
         names = sorted({site.name for site in sites})
         lines = []
         for target in unmatched:
-            near = difflib.get_closematches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
             fix = f"did you mean {', '.join(near)}?" if near else "choose from the sites below"
             lines.append(f"target '{target}' matches no site: {fix}")
         known = ", ".join(names) or "none"
