@@ -965,6 +965,18 @@ def test_a_plan_reads_well_on_a_narrow_screen_and_is_a_table_on_a_wide_one(
     assert max(len(line) for line in narrow.splitlines() if "(--rank" in line) <= 80
 
 
+def test_the_first_of_many_does_not_tell_how_long_the_rest_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 0.0, 8.0, 8.0, 15.0, 15.0])
+    monkeypatch.setattr("lorafit.cli.console.time.monotonic", lambda: next(now))
+    terminal = Terminal()
+    monkeypatch.setattr(terminal, "_last_line", -60.0)
+    for done in (0, 1, 100):  # the first answer of 200 took 8 seconds, with what prepares the others
+        terminal.watch("answers", done, 200)
+    assert capsys.readouterr().err.splitlines() == ["answers 100/200  0:15 left"]
+
+
 def test_a_validation_is_one_line_and_the_next_one_counts_from_its_own_beginning(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

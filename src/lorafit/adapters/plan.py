@@ -50,7 +50,7 @@ class LowRank:
     @property
     def flops(self) -> int:
         """Extra floating-point operations of one forward, per token."""
-        inputs = KINDS[self.site.kind].fan_in(self.site) if not self.is_product else self.site.d_in
+        inputs = KINDS[self.site.kind].fan_in(self.site)
         return 2 * self.rank * VARIANTS[self.variant].peft.ranks * (inputs + self.site.d_out)
 
     def factors(self) -> dict[str, Factor]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafit.training.loop import Moment
 
 SECONDS_BETWEEN_LINES = 10.0
+TELLING = 0.05  # of a piece of work, from which on its speed tells how long the rest takes: beginnings are slow
 MOST_LABELS = 12  # shown of a split
 MOST_CONFUSIONS = 3
 WIDTH_OF_REASONS = 100  # columns below which a table of reasons is a pillar of single words
@@ -57,7 +58,8 @@ class Terminal:
         if done == 0:
             self._began[what] = now, 0  # an earlier one of the name may have been left unfinished
         began, first = self._began.setdefault(what, (now, done))
-        left = (now - began) / (done - first) * (of - done) if done > first else math.nan
+        told = done > first and done - first >= TELLING * of
+        left = (now - began) / (done - first) * (of - done) if told else math.nan
         in_bytes = unit == "bytes"
         so_far, all_of_it = (f"{n / 1e6:,.1f}" if in_bytes else str(n) for n in (done, of))
         self._draw(what, done, of, f"{what} {so_far}/{all_of_it}{' MB' if in_bytes else ''}", left)

@@ -93,7 +93,7 @@ def sites_that_mattered(opened: Opened, recipe: Recipe, whole: Adapter, out: Pat
     every = [example.group for example in opened.examples.valid]
     places = spread_over(count, every)
     few, groups = some(opened.rows["valid"], places), [every[i] for i in places]
-    first = first_order(base, whole, few, opened.way, opened.frozen.micro_tokens, recipe.recompute)
+    first = first_order(base, whole, few, opened.way, recipe.micro_tokens, recipe.recompute)
     taken = ablations(
         base,
         whole,

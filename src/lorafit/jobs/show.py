@@ -11,7 +11,7 @@ from lorafit.bases import hub
 from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, put_back, read_json
-from lorafit.runs.folder import PLAN, ROUNDS, RUN, accepted_round, openings, read_run, read_summary
+from lorafit.runs.folder import PLAN, RUN, openings, read_run, read_summary, standing_folder
 
 if TYPE_CHECKING:
     from lorafit.adapters.plan import Plan
@@ -67,8 +67,7 @@ def require_shown(path: Path) -> None:
 def _run(path: Path) -> dict[str, Any]:
     asked = read_run(path)
     found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
-    last = accepted_round(path)
-    plan = (path / ROUNDS / str(last) if last else path) / PLAN
+    plan = standing_folder(path) / PLAN
     if plan.exists():
         from lorafit.adapters.plan import Plan
 

@@ -35,7 +35,7 @@ from lorafit.jobs.prepare import opened_base, rendered
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
 from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
 from lorafit.prepared import prepare
-from lorafit.runs.folder import LADDER, MOMENTS, ONLY_RUNS, PLAN, WHOLE, frozen_of, read_finished
+from lorafit.runs.folder import LADDER, MOMENTS, ONLY_RUNS, PLAN, WHOLE, frozen_of, read_finished, standing_folder
 from lorafit.settings import settings_from, share_of
 from lorafit.tasks.completion import Way, batch_of
 from lorafit.training.loop import gradient_step
@@ -69,7 +69,7 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
     with attach(base, whole):
         nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
     groups = [example.group for example in examples.valid]
-    before, recipe = float(summary["validation"][0][1]), Recipe(**read_json(folder / PLAN)["recipe"])
+    before, recipe = float(summary["validation"][0][1]), Recipe(**read_json(standing_folder(folder) / PLAN)["recipe"])
     questions = Questions.among(
         base, renderer, examples.valid, rows["valid"], examples.train, left_of(settings.memory, base)
     )

@@ -17,15 +17,14 @@ from lorafit.runs.folder import (
     IMPORTANCE,
     METRICS,
     PLAN,
-    ROUNDS,
     RUN,
     SCORES,
     SEARCH,
     TRIED,
-    accepted_round,
     openings,
     read_run,
     read_summary,
+    standing_folder,
 )
 
 
@@ -64,8 +63,7 @@ def read_story(folder: Path) -> Story:
     """Raises FormatError where the folder holds no run, or a damaged one."""
     if not (folder / RUN).exists():
         raise FormatError(f"{folder}: holds no run: name a folder that 'lorafit train' or 'lorafit demo' wrote")
-    resolved, last = folder.resolve(), accepted_round(folder)
-    trained = folder / ROUNDS / str(last) if last else folder  # whose adapter stands
+    resolved, trained = folder.resolve(), standing_folder(folder)
     return Story(
         name=f"{resolved.parent.name}/{resolved.name}",
         folder=folder,

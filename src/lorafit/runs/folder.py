@@ -343,6 +343,12 @@ def accepted_round(out: Path) -> int:
         raise FormatError(f"{path}: damaged ({error}): move the folder {out / ROUNDS} elsewhere") from error
 
 
+def standing_folder(out: Path) -> Path:
+    """The folder of the training whose adapter stands: that of the last accepted round, or the run's own."""
+    last = accepted_round(out)
+    return out / ROUNDS / str(last) if last else out
+
+
 def count_opening(out: Path) -> int:
     """How often the test split of this run has been opened, this time included; kept in the run folder."""
     count = openings(out) + 1
