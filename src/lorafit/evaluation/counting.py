@@ -201,12 +201,15 @@ def scored_and_bare(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
 
 def are_few(bare: Sequence[Example], known: Sequence[Example]) -> bool:
     """Whether examples that are not scored have few different answers, used again and again, here and in training: then
-    equality says which are right. Where most answers are others than were learnt, those here decide."""
+    equality says which are right. Answers that are not among those that were learnt must be few on their own too."""
+
+    def few(keys: Sequence[str]) -> bool:
+        return USES * len({*keys}) <= len(keys)
+
     keys = [key_of(one) for one in bare]
     learnt = [key_of(one) for one in known if not one.is_scored and not one.is_text]
-    alike = {*learnt}
-    every = keys + learnt if 2 * sum(key in alike for key in keys) > len(keys) else keys
-    return bool(bare) and USES * len({*every}) <= len(every)
+    seen = {*learnt}
+    return bool(keys) and few(keys + learnt) and (2 * sum(key in seen for key in keys) > len(keys) or few(keys))
 
 
 def _declines(example: Example) -> bool:
