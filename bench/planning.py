@@ -60,22 +60,23 @@ from lorafit.attachment.adapters import attach
 from lorafit.attachment.attention import packing
 from lorafit.attachment.pure import fresh
 from lorafit.data.batches import epoch_order
-from lorafit.evaluation.nll import example_nll
-from lorafit.evaluation.questions import Questions
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.files import write_json
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.prepare import Opened, open_all
+from lorafit.jobs.run import Run
+from lorafit.jobs.scoring import scoring_of
 from lorafit.jobs.search import looked, search
-from lorafit.jobs.trim import ladder_of
+from lorafit.jobs.trim import Validation, ladder_of
 from lorafit.layers.site import select
 from lorafit.planning.halving import rates_for
 from lorafit.planning.trim import trimmed
 from lorafit.settings import settings_from
-from lorafit.tasks.completion import Way, batch_of, token_nll
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import ForwardMode
 from lorafit.training.loop import train
 from lorafit.training.optimizer import rate_at
-from lorafit.training.processes import ALONE
 from lorafit.training.recipe import Recipe
 
 DATA = Path(os.environ.get("LORAFIT_DATA", "../shared/data"))
@@ -168,13 +169,13 @@ class Store:
 
 def scored(one: Opened, adapter: Adapter) -> dict[str, Any]:
     with attach(one.base, adapter):
-        valid, test = (example_nll(one.base, one.rows[split], way=one.way) for split in ("valid", "test"))
+        valid, test = (one.runner.nll(one.rows[split]) for split in ("valid", "test"))
     return {"valid": valid, "test": test, "valid_nll": float(np.mean(valid)), "parameters": adapter.plan.parameters}
 
 
 def trained(one: Opened, plan: Plan, recipe: Recipe) -> Adapter:
-    start = fresh(one.base, plan, recipe.seed, one.renderer.rendering)
-    return train(one.base, start, one.rows["train"], one.rows["valid"], recipe, way=one.way).adapter
+    start = fresh(one.base, plan, recipe.seed, one.start.rendering)
+    return train(one.base, start, one.rows["train"], one.rows["valid"], recipe, runner=one.runner).adapter
 
 
 def plain(one: Opened, plan: Plan, rate: float, seed: int) -> dict[str, Any]:
@@ -189,18 +190,18 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     one = replace(
         one,
         decision=replace(one.decision, recipe=recipe),
-        start=fresh(one.base, one.decision.plan, seed, one.renderer.rendering),
+        start=fresh(one.base, one.decision.plan, seed, one.start.rendering),
     )
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         known, card, _ = looked(one, Path(folder), Silent())
-        decision = search(one, settings, known, card, Path(folder), False, ALONE, Silent())
+        decision = search(Run(one, settings, Path(folder), Silent()), known, card)
         searching = time.monotonic() - began
         stored = Path(folder) / "search" / "tried.json"
         arms = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
     began = time.monotonic()
     with attach(one.base, one.start):
-        before = fmean(example_nll(one.base, one.rows["valid"], way=one.way))
+        before = fmean(one.runner.nll(one.rows["valid"]))
     scoring = time.monotonic() - began
     began = time.monotonic()
     whole = trained(one, decision.plan, decision.recipe)
@@ -208,10 +209,10 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     result = scored(one, whole)
     began = time.monotonic()
     groups = [example.group for example in one.examples.valid]
-    questions = Questions.among(one.base, one.renderer, one.examples.valid, one.rows["valid"], one.examples.train)
-    ladder, small, moments = ladder_of(
-        one.base, whole, one.rows, one.way, recipe, result["valid"], before, groups, questions, Silent()
-    )
+    questions = scoring_of(one.runner).questions(one, settings)
+    held = Validation(one.rows["valid"], result["valid"], before, groups, questions)
+    runner = one.runner.within(recipe.micro_tokens, recipe.recompute)
+    ladder, small, moments = ladder_of(runner, whole, one.rows["train"], held, Silent())
     trimming = time.monotonic() - began
     ways = {
         "plain": {},
@@ -269,27 +270,28 @@ def full(one: Opened, rate: float, seed: int) -> dict[str, Any]:
     """Every weight of a copy of the base trained, by the same schedule, on the same batches; the best by validation."""
     recipe, rows = replace(one.decision.recipe, learning_rate=rate, seed=seed), one.rows["train"]
     model = copy.deepcopy(one.base.model)
-    base, way = replace(one.base, model=model), Way(False, one.way.packed)  # the other has a frozen head
+    mode = one.runner.mode
+    base = replace(one.base, model=model)
+    runner = Runner(base, COMPLETION, ForwardMode(False, mode.packed))  # the other has a frozen head
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     order = [
         batch
         for epoch in range(recipe.steps)
-        for batch in epoch_order(rows, recipe.batch_size, seed, epoch, packed=one.way.packed)
+        for batch in epoch_order(rows, recipe.batch_size, seed, epoch, packed=mode.packed)
     ]
     best: dict[str, Any] = {"valid_nll": float("inf")}
     for step in range(recipe.steps):
-        with packing(base, one.way.packed):
-            batch = batch_of(base, [rows[i] for i in order[step]], way)
-            token_nll(base, batch, way).mean().backward()
+        with packing(base, mode.packed):
+            runner.gradient_of([rows[i] for i in order[step]])
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, recipe.steps, recipe.warmup, rate)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.steps:
-            valid, test = (example_nll(base, one.rows[split], way=one.way) for split in ("valid", "test"))
+            valid, test = (replace(runner, mode=mode).nll(one.rows[split]) for split in ("valid", "test"))
             if np.mean(valid) < best["valid_nll"]:
                 best = {"valid": valid, "test": test, "valid_nll": float(np.mean(valid))}
     return {**best, "parameters": sum(p.numel() for p in model.parameters()), "steps": recipe.steps}

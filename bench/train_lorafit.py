@@ -11,7 +11,7 @@ from train_child import DTYPES, Job, Pace, Seen, random_model
 from lorafit import Base, Recipe, attach, fresh, open_base, read_adapter, train, uniform
 from lorafit.adapters.formats import peft
 from lorafit.data.render import Row
-from lorafit.evaluation.nll import example_nll
+from lorafit.tasks.runner import Runner
 from lorafit.training.loop import Moment
 
 
@@ -68,8 +68,8 @@ def score(job: Job, adapters: list[str]) -> None:
     assert job.base is not None
     base = open_base(job.base, DTYPES[job.dtype])
     rows = rows_of(job.valid)
-    found = {"base": example_nll(base, rows)}
+    found = {"base": Runner.of(base, rows).nll(rows)}
     for name, _, folder in (each.partition("=") for each in adapters):
         with attach(base, read_adapter(Path(folder)), accept_unknown_base=True):
-            found[name] = example_nll(base, rows)
+            found[name] = Runner.of(base, rows).nll(rows)
     print(json.dumps(found))

@@ -3,10 +3,12 @@
 Here a small network that is no transformer is taught a second task without forgetting the first.
 """
 
+from tempfile import TemporaryDirectory
+
 import torch
 from torch import nn
 
-from lorafit import Base, TrainState, attach, fresh, select, uniform
+from lorafit import Base, TrainState, attach, fresh, read_adapter, save_adapter, select, uniform
 
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
@@ -42,3 +44,6 @@ with attach(base, adapter) as attached:
         assert torch.equal(net(x), net(x)) and not torch.equal(net(x), adapted)
 assert loss.item() < second_loss / 10
 assert base.integrity() == before, "the base is what it was"
+
+with TemporaryDirectory() as folder:  # an adapter folder in PEFT's layout: whoever has the base attaches it again
+    assert read_adapter(save_adapter(adapter, f"{folder}/second-task")) == adapter

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data.alike import largest_similarity, shingles
-from lorafit.evaluation.answers import occurs
+from lorafit.data.checks import occurs
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "src" / "lorafit" / "data" / "builtin"
 SPLITS = ("train", "valid", "test")

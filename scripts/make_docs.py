@@ -27,7 +27,7 @@ ROOMS = ("<!-- rooms: from docs/rooms.toml, by scripts/make_docs.py -->\n", "<!-
 
 def cli_page() -> str:
     verbs = [command.name for command in app.registered_commands]
-    parts = ["# The command line", "", "Made from the program by `scripts/make_docs.py`.", ""]
+    parts = ["# The command line", "", "Generated from the program by `scripts/make_docs.py`.", ""]
     groups = [
         [group.name, command.name]
         for group in app.registered_groups
@@ -45,11 +45,12 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `src/lorafit/settings.py` by `scripts/make_docs.py`. Each is a flag of `lorafit train` (`val_share`",
-        "is `--val-share`) and a line in a TOML file given with `-c`; flags beat the file. Paths in the file (`base`,",
-        "`data`, `out`) count from its folder, paths in flags from the current one. What a run was given, its",
-        "defaults included, is in its `run.json`. [settings.schema.json](settings.schema.json) is the JSON schema of",
-        "such files, for editors that complete TOML.",
+        "Generated from `src/lorafit/settings.py` by `scripts/make_docs.py`. Each setting is a flag of `lorafit",
+        "train` (`val_share` is `--val-share`) and a line in a TOML file given with `-c`. Flags override the file.",
+        "Paths in the file (`base`, `data`, `out`) are relative to its folder; paths in flags are relative to the",
+        "current folder. A run stores all its settings, including defaults, in `run.json`.",
+        "[settings.schema.json](settings.schema.json) is the JSON schema of such files, for editors that complete",
+        'TOML. "By rule" means that lorafit chooses the value from your data and prints the reason.',
         "",
         "| setting | default | what it is |",
         "|---|---|---|",
@@ -89,9 +90,11 @@ def architecture_page() -> str:
     lines = [
         "# The architecture",
         "",
-        "Made from `docs/rooms.toml` by `scripts/make_docs.py`. A file imports only from lower floors, or from its own",
-        "room: `tests/test_floors.py` walks every import. A row goes one way: `data/` reads it, `tasks/` says what is",
-        "predicted, `training/` fits the factors, `evaluation/` scores them, `runs/` keeps them, `report/` shows them.",
+        "Generated from `docs/rooms.toml` by `scripts/make_docs.py`. The package is a stack of floors. A file",
+        "imports only from lower floors or from its own room (a folder or file of `src/lorafit`);",
+        "`tests/test_floors.py` checks every import. An example passes through the rooms in this order: `data/`",
+        "reads it, `tasks/` defines what is predicted, `training/` fits the adapter, `evaluation/` scores it,",
+        "`runs/` stores the results, and `report/` shows them.",
         "",
         "| floor | room | what it is for |",
         "|--:|---|---|",
@@ -99,7 +102,7 @@ def architecture_page() -> str:
     for number, floor in reversed(list(enumerate(floors()))):
         lines += [f"| {number} | `{room}` | {what} |" for room, what in floor.items()]
     return "\n".join(
-        [*lines, "", "Why it is so: [docs/why](why). How to add to it: [CONTRIBUTING.md](../CONTRIBUTING.md).", ""]
+        [*lines, "", "Design decisions: [docs/why](why). How to add to it: [CONTRIBUTING.md](../CONTRIBUTING.md).", ""]
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from transformers.utils import logging
 
 from lorafit.bases.base import Base, open_base
 from lorafit.bases.builtin import is_at_hand
+from lorafit.jobs.train import run_training
+from lorafit.runs.summary import RunSummary
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -53,6 +56,32 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = template
     return fast
+
+
+def summary_with(**parts: Any) -> RunSummary:
+    """A summary in which nothing was measured but these parts, as JSON has them; each completes a whole one."""
+    ends = dict.fromkeys(("ci95", "ci95_base", "ci95_base_few_shot"))
+    shares = dict.fromkeys(("base", "base_few_shot", "adapter", "shuffled_control"))
+    whole: dict[str, Any] = {
+        "base": "tiny",
+        "adapter_dir": "adapter",
+        "base_unchanged": True,
+        "trainable_parameters": 8,
+        "n_train": 40,
+        "n_test": 60,
+        "best_step": 4,
+        "steps": 4,
+        "tokens_per_second": 9.0,
+        "seconds": {"train": 1.0},
+        "off_desk_declined": None,
+        "natural_stops": 1.0,
+        "samples": [],
+        "nll": {"base": 4.41, "adapter": 0.05, "difference": -4.36, "ci95": None},
+        "facts": {**shares, **ends, "n": 0, "few_shot_examples": 0},
+    }
+    for name, part in parts.items():
+        whole[name] = {**whole[name], **part} if isinstance(whole.get(name), dict) else part
+    return RunSummary.from_json(whole)
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -166,6 +195,15 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
 
 
+LONGEST = ("test_real_base.py", "test_training.py", "test_processes.py", "test_server.py", "test_docs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin first: where two workers share the files, neither is left alone with one."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """A tiny base gains nothing from a second thread, and on a busy machine the two wait for each other."""
@@ -222,3 +260,24 @@ def capitals(n: int = 24) -> list[dict[str, object]]:
         town = "".join(syllables[(i * k + 3) % 10] for k in (3, 7, 9))
         rows.append({"prompt": f"{land} capital {town[::-1]}?", "completion": f"It is {town}."})
     return rows
+
+
+LABELS = ("bad", "good", "neither one nor the other")
+
+
+def labelled(n: int = 40) -> list[dict[str, object]]:
+    """Rows that differ enough to be split: made-up towns, each with a label."""
+    rows = capitals(n)
+    return [{"text": row["prompt"], "label": LABELS[i % 3]} for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="session")
+def classifier_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained a classifier on the tiny base. PEFT was not asked to read it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    data = write_rows(folder / "rows.jsonl", labelled())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+        settings = {"task": "classification", "rank": 2, "epochs": 2, "validations": 2, "dtype": "fp32", "trim": "none"}
+        run_training(str(tiny_folder), str(data), folder / "run", settings)
+    return folder / "run"

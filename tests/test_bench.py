@@ -25,7 +25,8 @@ from lorafit.bases.base import Base
 from lorafit.bases.builtin import is_at_hand
 from lorafit.data.batches import collate
 from lorafit.data.render import Row
-from lorafit.tasks.completion import PLAIN, token_nll
+from lorafit.tasks.forward import token_nll
+from lorafit.tasks.task import PLAIN
 
 BENCH = Path(__file__).parents[1] / "bench"
 ROWS = [([7, 3, 9, 4, 256], [False, False, True, True, True]), ([5, 8, 1], [False, False, True])]

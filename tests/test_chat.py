@@ -18,7 +18,7 @@ from lorafit.data.examples import Message
 from lorafit.data.render import Renderer, renderer_for
 from lorafit.errors import AdapterError, BaseError, SettingsError
 from lorafit.generation.greedy import generate
-from lorafit.generation.text import Words
+from lorafit.generation.text import Detokenizer
 from lorafit.jobs.chat import BASE, Chat, Emit
 from lorafit.testing import random_adapter
 
@@ -172,7 +172,7 @@ def test_an_answer_that_was_stopped_before_its_first_word_leaves_no_turn(
 def test_every_character_is_told_as_soon_as_it_is_whole(text: str, tokens: int, pieces: list[str]) -> None:
     """One token per byte; what the last character lacks at the end is told as it is."""
     tokenizer = byte_tokenizer()
-    words = Words(tokenizer)
+    words = Detokenizer(tokenizer)
     told = [words.add([token]) for token in tokenizer(text)["input_ids"][:tokens]]
     told = [piece for piece in [*told, words.add([], ended=True)] if piece]
     assert told == pieces
@@ -232,7 +232,7 @@ def test_what_was_trained_on_single_questions_is_asked_each_by_itself_and_chat_s
     monkeypatch.setattr(Chat, "_speak", speak)
     chat = Chat(tiny_base)
     chat.add(written(tiny_base, tmp_path / "mine", single=True))
-    assert "mine was trained on single questions: each is asked by itself" in chat.remark()
+    assert "mine was trained on single questions: each is asked on its own" in chat.remark()
     assert "trained on single questions" in chat.command("/both") and chat.command("/base") == "answering: base"
     chat.command("/both")
     for line in ("Where is it?", "Who has it?"):

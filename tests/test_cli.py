@@ -23,6 +23,7 @@ from lorafit.adapters.formats import peft
 from lorafit.cli import main
 from lorafit.cli.chat import _typed
 from lorafit.cli.console import Terminal
+from lorafit.cli.train import conclude
 from lorafit.files import whole_folder
 from lorafit.jobs import doctor
 from lorafit.runs.folder import read_summary
@@ -229,7 +230,7 @@ REFUSED_AT_ONCE: list[tuple[str, str]] = [
     ("demo -o ROWS", "is not empty and not a run"),
     ("demo -o HERE", "is not empty and not a run"),
     ("demo -o RUN", "holds a run already (unfinished)"),
-    ("serve BASE --host 0.0.0.0", "--host 0.0.0.0: others reach this address, and no keys are set"),
+    ("serve BASE --host 0.0.0.0", "--host 0.0.0.0: other machines can reach this address, and no keys are set"),
     ("serve BASE --keys nowhere.json", "nowhere.json: there is no such file"),
     ("serve BASE --port TAKEN", ": in use by another program"),
     ("bases --remove nix", "'nix': there is no converted copy of this name"),
@@ -245,7 +246,7 @@ REFUSED_AT_ONCE: list[tuple[str, str]] = [
     ("eval ADAPTER ROWS --columns nonsense", "--columns nonsense: write FIELD=COLUMN"),
     ("route Where? it=ADAPTER --learn it=BAD", "bad.jsonl:2"),
     ("route Where? it=ADAPTER --learn other=ROWS", "--learn other: there is no adapter of this name"),
-    ("trim ADAPTER --out small --to lots", "--to lots: no share of an adapter"),
+    ("trim ADAPTER --out small --to lots", "--to lots: not a share of an adapter"),
     ("trim ADAPTER --out HERE --to 25%", "is there already, and would be lost"),
     ("trim ADAPTER --out small", "only a run has validation examples"),
     ("refine RUN", "is not finished"),
@@ -323,7 +324,7 @@ for words in json.loads(sys.argv[1]):
     [
         ("list", "lorafit bases"),
         ("merge", "lorafit.merged"),
-        ("export", "PEFT's layout"),
+        ("export", "PEFT's format"),
         ("EVALUATE", "lorafit eval"),
         ("finetune", "lorafit train"),
         ("trian", "train"),
@@ -412,7 +413,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown verb": (["trian"], "trian"),
     "too long": (["plan", "BASE", "ROWS", "--max-length", "8"], "tokens, the limit is 8"),
     "share of data": (["data", "ROWS", "--val-share", "0.9"], "--val-share 0.9: "),
-    "system prompt of no base": (["data", "ROWS", "--system", "x"], "--system: without a base there is nothing"),
+    "system prompt of no base": (["data", "ROWS", "--system", "x"], "--system: no effect without a base"),
     "base of data": (["data", "ROWS", "--base", "no-such-base"], "'no-such-base': neither"),
     "no adapter": (["eval", "BASE", "ROWS"], "adapter_config.json"),
     "showing nothing": (["show", "nowhere"], "nowhere: there is no such path: check the path"),
@@ -467,7 +468,7 @@ def test_data_describes_the_splits_as_json(lorafit: Lorafit, tiny_folder: Path, 
 
 def test_data_needs_no_base(lorafit: Lorafit, rows: Path) -> None:
     done = lorafit("data", rows)
-    assert (done.status, "in order but for their lengths: --base BASE counts" in done.out) == (0, True)
+    assert (done.status, "in order; lengths were not checked: --base BASE counts" in done.out) == (0, True)
 
 
 def test_data_without_a_base_report_what_every_base_would_refuse(lorafit: Lorafit, tmp_path: Path) -> None:
@@ -503,7 +504,7 @@ def test_data_refuses_what_is_too_long_for_training(lorafit: Lorafit, tiny_folde
 
 def test_data_reports_fields_that_are_passed_over(lorafit: Lorafit, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{**row, "source": "atlas"} for row in capitals()])
-    assert "field passed over: 'source' (24 lines)" in lorafit("data", path).out
+    assert "field ignored: 'source' (24 lines)" in lorafit("data", path).out
 
 
 def test_plan_gives_resolved_numbers_as_json(lorafit: Lorafit, tiny_folder: Path, rows: Path) -> None:
@@ -557,7 +558,7 @@ def test_train_leaves_the_base_unchanged(run: Run) -> None:
 
 
 def test_train_says_what_it_did_in_words(run: Run) -> None:
-    said = ("trained: best validation", "read back: equal bit for bit", "base unchanged", "lorafit show")
+    said = ("trained: best validation", "read back, it is equal bit for bit", "base unchanged", "lorafit show")
     assert [words for words in said if words not in run.done.stderr] == []
 
 
@@ -660,6 +661,22 @@ def test_show_knows_a_base(lorafit: Lorafit, tiny_folder: Path) -> None:
     assert (found["kind"], found["site names"]["q_proj"]) == ("base", 2)
 
 
+def test_show_knows_a_classifier_and_what_it_tells_apart(lorafit: Lorafit, classifier_run: Path) -> None:
+    for path in (classifier_run, classifier_run / "adapter"):
+        done = lorafit("show", path)
+        assert re.search(r"task  classification\n", done.out)
+        assert re.search(r"labels  bad, good, neither one nor the other\n", done.out)
+
+
+def test_after_a_classifier_nobody_is_sent_to_chat(classifier_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = read_summary(classifier_run)
+    assert summary is not None
+    conclude(Terminal(), summary, classifier_run, [])
+    following = capsys.readouterr().out.partition("next:")[2]
+    assert "chat" not in following
+    assert f"eval {classifier_run} TEXTS.jsonl" in following and "adapter/README.md" in following
+
+
 def test_trim_writes_a_smaller_adapter_and_nothing_over_another(lorafit: Lorafit, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "half"
     done = lorafit("trim", run.folder, "--to", "50%", "--out", out, "--json")
@@ -687,7 +704,7 @@ def test_trim_asks_the_runs_validation_where_it_is_not_told_how_much(
     assert not (tmp_path / "small").exists()
     whole = read_summary(run.folder)
     assert whole is not None
-    assert said["nll"] == pytest.approx(min(nll for _, nll in whole["validation"]), rel=1e-5)
+    assert said["nll"] == pytest.approx(min(nll for _, nll in whole.validation), rel=1e-5)
 
 
 def test_train_does_not_touch_a_finished_run(lorafit: Lorafit, run: Run, tiny_folder: Path, rows: Path) -> None:

@@ -102,7 +102,7 @@ def test_curl_reads_errors(server: Keyed, curl: Callable[..., str]) -> None:
     told = ("-w", "\n%{http_code} %{content_type}")
     for key, more, status, words in (
         (None, {}, 401, "Authorization: Bearer"),
-        (server.secret, {"model": "nobody"}, 404, "no model is served by this name"),
+        (server.secret, {"model": "nobody"}, 404, "no model has this name"),
         (server.secret, {"max_tokens": "8"}, 400, "max_tokens: Input should be a valid integer"),
     ):
         body, _, kind = curl(

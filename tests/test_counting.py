@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from conftest import summary_with
 
 from lorafit.cli.console import Terminal
-from lorafit.data.equality import compared, json_of, last_number
+from lorafit.data import checks as checks_module
+from lorafit.data.checks import is_right
+from lorafit.data.equality import compared, is_equal, json_of, last_number
 from lorafit.data.examples import Call, Check, Example, Examples, Message
 from lorafit.data.render import Row
-from lorafit.evaluation import answers as answers_module
 from lorafit.evaluation import counting as counting_module
-from lorafit.evaluation.answers import is_equal, is_right
 from lorafit.evaluation.classifier import classified, is_installed
 from lorafit.evaluation.compare import SAMPLES, Comparison, _samples, asked_of
-from lorafit.evaluation.counting import Counts, are_few, counted
-from lorafit.evaluation.scores import AnswerScore, NllScore
+from lorafit.evaluation.counting import are_few, counted
+from lorafit.evaluation.scores import AnswerScore, Counts, NllScore
 from lorafit.evaluation.statistics import sign_test
 from lorafit.report import charts
 from lorafit.report.result import Result
 from lorafit.report.words import headline, lines, of_a_hundred, share
 from lorafit.runs.scores import answer_lines
+from lorafit.runs.summary import Forgotten, RunSummary
 
 REPLIES = ("We send a new one.", "Please call the shop.", "The refund takes a week.")
 
@@ -47,20 +49,10 @@ def counts_of(
     return found
 
 
-def summary_of(counts: Counts | None, nll: tuple[float, float] | None = (-3.0, -2.0)) -> dict[str, Any]:
-    """A summary as a run writes it, in which the adapter predicts the answers better unless `nll` says otherwise."""
-    facts = dict.fromkeys(("base", "base_few_shot", "adapter", "shuffled_control", "ci95", "ci95_base"))
-    told = None if counts is None else asdict(counts) | {"tells": counts.tells}
+def summary_of(counts: Counts | None, nll: tuple[float, float] | None = (-3.0, -2.0)) -> RunSummary:
+    """A summary in which the adapter predicts the answers better unless `nll` says otherwise."""
     sample = {"question": "<q>", "reference": "<r>", "base": "b", "adapter": "<script>", "right": False}
-    return {
-        "nll": {"base": 4.41, "adapter": 0.05, "difference": -4.36, "ci95": nll},
-        "facts": {**facts, "ci95_base_few_shot": None, "n": 0, "few_shot_examples": 0},
-        "counts": told,
-        "n_test": 60,
-        "off_desk_declined": None,
-        "natural_stops": 1.0,
-        "samples": [sample],
-    }
+    return summary_with(nll={"ci95": nll}, counts=None if counts is None else asdict(counts), samples=[sample])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +90,7 @@ def test_a_check_asks_of_the_whole_answer_what_it_says(asks: dict[str, Any], goo
 
 
 def test_a_pattern_that_never_comes_to_an_end_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers_module, "SECONDS", 0.2)
+    monkeypatch.setattr(checks_module, "SECONDS", 0.2)
     start = time.monotonic()
     assert not is_right("a" * 60 + "b", Check((), (), 9, pattern="(a|aa)+$"))
     assert time.monotonic() - start < 30
@@ -213,8 +205,8 @@ def test_one_that_knows_is_praised_for_what_it_is() -> None:
     counts = counts_of(labelled(60), [one.answer.upper() for one in labelled(60)])
     assert headline(summary_of(counts)) == "The adapter answers more questions right than its base"
     assert of_a_hundred(summary_of(counts)) == (
-        "of 100 questions like these about 100 are answered right, 94 to 100 with 95 % certainty (right: the answer is "
-        "the reference)"
+        "of 100 questions like these about 100 are answered right, 94 to 100 in the 95 % interval (right: the answer "
+        "is the reference)"
     )
 
 
@@ -459,16 +451,15 @@ def test_wrong_answers_come_first_among_the_samples() -> None:
 
 def test_a_notebook_draws_verdict_table_samples_and_pictures_and_data_are_no_markup() -> None:
     summary = summary_of(counts_of(labelled(60), [one.answer for one in labelled(60)]))
-    summary["forgetting"] = {
-        "general": {"the built-in pages": {"base": 3.0, "adapter": 3.1, "difference": 0.1, "ci95": (0.05, 0.15)}},
-    }
+    lost = NllScore(3.0, 3.1, 0.1, (0.05, 0.15), 20)
+    summary = replace(summary, forgetting=Forgotten({"the built-in pages": lost}))
     result = Result(summary)
     page = result._repr_html_()
     assert "<h3>The adapter answers more questions right than its base</h3>" in page
     assert "always the same answer" in page and "60.0%" in page
     assert (page.count("<svg"), page.count("&lt;script&gt;"), page.count("<script")) == (2, 1, 0)
     assert "https://" not in page.replace("https://matplotlib.org", "")
-    assert json.loads(json.dumps(result)) == json.loads(json.dumps(summary))
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(summary.to_json()))
     assert repr(result).startswith("The adapter answers more questions right than its base; of 100 questions")
 
 
@@ -494,3 +485,14 @@ def test_free_answers_are_not_counted_because_training_had_few() -> None:
     free = [asked(f"n{i}", f"Something of its own, {i}.") for i in range(20)]
     assert are_few([asked(f"n{i}", f"Reply {i % 10}.") for i in range(20)], learnt)
     assert not are_few(free, learnt)
+
+
+def test_a_summary_of_an_earlier_version_lacks_what_came_later() -> None:
+    whole = summary_of(counts_of(labelled(60), ["yes"] * 60)).to_json()
+    for name in ("checked", "unchecked", "classifier_learnt", "tells"):
+        counts = {key: part for key, part in whole["counts"].items() if key != name}
+        assert RunSummary.from_json({**whole, "counts": counts}).counts is not None
+    with pytest.raises(ValueError, match=r"counts\.right: Field required"):
+        RunSummary.from_json(
+            {**whole, "counts": {key: part for key, part in whole["counts"].items() if key != "right"}}
+        )

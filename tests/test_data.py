@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
+from lorafit.data.checks import is_right
 from lorafit.data.examples import Check, Example, Message, asks_once
+from lorafit.data.prepared import Unheard, choose, prepare, require_passing
 from lorafit.data.reading import read_examples
 from lorafit.data.report import describe
 from lorafit.errors import DataError, InputError
-from lorafit.evaluation.answers import is_right
-from lorafit.prepared import Unheard, choose, prepare, require_passing
 from lorafit.settings import TrainSettings
 
 GOOD = {"prompt": "What is two and two?", "completion": "Four."}
@@ -266,8 +266,8 @@ def test_a_line_that_is_no_object_is_refused(tmp_path: Path, row: object) -> Non
 
 
 BAD = {
-    "fields of another kind": ({"question": "a", "answer": "b"}, "2: of no form that is known"),
-    "prompt alone": ({"prompt": "a"}, "2: of no form that is known"),
+    "fields of another kind": ({"question": "a", "answer": "b"}, "2: not a known form"),
+    "prompt alone": ({"prompt": "a"}, "2: not a known form"),
     "no object": ({"messages": [user("a"), "b"]}, "2: messages[1]: not an object"),
     "messages no list": ({"messages": "a"}, "2: messages: not a list"),
     "no messages": ({"messages": []}, "2: messages: not a list"),
@@ -292,13 +292,10 @@ BAD = {
     "empty answer": ({"prompt": "a", "completion": ""}, "2: completion: an empty answer"),
     "answer of white space": ({"messages": [user("a"), assistant(" \n")]}, "2: messages[1].content: an empty answer"),
     "half a character": ({"prompt": "a", "completion": "\ud800"}, "2: completion: holds half of a character"),
+    "half an input": ({"instruction": "a", "input": "\ud800", "output": "b"}, "2: input: holds half of a character"),
     "ends with user": ({"messages": [user("a"), assistant("b"), user("c")]}, "2: messages: ends with a user"),
     "no answer": ({"messages": [user("a")]}, "2: messages: no assistant message"),
-    "two users": ({"messages": [user("a"), user("b"), assistant("c")]}, "2: messages: two user messages in a row"),
-    "two answers": ({"messages": [user("a"), assistant("b"), assistant("c")]}, "2: messages: two assistant messages"),
-    "begins with answer": ({"messages": [assistant("a"), user("b"), assistant("c")]}, "2: messages[0].role: begins"),
-    "system late": ({"messages": [user("a"), system("b"), assistant("c")]}, "2: messages[1].role: a system message"),
-    "two systems": ({"messages": [system("a"), system("b"), user("c"), assistant("d")]}, "2: messages[1].role: a sys"),
+    "answer alone": ({"messages": [system("a"), assistant("b")]}, "2: messages: nothing is asked before the answer"),
     "group a list": ({**GOOD, "group": [3]}, "2: group: not text but a list"),
     "text and answer": ({"text": "a", "completion": "b"}, "2: nothing reads 'completion', which may carry"),
 }
@@ -503,7 +500,7 @@ def test_labels_that_differ_in_case_or_that_training_lacks_are_remarked(tmp_path
         write_rows(tmp_path / f"{name}.jsonl", rows)
     found = describe(read_examples(tmp_path))
     assert {one.what: one.examples for one in found.remarks} == {
-        "have a label that differs from a more frequent one in case alone": 1,
+        "have a label that differs from a more frequent one only in case or spaces": 1,
         "have a label that no training example has": 1,
     }
     assert found.splits["train"].labels == {"good": 5, "bad": 2, "Good": 1}
@@ -683,9 +680,9 @@ def test_a_row_in_which_a_joined_column_is_empty_is_a_problem_of_that_row(tmp_pa
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["completion={Tem}"], r"no column 'Tem': name another, --columns may name: Reply, Team"),
-        (["completion={Team"], "a '{' that stands alone: write {COLUMN}"),
-        (["completion=Team}"], "a '}' that stands alone"),
+        (["completion={Tem}"], r"no column 'Tem': name one of the columns: Reply, Team"),
+        (["completion={Team"], "a single '{': write {COLUMN}"),
+        (["completion=Team}"], "a single '}'"),
         (["messages={Team}"], "'messages' is no text"),
         (["check={Team}"], "'check' is no text"),
         (["completion={Team}", "completion=Reply"], "'completion' is named twice"),
@@ -723,7 +720,7 @@ def test_folders_of_texts_are_texts_with_a_label(tmp_path: Path) -> None:
     }
     assert found.system == "Answer with the label alone: Adv-Txt, Ele-Txt."
     assert found.unread == ("Ele-Txt/notes.pdf",)
-    assert "(Adv-Txt, Ele-Txt) are the labels of their texts" in found.notes[0]
+    assert "label is the name of its folder (Adv-Txt, Ele-Txt)" in found.notes[0]
 
 
 NAMED = {  # files, and the texts that they are
@@ -767,7 +764,7 @@ def test_what_an_unzipped_folder_holds_beside_its_levels_is_left_out_and_named(t
         (tmp_path / name).write_text("about,these\n", encoding="utf-8")
     found = read_examples(tmp_path)
     assert {(e.label, e.group) for e in found.train} == {("Adv", "Rain"), ("Ele", "Rain")}
-    assert found.unread == ("__MACOSX/", "empty/", "pictures/", "about.txt", "index.csv")
+    assert found.unread == ("__MACOSX/", "about.txt", "empty/", "index.csv", "pictures/")
 
 
 EXAMPLES = {
@@ -784,7 +781,7 @@ def test_examples_beside_folders_of_texts_are_not_left_out_for_the_texts(tmp_pat
         (tmp_path / name).write_text(text, encoding="utf-8")
     (problem,) = problems_of(tmp_path)
     given = " or ".join(str(tmp_path / name) for name in sorted(held))
-    assert f"beside folders of texts: give {given}; or take {', '.join(sorted(held))} out" in problem
+    assert f"next to folders of texts: give {given}; or take {', '.join(sorted(held))} out" in problem
     for name in held:
         (tmp_path / name).unlink()
     assert {example.label for example in read_examples(tmp_path).train} == {"docs", "notes"}
@@ -804,7 +801,7 @@ def test_how_a_folder_is_taken_is_told_alike_for_training_and_for_scores(tmp_pat
     prepare(str(tmp_path), TrainSettings(), trained)
     choose(str(tmp_path), "train", TrainSettings(), scored)
     unread, note = scored.said
-    assert unread.startswith("not read: pos/notes.pdf: of a folder") and "(neg, pos) are the labels" in note
+    assert unread.startswith("not read: pos/notes.pdf: a folder") and "the name of its folder (neg, pos)" in note
     assert trained.said[:2] == scored.said
 
 

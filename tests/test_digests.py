@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
 from lorafit.data.examples import Call, Check, Example, Examples, Message
 from lorafit.data.render import Row
 from lorafit.digests import digest_of, digest_of_format_1
-from lorafit.runs.scores import example_digest, was_scored
+from lorafit.runs.tested import example_digest, matched, record_of, was_scored
 
 ASKED = Example((Message("user", "Which gate?"), Message("assistant", "Gate 4.")), "a:1", Check(("4",), (), 9))
 CALLED = Example(
@@ -82,8 +83,39 @@ def test_an_example_that_an_earlier_version_scored_is_known() -> None:
     calls = """(1, (Call(name='open', arguments='{"gate":4}', id=''),), None)"""
     said = json.dumps([["user", "Open gate 4."], ["assistant", ""], tools, calls])
     before = hashlib.sha256(said.encode()).hexdigest()[:16]
+    assert record_of(CALLED)["example_before"] == before
     for known in (before, example_digest(CALLED)):
         assert was_scored(CALLED, {known}) and not was_scored(ASKED, {known})
+
+
+def kept(format_: str) -> list[dict[str, Any]]:
+    """The records of a run on two examples and one of them again, as a version of lorafit kept them."""
+    found = []
+    for number, example in enumerate((ASKED, CALLED, CALLED)):
+        record = {**record_of(example), "number": number}
+        before = record.pop("example_before", record["example"]) if format_ != "now" else ""
+        if format_ == "before":
+            record["example"] = before
+        elif format_ == "first":
+            del record["example"]
+        found.append(record)
+    return found
+
+
+@pytest.mark.parametrize("one", ["now", "between", "before", "first"])
+@pytest.mark.parametrize("other", ["now", "first"])
+def test_runs_are_paired_whichever_version_kept_them(one: str, other: str) -> None:
+    """Runs on data with tools were not: their fingerprints were taken over what Python printed."""
+    for ours, theirs in ((kept(one), kept(other)[::-1]), (kept(other), kept(one)[::-1])):
+        both = matched(ours, theirs)
+        assert sorted(a["number"] for a, _ in both) == [0, 1, 2]
+        assert all(a["question"] == b["question"] for a, b in both)
+        assert matched(ours, theirs[1:]) == matched(ours, []) == []
+
+
+def test_the_examples_of_the_first_runs_are_known_by_what_was_said() -> None:
+    (said,) = {f"{one['question']}\0{one['reference']}" for one in kept("first")[:1]}
+    assert was_scored(ASKED, {said}) and not was_scored(CALLED, {said})
 
 
 def test_a_label_is_known_by_the_check_it_had_in_format_1() -> None:

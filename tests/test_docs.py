@@ -105,8 +105,10 @@ def test_public_names_are_these() -> None:
             "renderer_for",
             "run_evaluation",
             "run_training",
+            "save_adapter",
             "select",
             "train",
+            "train_steps",
             "uniform",
             "__version__",
         ]

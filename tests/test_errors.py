@@ -95,8 +95,8 @@ STEPS = {
 # Where no path or flag that was typed is at fault:
 PLACE = r"\bstep \d|\bthe base in memory|\.[a-z]_proj\b|^prompt: |^'desk'|requests are waiting|the engine"
 COMPUTED = {  # the next step is written elsewhere: by advice.py and _uneven, the error passed on, what the hub says
-    "…: of no form that is known (fields: …): …",
-    "…:…: … cells under … columns…: …",
+    "…: not a known form (fields: …): …",
+    "…: … cells under … columns…: …",
     "…: …",
     "…: … tokens, the limit is …: …",
     "'…': there is no such path, and …: …",
@@ -104,6 +104,8 @@ COMPUTED = {  # the next step is written elsewhere: by advice.py and _uneven, th
     "--template …: holds the control token …: …",
     "…: holds the control token … in a message: …",
     "…: no run: …",
+    "….…: …",
+    "……: …",
 }
 AS_GOOD = ("did you mean ", "pip install ", "lorafit ", "if you know ")
 

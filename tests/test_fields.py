@@ -369,7 +369,7 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
     "a picture": ({"image": "a.png"}, "(passed over: 'image', pictures, sounds or films, which are not read)"),
     "the worse answer": ({"rejected": "Bob."}, "(passed over: 'rejected', the worse answer)"),
     "what may mean something": ({"documents": ["Ann did."]}, "(passed over: 'documents', which may carry meaning)"),
-    "a call": ({"tool_calls": [CALL]}, "'tool_calls', a call of a tool, which is learnt as part of a message alone)"),
+    "a call": ({"tool_calls": [CALL]}, "'tool_calls', a call of a tool, which is learnt only as part of a message)"),
 }
 
 
@@ -427,7 +427,9 @@ def test_a_file_of_a_folder_holds_rows_of_its_own_split(tmp_path: Path) -> None:
 
 def test_one_file_of_one_split_is_read_as_it_is_given_and_told(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{**PAIR, "split": "test"}] * 2)
-    assert read_examples(path).notes == (f"every row of {path} says split 'test': they are taken as they are given",)
+    assert read_examples(path).notes == (
+        f"every row of {path} says split 'test': the column is ignored, as you named the file",
+    )
 
 
 @pytest.mark.parametrize("row", [{"id": "1", "body": {"messages": TALK}}, {"request": {"prompt": "a", "reply": "b"}}])

@@ -65,7 +65,7 @@ def test_a_file_imports_only_from_lower_floors(file: Path) -> None:
         "import lorafit.attachment",
         "from lorafit import cli",
         "from lorafit import jobs",
-        "def f():\n    from lorafit.evaluation.nll import example_nll",
+        "def f():\n    from lorafit.evaluation.compare import compare",
         "if TYPE_CHECKING:\n    from lorafit.training.loop import train",
         "from lorafit.not_in_the_table import something",
         "import lorafit",
@@ -73,6 +73,29 @@ def test_a_file_imports_only_from_lower_floors(file: Path) -> None:
 )
 def test_an_import_from_above_is_noticed_wherever_it_stands(text: str) -> None:
     assert len(faults(ast.parse(text), "adapters")) == 1
+
+
+def signatures() -> Iterator[tuple[str, int, str]]:
+    """Every function below src but the commands, whose parameters are flags: its parameters, and what its docstring and
+    its class's say."""
+    for path in sorted(SRC.rglob("*.py")):
+        if path.parent.name == "cli":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for parent in ast.walk(tree):
+            for node in ast.iter_child_nodes(parent):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                    names = [one.arg for one in given if one.arg not in ("self", "cls")]
+                    told = [ast.get_docstring(node) or ""]
+                    told += [ast.get_docstring(parent) or ""] if isinstance(parent, ast.ClassDef) else []
+                    yield f"{path.relative_to(SRC)}: {node.name}", len(names), " ".join(" ".join(told).split())
+
+
+def test_a_function_of_more_than_six_parameters_says_why() -> None:
+    many = [(name, said) for name, n, said in signatures() if n > 6]
+    assert many, "nothing is looked at"
+    assert [name for name, said in many if "more than six parameters" not in said.lower()] == []
 
 
 def test_imports_from_below_and_from_the_own_folder_are_allowed() -> None:

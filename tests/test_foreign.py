@@ -19,7 +19,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MambaConfig, M
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.formats.oddities import misread_by_peft
-from lorafit.adapters.plan import LowRank, Plan
+from lorafit.adapters.plan import LowRank, Plan, uniform
 from lorafit.attachment.adapters import attach
 from lorafit.attachment.checks import require_fits
 from lorafit.attachment.pure import merged
@@ -384,10 +384,11 @@ def test_modules_that_peft_passes_over_are_said_before_training(tmp_path: Path) 
         theirs = PeftModel.from_pretrained(tiny_deepseek(), str(tmp_path / "adapter"))
     adapted = {name.partition(".lora_A")[0].removeprefix(INNER) for name in theirs.state_dict() if ".lora_A" in name}
     passed_over = [site.path for site in sites if site.path not in adapted]
-    said = misread_by_peft(base.model, [site.path for site in sites])
+    said = misread_by_peft(base.model, uniform(sites, 2, 4.0).slots)
     assert passed_over and said is not None
     assert f"pass over {len(passed_over)} modules of this plan, such as {passed_over[0]}" in said
-    assert misread_by_peft(base.model, [site.path for site in sites if site.name == "o_proj"]) is None
+    others = [site for site in sites if site.name == "o_proj"]
+    assert misread_by_peft(base.model, uniform(others, 2, 4.0).slots) is None
 
 
 def test_the_output_of_a_mamba_is_left_out_as_peft_does() -> None:
@@ -399,4 +400,5 @@ def test_the_output_of_a_mamba_is_left_out_as_peft_does() -> None:
     assert "in_proj" in names and "out_proj" not in names
     with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
         get_peft_model(base.model, LoraConfig(target_modules=["out_proj"]))
-    assert "PEFT refuses out_proj of a mamba" in str(misread_by_peft(base.model, ["backbone.layers.0.mixer.out_proj"]))
+    named = [site for site in base.sites if site.name == "out_proj"]
+    assert "PEFT refuses out_proj of a mamba" in str(misread_by_peft(base.model, uniform(named, 2, 4.0).slots))

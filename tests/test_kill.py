@@ -20,12 +20,12 @@ import torch
 from conftest import capitals, write_rows
 from safetensors import safe_open
 
-from lorafit.evaluation import nll
 from lorafit.jobs import train as train_job
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.train import run_training
 from lorafit.runs.folder import LAST, METRICS, clear_left_by_kills
-from lorafit.training import checkpoint, loop
+from lorafit.tasks import runner
+from lorafit.training import checkpoint, journal
 from lorafit.training.loop import Moment
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc, and fork")
@@ -114,7 +114,7 @@ class Doomed(Silent):
         self.around(os, "fsync", lambda to: "a fsync" if f".{LAST}." in path_of(to) else "")
         self.around(Path, "replace", lambda _, to: "a rename" if Path(to).name == LAST else f"the rename of {to.name}")
         self.around(Path, "rename", lambda _, to: f"the rename of {Path(to).name}")
-        save_file, write_text, opened = checkpoint.save_file, loop.write_text, Path.open
+        save_file, write_text, opened = checkpoint.save_file, journal.write_text, Path.open
 
         def half_a_file(tensors: Any, path: Path, said: Any) -> None:
             save_file(tensors, path, said)
@@ -134,7 +134,7 @@ class Doomed(Silent):
             self.at("before lines are dropped")
             write_text(path, text)
 
-        checkpoint.save_file, loop.write_text, Path.open = half_a_file, not_yet, half_a_line  # type: ignore
+        checkpoint.save_file, journal.write_text, Path.open = half_a_file, not_yet, half_a_line  # type: ignore
 
     def around(self, owner: Any, name: str, place: Callable[..., str]) -> None:
         real = getattr(owner, name)
@@ -159,12 +159,12 @@ def run_here(
 ) -> None:
     """What a process of its own does: everything that is replaced here dies with it."""
     torch.set_num_threads(threads)
-    nll.EVALUATION_TOKENS = 128  # several forwards in each validation
+    runner.EVALUATION_TOKENS = 128  # several forwards in each validation
     train_job.compare_with_peft = lambda *_: None
     train_job.write_report = lambda *_: None
     listener = Doomed(kill or Kill("nowhere"))
     if kill:
-        loop.CHECKPOINT_SHARE = kill.cadence
+        journal.CHECKPOINT_SHARE = kill.cadence
         listener.arm()
     run_training(str(base), str(data), out, settings, resume=resume, listener=listener)
     assert torch.get_num_threads() == threads
@@ -271,7 +271,7 @@ def drawn(seed: int) -> list[Kill]:
     random.Random(seed // 3).shuffle(places)
     steps = sorted(draw.randrange(STEPS - EVERY) for _ in range(5))
     kills = [
-        Kill(place, step, draw.uniform(0, 0.6), draw.randrange(4000), draw.choice([0.0, loop.CHECKPOINT_SHARE, 1e9]))
+        Kill(place, step, draw.uniform(0, 0.6), draw.randrange(4000), draw.choice([0.0, journal.CHECKPOINT_SHARE, 1e9]))
         for place, step in zip(islice(places, seed % 3 * 5, None), steps, strict=False)
     ]
     return [*kills, Kill("before lines are dropped"), Kill(ENDS[seed % 3])]

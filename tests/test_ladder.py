@@ -28,19 +28,20 @@ from lorafit.data.examples import Check, Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import AdapterError, RunError
 from lorafit.evaluation.answers import prompts_of
-from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.questions import Questions
 from lorafit.files import write_json
 from lorafit.generation.greedy import generate
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.train import run_training
-from lorafit.jobs.trim import ladder_of, moments_of, run_trimming
+from lorafit.jobs.trim import Validation, ladder_of, moments_of, run_trimming
 from lorafit.planning.ladder import TOLERATED, Ladder, climb_down, rung
 from lorafit.planning.rules import all_linear
 from lorafit.runs.folder import read_run
-from lorafit.tasks.completion import Way, batch_of, token_nll
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.forward import batch_of, token_nll
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import ForwardMode
 from lorafit.testing import random_adapter
-from lorafit.training.recipe import Recipe
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)
 
@@ -106,7 +107,7 @@ def test_what_may_be_given_up_is_a_share_of_what_was_gained() -> None:
     succeeded = one_rung(whole=0.013, base=3.84, half=0.023)
     assert succeeded.chosen == 0.5
     assert "0.5% of the 3.8270 nats that were gained may be given up, 0.0191" in succeeded.reason
-    assert succeeded.reason.startswith("0.5 of the parameters were given up for +0.0100 validation NLL")
+    assert succeeded.reason.startswith("0.5 of the LoRA parameters were given up for +0.0100 validation NLL")
     hardly = one_rung(whole=2.40, base=2.411, half=2.41)
     assert hardly.chosen == 1.0
     assert hardly.reason.startswith("untrimmed: 50% already costs +0.0100")
@@ -136,8 +137,8 @@ def test_no_right_answer_is_given_up_however_little_the_nll_costs() -> None:
     refused = answering(99, 96, 99)
     assert refused.chosen == 1.0
     assert refused.reason == (
-        "untrimmed: of 100 validation questions 50% answers 96 right, the whole 99, and no right answer is given up; "
-        "its NLL differs by +0.0000"
+        "untrimmed: of 100 validation questions, 50% of the adapter answers 96 right and the whole adapter 99, and "
+        "trimming must not lose a right answer; the NLL would change by +0.0000"
     )
     chosen = answering(99, 99, 98)
     assert chosen.chosen == 0.5
@@ -170,16 +171,13 @@ def test_questions_are_asked_of_the_whole_and_of_rungs_whose_nll_may_be_shipped(
     tensors = {key: tensor.clone() for key, tensor in whole.tensors.items()}
     for slot in whole.plan.slots:
         tensors[f"{slot.site.path}.B"][:, 1:] = 0
-    whole, way = replace(whole, tensors=tensors), Way(True, False)
+    whole, runner = replace(whole, tensors=tensors), Runner(tiny_base, COMPLETION, ForwardMode(True, False))
     with attach(tiny_base, whole):
-        nll = example_nll(tiny_base, rows, way=way)
+        nll = runner.nll(rows)
 
     def climbed(nll: list[float], told: Any) -> Ladder:
-        recipe, groups = Recipe(1e-3, 4, 1, 1, 1), [None] * len(nll)
-        before = sum(nll) / len(nll) + 1
-        return ladder_of(
-            tiny_base, whole, {"train": rows, "valid": rows}, way, recipe, nll, before, groups, told, Silent()
-        )[0]
+        held = Validation(rows, nll, sum(nll) / len(nll) + 1, [None] * len(nll), told)
+        return ladder_of(runner, whole, rows, held, Silent())[0]
 
     told, size = Told(90, 90, 89), whole.plan.parameters
     ladder = climbed(nll, told)
@@ -244,8 +242,8 @@ def test_moments_are_those_of_what_flows_through_each_pair(
     tiny_base: Base, rows: list[Row], packed: bool, recompute: bool
 ) -> None:
     """Against the same read off the modules' own inputs and gradients, site by site."""
-    adapter, way = random_adapter(tiny_base, uniform(all_linear(tiny_base), 3, 6.0)), Way(True, packed)
-    found = moments_of(tiny_base, adapter, rows, way, Recipe(1e-3, 4, 1, 1, 1, recompute=recompute))
+    adapter, way = random_adapter(tiny_base, uniform(all_linear(tiny_base), 3, 6.0)), ForwardMode(True, packed)
+    found = moments_of(Runner(tiny_base, COMPLETION, way, recompute=recompute), adapter, rows)
     kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str) -> None:
@@ -351,7 +349,7 @@ def test_an_adapter_that_cannot_be_trimmed_is_told_before_anything_is_opened(
     whole = peft.read(run / "adapter")
     idle = {key: torch.zeros_like(t) if key.endswith("B") else t for key, t in whole.tensors.items()}
     peft.write(replace(whole, tensors=idle), tmp_path / "run" / "adapter")
-    monkeypatch.delattr("lorafit.jobs.trim.opened_base")
+    monkeypatch.delattr("lorafit.jobs.trim.open_all")
     with pytest.raises(AdapterError, match="does nothing"):
         run_trimming(tmp_path / "run", tmp_path / "small")
     with pytest.raises(RunError, match="only a run has validation examples"):

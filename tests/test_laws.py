@@ -45,6 +45,27 @@ def worded() -> Worded:
     return Worded().eval()
 
 
+class Seen(nn.Module):
+    """Pictures in numbers: convolutions over two dimensions and over one, in groups and without, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=2, padding="same", bias=False)
+        self.along = nn.Conv1d(12, 8, 5, padding=4, dilation=2, padding_mode="replicate")
+        self.over = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.grouped(torch.tanh(self.first(x))))
+        return torch.tanh(self.over(torch.tanh(self.along(x.flatten(2))).mT))
+
+
+def seen() -> Seen:
+    torch.manual_seed(0)
+    return Seen().eval()
+
+
+EVERY_KIND = {"embedding", "convolution", "attention"}  # of whose models all sites are taken
 MODELS = {
     "llama": tiny_llama,
     "gpt2": tiny_gpt2,
@@ -52,6 +73,8 @@ MODELS = {
     "no-transformer": plain_module,
     "encoder": encoder,
     "embedding": worded,
+    "convolution": seen,
+    "attention": encoder,
     "batch-norm": normed,
 }
 
@@ -60,14 +83,16 @@ def make_case(name: str, variant: str, dtype: torch.dtype) -> Case:
     """Mixed ranks and scales, so that no law holds by uniformity."""
     model = MODELS[name]().to(dtype)
     base = Base.of(model, name)
-    sites = base.every_site if name == "embedding" and VARIANTS[variant].any_kind else all_linear(base)
+    acts = [site for site in base.every_site if VARIANTS[variant].any_kind or KINDS[site.kind].any_variant]
+    sites = acts if name in EVERY_KIND else all_linear(base)
     slots = [LowRank(site, 1 + i % 4, 4.0 + i % 3, variant) for i, site in enumerate(sites)]
     forward: Callable[[], torch.Tensor]
     if name == "embedding":
         words = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
         forward = lambda: model(words)  # noqa: E731
     elif not isinstance(model, PreTrainedModel):
-        shape = (2, 5, 16) if name == "encoder" else (5, 16)  # only a batch is computed by one fused call
+        # Only a batch is computed by one fused call.
+        shape = {"encoder": (2, 5, 16), "attention": (2, 5, 16), "convolution": (2, 3, 8, 8)}.get(name, (5, 16))
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         forward = lambda: model(x)  # noqa: E731
     else:
@@ -93,6 +118,8 @@ COMPILED = {
     ("falcon", "pissa", "fp32"),
     ("encoder", "lora", "fp32"),
     ("embedding", "rslora", "bf16"),
+    ("convolution", "dora", "fp32"),
+    ("attention", "lora", "fp32"),
 }
 
 
@@ -167,7 +194,8 @@ def test_the_probe_sees_what_an_adapter_reaches_and_nothing_else() -> None:
     """By hooks, which switch the fused layer off, it saw layers that were passed over once they were gone."""
     base = make_case("encoder", "lora", torch.float32).base
     x = torch.ones(1, 3, 16)
-    assert fired(base, lambda: base.model(x)) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    names = ("linear1", "linear2", "self_attn.in_proj_weight", "self_attn.out_proj.weight")
+    assert fired(base, lambda: base.model(x)) == {f"layers.{i}.{name}" for i in (0, 1) for name in names}
     assert all("forward" not in vars(module) for module in base.model.modules())
     assert mha.get_fastpath_enabled()
 

@@ -32,12 +32,14 @@ from lorafit.jobs.machine import free_in_container, room_of
 from lorafit.jobs.plan import run_planning
 from lorafit.layers.site import Site
 from lorafit.planning import Decision
-from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, fit, footprint, kept, peak, steps_of
+from lorafit.planning.memory import MARGIN, Answering, Footprint, Room, Work, fit, footprint, kept, peak, steps_of
 from lorafit.planning.rules import all_linear
 from lorafit.settings import bytes_of, settings_from
-from lorafit.tasks.completion import Way, batch_of
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.forward import batch_of
 from lorafit.tasks.probe import PROBED
-from lorafit.training.loop import gradient_step
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import ForwardMode
 from lorafit.training.recipe import Recipe
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -49,7 +51,7 @@ def rows_of(*lengths: int) -> list[Row]:
     ]
 
 
-def gradient(base: Base, way: Way, recompute: bool, dropout: float = 0.0, variant: str = "lora") -> Tensor:
+def gradient(base: Base, way: ForwardMode, recompute: bool, dropout: float = 0.0, variant: str = "lora") -> Tensor:
     """The gradient of every factor over four micro-batches, of factors that all act."""
     plan = uniform(all_linear(base), 4, 32, variant)
     state = TrainState(fresh(base, plan, 0), dropout=dropout)
@@ -59,7 +61,7 @@ def gradient(base: Base, way: Way, recompute: bool, dropout: float = 0.0, varian
     batches = [batch_of(base, rows_of(9 + k, 30, 12), way) for k in range(4)]
     with attach(base, state), packing(base, way.packed), recomputing(base, recompute):
         torch.manual_seed(2)
-        gradient_step(base, state, batches, way)
+        Runner(base, COMPLETION, way).gradient(batches)
     assert state.master.grad is not None
     return state.master.grad
 
@@ -70,7 +72,7 @@ def gradient(base: Base, way: Way, recompute: bool, dropout: float = 0.0, varian
 @pytest.mark.parametrize("model", MODELS)
 def test_blocks_computed_twice_give_the_same_gradient(model: str, variant: str, packed: bool, dropout: float) -> None:
     base = Base.of(MODELS[model](), model)
-    way = Way(True, packed)
+    way = ForwardMode(True, packed)
     plain, twice = (gradient(base, way, recompute, dropout, variant) for recompute in (False, True))
     assert plain.abs().max() > 0.01
     torch.testing.assert_close(plain, twice, rtol=0, atol=1e-6)
@@ -85,9 +87,9 @@ def test_blocks_are_computed_twice() -> None:
         calls += 1
 
     base.model.get_submodule("model.layers.1.mlp.act_fn").register_forward_hook(count)
-    gradient(base, Way(True, True), recompute=False)
+    gradient(base, ForwardMode(True, True), recompute=False)
     assert calls == 4
-    gradient(base, Way(True, True), recompute=True)
+    gradient(base, ForwardMode(True, True), recompute=True)
     assert calls == 4 + 8
 
 
@@ -115,7 +117,7 @@ LOOK = Footprint(
     logits=1e3,
     most_logits=1e8,
 )
-PACKED = Way(True, True)
+PACKED = ForwardMode(True, True)
 HELD = 500_000_000
 
 
@@ -126,7 +128,8 @@ def fitted(
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(60)}
     decision = Decision(uniform([Site("a", "linear", 8, 8)], 2, 32), recipe, ())
     steps = steps_of(rows["train"], recipe, fixed=False, packed=True)
-    return fit(decision, lambda _: look, answering, rows, steps, PACKED, Room(HELD, free), memory)
+    work = Work(Runner(Base.of(tiny_llama(), "llama"), COMPLETION, PACKED), rows, steps)
+    return fit(decision, work, lambda _: look, answering, Room(HELD, free), memory)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +171,14 @@ def test_decoding_holds_no_more_than_it_may_and_answers_one_at_a_time_at_least(t
 def test_the_longest_row_may_be_in_the_test() -> None:
     look = replace(LOOK, looking=1e5)
     rows = {"train": rows_of(*[60] * 320), "valid": rows_of(60), "test": rows_of(9000)}
-    assert peak(look, rows, [[0]], Recipe(1e-3, 32, 10, 1, 5), PACKED) >= look.state + 9000 * look.looking
+    work = Work(Runner(Base.of(tiny_llama(), "llama"), COMPLETION, PACKED), rows, [[0]])
+    assert peak(look, work, Recipe(1e-3, 32, 10, 1, 5)) >= look.state + 9000 * look.looking
 
 
 def test_processes_that_share_a_machine_share_what_is_free_beside_their_bases(
     tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_told", lambda path, name: 10_000)
+    monkeypatch.setattr(machine, "_bytes_in", lambda path, name: 10_000)
     monkeypatch.setattr(machine, "free_in_container", lambda: None)
     monkeypatch.setattr(machine, "_held", lambda base: 1_000)
     assert (room_of(tiny_base).free, room_of(tiny_base, 3).free) == (10_000, (10_000 - 2 * 1_000) // 3)
@@ -242,20 +246,21 @@ def test_a_size_has_a_unit(text: str, size: float | None) -> None:
 
 
 def test_a_size_without_a_unit_is_refused_with_a_hint() -> None:
-    with pytest.raises(SettingsError, match="--memory '4000000000': no size with its unit: write it as 4GB"):
+    with pytest.raises(SettingsError, match="--memory '4000000000': not a size with its unit: write it as 4GB"):
         settings_from({"memory": "4000000000"})
 
 
 def test_what_a_forward_keeps_is_foretold_to_the_byte_for_other_rows() -> None:
     base = Base.of(tiny_llama(), "llama")
     adapter = fresh(base, uniform(all_linear(base), 4, 32), 0)
-    look = footprint(base, adapter, rows_of(90, 100), PACKED)
+    runner = Runner(base, COMPLETION, PACKED)
+    look = footprint(runner, adapter, rows_of(90, 100))
     state = TrainState(adapter)
-    with attach(base, state), packing(base):
+    with runner.training(state):
         with torch.no_grad():
-            kept(base, state, rows_of(30), [8], PACKED)
+            kept(runner, state, rows_of(30), [8])
         lengths = [100, 100, 100, 70, 70]
-        found = kept(base, state, rows_of(90, 100), lengths, PACKED)
+        found = kept(runner, state, rows_of(90, 100), lengths)
     told = sum(look.token * n + look.pair * n * n for n in lengths)
     assert found == pytest.approx(told, rel=0.1)
 

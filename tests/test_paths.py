@@ -142,7 +142,6 @@ ALSO_CALLED = {
     "write_report": write_report,
     "shown": shown,
     "Chat": Chat,
-    "peft.write": peft.write,
     "peft.glance": peft.glance,
 }
 JOBS = {one.__name__: one for one in (run_evaluation, run_planning, open_all, run_refining)}
@@ -177,7 +176,12 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
         for name, kind in inspect.get_annotations(function).items()
         if name != "return" and (name in PATHS or "Path" in str(kind))
     }
-    return get_type_hints(types.SimpleNamespace(__annotations__=told), function.__globals__)
+    options = re.search(r"Unpack\[(\w+)\]", str(inspect.get_annotations(function)))
+    named = get_type_hints(function.__globals__[options[1]]) if options else {}
+    return {
+        **get_type_hints(types.SimpleNamespace(__annotations__=told), function.__globals__),
+        **{name: kind for name, kind in named.items() if name in PATHS or "Path" in str(kind)},
+    }
 
 
 def test_every_public_function_that_takes_a_path_takes_a_string_and_a_path() -> None:

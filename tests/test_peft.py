@@ -21,12 +21,13 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lorafit
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import LowRank, Plan
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
-from lorafit.errors import AdapterError, FormatError
+from lorafit.errors import AdapterError, FormatError, RunError
 from lorafit.layers.site import Site
 from lorafit.planning.rules import all_linear
 from lorafit.testing import random_adapter
@@ -390,6 +391,40 @@ def test_a_config_that_is_no_json_object_is_refused(foreign: Path, text: str) ->
     (foreign / "adapter_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(FormatError, match=r"adapter_config\.json: not"):
         peft.read(foreign)
+
+
+def test_a_saved_adapter_is_read_from_the_path_that_is_returned(folder: Path, tmp_path: Path) -> None:
+    adapter = lorafit.read_adapter(folder)
+    saved = lorafit.save_adapter(adapter, str(tmp_path / "more" / "mine"))
+    assert saved == tmp_path / "more" / "mine" and lorafit.read_adapter(saved) == adapter
+
+
+def test_only_an_adapter_folder_is_replaced(folder: Path, tmp_path: Path) -> None:
+    """A folder with a README.md alone is somebody's project, though an adapter folder has such a file too."""
+    adapter = random_adapter(Base.of(tiny_llama(), "tiny"), lorafit.read_adapter(folder).plan, seed=7)
+    assert lorafit.read_adapter(lorafit.save_adapter(adapter, folder)) == adapter
+    (folder / "notes.txt").write_text("keep", encoding="utf-8")
+    (project := tmp_path / "project").mkdir()
+    (project / "README.md").write_text("keep", encoding="utf-8")
+    for place, kept in ((folder, "notes.txt"), (project, "README.md")):
+        with pytest.raises(FormatError, match=f"holds {kept}, which would be lost: name another folder"):
+            lorafit.save_adapter(adapter, place)
+        assert (place / kept).read_text(encoding="utf-8") == "keep"
+    with pytest.raises(RunError, match="a file, not a folder"):
+        lorafit.save_adapter(adapter, project / "README.md")
+
+
+def test_where_saving_fails_what_was_there_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = lorafit.read_adapter(folder)
+    other = random_adapter(Base.of(tiny_llama(), "tiny"), before.plan, seed=7)
+    monkeypatch.setattr("lorafit.adapters.formats.peft.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        lorafit.save_adapter(other, folder)
+    assert lorafit.read_adapter(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_an_edited_lorafit_json_is_refused(folder: Path) -> None:

@@ -32,10 +32,12 @@ from lorafit.attachment.watching import fired
 from lorafit.bases.base import Base, open_base
 from lorafit.cli.console import Terminal
 from lorafit.cli.train import conclude
+from lorafit.data.checks import is_right, occurs
 from lorafit.data.examples import Check, Example, Message
+from lorafit.data.prepared import prepare
 from lorafit.data.render import Row
-from lorafit.errors import AdapterError, BaseChangedError, FormatError, RunError, SettingsError, TargetError
-from lorafit.evaluation.answers import few_shots, is_right, occurs, shuffled_answers
+from lorafit.errors import AdapterError, BaseChangedError, DataError, FormatError, RunError, SettingsError, TargetError
+from lorafit.evaluation.answers import few_shots, shuffled_answers
 from lorafit.evaluation.statistics import paired_bootstrap, student, wilson
 from lorafit.files import whole_folder, write_json
 from lorafit.guide import search
@@ -49,12 +51,12 @@ from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
 from lorafit.layers.site import select
 from lorafit.planning import decide
-from lorafit.prepared import prepare
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
 from lorafit.runs.folder import open_run, openings, read_run, remember_questions, require_disk, sole_writer
+from lorafit.runs.summary import RunSummary
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.tasks.completion import PLAIN
+from lorafit.tasks.task import PLAIN
 from lorafit.training.loop import Moment
 
 ADAPTER_FILES = ("README.md", "lorafit.json", "adapter_config.json", "adapter_model.safetensors")
@@ -99,7 +101,13 @@ def unfinished(finished: tuple[Path, dict[str, Any]], tmp_path: Path, no_peft: N
 
 
 @pytest.mark.parametrize(
-    "more", [{"variant": "pissa"}, {"variant": "rslora"}, {"targets": ["embed_tokens", "q_proj"]}], ids=str
+    "more",
+    [
+        {"variant": "pissa"},
+        pytest.param({"variant": "rslora"}, marks=pytest.mark.slow),  # LoRA with another scale
+        {"targets": ["embed_tokens", "q_proj"]},
+    ],
+    ids=str,
 )
 def test_a_run_of_every_method_and_kind_is_whole(
     tiny_folder: Path, data: Path, tmp_path: Path, more: dict[str, Any]
@@ -357,7 +365,7 @@ def test_one_bit_flipped_in_mid_run_is_told_and_ends_the_command_with_an_error(
     summary = run_training(str(tiny_folder), str(data), tmp_path / "run", SETTINGS, listener=listener)
     assert summary["base_unchanged"] is False
     with pytest.raises(BaseChangedError, match="do not use"):
-        conclude(Terminal(as_json=False), summary, tmp_path / "run", [])
+        conclude(Terminal(as_json=False), RunSummary.from_json(summary), tmp_path / "run", [])
 
 
 class HasASpare(NotATransformer):
@@ -473,7 +481,7 @@ def test_one_narrow_layer_does_not_cap_the_rank_of_all() -> None:
 # How much of a base is reached is said
 
 
-def test_experts_that_no_site_is_in_are_named_with_their_share() -> None:
+def test_experts_that_are_left_out_are_told_with_their_share_and_how_to_name_them() -> None:
     model = tiny_mixtral()
     base = Base.of(model, "experts")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -481,7 +489,8 @@ def test_experts_that_no_site_is_in_are_named_with_their_share() -> None:
     attention = sum(parameter.numel() for name, parameter in model.named_parameters() if "self_attn" in name)
     reason = decide(base, ROWS, TrainSettings(rank=4)).choices[0].reason
     assert f"the adapted layers hold {100 * attention / total:.1f} % of the base's parameters" in reason
-    assert f"out of an adapter's reach are {100 * experts / total:.1f} % in MixtralExperts" in reason
+    assert f"adapted only by name are {100 * experts / total:.1f} % in MixtralExperts" in reason
+    assert "--targets q_proj,k_proj,v_proj,o_proj,experts adapts the experts too" in reason
 
 
 def test_the_share_is_told_of_named_sites_too_and_counts_a_tied_weight_once(tiny_base: Base) -> None:
@@ -525,7 +534,7 @@ def test_a_base_that_cannot_tell_questions_apart_is_trained_and_that_is_said(
     settings = {**SETTINGS, "epochs": 0.3, "few_shot": 0}
     run_training(str(tmp_path / "gemma"), str(data), tmp_path / "run", settings, listener=hears)
     assert any(
-        "no questions are kept for a router" in said and "more than one hidden state" in said for said in hears.said
+        "no features are stored for the router" in said and "more than one hidden state" in said for said in hears.said
     )
     assert peft.read(tmp_path / "run" / "adapter").plan.slots
     assert not (tmp_path / "run" / "adapter" / peft.ROUTING).exists()
@@ -541,7 +550,7 @@ def test_only_what_computes_the_same_is_said_to(
     out, summary = finished
     summary = {**summary, "peft": {"max_logit_difference": difference, "adapter_effect": 9.9}}
     try:
-        conclude(Terminal(False), summary, out, [])
+        conclude(Terminal(False), RunSummary.from_json(summary), out, [])
     except AdapterError as error:
         assert not same
         assert "PEFT computes something else" in str(error)
@@ -551,7 +560,7 @@ def test_only_what_computes_the_same_is_said_to(
 def test_what_to_type_next_can_be_typed(
     finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conclude(Terminal(False), finished[1], Path("my runs/first"), [])
+    conclude(Terminal(False), RunSummary.from_json(finished[1]), Path("my runs/first"), [])
     assert "chat 'my runs/first'\n" in capsys.readouterr().out
 
 
@@ -562,7 +571,7 @@ def test_an_answer_longer_than_the_screen_goes_on_below_itself(
     sample = dict.fromkeys(("question", "reference", "base", "adapter"), "word " * 40)
     terminal = Terminal()
     terminal.out = Console(width=80)
-    terminal.results({**finished[1], "samples": [sample]})
+    terminal.results(RunSummary.from_json({**finished[1], "samples": [sample]}))
     lines = [line for line in capsys.readouterr().out.splitlines() if "word" in line]
     assert len(lines) > 8
     assert {line.index("word") for line in lines} == {15}
@@ -659,7 +668,7 @@ def test_where_peft_means_other_modules_it_is_not_asked_and_the_card_says_so(
     said = "PEFT would pass over 2 modules of this plan. For PEFT name others with --targets"
     asked, paths = [], []
 
-    def misread(model: object, these: list[str]) -> str:
+    def misread(model: object, these: object) -> str:
         paths.append(these)
         return said
 
@@ -667,11 +676,11 @@ def test_where_peft_means_other_modules_it_is_not_asked_and_the_card_says_so(
     monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: asked.append(1))
     summary = run_training(None, None, unfinished, {}, resume=True)
     assert (asked, summary["peft"], summary["misread_by_peft"]) == ([], None, said)
-    assert paths == [[slot.site.path for slot in read_adapter(unfinished / "adapter").plan.slots]]
+    assert paths == [read_adapter(unfinished / "adapter").plan.slots]
     card = (unfinished / "adapter" / "README.md").read_text(encoding="utf-8")
     assert f"{said}." in card and "Do not use" not in card and "PeftModel" not in card
     assert f"{said}." in (unfinished / "report.html").read_text(encoding="utf-8")
-    conclude(Terminal(as_json=False), summary, unfinished, [])
+    conclude(Terminal(as_json=False), RunSummary.from_json(summary), unfinished, [])
 
 
 def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,7 +689,7 @@ def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no answers")
 
-    monkeypatch.setattr("lorafit.jobs.train.compare", broken)
+    monkeypatch.setattr("lorafit.jobs.scoring.compare", broken)
     with pytest.raises(RuntimeError, match="no answers"):
         run_training(None, None, unfinished, {}, resume=True)
     assert read_adapter(unfinished / "adapter").plan.parameters > 0
@@ -850,6 +859,40 @@ def test_a_run_whose_data_have_the_digest_of_an_earlier_version_is_resumed(
     assert read_run(unfinished) == before
 
 
+def before_subjects(run: Path, data: Path) -> Path:
+    """A run of a version that passed over subjects, and its data."""
+    rows = [{**row, "subject": "A question"} for row in map(json.loads, data.read_text(encoding="utf-8").splitlines())]
+    found = write_rows(run.parent / "mails.jsonl", rows)
+    write_json(run / "run.json", read_run(run) | {"data": str(found)})
+    told = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    write_json(run / "data.json", told | {"passed_over": {"subject": len(rows)}})
+    return found
+
+
+def test_a_run_resumes_with_a_column_that_it_passed_over_when_it_began(unfinished: Path, data: Path) -> None:
+    """It was told to add --columns, which --resume refuses."""
+    mails = before_subjects(unfinished, data)
+    with pytest.raises(DataError, match="nothing reads 'subject'"):
+        prepare(str(mails), settings_from(SETTINGS), Silent())
+    assert run_training(None, None, unfinished, {}, resume=True)["n_test"] > 0
+
+
+def test_eval_takes_its_few_shots_from_data_with_such_a_column(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    run = Path(copytree(finished[0], tmp_path / "run"))
+    before_subjects(run, data)
+    new, few = write_rows(tmp_path / "new.jsonl", new_rows()), {"few_shot": 2, "dtype": "fp32"}
+    assert run_evaluation(None, run, new, few)["facts"]["few_shot_examples"] == 2
+    write_rows(tmp_path / "mails.jsonl", [{"prompt": "Where?", "completion": "", "mood": "?"}])
+    said = r"run: its data cannot be read .*mails\.jsonl:1: completion: an empty answer.*: restore them, or {}$"
+    with pytest.raises(RunError, match=said.format("leave --few-shot out")):
+        run_evaluation(None, run, new, few)
+    (run / "summary.json").unlink()
+    with pytest.raises(RunError, match=said.format("start again with another --out")):
+        run_training(None, None, run, {}, resume=True)
+
+
 def test_resuming_on_another_test_split_is_refused(unfinished: Path, tiny_folder: Path, data: Path) -> None:
     """A run scored on other questions than it began with could choose its exam."""
     asked = json.loads((unfinished / "run.json").read_text(encoding="utf-8"))
@@ -934,23 +977,11 @@ def test_what_others_write_meanwhile_is_as_they_want_it(
     assert found == ["0o640", "0o750", "0o640"]
 
 
-def test_an_adapter_replaces_no_folder_that_holds_other_things(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    adapter = peft.read(finished[0] / "adapter")
-    peft.write(adapter, tmp_path / "a")
-    peft.write(adapter, tmp_path / "a")
-    (tmp_path / "a" / "thesis.txt").write_text("three years", encoding="utf-8")
-    with pytest.raises(FormatError, match=r"thesis\.txt, which no adapter folder does"):
-        peft.write(adapter, tmp_path / "a")
-    assert (tmp_path / "a" / "thesis.txt").exists()
-
-
 def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
     for name in ("run.json", "summary.json"):
         write_json(tmp_path / name, {"demo": True, "base": "", "data": "", "settings": {}, "frozen": {}})
     (tmp_path / "my_notes.txt").write_text("kept", encoding="utf-8")
-    with pytest.raises(RunError, match=r"my_notes\.txt beside an earlier demo"):
+    with pytest.raises(RunError, match=r"my_notes\.txt in addition to an earlier demo"):
         demo.run_demo(tmp_path, Silent())
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -963,7 +994,7 @@ def test_a_resumed_run_takes_the_dtype_and_the_way_it_began_with(
     first = begin(tiny_folder, data, tmp_path / "run", dtype="auto")
     (tmp_path / "run" / "summary.json").unlink()
     monkeypatch.setattr("lorafit.jobs.prepare.fastest_dtype", lambda: torch.bfloat16)
-    monkeypatch.setattr("lorafit.jobs.prepare.way_of", lambda *_: PLAIN)
+    monkeypatch.setattr("lorafit.tasks.completion.mode_of", lambda *_: PLAIN)
     again = begin(tiny_folder, data, tmp_path / "run", resume=True, dtype="auto")
     assert again["dtype"] == first["dtype"] == "float32"
 
@@ -987,7 +1018,7 @@ def test_what_a_run_has_frozen_is_taken_whole_or_not_at_all(
     unfinished: Path, tiny_folder: Path, data: Path, frozen: object
 ) -> None:
     write_json(unfinished / "run.json", read_run(unfinished) | {"frozen": frozen})
-    with pytest.raises(FormatError, match=r"run\.json: frozen: .*start anew"):
+    with pytest.raises(FormatError, match=r"run\.json: frozen: .*start again"):
         begin(tiny_folder, data, unfinished, resume=True)
 
 

@@ -24,7 +24,6 @@ from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import DivergedError, Interrupted, RunError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
-from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import detectable
 from lorafit.jobs import refine, search
 from lorafit.jobs.listener import Silent
@@ -45,7 +44,10 @@ from lorafit.report.story import read_story
 from lorafit.report.why import why
 from lorafit.runs.folder import openings
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.tasks.completion import PLAIN, batch_of, token_nll
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.forward import batch_of, token_nll
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import PLAIN
 from lorafit.training.loop import train
 from lorafit.training.recipe import Recipe
 
@@ -86,7 +88,7 @@ def test_the_card_is_the_mean_product_of_gradients_of_different_batches(
     tiny_base: Base, rows: list[Row], plan: Plan
 ) -> None:
     start = fresh(tiny_base, plan, 0)
-    card = card_of(tiny_base, start, rows, RECIPE, PLAIN)
+    card = card_of(Runner(tiny_base, COMPLETION, PLAIN), start, rows, RECIPE)
     assert card is not None and card.batches == 16
     size = card.rows // card.batches
     drawn = np.random.default_rng(searching_seed()).permutation(len(rows))[: card.rows].tolist()
@@ -129,9 +131,9 @@ def test_the_card_takes_no_more_than_its_share_of_the_run(tiny_base: Base, rows:
     start = fresh(tiny_base, plan, 0)
     for steps in (50, 100, 400):
         recipe = replace(RECIPE, steps=steps)
-        card = card_of(tiny_base, start, rows, recipe, PLAIN)
+        card = card_of(Runner(tiny_base, COMPLETION, PLAIN), start, rows, recipe)
         assert card is not None and card.rows <= SHARE * steps * recipe.batch_size
-    assert card_of(tiny_base, start, rows, replace(RECIPE, steps=40), PLAIN) is None
+    assert card_of(Runner(tiny_base, COMPLETION, PLAIN), start, rows, replace(RECIPE, steps=40)) is None
 
 
 @pytest.mark.parametrize(
@@ -275,12 +277,12 @@ def test_why_says_what_was_measured_chosen_and_left(finished: Path) -> None:
     told = dict(why(read_story(finished)))
     assert set(told) >= {
         "What these data can show",
-        "Learning rate and places: the search",
+        "The search: learning rate and layers",
         "Which layers mattered",
-        "How small it may be",
+        "How small the adapter can be",
         "What was forgotten",
     }
-    assert "2 learning rates were tried" in told["Learning rate and places: the search"]
+    assert "2 learning rates were tried" in told["The search: learning rate and layers"]
     assert all(text.endswith(".") for text in told.values())
 
 
@@ -294,7 +296,7 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
     def stops(*args: Any) -> Any:
         arms.append(args[1].folder)
         if len(arms) == 2:
-            raise Interrupted("stopped here: go on with --resume")
+            raise Interrupted("stopped here: repeat the command with --resume")
         return real(*args)
 
     monkeypatch.setattr(search, "carry_out", stops)
@@ -331,7 +333,7 @@ def test_what_a_search_has_tried_is_not_ahead_any_more(
 def test_a_short_run_is_not_searched_and_says_from_when_on(tiny_folder: Path, data: Path) -> None:
     found = run_planning(str(tiny_folder), str(data), {**LONG, "epochs": 3})
     assert found["search"]["rates"] == [found["recipe"]["learning_rate"]]
-    assert f"from {needed(2)} on" in found["search"]["reason"]
+    assert f"{needed(2)} steps are needed to try two rates" in found["search"]["reason"]
 
 
 def test_too_few_validation_examples_are_named_with_how_many_would_do(tiny_folder: Path, data: Path) -> None:
@@ -408,7 +410,7 @@ def trained(tiny_base: Base, rows: list[Row], plan: Plan) -> Adapter:
 def test_the_first_order_effect_is_the_slope_of_the_loss_in_the_pair(
     tiny_base: Base, rows: list[Row], trained: Adapter
 ) -> None:
-    effects = first_order(tiny_base, trained, rows, PLAIN)
+    effects = first_order(Runner(tiny_base, COMPLETION, PLAIN), trained, rows)
     path, step = max(effects, key=lambda one: abs(effects[one])), 1e-2
 
     def loss(by: float) -> float:
@@ -423,11 +425,12 @@ def test_the_first_order_effect_is_the_slope_of_the_loss_in_the_pair(
 def test_an_ablation_is_the_adapter_without_the_part(tiny_base: Base, rows: list[Row], trained: Adapter) -> None:
     parts = parts_of([slot.site.path for slot in trained.plan.slots])
     assert {"block 0", "block 1", "q_proj", "down_proj"} <= set(parts)
-    found = {one.name: one for one in ablations(tiny_base, trained, rows[30:], parts, PLAIN, [None] * 10)}
+    runner = Runner(tiny_base, COMPLETION, PLAIN)
+    found = {one.name: one for one in ablations(runner, trained, rows[30:], parts, [None] * 10)}
     with attach(tiny_base, trained):
-        whole = example_nll(tiny_base, rows[30:], way=PLAIN)
+        whole = Runner(tiny_base, COMPLETION, PLAIN).nll(rows[30:])
     with attach(tiny_base, without(trained, parts["block 1"])):
-        less = example_nll(tiny_base, rows[30:], way=PLAIN)
+        less = Runner(tiny_base, COMPLETION, PLAIN).nll(rows[30:])
     assert found["block 1"].rise == pytest.approx(np.mean(less) - np.mean(whole), abs=1e-7)
     assert found["block 1"].rise != 0
     assert found["block 1"].ci95 is not None
@@ -437,13 +440,13 @@ def test_forgetting_is_the_difference_on_general_text(tiny_base: Base, trained: 
     source, paragraphs = general_text()
     text = general_rows(tiny_base.tokenizer, paragraphs, 64)
     assert len(text) >= len(paragraphs) >= 20
-    score = forgetting(tiny_base, trained, {source: text}, PLAIN)[source]
-    before = example_nll(tiny_base, text, way=PLAIN)
+    score = forgetting(Runner(tiny_base, COMPLETION, PLAIN), trained, {source: text})[source]
+    before = Runner(tiny_base, COMPLETION, PLAIN).nll(text)
     assert score.base == pytest.approx(np.mean(before))
     assert score.difference == pytest.approx(score.adapter - score.base)
     assert score.difference != 0  # of a base with random weights, either way
     with attach(tiny_base, trained):
-        assert score.adapter == pytest.approx(np.mean(example_nll(tiny_base, text, way=PLAIN)))
+        assert score.adapter == pytest.approx(np.mean(Runner(tiny_base, COMPLETION, PLAIN).nll(text)))
 
 
 @pytest.mark.parametrize(
@@ -622,7 +625,7 @@ def test_a_round_that_needs_more_than_is_free_is_left_out_in_words(
     run = json.loads((short / "run.json").read_text(encoding="utf-8"))
     (short / "run.json").write_text(json.dumps({**run, "settings": {**run["settings"], "memory": None}}))
     monkeypatch.setattr(refine, "fitted", lambda base, start, rows, decision, *_: (decision, 10**15))
-    assert "of memory are free here" in run_refining(short)["verdict"]
+    assert "are free here" in run_refining(short)["verdict"]
     assert not (short / "rounds").exists()
 
 

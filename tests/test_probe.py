@@ -25,10 +25,10 @@ from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base, open_base
 from lorafit.data.render import Row
 from lorafit.errors import BaseError, NotCausalError
-from lorafit.evaluation.nll import example_nll
 from lorafit.jobs import doctor
 from lorafit.tasks import probe
-from lorafit.tasks.probe import require_causal, way_of
+from lorafit.tasks.probe import mode_of, require_causal
+from lorafit.tasks.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,9 +67,9 @@ def test_a_model_that_looks_both_ways_is_refused(family: str, dtype: torch.dtype
     with pytest.raises(NotCausalError, match=f"'{family}': a later token changes what it predicts before it"):
         require_causal(base, ROW)
     with pytest.raises(NotCausalError):
-        way_of(base, [ROW])
+        mode_of(base, [ROW])
     with pytest.raises(NotCausalError):
-        example_nll(base, [ROW])
+        Runner.of(base, [ROW]).nll([ROW])
 
 
 @BOTH
@@ -164,7 +164,7 @@ def test_of_a_base_that_cannot_be_copied_the_gradient_decides(monkeypatch: pytes
 def test_what_cannot_be_told_is_not_called_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_lowest_blocks_in_fp32", fails)
     monkeypatch.setattr(probe, "_has_no_gradient_behind", fails)
-    said = r"'experts': .* cannot be told in bfloat16 \(no such argument\): open it in fp32"
+    said = r"'experts': .* cannot be determined in bfloat16 \(no such argument\): open it in fp32"
     with pytest.raises(BaseError, match=said) as caught:
         require_causal(Base.of(tiny_mixtral().to(torch.bfloat16), "experts"), ROW)
     assert not isinstance(caught.value, NotCausalError)

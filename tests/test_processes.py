@@ -26,8 +26,10 @@ from lorafit.bases.base import Base
 from lorafit.data.batches import collate
 from lorafit.errors import RunError, SettingsError
 from lorafit.jobs.train import run_training
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.runner import Runner
 from lorafit.testing import random_adapter
-from lorafit.training.loop import gradient_step, train
+from lorafit.training.loop import train
 from lorafit.training.processes import ALONE, Processes, shares
 
 SETTINGS = {
@@ -209,7 +211,10 @@ def killed(runs: Runs) -> tuple[Launched, int]:
 
 def test_a_killed_process_ends_the_run_with_the_last_whole_step_saved(killed: tuple[Launched, int]) -> None:
     run, step = killed
-    assert f"another process of the run has ended, stopped after step {step} of 240: go on with --resume" in run.said()
+    assert (
+        f"another process of the run has ended, stopped after step {step} of 240: repeat the command with --resume"
+        in run.said()
+    )
     assert len(run.masters(0)) == step > 90
 
 
@@ -225,7 +230,7 @@ def test_the_rest_of_a_killed_run_ends_it_bit_identical(
 def test_ctrl_c_stops_all_after_the_same_step_and_they_go_on_bit_identical(runs: Runs, two: Launched) -> None:
     run = runs.launch("stopped")
     step = runs.stop(run, "stopped", 60, None, signal.SIGINT)
-    assert f"stopped after step {step} of 240: go on with --resume" in run.said()
+    assert f"stopped after step {step} of 240: repeat the command with --resume" in run.said()
     assert len(run.masters(0)) == len(run.masters(1)) == step
     runs.whole("stopped", "--resume")
     assert peft.read(runs.folder / "stopped" / "adapter") == peft.read(runs.folder / "two" / "adapter")
@@ -340,7 +345,7 @@ def test_the_gradients_of_the_shares_add_up_to_that_of_the_step(tiny_base: Base)
         state = TrainState(adapter)
         with attach(tiny_base, state):
             batches = [collate([rows[i] for i in part], 256, CPU) for part in parts]
-            nll = gradient_step(tiny_base, state, batches, APART, n)
+            nll = Runner(tiny_base, COMPLETION, APART).gradient(batches, n)
         assert state.master.grad is not None
         return state.master.grad, nll
 

@@ -15,14 +15,14 @@ import torch
 from conftest import byte_tokenizer
 
 from lorafit.bases.base import Base
+from lorafit.data.checks import is_right
 from lorafit.data.examples import Examples
 from lorafit.data.readers import PIECE
 from lorafit.data.reading import read_examples
 from lorafit.data.render import Renderer, render
 from lorafit.data.split import require_apart
 from lorafit.errors import DataError, Problem, SettingsError
-from lorafit.evaluation.answers import is_right
-from lorafit.evaluation.nll import example_nll
+from lorafit.tasks.runner import Runner
 
 ROWS = [
     {"prompt": "Where, exactly?", "completion": 'In "Skerrow".'},
@@ -103,9 +103,9 @@ def test_columns_of_other_names_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("Frage,Antwort,Nr\nWo?,Da.,7\n", encoding="utf-8")
     examples = read_examples(tmp_path / "a.csv", ["prompt=Frage", "completion=Antwort"])
     assert (asked(examples), examples.train[0].extra) == ([("Wo?", "Da.")], ("Nr",))
-    with pytest.raises(DataError, match=r"no column 'Fraga'.*may name: Antwort, Frage, Nr"):
+    with pytest.raises(DataError, match=r"no column 'Fraga': name one of the columns: Antwort, Frage, Nr"):
         read_examples(tmp_path / "a.csv", ["prompt=Fraga", "completion=Antwort"])
-    with pytest.raises(DataError, match=r"a\.csv:2: of no form that is known .*--columns prompt="):
+    with pytest.raises(DataError, match=r"a\.csv:2: not a known form .*--columns prompt="):
         read_examples(tmp_path / "a.csv")
     with pytest.raises(SettingsError, match="write FIELD=COLUMN"):
         read_examples(tmp_path / "a.csv", ["question=Frage"])
@@ -187,7 +187,7 @@ BROKEN = {
     ),
     "after a long cell": ("a.csv", b'prompt,completion\n"Q\n\nQ",A\nx\n', r"a\.csv:row 3, line 5: 1 cells"),
     "open quote": ("a.csv", b'prompt,completion\n"Q,A\n', r"a\.csv:2: not a table"),
-    "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:2: of no form .*prompt, column 2\): add completion"),
+    "no names": ("a.csv", b"prompt,\nQ,A\n", r"a\.csv:2: not a known form .*prompt, column 2\): add completion"),
     "names twice": ("a.csv", b"prompt,prompt\nQ,A\n", r"a\.csv:1: two columns are named 'prompt'"),
     "latin-1": ("a.csv", "prompt,completion\nQ,A\nwär,B\n".encode("latin-1"), r"a\.csv:3: not UTF-8.*CSV UTF-8"),
     "utf-16": ("a.csv", "prompt,completion\nQ,A\n".encode("utf-16"), r"a\.csv: UTF-16, not UTF-8"),
@@ -202,7 +202,7 @@ BROKEN = {
         r"a\.xlsx: a workbook, not a csv file: save the sheet as",
     ),
     "archive": ("a.zip", b"PK\x03\x04\x14\x00", r"a\.zip: a zip archive: unpack it"),
-    "unknown ending": ("a.neg", b"dull .\nflat .\n", r"a\.neg: of no kind that is read \(\.neg\): copy it to a\.txt"),
+    "unknown ending": ("a.neg", b"dull .\nflat .\n", r"a\.neg: unsupported file type \(\.neg\): copy it to a\.txt"),
     "damaged gz": ("a.jsonl.gz", b"\x1f\x8b no", r"a\.jsonl\.gz: cannot be unpacked"),
     "unknown speaker": ("a.jsonl", b'{"conversations": [{"from": "bot", "value": "x"}]}', r"conversations\[0\]\.from"),
 }
@@ -220,7 +220,9 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, what: str) 
 
 def test_a_file_of_another_form_is_one_problem_and_not_one_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("utterance,intent\n" + "Hello,greet\n" * 50, encoding="utf-8")
-    with pytest.raises(DataError, match=r"1 problem in the data\n.*a\.csv: of no form .*utterance, intent") as caught:
+    with pytest.raises(
+        DataError, match=r"1 problem in the data\n.*a\.csv: not a known form .*utterance, intent"
+    ) as caught:
         read_examples(tmp_path / "a.csv")
     assert len(caught.value.problems) == 1
 
@@ -301,7 +303,7 @@ def test_a_test_split_of_which_no_row_can_be_used_is_left_out_and_told(tmp_path:
         read_examples(tmp_path)
     found = read_examples(tmp_path, skip_bad=True)
     assert [len(split) for split in found.by_name().values()] == [2, 1, 0]
-    assert (len(found.skipped), found.notes) == (3, ("no row of test can be used: it is left out whole",))
+    assert (len(found.skipped), found.notes) == (3, ("no row of test can be used: the split is left out",))
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -423,7 +425,7 @@ def test_of_plain_text_every_token_is_predicted_once(tmp_path: Path) -> None:
 def test_plain_text_has_a_mean_nll(tiny_base: Base, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Once upon a time there was a pair of matrices.", encoding="utf-8")
     rows = render(Renderer(tiny_base.tokenizer), read_examples(tmp_path / "a.txt").train, 16)
-    (nll,) = example_nll(tiny_base, rows)
+    (nll,) = Runner.of(tiny_base, rows).nll(rows)
     assert torch.isfinite(torch.tensor(nll))
 
 
@@ -696,6 +698,42 @@ def test_a_folder_of_each_split_is_that_split(tmp_path: Path, names: list[str]) 
     assert [e.question for e in (*found.valid, *found.test)] == [name for name in names if name not in trained]
 
 
+@pytest.mark.parametrize("meant", ["data", "default"])
+def test_examples_in_both_folders_that_the_hub_has_stop_the_run_with_advice_that_works(
+    tmp_path: Path, meant: str
+) -> None:
+    """`default` was passed over, and nobody was told."""
+    for name in ("data", "default"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        parquet(tmp_path / name / "train" / "0000.parquet", [{"prompt": name, "completion": "Here."}])
+    with pytest.raises(DataError, match="examples in data/ and default/: give ") as caught:
+        read_examples(tmp_path)
+    first, _, second = str(caught.value.problems[0].fix).removeprefix("give ").partition(" or ")
+    assert [e.question for e in read_examples({"data": first, "default": second}[meant]).train] == [meant]
+
+
+@pytest.mark.parametrize(("empty", "meant"), [("data", "default"), ("default", "data")])
+def test_of_the_folders_that_the_hub_has_the_one_with_examples_is_read_and_the_other_named(
+    tmp_path: Path, empty: str, meant: str
+) -> None:
+    (tmp_path / empty / "raw").mkdir(parents=True)
+    (tmp_path / meant).mkdir()
+    (tmp_path / meant / "notes.pdf").write_bytes(b"%PDF")
+    parquet(tmp_path / meant / "train-00000-of-00001.parquet", ROWS)
+    found = read_examples(tmp_path)
+    assert (len(found.train), set(found.unread)) == (len(ROWS), {f"{empty}/", f"{meant}/notes.pdf"})
+
+
+def test_whatever_lies_beside_files_of_splits_is_told_as_not_read(tmp_path: Path) -> None:
+    """A sheet with the validation and a folder of more examples were passed over in silence."""
+    write(tmp_path / "train.jsonl")
+    (tmp_path / "valid.xlsx").write_bytes(b"PK")
+    (tmp_path / "README.md").write_text("A set.", encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "valid.jsonl")
+    assert read_examples(tmp_path).unread == ("data/", "valid.xlsx")
+
+
 def test_files_of_other_names_in_a_folder_of_a_split_are_not_taken_for_its_parts(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     for name in ("a", "b"):
@@ -735,7 +773,7 @@ def test_names_of_labels_in_one_file_and_numbers_in_another_are_refused(tmp_path
     for name, labels in {"train": ["dull", "fair"], "test": [0, 1]}.items():
         rows = "".join(json.dumps({"text": f"Film {i}.", "label": label}) + "\n" for i, label in enumerate(labels))
         (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
-    said = r"test\.jsonl: labels are numbers \(0, 1\), where those of train\.jsonl are names \(dull, fair\): write"
+    said = r"test\.jsonl: labels are numbers \(0, 1\), but those of train\.jsonl are names \(dull, fair\): write"
     with pytest.raises(DataError, match=said):
         read_examples(tmp_path, skip_bad=True)
 

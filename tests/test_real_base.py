@@ -21,6 +21,7 @@ from lorafit.jobs.demo import SETTINGS
 from lorafit.planning import decide
 from lorafit.planning.rules import all_linear, hidden_size, learning_rate_by_width, rank_by_capacity
 from lorafit.report.words import same_as_peft
+from lorafit.runs.summary import PeftCheck
 from lorafit.settings import settings_from
 
 
@@ -78,7 +79,7 @@ def test_the_answers_end_by_themselves(summary: dict[str, Any]) -> None:
 
 def test_peft_computes_the_same(summary: dict[str, Any]) -> None:
     pytest.importorskip("peft")
-    assert same_as_peft(summary["peft"])
+    assert same_as_peft(PeftCheck(**summary["peft"]))
     assert summary["peft"]["adapter_effect"] >= 100 * summary["peft"]["max_logit_difference"]
 
 

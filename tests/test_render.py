@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_llama
+from conftest import TEMPLATE, byte_tokenizer, tiny_llama, write_rows
 from tokenizers.processors import TemplateProcessing
 
 from lorafit.adapters.rendering import Rendering
@@ -17,8 +18,13 @@ from lorafit.bases.base import Base, open_outline
 from lorafit.bases.builtin import is_at_hand
 from lorafit.data.batches import LENGTH_STEP, by_tokens, collate, epoch_order
 from lorafit.data.examples import Example, Message
-from lorafit.data.render import PLAIN_TEMPLATE, Renderer, Row, render, renderer_for
+from lorafit.data.reading import read_examples
+from lorafit.data.render import Renderer, Row, render, renderer_for
+from lorafit.data.report import describe
+from lorafit.data.template import PLAIN_TEMPLATE
 from lorafit.errors import BaseError, DataError
+from lorafit.server.tools import conversation
+from lorafit.server.wire import Turn
 
 LLAMA = (
     "{{ '<|begin|>' }}{% for m in messages %}"
@@ -39,6 +45,13 @@ QWEN = (
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endfor %}" + TEMPLATE
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('take turns') }}{% endif %}{% endfor %}" + TEMPLATE
 )
 REWRITING = (
     "{{ messages | length }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
@@ -134,6 +147,59 @@ def test_every_answer_follows_what_generation_starts_from(family: Family) -> Non
     renderer = Renderer(family.tokenizer())
     prefixes = [list(row.ids[:start]) for row in renderer.rows(TALK, 0) for start, _ in pieces(row)]
     assert prefixes == [renderer.prompt_ids(TURNS[:i]) for i in (1, 3)]
+
+
+ASKED, HINT, SAID = ("user", "Where is it?"), ("system", "Be brief."), ("assistant", "In Skerrow.")
+ORDERS = {
+    "two users": ([ASKED, ("user", "And since when?")], "have two messages of the user in a row"),
+    "two answers": ([ASKED, SAID], "have two answers in a row"),
+    "an answer first": ([SAID, ASKED], "begin with an answer, which is not learnt"),
+    "an answer behind a system message": ([HINT, SAID, ASKED], "begin with an answer, which is not learnt"),
+    "a system message behind": ([ASKED, HINT], "have a system message that is not the first"),
+    "two system messages": ([HINT, HINT, ASKED], "have a system message that is not the first"),
+    "a system message between": ([ASKED, SAID, HINT, ASKED], "have a system message that is not the first"),
+    "an empty system message behind": ([ASKED, ("system", ""), SAID, ASKED], ""),
+    "an empty question": ([ASKED, SAID, ("user", " ")], "have an empty question"),
+    "an empty answer": (
+        [ASKED, ("assistant", ""), ASKED],
+        "have an empty answer that others follow",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["tiny", "plain", "without system"])
+@pytest.mark.parametrize(("turns", "remark"), ORDERS.values(), ids=ORDERS)
+def test_what_the_server_takes_is_learnt_as_it_is_served_and_remarked_where_it_is_odd(
+    turns: list[tuple[str, str]], remark: str, kind: str, tmp_path: Path
+) -> None:
+    """Two messages of the user in a row and a late system message were refused, though the server answers them."""
+    template = {"tiny": TEMPLATE, "plain": None, "without system": WITHOUT_SYSTEM}[kind]
+    renderer = Renderer(byte_tokenizer(template), "Be kind.")
+    told = [{"role": role, "content": content} for role, content in turns]
+    asked = conversation([Turn.model_validate(one).message() for one in told])
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [*told, {"role": "assistant", "content": "Gate 4."}]}])
+    examples = read_examples(path)
+    if kind == "without system" and HINT in turns:
+        with pytest.raises(DataError, match=f"{path}:1: the chat template of this base refuses .* \\(--skip-bad\\)"):
+            render(renderer, examples.train, 1024)
+        return
+    prompt = renderer.prompt_ids(asked)
+    row = renderer.rows(examples.train[0], 0)[-1]
+    start, end = pieces(row)[-1]
+    assert list(row.ids[:start]) == prompt
+    assert renderer.tokenizer.decode(row.ids[start:end]).removeprefix(" ") == "Gate 4.<|end|>"
+    assert "Be kind." in renderer.tokenizer.decode(prompt) or turns[0] == HINT
+    assert [(one.what, one.first) for one in describe(examples).remarks] == [(remark, f"{path}:1")] * bool(remark)
+
+
+def test_an_order_that_the_template_refuses_is_a_problem_of_its_row(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": content} for role, content in (ASKED, ASKED, SAID)]
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": turns[1:]}, {"messages": turns}])
+    with pytest.raises(DataError) as caught:
+        render(Renderer(byte_tokenizer(ALTERNATING)), read_examples(path).train, 1024)
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(f"{path}:2: the chat template of this base refuses the conversation (take turns)")
+    assert "--skip-bad" in problem.fix
 
 
 def test_a_row_ends_with_the_end_of_its_last_turn(family: Family) -> None:
@@ -254,6 +320,20 @@ def test_an_empty_system_prompt_adds_nothing_where_it_would_silence_nothing(temp
 
 
 DEAF = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['content'] is not string %}{{ m['content'][0]['text'] }}{% endif %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"  # noqa: E501
+
+
+def test_a_prompt_whose_template_leaves_a_message_out_is_refused_as_the_row_is() -> None:
+    """A server would answer as if it had not been said."""
+    only_first = (
+        "{% for m in messages %}{% if m['role'] != 'system' or loop.first %}<{{ m['role'] }}>{{ m['content'] }}<|end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    renderer = Renderer(byte_tokenizer(only_first))
+    late = (Message("user", "Which gate?"), Message("assistant", "Four."), Message("system", "Be brief."))
+    asked = (*late, Message("user", "And when?"))
+    with pytest.raises(BaseError, match="leaves out or changes what the system message says"):
+        renderer.prompt_ids(asked)
+    assert renderer.prompt_ids((late[2], *late[:2], asked[-1]))
 
 
 def test_a_template_that_leaves_out_what_is_said_is_refused() -> None:

@@ -188,9 +188,9 @@ def test_work_beside_goes_on_in_turns_and_tells_its_errors() -> None:
         return name
 
     with Engine(base_of(), slots=2) as engine:
-        assert engine.aside(work("a")).result() == "a"
+        assert engine.between_steps(work("a")).result() == "a"
         with pytest.raises(ValueError, match="it fails"):
-            engine.aside(work("b", fails=True)).result()
+            engine.between_steps(work("b", fails=True)).result()
         assert engine.features(["still there"]).result().shape[0] == 1
     assert order == ["a"] * 3 + ["b"] * 3
 
@@ -241,5 +241,5 @@ def test_whoever_waits_no_longer_for_work_beside_ends_nothing() -> None:
         return "done"
 
     with Engine(base_of(), slots=2) as engine:
-        waited.append(engine.aside(work(True)))
-        assert engine.aside(work(False)).result(timeout=10) == "done"
+        waited.append(engine.between_steps(work(True)))
+        assert engine.between_steps(work(False)).result(timeout=10) == "done"

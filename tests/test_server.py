@@ -40,6 +40,7 @@ from lorafit.layers.site import select
 from lorafit.routing import Features
 from lorafit.server import address, keys, run
 from lorafit.server.app import make_app
+from lorafit.server.guard import Limits
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
 from lorafit.server.store import Store
@@ -103,7 +104,7 @@ def served(
         ask_alone=ask_alone,
     )
     app = make_app(service, address.hosts_of("127.0.0.1", [], keys_file is not None), log.append)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=run.Patient, ws="none", log_config=None)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=run.TimedProtocol, ws="none", log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -214,7 +215,7 @@ def test_the_last_question_is_asked_alone_where_the_server_is_told_to(single: bo
     for alone in (True, False):
         with served(tmp_path, ask_alone=alone) as running:
             version = running.service.chosen("desk")
-            assert version is not None and version.told.endswith("single questions") == single
+            assert version is not None and version.label.endswith("single questions") == single
             for name, messages in (("all", turns), ("last", turns[2:])):
                 found = running.ask("desk", messages=messages, ignore_eos=True)
                 asked[alone, name] = found.json()["choices"][0]["message"], found.json()["usage"]["prompt_tokens"]
@@ -234,7 +235,7 @@ def test_what_cannot_be_asked_is_refused_in_words(server: Running) -> None:
     deep = "[" * 100_000
     long_prompt = {"messages": [{"role": "user", "content": "a" * 4000}]}
     cases: list[tuple[Any, int, str]] = [
-        ({"model": "nobody"}, 404, "no model is served by this name"),
+        ({"model": "nobody"}, 404, "no model has this name"),
         ({"model": "../../etc/passwd"}, 404, "no model"),
         ({"model": "a\nb\u0000"}, 404, "no model"),
         ({"model": "returns@9"}, 404, "no model"),
@@ -293,9 +294,9 @@ SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": 
     [
         ({"tool_choice": "required"}, "tool_choice: there are no tools to choose from"),
         ({"tool_choice": {"type": "function", "function": {"name": "find"}}}, "tool_choice: "),
-        ({"function_call": {"name": "find"}}, "function_call: the older names of tools"),
-        ({"functions": [{"name": "find"}]}, "functions: the older names of tools"),
-        ({"guided_json": {"type": "object"}}, "guided_json: no answer is bound so here: give response_format"),
+        ({"function_call": {"name": "find"}}, "function_call: the older fields of tools"),
+        ({"functions": [{"name": "find"}]}, "functions: the older fields of tools"),
+        ({"guided_json": {"type": "object"}}, "guided_json: not supported: give response_format"),
         ({"guided_choice": ["yes", "no"]}, "guided_choice: "),
         ({"guided_regex": "a+"}, "guided_regex: "),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, "structured_outputs: "),
@@ -321,7 +322,7 @@ SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": 
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output: "),
         ({"skip_special_tokens": False}, "skip_special_tokens: "),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: "),
-        ({"repeat_penalty": 1.3}, "repeat_penalty: it is not read by this name: give repetition_penalty"),
+        ({"repeat_penalty": 1.3}, "repeat_penalty: the field has another name here: give repetition_penalty"),
         ({"modalities": ["text", "audio"]}, "modalities: "),
         ({"web_search_options": {}}, "web_search_options: "),
         ({"presence_penalty": 3}, "presence_penalty: "),
@@ -333,34 +334,37 @@ SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": 
         ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the base's vocabulary"),
         ({"guided_regex": "a", "suffix": "b"}, "guided_regex: "),
         ({"guided_regex": "a", "suffix": "b"}, "suffix: "),
-        ({"guided_decoding": {"choice": ["left", "right"]}}, "guided_decoding: no answer is bound so here"),
-        ({"guided_json_object": True}, "guided_json_object: no answer is bound so here"),
-        ({"format": "json"}, "format: no answer is bound so here"),
+        ({"guided_decoding": {"choice": ["left", "right"]}}, "guided_decoding: not supported"),
+        ({"guided_json_object": True}, "guided_json_object: not supported"),
+        ({"format": "json"}, "format: not supported"),
         ({"mirostat_mode": 2}, "mirostat_mode: "),
         ({"num_beams": 4}, "num_beams: "),
         ({"echo": True}, "echo: prompts are not repeated"),
-        ({"enable_thinking": True}, "enable_thinking: settings of the template are read in one place"),
+        ({"enable_thinking": True}, "enable_thinking: settings of the template go into chat_template_kwargs"),
         ({"enable_thinking": False}, "enable_thinking: "),
         ({"think": False}, "think: settings of the template"),
         ({"thinking": {"type": "disabled"}}, "thinking: settings of the template"),
         ({"reasoning": {"effort": "low"}}, "reasoning: settings of the template"),
-        ({"include_reasoning": False}, "include_reasoning: the reasoning of an answer stands apart"),
-        ({"stop_sequences": ["\n\n"]}, "stop_sequences: it is not read by this name: give stop"),
-        ({"n_predict": 4}, "n_predict: it is not read by this name: give max_tokens"),
-        ({"max_new_tokens": 4}, "max_new_tokens: it is not read by this name: give max_tokens"),
-        ({"max_completion_tokens": 5}, "max_completion_tokens: another number than max_tokens"),
-        ({"random_seed": 7}, "random_seed: it is not read by this name: give seed"),
-        ({"options": {"num_ctx": 4096}}, "options: what it holds is not read there"),
-        ({"extra_body": {"top_k": 5}}, "extra_body: what it holds is not read there"),
-        ({"system": "Answer in rhyme."}, "system: it is not read by this name: give a message of the role system"),
-        ({"adapter_id": "returns"}, "adapter_id: an adapter is not asked for so: give its name as model"),
+        ({"include_reasoning": False}, "include_reasoning: the reasoning of an answer always comes in"),
+        ({"stop_sequences": ["\n\n"]}, "stop_sequences: the field has another name here: give stop"),
+        ({"n_predict": 4}, "n_predict: the field has another name here: give max_tokens"),
+        ({"max_new_tokens": 4}, "max_new_tokens: the field has another name here: give max_tokens"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens: it differs from max_tokens"),
+        ({"random_seed": 7}, "random_seed: the field has another name here: give seed"),
+        ({"options": {"num_ctx": 4096}}, "options: its settings are not read"),
+        ({"extra_body": {"top_k": 5}}, "extra_body: its settings are not read"),
+        ({"system": "Answer in rhyme."}, "system: the field is not read: give a message of the role system"),
+        ({"adapter_id": "returns"}, "adapter_id: an adapter is chosen by its name: give the name as model"),
         ({"image_url": "https://pictures.test/a.png"}, "image_url: only text is read and written"),
-        ({"prompt": "Once"}, "prompt: it is not read beside messages"),
+        ({"prompt": "Once"}, "prompt: it is not read together with messages"),
         ({"messages": [{**SAID[0], "image_url": "https://pictures.test/a.png"}]}, "messages.0: only text is read"),
         ({"messages": [{**SAID[0], "input_audio": {"data": "aGk="}}]}, "messages.0: only text is read"),
         ({"messages": [SAID[0], {"role": "assistant", "refusal": "No."}, SAID[0]]}, "messages.1: refusal: "),
-        ({"response_format": {"type": "text", "schema": {"type": "object"}}}, "response_format: an answer of the type"),
-        ({"response_format": {"type": "json_object", "pattern": "a+"}}, "response_format: pattern is not read here"),
+        (
+            {"response_format": {"type": "text", "schema": {"type": "object"}}},
+            "response_format: the type text takes no schema",
+        ),
+        ({"response_format": {"type": "json_object", "pattern": "a+"}}, "response_format: pattern is not supported"),
         (
             {
                 "response_format": {
@@ -369,7 +373,7 @@ SAID = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": 
                     "json_schema": {"name": "a", "schema": {"type": "array"}},
                 }
             },
-            "response_format: schema is another",
+            "response_format: schema differs",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -436,7 +440,7 @@ def test_the_newer_name_of_max_tokens_bounds_an_answer_of_messages_alone(server:
     assert both.json()["usage"]["completion_tokens"] == 3, "the same number by both names is one"
     body = {"model": "tiny", "prompt": "Hello?", "max_completion_tokens": 3}
     found = httpx.post(f"{server.url}/v1/completions", json=body)
-    assert found.status_code == 400 and "max_completion_tokens: it is not read beside a prompt" in found.text
+    assert found.status_code == 400 and "max_completion_tokens: it is not read together with a prompt" in found.text
 
 
 @pytest.mark.parametrize(
@@ -636,7 +640,7 @@ def test_nothing_is_fetched_that_a_request_names(server: Running, monkeypatch: p
 def test_another_host_is_refused(server: Running) -> None:
     for host, status in (("evil.example", 421), ("localhost:80", 200), ("127.0.0.1", 200), ("", 421)):
         assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == status
-    with pytest.raises(SettingsError, match="others reach this address, and no keys are set"):
+    with pytest.raises(SettingsError, match="other machines can reach this address, and no keys are set"):
         address.hosts_of("0.0.0.0", [], False)
     assert address.hosts_of("::1", ["desk.example"], False) == {*address.LOOPBACK, "::1", "desk.example"}
     found = httpx.options(
@@ -714,16 +718,16 @@ def test_adapters_come_and_go_by_request(server: Running, tmp_path: Path) -> Non
     other = replace(adapter_of(base, 9), base="0" * 64)
     peft.write(other, root / ".other")
     for path, words in (
-        (str(outside), "not within"),
-        ("../outside", "not within"),
-        ("linked", "not within"),
-        (f"../{root.name}-evil/x", "not within"),
-        ("x" * 400, "not within"),
-        (".", "not within"),
+        (str(outside), "not inside"),
+        ("../outside", "not inside"),
+        ("linked", "not inside"),
+        (f"../{root.name}-evil/x", "not inside"),
+        ("x" * 400, "not inside"),
+        (".", "not inside"),
         ("partly", "a link out of"),
-        (".lorafit/versions/returns@1", "not within"),
+        (".lorafit/versions/returns@1", "not inside"),
         ("nowhere", "no such folder"),
-        ("a\0b", "not within"),
+        ("a\0b", "not inside"),
         (".pickled", "pickle"),
         (".other", "belongs to base"),
         ("http://evil.example/x", "no such folder"),
@@ -776,7 +780,7 @@ def test_a_folder_is_watched_and_remembered(desks: Path, tmp_path: Path) -> None
         assert running.said("returns") == first and running.said("returns@2") == second
         assert running.ask("new-desk").status_code == 200, "its version is kept"
         assert running.ask("products").status_code == 404, "its folder is still there: it was unloaded"
-        with pytest.raises(RunError, match="another server serves it"):
+        with pytest.raises(RunError, match="another server uses it"):
             Store(running.service.engine, root, print, print)
         assert not (root / ".lorafit" / "versions" / "half@1").exists()
         again = admin(running, "load", lora_name="products", lora_path="it-support")
@@ -927,7 +931,7 @@ def test_more_at_once_than_there_may_be_are_told_so(
     desks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(desks, tmp_path / "root")
-    monkeypatch.setattr("lorafit.server.app.AT_ONCE", 1)
+    monkeypatch.setattr("lorafit.server.app.LIMITS", Limits(at_once=1))
     with served(tmp_path / "root") as running:
         slow(running.service.engine, monkeypatch)
         body = {**ASK, "model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -958,7 +962,7 @@ def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
 
 
 def test_one_whose_headers_come_too_slowly_is_let_go(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "PATIENCE", 1.5)
+    monkeypatch.setattr(run, "LIMITS", Limits(patience=1.5))
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as slow:
         began = time.monotonic()
@@ -972,7 +976,7 @@ def test_one_whose_headers_come_too_slowly_is_let_go(server: Running, monkeypatc
 
 
 def test_one_whose_body_comes_too_slowly_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.server.app.PATIENCE", 0.5)
+    monkeypatch.setattr("lorafit.server.app.LIMITS", Limits(patience=0.5))
     with served(tmp_path) as running, connected(running) as slow:
         began = time.monotonic()
         slow.sendall(head_of(1000))
@@ -1354,14 +1358,14 @@ def test_chat_asks_a_server(
 
     assert chat("Hello?\n", "--model", "products").strip() == server.said("products").strip()
     assert chat("Hello?\n/new\nHello?\n", "--model", "products").split("\n")[0] == server.said("products")
-    monkeypatch.setenv("LORAFIT_KEY", "lf-a\nkept as a hash")
+    monkeypatch.setenv("LORAFIT_KEY", "lf-a\nstored as a hash")
     with pytest.raises(SystemExit):
         chat("Hello?\n")
-    assert "LORAFIT_KEY: no key" in capsys.readouterr().err
+    assert "LORAFIT_KEY: not a key" in capsys.readouterr().err
     monkeypatch.delenv("LORAFIT_KEY")
     for flags, words in (
-        (["--model", "nobody"], "no model is served by this name"),
-        (["--base", "tiny"], "a server is asked, or a base here"),
+        (["--model", "nobody"], "no model has this name"),
+        (["--base", "tiny"], "either a server answers or a base"),
     ):
         with pytest.raises(SystemExit):
             chat("Hello?\n", *flags)
@@ -1396,12 +1400,14 @@ def test_what_could_not_be_stored_is_tried_again(desks: Path, tmp_path: Path, mo
         assert admin(running, "load", lora_name="again", lora_path="late").status_code == 200
 
 
+CARDS = b'{"data": [{"id": "desk"}]}'
+
+
 def test_an_answer_that_breaks_off_is_told_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafit.server.client import Remote
 
     lines = [b'data: {"choices": [{"delta": {"content": "Half"}}]}\n', b"\n", b": still here\n"]
-    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": [{"id": "desk"}]})
-    monkeypatch.setattr(Remote, "_open", lambda *_: nullcontext(lines))
+    monkeypatch.setattr(Remote, "_open", lambda _, path, body: nullcontext(lines if body else io.BytesIO(CARDS)))
     said: list[str] = []
     talk = Remote("http://127.0.0.1:1/v1")
     with pytest.raises(CancelledError, match=r"broke off .*: ask again"):
@@ -1416,15 +1422,17 @@ def test_of_a_server_too_what_was_trained_on_single_questions_is_asked_each_by_i
 
     sent: list[list[str]] = []
 
+    cards = [{"id": "desk", "single": True}, {"id": "tiny", "single": False}, {"id": "of another server"}]
+
     def opened(talk: Remote, path: str, body: Any) -> Any:
+        if body is None:
+            return nullcontext(io.BytesIO(json.dumps({"data": cards}).encode()))
         sent.append([message["content"] for message in body["messages"]])
         return nullcontext([b'data: {"choices": [{"delta": {"content": "Yes."}}]}\n', b"\n", b"data: [DONE]\n"])
 
-    cards = [{"id": "desk", "single": True}, {"id": "tiny", "single": False}, {"id": "of another server"}]
-    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": cards})
     monkeypatch.setattr(Remote, "_open", opened)
     talk = Remote("http://127.0.0.1:1/v1", system="Be brief.")
-    assert "desk was trained on single questions: each is asked by itself" in talk.remark()
+    assert "desk was trained on single questions: each is asked on its own" in talk.remark()
     for question in ("Is it here?", "And there?"):
         talk.ask(question, lambda piece: None)
     talk.remembers = True
@@ -1458,8 +1466,8 @@ data: {"choices": [{"delta": null, "finish_reason": "stop"}]}
 
 data:[DONE]
 """
-    monkeypatch.setattr(Remote, "_asked", lambda *_: {"data": [{"id": "desk"}]})
-    monkeypatch.setattr(Remote, "_open", lambda *_: nullcontext(told.splitlines(keepends=True)))
+    lines = told.splitlines(keepends=True)
+    monkeypatch.setattr(Remote, "_open", lambda _, path, body: nullcontext(lines if body else io.BytesIO(CARDS)))
     said: list[str] = []
     talk = Remote("http://127.0.0.1:1/v1")
     talk.ask("Hello?", said.append)
@@ -1474,21 +1482,22 @@ def test_a_port_in_use_is_one_sentence(host: str, tmp_path: Path) -> None:
         ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
     assert ran.returncode == 2 and ran.stdout == ""
     assert (
-        ran.stderr == f"lorafit: --port {port}: in use by another program: end that one, or name another with --port\n"
+        ran.stderr
+        == f"lorafit: --port {port}: in use by another program: end that one, or choose another port with --port\n"
     )
 
 
 @pytest.mark.parametrize(
     ("host", "words"),
     [
-        ("192.0.2.1", "--host 192.0.2.1: no address of this machine"),
+        ("192.0.2.1", "--host 192.0.2.1: not an address of this machine"),
         ("no-such-host.invalid", "--host no-such-host.inv"),
         ("a" * 70, "--host aaa"),
         ("", "--host : "),
     ],
 )
 def test_an_address_that_cannot_be_listened_at_is_said(host: str, words: str) -> None:
-    with pytest.raises(SettingsError, match=": name another with --host") as refused:
+    with pytest.raises(SettingsError, match=": choose another with --host") as refused:
         address.listening(host, 0)
     assert str(refused.value).startswith(words)
 
@@ -1504,7 +1513,7 @@ def test_a_server_listens_at_every_address_of_its_name() -> None:
 def test_what_is_cancelled_while_it_is_submitted_is_not_submitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
-    from lorafit.server.streams import Coming
+    from lorafit.server.streams import AnswerStream
 
     taken: list[Answer] = []
 
@@ -1512,15 +1521,15 @@ def test_what_is_cancelled_while_it_is_submitted_is_not_submitted_on(monkeypatch
         def submit(self, request: Request, listener: Any, version: Any) -> Answer:
             taken.append(Answer(request, None, listener))
             if len(taken) == 2:
-                coming.cancel()  # as when the client goes away
+                answers.cancel()  # as when the client goes away
             return taken[-1]
 
-    async def made() -> Coming:
-        return Coming(Busy(), None, lambda part: None)  # type: ignore[arg-type]
+    async def made() -> AnswerStream:
+        return AnswerStream(Busy(), None, lambda part: None)  # type: ignore[arg-type]
 
-    coming = asyncio.run(made())
+    answers = asyncio.run(made())
     with pytest.raises(CancelledError):
-        coming.submit([Request((1,))] * 5)
+        answers.submit([Request((1,))] * 5)
     assert len(taken) == 2 and all(one.is_cancelled for one in taken)
 
 
@@ -1644,7 +1653,7 @@ def test_without_a_registry_the_copies_are_served_again(desks: Path, tmp_path: P
         assert {path.name for path in versions.iterdir()} == {*before, "notes"}
         assert engine.adapters.find("returns").id == "returns@2" and engine.adapters.find("returns@1")
         assert engine.adapters.find("products").id == "products@1", "what is in its folder is that version"
-        assert sum("is not there" in line for line in told) == 1 and any("returns@3" in line for line in told)
+        assert sum("it is missing" in line for line in told) == 1 and any("returns@3" in line for line in told)
         assert store.load("returns", root / "products").id == "returns@4", "a number is given once"
         store.close()
 
@@ -1719,5 +1728,5 @@ def test_the_router_picks_an_adapter_and_says_how_sure_it_is(tmp_path: Path) -> 
         for _ in range(3):
             running.service.store.look()  # type: ignore[union-attr]
         running.service._look()
-        assert running.service.switch is not None and running.service.switch.router is not None
-        assert running.service.switch.router.names == ("numbers", "unknown"), "what is damaged is left out"
+        assert running.service.live_router is not None and running.service.live_router.router is not None
+        assert running.service.live_router.router.names == ("numbers", "unknown"), "what is damaged is left out"

@@ -94,7 +94,7 @@ def test_all_that_is_wrong_in_a_file_is_told_by_its_line(tmp_path: Path) -> None
         ('rank = "16"', "rank '16': not a whole number"),
         ('skip_bad = "yes"', "skip_bad 'yes': not true or false"),
         ("alpha = nan", "alpha nan: not a number"),
-        ("targets = []", "targets .*: names nothing"),
+        ("targets = []", "targets .*: names no layer"),
         ("val-share = 0.2\nval_share = 0.1", "val_share: given with - and with _"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_file_gives_whole_numbers_for_any_number_and_lists_as_they_are_stored(
 
 @pytest.mark.parametrize("targets", [[], [","], ["", " "]])
 def test_targets_that_name_nothing_are_refused_by_their_flag(targets: list[str]) -> None:
-    with pytest.raises(SettingsError, match=r"--targets .*: names nothing: name at least one"):
+    with pytest.raises(SettingsError, match=r"--targets .*: names no layer: name at least one"):
         settings_from({"targets": targets})
 
 

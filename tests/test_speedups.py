@@ -34,18 +34,20 @@ from lorafit.bases.base import Base
 from lorafit.data.batches import PACK_STEP
 from lorafit.data.render import Row
 from lorafit.errors import Interrupted
-from lorafit.evaluation.nll import example_nll
 from lorafit.planning.rules import all_linear
-from lorafit.tasks import completion, probe
-from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
-from lorafit.tasks.probe import way_of
+from lorafit.tasks import forward, probe
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.forward import batch_of, token_nll
+from lorafit.tasks.probe import mode_of
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import PLAIN, ForwardMode
 from lorafit.testing import random_adapter
-from lorafit.training.loop import Moment, gradient_step, train
+from lorafit.training.loop import Moment, train
 from lorafit.training.recipe import Recipe
 from lorafit.variants import lora
 
-APART = Way(apart=True, packed=False)
-PACKED = Way(apart=True, packed=True)
+APART = ForwardMode(separate_head=True, packed=False)
+PACKED = ForwardMode(separate_head=True, packed=True)
 FP32, BF16 = torch.float32, torch.bfloat16
 BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 
@@ -120,19 +122,21 @@ def adapter_of(base: Base) -> Adapter:
     return random_adapter(base, Plan(tuple(slots)))
 
 
-def nll_of(base: Base, batches: Sequence[Sequence[Row]], way: Way) -> Tensor:
+def nll_of(base: Base, batches: Sequence[Sequence[Row]], way: ForwardMode) -> Tensor:
     with torch.no_grad(), packing(base, way.packed):
         return torch.cat([token_nll(base, batch_of(base, rows, way), way) for rows in batches])
 
 
-def gradient_of(base: Base, adapter: Adapter, batches: Sequence[Sequence[Row]], way: Way, before: int = 1) -> Tensor:
+def gradient_of(
+    base: Base, adapter: Adapter, batches: Sequence[Sequence[Row]], way: ForwardMode, before: int = 1
+) -> Tensor:
     """The gradient of a step after `before` forwards, in which sites that share their input have been found."""
     state = TrainState(adapter, base.device)
     parts = [batch_of(base, rows, way) for rows in batches]
     with attach(base, state), packing(base, way.packed):
         for _ in range(before):
             token_nll(base, parts[0], way)
-        gradient_step(base, state, parts, way)
+        Runner(base, COMPLETION, way).gradient(parts)
     assert state.master.grad is not None
     return state.master.grad
 
@@ -267,9 +271,9 @@ def test_the_loss_of_one_row_has_no_gradient_at_the_tokens_of_another(name: str)
 
 def test_evaluation_gives_each_example_the_mean_it_has_alone() -> None:
     base, rows = base_of("llama", LLAMA), rows_of(40, 38, 150, 7)
-    found = example_nll(base, rows)
+    found = Runner.of(base, rows).nll(rows)
     alone = [float(nll_of(base, [[row]], PLAIN).mean()) for row in rows]
-    assert way_of(base, rows).packed
+    assert mode_of(base, rows).packed
     assert found == pytest.approx(alone, rel=1e-5)
 
 
@@ -326,8 +330,8 @@ def test_configurations_within_a_configuration_are_as_before_too() -> None:
 
 # Families: what is packed, what is not, and that each computes what it does plainly
 
-NOT_APART, PADDED, APART_AND_PACKED = Way(False, True), Way(True, False), Way(True, True)
-FAMILIES: dict[str, tuple[dict[str, Any], Way]] = {
+NOT_APART, PADDED, APART_AND_PACKED = ForwardMode(False, True), ForwardMode(True, False), ForwardMode(True, True)
+FAMILIES: dict[str, tuple[dict[str, Any], ForwardMode]] = {
     "llama": (LLAMA, APART_AND_PACKED),
     "mistral": ({**LLAMA, "sliding_window": 16}, APART_AND_PACKED),
     "ministral": ({**WIDE, "sliding_window": 16}, APART_AND_PACKED),
@@ -414,9 +418,9 @@ def test_how_a_family_may_be_run_is_known_in_every_dtype(
     settings, way = FAMILIES[family]
     base = base_of(family, settings, dtype)
     before = base.integrity()
-    assert way_of(base, FAMILY_ROWS) == way
+    assert mode_of(base, FAMILY_ROWS) == way
     monkeypatch.setattr(probe, "COPIED", 1)  # one block in fp32, as of a large base in bf16
-    assert way_of(base, FAMILY_ROWS) == way
+    assert mode_of(base, FAMILY_ROWS) == way
     assert base.integrity() == before
 
 
@@ -425,15 +429,15 @@ def test_positions_that_a_pack_does_not_set_are_noticed_in_every_dtype(monkeypat
     positions = property(lambda segments: torch.arange(sum(segments.lengths))[None])
     monkeypatch.setattr(packs.Segments, "positions", positions)
     for dtype in (FP32, BF16):
-        assert way_of(base_of("gpt2", GPT2, dtype), FAMILY_ROWS) == PADDED
-        assert way_of(base_of("llama", LLAMA, dtype), FAMILY_ROWS) == APART_AND_PACKED  # only distances count
+        assert mode_of(base_of("gpt2", GPT2, dtype), FAMILY_ROWS) == PADDED
+        assert mode_of(base_of("llama", LLAMA, dtype), FAMILY_ROWS) == APART_AND_PACKED  # only distances count
 
 
 def test_rows_of_the_real_base_are_packed_in_bf16(real_base: Base) -> None:
     """As they were not while token by token NLLs were compared, which rounding sets up to 0.45 nats apart."""
     low = replace(real_base, model=copy.deepcopy(real_base.model).to(BF16))
     rows = [Row(tuple(real_base.tokenizer(text)["input_ids"]), (), 0) for text in SENTENCES]
-    assert way_of(low, rows) == APART_AND_PACKED
+    assert mode_of(low, rows) == APART_AND_PACKED
 
 
 @EVERY_FAMILY
@@ -462,7 +466,7 @@ def test_a_family_trains_in_its_way_and_by_the_plain_gradient(family: str) -> No
 
 def test_a_single_row_does_not_let_a_state_from_token_to_token_pass_as_packable() -> None:
     base = base_of("mamba", FAMILIES["mamba"][0])
-    assert not way_of(base, FAMILY_ROWS[:1]).packed
+    assert not mode_of(base, FAMILY_ROWS[:1]).packed
 
 
 def test_a_model_that_looks_past_the_rows_of_a_pack_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +474,7 @@ def test_a_model_that_looks_past_the_rows_of_a_pack_is_noticed(monkeypatch: pyte
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2), None
 
     monkeypatch.setattr(packs, "attention", leaking)
-    assert way_of(base_of("llama", LLAMA), FAMILY_ROWS) == PADDED
+    assert mode_of(base_of("llama", LLAMA), FAMILY_ROWS) == PADDED
 
 
 def test_a_kernel_that_is_wrong_in_one_dtype_alone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,8 +485,8 @@ def test_a_kernel_that_is_wrong_in_one_dtype_alone_is_noticed(monkeypatch: pytes
         return right(group, q, k, v, scale * (1 if q.dtype == FP32 else 2), window)
 
     monkeypatch.setattr(packs, "_of_group", wrong)
-    assert way_of(base_of("llama", LLAMA), FAMILY_ROWS) == APART_AND_PACKED
-    assert way_of(base_of("llama", LLAMA, BF16), FAMILY_ROWS) == PADDED
+    assert mode_of(base_of("llama", LLAMA), FAMILY_ROWS) == APART_AND_PACKED
+    assert mode_of(base_of("llama", LLAMA, BF16), FAMILY_ROWS) == PADDED
 
 
 # The kernel for rows of many lengths, which runs on a GPU alone: how it is called, by its contract
@@ -917,10 +921,10 @@ def test_the_head_in_chunks_gives_plain_cross_entropy(
     weight, hidden = (torch.randn(n, 16, generator=g).to(dtype) for n in (50, 23))
     shift = torch.randn(50, generator=g).to(dtype) if bias else None
     targets, upstream = torch.randint(0, 50, (23,), generator=g), torch.rand(23, generator=g)
-    monkeypatch.setattr(completion, "CHUNK", rows_at_a_time * 50 + 49)
+    monkeypatch.setattr(forward, "CHUNK", rows_at_a_time * 50 + 49)
     found = []
     for nll in (
-        lambda x: completion._HeadNll.apply(x, weight, shift, targets),
+        lambda x: forward._HeadNll.apply(x, weight, shift, targets),
         lambda x: F.cross_entropy(F.linear(x, weight, shift).float(), targets, reduction="none"),
     ):
         leaf = hidden.clone().requires_grad_()
@@ -939,7 +943,7 @@ def test_an_adapted_head_has_the_gradient_of_the_plain_way(tied: bool, only: boo
     sites = [site for site in base.sites if site.path == "lm_head"] if only else base.sites
     assert any(site.path == "lm_head" for site in sites)
     adapter = random_adapter(base, uniform(sites, 3, 6.0))
-    way = way_of(base, FAMILY_ROWS)
+    way = mode_of(base, FAMILY_ROWS)
     assert way == PACKED
     plain_gradient = gradient_of(base, adapter, [FAMILY_ROWS], PLAIN)
     assert_near(gradient_of(base, adapter, [FAMILY_ROWS], way), plain_gradient, 1e-5)
@@ -952,7 +956,7 @@ def test_an_adapted_head_makes_no_more_logits_than_a_chunk_at_a_time(monkeypatch
     adapter = random_adapter(base, uniform(base.sites, 3, 6.0))
     whole = gradient_of(base, adapter, [FAMILY_ROWS], PACKED)
     head, made = base.model.get_submodule("lm_head"), []
-    monkeypatch.setattr(completion, "CHUNK", 3 * len(head.weight))  # type: ignore[arg-type]
+    monkeypatch.setattr(forward, "CHUNK", 3 * len(head.weight))  # type: ignore[arg-type]
     handle = head.register_forward_hook(lambda _, given, output: made.append(len(output)))
     found = gradient_of(base, adapter, [FAMILY_ROWS], PACKED)
     handle.remove()
@@ -969,7 +973,7 @@ def test_peft_finds_the_same_gradient_of_every_factor_on_the_same_rows(name: str
     oracle = pytest.importorskip("peft")
     base = base_of(*BASES[name])
     adapter = adapter_of(base)
-    assert way_of(base, FAMILY_ROWS) == PACKED
+    assert mode_of(base, FAMILY_ROWS) == PACKED
     ours = TrainState(adapter)._named(gradient_of(base, adapter, [FAMILY_ROWS[:2], FAMILY_ROWS[2:]], PACKED))
 
     peft.write(adapter, tmp_path / "adapter")
@@ -1001,7 +1005,7 @@ def upper_only(base: Base) -> Adapter:
 
 @pytest.mark.parametrize("way", [APART, PACKED], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", ["shared heads", "learned positions"])
-def test_nothing_is_kept_for_a_backward_below_the_lowest_adapted_block(name: str, way: Way) -> None:
+def test_nothing_is_kept_for_a_backward_below_the_lowest_adapted_block(name: str, way: ForwardMode) -> None:
     base = base_of(*BASES[name])
     body = base.model.base_model
     blocks = body.layers if hasattr(body, "layers") else body.h
@@ -1109,7 +1113,7 @@ def test_on_a_gpu_training_runs_and_a_stopped_run_goes_on_to_the_same_end(dtype:
     start = fresh(base, uniform(all_linear(base), 4, 16.0), 0)
     rows, valid = rows_of(20, 33, 150, 7, 60), rows_of(25, 70)
     whole = train(base, start, rows, valid, recipe)
-    assert way_of(base, rows).packed
+    assert mode_of(base, rows).packed
     assert whole.history[-1][1] < whole.history[0][1]
 
     def stop(moment: Moment) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from lorafit.data.alike import SIMILAR, TextIndex, largest_similarity, shingles, similarity
+from lorafit.data.checks import is_right
 from lorafit.data.examples import SPLITS, Example, Examples, Message
+from lorafit.data.prepared import prepare
 from lorafit.data.reading import BUILTIN_FOLDER, read_examples
 from lorafit.data.report import DataReport
 from lorafit.data.split import complete, require_apart
 from lorafit.errors import DataError
-from lorafit.evaluation.answers import is_right
-from lorafit.prepared import prepare
 from lorafit.settings import settings_from
 
 LONG = "When does the night train from the coast to the capital leave on working days in winter"

@@ -30,7 +30,7 @@ from lorafit.evaluation.answers import prompts_of, score_answers
 from lorafit.evaluation.compare import compare
 from lorafit.generation.greedy import Answer
 from lorafit.server import tools as served_tools
-from lorafit.server.streams import Style, Telling
+from lorafit.server.streams import ChunkWriter, Style
 from lorafit.serving import Piece, Request
 from lorafit.serving.sampling import Grammar, Sampler, grammar_tokenizer
 from lorafit.training.loop import train
@@ -510,7 +510,7 @@ def test_the_marks_of_calls_and_thoughts_are_text_in_what_others_write() -> None
         ids = renderer.prompt_ids([asked])
         assert tokenizer.decode(ids) == renderer.text([asked], prompt=True), mark
         assert ids.count(tokenizer.convert_tokens_to_ids(mark)) == plain.count(tokenizer.convert_tokens_to_ids(mark))
-        assert renderer.controls(Example((asked, Message("assistant", "c")), "x:1")) == [mark]
+        assert renderer.control_tokens.spelt_in([asked.content]) == [mark]
 
 
 @pytest.mark.parametrize("place", ["a tool's answer", "arguments", "a description"])
@@ -580,9 +580,9 @@ def test_reasoning_and_calls_are_told_apart_in_parts_and_at_once(size: int) -> N
     assert (whole["finish_reason"], whole["message"]["reasoning_content"]) == ("tool_calls", THOUGHT)
     assert whole["message"]["content"] is None
     assert whole["message"]["tool_calls"][0]["function"] == {"name": "count", "arguments": '{"bay": 4}'}
-    telling = Telling(style, 0)
+    writer = ChunkWriter(style, 0)
     pieces_of = [*(Piece(text[i : i + size]) for i in range(0, len(text), size)), Piece("", (), "stop")]
-    told = [choice for piece in pieces_of for choice in telling.choices(piece, None)]
+    told = [choice for piece in pieces_of for choice in writer.choices(piece, None)]
     deltas = [choice["delta"] for choice in told]
     assert told[-1]["finish_reason"] == "tool_calls" and deltas[0]["role"] == "assistant"
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == THOUGHT
@@ -823,8 +823,8 @@ UNASKABLE: dict[str, tuple[dict[str, Any], str]] = {
     "a word": ({"tool_choice": "always"}, "tool_choice"),
     "no function": ({"tools": [{"type": "web_search"}]}, "tools.0"),
     "two of a name": ({"tools": [COUNT, {**COUNT, "function": {"name": "count"}}]}, "tools[1]: a second tool of the"),
-    "older names": ({"functions": [COUNT["function"]]}, "functions: the older names of tools"),
-    "a schema too": ({"response_format": {"type": "json_object"}}, "response_format: an answer keeps to it, or calls"),
+    "older names": ({"functions": [COUNT["function"]]}, "functions: the older fields of tools"),
+    "a schema too": ({"response_format": {"type": "json_object"}}, "response_format: it excludes calls of tools"),
     "a strict schema that is none": (
         {"tools": [{"type": "function", "function": {"name": "x", "strict": True, "parameters": {"type": "objects"}}}]},
         "tools: ",
@@ -851,7 +851,7 @@ def test_what_cannot_be_asked_of_tools_is_refused_in_words(server: Running, fiel
 def test_a_text_that_is_gone_on_with_calls_nothing(server: Running) -> None:
     body = {"model": "tiny", "prompt": "Hello?", "max_tokens": 4, "tools": [COUNT]}
     told = httpx.post(f"{server.url}/v1/completions", json=body)
-    assert told.status_code == 400 and "tools: nothing is called" in told.json()["error"]["message"]
+    assert told.status_code == 400 and "tools: completions call no tools" in told.json()["error"]["message"]
 
 
 def test_a_comparison_scores_calls(root: Path, talk: Example) -> None:

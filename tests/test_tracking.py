@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import capitals, write_rows
+from conftest import capitals, summary_with, write_rows
 
 from lorafit.errors import SettingsError
+from lorafit.evaluation.scores import Counts, Share
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.tracked import Tracked
 from lorafit.jobs.train import run_training
@@ -23,7 +25,7 @@ from lorafit.training.loop import Moment
 
 SETTINGS = {"epochs": 1.0, "rank": 2, "dtype": "fp32", "val_share": 0.3, "few_shot": 0, "search": "none"}
 NEEDED = ("tensorboard", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug", "markupsafe")
-SUMMARY = {"nll": {"base": 3.0, "adapter": 2.0}, "facts": {"base": None, "adapter": None}, "trainable_parameters": 8}
+SUMMARY = summary_with()
 READ = """
 import json, sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -149,8 +151,24 @@ def test_a_program_that_fails_is_reported_once_and_never_ends_a_run() -> None:
 @pytest.mark.parametrize("tells", [True, False])
 def test_the_shares_that_were_counted_are_handed_over_where_they_tell_how_good_answers_are(tells: bool) -> None:
     tracker = Fails()
-    right = {"base": {"share": 0.25}, "adapter": {"share": 0.75}, "most_frequent": {"share": 0.5}}
-    Tracked(tracker, "wandb", Hears()).scores({**SUMMARY, "counts": {"right": right, "tells": tells}})
+    shares = {"base": 0.25, "adapter": 0.75, "most_frequent": 0.5}
+    counts = Counts(
+        by="check" if tells else "equality",
+        n=4,
+        json=0,
+        distinct=4,
+        few=False,
+        equal={},
+        against={},
+        most_frequent=None,
+        recall=(),
+        confusions=(),
+        other=0,
+        classifier_missing=None,
+        classifier_learnt=None,
+        right={who: Share(share, (0.0, 1.0)) for who, share in shares.items()},
+    )
+    Tracked(tracker, "wandb", Hears()).scores(replace(SUMMARY, counts=counts))
     ((_, logged),) = tracker.logged
     shares = {name: value for name, value in logged.items() if name.startswith("test/right_")}
     told = {"test/right_base": 0.25, "test/right_adapter": 0.75, "test/right_most_frequent": 0.5}

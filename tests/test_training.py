@@ -36,19 +36,21 @@ from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.digests import digest_of_format_1
 from lorafit.errors import AdapterError, DivergedError, FormatError, RunError, SettingsError
-from lorafit.evaluation.nll import example_nll
 from lorafit.generation.greedy import generate
 from lorafit.jobs.train import run_training
 from lorafit.planning.rules import all_linear
-from lorafit.tasks.completion import PLAIN, Way, token_nll
-from lorafit.tasks.probe import way_of
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.forward import token_nll
+from lorafit.tasks.probe import mode_of
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import PLAIN, ForwardMode
 from lorafit.testing import random_adapter
 from lorafit.training import optimizer as adamw
-from lorafit.training.loop import gradient_step, same_bits, train
+from lorafit.training.loop import same_bits, train, train_steps
 from lorafit.training.recipe import Recipe
 
 CPU = torch.device("cpu")
-APART = Way(apart=True, packed=False)
+APART = ForwardMode(separate_head=True, packed=False)
 SHORT = Recipe(learning_rate=1e-2, batch_size=4, steps=6, warmup=1, validate_every=3)
 
 
@@ -78,7 +80,7 @@ def start_of(base: Base, rank: int = 4, seed: int = 0, variant: str = "lora") ->
 def accumulated(base: Base, adapter: Adapter, parts: Sequence[Sequence[Row]]) -> torch.Tensor:
     state = TrainState(adapter)
     with attach(base, state):
-        gradient_step(base, state, [collate(part, 256, CPU) for part in parts], APART)
+        Runner(base, COMPLETION, APART).gradient([collate(part, 256, CPU) for part in parts])
     assert state.master.grad is not None
     return state.master.grad
 
@@ -134,7 +136,7 @@ def test_loss_told_is_the_mean_over_all_trained_tokens(uneven: tuple[Base, Adapt
     base, adapter, rows = uneven
     state = TrainState(adapter)
     with attach(base, state):
-        told = gradient_step(base, state, [collate([row], 256, CPU) for row in rows], APART)
+        told = Runner(base, COMPLETION, APART).gradient([collate([row], 256, CPU) for row in rows])
         assert told == pytest.approx(float(plain_loss(base, rows).detach()), rel=1e-5)
 
 
@@ -146,7 +148,7 @@ def test_every_b_has_a_gradient_at_the_first_step_and_every_a_at_the_second(tiny
     moved = []
     with attach(tiny_base, state):
         for _ in range(2):
-            gradient_step(tiny_base, state, [collate(rows, 256, CPU)], APART)
+            Runner(tiny_base, COMPLETION, APART).gradient([collate(rows, 256, CPU)])
             moved.append({key for key, gradient in state.gradients().items() if gradient.abs().sum() > 0})
             adamw.step(state, optimizer, 1e-2, 0.0, 1.0)
     every = set(state.adapter.tensors)
@@ -187,18 +189,19 @@ def test_evaluation_keeps_no_logits(tiny_base: Base) -> None:
     def look(done: int, of: int) -> None:
         seen.append([tuple(x.shape) for x in logits() if id(x) not in known])
 
-    example_nll(tiny_base, [replace(row, ids=row.ids * 8, trained=row.trained * 8) for row in rows], look)
+    long = [replace(row, ids=row.ids * 8, trained=row.trained * 8) for row in rows]
+    Runner.of(tiny_base, long).nll(long, look)
     assert len(seen) > 1
     assert not any(seen)
 
 
 def test_a_plain_head_is_known_as_plain(tiny_base: Base) -> None:
-    assert way_of(tiny_base, rows_of(tiny_base, 2)).apart
+    assert mode_of(tiny_base, rows_of(tiny_base, 2)).separate_head
 
 
 def test_a_model_that_scales_its_logits_after_the_head_is_noticed(tiny_base: Base) -> None:
     model = ScalesItsLogits(tiny_llama().config).eval()
-    assert not way_of(replace(tiny_base, model=model), rows_of(tiny_base, 2)).apart
+    assert not mode_of(replace(tiny_base, model=model), rows_of(tiny_base, 2)).separate_head
 
 
 # One seed
@@ -268,14 +271,14 @@ HANGS_AT_STEP_70 = """
 import sys, time
 from pathlib import Path
 from lorafit.training import loop
-hanging, real, calls = Path(sys.argv.pop()), loop.gradient_step, []
+hanging, real, calls = Path(sys.argv.pop()), loop.Runner.gradient, []
 def hangs(*given):
     calls.append(1)
     if len(calls) == 70:
         hanging.touch()
         time.sleep(120)
     return real(*given)
-loop.gradient_step = hangs
+loop.Runner.gradient = hangs
 """
 
 
@@ -347,7 +350,10 @@ def whole(runs: Runs) -> str:
     return runs.here("whole")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+# That a closed terminal saves the step in progress is a test of its own, further down.
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)], ids=str
+)
 def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_bit_identical(
     runs: Runs, whole: str, sent: signal.Signals
 ) -> None:
@@ -403,6 +409,39 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_what_resumes(runs: Runs, whole:
     process.communicate(timeout=20)
     assert process.returncode == 130
     assert runs.here("twice", resume=True) == whole
+
+
+def test_steps_leave_the_base_to_others_in_between_and_end_as_train_does(tiny_base: Base) -> None:
+    rows = rows_of(tiny_base, 6)
+    whole = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT)
+    bare = Runner.of(tiny_base, rows)
+    before, other = bare.nll(rows), random_adapter(tiny_base, uniform(tiny_base.sites, 2, 8.0))
+    steps, moments = train_steps(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT), []
+    while True:
+        try:
+            moments.append(next(steps))
+        except StopIteration as end:
+            trained = end.value
+            break
+        with attach(tiny_base, other):
+            assert bare.nll(rows) != before
+        assert bare.nll(rows) == before
+    assert (trained.adapter, trained.history) == (whole.adapter, whole.history)
+    assert [moment.step for moment in moments if moment.train_nll is not None] == list(range(1, SHORT.steps + 1))
+
+
+def test_steps_that_are_closed_are_saved_and_resumed_from_there(tiny_base: Base, tmp_path: Path) -> None:
+    rows = rows_of(tiny_base, 6)
+    whole = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT)
+    steps = train_steps(tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path)
+    done = next(moment.step for moment in steps if moment.step == 2 and moment.train_nll is not None)
+    steps.close()
+    again = []
+    resumed = train(
+        tiny_base, start_of(tiny_base), rows[:4], rows[4:], SHORT, folder=tmp_path, resume=True, tell=again.append
+    )
+    assert resumed.adapter == whole.adapter
+    assert min(moment.step for moment in again if moment.train_nll is not None) == done + 1
 
 
 def test_resuming_with_another_setting_is_refused_by_name(runs: Runs, whole: str) -> None:
@@ -529,7 +568,7 @@ def test_the_best_by_validation_is_the_adapter(tiny_base: Base) -> None:
     trained = train(tiny_base, start_of(tiny_base), rows[:4], rows[4:], OVERFITS)
     curve = [nll for _, nll in trained.history]
     with attach(tiny_base, trained.adapter):
-        values = example_nll(tiny_base, rows[4:])
+        values = Runner.of(tiny_base, rows[4:]).nll(rows[4:])
     assert curve[-1] > min(curve) + 0.1  # else this test shows nothing
     assert sum(values) / len(values) == min(curve)
 
@@ -623,7 +662,7 @@ def test_a_loop_that_writes_past_the_version_counter_trains_all_the_same(tiny_fo
     losses = []
     with attach(base, state):
         for _ in range(4):
-            losses.append(gradient_step(base, state, [collate(rows, 256, CPU)], APART))
+            losses.append(Runner(base, COMPLETION, APART).gradient([collate(rows, 256, CPU)]))
             state.master.data -= 0.05 * state.master.grad
             state.master.grad = None
     assert len(set(losses)) == 4
@@ -659,7 +698,7 @@ def test_whichever_optimizer_steps_the_next_forward_uses_the_new_values(
     optimizer = OPTIMIZERS[name](state.parameters())
     batch = collate(rows_of(base, 3), 256, CPU)
     with attach(base, state):
-        gradient_step(base, state, [batch], APART)
+        Runner(base, COMPLETION, APART).gradient([batch])
         with torch.no_grad():
             before = token_nll(base, batch, APART)
         optimizer.step()
@@ -694,7 +733,7 @@ def test_under_a_bf16_base_the_master_and_its_gradient_are_fp32(tiny_folder: Pat
     base = open_base(tiny_folder, torch.bfloat16)
     state = TrainState(start_of(base))
     with attach(base, state):
-        gradient_step(base, state, [collate(rows_of(base, 3), 256, CPU)], APART)
+        Runner(base, COMPLETION, APART).gradient([collate(rows_of(base, 3), 256, CPU)])
     assert state.master.grad is not None
     assert (state.master.dtype, state.master.grad.dtype) == (torch.float32, torch.float32)
 

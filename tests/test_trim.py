@@ -124,7 +124,7 @@ def test_what_is_left_is_told() -> None:
 
 @pytest.mark.parametrize("text", ["0%", "100%", "-5%", "1", "25 percent", "", "nan"])
 def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="no share of an adapter: write 25%"):
+    with pytest.raises(SettingsError, match="not a share of an adapter: write 25%"):
         share_of(text)
 
 

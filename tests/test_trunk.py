@@ -16,14 +16,17 @@ from lorafit.attachment.attention import packing
 from lorafit.attachment.blocks import free_blocks
 from lorafit.attachment.pure import fresh
 from lorafit.bases.base import Base
-from lorafit.data.batches import Start, epoch_order
+from lorafit.data.batches import Batch, Start, epoch_order
 from lorafit.data.examples import Example, Message
 from lorafit.data.render import Row, render, renderer_for
 from lorafit.errors import DivergedError
 from lorafit.layers.site import select
 from lorafit.planning import decide
 from lorafit.settings import settings_from
-from lorafit.tasks import completion, probe
+from lorafit.tasks import forward, probe
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import PLAIN
 from lorafit.testing import random_adapter
 from lorafit.training import trunk as trunks
 from lorafit.training.loop import train
@@ -54,11 +57,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of every trunk that is computed rather than read."""
     sizes: list[int] = []
 
-    def counted(base: Base, batch: completion.Batch, blocks: int) -> torch.Tensor:
+    def counted(base: Base, batch: Batch, blocks: int) -> torch.Tensor:
         sizes.append(batch.ids.numel())
-        return completion.trunk(base, batch, blocks)
+        return forward.trunk(base, batch, blocks)
 
-    monkeypatch.setattr(trunks, "trunk", counted)
+    monkeypatch.setattr("lorafit.tasks.runner.trunk", counted)
     return sizes
 
 
@@ -146,26 +149,27 @@ def test_trainings_on_the_same_rows_share_a_trunk_that_stays(
 def test_a_trunk_of_something_else_is_not_taken(
     tiny_base: Base, rows: list[Row], tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    runner = Runner(tiny_base, COMPLETION, PLAIN)
     packs = {(0, 1): len(rows[0].ids) + len(rows[1].ids)}
-    trunks.Trunk(tmp_path, "trunk", tiny_base, rows, packs, 1, 1 << 30)
+    trunks.Trunk(tmp_path / "trunk", runner, "rows", packs, 1, 1 << 30)
     (before,) = tmp_path.glob("trunk-*")
     if changed == "base":
         with torch.no_grad():
             next(tiny_base.model.parameters()).view(-1)[0] += 1
-    others, blocks = rows[:-1] if changed == "rows" else rows, 2 if changed == "blocks" else 1
-    trunks.Trunk(tmp_path, "trunk", tiny_base, others, packs, blocks, 1 << 30)
+    others, blocks = "others" if changed == "rows" else "rows", 2 if changed == "blocks" else 1
+    trunks.Trunk(tmp_path / "trunk", runner, others, packs, blocks, 1 << 30)
     (after,) = tmp_path.glob("trunk-*")
     assert after != before
 
 
 def test_starting_at_a_block_computes_what_the_whole_model_does_bit_for_bit(tiny_base: Base, rows: list[Row]) -> None:
-    way = probe.way_of(tiny_base, rows)
-    batch = completion.batch_of(tiny_base, rows[:4], way)
+    way = probe.mode_of(tiny_base, rows)
+    batch = forward.batch_of(tiny_base, rows[:4], way)
     adapter = random_adapter(tiny_base, uniform(select(tiny_base.sites, ["layers.1.*"]), 4, 8.0))
     with attach(tiny_base, adapter), packing(tiny_base), torch.no_grad():
-        whole = completion.token_nll(tiny_base, batch, way)
-        start = Start(completion.trunk(tiny_base, batch, 1), 1)
-        assert torch.equal(completion.token_nll(tiny_base, replace(batch, start=start), way), whole)
+        whole = forward.token_nll(tiny_base, batch, way)
+        start = Start(forward.trunk(tiny_base, batch, 1), 1)
+        assert torch.equal(forward.token_nll(tiny_base, replace(batch, start=start), way), whole)
     assert not any("forward" in vars(module) for module in tiny_base.model.modules())
 
 

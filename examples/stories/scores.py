@@ -11,7 +11,8 @@ import numpy as np
 import textstat
 from sacrebleu.metrics.bleu import BLEU
 
-from lorafit.evaluation.statistics import FEWEST, paired_bootstrap
+from lorafit.data.split import FEWEST
+from lorafit.evaluation.statistics import paired_bootstrap
 
 RESAMPLES = 2_000  # of BLEU, which is no mean: a resample sums its n-gram counts anew
 

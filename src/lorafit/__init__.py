@@ -36,8 +36,10 @@ _PUBLIC = {
     "renderer_for": "lorafit.data.render",
     "run_evaluation": "lorafit.jobs.evaluate",
     "run_training": "lorafit.jobs.train",
+    "save_adapter": "lorafit.adapters.formats.peft:write",
     "select": "lorafit.layers.site",
     "train": "lorafit.training.loop",
+    "train_steps": "lorafit.training.loop",
     "uniform": "lorafit.adapters.plan",
 }
 
@@ -73,9 +75,10 @@ if TYPE_CHECKING:
     from lorafit.serving.request import Request as Request
     from lorafit.settings import TrainSettings as TrainSettings
     from lorafit.training.loop import train as train
+    from lorafit.training.loop import train_steps as train_steps
     from lorafit.training.recipe import Recipe as Recipe
 
-    read_adapter = _peft.read
+    read_adapter, save_adapter = _peft.read, _peft.write
 
 
 def __getattr__(name: str) -> Any:

@@ -47,106 +47,119 @@ class TrainSettings(BaseModel):
     targets: Annotated[
         tuple[str, ...] | None,
         Field(
-            description="Where to adapt: ends of module paths, as in q_proj,v_proj; * stands for any.",
+            description="Layers to adapt: ends of module paths, such as q_proj,v_proj; * matches any name.",
             examples=[["q_proj", "v_proj"]],
         ),
     ] = None
-    variant: Annotated[Literal[NAMES], Field(description="Method of adaptation.")] = "lora"  # type: ignore[valid-type]
-    rank: Annotated[int | None, Field(ge=1, description="Rank of every pair.", examples=[16])] = None
-    alpha: Annotated[float, Field(gt=0, description="Scale: the pair counts alpha/rank.")] = 32.0
+    task: Annotated[
+        Literal["auto", "completion", "classification"],
+        Field(
+            description="What to learn: to write an answer (completion), or to predict a label with a classification "
+            "head (classification, for data with text and label). auto: completion if the base writes text."
+        ),
+    ] = "auto"
+    label_weights: Annotated[
+        Literal["none", "balanced"],
+        Field(
+            description="Weight of the examples when a classifier is trained and validated: the same for every "
+            "example (none), or the same for every label (balanced)."
+        ),
+    ] = "none"
+    variant: Annotated[Literal[NAMES], Field(description="The adaptation method.")] = "lora"  # type: ignore[valid-type]
+    rank: Annotated[int | None, Field(ge=1, description="Rank of each pair of matrices.", examples=[16])] = None
+    alpha: Annotated[float, Field(gt=0, description="Scale: each pair is multiplied by alpha/rank.")] = 32.0
     learning_rate: Annotated[float | None, Field(gt=0, description="Peak learning rate.", examples=[5e-4])] = None
     search: Annotated[
         Literal["none", "fast", "thorough"],
         Field(
-            description="Short runs before the run, compared on validation: fast tries learning rates, for about "
-            "half of the run's time at most; thorough also where to adapt, and the rank."
+            description="Short trial runs before training, compared on validation: fast tries learning rates, for at "
+            "most about half of the run's time; thorough also tries layers and ranks."
         ),
     ] = "fast"
     trim: Annotated[
         Literal["auto", "none"],
         Field(
-            description="After training: the smallest adapter that on validation gives up less than 0.5 % of what "
-            "training gained, and no right answers (auto), or all of it."
+            description="After training, keep the smallest adapter that loses less than 0.5 % of the improvement on "
+            "validation and no right answer (auto), or the whole adapter (none)."
         ),
     ] = "auto"
     rounds: Annotated[
-        int, Field(ge=0, description="Rounds of lorafit refine at most, before the test is opened; it stops by itself.")
+        int, Field(ge=0, description="Most rounds of lorafit refine before the test is opened; they may end earlier.")
     ] = 0
     general: Annotated[
         str | None,
         Field(
-            description="A text file in whose NLL forgetting is measured, beside a few built-in pages.",
+            description="A text file on which forgetting is measured (by NLL), in addition to a few built-in pages.",
             examples=["letters.txt"],
         ),
     ] = None
-    epochs: Annotated[float | None, Field(gt=0, description="Times each example is seen.", examples=[2])] = None
+    epochs: Annotated[float | None, Field(gt=0, description="Passes over the training examples.", examples=[2])] = None
     batch_size: Annotated[int | None, Field(ge=1, description="Examples per step.", examples=[8])] = None
-    warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps that warms up.")] = 0.04
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's decay of the matrices.")] = 0.0
-    dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout before the pairs.")] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the steps used for warm-up.")] = 0.04
+    weight_decay: Annotated[float, Field(ge=0, description="Weight decay of AdamW.")] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout on the inputs of the adapter.")] = 0.0
     validations: Annotated[
-        int, Field(ge=1, description="Validations during the run, beside the first and an early one.")
+        int, Field(ge=1, description="Validations during the run, in addition to the first and an early one.")
     ] = 3
-    patience: Annotated[int, Field(ge=1, description="Stop after so many validations without a better one.")] = 3
+    patience: Annotated[int, Field(ge=1, description="Stop after this many validations without improvement.")] = 3
     max_length: Annotated[int, Field(ge=8, description="Longest example, in tokens; longer ones are refused.")] = 1024
     columns: Annotated[
         tuple[str, ...] | None,
         Field(
-            description="Columns of other names: FIELD=COLUMN, e.g. prompt=question; unused=COLUMN passes one over; "
-            "columns in braces are joined, e.g. 'completion=Team: {Team}\\n{Reply}'. Once for each.",
+            description="Which column is which field: FIELD=COLUMN, e.g. prompt=question; unused=COLUMN ignores one; "
+            "columns in braces are joined, e.g. 'completion=Team: {Team}\\n{Reply}'. May be repeated.",
             examples=[["prompt=question", "completion=answer"]],
         ),
     ] = None
-    skip_bad: Annotated[bool, Field(description="Leave out rows that cannot be used, and name them.")] = False
+    skip_bad: Annotated[bool, Field(description="Leave out rows that cannot be used, and list them.")] = False
     system: Annotated[
         str | None,
         Field(
-            description='System prompt for conversations that bring none; "": none, whatever the data call for.',
+            description='System prompt for conversations that have none; "": never add one.',
             examples=["You answer for ..."],
         ),
     ] = None
     template: Annotated[
         tuple[str, ...] | None,
         Field(
-            description="Settings of the base's chat template: NAME=VALUE. Once for each; the adapter keeps them.",
+            description="A setting of the base's chat template: NAME=VALUE. May be repeated; stored with the adapter.",
             examples=[["enable_thinking=false"]],
         ),
     ] = None
     val_share: Annotated[
-        float, Field(gt=0, lt=0.5, description="Share for validation, and for test, of a single file.")
+        float, Field(gt=0, lt=0.5, description="Share of a single file for validation, and the same for the test.")
     ] = 0.1
     few_shot: Annotated[
-        int, Field(ge=0, description="Answered examples in the base's prompt, for the second baseline; 0: none.")
+        int, Field(ge=0, description="Answered examples in the base's prompt for the second baseline; 0: none.")
     ] = 3
-    dtype: Annotated[Literal["auto", "fp32", "bf16"], Field(description="Of the base; auto measures.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"], Field(description="Number format of the base; auto measures which is faster.")
+    ] = "auto"
     trunk_gb: Annotated[
         float,
         Field(
-            ge=0, description="Disk for what blocks below all sites compute, during the run; 0: computed every time."
+            ge=0, description="Disk (GB) for the output of the blocks below all adapted layers; 0: computed every time."
         ),
     ] = 4.0
     memory: Annotated[
         str | None,
         Field(
-            description="Most that the process may hold in a whole run, such as 4GB or 500MB (of the GPU, where "
-            "there is one).",
+            description="Memory limit of the process for the whole run, such as 4GB or 500MB (GPU memory, if a GPU is "
+            "used).",
             examples=["4GB"],
         ),
     ] = None
     routing_questions: Annotated[
-        int, Field(ge=0, description="Questions of which the adapter keeps hidden states, for a router; 0: none.")
+        int, Field(ge=0, description="Training questions whose hidden states the adapter stores for a router; 0: none.")
     ] = 512
     report_to: Annotated[
         Literal["none", "tensorboard", "trackio", "wandb", "mlflow"],
-        Field(
-            description="A tracking program that is given curves and scores too, by its own library (the extra of "
-            "its name)."
-        ),
+        Field(description="Also send curves and scores to a tracking program (install the extra of its name)."),
     ] = "none"
     seed: Annotated[
         int,
         Field(
-            ge=0, lt=1 << 63, description="Of everything a run draws; which examples are held out is fixed by the data."
+            ge=0, lt=1 << 63, description="Seed of random choices; only the data decide which examples are held out."
         ),
     ] = 0
 
@@ -176,7 +189,7 @@ class TrainSettings(BaseModel):
     def _apart(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
         names = given and tuple(name.strip() for part in given for name in part.split(",") if name.strip())
         if names == ():
-            raise ValueError("names nothing: name at least one, such as q_proj, or leave it out")
+            raise ValueError("names no layer: name at least one, such as q_proj, or leave it out")
         return names
 
     @field_validator("general", mode="before")
@@ -188,7 +201,7 @@ class TrainSettings(BaseModel):
     @classmethod
     def _measured(cls, given: Any) -> Any:
         if given is not None and bytes_of(str(given)) is None:
-            raise ValueError("no size with its unit: write it as 4GB or 500MB")
+            raise ValueError("not a size with its unit: write it as 4GB or 500MB")
         return given
 
 
@@ -209,6 +222,23 @@ def bytes_of(size: str) -> int | None:
     return round(float(found[1]) * base**power)
 
 
+IDLE = {
+    "classifier": ("general", "system", "template", "few_shot", "routing_questions", "trunk_gb"),
+    "language model": ("label_weights",),
+}
+
+
+def require_meant(settings: TrainSettings, classifies: bool) -> None:
+    """Raise SettingsError naming every setting that is set and would do nothing. classifies: whether the base is opened
+    as a classifier."""
+    kind = "classifier" if classifies else "language model"
+    fields = TrainSettings.model_fields
+    idle = ["--" + name.replace("_", "-") for name in IDLE[kind] if getattr(settings, name) != fields[name].default]
+    if idle:
+        does, them = ("does", "it") if len(idle) == 1 else ("do", "them")
+        raise SettingsError(f"{', '.join(idle)}: {does} nothing for a {kind}: leave {them} out")
+
+
 def share_of(text: str) -> float:
     """25% or 0.25 → 0.25. Raises SettingsError for what is no share between nothing and all."""
     number = text.strip()
@@ -217,7 +247,7 @@ def share_of(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise SettingsError(f"--to {text}: no share of an adapter: write 25%, more than 0% and less than 100%")
+        raise SettingsError(f"--to {text}: not a share of an adapter: write 25%, more than 0% and less than 100%")
     return share
 
 
@@ -266,7 +296,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: there is no such file: lorafit settings prints one to start from") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(
-            f"{path}: not TOML ({error}): correct it, or begin with what lorafit settings prints"
+            f"{path}: not TOML ({error}): correct it, or begin with the output of lorafit settings"
         ) from error
     found = {key.replace("-", "_"): value for key, value in written.items()}
     twice = [key for key in found if "_" in key and {key, key.replace("_", "-")} <= set(written)]
@@ -321,13 +351,13 @@ def _told(where: str, found: Mapping[str, Any]) -> str:
 def template() -> str:
     """A TOML file that sets nothing: every setting with its default and what it means, commented out."""
     lines = [
-        "# Take the # away from what you want to set. Flags beat this file: lorafit train -c FILE",
-        "# Paths (base, data, out) count from the folder of this file.",
+        "# Remove the # before what you want to set. Flags override this file: lorafit train -c FILE",
+        "# Paths (base, data, out) are relative to the folder of this file.",
         "",
     ]
     for name, field in (*_first(), *TrainSettings.model_fields.items()):
         value = (field.examples or [None])[0] if field.default is None else field.default
-        note = " By rule where nothing is set." if name in BY_RULE else ""
+        note = " Chosen by rule if not set." if name in BY_RULE else ""
         lines += [f"# {line}" for line in textwrap.wrap(f"{field.description}{note}", 100)]
         lines += [f"# {name} = {json.dumps(value)}", ""]
     return "\n".join(lines)

@@ -1,13 +1,13 @@
-"""Which folder is an adapter's, told by its files alone: nothing of weight is imported here."""
+"""Recognises adapter folders by their files. It imports neither torch nor transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lorafit.errors import FormatError
-from lorafit.files import did_you_mean, put_back
+from lorafit.errors import AdapterError, FormatError
+from lorafit.files import did_you_mean, put_back, read_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "lorafit.json"
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -17,7 +17,7 @@ def adapter_folder(path: str | Path) -> Path:
 
 
 def require_adapter_folder(folder: str | Path) -> None:
-    """Raise FormatError for what is no adapter folder: another program's, a pickle, one that lacks a file."""
+    """Raise FormatError where this is not an adapter folder: another program's, a pickle, one that lacks a file."""
     folder = Path(folder)
     put_back(folder)
     if folder.is_file():
@@ -37,4 +37,15 @@ def require_adapter_folder(folder: str | Path) -> None:
     if missing:
         raise FormatError(
             f"{folder}: not an adapter folder: {' and '.join(missing)} missing: name a run, or the adapter folder in it"
+        )
+
+
+def require_writes(folder: str | Path) -> None:
+    """Raise AdapterError where an adapter folder, or that of a run, holds a classifier, which writes no text."""
+    ours = adapter_folder(folder) / OURS
+    described = read_json(ours) if ours.exists() else {}
+    if isinstance(described, dict) and described.get("classes"):
+        raise AdapterError(
+            f"{folder}: is a classifier, which gives a text one of its labels and writes none: lorafit eval scores it "
+            "on texts with labels; docs/classification.md shows how to ask it from Python"
         )

@@ -1,10 +1,11 @@
-"""How messages become text: what an adapter keeps of it, so that it is always asked as it was trained."""
+"""What an adapter keeps about how messages became text in training, so that its prompts are always the same."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import inf
 from typing import Any
 
 Scalar = str | int | float | bool | None
@@ -16,15 +17,14 @@ class Rendering:
 
     Args:
         template_hash: of the chat template.
-        system: the system prompt put before every conversation that brings none. None: whatever the template itself
-            does; "": none.
-        now: the time that the template is told, in ISO 8601; None where it asks for none, and then, or for an adapter
-            of an earlier version, it is told the time of the moment.
+        system: the system prompt of conversations that bring none. None: the template's own; "": none.
+        now: the time that the template reads, in ISO 8601. None: the template reads no time; if it does, or for an
+            adapter of an earlier version, the current time is used.
         settings: of the template, by name.
-        reasoning: whether an answer may begin with its reasoning. False: prompts end in what the template itself writes
-            before an answer without one.
-        single: whether the conversations that were trained on asked one question each, but for a few, so that an
-            adapter has hardly seen an answer of its own (False too where it is not known).
+        reasoning: whether an answer may begin with its reasoning. If not, prompts end with what the template itself
+            writes before an answer without reasoning.
+        single: whether nearly all conversations in training had one question, so that the adapter has hardly seen an
+            answer of its own. Also False where that is not known.
     """
 
     template_hash: str
@@ -32,11 +32,11 @@ class Rendering:
     now: str | None = None
     settings: tuple[tuple[str, Scalar], ...] = ()
     reasoning: bool = True
-    single: bool = field(default=False, compare=False)  # of what was asked, not of how it is rendered
+    single: bool = field(default=False, compare=False)  # about the questions, not about their rendering
 
     def to_json(self) -> dict[str, Any]:
-        """Without what says nothing, so that earlier versions read it where nothing is said that they lack."""
-        told = {
+        """Only fields that differ from their default, so that earlier versions read it where they know these fields."""
+        optional = {
             "now": self.now,
             "settings": dict(self.settings),
             "reasoning": None if self.reasoning else False,
@@ -45,25 +45,56 @@ class Rendering:
         return {
             "template_hash": self.template_hash,
             "system": self.system,
-            **{name: value for name, value in told.items() if value not in (None, {})},
+            **{name: value for name, value in optional.items() if value not in (None, {})},
         }
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Rendering:
-        """What `to_json` wrote. Raises TypeError for anything else."""
-        if not isinstance(found, Mapping):
+    def from_json(value: Mapping[str, Any]) -> Rendering:
+        """Read what `to_json` wrote. Raises TypeError for anything else."""
+        if not isinstance(value, Mapping):
             raise TypeError("rendering")
-        settings = found.get("settings", {})
-        if not isinstance(settings, Mapping) or not all(isinstance(value, Scalar) for value in settings.values()):
+        settings = value.get("settings", {})
+        if not isinstance(settings, Mapping) or not all(isinstance(setting, Scalar) for setting in settings.values()):
             raise TypeError("rendering.settings")
-        made = Rendering(**{**found, "settings": tuple(settings.items())})
-        system = made.system is None or isinstance(made.system, str)
-        flags = isinstance(made.reasoning, bool) and isinstance(made.single, bool)
-        if not (system and flags and isinstance(made.template_hash, str)):
+        rendering = Rendering(**{**value, "settings": tuple(settings.items())})
+        flags = isinstance(rendering.reasoning, bool) and isinstance(rendering.single, bool)
+        if not (isinstance(rendering.system, str | None) and flags and isinstance(rendering.template_hash, str)):
             raise TypeError("rendering")
-        if not is_time(made.now):
+        if not is_time(rendering.now):
             raise TypeError("rendering.now")
-        return made
+        return rendering
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a classifier tells apart, and how it reads a text: its tokens with those that the tokenizer puts around
+    them, padded by the token `pad` on the right.
+
+    Args:
+        labels: In the order of the head's outputs.
+        pad: The token's number.
+        weights: By label, how much an example of it counts in training and in NLL; empty: all count alike.
+    """
+
+    labels: tuple[str, ...]
+    pad: int
+    weights: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        weights = {"weights": list(self.weights)} if self.weights else {}  # earlier versions read what has none
+        return {"labels": list(self.labels), "pad": self.pad, **weights}
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Classes:
+        """What `to_json` wrote. Raises TypeError for anything else."""
+        labels, pad, weights = found["labels"], found["pad"], found.get("weights", [])
+        if not (isinstance(labels, list) and all(isinstance(one, str) for one in labels) and isinstance(pad, int)):
+            raise TypeError("classes")
+        if not (isinstance(weights, list) and all(isinstance(w, float) and 0 < w < inf for w in weights)):
+            raise TypeError("classes.weights")
+        if len(weights) not in (0, len(labels)):
+            raise TypeError("classes.weights")
+        return Classes(tuple(labels), pad, tuple(weights))
 
 
 def is_time(text: Any) -> bool:

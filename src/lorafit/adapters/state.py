@@ -1,4 +1,4 @@
-"""The mutable state of training: one flat fp32 master vector that holds every factor that is trained."""
+"""The mutable state of training: one flat fp32 master vector with all trained factors of an adapter."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorafit.adapters.adapter import Adapter, cast, computed
+from lorafit.adapters.adapter import Adapter, cast, computed, parameters_of
 
 
 class TrainState:
-    """Factors of one adapter, those trainable that its method trains.
+    """The factors of an adapter in training, to be attached in place of an Adapter.
 
-    `master` (n,) fp32 is the only parameter: any optimizer can step it, and its gradient accumulates in fp32
-    however a step is divided. Matrices lie first, vectors (DoRA's magnitudes) last. Each forward computes with
-    views of a copy in its own dtype; autograd carries their gradient back through that copy.
+    `master`, (n,) fp32, is the only parameter: any optimizer can step it, and its gradient accumulates in fp32 however
+    a step is divided. Matrices come first, vectors (DoRA's magnitudes) last. Each forward pass computes with views of a
+    copy in its own dtype, through which autograd carries their gradient back. `freeze()` copies it into an Adapter.
 
-    A TrainState is what `attach` takes in place of an Adapter. `freeze()` copies it into an Adapter. Dropout acts while
-    `training` is True; set it to False to evaluate (`model.eval()` does not reach it: the factors are not the model's).
+    Args:
+        adapter: where training starts.
+        device: of `master`; None for the CPU.
+        dropout: the share of inputs dropped while `training` is True. Set that to False to evaluate: `model.eval()`
+            does not, since the factors are not the model's.
     """
 
     def __init__(self, adapter: Adapter, device: torch.device | None = None, dropout: float = 0.0):
@@ -31,10 +34,11 @@ class TrainState:
         self._start = adapter
         self.dropout = dropout
         self.training = True
-        declared = [(slot.site.path, *item) for slot in adapter.plan.slots for item in slot.factors().items()]
-        items = [(path, name, factor.shape) for path, name, factor in declared if factor.trained]
+        self.groups: dict[str, list[str]] = {}  # of `attachment.Source`
+        declared = adapter.plan.tensors()
+        items = [(path, name, shape) for path, name, shape, trained in declared if trained]
         device = device or torch.device("cpu")
-        frozen = [f"{path}.{name}" for path, name, factor in declared if not factor.trained]
+        frozen = [f"{path}.{name}" for path, name, _, trained in declared if not trained]
         self._frozen = {key: adapter.tensors[key].to(device, torch.float32) for key in frozen}
         self._layout = sorted(items, key=lambda item: len(item[2]) == 1)  # stable: matrices, then vectors
         flat = torch.cat([adapter.tensors[f"{path}.{name}"].reshape(-1) for path, name, _ in self._layout])
@@ -52,15 +56,15 @@ class TrainState:
         return self._start
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer steps."""
+        """The parameters for an optimizer."""
         return [self.master]
 
     def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
         """Views by site path and factor name, made once per optimizer step, grad mode, dtype and device.
 
-        The version counter of `master` tells when it has been written to. Two writers leave the counter as it is
-        (torch 2.13): fused optimizers, which `_forget_after_steps` notices, and `master.data -= ...` in a loop of one's
-        own, which follows a backward, after which the views are made anew too.
+        The version counter of `master` shows that it has been written to. Two writers do not change the counter (torch
+        2.13): fused optimizers, which `_forget_after_steps` notices, and `master.data -= ...` in a user's own loop,
+        which follows a backward pass, after which the views are made again too.
         """
         key = (self.master._version, torch.is_grad_enabled(), dtype, device)
         if key != self._made_for:
@@ -69,9 +73,12 @@ class TrainState:
         return self._views
 
     def _make_views(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
-        if self._frozen:  # what such methods compute with is made in fp32, slot by slot
+        if self._frozen:  # such methods derive their tensors in fp32, slot by slot
             named = {**self._frozen, **self._named(self.master)}
-            return {slot.site.path: computed(slot, named, dtype, device) for slot in self._start.plan.slots}
+            plan = self._start.plan
+            return {slot.site.path: computed(slot, named, dtype, device) for slot in plan.slots} | {
+                module.path: parameters_of(module, named, dtype, device) for module in plan.whole
+            }
         matrices, vectors = self.master.split([self.matrices, self.master.numel() - self.matrices])
         flat = {True: cast(matrices[None], dtype, device)[0], False: vectors.to(device)}
         views: dict[str, dict[str, Tensor]] = {}
@@ -80,14 +87,16 @@ class TrainState:
             parts = whole.split([math.prod(shape) for _, _, shape in items]) if items else ()
             for (path, name, shape), part in zip(items, parts, strict=True):
                 views.setdefault(path, {})[name] = part.view(shape)
+        for module in self._start.plan.whole:  # a module computes in one dtype, its vectors too
+            views[module.path] = {name: tensor.to(dtype) for name, tensor in views[module.path].items()}
         return views
 
     def drop(self, x: Tensor) -> Tensor:
-        """Adapter dropout: on the input of the pair only, the base's own path sees all of x."""
+        """Drop inputs of the pair; the base's own path gets all of x."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients by `<site path>.<factor>` of what is trained: views of `master.grad`; empty before a backward."""
+        """Gradients of trained factors by `<site path>.<factor>`, views of `master.grad`; empty before a backward."""
         return {} if self.master.grad is None else self._named(self.master.grad)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
@@ -97,10 +106,10 @@ class TrainState:
         }
 
     def freeze(self) -> Adapter:
-        """The adapter as it stands now, copied: later steps do not reach it."""
+        """A copy as an Adapter, which later steps do not change."""
         start = self._start
         tensors = {**self._frozen, **self._named(self.master.detach())}
-        return Adapter(start.plan, tensors, start.base, start.base_name, start.rendering)
+        return Adapter(start.plan, tensors, start.base, start.base_name, start.rendering, classes=start.classes)
 
     def load(self, flat: Tensor) -> None:
         """Overwrite every trained factor with a vector saved from `master`."""
@@ -114,7 +123,7 @@ def _forget(alive: weakref.ref[TrainState]) -> None:
 
 
 def _forget_after_steps(state: TrainState) -> None:
-    """Have `state` make its views anew after every step of any torch optimizer that steps it."""
+    """Have `state` make its views again after every step of a torch optimizer that steps it."""
     alive = weakref.ref(state)
 
     def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,14 +7,17 @@ later (torch 2.13)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.adapters.plan import Plan
+from lorafit.adapters.plan import Plan, Whole
 from lorafit.attachment.buffers import unwritten
 from lorafit.attachment.checks import landed, landing_of, require_bare, require_bare_module, require_base
 from lorafit.attachment.fused import FUSED, layer_by_layer
@@ -56,19 +59,30 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
     value = landed(base, value) if value is adapter else value
     source: Source = Fixed(value) if isinstance(adapter, Adapter) else adapter
     modules = landing_of(base, value.plan)
-    for slot in value.plan.slots:
-        require_bare_module(modules[slot.site.path], slot.site.path)
+    for path in [slot.site.module for slot in value.plan.slots] + [one.path for one in value.plan.whole]:
+        require_bare_module(modules[path], path)
     attachment = Attachment(value.plan, base.model)
     flags = [(parameter, parameter.requires_grad) for parameter in base.model.parameters()]
     shadowed: list[nn.Module] = []
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        shared = Shared(source)
-        for slot in value.plan.slots:
-            module = modules[slot.site.path]
-            module.forward = _adapted(Place.of(module, slot), shared, attachment)
-            shadowed.append(module)
+        places = {slot.site.path: Place.of(modules[slot.site.path], slot) for slot in value.plan.slots}
+        shared = Shared(source, places)
+        through: dict[str, list[Place]] = {}
+        for path, place in places.items():
+            if place.layer.kind.through is None:
+                module = modules[path]
+                module.forward = _adapted(place, shared, attachment)
+                shadowed.append(module)
+            else:
+                through.setdefault(place.slot.site.module, []).append(place)
+        replaced = {path: partial(_changed_weights, those, source) for path, those in through.items()} | {
+            one.path: partial(_whole, one, modules[one.path], source) for one in value.plan.whole
+        }
+        for path, parameters in replaced.items():
+            modules[path].forward = _replaced(modules[path], parameters, attachment)
+            shadowed.append(modules[path])
         with layer_by_layer(base), unwritten(base):
             yield attachment
     finally:
@@ -84,6 +98,50 @@ def _adapted(place: Place, shared: Shared, attachment: Attachment) -> Callable[.
         return shared.forward(place, x) if attachment.on else place.original(x)
 
     return forward
+
+
+def _replaced(
+    module: nn.Module, parameters: Callable[[], Mapping[str, Any]], attachment: Attachment
+) -> Callable[..., Any]:
+    """The module's forward with these parameters, made for each call, in place of its own."""
+    original, bare = module.forward, copy.copy(module)  # a copy that shares everything but what is attached to it
+
+    def forward(*given: Any, **named: Any) -> Any:
+        if not attachment.on:
+            return original(*given, **named)
+        return _with(bare, parameters()).forward(*given, **named)
+
+    return forward
+
+
+def _with(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
+    """A copy of the module that shares everything with it but these parameters; they may be what acts as a tensor."""
+    made = copy.copy(module)
+    made._parameters, made._modules = dict(module._parameters), dict(module._modules)
+    for name, value in parameters.items():
+        child, _, rest = name.partition(".")
+        if not rest:
+            made._parameters[child] = value
+        elif (inner := made._modules[child]) is not None:
+            made._modules[child] = _with(inner, {rest: value})
+    return made
+
+
+def _whole(whole: Whole, module: nn.Module, source: Source) -> Mapping[str, Any]:
+    parameter = next(module.parameters())
+    return source.factors(parameter.dtype, parameter.device)[whole.path]
+
+
+def _changed_weights(places: Sequence[Place], source: Source) -> Mapping[str, Any]:
+    """W + ΔW of weights of one module, under its names for them."""
+    made = {}
+    for place in places:
+        layer, site, through = place.layer, place.slot.site, place.layer.kind.through
+        assert through is not None
+        factors = source.factors(layer.weight.dtype, layer.weight.device)[site.path]
+        added = place.variant.served(layer, factors, place.slot.scaling)
+        made[site.parameter] = through(layer.module, added.A, added.B, 1.0)
+    return made
 
 
 @contextmanager

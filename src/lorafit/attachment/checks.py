@@ -39,33 +39,53 @@ def landed(base: Base, adapter: Adapter) -> Adapter:
 
 
 def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
-    """The module of every slot. Raises AdapterError listing every slot that does not land."""
+    """The module of every slot, by the path of its site. Raises AdapterError listing every slot that does not land."""
+    if plan.is_classifier and not base.head:
+        raise AdapterError(
+            "this adapter is a classifier, which writes no text: lorafit eval scores it on texts with labels, and in "
+            f"Python it goes with open_base('{base.name}', labels=...)"
+        )
+    if base.head and not plan.is_classifier:
+        raise AdapterError(
+            f"this adapter writes text, and '{base.name}' was opened as a classifier: open it without labels"
+        )
     modules = dict(base.model.named_modules())
-    problems = []
+    problems, of_head = [], []
     for slot in plan.slots:
-        site, module = slot.site, modules.get(slot.site.path)
-        kind = kind_of(module) if module is not None else None
+        site, module = slot.site, modules.get(slot.site.module)
+        kind = kind_of(module, site.parameter) if module is not None else None
         if module is None:
             problems.append(f"{site.path}: the base has no such module")
         elif kind is None:
             problems.append(f"{site.path}: {type(module).__name__} is no kind of layer that can be adapted")
+        elif kind != site.kind and not (slot.is_product and KINDS[kind].is_product):
+            problems.append(f"{site.path}: {kind} in the base, {site.kind} in the adapter")
+        elif (form := KINDS[kind].form(module)) != site.form:
+            what = "experts" if kind.startswith("experts.") else "groups and kernel"
+            problems.append(f"{site.path}: {what} {form} in the base, {site.form} in the adapter")
         elif KINDS[kind].widths(module) != (site.d_in, site.d_out):
             d_in, d_out = KINDS[kind].widths(module)
             problems.append(f"{site.path}: {d_in} → {d_out} in the base, {site.d_in} → {site.d_out} in the adapter")
-    if problems:
+    for one in plan.whole:
+        named = modules[one.path].named_parameters() if one.path in modules else ()
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        of_head += [
+            f"{one.path}.{name}: {list(shape)} in the adapter, {list(shapes.get(name, ())) or 'none'} in the base"
+            for name, shape in one.parameters
+            if shapes.get(name) != shape
+        ]
+    if problems or of_head:
+        fix = "open the base it was trained on" + " with as many labels" * (not problems)
+        problems += of_head
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise AdapterError(
-            f"{len(problems)} slots do not land on '{base.name}'\n  "
-            + "\n  ".join(shown)
-            + "\nopen the base it was trained on"
-        )
-    return modules
+        raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown) + f"\n{fix}")
+    return {**modules, **{slot.site.path: modules[slot.site.module] for slot in plan.slots}}
 
 
 def require_bare(base: Base) -> None:
     """Raise AttachError where anything is attached to a site of the base."""
     for site in base.every_site:
-        require_bare_module(base.model.get_submodule(site.path), site.path)
+        require_bare_module(base.model.get_submodule(site.module), site.module)
 
 
 def require_bare_module(module: nn.Module, path: str) -> None:

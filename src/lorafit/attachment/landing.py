@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.adapters.formats.foreign import is_weight, selects
+from lorafit.adapters.formats.foreign import is_weight, selects, selects_parameter
 from lorafit.adapters.plan import Plan
 from lorafit.errors import AdapterError
 from lorafit.layers.site import Site
@@ -110,9 +110,12 @@ def _require_all(adapter: Adapter, moves: _Moves, sites: Mapping[str, Site], nam
     assert adapter.claims is not None
     there = {slot.site.path for slot in adapter.plan.slots}
     missing = []
-    for path in sites:
-        theirs = moves.back(path)
-        if theirs is not None and path not in there and theirs not in there and selects(adapter.claims.selects, theirs):
+    for path, site in sites.items():
+        theirs, module = moves.back(path), moves.back(site.module)
+        if theirs is None or module is None or {path, theirs} & there:
+            continue
+        claims = adapter.claims.selects
+        if selects_parameter(claims, theirs) if site.count > 1 else selects(claims, module):
             missing.append(path)
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -150,4 +153,4 @@ def _moved(adapter: Adapter, moves: _Moves) -> Adapter:
     for key, tensor in adapter.tensors.items():
         path, _, factor = key.rpartition(".")
         tensors[f"{moves.paths.get(path, path)}.{factor}"] = tensor
-    return replace(adapter, plan=Plan(slots), tensors=tensors)
+    return replace(adapter, plan=replace(adapter.plan, slots=slots), tensors=tensors)

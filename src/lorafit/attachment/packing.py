@@ -88,7 +88,8 @@ def attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row of a pack, in the form transformers calls it.
+    """Causal attention within each row of a pack, in the form transformers calls it, which is why it has more
+    than six parameters.
 
     query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). attention_mask: as `window`
     gives it. Raises AttachError for what it does not compute.

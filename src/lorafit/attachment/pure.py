@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafit.adapters.adapter import Adapter, initial
+from lorafit.adapters.adapter import Adapter, initial, parameters_of
 from lorafit.adapters.plan import Plan
-from lorafit.adapters.rendering import Rendering
+from lorafit.adapters.rendering import Classes, Rendering
 from lorafit.attachment.checks import landed, landing_of, require_base
 from lorafit.attachment.together import Place
 from lorafit.bases.base import Base
@@ -17,17 +17,27 @@ from lorafit.variants import VARIANTS
 from lorafit.variants.variant import Served
 
 
-def fresh(base: Base, plan: Plan, seed: int, rendering: Rendering | None = None) -> Adapter:
-    """An adapter for `base` that changes nothing yet: what training starts from."""
+def fresh(
+    base: Base, plan: Plan, seed: int, rendering: Rendering | None = None, classes: Classes | None = None
+) -> Adapter:
+    """An adapter for `base` that changes nothing yet: what training starts from. Only the head of a classifier, which
+    its base does not have, is drawn."""
     modules = landing_of(base, plan)
     weights = {slot.site.path: KINDS[slot.site.kind].weight(modules[slot.site.path]) for slot in plan.slots}
+    for one in plan.whole:
+        weights |= {f"{one.path}.{name}": modules[one.path].get_parameter(name).detach() for name, _ in one.parameters}
     name = base.address or base.name
-    return initial(plan, weights, seed, base=base.identity, base_name=name, rendering=rendering)
+    return initial(plan, weights, seed, base=base.identity, base_name=name, rendering=rendering, classes=classes)
 
 
 def served(base: Base, adapter: Adapter) -> dict[int, Served]:
     """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.sites`. Raises
     AdapterError where it acts beside a layer that computes no product."""
+    if adapter.classes is not None:
+        raise AdapterError(
+            f"it tells {len(adapter.classes.labels)} labels apart and writes no text: lorafit eval scores it, and "
+            "attach() runs it"
+        )
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)
     numbers = {site.path: number for number, site in enumerate(base.sites)}
@@ -57,7 +67,7 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
     shared = [
         f"{slot.site.path} (with {', '.join(tied)})"
         for slot in adapter.plan.slots
-        if (tied := base.tied(slot.site.path))
+        if (tied := base.tied(slot.site.module, slot.site.parameter))
     ]
     if shared:
         raise AdapterError(
@@ -72,5 +82,8 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
             factors = {name: adapter.tensors[f"{slot.site.path}.{name}"].to(weight.device) for name in slot.shapes()}
             delta = VARIANTS[slot.variant].delta(layer, factors, slot.scaling)
             total = (weight.float() + delta).to(weight.dtype)
-            new[f"{slot.site.path}.weight"] = layer.kind.stored(total).contiguous()
+            new[slot.site.key] = layer.kind.stored(layer.module, total).contiguous()
+        for one in adapter.plan.whole:
+            for name, tensor in parameters_of(one, adapter.tensors, base.dtype, base.device).items():
+                new[f"{one.path}.{name}"] = tensor.contiguous()
     return new

@@ -1,11 +1,11 @@
 """Sites that are called with the very same tensor (q, k and v; gate and up) are computed together where the variant
-can: the first forward of an attachment goes site by site and finds them."""
+can: the first forward with a source goes site by site and finds them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Place:
 
     @staticmethod
     def of(module: nn.Module, slot: LowRank) -> Place:
-        kind = KINDS[kind_of(module) or slot.site.kind]
+        kind = KINDS[kind_of(module, slot.site.parameter) or slot.site.kind]
         return Place(module.forward, Layer(kind, module), slot, VARIANTS[slot.variant])
 
 
@@ -42,7 +42,7 @@ class Shared:
     """
 
     source: Source
-    _groups: dict[Place, list[Place]] = field(default_factory=dict)  # by the place that is called first
+    places: Mapping[str, Place]  # by path
     _last: tuple[weakref.ref[Tensor], int, Place] | None = None
     _kept: tuple[tuple[weakref.ref[Tensor], int, object, bool], dict[Place, Tensor]] | None = None
 
@@ -59,7 +59,7 @@ class Shared:
             if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
                 return kept[1].pop(place)
         self._learn(place, x)
-        group = self._groups[place]
+        group = [self.places[path] for path in self.source.groups[place.slot.site.path]]
         self._kept = None  # what a forward that broke off has left
         first, *others = together(
             x,
@@ -74,12 +74,13 @@ class Shared:
 
     def _learn(self, place: Place, x: Tensor) -> None:
         """Have the place before call for this one too, if both are given the same tensor."""
-        new = place not in self._groups
-        self._groups.setdefault(place, [place])
+        groups, path = self.source.groups, place.slot.site.path
+        new = path not in groups
+        groups.setdefault(path, [path])
         if self._last is not None and new:
             tensor, version, leader = self._last
             if tensor() is x and version == x._version and leader.slot.variant == place.slot.variant:
-                self._groups[leader].append(place)
+                groups[leader.slot.site.path].append(path)
                 return
         self._last = (weakref.ref(x), x._version, place)
 

@@ -27,16 +27,17 @@ def fired(base: Base, forward: Callable[[], Tensor]) -> frozenset[str]:
     """
     made_by: dict[Node, str] = {}
 
-    def watched(path: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(*given: Any, **named: Any) -> Tensor:
-            output = original(*given, **named)
+    def watched(path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*given: Any, **named: Any) -> Any:
+            made = original(*given, **named)
+            output, *others = made if isinstance(made, tuple) else (made,)  # attention gives its weights too
             if torch.is_grad_enabled():
                 if not output.requires_grad:  # the base is frozen, and nothing before this site wants a gradient
                     output = output.detach().requires_grad_()
                 output = output.clone()  # whose step stays in the graph if it is written to, as that of a view does not
                 assert output.grad_fn is not None
                 made_by[output.grad_fn] = path
-            return output
+            return (output, *others) if isinstance(made, tuple) else output
 
         return forward
 
@@ -44,11 +45,12 @@ def fired(base: Base, forward: Callable[[], Tensor]) -> frozenset[str]:
         held.enter_context(saved_tensors_hooks(lambda tensor: None, lambda kept: kept))
         held.enter_context(layer_by_layer(base))
         held.enter_context(unwritten(base))
-        for site in base.every_site:
-            module = base.model.get_submodule(site.path)
-            held.enter_context(shadowed([module], watched(site.path, module.forward)))
+        for path in dict.fromkeys(site.module for site in base.every_site):
+            module = base.model.get_submodule(path)
+            held.enter_context(shadowed([module], watched(path, module.forward)))
         behind = _behind(forward())
-    return frozenset(path for node, path in made_by.items() if node in behind)
+    reached = {path for node, path in made_by.items() if node in behind}
+    return frozenset(site.path for site in base.every_site if site.module in reached)
 
 
 def _behind(output: Tensor) -> set[Node]:

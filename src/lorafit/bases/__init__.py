@@ -1,1 +1,1 @@
-"""Bases: where they come from, how they are opened, and what tells one from another."""
+"""Bases: where they come from, how they are opened, and their fingerprints."""

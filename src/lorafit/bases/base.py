@@ -1,7 +1,7 @@
-"""Bases: a frozen model, its tokenizer, its rendering, and two fingerprints.
+"""Bases: a frozen model, its tokenizer, and two fingerprints.
 
-*Identity* is the content of the source weights, whatever dtype they are opened in; an adapter names it.
-*Integrity* is a digest of every byte in memory; it is taken before and after, and one flipped bit changes it.
+*Identity* is a digest of the source weights, the same in whatever dtype they are opened; an adapter names it.
+*Integrity* is a digest of every byte in memory, taken before and after a run; one flipped bit changes it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,45 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lorafit.bases import locate
+from lorafit.bases.codes import require_numbers
 from lorafit.bases.folder import classes, weight_files
 from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
 from lorafit.layers import KINDS, find_sites
 from lorafit.layers.site import Site
 
-HOST_COPIES = 4  # tensors of a GPU that are on the host at a time
+HOST_COPIES = 4  # tensors of a GPU that are copied to the host at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in settings and run.json
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How much of a model some sites hold. share: of all its parameters. missed: the kinds of modules that hold other
-    matrices and are neither sites nor embeddings, with the share of each, the largest first."""
+    """The share of a model's parameters that some sites hold.
+
+    Args:
+        share: Of all parameters.
+        missed: The types of the modules that hold other matrices and are neither sites nor embeddings, with the share
+            of each, the largest first.
+        unnamed: The same of modules that are sites, but are adapted only if they are named.
+    """
 
     share: float
     missed: tuple[tuple[str, float], ...]
+    unnamed: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen model. `tokenizer` and `folder` are None for a module that did not come from a folder.
+    """A frozen model.
 
-    `name` opens it again: that of a model of the hub ends in the commit, as `org/name@commit`. `address` is the same
-    from every folder, for what is written to disk.
+    Args:
+        name: opens it again; for a model of the hub it ends in the commit, as `org/name@commit`.
+        model: in evaluation mode, without gradients.
+        identity: the digest of its source weights.
+        tokenizer: None for a module that did not come from a folder.
+        folder: where it was opened; None for a module that did not come from a folder.
+        address: the name that is valid in every working folder, for files on disk.
+        head: paths of the modules that make a classifier of the model; empty for a language model.
     """
 
     name: str
@@ -55,16 +69,17 @@ class Base:
     tokenizer: Any = None
     folder: Path | None = None
     address: str | None = None
+    head: tuple[str, ...] = ()
 
     @cached_property
     def every_site(self) -> tuple[Site, ...]:
-        """Every place an adapter can act, in the order of the model."""
+        """Every module that an adapter can act on, in the order of the model."""
         return find_sites(self.model)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Those of them that compute a product with a weight: where adapters act unless others are named, and all that
-        is served to many at once."""
+        """The sites that compute a product with a weight: where adapters act by default, and all that can be served to
+        many at once."""
         return tuple(site for site in self.every_site if KINDS[site.kind].is_product)
 
     @property
@@ -77,62 +92,88 @@ class Base:
 
     @property
     def context(self) -> int | None:
-        """The most tokens the model was made for, prompt and answer together; None where it does not say."""
+        """The most tokens that the model reads, prompt and answer together; None where it does not say."""
         if not isinstance(self.model, PreTrainedModel):
             return None
-        said = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(said) if isinstance(said, int) and said > 0 else None
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(positions) - self._skipped if isinstance(positions, int) and positions > 0 else None
+
+    @cached_property
+    def _skipped(self) -> int:
+        """Positions that no token gets: models such as RoBERTa count from the one after that of padding."""
+        tables = (module for name, module in self.model.named_modules() if name.endswith("position_embeddings"))
+        padding = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
+        return max((position + 1 for position in padding if position is not None), default=0)
 
     @property
     def vocabulary(self) -> int | None:
-        """The token ids that the model has a row for in its embedding: those below it. None where that is not known."""
+        """How many token ids have a row in the model's embedding; None where that is not known."""
         return _rows_of(self.model)
 
     def reach(self, sites: Iterable[Site]) -> Reach:
-        """How much of the model these sites hold, and what holds matrices that no adapter can act on."""
-        chosen, known = {site.path for site in sites}, {site.path for site in self.every_site}
+        """How much of the model these sites hold, and which modules hold matrices that no adapter can act on."""
+        chosen, kinds = {site.path for site in sites}, {site.path: KINDS[site.kind] for site in self.every_site}
         total = held = 0
         missed: Counter[str] = Counter()
+        unnamed: Counter[str] = Counter()
         seen: set[int] = set()
         for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
+            for name, parameter in module._parameters.items():
                 if parameter is None or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 total += parameter.numel()
-                held += parameter.numel() if path in chosen else 0
-                if path not in known and parameter.ndim > 1 and not isinstance(module, nn.Embedding):
+                named = {path, f"{path}.{name}"}
+                held += parameter.numel() if named & chosen else 0
+                if named & chosen or parameter.ndim < 2 or isinstance(module, nn.Embedding):
+                    continue
+                if not named & kinds.keys():
                     missed[type(module).__name__] += parameter.numel()
-        return Reach(held / max(1, total), tuple((name, size / total) for name, size in missed.most_common()))
+                elif not all(kinds[one].is_product for one in named & kinds.keys()):
+                    unnamed[type(module).__name__] += parameter.numel()
+        shares = [tuple((name, size / total) for name, size in one.most_common()) for one in (missed, unnamed)]
+        return Reach(held / max(1, total), *shares)
 
-    def tied(self, path: str) -> tuple[str, ...]:
-        """Paths of the other modules whose weight is the very one of the module at `path`."""
-        weight = self.model.get_submodule(path)._parameters.get("weight")
-        holders = (name for name, module in self.model.named_modules() if module._parameters.get("weight") is weight)
+    def tied(self, path: str, parameter: str = "weight") -> tuple[str, ...]:
+        """Paths of other modules that share the weight of this name with the module at `path`."""
+        inner, _, name = parameter.rpartition(".")
+        path = f"{path}.{inner}" if inner else path
+        weight = self.model.get_submodule(path)._parameters.get(name)
+        holders = (
+            name
+            for name, module in self.model.named_modules()
+            if any(other is weight for other in module._parameters.values())
+        )
         return () if weight is None else tuple(name for name in holders if name != path)
 
     def integrity(self) -> str:
-        """SHA-256 over name, dtype, shape and every byte of all parameters and buffers, as they are in memory."""
+        """SHA-256 over names, dtypes, shapes and every byte of all parameters and buffers in memory."""
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return _digest({name: tensor.detach() for name, tensor in named})
 
     @property
     def widest(self) -> int:
-        """The largest width of what goes into a site or comes out of it, the output head apart; 0 without sites."""
+        """The largest input or output width of a site, without the output head; 0 without sites."""
         head = self.head_paths()
         return max((max(site.d_in, site.d_out) for site in self.sites if site.path not in head), default=0)
 
     def head_paths(self) -> frozenset[str]:
-        """Paths of the output head, which a plan over all linear sites leaves alone."""
+        """Paths of the output head, which a plan over all linear sites leaves out."""
         head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
-        return frozenset(path for path, module in self.model.named_modules() if head is not None and module is head)
+        prefixes = tuple(f"{path}." for path in self.head)
+        return frozenset(
+            path
+            for path, module in self.model.named_modules()
+            if (head is not None and module is head) or f"{path}.".startswith(prefixes)
+        )
 
     @staticmethod
     def of(model: nn.Module, name: str) -> Base:
-        """A base from any module in memory. Its identity is the content of its parameters as they are now."""
+        """A base from a module in memory, whose identity is a digest of its present parameters. Raises BaseError for a
+        compiled wrapper and for quantised weights."""
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise BaseError("this is the compiled wrapper of a model: make the base from the model inside it")
-        _require_numbers(model, name)
+        require_numbers(model, name)
         return Base(name, model, _digest({key: value.detach() for key, value in model.named_parameters()}))
 
 
@@ -140,36 +181,48 @@ def _tensor_bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    def one(item: tuple[str, Tensor]) -> bytes:
-        name, tensor = item
-        head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
-        return hashlib.sha256(head + hashlib.sha256(_tensor_bytes(tensor)).digest()).digest()
+def _entry(name: str, tensor: Tensor) -> bytes:
+    """What a fingerprint is taken over, for one tensor: name, dtype, shape, and a digest of every byte."""
+    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode() + hashlib.sha256(_tensor_bytes(tensor)).digest()
 
-    with ThreadPoolExecutor(_hashed_at_once(tensors.values())) as pool:  # hashlib lets go of the interpreter
-        return hashlib.sha256(b"".join(pool.map(one, sorted(tensors.items(), key=lambda item: item[0])))).hexdigest()
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    def hashed(name: str) -> bytes:
+        return hashlib.sha256(_entry(name, tensors[name])).digest()
+
+    with ThreadPoolExecutor(_hashed_at_once(tensors.values())) as pool:  # hashlib releases the GIL
+        return hashlib.sha256(b"".join(pool.map(hashed, sorted(tensors)))).hexdigest()
 
 
 def _hashed_at_once(tensors: Iterable[Tensor]) -> int | None:
-    """How many tensors are hashed at a time; None for as many as there are cores. Those of a GPU are copied to the host
-    for it, where there may be no room for many."""
+    """How many tensors are hashed at a time; None for the number of cores. Tensors of a GPU are first copied to the
+    host, which may lack memory for many."""
     return None if all(tensor.device.type == "cpu" for tensor in tensors) else HOST_COPIES
 
 
 def open_base(
-    name: str | Path, dtype: torch.dtype | None = None, report: Report = silent, watch: Watch = unwatched
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    report: Report = silent,
+    watch: Watch = unwatched,
+    labels: int | None = None,
 ) -> Base:
     """Open a model folder, a GGUF file, a model of the hub (`org/name`, `org/name@revision`), or a built-in name.
 
-    dtype: of the weights in memory; None takes the one in which this machine is fastest (measured).
-    report: called with one line for each step that takes a while.
-    watch: called with progress of a download or conversion: what, done, of, unit.
-    Raises BaseError for whatever keeps the base from being used: nothing is opened half.
+    Args:
+        name: what to open.
+        dtype: of the weights in memory; None for the dtype in which this machine is fastest (measured).
+        report: called with one line for each step that takes a while.
+        watch: called with the progress of a download or conversion: what, done, of, unit.
+        labels: open a classifier of so many labels, whose head is zero; None for a language model.
+
+    Raises:
+        BaseError: for anything that keeps the base from being used.
     """
-    folder, known_as = locate.found(str(name), report, watch)
+    folder, known_as = locate.found(str(name), report, watch, classifier=labels is not None)
     identity = _folder_identity(folder)
-    model, tokenizer = _load(folder, dtype or fastest_dtype())
-    base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as))
+    model, tokenizer, head = _load(folder, dtype or fastest_dtype(), labels)
+    base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as), head)
     if {site.path for site in base.sites} <= base.head_paths():
         kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
         raise BaseError(
@@ -179,16 +232,24 @@ def open_base(
     return base
 
 
-def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwatched) -> Base:
-    """A base without its weights, which are not fetched: for its tokenizer, its context and what ends its turns."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwatched, classifier: bool = False) -> Base:
+    """Open a base without its weights, for its tokenizer, its context and the tokens that end its turns. Arguments and
+    errors are those of `open_base`; `classifier` opens a classifier."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        GenerationConfig,
+    )
 
-    folder, known_as = locate.found(str(name), report, watch, weights=False)
+    of: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    folder, known_as = locate.found(str(name), report, watch, weights=False, classifier=classifier)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = of.from_config(config, trust_remote_code=False)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -199,37 +260,35 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
     return Base(known_as, model, "", tokenizer, folder, locate.address(known_as))
 
 
-def require_base(name: str | Path) -> None:
-    """Raise BaseError where `name` can be no base. Nothing is fetched, converted or loaded: asked before slow work."""
-    locate.require(str(name))
+def require_base(name: str | Path, classifier: bool = False) -> None:
+    """Raise BaseError where `name` cannot be a base, before slow work: nothing is fetched, converted or loaded.
+    classifier: whether it will be opened as one."""
+    locate.require(str(name), classifier)
 
 
 def _folder_identity(folder: Path) -> str:
-    """SHA-256 over every tensor in the safetensors files: names, dtypes, shapes, bytes; however it is sharded."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors in the safetensors files, in any shards."""
     from safetensors import SafetensorError, safe_open
 
-    total = hashlib.sha256()
     entries: dict[str, bytes] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    tensor = file.get_tensor(name)
-                    head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
-                    entries[name] = head + hashlib.sha256(_tensor_bytes(tensor)).digest()
+                    entries[name] = _entry(name, file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise BaseError(f"{path}: damaged or half-written ({error}): copy it again") from error
-    for name in sorted(entries):
-        total.update(entries[name])
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(entries[name] for name in sorted(entries))).hexdigest()
 
 
-def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load(folder: Path, dtype: torch.dtype, labels: int | None) -> tuple[nn.Module, Any, tuple[str, ...]]:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    of: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    extra = {} if labels is None else {"num_labels": labels, "problem_type": "single_label_classification"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = of.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -237,6 +296,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             device_map=_device_map(),
+            **extra,
         )
     except Exception as error:  # a damaged file may raise anything, from TypeError to the readers' own kinds
         raise BaseError(
@@ -244,6 +304,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         ) from error
     model: PreTrainedModel = opened[0]
     info: dict[str, Any] = opened[1]
+    head = () if labels is None else _head_of(model, info)
     wrong = [
         f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
@@ -251,7 +312,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     ]
     if wrong:
         saved, causal = classes(folder)
-        if saved not in (causal, model.config.model_type):
+        if labels is None and saved not in (causal, model.config.model_type):
             raise BaseError(
                 f"{folder}: holds {saved}, whose weights are not those of {causal}: name the folder of a "
                 "causal language model"
@@ -260,36 +321,62 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             f"{folder}: weights and config do not belong together: " + "; ".join(wrong) + ": copy both from one place"
         )
     _require_rows(folder, model, tokenizer)
-    _require_numbers(model, str(folder))
+    require_numbers(model, str(folder))
     model.eval()
     model.requires_grad_(False)
-    return model, tokenizer
+    return model, tokenizer, head
+
+
+def _head_of(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
+    """Paths of the modules that make a classifier of a model. Their matrices are set to zero, to be the same each time.
+    Keys of these modules, and of other heads in the weight files, are removed from `info`."""
+    body = model.base_model
+    prefix = model.base_model_prefix + "."
+    lacking = {key.rpartition(".")[0] for key in (*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]))}
+    # Like PEFT: all children of the model other than its body. A body that was saved without its pooler gets a new one.
+    siblings = {
+        name
+        for name, child in model.named_children()
+        if child is not body and next(child.parameters(), None) is not None
+    }
+    lacking = {path for path in lacking if path.startswith(prefix) and "pooler" in path.split(".")}
+    head = tuple(path for path, _ in model.named_modules() if path in lacking | siblings)
+    for path in head:
+        for parameter in model.get_submodule(path).parameters():
+            if parameter.ndim > 1:
+                parameter.data.zero_()
+    ours = {f"{path}.{name}" for path in head for name, _ in model.get_submodule(path).named_parameters()}
+    info["missing_keys"] = set(info["missing_keys"]) - ours
+    info["mismatched_keys"] = {key for key in info["mismatched_keys"] if key[0] not in ours}
+    held = {f"{name.partition('.')[0]}." for name, _ in model.named_parameters()}
+    # Weights of another head are no fault; weights in the body that the model has no place for are.
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.startswith((*held,))}
+    return head
 
 
 def _device_map() -> dict[str, str] | None:
-    """Where weights go from their files: onto the GPU, if there is one, and not through the memory of the host."""
+    """The device that weights are read to: the GPU, if there is one, and not first the memory of the host."""
     if not torch.cuda.is_available():
         return None
-    # Of cuBLAS's workspaces, these give the same bits each time. It reads this once, before its first product.
+    # These workspaces of cuBLAS give the same bits each time. It reads this once, before its first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return {"": "cuda"}
 
 
 def _rows_of(model: nn.Module) -> int | None:
-    """Rows of the embedding; None where transformers finds none, or one of another kind."""
+    """Rows of the input embedding; None where transformers finds no nn.Embedding."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
         embedding = model.get_input_embeddings()
-    except NotImplementedError:  # of a class that names none
+    except NotImplementedError:  # a class without one
         return None
     return len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
 
 
 def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise BaseError where a token that any text may hold has no row in the model's embedding. Special tokens may be
-    beyond it, as many tokenizers have them that their model never learnt: they stand in no text, and a renderer refuses
-    those that its template writes."""
+    """Raise BaseError where a token that a text may hold has no row in the model's embedding. Special tokens may lack
+    one, as in many tokenizers: no text holds them, and a renderer refuses those that its template writes."""
     rows, added = _rows_of(model), tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special}
     beyond = sorted(
@@ -304,47 +391,10 @@ def _require_rows(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
-def _require_numbers(model: nn.Module, name: str) -> None:
-    """Raise BaseError where a weight is no matrix of numbers, but codes that its module unpacks as it computes."""
-    coded = [f"{path}.{own}".lstrip(".") for path, module in model.named_modules() for own in _codes(module)]
-    if coded:
-        raise BaseError(
-            f"'{name}': {len(coded)} of its weights are quantised, such as {coded[0]}, and such weights "
-            "are not read yet: open the 16-bit model they were made from"
-        )
-
-
-def _codes(module: nn.Module) -> list[str]:
-    """Names of the codes among the parameters, buffers and packed weights that a module itself holds.
-
-    A buffer of whole numbers may also be a mask, or a table of positions. Codes are no wider than 4 bytes, and stand in
-    a layer that holds their scales and has no matrix of numbers.
-    """
-    parameters = {name: one.data for name, one in module._parameters.items() if one is not None}
-    buffers = {name: one for name, one in module._buffers.items() if one is not None}
-    found = [name for name, one in parameters.items() if type(one) is not Tensor or _is_coded(one)]
-    found += [name for name, one in buffers.items() if _is_coded(one) and (one.is_floating_point() or one.is_quantized)]
-    held = [*parameters.values(), *buffers.values()]
-    is_layer = not module._modules and any(one.is_floating_point() for one in held)
-    if is_layer and all(_is_coded(one) for one in parameters.values() if one.ndim > 1):
-        found += [
-            name
-            for name, one in buffers.items()
-            if _is_coded(one) and one.dtype != torch.bool and one.element_size() <= 4
-        ]
-    # What torch's own quantised layers hold is an object of its own.
-    return [*dict.fromkeys(found), *(name for name, one in vars(module).items() if type(one) is torch.ScriptObject)]
-
-
-def _is_coded(tensor: Tensor) -> bool:
-    """Whether this is a matrix of something else than numbers of at least 16 bits."""
-    return tensor.ndim > 1 and not (tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() > 1))
-
-
 def fastest_dtype() -> torch.dtype:
-    """bf16 or fp32, whichever multiplies matrices of a training step faster here (measured, 0.1 s).
+    """The faster of bf16 and fp32 for the matrix products of a training step (measured in 0.1 s).
 
-    bf16 is taken on a GPU that has it; on a CPU it must win by a tenth: some processors emulate it at half speed.
+    A GPU with bf16 uses it; on a CPU it must be faster by a tenth, since some processors emulate it at half speed.
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -352,7 +402,7 @@ def fastest_dtype() -> torch.dtype:
 
 
 def matrix_speed(dtype: torch.dtype) -> float:
-    """GFLOP/s of the processor on a matrix product of a training step's size: the best of several."""
+    """The speed of the processor on a matrix product of a training step's size, in GFLOP/s: the best of several."""
     x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
     times = []
     for _ in range(7):

@@ -1,4 +1,4 @@
-"""A model folder in transformers' layout: what must be in it, and what is never allowed."""
+"""Checks a model folder in transformers' layout: what must be in it, and what is never allowed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from lorafit.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-QUANTISED = (  # files that are only there where weights are codes: of ModelOpt, AutoGPTQ, AutoAWQ, AutoRound and quanto
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "quantization_config.json",
-    "quanto_qmap.json",
-)
-_HOW = ("quantization_config", "quantization", "compression_config")  # as transformers, MLX and sparseml call it
-# Models of pictures and text whose text part transformers opens by itself.
-_TEXT_OPENS = frozenset(f"{one}ForConditionalGeneration" for one in ("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"))
+# Files that only models with quantised weights have: those of ModelOpt, AutoGPTQ, AutoAWQ, AutoRound and quanto.
+_QUANT_CONFIGS = ("hf_quant_config", "quantize_config", "quant_config", "quantization_config", "quanto_qmap")
+QUANTISED = tuple(f"{name}.json" for name in _QUANT_CONFIGS)
+_QUANT_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX and sparseml
+# Models of pictures and text whose text part transformers opens on its own.
+_TEXT_OPENS = frozenset(f"{name}ForConditionalGeneration" for name in ("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"))
 _MAY_NAME_CODE = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 
 
-def check(folder: Path, *, weights: bool = True) -> None:
-    """Raise BaseError listing all that is missing from, or not allowed in, a model folder; of a model of another kind
-    that alone, for nothing that is missing from it matters then."""
-    if other := _other_kind(folder):
+def check(folder: Path, *, weights: bool = True, classifier: bool = False) -> None:
+    """Raise BaseError with everything that is missing from a model folder or not allowed in it; for a model of another
+    kind, with only that. classifier: whether it is opened as a classifier."""
+    if classifier and (other := _without_classifier(folder)):
         raise BaseError(
-            f"{folder}: holds {other}, which is no causal language model: name the folder of one, which "
+            f"{folder}: holds {other}, of which no classifier of texts is made: name the folder of an encoder or a "
+            "causal language model"
+        )
+    if not classifier and (other := _other_kind(folder)):
+        trained = "; with texts and labels, --task classification trains it" * (_without_classifier(folder) is None)
+        raise BaseError(
+            f"{folder}: holds {other}, which is no causal language model{trained}: name the folder of one, which "
             "writes from left to right; lorafit bases lists some"
         )
     problems = [
@@ -49,18 +51,19 @@ def check(folder: Path, *, weights: bool = True) -> None:
         )
 
 
-def is_refused(folder: Path) -> bool:
-    """Whether `check` refuses the folder for what its small files say, whatever weights come with them."""
-    return bool(_other_kind(folder) or _code(folder) or _quantised(folder))
+def is_refused(folder: Path, classifier: bool = False) -> bool:
+    """Whether `check` refuses the folder because of its small files, whatever its weights are."""
+    other = _without_classifier if classifier else _other_kind
+    return bool(other(folder) or _code(folder) or _quantised(folder))
 
 
 def is_whole(folder: Path, *, weights: bool = True) -> bool:
-    """Whether nothing is missing, be it allowed or not."""
+    """Whether nothing is missing from the folder."""
     return not (_config(folder) or _tokenizer(folder) or (weights and _weights(folder)))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files transformers opens, in order: model.safetensors, else those of the index, else all there are."""
+    """The weight files that transformers opens: model.safetensors, else those of the index, else all there are."""
     index, single = folder / INDEX, folder / SINGLE
     if single.exists():
         return [single]
@@ -70,91 +73,109 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def classes(folder: Path) -> tuple[str, str | None]:
-    """The class that a model was saved from, or its type where the config tells no class, and the class of the causal
-    language model that transformers has for its type, if any."""
+    """The class that a model was saved from, or its type where the config names no class; and transformers' class of a
+    causal language model for this type, if any."""
     from transformers.models.auto import modeling_auto
 
-    described = _described(folder / "config.json")
-    kind, named = str(described.get("model_type")), described.get("architectures")
+    config = _settings(folder / "config.json")
+    kind, named = str(config.get("model_type")), config.get("architectures")
     saved = named[0] if isinstance(named, list) and named else kind
     return str(saved), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
 
 
 def _other_kind(folder: Path) -> str | None:
-    """The class of a model that transformers knows, and knows as no causal language model; None for others."""
-    described = _described(folder / "config.json")
-    named = described.get("architectures")
+    """The class of a model that transformers knows, and that is not a causal language model; None for others."""
+    config = _settings(folder / "config.json")
+    named = config.get("architectures")
     if isinstance(named, list) and named and str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
         return None  # without transformers, which takes seconds to import
     from transformers.models.auto import configuration_auto, modeling_auto
 
     saved, causal = classes(folder)
     known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-    kind = str(described.get("model_type"))
+    kind = str(config.get("model_type"))
     if kind not in known or saved == causal or saved in _TEXT_OPENS:
         return None
     if causal is None:
         return saved
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if saved in masked.values() or (kind in masked and saved == modeling_auto.MODEL_MAPPING_NAMES.get(kind)):
-        return None if described.get("is_decoder") is True else saved
+        return None if config.get("is_decoder") is True else saved
     return saved if saved in _classes_of_other_tasks() else None
 
 
+def only_classifies(folder: Path) -> bool:
+    """Whether, by its config, the folder holds a model that can be made a classifier, but writes no text."""
+    return _other_kind(folder) is not None and _without_classifier(folder) is None
+
+
+def _without_classifier(folder: Path) -> str | None:
+    """The class of a model for which transformers has no text classifier, or that has both encoder and decoder; None
+    for others."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    kind = str(_settings(folder / "config.json").get("model_type"))
+    known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    able = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    both = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return classes(folder)[0] if kind in known and (kind not in able or kind in both) else None
+
+
 def _classes_of_other_tasks() -> set[str]:
-    """All classes that transformers has for a task, but for those of causal language models."""
+    """All classes that transformers has for a task, except those of causal language models."""
     from transformers.models.auto import modeling_auto
 
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     tables = [table for name, table in vars(modeling_auto).items() if re.fullmatch(r"MODEL_FOR_\w+_NAMES", name)]
-    named = [one for table in tables for one in table.values()]  # one class, or a tuple of them
-    return {name for one in named for name in ([one] if isinstance(one, str) else one)} - {*causal.values()}
+    entries = [entry for table in tables for entry in table.values()]  # the name of a class, or a tuple of names
+    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)} - {*causal.values()}
 
 
 def _code(folder: Path) -> list[str]:
-    """Files that name code of their own."""
+    """Problems of files that name code of their own."""
     return [
-        f"{name} names code of its own (auto_map), which is never run: use a model that transformers knows by itself"
+        f"{name} names code of its own (auto_map), which is never run: use a model that transformers itself knows"
         for name in _MAY_NAME_CODE
-        if _described(folder / name).get("auto_map")
+        if _settings(folder / name).get("auto_map")
     ]
 
 
 def _quantised(folder: Path) -> list[str]:
-    """Whether a file says of the model, or of a part of it, that its weights are codes instead of numbers."""
+    """The problem of a model with quantised weights, by its small files."""
     for name in ("config.json", *QUANTISED):
-        described = _described(folder / name)
-        parts = [described, *(part for part in described.values() if isinstance(part, dict))]
-        found = next(((part[key], f"{key} in {name}") for part in parts for key in _HOW if part.get(key)), None)
-        if found is None and described and name in QUANTISED:
-            found = described, name
-        if found is not None:
-            said, where = found
+        settings = _settings(folder / name)
+        parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+        sources = [(part[key], f"{key} in {name}") for part in parts for key in _QUANT_KEYS if part.get(key)]
+        if settings and name in QUANTISED:
+            sources.append((settings, name))
+        if sources:
+            described, where = sources[0]
             return [
-                f"its weights are quantised{_method(said)} ({where}), and such weights are not read yet: use the "
+                f"its weights are quantised{_method(described)} ({where}), and such weights are not read yet: use the "
                 "16-bit model they were made from, or a GGUF file of it"
             ]
     return []
 
 
-def _method(said: Any) -> str:
-    """By what weights were quantised, or to what, where that is said."""
-    if not isinstance(said, dict):
+def _method(settings: Any) -> str:
+    """The method of quantisation, or the format of the weights; "" where the settings name neither."""
+    if not isinstance(settings, dict):
         return ""
-    if method := said.get("quant_method"):
+    if method := settings.get("quant_method"):
         return f" by {method}"
-    to = said.get("quant_algo") or next((f"{said[key]} bits" for key in ("bits", "w_bit") if said.get(key)), None)
-    return f" to {to}" if to else ""
+    bits = settings.get("bits") or settings.get("w_bit")
+    form = settings.get("quant_algo") or (f"{bits} bits" if bits else "")
+    return f" to {form}" if form else ""
 
 
 def _config(folder: Path) -> list[str]:
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ["config.json is missing: name a model folder, or copy it"]
     except (OSError, ValueError) as error:
         return [f"config.json cannot be read ({error})"]
-    return [] if isinstance(described, dict) else ["config.json is not a JSON object"]
+    return [] if isinstance(config, dict) else ["config.json is not a JSON object"]
 
 
 def _tokenizer(folder: Path) -> list[str]:
@@ -177,10 +198,10 @@ def _weights(folder: Path) -> list[str]:
     return [f"{len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}"] if missing else []
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """A file of settings; nothing where it is none, which is told where it matters."""
+def _settings(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where it cannot be read, which `_config` reports."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return described if isinstance(described, dict) else {}
+    return settings if isinstance(settings, dict) else {}

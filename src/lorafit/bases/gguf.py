@@ -1,4 +1,4 @@
-"""GGUF files: converted once, by transformers, into a folder of fp32 safetensors in lorafit's cache."""
+"""Converts GGUF files, once and by transformers, into folders of fp32 safetensors in lorafit's cache."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from lorafit.files import free_bytes, read_json, sha256_file, shown, whole_folde
 if TYPE_CHECKING:
     import torch
 
-_CONVERSION = 1  # raise it when converting changes what is written
+_CONVERSION = 1  # the version of converted folders
 OURS = "lorafit-base.json"
-_UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}-\d+\.\w+(\.old)?")  # what whole_folder builds in
+_UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}-\d+\.\w+(\.old)?")  # the folders that whole_folder builds in
 _SHARD = "2GB"
-# Tensors that say how positions turn, beside those the model learnt. transformers passes over them.
+# Tensors of rotary frequencies, which are not learnt. transformers passes over them.
 _ROPE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
-# What a file says and some of transformers' readers leave at a default, with its name in the config.
-_SAID = {
+# Values of a file that some of transformers' readers leave at a default, with their names in the config.
+_CONFIG_NAMES = {
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
     "context_length": "max_position_embeddings",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-_TURNS_IN_PART = {"nemotron", "phi3", "stablelm"}
-# Models of these many layers scale attention by hidden size / heads, which no file says; the others of their families
-# by the head's width (configurations of gemma-2-27b and gemma-3-27b).
+_PARTIAL_ROTARY = {"nemotron", "phi3", "stablelm"}
+# Architectures and numbers of layers whose attention is scaled by hidden size / heads, which no file says; others of
+# these families scale by the head's width (configurations of gemma-2-27b and gemma-3-27b).
 _SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself. numbers: how many there are in each tensor, by its name in the file; says:
-    single values under the architecture's name."""
+    """The header of a GGUF file. By name: the size of each tensor (`numbers`), tensors of rotary frequencies (`rope`),
+    and the file's values for the architecture (`says`)."""
 
     architecture: str
     numbers: dict[str, int]
@@ -54,12 +54,12 @@ class Header:
 
     @property
     def bytes(self) -> int:
-        """Of the weights in fp32."""
+        """Size of the weights in fp32."""
         return 4 * sum(self.numbers.values())
 
 
 def cache_folder() -> Path:
-    """Where converted bases are kept: LORAFIT_CACHE, or lorafit under the user's cache folder."""
+    """The folder of converted bases: LORAFIT_CACHE, or lorafit in the user's cache folder."""
     if os.environ.get("LORAFIT_CACHE"):
         return Path(os.environ["LORAFIT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
@@ -71,15 +71,15 @@ def copies() -> dict[Path, str]:
 
 
 def remains() -> dict[Path, str]:
-    """Folders of ours in the cache that open as nothing: "broken", or "unfinished", of a conversion that is running or
-    was killed."""
-    found = {}
+    """Folders of ours in the cache that cannot be opened: "broken", or "unfinished" (the conversion is running, or was
+    killed)."""
+    states = {}
     for folder in _kept():
         if _UNFINISHED.fullmatch(folder.name):
-            found[folder] = "unfinished"
+            states[folder] = "unfinished"
         elif (folder / OURS).exists() and _name_if_whole(folder) is None:
-            found[folder] = "broken"
-    return found
+            states[folder] = "broken"
+    return states
 
 
 def _kept() -> list[Path]:
@@ -95,10 +95,11 @@ def _name_if_whole(folder: Path) -> str | None:
 
 
 def remove(name: str) -> list[Path]:
-    """Delete the converted copies of this name, or the one folder of this name in the cache, be it whole or one of the
-    remains; returns what is gone.
-
+    """Delete the converted copies of a base, or a folder of the cache by its name, and return the deleted folders.
     Nothing else is ever deleted: neither GGUF files, nor the hub's cache, nor folders of the user.
+
+    Raises:
+        BaseError: for a name without a copy.
     """
     gone = [folder for folder, known_as in copies().items() if name in {known_as, f"{known_as}.gguf", folder.name}]
     gone += [folder for folder in remains() if folder.name == name]
@@ -113,7 +114,7 @@ def remove(name: str) -> list[Path]:
 
 
 def name_of(folder: Path) -> str | None:
-    """The name a folder was converted under; None for folders that were not. Raises BaseError where it is damaged."""
+    """The name a folder was converted under; None for other folders. Raises BaseError for a damaged folder."""
     if not (folder / OURS).exists():
         return None
     try:
@@ -122,17 +123,17 @@ def name_of(folder: Path) -> str | None:
         name = None
     if not isinstance(name, str) or not name:
         raise BaseError(
-            f"{folder}: {OURS} in it is damaged: remove the folder, it is made anew from its GGUF file: "
+            f"{folder}: {OURS} in it is damaged: remove the folder, it is made again from its GGUF file: "
             f"lorafit bases --remove {folder.name}"
         )
     return name
 
 
 def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
-    """The folder in the cache that a GGUF file was converted into; converts it at the first use.
+    """The folder in the cache that a GGUF file was converted into; it is converted at the first use.
 
-    Raises BaseError for a file that is damaged, that transformers cannot open or would open as something else, and
-    where the disk has no room.
+    Raises BaseError for a file that is damaged, that transformers cannot open or would open as another model, and where
+    the disk has no room.
     """
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
@@ -155,7 +156,7 @@ def converted(file: Path, name: str, report: Report, watch: Watch) -> Path:
             write_json(building / OURS, {"name": name, "source": file.name, "source_sha256": digest})
     except BaseError:
         raise
-    # A damaged file, or one made otherwise than transformers expects, raises from the depths of three libraries.
+    # A damaged or unexpected file may raise any error of three libraries.
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise BaseError(f"{file}: cannot be converted ({why}): try another file of the model") from error
@@ -194,7 +195,7 @@ def _header(file: Path) -> Header:
 
 
 def _require_known(file: Path, architecture: str) -> None:
-    """Raise BaseError for an architecture that transformers reads no GGUF of, naming those it does."""
+    """Raise BaseError for an architecture whose GGUF files transformers does not read, naming those that it reads."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
 
     known = {*GGUF_SUPPORTED_ARCHITECTURES, *TENSOR_PROCESSORS} - {"general", "tokenizer"}
@@ -203,7 +204,7 @@ def _require_known(file: Path, architecture: str) -> None:
 
         known |= set(GGUF_CONFIG_ARCHS)
     except ImportError:
-        pass  # before it had a second reader
+        pass  # a version with only one reader
     if architecture not in known:
         raise BaseError(
             f"{file}: is of architecture '{architecture}', of which transformers reads no GGUF files; it "
@@ -231,7 +232,7 @@ def _convert(file: Path, header: Header, building: Path) -> None:
     model, info = opened
     _require_all(file, header, model, info)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
-    # The weights are plain fp32 from here on; transformers would refuse to save what it opened as GGUF.
+    # The weights are plain fp32 now, but transformers refuses to save a model with the mark of a GGUF file.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(building, max_shard_size=_SHARD)
@@ -239,42 +240,40 @@ def _convert(file: Path, header: Header, building: Path) -> None:
 
 
 def _require_all(file: Path, header: Header, model: Any, info: dict[str, Any]) -> None:
-    """Raise BaseError where a weight of the model is not in the file, or a tensor of the file in no weight.
-
-    transformers draws the former at random and passes over the latter.
-    """
+    """Raise BaseError where a weight of the model is not in the file, which transformers would draw at random, or a
+    tensor of the file is in no weight, which it would pass over."""
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise BaseError(
             f"{file}: cannot be converted: transformers finds no values, or of another shape, for "
             f"{len(wrong)} weights: {', '.join(wrong[:3])}: name the model's folder or hub id"
         )
-    inside = sum(count for name, count in header.numbers.items() if name not in _ROPE)
+    stored = sum(count for name, count in header.numbers.items() if name not in _ROPE)
     weights = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     taken = sum(weights.values()) + sum(buffer.numel() for buffer in buffers.values())
-    if inside != taken:
+    if stored != taken:
         raise BaseError(
-            f"{file}: cannot be converted: it holds {inside:,} numbers, and transformers makes of it a "
+            f"{file}: cannot be converted: it holds {stored:,} numbers, and transformers makes of it a "
             f"model of {taken:,}: name the model's folder or hub id instead"
         )
 
 
 def take_over(header: Header, config: Any) -> None:
-    """Put into the config what the file says, or its size tells, and transformers' readers left at a default."""
-    for said, name in _SAID.items():
-        if said in header.says and hasattr(config, name):
-            setattr(config, name, header.says[said])
+    """Set the values of the config that transformers' readers leave at a default, from the header of the file."""
+    for key, name in _CONFIG_NAMES.items():
+        if key in header.says and hasattr(config, name):
+            setattr(config, name, header.says[key])
     if (header.architecture, header.says.get("block_count")) in _SCALED_BY_WIDTH:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def _set_rope(file: Path, header: Header, config: Any) -> None:
-    """Put into the config how positions are stretched, which the file says in a tensor of factors.
+    """Set the scaling of rotary frequencies in the config, which the file has as a tensor of factors.
 
-    Llama 3.1 and later: frequency f of wavelength w turns at f / factor, where w is longer than the context it was
-    first trained with, at f where w is shorter than a quarter of it, and between them in between (arXiv 2407.21783
-    names the base of the frequencies; the rule is that of Meta's code). Raises BaseError for factors of another rule.
+    Llama 3.1 and later: a frequency f of wavelength w becomes f / factor where w is longer than the context of the
+    first training, stays f where w is shorter than a quarter of it, and is interpolated between (arXiv 2407.21783 names
+    the base of the frequencies; the rule is that of Meta's code). Raises BaseError for factors of another rule.
     """
     import torch
 
@@ -282,10 +281,10 @@ def _set_rope(file: Path, header: Header, config: Any) -> None:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     theta = rope.get("rope_theta")
     stretched = sorted(header.rope)
-    width, turned = getattr(config, "head_dim", None), header.says.get("rope.dimension_count")
-    width = width or config.hidden_size // config.num_attention_heads if turned else None
-    if width and turned != width and header.architecture in _TURNS_IN_PART:
-        config.rope_parameters = rope = {**rope, "partial_rotary_factor": turned / width}
+    width, rotated = getattr(config, "head_dim", None), header.says.get("rope.dimension_count")
+    width = width or config.hidden_size // config.num_attention_heads if rotated else None
+    if width and rotated != width and header.architecture in _PARTIAL_ROTARY:
+        config.rope_parameters = rope = {**rope, "partial_rotary_factor": rotated / width}
     factor = header.says.get("rope.scaling.factor", 1)
     if factor != 1 and f"'factor': {factor}" not in str(rope):
         stretched.append(f"rope.scaling.factor = {factor}")
@@ -294,14 +293,14 @@ def _set_rope(file: Path, header: Header, config: Any) -> None:
     if factors is not None and len(stretched) == 1 and theta and header.architecture == "llama":
         if bool((factors == 1).all()):
             return
-        said: dict[str, Any] = {
+        scaling: dict[str, Any] = {
             "factor": round(float(factors.max()), 4),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        if torch.allclose(llama3_factors(theta, 2 * len(factors), **said), factors, rtol=1e-3):
-            config.rope_parameters = {**rope, "rope_type": "llama3", **said}
+        if torch.allclose(llama3_factors(theta, 2 * len(factors), **scaling), factors, rtol=1e-3):
+            config.rope_parameters = {**rope, "rope_type": "llama3", **scaling}
             return
     raise BaseError(
         f"{file}: cannot be converted: positions are stretched by {', '.join(stretched)}, "
@@ -317,7 +316,7 @@ def llama3_factors(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> torch.Tensor:
-    """What each frequency is divided by: (width / 2,). width: of a head. The other names are those of the config."""
+    """The divisor of each rotary frequency, (width / 2,). width: of a head. Other names are those of the config."""
     import torch
 
     wavelength = 2 * math.pi * theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -328,11 +327,11 @@ def llama3_factors(
 
 @contextmanager
 def _watched(watch: Watch) -> Iterator[None]:
-    """Tell of the loops that take long, which transformers wraps in bars of tqdm."""
+    """Report the progress of long loops, which transformers wraps in progress bars of tqdm."""
     from transformers import modeling_gguf_pytorch_utils as legacy
     from transformers.utils import logging
 
-    def told(items: Collection[Any], desc: str = "", **_: Any) -> Iterator[Any]:
+    def reporting(items: Collection[Any], desc: str = "", **_: Any) -> Iterator[Any]:
         first = desc.partition(" ")[0].lower()  # converting, loading or writing
         what, unit = ("writing safetensors", "files") if first == "writing" else (f"{first} weights", "tensors")
         for done, item in enumerate(items, 1):
@@ -340,10 +339,10 @@ def _watched(watch: Watch) -> Iterator[None]:
             watch(what, done, len(items), unit)
 
     def hook(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return told(*args, **kwargs)
+        return reporting(*args, **kwargs)
 
     before, tqdm = logging.set_tqdm_hook(hook), legacy.tqdm  # type: ignore[attr-defined]
-    legacy.tqdm = told  # type: ignore[attr-defined] # one of its loops takes no hook
+    legacy.tqdm = reporting  # type: ignore[attr-defined] # one loop takes no hook
     try:
         yield
     finally:

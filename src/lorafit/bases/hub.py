@@ -1,8 +1,8 @@
 """Models of the hub, fetched once into the hub's own cache, which other tools share.
 
-HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to every user of the hub. Pickles
-and code are never asked for. Small files come first, weights after them and the branch last: where the weights are
-whole, so is the rest, and a branch names nothing half.
+HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in other programs that use the hub. Pickles and
+code are never fetched. Small files come first, then weights, and the branch last: where the weights are complete, so is
+the rest, and a branch never names an incomplete model.
 """
 
 from __future__ import annotations
@@ -24,31 +24,17 @@ from lorafit.files import free_bytes, shown
 
 _NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer*.json",
-    "tokenizer.model*",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    folder.INDEX,
-    *folder.QUANTISED,
-)
+_NAMED = """
+config.json generation_config.json preprocessor_config.json processor_config.json tokenizer*.json tokenizer.model*
+spiece.model sentencepiece.bpe.model special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
+chat_template.json chat_template.jinja additional_chat_templates/*.jinja
+"""
+_SMALL = (*_NAMED.split(), folder.INDEX, *folder.QUANTISED)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A model of the hub. revision: a branch, a tag, or a whole commit hash."""
+    """A model of the hub; `revision` is a branch, a tag, or a full commit hash."""
 
     id: str
     revision: str = "main"
@@ -62,13 +48,13 @@ class Wanted:
 
 
 def parse(name: str) -> Wanted | None:
-    """ORG/NAME or ORG/NAME@REVISION; None for what cannot be one."""
+    """Read ORG/NAME or ORG/NAME@REVISION; None for other names."""
     match = _NAME.fullmatch(name)
     return Wanted(match["id"], match["revision"] or "main") if match else None
 
 
 def at_hand(wanted: Wanted, *, weights: bool = True) -> Path | None:
-    """The folder in the hub's cache where it is whole; None elsewhere. Asks no one."""
+    """The model's folder in the hub's cache; None where it is not complete. The hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(wanted.id, "config.json", revision=wanted.revision)
@@ -77,10 +63,13 @@ def at_hand(wanted: Wanted, *, weights: bool = True) -> Path | None:
     return Path(config).parent
 
 
-def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = True) -> tuple[Path, str]:
-    """The folder of the model's commit in the hub's cache, and ORG/NAME@COMMIT. Fetches what is missing of it.
+def fetched(
+    wanted: Wanted, report: Report, watch: Watch, *, weights: bool = True, classifier: bool = False
+) -> tuple[Path, str]:
+    """Fetch the missing files of a model; the other arguments are those of `locate.found`. Returns the folder of its
+    commit in the hub's cache, and ORG/NAME@COMMIT.
 
-    Raises BaseError where the hub or the disk says no, before the weights are fetched.
+    Raises BaseError, before weights are fetched, where the hub refuses, or the disk has no room.
     """
     from huggingface_hub import HfApi, constants
 
@@ -111,8 +100,8 @@ def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = Tru
     try:
         with _explained(wanted):
             _fetch(commit, [name for name in small if name in missing], bar)
-            # What is refused is told by the check of the folder, before gigabytes are fetched for it.
-            if not folder.is_refused(cache_of(commit)):
+            # A model that would be refused is reported by the check of its folder; its gigabytes are not fetched.
+            if not folder.is_refused(cache_of(commit), classifier):
                 _fetch(commit, [name for name in large if name in missing], bar)
             if not wanted.is_commit and (here is None or here.name != info.sha):
                 _fetch(wanted, ["config.json"], bar)  # now the branch may name this commit
@@ -122,14 +111,14 @@ def fetched(wanted: Wanted, report: Report, watch: Watch, *, weights: bool = Tru
 
 
 def cache_of(commit: Wanted) -> Path:
-    """Where the hub's cache keeps the files of a commit."""
+    """The folder of a commit in the hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{commit.id.replace('/', '--')}" / "snapshots" / commit.revision
 
 
 def _chosen(wanted: Wanted, sizes: dict[str, int]) -> tuple[list[str], list[str]]:
-    """Small files, and the files of weights that transformers opens. Raises BaseError where it could open none."""
+    """The small files, and the weight files that transformers opens. Raises BaseError where it can open none."""
     small = [name for name in sizes if any(fnmatch(name, pattern) for pattern in _SMALL)]
     tensors = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
     shards = [name for name in tensors if fnmatch(name, "*-of-*")]
@@ -155,7 +144,7 @@ def _cached(commit: Wanted, name: str) -> bool:
 
 
 def _fetch(wanted: Wanted, names: list[str], bar: type) -> None:
-    """Fetch the files one after the other into the hub's cache."""
+    """Fetch files one after another into the hub's cache."""
     from huggingface_hub import hf_hub_download
 
     for name in names:
@@ -163,12 +152,12 @@ def _fetch(wanted: Wanted, names: list[str], bar: type) -> None:
 
 
 def _bar(what: str, total: int, watch: Watch) -> type:
-    """What the hub's client takes for a bar of its own: it draws nothing, and tells the bytes of all files together."""
+    """A progress bar for the hub's client that draws nothing, and reports the bytes of all files together."""
     from huggingface_hub.utils.tqdm import tqdm
 
     lock, done = Lock(), 0
 
-    class Told(tqdm):
+    class ReportingBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **{**kwargs, "disable": True})
             self.update(kwargs.get("initial") or 0)
@@ -181,15 +170,15 @@ def _bar(what: str, total: int, watch: Watch) -> type:
                     watch(what, min(done, total), total, "bytes")
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes on the wire, where they are counted apart: those on the disk count here."""
+            """Bytes on the wire, if they are counted separately: only bytes on the disk count."""
 
         def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None: ...
 
-    return Told
+    return ReportingBar
 
 
 class _Unreachable(Exception):
-    """No answer from the hub. why: in short; step: what to do."""
+    """No answer from the hub; `why` is the reason, `step` what to do."""
 
     def __init__(self, why: str, step: str):
         self.why, self.step = why, step
@@ -198,7 +187,7 @@ class _Unreachable(Exception):
 
 @contextmanager
 def _explained(wanted: Wanted) -> Iterator[None]:
-    """What the hub's client raises, as a BaseError that says what to do."""
+    """Turn errors of the hub's client into BaseErrors that say what to do."""
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
@@ -230,7 +219,7 @@ def _explained(wanted: Wanted) -> Iterator[None]:
         raise _Unreachable(f"the hub ({hub}) answers with status {status}", "try again later") from error
     except BaseError:
         raise
-    except Exception as error:  # the client lets through what its network library raises, whichever that is
+    except Exception as error:  # the client passes on errors of its network library
         if isinstance(error, OSError) and error.errno in {EACCES, ENOSPC, EROFS}:
             raise BaseError(
                 f"{constants.HF_HUB_CACHE}: cannot be written ({error.strerror}): make room, or name "

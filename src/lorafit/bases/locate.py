@@ -1,4 +1,4 @@
-"""Where bases come from: one file per kind of source. Each ends in a model folder on this machine."""
+"""Locates bases: the name of a base goes in, a checked model folder on this machine comes out."""
 
 from __future__ import annotations
 
@@ -11,45 +11,66 @@ from lorafit.errors import BaseError
 from lorafit.files import absolute, did_you_mean
 
 
-def found(name: str, report: Report = silent, watch: Watch = unwatched, *, weights: bool = True) -> tuple[Path, str]:
-    """The checked model folder that `name` means, and the name under which it opens again as the same content.
+def found(
+    name: str,
+    report: Report = silent,
+    watch: Watch = unwatched,
+    *,
+    weights: bool = True,
+    classifier: bool = False,
+) -> tuple[Path, str]:
+    """Locate a base, and fetch or convert it where that is needed.
 
-    name: built in, a folder, a .gguf file, or ORG/NAME[@REVISION] of the hub, looked for in this order.
-    weights: False fetches and asks for what a tokenizer needs, and no more.
-    Raises BaseError naming all that is wrong.
+    Args:
+        name: a built-in name, a folder, a .gguf file, or ORG/NAME[@REVISION] of the hub, in this order.
+        report: called with one line for each step that takes a while.
+        watch: called with the progress of a download or conversion.
+        weights: whether weights are fetched and required, rather than only what a tokenizer needs.
+        classifier: whether it is opened as a classifier.
+
+    Returns:
+        The model folder, and the name that opens the same content again.
+
+    Raises:
+        BaseError: with everything that is wrong.
     """
-    path, known_as = _located(name, report, watch, weights)
-    folder.check(path, weights=weights)
+    path, known_as = _located(name, report, watch, weights, classifier)
+    folder.check(path, weights=weights, classifier=classifier)
     return path, known_as
 
 
 def address(name: str) -> str:
-    """The name under which the same base opens from every folder: what goes to disk.
-
-    A local path is absolute, and so is never taken for a model of the hub.
-    """
+    """The name that opens the same base in every working folder, for files on disk. A local path is made absolute, and
+    so is never taken for a model of the hub."""
     return name if name in builtin.BUILTIN else absolute(name)
 
 
-def require(name: str) -> None:
-    """Raise BaseError where `name` can be no base. Nothing is fetched, converted or opened."""
-    meant = _meant(name)
-    if isinstance(meant, Path) and meant.is_dir():
-        gguf.name_of(meant)  # of a converted copy that is damaged it is said how to remove it
-        folder.check(meant)
+def require(name: str, classifier: bool = False) -> None:
+    """Raise BaseError where `name` cannot be a base. Nothing is fetched, converted or opened."""
+    source = _source(name)
+    if isinstance(source, Path) and source.is_dir():
+        gguf.name_of(source)  # its error about a damaged converted copy says how to remove it
+        folder.check(source, classifier=classifier)
 
 
-def _located(name: str, report: Report, watch: Watch, weights: bool) -> tuple[Path, str]:
-    meant = _meant(name)
-    if isinstance(meant, hub.Wanted):
-        return hub.fetched(meant, report, watch, weights=weights)
-    if meant.is_dir():
-        kept = gguf.name_of(meant)
-        return meant, kept if kept in builtin.BUILTIN else name
-    return gguf.converted(meant, name if name in builtin.BUILTIN else meant.stem, report, watch), name
+def classifies(name: str, task: str) -> bool:
+    """Whether a base is opened as a classifier: where that is the task, or for an encoder, where the task is `auto`."""
+    path = Path(name).expanduser()
+    encodes = name not in builtin.BUILTIN and path.is_dir() and folder.only_classifies(path)
+    return task == "classification" or (task == "auto" and encodes)
 
 
-def _meant(name: str) -> Path | hub.Wanted:
+def _located(name: str, report: Report, watch: Watch, weights: bool, classifier: bool) -> tuple[Path, str]:
+    source = _source(name)
+    if isinstance(source, hub.Wanted):
+        return hub.fetched(source, report, watch, weights=weights, classifier=classifier)
+    if source.is_dir():
+        converted_from = gguf.name_of(source)
+        return source, converted_from if converted_from in builtin.BUILTIN else name
+    return gguf.converted(source, name if name in builtin.BUILTIN else source.stem, report, watch), name
+
+
+def _source(name: str) -> Path | hub.Wanted:
     """The folder, the GGUF file, or the model of the hub that a name stands for."""
     if name in builtin.BUILTIN:
         return builtin.file_of(name)
@@ -69,7 +90,7 @@ def _meant(name: str) -> Path | hub.Wanted:
         return wanted
     near = get_close_matches(name, builtin.BUILTIN, 1, 0.5)
     if near:
-        raise BaseError(f"'{name}': is no base that is known here: did you mean {near[0]}?")
+        raise BaseError(f"'{name}': is not a known base: did you mean {near[0]}?")
     if path.parent != Path():
         raise BaseError(f"'{name}': there is no such folder: {did_you_mean(path, 'check the path')}")
     names = ", ".join(builtin.BUILTIN)

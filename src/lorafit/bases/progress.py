@@ -1,4 +1,4 @@
-"""Who is told while a base is made ready, and whether the disk has room for it."""
+"""Reports of progress while a base is fetched or converted, and the check that the disk has room for it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ Watch = Callable[[str, int, int, str], None]  # what, done, of, unit ("bytes" or
 
 
 def silent(_: str) -> None:
-    """A Report to no one."""
+    """A Report that does nothing."""
 
 
 def unwatched(*_: object) -> None:
-    """A Watch by no one."""
+    """A Watch that does nothing."""
 
 
 def require_room(size: int, folder: Path, what: str, setting: str) -> None:
-    """Raise BaseError where `size` bytes do not fit beside `folder`. setting: the variable that names another place."""
+    """Raise BaseError where the disk of `folder` has no room for `size` bytes. setting: the variable that names another
+    folder."""
     free = free_bytes(folder)
     if size > free:
         raise BaseError(

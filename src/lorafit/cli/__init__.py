@@ -1,5 +1,5 @@
-"""The command line: one file per verb, each a thin shell over one library function. Imports of weight are in the
-verbs, so that --help answers at once."""
+"""The command line: one file per verb, each a thin shell over one library function. Large libraries are imported inside
+the verbs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from lorafit.cli import (
 from lorafit.errors import LorafitError
 from lorafit.version import __version__
 
-WORDS = {  # of the library that reads the flags, and ours
+WORDS = {  # phrases of the library that parses the flags, and their replacements
     r"Input should be a valid integer.*": "not a whole number",
     r"Input should be a valid number.*": "not a number",
     r"Input should be greater than or equal to (.*)": r"choose at least \1",
@@ -49,18 +49,18 @@ WORDS = {  # of the library that reads the flags, and ours
 
 _TRAIN = "lorafit train BASE DATA trains an adapter"
 _CHAT = "lorafit chat RUN asks an adapter, lorafit serve BASE NAME=RUN serves it"
-_SHOW = "lorafit bases lists bases, lorafit show FOLDER says what a run or an adapter is"
+_SHOW = "lorafit bases lists bases, lorafit show FOLDER describes a run or an adapter"
 _FOLDER = (
-    "the adapter folder, RUN/adapter, is in PEFT's layout as it stands, which vLLM and transformers read; "
-    "lorafit explain export says what else reads it"
+    "RUN/adapter is already in PEFT's format, which vLLM and transformers read; lorafit explain export names other "
+    "programs"
 )
-MEANT = {  # what is typed by those who know other programs
+MEANT = {  # verbs of other programs, and messages that name the verbs of lorafit
     **dict.fromkeys(("list", "ls", "models", "runs"), _SHOW),
     **dict.fromkeys(("info", "status", "inspect"), _SHOW),
     "merge": f"merged weights are made in Python, lorafit.merged(base, adapter), as new tensors; {_FOLDER}",
     **dict.fromkeys(("export", "convert", "save", "push"), _FOLDER),
     **dict.fromkeys(("fit", "finetune", "fine-tune", "tune", "sft", "run", "start"), _TRAIN),
-    "resume": "lorafit train --resume --out RUN goes on with a run",
+    "resume": "lorafit train --resume --out RUN resumes a run",
     **dict.fromkeys(
         ("evaluate", "test", "score", "benchmark"), "lorafit eval RUN DATA compares an adapter with its base"
     ),
@@ -104,7 +104,8 @@ class _Verbs(typer.core.TyperGroup):
 app = typer.Typer(
     name="lorafit",
     cls=_Verbs,
-    help="Fit low-rank adapters to your task, prove that they help, leave the base untouched.\n\nFirst: lorafit demo",
+    help="Fit low-rank adapters to your task, prove that they help, and leave the base untouched.\n\n"
+    "Start with: lorafit demo",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
@@ -114,7 +115,8 @@ app = typer.Typer(
 
 
 def _reported(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb, with errors told in words and by exit status: 2 bad input, 1 our fault, 130 interrupted."""
+    """The verb, with its errors as messages and exit status: 2 for bad input, 1 for a fault of lorafit, 130 for an
+    interrupt."""
 
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -156,39 +158,39 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _start(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
     ] = False,
 ) -> None: ...
 
 
 for _name, _verb, _summary in (
-    ("demo", demo.demo, "The whole story on built-in data."),
-    ("doctor", doctor.doctor, "What this machine has, what will be slow."),
-    ("bases", bases.bases, "The bases at hand, and what they take on disk."),
+    ("demo", demo.demo, "Train and test an adapter on built-in data."),
+    ("doctor", doctor.doctor, "Check this machine: what will be slow."),
+    ("bases", bases.bases, "List the bases on this machine and their size."),
     ("data", data.data, "Check and describe your examples."),
-    ("plan", plan.plan, "What a run would do and cost, with reasons."),
-    ("train", train.train, "The main job: examples to a proven adapter."),
-    ("eval", evaluate.evaluate, "Compare an adapter on other examples."),
-    ("chat", chat.chat, "Ask an adapter and its base."),
-    ("serve", serve.serve, "Serve adapters to OpenAI's clients."),
-    ("route", route.route, "Which adapter a question goes to."),
-    ("report", report.report, "A page about a run, or several compared."),
-    ("show", show.show, "What is in a run, adapter, plan or base."),
-    ("trim", trim.trim, "The same adapter in fewer parameters."),
-    ("refine", refine.refine, "One more round, kept if validation is better."),
-    ("settings", settings.settings, "Everything that can be set, as a file."),
+    ("plan", plan.plan, "Show what a run would do and cost, and why."),
+    ("train", train.train, "Train an adapter on your examples, and test it."),
+    ("eval", evaluate.evaluate, "Compare an adapter with its base on other data."),
+    ("chat", chat.chat, "Talk to an adapter and its base."),
+    ("serve", serve.serve, "Serve adapters through OpenAI's API."),
+    ("route", route.route, "Show which adapter a question goes to."),
+    ("report", report.report, "Write a page about a run, or compare runs."),
+    ("show", show.show, "Show what is in a run, adapter, plan or base."),
+    ("trim", trim.trim, "Make an adapter smaller."),
+    ("refine", refine.refine, "Train one more round; keep it if it is better."),
+    ("settings", settings.settings, "Print every setting, as a file."),
     ("explain", explain.explain, "Ask the guide: what LoRA is, what to choose."),
 ):
     app.command(_name, short_help=_summary)(_reported(_verb))
 
-_keys = typer.Typer(help="Who may ask a server what.", no_args_is_help=True, rich_markup_mode=None)
+_keys = typer.Typer(help="Manage the keys of a server.", no_args_is_help=True, rich_markup_mode=None)
 _keys.command("create", short_help="Make a key for lorafit serve.")(_reported(key.create))
-app.add_typer(_keys, name="key", short_help="Who may ask a server what.")
+app.add_typer(_keys, name="key", short_help="Manage the keys of a server.")
 
 
 class _Stream:
-    """A standard stream whose reader may leave: a terminal that is closed, a pipe into `head`. A run that has nobody to
-    tell goes on, and what was to be told is dropped; any other fault of writing (a full disk) is raised."""
+    """A standard stream whose reader may end, such as a terminal or a pipe into `head`. The output is then dropped, and
+    the run continues; other errors, such as a full disk, are raised."""
 
     def __init__(self, stream: io.TextIOWrapper):
         self._stream = stream
@@ -216,7 +218,7 @@ def _deserted() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point of the command. A terminal or pipe that lacks a character shows another in its place."""
+    """The entry point of the command. Characters that the terminal or pipe lacks are replaced."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):

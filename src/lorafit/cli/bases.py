@@ -1,4 +1,4 @@
-"""lorafit bases: what opens without a download, and what it takes on disk."""
+"""lorafit bases: the bases that open without a download, and their size on disk."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import typer
 from lorafit.cli.flags import JSON
 
 _REMAINS = {
-    "broken": "broken, it does not open under its name",
-    "unfinished": "of a conversion that was killed, unless one is running",
+    "broken": "broken: it does not open under its name",
+    "unfinished": "left by a conversion that was interrupted, unless one is running",
 }
 
 
 def bases(
     remove: Annotated[
-        str | None, typer.Option(help="Delete lorafit's own converted copy of this base; it is made anew when needed.")
+        str | None, typer.Option(help="Delete lorafit's converted copy of this base; it is made again when needed.")
     ] = None,
     json: JSON = False,
 ) -> None:
-    """List the bases at hand, where they are and what they take on disk."""
+    """List the bases on this machine, where they are and how much disk they take."""
     from lorafit.bases import gguf
     from lorafit.cli.console import Terminal
     from lorafit.files import free_bytes, shown
@@ -43,9 +43,9 @@ def bases(
     ours = sum(one.bytes or 0 for one in found if one.kind != "hub")
     terminal.say(
         f"converted copies take {shown(ours)} in {cache}, {shown(free_bytes(cache))} are free; lorafit bases --remove "
-        "NAME deletes one; it is made anew when needed"
+        "NAME deletes one; it is made again when needed"
     )
-    terminal.say("also: any model folder in transformers' layout, any .gguf file, any ORG/NAME of the hub")
+    terminal.say("other bases: any model folder in transformers' layout, any .gguf file, any ORG/NAME of the hub")
     terminal.finish(
         {
             "bases": [asdict(one) for one in found],

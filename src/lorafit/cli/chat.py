@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorafit.cli.flags import UNKNOWN_BASE
+
 if TYPE_CHECKING:
     from lorafit.cli.console import Terminal
     from lorafit.server.client import Remote
 
 
 def chat(
-    adapter: Annotated[Path | None, typer.Argument(help="An adapter folder, or a run; none: the bare base.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base; by default the adapter's, else smollm2-135m.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt; by default the one it was trained with.")] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="An adapter folder or a run; none: the bare base.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base; by default the adapter's, or smollm2-135m.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; by default the one from training.")] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="A setting of the chat template, for the bare base: NAME=VALUE.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Ask a server instead; LORAFIT_KEY holds its key.")] = None,
-    model: Annotated[str | None, typer.Option(help="With --url: which model of the server answers.")] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to a server instead, with the key in LORAFIT_KEY.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --url: the server's model to talk to.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    accept_unknown_base: Annotated[
-        bool, typer.Option("--accept-unknown-base", help="Attach an adapter that does not say whose it is.")
-    ] = False,
+    accept_unknown_base: UNKNOWN_BASE = False,
 ) -> None:
-    """Talk to an adapter and its base, rendered as it was trained. /help says what else can be typed.
+    """Talk to an adapter and its base, in the chat format of its training. /help lists the commands.
 
     \b
     lorafit chat runs/mine
@@ -48,10 +48,10 @@ def chat(
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, not the conversation
     if url is not None or model is not None:
         if url is None or adapter is not None or base is not None or template:
-            raise SettingsError("--url: a server is asked, or a base here: give --url with --model, or a folder")
+            raise SettingsError("--url: either a server answers or a base: give --url with --model, or a folder")
         _ask_server(Remote(url, model, os.environ.get("LORAFIT_KEY"), system, max_new_tokens), terminal)
         return
-    require(base=base, adapters=(adapter,))
+    require(base=base, adapters=(adapter,), writes=True)
     settings = settings_from({"template": template}).template_settings
     from lorafit.adapters.formats import peft
     from lorafit.bases.base import open_base
@@ -93,8 +93,8 @@ def _ask_server(talk: Remote, terminal: Terminal) -> None:
 
     if asked := sys.stdin.isatty():
         terminal.say(
-            f"{talk.model} answers; the server has {', '.join(talk.models)}; /new forgets, /remember asks along what "
-            "was said or no more, /quit leaves"
+            f"{talk.model} answers; the server has {', '.join(talk.models)}; /new starts over, /remember turns the "
+            "memory of the conversation on or off, /quit exits"
         )
     if said := talk.remark():
         terminal.say(said)
@@ -105,7 +105,9 @@ def _ask_server(talk: Remote, terminal: Terminal) -> None:
             talk.history.clear()
         elif line == "/remember":
             talk.remembers = not talk.remembers
-            terminal.say("what was said is asked along" if talk.remembers else talk.remark() or "each is asked as sent")
+            terminal.say(
+                "it remembers the conversation" if talk.remembers else talk.remark() or "each is asked as sent"
+            )
         elif line:
             try:
                 talk.ask(line.encode(errors="replace").decode(), _write)
@@ -128,7 +130,7 @@ def _end() -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Lines from the keyboard, until Ctrl-D, or Ctrl-C on an empty line after one that it dropped."""
+    """Lines from the keyboard, until Ctrl-D, or until a second Ctrl-C on an empty line."""
     at_prompt: Callable[[], str] = str  # nothing that could be known
     with suppress(ImportError):  # where the system has it: arrow keys and earlier lines, too
         import readline
@@ -144,7 +146,7 @@ def _typed() -> Iterator[str]:
             if dropped and not at_prompt():
                 return
             dropped = True
-            _write("\n(dropped; Ctrl-C again leaves)\n")
+            _write("\n(line dropped; Ctrl-C again exits)\n")
             continue
         dropped = False
         yield line

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress with time left on stderr, results on stdout, in a pipe one line now and then."""
+"""The output of the command line: progress with the time left on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from lorafit.report.words import ASIDE, clock, headline, interval, lines, no_classifier, of_a_hundred, percent
+from lorafit.report.words import ASIDE, clock, headline, interval, lines, listed, no_classifier, of_a_hundred, terms
+from lorafit.report.words import table as score_rows
+from lorafit.runs.summary import EvaluationSummary, Summary
 
 if TYPE_CHECKING:
-    from lorafit.data.render import Renderer, Row
+    from lorafit.data.render import Row
     from lorafit.data.report import DataReport
+    from lorafit.evaluation.scores import Counts, Sample
+    from lorafit.jobs.listener import Shown
     from lorafit.planning import Choice
     from lorafit.training.loop import Moment
 
 SECONDS_BETWEEN_LINES = 10.0
-TELLING = 0.05  # of a piece of work, from which on its speed tells how long the rest takes: beginnings are slow
-MOST_LABELS = 12  # shown of a split
+TELLING = 0.05  # the share of the work after which the time left is estimated, because the beginning is slow
 MOST_CONFUSIONS = 3
-WIDTH_OF_REASONS = 100  # columns below which a table of reasons is a pillar of single words
+WIDTH_OF_REASONS = 100  # columns; in a narrower terminal a table of reasons is not readable
 _drawn: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
 class Terminal:
-    """A Listener that draws, in a terminal, a notebook or a pipe. With `as_json`, stdout is for the JSON object."""
+    """A Listener for a terminal, a notebook or a pipe. With `as_json`, only the JSON object goes to stdout."""
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
@@ -53,10 +56,10 @@ class Terminal:
         self.out.print(Text(text))
 
     def watch(self, what: str, done: int, of: int, unit: str = "examples") -> None:
-        """Progress of one named piece of work; bytes are shown as people read them."""
+        """Show the progress of one named piece of work. Bytes are shown as MB."""
         now = time.monotonic()
         if done == 0:
-            self._began[what] = now, 0  # an earlier one of the name may have been left unfinished
+            self._began[what] = now, 0  # earlier work of this name may be unfinished
         began, first = self._began.setdefault(what, (now, done))
         told = done > first and done - first >= TELLING * of
         left = (now - began) / (done - first) * (of - done) if told else math.nan
@@ -120,20 +123,18 @@ class Terminal:
         self.out.print("words: shortest-median-longest; alike: near-identical to an earlier prompt of the same split")
         for name, split in report.splits.items():
             if split.labels:
-                most = list(split.labels.items())[:MOST_LABELS]
-                rest = f", {len(split.labels) - len(most)} more" if len(split.labels) > len(most) else ""
-                self.out.print(Text(f"{name}: {', '.join(f'{label} {n:,}' for label, n in most)}{rest}"))
+                self.out.print(Text(f"{name}: {listed([f'{label} {n:,}' for label, n in split.labels.items()])}"))
         for name, split in report.splits.items():
             if split.contradictions:
-                self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that meant?")
+                self.out.print(f"{name}: {split.contradictions} prompts occur with different answers: is that right?")
         passed_over = [f"'{field}' ({count:,} line{'s' * (count != 1)})" for field, count in report.passed_over.items()]
         if passed_over:
-            self.out.print(Text(f"field{'s' * (len(passed_over) > 1)} passed over: {', '.join(passed_over)}"))
+            self.out.print(Text(f"field{'s' * (len(passed_over) > 1)} ignored: {', '.join(passed_over)}"))
         for one in report.remarks:
             self.out.print(Text(f"{one.examples:,} {one.what}, first {one.first}: {one.advice}"))
 
     def plan(self, choices: Sequence[Choice]) -> None:
-        """A table where there is room, else one choice below the other."""
+        """Show the choices in a table, or below each other in a narrow terminal."""
         if self.out.width < WIDTH_OF_REASONS:
             for choice in choices:
                 self.out.print(Text(f"{choice.name}: ", style="bold") + Text(choice.value, style="cyan"))
@@ -146,15 +147,15 @@ class Terminal:
         self.out.print(table)
 
     def evidence(self, found: Mapping[str, Any]) -> None:
-        """What validation can show, the layer card by kind of module, and the placements."""
+        """Show what validation can detect, the layer card by kind of module, and the placements."""
         told = found["evidence"]
         if told["detectable"] is None:
-            self.say(f"{told['independent']} independent validation examples are too few to choose by")
+            self.say(f"{told['independent']} independent validation examples are too few to base a choice on")
         else:
             self.say(
-                f"validation: {told['independent']} independent examples show a difference of {told['detectable']:.3f} "
-                f"({told['detectable'] / told['nll']:.0%} of the base's NLL, {told['nll']:.3f}) four times in five, "
-                "smaller ones where they vary less than the NLL"
+                f"validation: {told['independent']} independent examples detect a difference in NLL of "
+                f"{told['detectable']:.3f} ({told['detectable'] / told['nll']:.0%} of the base's {told['nll']:.3f}) "
+                "four times in five, and a smaller one if differences vary less than the NLL"
             )
         if found["card"]:
             self._card(found["card"])
@@ -166,7 +167,7 @@ class Terminal:
             self.out.print(table)
 
     def _card(self, card: Mapping[str, Any]) -> None:
-        from lorafit.planning.signal import kinds_of  # torch behind it, which --help must not wait for
+        from lorafit.planning.signal import kinds_of  # it imports torch, for which --help must not wait
 
         named = kinds_of([site["path"] for site in card["sites"]])
         kinds: dict[str, list[Mapping[str, Any]]] = {}
@@ -190,54 +191,39 @@ class Terminal:
                 ", ".join(ranked),
             )
         self.out.print(table)
-        self.out.print(f"pull: where {card['batches']} gradients agree; cost: share of parameters and of operations")
+        self.out.print(f"pull: how far {card['batches']} gradients agree; cost: share of parameters and of operations")
 
-    def example(self, row: Row, renderer: Renderer) -> None:
-        """One example as the model sees it: trained tokens green and underlined, the others dim."""
+    def example(self, row: Row, renderer: Shown) -> None:
+        """Show one example as the model sees it: trained tokens green and underlined, the others dim."""
         marks = "green, underlined" if self.out.is_terminal else "between >>> and <<<"
-        text = Text(f"one example as the model sees it; what is trained is {marks}:\n")
+        text = Text(f"one example as the model sees it; the trained part is {marks}:\n")
         for piece, trained in renderer.pieces(row):
             shown = f">>>{piece}<<<" if trained and not self.out.is_terminal else piece  # colours do not survive a pipe
             text.append(shown, style="green underline" if trained else "dim")
         self.out.print(text)
 
-    def results(self, summary: Mapping[str, Any]) -> None:
-        """Sample answers, the table, and what it allows to say."""
-        nll, counts, scores = summary["nll"], summary.get("counts"), lines(summary)
-        self._samples(summary["samples"], scores[0].name)
-        kind = "held-out examples" if "split" not in summary else f"{summary['split'] or ''} examples".strip()
-        table = Table(f"on {summary['n_test']} {kind}", *(line.name for line in scores))
-        table.add_row(
-            "NLL of the answers, nats per token", *("" if line.nll is None else f"{line.nll:.3f}" for line in scores)
-        )
-        if thought := summary.get("nll_of_reasoning"):
-            table.add_row(
-                "NLL of the reasoning before them",
-                *(f"{thought[line.key]:.3f}" if line.key in ("base", "adapter") else "" for line in scores),
-            )
-        for what, of, shares in (
-            ("facts right", counts["n"] if counts else summary["facts"]["n"], [line.right for line in scores]),
-            ("equal to the reference", (counts or {}).get("n"), [line.equal for line in scores]),
-        ):
-            if any(shares):
-                table.add_row(f"{what} (of {of})", *(percent(one[0]) if one else "" for one in shares))
-        for what, of_all in (
-            ("off-topic declined", summary["off_desk_declined"]),
-            ("answers that end by themselves", summary["natural_stops"]),
-        ):
-            if of_all is not None:
-                table.add_row(what, *(percent(of_all) if line.key == "adapter" else "" for line in scores))
+    def results(self, summary: Summary) -> None:
+        """Show sample answers, the table of scores, and the verdict."""
+        nll, counts, scores, said = summary.nll, summary.counts, lines(summary), terms(summary)
+        self._samples(summary.samples, scores[0].name if said.reads else None)
+        evaluated = summary if isinstance(summary, EvaluationSummary) else None
+        kind = f"{evaluated.split or ''} examples".strip() if evaluated else "held-out examples"
+        table = Table(f"on {summary.n_test} {kind}", *(line.name for line in scores))
+        for what, cells in score_rows(summary):
+            table.add_row(what, *cells)
         self.out.print(table)
-        self.out.print("NLL: how much the right answers surprise a model; lower is better, 0 is certainty")
+        self.out.print(f"NLL: how much the right {said.answer}s surprise a model; lower is better, 0 is certain")
+        if summary.classes:
+            self.out.print(
+                "macro-F1: mean of F1 over the labels; calibration error: mean distance of confidence from accuracy"
+            )
         if any(line.equal for line in scores):
             self.out.print(f"equal to the reference: {ASIDE}")
         if any(line.key == "shuffled_control" for line in scores):
-            self.out.print("control: an adapter trained on shuffled answers, recorded beforehand (make control)")
-        self.out.print(
-            f"{headline(summary)}; paired difference in NLL {nll['difference']:+.3f}, {interval(nll['ci95'])}"
-        )
-        if summary.get("seen_in_training"):
-            self.out.print(f"but {summary['seen_in_training']} of these it was trained or validated on: that is memory")
+            self.out.print("control: an adapter trained on shuffled answers, measured beforehand (make control)")
+        self.out.print(f"{headline(summary)}; paired difference in NLL {nll.difference:+.3f}, {interval(nll.ci95)}")
+        if evaluated and evaluated.seen_in_training:
+            self.out.print(f"but {evaluated.seen_in_training} of these were used in its training: they test memory")
         if sentence := of_a_hundred(summary):
             self.out.print(sentence)
         else:
@@ -245,20 +231,20 @@ class Terminal:
         if counts:
             self._confusions(counts)
 
-    def _confusions(self, counts: Mapping[str, Any]) -> None:
-        """The answers that are taken for each other most often, and what would be of use to compare with."""
-        for one in counts["confusions"][:MOST_CONFUSIONS]:
-            given, reference = (clipped(one[key], 60) for key in ("given", "reference"))
-            self.out.print(Text(f"{one['n']} × {given!r} where {reference!r} is right"))
+    def _confusions(self, counts: Counts) -> None:
+        """Show the most frequent confusions, and why there is no simple classifier."""
+        for one in counts.confusions[:MOST_CONFUSIONS]:
+            given, reference = clipped(one.given, 60), clipped(one.reference, 60)
+            self.out.print(Text(f"{one.n} × {given!r} where {reference!r} is right"))
         if why := no_classifier(counts):
             self.out.print(Text(why))
 
-    def _samples(self, samples: Sequence[Mapping[str, Any]], other: str) -> None:
-        """Side by side where there is room, else one below the other."""
-        names = {"question": "question", "reference": "reference", other: "base", "adapter": "adapter"}
-        cut = [{name: clipped(sample[key]) for name, key in names.items()} for sample in samples]
-        rights = [sample.get("right") for sample in samples]  # of older runs there is none
-        marks = ["" if right is None else "✓" if right else "✗" for right in rights]
+    def _samples(self, samples: Sequence[Sample], other: str | None) -> None:
+        """Show sample answers next to each other, or below each other in a narrow terminal. other: who else answers."""
+        names = {"question": "question", "reference": "reference", **({other: "base"} if other else {})}
+        names["adapter"] = "adapter"
+        cut = [{name: clipped(getattr(sample, key)) for name, key in names.items()} for sample in samples]
+        marks = ["" if sample.right is None else "✓" if sample.right else "✗" for sample in samples]
         if samples and self.out.width >= 120:
             table = Table(*names, *(["right"] if any(marks) else []), show_lines=True)
             for sample, mark in zip(cut, marks, strict=True):
@@ -273,34 +259,34 @@ class Terminal:
             self.out.print(table)
             self.out.print()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """With --json, the one object."""
+    def finish(self, found: Mapping[str, Any]) -> None:
+        """With --json, print the result as one object."""
         self._end_bar()
         if self.as_json:
-            print(json.dumps(summary, allow_nan=False))
+            print(json.dumps(found, allow_nan=False))
 
 
 def clipped(text: str, longest: int = 240) -> str:
-    """Long text cut at a word, and said so."""
+    """Long text, cut after a word and marked as cut."""
     return text if len(text) <= longest else text[:longest].rpartition(" ")[0] + " …"
 
 
 def program() -> str:
-    """What to type for lorafit in this shell."""
+    """The command that starts lorafit in this shell."""
     if shutil.which("lorafit"):
         return "lorafit"
     return sys.argv[0] if Path(sys.argv[0]).name == "lorafit" else "python -m lorafit"
 
 
 def end_bars() -> None:
-    """Stop what is being drawn, so that an error is the last thing on the screen."""
+    """Stop the progress bars, so that an error is the last line on the screen."""
     for bar in list(_drawn):
         bar.stop()
 
 
 def quiet_libraries() -> None:
-    """Transformers draws bars of its own for steps that we report; ours are enough. Where it is not imported yet, it is
-    told by its environment: importing it takes seconds, and not every verb needs it."""
+    """Switch off the progress bars of transformers, whose steps lorafit reports. If it is not imported yet, an
+    environment variable does this, because the import takes seconds and not every verb needs it."""
     if "transformers" not in sys.modules:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

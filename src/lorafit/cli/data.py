@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lorafit.data.examples import Examples
     from lorafit.settings import TrainSettings
 
-OF_A_BASE = ("system", "template")  # settings that say how a base sees examples
+OF_A_BASE = ("system", "template", "task")  # settings that say how a base sees examples
 
 
 @with_settings("columns", "skip_bad", "val_share", *OF_A_BASE, "max_length")
@@ -23,8 +23,8 @@ def data(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Also count tokens, and show one example, as this base sees them; 'none': not even the base of a file "
-            "given with -c. [default: none]"
+            help="Also count tokens and show one example as this base sees them; 'none': ignore the base of a -c file. "
+            "[default: none]"
         ),
     ] = None,
     *,
@@ -32,39 +32,43 @@ def data(
     settings: dict[str, Any],
     typed: frozenset[str],
 ) -> None:
-    """Check examples and describe them: counts, lengths, duplicates, overlap. Opens no model, and needs no base.
+    """Check examples and describe them: counts, lengths, duplicates, overlap. It opens no model and needs no base.
 
     \b
     lorafit data my.jsonl
-    lorafit data my.jsonl --base smollm2-135m     # one example as the model sees it, and tokens
+    lorafit data my.jsonl --base smollm2-135m     # also counts tokens and shows an example
     lorafit data folder --skip-bad
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
+    from lorafit.data.prepared import prepare
     from lorafit.errors import SettingsError
-    from lorafit.prepared import prepare
     from lorafit.settings import settings_from
 
     assert data is not None  # with_settings sees to it
     base = None if base == "none" else base
     if base is None and (idle := [f"--{name.replace('_', '-')}" for name in OF_A_BASE if name in typed]):
-        raise SettingsError(f"{' and '.join(idle)}: without a base there is nothing it could change: add --base BASE")
+        raise SettingsError(f"{' and '.join(idle)}: no effect without a base: add --base BASE")
     terminal, chosen = Terminal(json), settings_from(settings)
-    require(base=base, data=data)
+    require(base=base, data=data, settings=settings, trains=True)
     examples, report = prepare(data, chosen, terminal)
     tokens = {} if base is None else _seen_by(base, examples, chosen, terminal)
-    lengths = " but for their lengths: --base BASE counts their tokens, and shows an example as a model sees it"
+    lengths = "; lengths were not checked: --base BASE counts tokens, and shows an example as a model sees it"
     terminal.say("the data are in order" + ("" if base else lengths))
     terminal.finish({**asdict(report), "tokens": tokens})
 
 
 def _seen_by(base: str, examples: Examples, settings: TrainSettings, terminal: Terminal) -> dict[str, dict[str, int]]:
     """Show the examples as a base sees them, and count their tokens by split."""
+    from lorafit.bases import locate
     from lorafit.bases.base import open_outline
     from lorafit.jobs.prepare import rendered
+    from lorafit.tasks.classification import labels_of
 
     tokens: dict[str, dict[str, int]] = {}
-    rows = rendered(open_outline(base, terminal.say, terminal.watch), examples, settings, terminal)[2]
+    labels = labels_of(examples) if locate.classifies(base, settings.task) else None
+    outline = open_outline(base, terminal.say, terminal.watch, labels is not None)
+    rows = rendered(outline, examples, settings, terminal, labels=labels)[2]
     for name, split in rows.items():
         lengths = [len(row.ids) for row in split]
         tokens[name] = {"all": sum(lengths), "longest": max(lengths), "trained": sum(r.n_trained for r in split)}

@@ -1,4 +1,4 @@
-"""lorafit demo: the whole story on the built-in base and data."""
+"""lorafit demo: a whole run on the built-in base and data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write.")] = Path("runs/demo"),
     json: JSON = False,
 ) -> None:
-    """Teach the built-in base the help desk of an invented company, and prove it.
+    """Train an adapter on the handbook of an invented company, and test what it has learnt.
 
-    On two cores it takes five minutes where the processor multiplies bf16, and up to 25 where it does not: it says how
-    long before it trains.
+    On two cores this takes five minutes if the processor multiplies bf16, and up to 25 minutes otherwise. It prints an
+    estimate before it trains.
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require

@@ -1,4 +1,4 @@
-"""lorafit doctor: what this machine has, what will be slow, whether a base opens."""
+"""lorafit doctor: checks of this machine and of a base."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorafit.cli.flags import JSON
 
 
 def doctor(
-    base: Annotated[str | None, typer.Argument(help="A base to open and run, too.")] = None, json: JSON = False
+    base: Annotated[str | None, typer.Argument(help="A base to open and run as well.")] = None, json: JSON = False
 ) -> None:
-    """Look at this machine and, where one is named, at a base. Exit status 0: can train; 2: something is broken."""
+    """Check this machine and, if you name one, a base. Exit status 0: ready to train; 2: something is broken."""
     from lorafit.cli.console import Terminal
     from lorafit.errors import BaseError
     from lorafit.jobs.doctor import BROKEN, GOOD, Finding, machine, opened
@@ -31,7 +31,7 @@ def doctor(
         try:
             of_base = opened(base, terminal.say, terminal.watch)
             tell(of_base)
-        except BaseError as error:  # told last, when all that was found is told
+        except BaseError as error:  # reported after the findings
             of_base, refused = [Finding("base", "cannot be opened", BROKEN, str(error))], error
         findings += of_base
     broken = any(one.state == BROKEN for one in findings)

@@ -1,4 +1,4 @@
-"""lorafit explain: what the guide says."""
+"""lorafit explain: answers from the guide."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lorafit.cli.flags import JSON
 
 
 def explain(
-    question: Annotated[list[str] | None, typer.Argument(help="In plain words; none: what the guide holds.")] = None,
+    question: Annotated[list[str] | None, typer.Argument(help="In plain words; none: list the guide.")] = None,
     json: JSON = False,
 ) -> None:
-    """Answer a question from the guide, or say that it does not know. Exit status 0 either way."""
+    """Answer a question from the guide, or say that the guide does not know. Exit status 0 either way."""
     from json import dumps
 
     from rich.console import Console
 
-    # Not Terminal: it makes the libraries quiet that open models, and nothing here needs them.
+    # Not a Terminal, which also configures the libraries that open models; they are not needed here.
     out = Console(stderr=json, highlight=False, soft_wrap=json or not sys.stdout.isatty())
     asked = " ".join(question or []).strip()
     found = _told(out, asked) if asked else _listed(out)
@@ -28,7 +28,7 @@ def explain(
 
 
 def _told(out: Any, question: str) -> dict[str, Any]:
-    """Print what there is to say to a question; returns it."""
+    """Print the answer to a question; returns it."""
     from rich.markdown import Markdown
     from rich.text import Text
 

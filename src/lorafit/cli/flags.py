@@ -18,7 +18,8 @@ JSON = Annotated[bool, typer.Option("--json", help="Make the last line of output
 BASE = Annotated[str | None, typer.Argument(metavar="BASE", help=RunFile.model_fields["base"].description)]
 DATA = Annotated[str | None, typer.Argument(metavar="DATA", help=RunFile.model_fields["data"].description)]
 NAMED = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: a run, or its folder.")
+    list[str] | None,
+    typer.Argument(metavar="[NAME=ADAPTER]...", help="Adapters by name: each is a run or an adapter folder."),
 ]
 OUT = Annotated[
     str | None,
@@ -29,17 +30,20 @@ OUT = Annotated[
     ),
 ]
 CONFIG = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A TOML file of settings ('lorafit settings'); flags beat it.")
+    Path | None, typer.Option("--config", "-c", help="A TOML file of settings ('lorafit settings'); flags override it.")
+]
+UNKNOWN_BASE = Annotated[
+    bool, typer.Option("--accept-unknown-base", help="Accept an adapter that does not name its base.")
 ]
 
 
 def by_name(given: Sequence[str] | None, what: str) -> dict[str, str]:
-    """NAME=WHAT, several times, by name."""
+    """The values of a repeated option NAME=WHAT, by name."""
     found = {}
     for one in given or []:
         name, equals, value = one.partition("=")
         if not equals or not name or not value:
-            raise SettingsError(f"{one}: no NAME={what}: give a name, an equals sign, and what it names")
+            raise SettingsError(f"{one}: not NAME={what}: give a name, an equals sign, and what it names")
         found[name] = value
     return found
 
@@ -50,10 +54,13 @@ def require_folder_of_adapters(folder: Path | None) -> None:
 
 
 def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace the parameter `settings` of a verb by one flag per setting (or per chosen one); it receives those that
-    were given, there or in the file named by its parameter `config`; one called `typed` receives
-    the names of the former. `base`, `data` and `out`, where the verb has
-    them, may come from the file as well."""
+    """Replace the parameter `settings` of a verb by one flag per setting. The verb receives the settings that were
+    given as flags or in the file of its parameter `config`; the file may also give `base`, `data` and `out`. A
+    parameter `typed` receives the names of the settings that were given as flags.
+
+    Args:
+        chosen: The settings that get a flag; by default all.
+    """
     names = chosen or tuple(name for name in RunFile.model_fields if name not in {"base", "data", "out"})
 
     def change(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +80,7 @@ def with_settings(*chosen: str) -> Callable[[Callable[..., None]], Callable[...,
                 if name in kwargs and kwargs[name] is None:
                     kwargs[name] = default
             missing = [p.name for p in own if p.annotation in (BASE, DATA) and kwargs[p.name] is None]
-            if missing and not kwargs.get("resume"):  # a run that is gone on with knows both
+            if missing and not kwargs.get("resume"):  # a resumed run knows both
                 raise SettingsError(
                     " and ".join(name.upper() for name in missing)
                     + ": missing: name "

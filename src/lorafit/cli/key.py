@@ -1,4 +1,4 @@
-"""lorafit key: who may ask a server what."""
+"""lorafit key: keys with the rights to use a server."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import typer
 
 
 def create(
-    name: Annotated[str, typer.Argument(help="Whose key it is: told in the log, never the key.")],
-    keys: Annotated[Path, typer.Option(help="The file of keys, as hashes.")],
-    scope: Annotated[list[str] | None, typer.Option(help="What it may: infer, admin; may be repeated.")] = None,
+    name: Annotated[str, typer.Argument(help="A name for the key; logs show the name, never the key.")],
+    keys: Annotated[Path, typer.Option(help="The file of keys; it stores only hashes.")],
+    scope: Annotated[list[str] | None, typer.Option(help="Its scopes: infer, admin; may be repeated.")] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A pattern of names it may ask, the base's among them; may be repeated.")
+        list[str] | None, typer.Option(help="A pattern of adapters (or the base) it may use; may be repeated.")
     ] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests a minute.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a minute, of prompts and answers.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests per minute.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per minute, of prompts and answers.")] = None,
 ) -> None:
-    """Make a key for lorafit serve, and print it: this once, for the file holds its hash alone.
+    """Create a key for lorafit serve and print it. It is shown only once: the file stores its hash.
 
     \b
     lorafit key create website --keys keys.json --adapter returns --requests 600
@@ -27,4 +27,4 @@ def create(
     from lorafit.server import keys as known
 
     print(known.create(keys, name, scope or ["infer"], adapter or ["*"], requests, tokens))
-    print(f"kept as a hash in {keys}: a server that reads it takes the key within seconds", file=sys.stderr)
+    print(f"stored as a hash in {keys}; a running server accepts the key within seconds", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a verb is given is looked at before a library of weight is imported: a misspelt path is reported at once."""
+"""Checks the arguments of a verb before large libraries are imported, so that a misspelt path is reported at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapters.folder import adapter_folder, require_adapter_folder
+from lorafit.adapters.folder import adapter_folder, require_adapter_folder, require_writes
 from lorafit.bases import locate
 from lorafit.data.columns import columns_named
 from lorafit.data.reading import require_data
 from lorafit.files import text_of
 from lorafit.runs.tracking import require_tracker
-from lorafit.settings import settings_from
+from lorafit.settings import require_meant, settings_from
 
 
 def require(
@@ -21,17 +21,21 @@ def require(
     data: str | Path | None = None,
     adapters: Iterable[str | Path | None] = (),
     settings: Mapping[str, Any] | None = None,
+    trains: bool = False,
+    writes: bool = False,
 ) -> None:
-    """Check arguments that a library function would refuse later. None is nothing to check.
+    """Check arguments that a library function would refuse later. None is not checked.
 
     Args:
-        base: the name of a base.
-        data: examples: a file, a folder, or the built-in set.
-        adapters: adapter folders, or runs.
-        settings: fields of TrainSettings.
+        base: The name of a base.
+        data: Examples: a file, a folder, or the built-in set.
+        adapters: Adapter folders, or runs.
+        settings: Fields of TrainSettings.
+        trains: Whether the settings are for a new run, in which each must have an effect.
+        writes: Whether the adapters must write text.
 
     Raises:
-        LorafitError: what the library function would raise.
+        LorafitError: The error that the library function would raise.
     """
     if settings is not None:
         resolved = settings_from(settings)
@@ -42,7 +46,13 @@ def require(
     for adapter in adapters:
         if adapter is not None:
             require_adapter_folder(adapter_folder(adapter))
+            if writes:
+                require_writes(adapter)
     if base is not None:
-        locate.require(base)
+        resolved = settings_from(settings or {})
+        classifies = settings is not None and locate.classifies(base, resolved.task)
+        locate.require(base, classifies)
+        if trains:
+            require_meant(resolved, classifies)
     if data is not None:
         require_data(data)

@@ -1,4 +1,4 @@
-"""lorafit plan: what a run would do, each number with its reason."""
+"""lorafit plan: the plan of a run, with a reason for each number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def plan(
     base: BASE = None,
     data: DATA = None,
     *,
-    picture: Annotated[Path | None, typer.Option(help="Draw the layer card there, as PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the layer card to this file, as PNG.")] = None,
     json: JSON = False,
     settings: dict[str, Any],
 ) -> None:
-    """Print the plan of a run with its reasons: sites, rank, learning rate, steps, time, memory. Trains nothing.
+    """Print the plan of a run with its reasons: layers, rank, learning rate, steps, time, memory. It trains nothing.
 
     \b
     lorafit plan smollm2-135m my.jsonl
@@ -29,14 +29,14 @@ def plan(
     from lorafit.cli.paths import require
 
     assert base is not None and data is not None  # with_settings sees to it
-    require(base=base, data=data, settings=settings)
+    require(base=base, data=data, settings=settings, trains=True)
     show_plan(Terminal(json), base, data, settings, picture)
 
 
 def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], picture: Path | None = None) -> None:
-    """The plan and what it costs, what validation can show, and the layer card."""
+    """Show the plan and its cost, what validation can detect, and the layer card."""
+    from lorafit.data.prepared import prepare
     from lorafit.files import require_new
-    from lorafit.prepared import prepare
     from lorafit.settings import settings_from
 
     if picture is not None:
@@ -49,16 +49,17 @@ def show_plan(terminal: Any, base: str, data: str, settings: dict[str, Any], pic
     cost, steps = found["forecast"], found["recipe"]["steps"]
     terminal.say(
         f"training takes about {clock(cost['seconds'])} here: {steps} steps of {cost['step']:.2f} s, validations of "
-        f"{cost['validation']:.1f} s (a few were tried); the evaluation after it about {clock(cost['evaluation'])}"
+        f"{cost['validation']:.1f} s (measured on a few); the evaluation takes about {clock(cost['evaluation'])}"
     )
-    folder = f"{cost['disk'] / 1e6:.0f} MB in the run folder"
-    terminal.say(f"the run holds at most about {cost['peak_gb']:.1f} GB of memory, {folder} at most")
+    terminal.say(
+        f"the run needs at most about {cost['peak_gb']:.1f} GB of memory and {cost['disk'] / 1e6:.0f} MB of disk"
+    )
     if (search := found["search"])["seconds"]:
-        terminal.say(f"the search before it takes about {clock(search['seconds'])}: {search['reason']}")
+        terminal.say(f"the search before training takes about {clock(search['seconds'])}: {search['reason']}")
     terminal.evidence(found)
     if picture is not None:
         if found["card"] is None:
-            terminal.say(f"no layer card is drawn: {found['recipe']['steps']} steps are too short a run for one")
+            terminal.say(f"no layer card is drawn: a run of {found['recipe']['steps']} steps is too short for one")
         else:
             from lorafit.files import whole_file
             from lorafit.report import charts

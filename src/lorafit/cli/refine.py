@@ -1,4 +1,4 @@
-"""lorafit refine: one more round of the loop."""
+"""lorafit refine: one more round of training with one change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from lorafit.cli.flags import JSON
 
 
 def refine(run: Annotated[Path, typer.Argument(help="A finished run.")], json: JSON = False) -> None:
-    """One round: what the run's curves say should be tried, trained anew, and kept if validation shows it is better.
+    """Train once more with the change that the run's curves suggest, and keep the result if validation improves.
 
-    More steps where everything was still falling, fewer where validation had turned, more rank where half of it would
-    cost. The test is not opened. Say it again for the next round; it tells when nothing is left to try.
+    The change is more steps if the loss was still falling, fewer if validation had turned, or a higher rank if the
+    adapter uses all of its rank. The test is not opened. Repeat the command for another round; it says when nothing is
+    left to try.
 
     \b
     lorafit refine runs/mine
@@ -31,6 +32,6 @@ def refine(run: Annotated[Path, typer.Argument(help="A finished run.")], json: J
     if found["number"] is None:
         terminal.say(found["verdict"])
     else:
-        kept = "is now the adapter" if found["accepted"] else "is not taken, the adapter stays as it was"
-        terminal.say(f"round {found['number']}, {found['kind']}: {found['verdict']}; what it made {kept}")
+        kept = "the result is now the adapter" if found["accepted"] else "the adapter stays as it was"
+        terminal.say(f"round {found['number']}, {found['kind']}: {found['verdict']}; {kept}")
     terminal.finish(found)

@@ -15,12 +15,12 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The page to write. [default: report.html in the run; of several, comparison.html]"
+            "--out", "-o", help="The page to write. [default: report.html in the run; for several runs comparison.html]"
         ),
     ] = None,
     json: JSON = False,
 ) -> None:
-    """Write a page with scores, curves, answers, reasons and data of a run, or a comparison of several.
+    """Write a page about a run (scores, curves, answers, reasons, data), or compare several runs.
 
     \b
     lorafit report runs/mine
@@ -38,5 +38,5 @@ def report(
 
     terminal = Terminal(json)
     write_report(runs, chosen)
-    terminal.say(f"written to {chosen}: open it in a browser; it needs nothing beside it")
+    terminal.say(f"written to {chosen}: open it in a browser; it needs no other file")
     terminal.finish({"report": str(chosen), "runs": [str(run) for run in runs]})

@@ -1,4 +1,4 @@
-"""lorafit route: which adapter a question would go to."""
+"""lorafit route: the adapter to which a question would go."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from lorafit.errors import AdapterError, FormatError
 def route(
     text: Annotated[str, typer.Argument(help="A question.")],
     adapter: NAMED = None,
-    adapters: Annotated[
-        Path | None, typer.Option(help="A folder of adapters, NAME/ each, as lorafit serve has.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The base; by default the one the adapters name.")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="A folder of adapters, one folder NAME/ each.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base; by default the adapters'.")] = None,
     learn: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=DATA",
-            help="Examples an adapter of elsewhere shall be known by, kept in its folder; may be repeated.",
+            help="Examples of the questions of an adapter that another program trained: the router learns from them. "
+            "May be repeated.",
         ),
     ] = None,
     json: JSON = False,
@@ -35,7 +34,7 @@ def route(
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
-    from lorafit.prepared import Unheard, prepare
+    from lorafit.data.prepared import Unheard, prepare
     from lorafit.settings import settings_from
 
     terminal = Terminal(json)
@@ -43,7 +42,7 @@ def route(
     named = {folder.name: folder for folder in sorted(adapters.iterdir()) if _is_adapter(folder)} if adapters else {}
     named |= {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
     given = by_name(learn, "DATA")
-    require(base=base, adapters=named.values())
+    require(base=base, adapters=named.values(), writes=True)
     if unknown := sorted({*given} - {*named}):
         raise AdapterError(f"--learn {unknown[0]}: there is no adapter of this name: give {unknown[0]}=ADAPTER too")
     for data in given.values():
@@ -57,16 +56,16 @@ def route(
     for name, score in sorted(told["scores"].items(), key=lambda item: -item[1]):
         terminal.say(f"  {name:<{width}} {score:>7.1%}  {'█' * round(30 * score)}")
     if told["adapter"]:
-        terminal.say(f"goes to {told['adapter']}, at {found['threshold']:.0%} or more")
+        terminal.say(f"goes to {told['adapter']}, which reaches the threshold of {found['threshold']:.0%}")
     else:
-        terminal.say(f"goes to the base: no adapter reaches {found['threshold']:.0%}")
+        terminal.say(f"goes to the base: no adapter reaches the threshold of {found['threshold']:.0%}")
     for name, why in found["left_out"].items():
         terminal.say(f"{name} is left out: {why}")
     terminal.finish(found)
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether a server would serve it: what else lies in its folder is passed over."""
+    """Whether a server would serve this folder; it ignores everything else."""
     from lorafit.adapters.folder import adapter_folder, require_adapter_folder
 
     try:

@@ -7,37 +7,35 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.flags import NAMED, by_name, require_folder_of_adapters
+from lorafit.cli.flags import NAMED, UNKNOWN_BASE, by_name, require_folder_of_adapters
 
 
 def serve(
-    base: Annotated[str, typer.Argument(help="The base: built in, a folder, a .gguf file, or one of the hub.")],
+    base: Annotated[str, typer.Argument(help="The base: smollm2-135m, a model folder, a .gguf file, or a hub id.")],
     adapter: NAMED = None,
     adapters: Annotated[
-        Path | None, typer.Option(help="A folder of adapters, NAME/ each: new ones in it are served while it runs.")
+        Path | None, typer.Option(help="A folder of adapters, one folder NAME/ each; it is watched for new ones.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine need --keys.")
+        str, typer.Option(help="Address to listen on; any but this machine's own needs --keys.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
-    keys: Annotated[Path | None, typer.Option(help="The file of keys: see lorafit key create.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="The file of keys, made by lorafit key create.")] = None,
     allowed_host: Annotated[
-        list[str] | None, typer.Option(help="A name this server is called by, as behind a proxy; may be repeated.")
+        list[str] | None, typer.Option(help="A host name that clients use, such as a proxy's; may be repeated.")
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 16,
-    room: Annotated[int | None, typer.Option(min=2, help="Tokens of a request, prompt and answer.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 16,
+    room: Annotated[int | None, typer.Option(min=2, help="Most tokens of a prompt with its answer.")] = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 1024,
-    eight_bit: Annotated[bool, typer.Option("--eight-bit", help="8-bit weights, made of the base in memory.")] = False,
-    accept_unknown_base: Annotated[
-        bool, typer.Option("--accept-unknown-base", help="Serve adapters that do not say whose they are.")
-    ] = False,
+    eight_bit: Annotated[bool, typer.Option("--eight-bit", help="Use 8-bit weights, made in memory.")] = False,
+    accept_unknown_base: UNKNOWN_BASE = False,
     ask_alone: Annotated[
         bool,
-        typer.Option("--ask-alone", help="Of a conversation, ask adapters trained on single questions the last one."),
+        typer.Option("--ask-alone", help="Send adapters trained on single questions only the last question."),
     ] = False,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds for answers to end, after a signal.")] = 30.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds to finish answers after a signal to stop.")] = 30.0,
 ) -> None:
-    """Serve a base and its adapters to OpenAI's clients.
+    """Serve a base and its adapters through OpenAI's API.
 
     \b
     lorafit serve smollm2-135m returns=runs/returns
@@ -51,7 +49,7 @@ def serve(
 
     named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
     require_folder_of_adapters(adapters)
-    require(base=base, adapters=named.values())
+    require(base=base, adapters=named.values(), writes=True)
     hosts = hosts_of(host, allowed_host or [], keys is not None)
     if keys is not None:
         read(keys)
@@ -82,5 +80,5 @@ def serve(
     served = Path(base).name if Path(base).exists() else base
     service = Service(served, opened, named, adapters, keys, terminal.say, ask_alone)
     where = f"[{host}]" if ":" in host else host
-    terminal.say(f"http://{where}:{sockets[0].getsockname()[1]}/v1 serves '{served}' once it is open; Ctrl-C ends it")
+    terminal.say(f"http://{where}:{sockets[0].getsockname()[1]}/v1 serves '{served}' once it is open; Ctrl-C stops it")
     serve(service, sockets, hosts, drain, Log())

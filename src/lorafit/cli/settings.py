@@ -1,4 +1,4 @@
-"""lorafit settings: everything that can be set, as a file to start from."""
+"""lorafit settings: a file with all settings and their defaults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lorafit.cli.flags import JSON
 
 
 def settings(json: JSON = False) -> None:
-    """Print a TOML file with every setting, its default and what it means; with --json, the JSON schema of such files.
+    """Print a TOML file with every setting, its default and its meaning. With --json: the JSON schema of such files.
 
     \b
     lorafit settings > my.toml

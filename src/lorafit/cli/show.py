@@ -14,11 +14,11 @@ def show(
     path: Annotated[Path, typer.Argument(help="A run, an adapter folder, a plan.json, or a base.")],
     why: Annotated[
         bool,
-        typer.Option("--why", help="Of a run, in words: what was measured and chosen, and how sure it is."),
+        typer.Option("--why", help="For a run: what was measured and chosen, in words, and how certain it is."),
     ] = False,
     json: JSON = False,
 ) -> None:
-    """Print a run, an adapter, a plan or a base in a few lines.
+    """Describe a run, an adapter, a plan or a base in a few lines.
 
     \b
     lorafit show runs/mine
@@ -36,7 +36,8 @@ def show(
     if found["kind"] == "run" and found["state"] == "finished":
         from lorafit.runs.folder import read_summary
 
-        terminal.results(read_summary(path) or {})
+        if summary := read_summary(path):
+            terminal.results(summary)
     if why:
         from lorafit.report.story import read_story
         from lorafit.report.why import why as reasons

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorafit.cli.flags import BASE, DATA, JSON, OUT, with_settings
+
+if TYPE_CHECKING:
+    from lorafit.cli.console import Terminal
+    from lorafit.runs.summary import RunSummary
 
 
 @with_settings()
@@ -18,16 +21,14 @@ def train(
     data: DATA = None,
     *,
     out: OUT = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from where it stopped.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out where it stopped.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and what it costs; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and its cost; train and write nothing.")
     ] = False,
     json: JSON = False,
     settings: dict[str, Any],
 ) -> None:
-    """Check the data, plan, train, evaluate against the base on held-out data, write the adapter.
+    """Check the data, plan, train, compare with the base on held-out data, and write the adapter.
 
     \b
     lorafit train smollm2-135m my.jsonl --out runs/mine
@@ -37,19 +38,18 @@ def train(
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
     from lorafit.cli.plan import show_plan
+    from lorafit.data.prepared import prepare
     from lorafit.errors import DivergedError, Interrupted, LorafitError, RunError, SettingsError
-    from lorafit.prepared import prepare
     from lorafit.runs.folder import open_run, require_out
+    from lorafit.runs.summary import RunSummary
     from lorafit.settings import settings_from
 
     assert out is not None  # with_settings sees to it
     if dry_run and resume:
-        raise SettingsError(
-            "--dry-run --resume: a run that is gone on with has its plan already: leave one of them out"
-        )
+        raise SettingsError("--dry-run --resume: a resumed run already has its plan: leave one of them out")
     terminal, prepared = Terminal(json), None
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # of several processes the first alone says what is wrong
-        require(base=base, data=data, settings=settings)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # with several processes only the first reports errors
+        require(base=base, data=data, settings=settings, trains=True)
         if resume:
             open_run(Path(out), base, data, settings, resume)
         elif not dry_run:
@@ -67,56 +67,51 @@ def train(
         if not processes.first:
             try:
                 run_training(base, data, Path(out), settings, resume=resume, processes=processes)
-            except (LorafitError, KeyboardInterrupt) as error:  # the first says why, unless this one alone has met it
+            except (LorafitError, KeyboardInterrupt) as error:  # the first reports it, unless only this process has it
                 if not isinstance(error, (Interrupted, DivergedError, RunError, KeyboardInterrupt)):
                     typer.echo(f"lorafit: process {processes.rank + 1} of {processes.count}: {error}", err=True)
                 raise typer.Exit(error.status if isinstance(error, LorafitError) else 130) from None
             return
-        summary = run_training(
+        found = run_training(
             base, data, Path(out), settings, resume=resume, listener=terminal, processes=processes, prepared=prepared
         )
-    conclude(terminal, summary, Path(out), [])
+    conclude(terminal, RunSummary.from_json(found), Path(out), [])
 
 
-def conclude(terminal: Any, summary: dict[str, Any], out: Path, more: list[str]) -> None:
-    """Table, proof that the base is untouched, what to type next. Raises BaseChangedError where it is not."""
+def conclude(terminal: Terminal, summary: RunSummary, out: Path, more: list[str]) -> None:
+    """Show the scores, whether the base is unchanged, and the next commands. Raises BaseChangedError if it changed."""
     from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
-    from lorafit.report.words import same_as_peft
+    from lorafit.report.words import same_as_peft, uses
     from lorafit.runs.folder import RUN, read_run
 
     terminal.results(summary)
-    if summary["base_unchanged"]:
-        terminal.say(f"base unchanged: every byte of {summary['base']} in memory is what it was")
-    peft = summary["peft"]
+    if summary.base_unchanged:
+        terminal.say(f"base unchanged: every byte of {summary.base} in memory is the same as before")
+    peft = summary.peft
     if peft and same_as_peft(peft):
         terminal.say(
             "PEFT reads the adapter and computes the same: logits differ by at most "
-            f"{peft['max_logit_difference']:.1e} (fp32), the adapter moves them by up to {peft['adapter_effect']:.1f}"
+            f"{peft.max_logit_difference:.1e} (fp32), the adapter moves them by up to {peft.adapter_effect:.1f}"
         )
-    seconds = summary["seconds"]
+    seconds = summary.seconds
     terminal.say(
-        f"training {seconds['train']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s, evaluation "
-        f"{seconds['evaluate']:.0f} s" + (f", at most {summary['peak_rss_gb']} GB" if summary["peak_rss_gb"] else "")
+        f"training {seconds['train']:.0f} s at {summary.tokens_per_second:.0f} tokens/s, evaluation "
+        f"{seconds['evaluate']:.0f} s" + (f", at most {summary.peak_rss_gb} GB" if summary.peak_rss_gb else "")
     )
-    folder = shlex.quote(str(out))
     columns = read_run(out)["settings"]["columns"] or () if (out / RUN).exists() else ()
-    named = "".join(f" --columns {shlex.quote(column)}" for column in columns)
-    following = [
-        f"chat {folder}",
-        f"show {folder} --why",
-        f"eval {folder} QUESTIONS.jsonl{named}    # not those it was trained on",
-        *more,
-    ]
+    following = [*uses(summary, out, columns), *more]
     terminal.say("next:\n" + "\n".join(f"  {program()} {line}" for line in following))
-    terminal.finish(summary)
+    if summary.classes:
+        terminal.say(f"to use it in Python or with PEFT, see {Path(summary.adapter_dir) / 'README.md'}")
+    terminal.finish(summary.to_json())
     if peft and not same_as_peft(peft):
         raise AdapterError(
-            f"PEFT computes something else with {summary['adapter_dir']} than lorafit: logits differ by up to "
-            f"{peft['max_logit_difference']:.1e}: do not use it outside of lorafit, and report this with the folder"
+            f"PEFT computes something else with {summary.adapter_dir} than lorafit: logits differ by up to "
+            f"{peft.max_logit_difference:.1e}: do not use it outside of lorafit, and report this with the folder"
         )
-    if not summary["base_unchanged"]:
+    if not summary.base_unchanged:
         raise BaseChangedError(
-            f"the base in memory is not what it was when it was opened: do not use {summary['adapter_dir']}; "
+            f"the base in memory is not what it was when it was opened: do not use {summary.adapter_dir}; "
             "check the memory of this machine, and that nothing else in the process writes to the model"
         )

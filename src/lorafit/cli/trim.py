@@ -15,16 +15,16 @@ def trim(
     out: Annotated[Path, typer.Option("--out", "-o", help="The adapter folder to write.")],
     to: Annotated[
         str | None,
-        typer.Option(help="How much of it to keep, such as 25%. [default: as little as the run's validation allows]"),
+        typer.Option(help="Share of the parameters to keep, such as 25%. [default: as little as validation allows]"),
     ] = None,
     json: JSON = False,
 ) -> None:
-    """Cut an adapter down to the directions in which it does most; ranks fall where they do least. Without --to: to the
-    smallest that on validation gives up less than 0.5 % of what training gained, and no right answers.
+    """Make an adapter smaller by removing the directions that matter least. Without --to, the result is the smallest
+    adapter that loses less than 0.5 % of the improvement on validation and no right answer.
 
     \b
     lorafit trim runs/mine --out runs/small                # as small as validation allows
-    lorafit trim runs/mine --to 25% --out runs/quarter     # so much, at once
+    lorafit trim runs/mine --to 25% --out runs/quarter     # exactly this share
     lorafit eval runs/quarter more.jsonl --against runs/mine
     """
     from lorafit.cli.console import Terminal
@@ -57,13 +57,12 @@ def trim(
             )
         terminal.say(found["reason"])
         kept = f"{found['chosen']:.2%} is written to {out}" if found["adapter_dir"] else "nothing is written"
-        terminal.say(kept + "; at most: with 95 % certainty, one-sided, paired example by example")
+        terminal.say(kept + "; at most: bound of the difference with 95 % certainty (one-sided, paired by example)")
     else:
         found = cut(adapter, to, out)
         terminal.say(
             f"{found['parameters']:,} of {found['of']:,} parameters on {found['sites']} sites, ranks "
-            f"{found['ranks'][0]} to {found['ranks'][1]}: {found['left']:.1%} of what the pairs do to the weights, "
-            f"squared and summed, is left; written to {out}; lorafit eval {out} ... --against {adapter} tells what "
-            "that costs"
+            f"{found['ranks'][0]} to {found['ranks'][1]}, keep {found['left']:.1%} of the squared norm of the change "
+            f"to the weights; written to {out}; lorafit eval {out} ... --against {adapter} shows what that costs"
         )
     terminal.finish(found)

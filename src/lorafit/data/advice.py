@@ -1,4 +1,7 @@
-"""What to type where a file has fields of other names: flags that were tried on the row before they are proposed."""
+"""Proposes flags for a file whose fields have other names than ours, after trying them on a row.
+
+Records that have no form, or fields that nothing reads, go in; a `Problem` that says what to type comes out.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.data.columns import Template, joined
-from lorafit.data.examples import Example
 from lorafit.data.fields import (
     ALSO,
     FIELDS,
     MARKS,
-    OF_ANSWERS,
     OPTIONAL,
+    REASONING_FIELDS,
     TURNS,
     UNUSED,
     VERDICTS,
@@ -31,20 +33,22 @@ from lorafit.data.fields import (
 )
 from lorafit.data.forms import FORMS, form_of, judges, parsed, ruling, unread
 from lorafit.data.messages import sides_of
-from lorafit.data.readers import Record
+from lorafit.data.records import Record
 from lorafit.errors import Problem
 
 MAY_MEAN = "which may carry meaning"
-ASKED = ("prompt", "instruction", "text")  # fields that the subject of a mail stands above
+HEADED = ("prompt", "instruction", "text")  # fields that the subject of a mail is put above
 
 
 @dataclass(frozen=True)
 class Proposal:
     """Flags with which a row becomes an example: they were tried on it.
 
-    columns: as --columns has them. passed: what may be lost with each column that is passed over, by its name. marks:
-    columns that say which rows are not to be learnt, and that are read. instead: a flag that was given, and that these
-    flags replace; "" for none.
+    Args:
+        columns: as --columns takes them.
+        passed: what may be lost with each column that is passed over, by its name.
+        marks: columns that say which rows are not to be learnt, and that are read.
+        instead: a given flag that these flags replace; "" for none.
     """
 
     columns: tuple[str, ...]
@@ -54,20 +58,21 @@ class Proposal:
 
     @property
     def flags(self) -> str:
+        """The flags as they are typed."""
         skip = " --skip-bad" if self.marks else ""
         return _written(self.columns) + skip + (f" in place of {_written([self.instead])}" if self.instead else "")
 
     @property
     def remark(self) -> str:
-        """What the flags do besides; "" where they do nothing besides."""
-        over = "; ".join(f"'{name}', {what}" for name, what in self.passed.items())
-        out = " and ".join(f"'{name}'" for name in self.marks)
-        told = [f"{what} {names}" for what, names in (("passed over:", over), ("left out: rows by", out)) if names]
-        return f" ({'; '.join(told)})" if told else ""
+        """What the flags leave out; "" where they leave nothing out."""
+        fields = "; ".join(f"'{name}', {what}" for name, what in self.passed.items())
+        marks = " and ".join(f"'{name}'" for name in self.marks)
+        parts = [f"{what} {names}" for what, names in (("passed over:", fields), ("left out: rows by", marks)) if names]
+        return f" ({'; '.join(parts)})" if parts else ""
 
 
 def formless(where: str, records: Sequence[Record], renamed: Mapping[str, str]) -> Problem:
-    """The problem of one row, or of a whole file, of which no row has a form.
+    """The problem of a row that has no form, or of a file none of whose rows has one.
 
     Args:
         where: the place to name.
@@ -77,21 +82,22 @@ def formless(where: str, records: Sequence[Record], renamed: Mapping[str, str]) 
     row = fields_of(records[0].fields, renamed)
     names = [name for column in records[0].fields if (name := renamed.get(column, column)) != UNUSED]
     fields = ", ".join(names[:8]) or "none"
-    what = f"of no form that is known (fields: {fields})"
+    what = f"not a known form (fields: {fields})"
     if pair := preferences_in(row):
         what = f"pairs of a preferred and a rejected answer, and learning from preferences is not there yet ({fields})"
     judged = judges([fields_of(record.fields, renamed) for record in records])
-    found = next((one for record in records[:20] if (one := _proposal(record, renamed, judged))), None)
-    for mark in found.marks if found and len(records) > 1 else ():
+    proposals = (_proposal(record, renamed, judged) for record in records[:20])
+    proposal = next(filter(None, proposals), None)
+    for mark in proposal.marks if proposal and len(records) > 1 else ():
         if all(truth_of(record.fields.get(mark)) is False for record in records):
             return Problem(where, what, f"every row is marked as not to be learnt by '{mark}': give rows that are")
-    known = f"rename what is called otherwise, or add {found.flags}{found.remark}" if found else ""
-    return Problem(where, what, known if found else _without_flags(records[0], renamed, pair))
+    known = f"rename the fields, or add {proposal.flags}{proposal.remark}" if proposal else ""
+    return Problem(where, what, known if proposal else _without_flags(records[0], renamed, pair))
 
 
 def hold_examples(records: Sequence[Record]) -> bool:
     """Whether one of the first rows has a form, or would have one with the flags that are proposed."""
-    return any(form_of(fields_of(one.fields, {})) or _proposal(one, {}, judged=False) for one in records[:20])
+    return any(form_of(fields_of(r.fields, {})) or _proposal(r, {}, judged=False) for r in records[:20])
 
 
 def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> Problem:
@@ -103,24 +109,20 @@ def unread_fields(unknown: Mapping[str, Record], renamed: Mapping[str, str]) -> 
     """
     record = next(iter(unknown.values()))
     names = ", ".join(f"'{name}'" for name in unknown)
-    unused = _written([f"{UNUSED}={_doubled(_column(name, renamed))}" for name in unknown])
-    found = _proposal(record, renamed, judged=False)
-    learnt = f"{found.flags} to learn from it{found.remark}, or " if found else ""
-    return Problem(
-        record.where,
-        f"nothing reads {names}, {MAY_MEAN}",
-        f"add {learnt}{unused} to pass it over",
-        whole=True,
-    )
+    unused = _written([f"{UNUSED}={_escaped(_column(name, renamed))}" for name in unknown])
+    proposal = _proposal(record, renamed, judged=False)
+    learnt = f"{proposal.flags} to learn from it{proposal.remark}, or " if proposal else ""
+    fix = f"add {learnt}{unused} to pass it over"
+    return Problem(record.where, f"nothing reads {names}, {MAY_MEAN}", fix, whole=True)
 
 
 def _column(field: str, renamed: Mapping[str, str]) -> str:
-    """The column of a field that was named by a flag; another is named as it stands."""
-    return next((column for column, one in renamed.items() if one == field), field)
+    """The column that a flag names as this field; the field itself where no flag does."""
+    return next((column for column, name in renamed.items() if name == field), field)
 
 
-def _doubled(column: str) -> str:
-    """The name of a column as --columns has it, where a brace stands for itself."""
+def _escaped(column: str) -> str:
+    """The name of a column as --columns takes it, with doubled braces."""
     return column.replace("{", "{{").replace("}", "}}")
 
 
@@ -129,55 +131,56 @@ def _written(columns: Sequence[str]) -> str:
 
 
 def _proposal(record: Record, renamed: Mapping[str, str], judged: bool) -> Proposal | None:
-    """Flags with which the record becomes an example, of all its fields if it can; None where none do."""
-    for fields in _candidates(fields_of(record.fields, renamed)):
-        named = {column: field for field, column in fields.items() if column != field}
-        taken = set(renamed) | set(renamed.values())
-        if taken & {*named, *named.values()}:
+    """Flags with which the record becomes an example, with all of its fields if possible; None where no flags do."""
+    for columns in _candidates(fields_of(record.fields, renamed)):
+        named = {column: field for field, column in columns.items() if column != field}
+        if (set(renamed) | set(renamed.values())) & {*named, *named.values()}:
             continue
-        if found := _headed(record, fields, renamed, judged):
-            return found
-        if named and (found := _tried(record, named, renamed, judged)):
-            return found
+        if proposal := _with_heading(record, columns, renamed, judged):
+            return proposal
+        if named and (proposal := _tried(record, named, renamed, judged)):
+            return proposal
     return None
 
 
-def _headed(record: Record, fields: Mapping[str, str], renamed: Mapping[str, str], judged: bool) -> Proposal | None:
-    """A proposal that puts the subject of a mail above what is asked; None where the record has none, or where what is
-    asked is made of columns already.
+def _with_heading(
+    record: Record, columns: Mapping[str, str], renamed: Mapping[str, str], judged: bool
+) -> Proposal | None:
+    """A proposal that puts the subject of a mail above the question; None where the record has no subject, or where the
+    question is made of columns already.
 
     Args:
         record: the row.
-        fields: the column, or the field of one that was named by a flag, by the field that it is meant for.
+        columns: the column of each field; where a flag names it, the field itself.
         renamed: the field of each column that was named by a flag.
         judged: whether a number in `label` judges the answer.
     """
-    field = next((name for name in ASKED if name in fields), "")
+    field = next((name for name in HEADED if name in columns), "")
     heading = next((name for name in record.fields if is_heading(name) and name not in renamed), "")
-    if not (field and heading and filled(record.fields[heading])) or (field == "text" and "label" not in fields):
+    if not (field and heading and filled(record.fields[heading])) or (field == "text" and "label" not in columns):
         return None
-    column = _column(fields[field], renamed)
+    column = _column(columns[field], renamed)
     text = record.fields.get(column)
     if not isinstance(text, str) or renamed.get(column) == column or {"{", "}"} & {*heading, *column}:
         return None
     template = f"{{{heading}}}\\n\\n{{{column}}}"
     rows = joined([record], {field: Template.of(template)}, {}, [])
-    rest = {column: of for column, of in renamed.items() if of != field}
-    named = {one: of for of, one in fields.items() if of not in (one, field)}
-    found = _tried(rows[0], named, rest, judged) if rows else None
-    if found is None:
+    rest = {column: name for column, name in renamed.items() if name != field}
+    named = {column: name for name, column in columns.items() if name not in (column, field)}
+    proposal = _tried(rows[0], named, rest, judged) if rows else None
+    if proposal is None:
         return None
-    instead = f"{field}={_doubled(column)}" if column in renamed else ""
-    return replace(found, columns=(f"{field}={template}", *found.columns), instead=instead)
+    instead = f"{field}={_escaped(column)}" if column in renamed else ""
+    return replace(proposal, columns=(f"{field}={template}", *proposal.columns), instead=instead)
 
 
 def _tried(record: Record, named: Mapping[str, str], renamed: Mapping[str, str], judged: bool) -> Proposal | None:
-    """These columns as a proposal; None where the record becomes no example with them.
+    """A proposal to name these columns; None where the record becomes no example with it.
 
     Args:
         record: the row.
-        named: the field of each column that is to be named.
-        renamed: that of each column that is named already.
+        named: the field of each column that is proposed.
+        renamed: the field of each column that was named by a flag.
         judged: whether a number in `label` judges the answer.
     """
     whole = {**renamed, **named}
@@ -186,60 +189,57 @@ def _tried(record: Record, named: Mapping[str, str], renamed: Mapping[str, str],
     if form is None:
         return None
     extra = unread(row, form)
-    example = _example(record, {**whole, **dict.fromkeys(extra, UNUSED)}, form)
+    used = fields_of(record.fields, {**whole, **dict.fromkeys(extra, UNUSED)})
+    example = parsed(record, used, form, [], {}) if form_of(used) == form else None
     if example is None or extra.keys() & {*whole.values()}:  # what was named is not read
         return None
     pair = preferences_in(record.fields)
     passed, marks = {}, []
     for path, value in extra.items():
-        ruled = ruling(path, value, form, example.messages, judged)
-        if isinstance(ruled, tuple) and path in (*MARKS, *VERDICTS):
+        verdict = ruling(path, value, form, example.messages, judged)
+        if isinstance(verdict, tuple) and path in (*MARKS, *VERDICTS):
             marks.append(path)
-        elif ruled is not True:
+        elif verdict is not True:
             worse = pair is not None and path == pair[1]
             passed[path] = "the worse answer" if worse else meaning[0] if (meaning := meaning_of(path)) else MAY_MEAN
-    columns = [f"{field}={_doubled(column)}" for column, field in named.items()]
-    columns += [f"{UNUSED}={_doubled(path)}" for path in passed]
+    columns = [f"{field}={_escaped(column)}" for column, field in named.items()]
+    columns += [f"{UNUSED}={_escaped(path)}" for path in passed]
     return Proposal(tuple(columns), passed, tuple(marks))
 
 
-def _example(record: Record, renamed: Mapping[str, str], form: str) -> Example | None:
-    row = fields_of(record.fields, renamed)
-    problems: list[Problem] = []
-    return parsed(record, row, form, problems, {}) if form_of(row) == form else None
-
-
 def _candidates(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Columns by the field they may be meant for, what says most first."""
-    meant = {name: _meant(name, value) for name, value in row.items() if filled(value)}
+    """Columns by the field that they may be meant for; the most informative choice first."""
+    fields = {name: _likely_field(name, value) for name, value in row.items() if filled(value)}
 
-    def of(field: str) -> list[str]:  # what is called by one of our names before all others
-        return sorted((name for name, one in meant.items() if one == field), key=lambda name: name not in FIELDS)
+    def columns_for(field: str) -> list[str]:  # columns with one of our names before others
+        return sorted((name for name, likely in fields.items() if likely == field), key=lambda name: name not in FIELDS)
 
-    turns, asked, given, answered, texts = (of(f) for f in ("messages", "prompt", "input", "completion", "text"))
-    labels = sorted(of("label"), key=lambda name: not isinstance(row[name], str))  # a name before a number
+    turns, prompts, inputs = columns_for("messages"), columns_for("prompt"), columns_for("input")
+    answers, texts = columns_for("completion"), columns_for("text")
+    labels = sorted(columns_for("label"), key=lambda name: not isinstance(row[name], str))  # a name before a number
+    optional = {field: columns for field in (*OPTIONAL, *REASONING_FIELDS) if (columns := columns_for(field))}
     alpaca = "instruction" in row
     forms: list[dict[str, list[str]]] = [
         {"messages": turns},
-        {"instruction": asked, "input": given, "output": answered},
-        {"instruction": asked, "output": answered} if alpaca else {"prompt": asked, "completion": answered},
-        {"prompt": turns, "completion": answered},
-        {"prompt": texts, "completion": answered},
+        {"instruction": prompts, "input": inputs, "output": answers},
+        {"instruction": prompts, "output": answers} if alpaca else {"prompt": prompts, "completion": answers},
+        {"prompt": turns, "completion": answers},
+        {"prompt": texts, "completion": answers},
         {"text": texts, "label": labels},
-        {"prompt": given, "completion": answered},
+        {"prompt": inputs, "completion": answers},
         {"text": texts},
-        *({field: of(field)} for field in (*OPTIONAL, *OF_ANSWERS)),
+        *({field: columns} for field, columns in optional.items()),
     ]
-    for columns in forms:
-        if all(columns.values()):
-            found = {field: names[0] for field, names in columns.items()}
-            if more := {field: of(field)[0] for field in (*OPTIONAL, *OF_ANSWERS) if of(field) and field not in found}:
-                yield found | more
-            yield found
+    for form in forms:
+        if all(form.values()):
+            choice = {field: columns[0] for field, columns in form.items()}
+            if more := {field: columns[0] for field, columns in optional.items() if field not in choice}:
+                yield choice | more
+            yield choice
 
 
-def _meant(name: str, value: Any) -> str | None:
-    """The field that a column of another name or spelling most likely is: of turns, which are a list, or of text."""
+def _likely_field(name: str, value: Any) -> str | None:
+    """The field that a column of another name or spelling most likely is."""
     plain = name.strip().lower()
     preferred = is_preferred(name)
     if meaning_of(name) and not preferred:
@@ -256,43 +256,43 @@ def _meant(name: str, value: Any) -> str | None:
     field = near[0] if near else plain
     if field in OPTIONAL:
         return field
-    also = next((one for one, names in ALSO.items() if field == one or field in names), None)
+    also = next((ours for ours, names in ALSO.items() if field == ours or field in names), None)
     return "completion" if preferred else also
 
 
-def _without_pair(pair: tuple[str, str]) -> str:
-    """What makes examples of a better and a worse answer whose columns alone do not tell what was asked."""
-    better, worse = pair
-    if is_preferred(better):
-        return (
-            f'write \'{better}\' as messages, [{{"role": "user", "content": ...}}, {{"role": "assistant", '
-            f"\"content\": ...}}], and leave '{worse}' out"
-        )
-    return "write the better answer of each row as completion, and leave the other out"
-
-
 def _without_flags(record: Record, renamed: Mapping[str, str], pair: tuple[str, str] | None) -> str:
-    """What makes a known form of a row whose names do not tell what is meant. pair: columns of two answers in it."""
+    """How to give a row a form, where the names of its fields do not say what is meant.
+
+    Args:
+        record: the row.
+        renamed: the field of each column that was named by a flag.
+        pair: its columns with a better and a worse answer; None where it has none.
+    """
     row = fields_of(record.fields, renamed)
     for name, value in row.items():
-        inside = value[0] if isinstance(value, list) and value else value
-        if isinstance(inside, dict) and form_of(inside) not in (None, "text"):
+        inner = value[0] if isinstance(value, list) and value else value
+        fields = [_likely_field(*item) for item in inner.items()] if isinstance(inner, dict) else []
+        if isinstance(inner, dict) and {form_of(inner), *fields} - {None, "text"}:
             return f"write the fields of '{name}' into the row itself"
-        if isinstance(inside, dict) and any(_meant(key, held) not in (None, "text") for key, held in inside.items()):
-            return f"write the fields of '{name}' into the row itself"
+    if pair and is_preferred(pair[0]):
+        return (
+            f'write \'{pair[0]}\' as messages, [{{"role": "user", "content": ...}}, {{"role": "assistant", '
+            f"\"content\": ...}}], and leave '{pair[1]}' out"
+        )
     if pair:
-        return _without_pair(pair)
+        return "write the better answer of each row as completion, and leave the other out"
     for form in FORMS.values():
         if form.needed & set(row):
             return f"add {' and '.join(sorted(form.needed - set(row)))}"
-    speaking = [
+    texts = [
         name
         for name, value in row.items()
         if isinstance(value, str) and not (is_harmless(name, value, None) or is_heading(name) or meaning_of(name))
     ]
-    if len(speaking) == 2:
-        asked, answered = speaking
-        headed = _headed(record, {"prompt": asked, "completion": answered}, renamed, judged=False)
-        if found := headed or _tried(record, {asked: "prompt", answered: "completion"}, renamed, judged=False):
-            return f"add {found.flags} if {asked} is what is asked and {answered} the answer{found.remark}"
-    return f"say which column is what, as in {_written(['prompt=QUESTION', 'completion=ANSWER'])}"
+    if len(texts) == 2:
+        question, answer = texts
+        headed = _with_heading(record, {"prompt": question, "completion": answer}, renamed, judged=False)
+        tried = headed or _tried(record, {question: "prompt", answer: "completion"}, renamed, judged=False)
+        if tried:
+            return f"add {tried.flags} if {question} is what is asked and {answer} the answer{tried.remark}"
+    return f"name the columns, as in {_written(['prompt=QUESTION', 'completion=ANSWER'])}"

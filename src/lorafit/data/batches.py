@@ -1,5 +1,4 @@
-"""Rows become batches: packed one behind the other, or padded to one width on the right, where a causal model's
-trained tokens never look."""
+"""Batches of rows, which are packed one after another, or padded on the right, where a causal model never looks."""
 
 from __future__ import annotations
 
@@ -11,20 +10,20 @@ import torch
 from torch import Tensor
 
 from lorafit.attachment.packing import Segments
-from lorafit.data.render import Row
+from lorafit.data.rows import Row
 from lorafit.data.split import seed_of
 
-LENGTH_STEP = 8  # widths of padded batches are multiples of this: a new width costs some kernels a preparation
+LENGTH_STEP = 8  # widths of padded batches are multiples of this: some kernels prepare for every new width
+PACK_STEP = 32  # likewise for packs in bf16 on a processor, where the preparation takes about 0.4 s
 # Batches among which padded rows are sorted by length. A step whose rows are alike learns less from them (docs/log.md);
 # what the padding costs is in docs/why/rows-are-packed.md.
 WINDOW = 4
-ORDER = 2  # the rule of `epoch_order`: a run goes on by the one it began with, or not at all
-PACK_STEP = 32  # so are packs in bf16 on a processor, where it costs about 0.4 s
+ORDER = 2  # the version of the rule in `epoch_order`: a run is resumed only with the version it began with
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """hidden (B, T, width): what a batch's tokens have become where block number `block` begins."""
+    """The hidden states of a batch's tokens, (B, T, width), that are the input of block number `block`."""
 
     hidden: Tensor
     block: int
@@ -32,11 +31,16 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """ids (B, T) int64, trained (B, T) bool: token t is predicted from those before it and counts in the loss.
+    """A batch of B rows of T tokens, or of packed rows, B = 1.
 
-    before (n_trained,): place among the B·T of the token before each trained one. owner (n_trained,): which of the rows
-    it belongs to, of `rows`. segments: where the rows lie that are packed into one, B = 1; None where they are padded.
-    start: where the lowest blocks need not be run again.
+    Args:
+        ids: token ids, (B, T) int64.
+        trained: whether a token is predicted and counts in the loss, (B, T) bool.
+        before: the flat index, in B·T, of the token before each trained token, (n_trained,).
+        owner: the row of each trained token, (n_trained,).
+        rows: how many rows there are.
+        segments: the spans of packed rows; None where rows are padded.
+        start: the hidden states to start from; None to run all blocks.
     """
 
     ids: Tensor
@@ -62,8 +66,8 @@ def _width(row: Row) -> int:
 
 
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device, context: int | None = None) -> Batch:
-    """Pad rows to one width, within the `context` of a model whose positions end there. Raises ValueError for a batch
-    without a trained token: its loss would be 0/0."""
+    """Pad rows to one width, at most the `context` of a model with a fixed number of positions. Raises ValueError for a
+    batch without a trained token: its loss would be 0/0."""
     longest = max(len(row.ids) for row in rows)
     stepped = max(_width(row) for row in rows)
     width = stepped if context is None else max(longest, min(stepped, context))
@@ -76,7 +80,7 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device, context: int
 
 
 def pack(rows: Sequence[Row], pad_id: int, device: torch.device, step: int = 1) -> Batch:
-    """Rows one behind the other, filled up to a multiple of `step` tokens. Raises ValueError as `collate` does."""
+    """Pack rows one after another, filled up to a multiple of `step` tokens. Raises ValueError as `collate` does."""
     lengths = [len(row.ids) for row in rows]
     if filler := -sum(lengths) % step:
         lengths.append(filler)
@@ -86,7 +90,7 @@ def pack(rows: Sequence[Row], pad_id: int, device: torch.device, step: int = 1) 
 
 
 def _batch(rows: Sequence[Row], ids: Tensor, trained: Tensor, device: torch.device, segments: Segments | None) -> Batch:
-    trained[:, 0] = False  # no token stands before the first
+    trained[:, 0] = False  # nothing predicts the first token
     places = trained.reshape(-1).nonzero()[:, 0]
     if not len(places):
         raise ValueError("a batch without trained tokens: every example must have something to learn")
@@ -100,8 +104,13 @@ def epoch_order(
 ) -> list[list[int]]:
     """Batches of row positions for one epoch, shuffled by (seed, epoch). The last batch may be smaller.
 
-    fixed: the batches are those of epoch 0 in every epoch, in another order each. packed: rows are not padded. Where
-    they are, neighbours in length are put together within windows of WINDOW batches, and the batches shuffled.
+    Args:
+        rows: all rows.
+        batch_size: rows in a batch.
+        seed: of the run.
+        epoch: its number, from 0.
+        fixed: use the batches of epoch 0 in every epoch, each time in another order.
+        packed: rows are not padded. Padded rows are sorted by length within windows of WINDOW batches.
     """
     rng = np.random.default_rng(seed_of(seed, "order", epoch))
     if fixed and epoch:
@@ -119,8 +128,8 @@ def epoch_order(
 
 
 def by_tokens(rows: Sequence[Row], positions: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
-    """Positions in micro-batches of at most `max_tokens` tokens, padding included where rows are not packed (a longer
-    row goes alone), by length."""
+    """Positions by length, in micro-batches of at most `max_tokens` tokens, including any padding. A longer row gets a
+    micro-batch of its own."""
     parts: list[list[int]] = []
     size = 0
     for i in sorted(positions, key=lambda i: len(rows[i].ids), reverse=True):

@@ -1,4 +1,4 @@
-"""What --columns says: which column is which field, and columns joined into one text (`Team: {Team}\\n{Reply}`)."""
+"""Reads --columns, which names the column of a field, or joins columns into one text (`Team: {Team}\\n{Reply}`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from lorafit.data.fields import FIELDS, PACKED, TURNS, UNUSED, filled
-from lorafit.data.readers import Record
+from lorafit.data.records import Record
 from lorafit.errors import Problem, SettingsError
 
 _BRACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
@@ -20,102 +20,89 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 @dataclass(frozen=True)
 class Template:
-    """texts: what stands before each column and after the last, one more than there are columns."""
+    """A text made of columns. texts: before each column and after the last, one more than there are columns."""
 
     texts: tuple[str, ...]
     columns: tuple[str, ...]
 
     @staticmethod
     def of(given: str) -> Template:
-        r"""Read a template: a column in braces stands for what it holds, {{ and }} for braces, \n for a line break, \t
-        for a tab and \\ for a backslash. Raises ValueError for a brace that stands alone."""
+        r"""Read a template: {column} stands for its value, {{ and }} for braces, \n for a line break, \t for a tab, \\
+        for a backslash. Raises ValueError for a single brace."""
         texts, columns, end = [""], [], 0
-        for found in _BRACE.finditer(given):
-            texts[-1] += given[end : found.start()]
-            end = found.end()
-            if found[1]:
-                columns.append(found[1])
+        for brace in _BRACE.finditer(given):
+            texts[-1] += given[end : brace.start()]
+            end = brace.end()
+            if brace[1]:
+                columns.append(brace[1])
                 texts.append("")
-            elif len(found[0]) == 2:
-                texts[-1] += found[0][0]
+            elif len(brace[0]) == 2:
+                texts[-1] += brace[0][0]
             else:
-                raise ValueError(f"a '{found[0]}' that stands alone")
+                raise ValueError(f"a single '{brace[0]}'")
         texts[-1] += given[end:]
-        if columns:  # the name of a column is taken as it stands
-            texts = [re.sub(r"\\([nt\\])", lambda one: _ESCAPES[one[1]], text) for text in texts]
+        if columns:  # else it is the name of a column, without escapes
+            texts = [re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], text) for text in texts]
         return Template(tuple(texts), tuple(columns))
 
     def made_of(self, record: Record, field: str, problems: list[Problem]) -> str | None:
-        """The text of a record; None where a column holds nothing or no text, each told."""
-        found, before = [self.texts[0]], len(problems)
+        """The text of a record; None, and a problem for each, where columns are empty or hold no text."""
+        parts, before = [self.texts[0]], len(problems)
         for column, text in zip(self.columns, self.texts[1:], strict=True):
-            value = record.fields.get(column)
+            value, where = record.fields.get(column), f"{record.where}: {column}"
             if not filled(value):
-                problems.append(
-                    Problem(
-                        f"{record.where}: {column}",
-                        f"empty, and '{field}' is made of it",
-                        "write it, or leave the row out (--skip-bad)",
-                    )
-                )
+                fix = "write it, or leave the row out (--skip-bad)"
+                problems.append(Problem(where, f"empty, and '{field}' is made of it", fix))
             elif kind := _NO_TEXT.get(type(value)):
-                problems.append(
-                    Problem(
-                        f"{record.where}: {column}",
-                        f"{kind}, and '{field}' is made of it",
-                        "name a column of text or numbers",
-                    )
-                )
-            found += [_written(value), text]
-        return "".join(found) if len(problems) == before else None
+                fix = "name a column of text or numbers"
+                problems.append(Problem(where, f"{kind}, and '{field}' is made of it", fix))
+            parts += [_written(value), text]
+        return "".join(parts) if len(problems) == before else None
 
 
 def _written(value: Any) -> str:
-    """A value as people write it: numbers and true as JSON has them, `2031-05-09 14:30:00` for a time."""
+    """A value as people write it: numbers and true as in JSON, a time as `2031-05-09 14:30:00`."""
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
 def columns_named(given: Sequence[str]) -> tuple[dict[str, str], dict[str, Template]]:
-    """What each text of the form FIELD=COLUMN or FIELD=TEMPLATE says.
+    """Read texts of the form FIELD=COLUMN or FIELD=TEMPLATE.
 
     Args:
-        given: the texts. The field `unused` may be given to any number of columns. A template holds columns in braces.
+        given: the texts. The field `unused` may have any number of columns. A template holds columns in braces.
 
     Returns:
         The field of each column that is named, and the template of each field that is made of columns.
 
     Raises:
-        SettingsError: a text of another form, an unknown field, a field or column that is named twice, a brace that
-            stands alone, or a template for what is no text.
+        SettingsError: for a text of another form, an unknown field, a field or column that is named twice, a single
+            brace, or a template for a field that is not text.
     """
     named: dict[str, str] = {}
     templates: dict[str, Template] = {}
-    for one in given:
-        field, _, column = one.partition("=")
+    for text in given:
+        field, _, column = text.partition("=")
         if field not in FIELDS | {UNUSED} or not column:
             known = ", ".join(sorted(FIELDS))
             raise SettingsError(
-                f"--columns {one}: write FIELD=COLUMN, such as prompt=question; FIELD is one of {known}, or "
+                f"--columns {text}: write FIELD=COLUMN, such as prompt=question; FIELD is one of {known}, or "
                 f"{UNUSED} for a column that is passed over"
             )
         try:
             template = Template.of(column)
         except ValueError as error:
-            raise SettingsError(
-                f"--columns {one}: {error}: write {{COLUMN}} for a column, {{{{ or }}}} for a brace itself"
-            ) from error
+            fix = "write {COLUMN} for a column, {{ or }} for a brace itself"
+            raise SettingsError(f"--columns {text}: {error}: {fix}") from error
         column = column if template.columns else template.texts[0]
         if column in named or (field in {*named.values(), *templates} and field != UNUSED):
             twice = column if column in named else field
-            raise SettingsError(f"--columns {one}: '{twice}' is named twice: leave one of them")
+            raise SettingsError(f"--columns {text}: '{twice}' is named twice: leave one of them")
         if not template.columns:
             named[column] = field
         elif field in TURNS | PACKED | {UNUSED}:
-            raise SettingsError(
-                f"--columns {one}: '{field}' is no text, which could be made of columns: name one column"
-            )
+            raise SettingsError(f"--columns {text}: '{field}' is no text that columns could make: name one column")
         else:
             templates[field] = template
     return named, templates
@@ -124,21 +111,21 @@ def columns_named(given: Sequence[str]) -> tuple[dict[str, str], dict[str, Templ
 def joined(
     records: Sequence[Record], templates: Mapping[str, Template], named: Mapping[str, str], problems: list[Problem]
 ) -> list[Record]:
-    """The records with the fields that templates make, and without the columns these are made of.
+    """The records with the fields that templates make, without the columns that these are made of.
 
     Args:
         records: of one split.
         templates: by the field that each makes.
-        named: columns that are named besides, which stay.
-        problems: gets every column of every row that cannot be used; such rows are left out.
+        named: the field of each column that is also named on its own, and stays.
+        problems: receives every column of a row that cannot be used; such rows are left out.
     """
     if not templates:
         return list(records)
     used = {column for template in templates.values() for column in template.columns} - set(named)
-    found = []
+    made_records = []
     for record in records:
         made = {field: template.made_of(record, field, problems) for field, template in templates.items()}
         if None not in made.values():
             kept = {name: value for name, value in record.fields.items() if name not in used}
-            found.append(Record(record.where, {**kept, **made}))
-    return found
+            made_records.append(Record(record.where, {**kept, **made}))
+    return made_records

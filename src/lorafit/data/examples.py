@@ -1,4 +1,4 @@
-"""What examples are: conversations and plain text, with what a right answer looks like; three splits of them."""
+"""Examples: conversations and plain text, checks of their answers, and the three splits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lorafit.digests import digest_of, digest_of_format_1
 from lorafit.errors import Problem
 
 SPLITS = ("train", "valid", "test")
-MOSTLY = 0.95  # of the conversations, from which on what they have in common is taken for all of them
-TEXT = "text"  # the role of plain text, which answers nothing and is learnt whole
+MOSTLY = 0.95  # the share of conversations that decides for all of them
+TEXT = "text"  # the role of plain text, which is learnt whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Call:
 
     @property
     def meaning(self) -> tuple[str, str]:
-        """What equal calls share: the name, and the arguments in whatever order and spacing; 3.0 is 3."""
+        """The name, and the arguments in one order and spacing: the same for equal calls; 3.0 is 3."""
         return self.name, json.dumps(json.loads(self.arguments, parse_float=_number), sort_keys=True)
 
 
@@ -41,11 +41,15 @@ def _number(text: str) -> int | float:
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says: `system`, `user`, `assistant`, or `tool`.
+    """A message of a conversation.
 
-    learnt: False for an answer that others follow and that is not to be learnt itself. calls: of an assistant's
-    message, which may have no words then. answers: of a tool's message, the call that it answers. reasoning: what was
-    thought before an answer, apart from it.
+    Args:
+        role: `system`, `user`, `assistant` or `tool`.
+        content: its words.
+        learnt: False for an answer that is not to be learnt, but that others follow.
+        calls: of an assistant's message, which may then have no words.
+        answers: the call that a tool's message answers.
+        reasoning: the reasoning before an answer.
     """
 
     role: str
@@ -63,14 +67,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Check:
-    """What a right answer to an example looks like.
+    """What a right answer to an example looks like: it passes every part of its check.
 
-    It contains each of `contains` and none of `lacks` (whatever the case, at word boundaries), within
-    `max_words`. With `declines`, the example is a question that must be turned away, and is scored apart.
-    exact: the answer is this text, case included, white space around it aside. json: it is JSON with this content, as
-    `equality.json_form` writes it. number: its last number is this one. pattern: this regular expression is found in
-    it. label: it is this label and nothing else, by `equality.label_of`. numerals: how numbers are written, one of
-    `equality.NUMERALS`.
+    Args:
+        contains: texts that occur in it, in any case, at word boundaries.
+        lacks: texts that do not occur in it.
+        max_words: the most words that it has.
+        declines: whether the question must be turned away, which is scored apart.
+        exact: the whole answer, in this case, without white space around it.
+        json: the content of the answer as JSON, as `equality.json_form` writes it.
+        number: its last number.
+        pattern: a regular expression that is found in it.
+        label: the whole answer, as `equality.label_of` compares labels.
+        numerals: how numbers are written, one of `equality.NUMERALS`.
     """
 
     contains: tuple[str, ...]
@@ -86,24 +95,24 @@ class Check:
 
     @property
     def forms(self) -> tuple[tuple[str, str | float], ...]:
-        """What is asked of the answer as a whole, by name."""
-        found = {
-            "exact": self.exact,
-            "json": self.json,
-            "number": self.number,
-            "pattern": self.pattern,
-            "label": self.label,
-        }
-        return tuple((name, value) for name, value in found.items() if value is not None)
+        """The parts that concern the answer as a whole, by name."""
+        names = ("exact", "json", "number", "pattern", "label")
+        return tuple((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation, or one piece of plain text. `where` is `file:line`; `extra` names harmless fields that nothing
-    reads; `tools` are those that the assistant may call, each as JSON.
+    """One conversation, or one piece of plain text.
 
-    `group` names the source it shares with others (a document, a fact): a split keeps a group on one side, and
-    intervals resample whole groups.
+    Args:
+        messages: the conversation; for plain text, one message with the role `text`.
+        where: its place, `file:line`.
+        check: of its last answer.
+        group: the source that it shares with others (a document, a fact). A split keeps a group on one side, and
+            intervals resample whole groups.
+        extra: names of harmless fields that nothing reads.
+        label: the answer, where it is the label of a text.
+        tools: tools that the assistant may call, each as JSON.
     """
 
     messages: tuple[Message, ...]
@@ -121,37 +130,42 @@ class Example:
 
     @property
     def not_learnt(self) -> tuple[int, ...]:
-        """Places of the messages that are marked as not to be learnt."""
+        """Indices of the messages that are not to be learnt."""
         return tuple(i for i, message in enumerate(self.messages) if not message.learnt)
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """The calls of the last answer, by which an answer is scored; empty where it is words alone."""
+        """The calls of the last answer, by which an answer is scored; empty where it has only words."""
         return self.messages[-1].calls
 
     @property
     def is_scored(self) -> bool:
-        """Whether anything says what a right answer is: a check, or calls."""
+        """Whether a check, or calls, say what a right answer is."""
         return self.check is not None or bool(self.calls)
 
     @property
     def with_tools(self) -> tuple[object, ...]:
-        """What it says of tools and calls; empty where it says nothing."""
-        called = tuple((i, one.calls, one.answers) for i, one in enumerate(self.messages) if one.calls or one.answers)
+        """Its tools and calls, for a digest; empty where it has none."""
+        called = tuple((i, m.calls, m.answers) for i, m in enumerate(self.messages) if m.calls or m.answers)
         return (self.tools, *called) if self.tools or called else ()
 
     @property
     def reasoned(self) -> bool:
-        """Whether an answer to be learnt has its reasoning."""
+        """Whether an answer to be learnt has reasoning."""
         return any(message.reasoning and message.learnt for message in self.messages)
 
     @property
     def question(self) -> str:
-        """All before the last answer as one text, without a system prompt (of plain text: all of it): what examples are
-        told apart by."""
+        """The text by which examples are compared: all before the last answer, without a system prompt; plain text
+        itself."""
         if self.is_text:
             return self.answer
         return "\n".join(message.text for message in self.messages[:-1] if message.role != "system")
+
+    @property
+    def asked(self) -> str:
+        """The message before the last answer; "" where that is only a system prompt, and for plain text."""
+        return next((m.text for m in reversed(self.messages[:-1]) if m.role != "system"), "")
 
     @property
     def answer(self) -> str:
@@ -160,17 +174,21 @@ class Example:
 
 
 def asks_once(examples: Sequence[Example]) -> bool:
-    """Whether there are conversations, and all but a few ask one question; what tools answer is none."""
-    asked = [sum(one.role == "user" for one in example.messages) for example in examples if not example.is_text]
-    return any(asked) and sum(count <= 1 for count in asked) >= MOSTLY * len(asked)
+    """Whether there are conversations, and nearly all have a single question."""
+    questions = [sum(m.role == "user" for m in example.messages) for example in examples if not example.is_text]
+    return any(questions) and sum(count <= 1 for count in questions) >= MOSTLY * len(questions)
 
 
 @dataclass(frozen=True)
 class Examples:
     """Examples by split; a split that was not given is empty.
 
-    system: a system prompt that the form of the data calls for. skipped: problems of rows that were left out.
-    unread: files of the folder that are no split of it. notes: how the data were taken, where that is to be told.
+    Args:
+        train, valid, test: the examples of each split.
+        system: a system prompt that the form of the data calls for.
+        skipped: problems of rows that were left out.
+        unread: files of the folder that are not part of a split.
+        notes: messages to the user about how the data were understood.
     """
 
     train: tuple[Example, ...]
@@ -185,23 +203,23 @@ class Examples:
         return {"train": self.train, "valid": self.valid, "test": self.test}
 
     def with_splits(self, splits: Mapping[str, tuple[Example, ...]]) -> Examples:
-        """The same with the named splits replaced."""
+        """A copy with the named splits replaced."""
         train, valid, test = (splits.get(name, split) for name, split in self.by_name().items())
         return replace(self, train=train, valid=valid, test=test)
 
     def without(self, problems: Sequence[Problem]) -> Examples:
-        """The same without the examples that the problems name; they are kept in `skipped`."""
-        ends = re.compile(r": |\Z")  # of a place, which a field may follow; a path may hold the former too
+        """A copy without the examples that the problems name; the problems are kept in `skipped`."""
+        ends = re.compile(r": |\Z")  # of a place, which a field may follow; a path may hold ": " too
         bad = {problem.where[: end.start()] for problem in problems for end in ends.finditer(problem.where)}
         left = {name: tuple(e for e in split if e.where not in bad) for name, split in self.by_name().items()}
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 
     def digest(self) -> str:
-        """Over the messages, their reasoning, tools and checks of all splits, whatever files they came from."""
+        """The digest of messages, reasoning, tools and checks of all splits, whatever files they came from."""
         return digest_of([[(e.messages, e.check, e.tools) for e in split] for split in self.by_name().values()])
 
     def has_digest(self, digest: str) -> bool:
-        """Whether this is the digest of these examples, in whichever format it is."""
+        """Whether this is the digest of these examples, in any format."""
         return digest == (self.digest() if ":" in digest else self._digest_of_format_1())
 
     def _digest_of_format_1(self) -> str:
@@ -223,7 +241,7 @@ class Examples:
 
 
 def _check_of_format_1(example: Example) -> Check | None:
-    """The check as it was then: that of a label asked for its words."""
+    """The check as it was in format 1, where a label was a text to contain."""
     if example.check is None or example.check.label is None:
         return example.check
     return Check((example.answer,), (), len(example.answer.split()))

@@ -1,4 +1,7 @@
-"""The data report: what is in the examples, before any model is opened."""
+"""The data report: what is in the examples, before a model is opened.
+
+Examples that have passed the checks go in; counts of each split, and remarks about what looks odd, come out.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,30 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lorafit.data.examples import Example, Examples
+from lorafit.data.fields import BLANK
 from lorafit.data.split import Questions
 
-MANY = 10  # examples with one answer that are worth a remark
-CUT = 100  # characters: no shorter answers are taken for cut off
+MANY = 10  # examples with the same answer, above which there is a remark
+CUT = 100  # characters: shorter answers are not taken for cut off
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split. words: (shortest, median, longest) of whole examples, of answers alone.
-    contradictions: prompts that occur with more than one answer. labels: how often each is the answer, the most
-    frequent first."""
+    """Counts of one split.
+
+    Args:
+        examples, answers: how many there are; only answers that are learnt.
+        words: (shortest, median, longest) of whole examples.
+        answer_words: (shortest, median, longest) of the answers.
+        near_duplicates: examples that are near-identical to an earlier one.
+        contradictions: prompts that occur with more than one answer.
+        checked: examples with a check or with calls.
+        declining: examples whose check asks to turn the question away.
+        labels: how often each label is the answer, the most frequent first.
+    """
 
     examples: int
     answers: int
@@ -34,8 +48,8 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something odd that stops no run: how many examples have it, the place of the first, what to do if it is not
-    meant."""
+    """Something odd that stops no run: what these examples have in common, how many there are, the place of the first,
+    and what to do where it is not intended."""
 
     what: str
     examples: int
@@ -45,7 +59,7 @@ class Remark:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Splits by name, fields that were passed over with their counts, remarks, and the digest of the content."""
+    """Counts by split, fields that were passed over with their counts, remarks, and the digest of the content."""
 
     splits: dict[str, SplitReport]
     passed_over: dict[str, int]
@@ -53,14 +67,17 @@ class DataReport:
     digest: str
 
 
-def _holds(pattern: str) -> Callable[[Example], bool]:
-    found = re.compile(pattern)
-    return lambda example: any(found.search(message.text) for message in example.messages)
+Test = Callable[[Example], bool]
 
 
-def _answers(pattern: str) -> Callable[[Example], bool]:
-    found = re.compile(pattern)
-    return lambda example: not example.is_text and found.search(example.answer) is not None
+def _holds(pattern: str) -> Test:
+    regex = re.compile(pattern)
+    return lambda example: any(regex.search(message.text) for message in example.messages)
+
+
+def _answers(pattern: str) -> Test:
+    regex = re.compile(pattern)
+    return lambda example: not example.is_text and regex.search(example.answer) is not None
 
 
 def _nothing(example: Example) -> bool:
@@ -68,7 +85,28 @@ def _nothing(example: Example) -> bool:
 
 
 def _echoes(example: Example) -> bool:
-    return not example.is_text and example.answer.strip() == example.messages[-2].text.strip()
+    return not example.is_text and example.answer.strip() == example.asked.strip()
+
+
+def _roles(example: Example) -> list[str]:
+    return [message.role for message in example.messages if message.role != "system"]
+
+
+def _twice(role: str) -> Test:
+    """Whether two messages of one role follow each other, with no answer of a tool between them."""
+    return lambda example: (role, role) in pairwise(_roles(example))
+
+
+def _begins_with_answer(example: Example) -> bool:
+    return _roles(example)[:1] == ["assistant"]
+
+
+def _late_system(example: Example) -> bool:
+    return any(message.role == "system" for message in example.messages[1:])
+
+
+def _says_nothing(role: str) -> Test:
+    return lambda example: any(m.role == role and not m.text.strip(BLANK) for m in example.messages)
 
 
 def _undescribed(example: Example) -> bool:
@@ -99,7 +137,7 @@ _SECRET = (
 _NOTHING = {"", "n/a", "na", "nan", "none", "null", "nil", "undefined", "todo", "to do", "tbd", "fixme", "xxx"}
 _MARKER = r"(?:#{2,}|\bEND|</s>|<\|[^|>]*\|>|\[/?INST\])\s*$"
 _PRIVATE = "take out what an adapter must not repeat"
-ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
+ODD: dict[str, tuple[Test, str]] = {
     "hold control characters": (_holds(_CONTROL), "letters were lost on the way, go back to the source"),
     "hold text read in a wrong encoding (â€™, Ã©)": (_holds(_MISREAD), "read the source as UTF-8"),
     "hold HTML": (_holds(_HTML), "strip it, unless answers should have some"),
@@ -108,6 +146,12 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
     "hold what looks like the number of a card, an account or a person": (_holds(_NUMBERS), _PRIVATE),
     "hold what looks like a key or password of a program": (_holds(_SECRET), _PRIVATE),
     "call tools that they do not describe": (_undescribed, "give each its tools, as requests will"),
+    "have two messages of the user in a row": (_twice("user"), "give the answer between them, unless it was none"),
+    "have two answers in a row": (_twice("assistant"), "give the question between them, or join them"),
+    "begin with an answer, which is not learnt": (_begins_with_answer, "give the question before it, if there was one"),
+    "have a system message that is not the first": (_late_system, "put it first, unless requests will not"),
+    "have an empty question": (_says_nothing("user"), "fill it in, or leave the row out"),
+    "have an empty answer that others follow": (_says_nothing("assistant"), "it is not learnt: fill in what was lost"),
     "answer with the question itself": (_echoes, "correct the answers"),
     "answer with a mark for nothing (N/A, null, TODO)": (_nothing, "fill them in, or leave them out"),
     "answer with blanks before or after": (_answers(r"^\s|\s$"), "strip them, they are learnt too"),
@@ -119,92 +163,98 @@ ODD: dict[str, tuple[Callable[[Example], bool], str]] = {
 
 
 def describe(examples: Examples, questions: Questions | None = None, max_length: int | None = None) -> DataReport:
-    """The report of examples that have passed the checks.
+    """Describe examples that have passed the checks.
 
     Args:
         examples: all splits.
-        questions: of these examples, where they are at hand.
-        max_length: tokens that training takes in an example; None where that is not asked.
+        questions: the index of these examples; None to build it.
+        max_length: the most tokens of an example in training; None for no remark about long examples.
     """
     questions = questions or Questions.of(examples)
-    given = {name: split for name, split in examples.by_name().items() if split}
-    fields = Counter(field for split in given.values() for example in split for field in example.extra)
-    return DataReport(
-        {name: _describe(split, questions) for name, split in given.items()},
-        dict(fields),
-        _remarks(given, questions, max_length),
-        examples.digest(),
-    )
+    splits = {name: split for name, split in examples.by_name().items() if split}
+    fields = Counter(field for split in splits.values() for example in split for field in example.extra)
+    counts = {name: _describe(split, questions) for name, split in splits.items()}
+    return DataReport(counts, dict(fields), _remarks(splits, questions, max_length), examples.digest())
 
 
-def _remarks(given: dict[str, tuple[Example, ...]], questions: Questions, max_length: int | None) -> tuple[Remark, ...]:
-    everything = [example for split in given.values() for example in split]
-    found = [(what, [e for e in everything if has(e)], advice) for what, (has, advice) in ODD.items()]
+def _remarks(
+    splits: dict[str, tuple[Example, ...]], questions: Questions, max_length: int | None
+) -> tuple[Remark, ...]:
+    everything = [example for split in splits.values() for example in split]
+    findings = [(what, [e for e in everything if test(e)], advice) for what, (test, advice) in ODD.items()]
     answered = [example for example in everything if not example.is_text]
     answers = Counter(e.answer.strip().lower() for e in answered)
-    share = 0.5 if any(e.label is None for e in answered) else 0.9  # a rare label is nothing odd
+    share = 0.5 if any(e.label is None for e in answered) else 0.9  # a rare label is not odd
     for most, count in answers.most_common(1):
         if count > max(MANY, share * len(answered)):
             same = [e for e in answered if e.answer.strip().lower() == most]
-            found.append(("have the same answer", same, "give others, or an adapter learns to say nothing else"))
+            findings.append(("have the same answer", same, "give others, or an adapter learns to say nothing else"))
     longest = max((len(e.answer) for e in answered), default=0)
     cut = [e for e in answered if len(e.answer) == longest]
     if len(cut) > max(MANY, len(answered) // 20) and longest > CUT:
-        what = f"have an answer of exactly {longest:,} characters, which is the longest"
-        found.append((what, cut, "go back to the source if they were cut there"))
+        what = f"have an answer of exactly {longest:,} characters, the longest length in the data"
+        findings.append((what, cut, "compare them with the source: they may have been cut off"))
     if questions.by_answer:
         advice = "right for teaching a voice; else give the questions that were asked"
-        found.append(("ask one and the same thing, so that answers are what is held out", everything, advice))
+        findings.append(("ask one and the same thing, so that answers are what is held out", everything, advice))
     if max_length is not None:  # plain text is cut into pieces
         long = [e for e in everything if not e.is_text and _words(e) > max_length]
         words = max(map(_words, long), default=0)
         what = f"hold more words (up to {words:,}) than the {max_length:,} tokens that training takes"
-        found.append(
-            (what, long, "they are refused (--skip-bad leaves them out): shorten or split them, or raise --max-length")
-        )
-    found += _mixed(everything) + _labels(given)
-    taught = {e.group for e in given.get("train", ()) if e.group is not None}
-    shared = [e for name in given if name != "train" for e in given[name] if e.group in taught]
-    advice = "right where the same is asked in other words; to test on what is new, keep a group on one side"
-    found.append(("of valid and test are of a group that is trained on too", shared, advice))
-    return tuple(Remark(what, len(having), having[0].where, advice) for what, having, advice in found if having)
+        advice = "they are refused (--skip-bad leaves them out): shorten or split them, or raise --max-length"
+        findings.append((what, long, advice))
+    findings += _mixed(everything) + _label_findings(splits)
+    trained = {e.group for e in splits.get("train", ()) if e.group is not None}
+    shared = [e for name in splits if name != "train" for e in splits[name] if e.group in trained]
+    advice = "keep it if the test asks the same in other words; to test on new facts, keep each group in one split"
+    findings.append(("of valid and test belong to a group that is also in training", shared, advice))
+    return tuple(Remark(what, len(having), having[0].where, advice) for what, having, advice in findings if having)
 
 
-Found = tuple[str, list[Example], str]
-"""What was found, the examples that have it, what to do."""
+Finding = tuple[str, list[Example], str]
+"""What is odd, the examples that have it, what to do."""
 
 
-def _mixed(everything: Sequence[Example]) -> list[Found]:
-    """Examples of a kind that is not that of most."""
+def _mixed(everything: Sequence[Example]) -> list[Finding]:
+    """Examples of another kind than most."""
     kinds: dict[str, list[Example]] = defaultdict(list)
     for e in everything:
         kinds["plain text" if e.is_text else "conversations" if e.label is None else "texts with a label"].append(e)
     most = max(kinds, key=lambda kind: len(kinds[kind]))
     return [
-        (f"are {kind}, where most are {most}", held, "give one kind, unless both are meant")
-        for kind, held in kinds.items()
+        (f"are {kind}, where most are {most}", examples, "give one kind, unless both are meant")
+        for kind, examples in kinds.items()
         if kind != most
     ]
 
 
-def _labels(given: dict[str, tuple[Example, ...]]) -> list[Found]:
-    """Labels that are most likely one, and labels that cannot be learnt."""
-    labelled = [e for split in given.values() for e in split if e.label is not None]
+def _label_findings(splits: dict[str, tuple[Example, ...]]) -> list[Finding]:
+    """Labels that are most likely the same, and labels that cannot be learnt."""
+    labelled = [e for split in splits.values() for e in split if e.label is not None]
     counts = Counter(e.label for e in labelled)
-    usual = {str(label).casefold(): label for label, _ in reversed(counts.most_common())}  # the most frequent spelling
-    odd = [e for e in labelled if usual[str(e.label).casefold()] != e.label]
-    known = {e.label for e in given.get("train", ())}
+    usual = {_folded(label): label for label, _ in reversed(counts.most_common())}  # the most frequent spelling
+    odd = [e for e in labelled if usual[_folded(e.label)] != e.label]
+    known = {e.label for e in splits.get("train", ())}
     unknown = [e for e in labelled if e.label not in known]
+    frequency = Counter(_folded(e.label) for e in labelled)
+    single = [e for e in labelled if e.label in known and frequency[_folded(e.label)] == 1]
+    few = "it is hardly learnt, and never tested: add examples of it, or leave it out"
     return [
-        ("have a label that differs from a more frequent one in case alone", odd, "write a label in one way"),
+        ("have a label that differs from a more frequent one only in case or spaces", odd, "write a label in one way"),
         ("have a label that no training example has", unknown, "add examples of it to training"),
+        ("have a label that no other example has", single if len(single) < len(labelled) / 2 else [], few),
     ]
 
 
+def _folded(label: str | None) -> str:
+    """A label without case and spaces."""
+    return "".join(str(label).casefold().split())
+
+
 def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
-    said: dict[str, set[str]] = defaultdict(set)
+    answers_to: dict[str, set[str]] = defaultdict(set)
     for example in split:
-        said[" ".join(example.question.lower().split())].add(" ".join(example.answer.lower().split()))
+        answers_to[" ".join(example.question.lower().split())].add(" ".join(example.answer.lower().split()))
     answers = [m for example in split for m in example.messages if m.role == "assistant" and m.learnt]
     return SplitReport(
         examples=len(split),
@@ -212,7 +262,7 @@ def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
         words=_spread([_words(example) for example in split]),
         answer_words=_spread([len(m.text.split()) for m in answers]),
         near_duplicates=questions.repeated(split),
-        contradictions=sum(len(found) > 1 for found in said.values()),
+        contradictions=sum(len(answers) > 1 for answers in answers_to.values()),
         checked=sum(example.is_scored for example in split),
         declining=sum(example.check is not None and example.check.declines for example in split),
         labels=dict(Counter(example.label for example in split if example.label is not None).most_common()),

@@ -1,10 +1,13 @@
-"""Splits: near-identical examples and groups are kept on one side, and refused across splits that were given."""
+"""Splits examples, with near-identical examples and groups on one side, and checks that given splits are apart.
+
+`complete` makes the missing splits; `require_apart` raises DataError for near-identical examples in two splits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,17 +18,25 @@ from lorafit.data.alike import TextIndex, plain, shingles, similarity
 from lorafit.data.examples import Example, Examples
 from lorafit.errors import DataError, Problem
 
-ALIKE = 0.5  # of answers
-VOICE = 10  # different answers to one request that teach how something is said
+ALIKE = 0.5  # similarity of answers above which they are the same
+VOICE = 10  # different answers to one request, from which on they teach a voice
+FEWEST = 10  # independent examples, below which their scores get no interval
 SIDES = {"train": 1, "valid": 2, "test": 4}
 _SEVERAL = np.array([sides.bit_count() > 1 for sides in range(8)])  # by the sum of sides
 
 
+def groups_of(names: Sequence[str | None]) -> list[str]:
+    """The group of every example; an example without a group is one of its own."""
+    return [f"\0{i}" if name is None else name for i, name in enumerate(names)]
+
+
 @dataclass(frozen=True)
 class Questions:
-    """What examples are told apart by, indexed once for all who ask which are near-identical.
+    """The texts by which examples are compared, indexed once for every search for near-identical texts.
 
-    by_answer: told apart by their answers, for all ask one and the same thing.
+    Args:
+        index: of the prompts, or of the answers.
+        by_answer: whether examples are compared by their answers, because all have the same prompt.
     """
 
     index: TextIndex
@@ -38,11 +49,11 @@ class Questions:
         return Questions(TextIndex(e.answer if by_answer else e.question for e in everything), by_answer)
 
     def row(self, example: Example) -> int:
-        """The row in the index of an example that was among them."""
+        """The row of an indexed example."""
         return self.index.row(example.answer if self.by_answer else example.question)
 
     def repeated(self, split: Sequence[Example]) -> int:
-        """How many are near-identical to an earlier prompt."""
+        """How many examples are near-identical to an earlier one."""
         if self.by_answer:
             return max(0, len(split) - 1)
         rows = dict.fromkeys(map(self.row, split))
@@ -53,8 +64,7 @@ class Questions:
 
 
 def asks_one_thing(examples: Sequence[Example]) -> bool:
-    """Whether all examples ask the same and answer differently, as where a voice is taught by one request: then what
-    can be held out is answers."""
+    """Whether all examples have one prompt and different answers, which teach a voice: then answers are held out."""
     if any(example.is_text for example in examples):
         return False
     questions, answers = (
@@ -65,13 +75,13 @@ def asks_one_thing(examples: Sequence[Example]) -> bool:
 
 
 def clusters(examples: Sequence[Example], questions: Questions) -> list[list[int]]:
-    """Positions of examples that must stay together: near-identical prompts (near-identical answers, where all ask one
-    thing), chains of them, and those of one `group`; in order of first member."""
+    """Positions of examples that must stay together, clusters in the order of their first member: those with
+    near-identical prompts (answers, where all have one prompt), chains of these, and those of one `group`."""
     cluster = np.arange(len(questions.index))
     members = {row: [row] for row in cluster.tolist()}
 
     def join(i: int, j: int) -> None:
-        fewer, more = sorted((int(cluster[i]), int(cluster[j])), key=lambda one: len(members[one]))
+        fewer, more = sorted((int(cluster[i]), int(cluster[j])), key=lambda name: len(members[name]))
         if fewer != more:
             cluster[members[fewer]] = more
             members[more] += members.pop(fewer)
@@ -83,20 +93,27 @@ def clusters(examples: Sequence[Example], questions: Questions) -> list[list[int
             join(named.setdefault(example.group, row), row)
     for i, j in questions.index.pairs(rows, lambda i, j: cluster[i] != cluster[j]):
         join(i, j)
-    found: dict[int, list[int]] = defaultdict(list)
+    positions: dict[int, list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
-        found[int(cluster[row])].append(position)
-    return list(found.values())
+        positions[int(cluster[row])].append(position)
+    return list(positions.values())
 
 
 def complete(examples: Examples, share: float = 0.1, questions: Questions | None = None) -> Examples:
-    """Take a missing validation or test split out of training, with no near-identical prompts, and no group, on two
-    sides. Splits that were given stay as they are.
+    """Take missing validation and test splits out of training, so that no near-identical prompts, and no group, are on
+    both sides. Splits that were given stay as they are.
 
-    What is held out is fixed by the data: in whatever order the rows stand, and whatever the seed of a run, so that
-    runs of several seeds are judged on the same examples. questions: of these examples, where they are at hand.
+    Only the data decide which examples are held out, not the order of the rows or the seed of a run, so that runs with
+    different seeds are scored on the same examples. A label keeps its last group in training, unless most groups have a
+    label of their own.
 
-    Raises DataError where that leaves nothing to judge by: too few examples, or too few that differ.
+    Args:
+        examples: with a training split.
+        share: the share of the training examples in each new split.
+        questions: the index of these examples; None to build it.
+
+    Raises:
+        DataError: for too few examples, or too few that differ.
     """
     count = max(1, round(share * len(examples.train)))
     want = {name: count for name, given in examples.by_name().items() if not given}
@@ -104,12 +121,25 @@ def complete(examples: Examples, share: float = 0.1, questions: Questions | None
         return examples
     together = clusters(examples.train, questions or Questions.of(examples))
     taken: dict[str, list[list[int]]] = {"train": [], **{name: [] for name in want}}
-    for members in sorted(together, key=lambda members: _drawn([examples.train[i] for i in members])):
-        side = next((name for name in want if sum(map(len, taken[name])) + len(members) <= want[name]), "train")
+    labels = [{examples.train[i].label for i in members} - {None} for members in together]
+    left = Counter(chain.from_iterable(labels))  # in how many training groups each label is
+    spared = 2 * len(left) <= len(together)  # else most groups have a label of their own: labels are answers
+    drawn = [_drawn([examples.train[i] for i in members]) for members in together]
+    for k in sorted(range(len(together)), key=drawn.__getitem__):
+        members, last = together[k], spared and any(left[label] == 1 for label in labels[k])
+        fitting = (name for name in want if sum(map(len, taken[name])) + len(members) <= want[name])
+        side = "train" if last else next(fitting, "train")
         taken[side].append(members)
+        if side != "train":
+            left.subtract(labels[k])
+
+    def only(group: list[int]) -> bool:
+        """Whether it is the last group of a label."""
+        return spared and any(left[examples.train[i].label] == 1 for i in group if examples.train[i].label)
+
     for name in want:
-        if not taken[name] and len(taken["train"]) > 1:  # each group is larger than the share: the smallest is taken
-            smallest = min(taken["train"], key=len)
+        if not taken[name] and len(taken["train"]) > 1:  # every group is larger than the share
+            smallest = min(taken["train"], key=lambda group: (only(group), len(group)))
             taken["train"].remove(smallest)
             taken[name].append(smallest)
     if not all(taken.values()):
@@ -128,20 +158,28 @@ def complete(examples: Examples, share: float = 0.1, questions: Questions | None
 
 
 def _drawn(members: Sequence[Example]) -> bytes:
-    """As good as random, and always the same for the same messages in any order. One draw for all members: by the least
-    of a draw for each, large groups would come first, and few of what is held out would be independent."""
-    said = sorted(json.dumps([[message.role, message.content] for message in example.messages]) for example in members)
-    return hashlib.sha256(json.dumps(said).encode()).digest()
+    """A pseudorandom key, the same for the same messages in any order. All members share one draw: by the least of
+    several draws, large groups would come first, and few of the held-out examples would be independent."""
+    texts = sorted(json.dumps([[message.role, message.content] for message in example.messages]) for example in members)
+    return hashlib.sha256(json.dumps(texts).encode()).digest()
 
 
 def require_apart(examples: Examples, questions: Questions | None = None) -> int:
-    """Raise DataError naming every example of valid or test that is near-identical to one it is judged apart from
-    (training for both, and validation for test).
+    """Require that no example of valid or test is near-identical to one of training, or one of test to one of valid.
 
-    Near-identical are examples whose prompts are, unless the prompts differ at all and their answers are different
-    (similarity below 0.5): "open[yes]" and "open[no]" ask for two answers. Returns how many of those there are.
-    Where all examples ask one thing, near-identical are those whose answers are. questions: of these examples, where
-    they are at hand.
+    Examples are near-identical when their prompts are, unless the prompts differ at all and their answers are different
+    (similarity below 0.5): "open[yes]" and "open[no]" ask for two answers. Where all examples have one prompt, they are
+    near-identical when their answers are.
+
+    Args:
+        examples: all splits.
+        questions: the index of these examples; None to build it.
+
+    Returns:
+        How many examples have a near-identical prompt on another side, but a different answer.
+
+    Raises:
+        DataError: with every example of valid or test that is near-identical to one on another side.
     """
     questions = questions or Questions.of(examples)
     everything = [(side, example) for side, split in examples.by_name().items() for example in split]
@@ -151,10 +189,10 @@ def require_apart(examples: Examples, questions: Questions | None = None) -> int
         row = questions.row(example)
         held[row].append(position)
         sides[row] |= SIDES[side]
-    leaks: dict[int, int] = {}  # a held-out example, and one that it is judged apart from
+    leaks: dict[int, int] = {}  # by held-out example: a near-identical example on another side
     different: set[int] = set()
 
-    def meet(earlier: Sequence[int], later: Sequence[int]) -> None:
+    def compare(earlier: Sequence[int], later: Sequence[int]) -> None:
         for j in later:
             for i in earlier:
                 if j in leaks or i >= j:
@@ -166,10 +204,10 @@ def require_apart(examples: Examples, questions: Questions | None = None) -> int
                         different.add(j)
 
     for row in np.flatnonzero(_SEVERAL[sides]).tolist():
-        meet(held[row], held[row])
+        compare(held[row], held[row])
     for i, j in questions.index.pairs(held, lambda i, j: _SEVERAL[sides[i] | sides[j]]):
-        meet(held[i], held[j])
-        meet(held[j], held[i])
+        compare(held[i], held[j])
+        compare(held[j], held[i])
     if leaks:
         raise DataError(
             [
@@ -184,13 +222,11 @@ def require_apart(examples: Examples, questions: Questions | None = None) -> int
     return len(different)
 
 
-def _alike(one: Example, other: Example) -> bool:
-    """Of two examples with near-identical prompts: whether knowing one is knowing the other."""
-    if plain(one.question) == plain(other.question):
-        return True
-    return similarity(shingles(one.answer), shingles(other.answer)) >= ALIKE
+def _alike(a: Example, b: Example) -> bool:
+    """Whether two examples with near-identical prompts have the same answer, or the same prompt."""
+    return plain(a.question) == plain(b.question) or similarity(shingles(a.answer), shingles(b.answer)) >= ALIKE
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from anything that names a draw, such as (run seed, "order", epoch)."""
+    """A 63-bit seed from the parts that name a draw, such as (run seed, "order", epoch)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

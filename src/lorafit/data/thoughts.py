@@ -1,6 +1,6 @@
-"""How the reasoning of an answer stands in its text, and how the two are told apart.
+"""Splits the text of an answer into its reasoning and the answer itself, whole or while it is generated.
 
-Where the marks between them are special tokens, these are told in the text, as no others are.
+Special tokens are left out of the text, except those in the marks of reasoning.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Thought:
-    """How reasoning and answer are told apart in a text that was generated: what stands before and after the reasoning.
-    opens: whether the prompt has opened it already. special: tokens of these marks that are left out of texts
-    elsewhere. skipped: what stands before an answer without reasoning in its place, as the name of a channel; "" where
-    nothing does."""
+    """The marks of reasoning in generated text.
+
+    Args:
+        opening: the mark before the reasoning.
+        closing: the mark after it.
+        opens: whether the prompt ends with the opening mark.
+        special: special tokens in these marks.
+        skipped: the mark before an answer without reasoning, such as the name of a channel; "" for none.
+    """
 
     opening: str
     closing: str
@@ -26,7 +31,7 @@ class Thought:
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], special: Collection[int] = ()) -> str:
-    """The text of token ids, without special tokens but those of `special`."""
+    """The text of token ids, without special tokens other than those in `special`."""
     texts = [""]
     for is_special, run in groupby(ids, key=lambda token: token in special):
         texts.append(tokenizer.decode([*run], skip_special_tokens=not is_special, clean_up_tokenization_spaces=False))
@@ -34,32 +39,30 @@ def text_of(tokenizer: Any, ids: Sequence[int], special: Collection[int] = ()) -
 
 
 class Parts:
-    """The reasoning of an answer and the answer itself, apart, as its text comes, both without white space around them.
-    What may be the beginning of a mark, or the end, waits."""
+    """Splits the text of an answer into reasoning and answer while it is generated, both without white space around
+    them. Text that may be the beginning of a mark, and white space at the end, is held back."""
 
     def __init__(self, thought: Thought | None):
-        """thought: how they are told apart; None where all is the answer."""
+        """thought: the marks of reasoning; None where all of the text is the answer."""
         self._thought = thought
-        self._begun = thought is None  # whether it is known what the text begins with
+        self._begun = thought is None  # whether it is known if the text begins with reasoning
         self._thinks = False
         self._held = ""
         self._reasoning, self._answer = _Trimmed(), _Trimmed()
 
     def add(self, text: str, ended: bool = False) -> tuple[str, str]:
-        """Reasoning and answer that can be told now. ended: no more will come."""
+        """Read more text, the last if `ended`, and return the reasoning and the answer that are certain now."""
         thought, reasoning = self._thought, ""
         self._held += text
         if thought is not None and not self._begun:
-            said = self._held.lstrip()
-            marked = said.startswith(thought.opening)
-            begins = (thought.opening, thought.skipped)
-            if not (marked or ended) and any(one.startswith(said) and one != said for one in begins):
+            text = self._held.lstrip()
+            marked = text.startswith(thought.opening)
+            marks = (thought.opening, thought.skipped)
+            if not (marked or ended) and any(mark.startswith(text) and mark != text for mark in marks):
                 return "", ""
             self._begun, self._thinks = True, marked or thought.opens
-            skips = thought.skipped and said.startswith(thought.skipped)
-            self._held = (
-                said.removeprefix(thought.opening if marked else thought.skipped) if marked or skips else (self._held)
-            )
+            if marked or (thought.skipped and text.startswith(thought.skipped)):
+                self._held = text.removeprefix(thought.opening if marked else thought.skipped)
         if thought is not None and self._thinks:
             before, closing, after = self._held.partition(thought.closing)
             begun = next((n for n in range(len(thought.closing) - 1, 0, -1) if before.endswith(thought.closing[:n])), 0)
@@ -74,18 +77,18 @@ class Parts:
 
 
 class _Trimmed:
-    """Text without white space around it, as it comes."""
+    """A text without white space around it, read in pieces."""
 
     def __init__(self) -> None:
         self._begun, self._space = False, ""
 
     def add(self, text: str) -> str:
         text = self._space + text if self._begun else text.lstrip()
-        told = text.rstrip()
-        self._begun, self._space = self._begun or bool(told), text[len(told) :]
-        return told
+        trimmed = text.rstrip()
+        self._begun, self._space = self._begun or bool(trimmed), text[len(trimmed) :]
+        return trimmed
 
 
 def parted(text: str, thought: Thought | None) -> tuple[str, str]:
-    """The reasoning and the answer of a whole text. thought: how they are told apart; None where all is the answer."""
+    """The reasoning and the answer of a whole text. thought: the marks; None where all of it is the answer."""
     return Parts(thought).add(text, ended=True)

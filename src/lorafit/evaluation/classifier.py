@@ -1,4 +1,4 @@
-"""A simple classifier to compare with: TF-IDF and logistic regression, where scikit-learn is installed."""
+"""A simple classifier to compare with: TF-IDF and logistic regression, if scikit-learn is installed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from importlib.util import find_spec
 from lorafit.data.equality import key_of
 from lorafit.data.examples import Example
 
-MOST_ANSWERS = 200  # different ones: a model is fitted for each
-MOST_EXAMPLES, MOST_FEATURES, MOST_CHARACTERS = 4_000, 20_000, 1_000  # what is learnt from, in 200 MB at most
+MOST_ANSWERS = 200  # different answers: a model is fitted for each
+MOST_EXAMPLES, MOST_FEATURES, MOST_CHARACTERS = 4_000, 20_000, 1_000  # of the training set: 200 MB at most
 MOST_WORK = 4_000_000  # examples × different answers × characters of a question: 1 to 5 seconds of one core
 NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
 class Classified:
-    """answers: one to each question, None where there are none; missing: why not. learnt: how many examples were
-    learnt from."""
+    """The result of the classifier.
+
+    Args:
+        answers: An answer to each question; None if there is no classifier.
+        missing: Why there is none.
+        learnt: How many examples it has learnt from.
+    """
 
     answers: list[str] | None
     missing: str | None = None
@@ -27,14 +32,15 @@ class Classified:
 
 
 def classified(known: Sequence[Example], asked: Sequence[Example]) -> Classified | None:
-    """One of the answers in `known` for each question in `asked`. A fault of the classifier ends nothing: it is told.
+    """Answer each question in `asked` with one of the answers in `known`. If the classifier fails, nothing is raised;
+    the result says why.
 
     Args:
-        known: examples to learn from; of many as many, spread, as take MOST_WORK.
-        asked: examples whose questions are answered.
+        known: Examples to learn from. If there are too many for MOST_WORK, only some are used, spread evenly.
+        asked: Examples whose questions are answered.
 
     Returns:
-        None where the examples give nothing to tell apart.
+        The result; None if the examples have only one answer, or too many different ones.
     """
     kinds = len({key_of(example) for example in known})
     if not asked or not 2 <= kinds <= MOST_ANSWERS:
@@ -48,7 +54,7 @@ def classified(known: Sequence[Example], asked: Sequence[Example]) -> Classified
     known = [known[i * len(known) // n] for i in range(n)]
     try:
         return Classified(_answers(known, asked), learnt=n)
-    except Exception as error:  # of a library that scores alone, behind hours of training
+    except Exception as error:  # after hours of training, a library that only adds a score must not end the run
         return Classified(None, f"it failed ({type(error).__name__}: {error})")
 
 
@@ -65,12 +71,12 @@ def _answers(known: Sequence[Example], asked: Sequence[Example]) -> list[str]:
     spelt: dict[str, Counter[str]] = {}
     for example, key in zip(known, wanted, strict=True):
         spelt.setdefault(key, Counter())[example.answer] += 1
-    found = model.predict(features.transform([_asked(example) for example in asked]))
-    return [spelt[str(key)].most_common(1)[0][0] for key in found]
+    predicted = model.predict(features.transform([_asked(example) for example in asked]))
+    return [spelt[str(key)].most_common(1)[0][0] for key in predicted]
 
 
 def _asked(example: Example) -> str:
-    """The end of what comes before the answer, where the question stands."""
+    """The end of the text before the answer, where the question is."""
     return example.question[-MOST_CHARACTERS:]
 
 

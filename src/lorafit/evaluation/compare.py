@@ -1,4 +1,4 @@
-"""Adapter against base (or another adapter) on held-out examples, everything paired."""
+"""Compares an adapter with its base, or with another adapter, on the same held-out examples."""
 
 from __future__ import annotations
 
@@ -12,40 +12,34 @@ from lorafit.bases.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
-from lorafit.evaluation.counting import Counts, are_few, counted, right, scored_and_bare
+from lorafit.evaluation.counting import are_few, counted, right, scored_and_bare
 from lorafit.evaluation.decoding import Decoding
-from lorafit.evaluation.nll import example_nll
-from lorafit.evaluation.scores import AnswerScore, NllScore
+from lorafit.evaluation.scores import AnswerScore, ClassScores, Counts, NllScore, Sample
 from lorafit.evaluation.statistics import paired_bootstrap
-from lorafit.tasks.completion import Way
-from lorafit.tasks.probe import way_of
+from lorafit.tasks.runner import Runner
 
 Watch = Callable[[str, int, int], None]
 SAMPLES = 4
-# Questions answered where no example carries a check: as many as take ANSWERED tokens at most, between two bounds.
+# If no example has a check, as many questions are answered as take ANSWERED tokens, but LEAST to MOST.
 ANSWERED, LEAST, MOST = 8_000, 32, 200
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One question with its reference and both answers. right: whether the adapter's answer is; None where answers are
-    free text, of which nobody can say it without a check."""
-
-    question: str
-    reference: str
-    base: str
-    adapter: str
-    right: bool | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """`base` is what the adapter is compared with: the bare base, or another adapter attached to it.
+    """The result of a comparison. "Base" is the bare base, or the other adapter.
 
-    `shots`: how many answered examples the base was given for `base_few_shot`: as many as asked for, or as fit into its
-    context. `asked`: the positions of the examples that were answered; `nll_of_each`: (base, adapter) of every example.
-    `counts`: right answers, None where none could be counted. `nll` is of answers alone; `reasoning` that of the
-    reasoning before them, None where no example has any.
+    Args:
+        nll: NLL of the answers only, without their reasoning.
+        base: The base's answers.
+        base_few_shot: The base's answers after the shots; None without shots.
+        adapter: The adapter's answers.
+        samples: A few questions with their answers.
+        asked: The positions of the examples that were answered.
+        nll_of_each: The NLL of every example under (base, adapter).
+        counts: Right answers; None if none could be counted.
+        shots: How many answered examples the base was given: as many as asked for, or as fit into its context.
+        reasoning: NLL of the reasoning before the answers; None if no example has any.
+        classes: The scores of a classifier; None for other adapters.
     """
 
     nll: NllScore
@@ -58,6 +52,7 @@ class Comparison:
     counts: Counts | None
     shots: int = 0
     reasoning: NllScore | None = None
+    classes: ClassScores | None = None
 
 
 def compare(
@@ -75,31 +70,44 @@ def compare(
     watch: Watch = lambda what, done, of: None,
     accept_unknown_base: bool = False,
     memory: int | None = None,
-    way: Way | None = None,
+    runner: Runner | None = None,
 ) -> Comparison:
-    """Score base and adapter on the same examples. `rows` are the examples rendered.
+    """Score base and adapter on the same examples. It has more than six parameters; those that are set by name are
+    optional.
 
-    Those that carry a check, or whose answer is a call, are answered, and of the others as `asked_of` says; with
-    `answer_all` every question there is. Answers are decoded greedily, at most a quarter longer than the longest
-    reference answer (plus 8 tokens). shots_from: examples that give the shots. known: what the adapter was trained on,
-    by which answers are known to be few and from which the classifier of the counts learns. memory: bytes that decoding
-    may take, None for as much as goes well. way: as `way_of` measured it on the bare base, measured here where it is
-    not given; both are scored in the same one.
+    Answers are decoded greedily, with at most `answer_tokens` tokens.
+
+    Args:
+        base: The base, with nothing attached.
+        adapter: The adapter.
+        renderer: Renders the prompts.
+        examples: The examples.
+        rows: The examples as rows.
+        against: Another adapter to compare with; None for the bare base.
+        shots_from: The examples from which shots are taken.
+        shots: How many shots the base is given.
+        known: The examples that the adapter was trained on. They decide whether answers count as few, and a simple
+            classifier learns from them.
+        answer_all: Whether every question is answered, not only those of `asked_of`.
+        watch: Called with the name of the work, how much of it is done, and how much there is.
+        accept_unknown_base: Attach adapters that do not say which base they belong to.
+        memory: Bytes that decoding may take; None for no limit.
+        runner: How the base is run; None to measure it here.
     """
-    way = way or way_of(base, rows)
+    runner = runner or Runner.of(base, rows)
     budget = answer_tokens(rows)
     asked = asked_of(examples, rows, known, answer_all)
     questions = [examples[i] for i in asked]
 
-    def told(what: str) -> Callable[[int, int], None]:
+    def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, of: watch(what, done, of)
 
     answers_of, thoughts_of = [row.only(False) for row in rows], [row.only(True) for row in rows if row.reasoning]
 
-    def nll_of(name: str, one: Adapter | None) -> tuple[list[float], list[float]]:
-        with attach(base, one, accept_unknown_base=accept_unknown_base) if one else nullcontext():
-            thought = example_nll(base, thoughts_of, told(f"{name}: NLL of reasoning"), way) if thoughts_of else []
-            return example_nll(base, answers_of, told(f"{name}: NLL"), way), thought
+    def nll_of(name: str, by: Adapter | None) -> tuple[list[float], list[float]]:
+        with attach(base, by, accept_unknown_base=accept_unknown_base) if by else nullcontext():
+            thought = runner.nll(thoughts_of, progress(f"{name}: NLL of reasoning")) if thoughts_of else []
+            return runner.nll(answers_of, progress(f"{name}: NLL")), thought
 
     other = "base" if against is None else "other adapter"
     (base_nll, base_thought), (adapter_nll, adapter_thought) = nll_of(other, against), nll_of("adapter", adapter)
@@ -109,15 +117,15 @@ def compare(
     with Decoding(base, renderer, longest, budget, memory, accept_unknown_base) as decoding:
 
         def answered(what: str, prompts: Sequence[list[int]], by: Adapter | None) -> AnswerScore:
-            return score_answers(questions, decoding.answers(prompts, by, told(what)), renderer)
+            return score_answers(questions, decoding.answers(prompts, by, progress(what)), renderer)
 
         base_answers = answered(f"{other}: answers", plain, against)
         few = answered(f"base, {len(given)} examples given", shown_examples, None) if given else None
         adapter_answers = answered("adapter: answers", plain, adapter)
     who = {"base": base_answers, "adapter": adapter_answers} | ({"base_few_shot": few} if few else {})
-    correct = {name: one.correct for name, one in who.items()}
+    correct = {name: score.correct for name, score in who.items()}
     unasked = len({*scored_and_bare(examples)[1]} - {*asked})
-    counts = counted(questions, {name: one.answers for name, one in who.items()}, known, correct, unasked)
+    counts = counted(questions, {name: score.answers for name, score in who.items()}, known, correct, unasked)
     samples = _samples(questions, base_answers.answers, adapter_answers.answers, counts, adapter_answers.correct)
     nll = nll_score(base_nll, adapter_nll, [example.group for example in examples])
     groups = [examples[i].group for i in sorted({row.example for row in thoughts_of})]
@@ -131,9 +139,17 @@ def compare(
 def asked_of(
     examples: Sequence[Example], rows: Sequence[Row], known: Sequence[Example] = (), answer_all: bool = False
 ) -> list[int]:
-    """Positions of the examples that are answered: with answer_all every question; else those that are scored, and,
-    where none is or the other answers are few, as many of the others, spread, as take about ANSWERED tokens (LEAST to
-    MOST). known: what the adapter was trained on."""
+    """The positions of the examples that are answered.
+
+    These are all examples that can be scored or that must be declined. If none can be scored, or if the other answers
+    are few, some of the others are added: as many as take about ANSWERED tokens, but LEAST to MOST.
+
+    Args:
+        examples: The examples.
+        rows: The examples as rows.
+        known: The examples that the adapter was trained on.
+        answer_all: Whether every question is answered.
+    """
     if answer_all:
         return [i for i, example in enumerate(examples) if not example.is_text]
     checked, bare = scored_and_bare(examples)
@@ -144,22 +160,22 @@ def asked_of(
 
 
 def answer_tokens(rows: Sequence[Row]) -> int:
-    """Tokens that an answer may have: a quarter more than the longest reference, and 8."""
+    """The longest answer in tokens: a quarter more than the longest reference, plus 8."""
     return 5 * max(row.n_trained for row in rows) // 4 + 8
 
 
 def nll_score(base: Sequence[float], adapter: Sequence[float], groups: Sequence[str | None]) -> NllScore:
-    """Paired difference adapter − base with its interval."""
-    found = paired_bootstrap([a - b for a, b in zip(adapter, base, strict=True)], groups)
+    """The paired difference adapter − base with its interval."""
+    interval = paired_bootstrap([a - b for a, b in zip(adapter, base, strict=True)], groups)
     n = len(base)
     mean = (sum(adapter) - sum(base)) / n
-    return NllScore(sum(base) / n, sum(adapter) / n, mean, (found.low, found.high) if found else None, n)
+    return NllScore(sum(base) / n, sum(adapter) / n, mean, (interval.low, interval.high) if interval else None, n)
 
 
 def _fitting(
     base: Base, renderer: Renderer, questions: Sequence[Example], shots: list[Example], budget: int
 ) -> list[Example]:
-    """As many of the shots, the last ones first, as fit into the base's context with every question and an answer."""
+    """The last shots, as many as fit into the base's context together with any question and an answer."""
     while shots and base.context is not None:
         if max(map(len, prompts_of(renderer, questions, shots))) + budget <= base.context:
             break
@@ -178,11 +194,11 @@ def _samples(
     counts: Counts | None,
     correct: Sequence[bool | None],
 ) -> tuple[Sample, ...]:
-    """A few questions with their answers: half of them wrong ones, which come first, where so many are; the others
-    spread, the last one a question to decline where there is one. correct: as in AnswerScore, of the adapter."""
-    told = counts is not None and counts.tells and not counts.unchecked
+    """A few questions with their answers: first the wrong ones, up to half, then others, spread over the set. The last
+    one is a question to decline, if there is one. correct: of the adapter, as in AnswerScore."""
+    scored = counts is not None and counts.tells and not counts.unchecked
     good = [
-        right(q, text, fine) if told or q.is_scored else None
+        right(q, text, fine) if scored or q.is_scored else None
         for q, text, fine in zip(questions, adapter, correct, strict=True)
     ]
     wrong = [i for i, fine in enumerate(good) if fine is False]
@@ -193,6 +209,4 @@ def _samples(
     declining = [i for i, q in enumerate(questions) if q.check is not None and q.check.declines]
     if declining and not set(declining) & set(chosen):
         chosen[-1] = declining[0]
-    return tuple(
-        Sample(questions[i].messages[-2].text, questions[i].answer, base[i], adapter[i], good[i]) for i in chosen
-    )
+    return tuple(Sample(questions[i].asked, questions[i].answer, base[i], adapter[i], good[i]) for i in chosen)

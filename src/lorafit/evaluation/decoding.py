@@ -1,7 +1,7 @@
-"""Greedy answers to many prompts, from the bare base or an adapter on it.
+"""Answers many prompts by greedy decoding, with the bare base or with an adapter.
 
-The engine answers wherever it serves the base, so that what is measured is what will be served; transformers' own
-`generate` answers for the other families.
+The engine of the server answers if it serves the base, so that the served model is measured; for other families
+`generation.greedy.generate` answers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lorafit.serving import Engine, Request
 from lorafit.serving.families import same_for_all, servable
 from lorafit.serving.pace import MOST
 
-SLOTS = 32  # answers at a time: with more, a step of SmolLM2 takes as long as it has tokens more
-PROBES = 2  # slots that an engine has besides
+SLOTS = 32  # answers at a time: with more, the time of a step of SmolLM2 grows with its tokens
+PROBES = 2  # additional slots of an engine
 KEPT = 1 << 30  # bytes of keys and values at most
-STEP = MOST + SLOTS  # tokens of a step at most: pieces of prompts, and one of each answer
-WIDE = 10  # numbers held for each of them, in widths of the widest layer: what goes into it and out, and the stream
-UNHURRIED = 1e6  # seconds a step may take: nobody waits for the next token
+STEP = MOST + SLOTS  # tokens of a step at most: pieces of prompts, and one token of each answer
+WIDE = 10  # numbers held for each token of a step, in multiples of the widest layer
+UNHURRIED = 1e6  # seconds that a step may take, because nobody waits for the next token
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 class Decoding:
     """Answers prompts until it is closed: `with Decoding(base, renderer, longest, most) as decoding: ...`.
 
-    Nothing may be attached to the base, nor be attached to it meanwhile.
+    Nothing may be attached to the base while it is open.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Decoding:
     ):
         """
         Args:
-            base: what answers.
-            renderer: whose tokens end an answer.
-            longest: tokens of the longest prompt.
-            most: tokens of an answer at most; fewer where the base's context ends before.
-            memory: bytes that decoding may take; None for as many as go well.
-            accept_unknown_base: attach adapters that do not say which base they belong to.
+            base: The base.
+            renderer: Its tokens end an answer.
+            longest: Tokens of the longest prompt.
+            most: The most tokens of an answer; fewer if the base's context ends before.
+            memory: Bytes that decoding may take; None for no limit.
+            accept_unknown_base: Attach adapters that do not say which base they belong to.
         """
         self.base, self.renderer, self.longest, self.most = base, renderer, longest, most
         self._memory, self._accept = memory, accept_unknown_base
@@ -69,13 +69,13 @@ class Decoding:
         self._let_go()
 
     def _let_go(self) -> None:
-        """Close the engine, which has the model to itself while it is open."""
+        """Close the engine; while it is open, no other code may use the model."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None
 
     def _opened(self) -> Engine | None:
-        """The engine, opened for the first prompts; None where it does not serve the base, or none as long."""
+        """The engine, opened at the first call; None if it does not serve the base, or no prompts of this length."""
         if self._engine is None:
             try:
                 model = servable(self.base)
@@ -100,12 +100,12 @@ class Decoding:
     def answers(
         self, prompts: Sequence[list[int]], adapter: Adapter | None = None, progress: Progress = lambda done, of: None
     ) -> list[Answer]:
-        """Answer prompts (token ids), in their order.
+        """The answers to the prompts, in their order.
 
         Args:
-            prompts: none longer than `longest`.
-            adapter: what answers with the base; None for the bare base.
-            progress: called with the answers that are done, of how many.
+            prompts: Token ids; none is longer than `longest`.
+            adapter: The adapter; None for the bare base.
+            progress: Called with the number of answers that are done, and of all answers.
         """
         if not prompts:
             return []
@@ -123,32 +123,33 @@ class Decoding:
         self, engine: Engine, prompts: Sequence[list[int]], most: int, adapter: Adapter | None, progress: Progress
     ) -> list[Answer]:
         name = None
-        if adapter is not None:  # published untried: one that changes nothing is measured like any other
+        if (
+            adapter is not None
+        ):  # published without the test of a new adapter: one that changes nothing is measured, too
             version = engine.adapters.add("measured", adapter)
             engine.adapters.publish(version)
             name = version.name
         try:
-            told = self.renderer.told
-            asked = [Request(tuple(prompt), name, max_tokens=most, special=told) for prompt in prompts]
-            waiting = engine.submit_all(asked)
-            found = []
+            special = self.renderer.special
+            requests = [Request(tuple(prompt), name, max_tokens=most, special=special) for prompt in prompts]
+            answers = []
             progress(0, len(prompts))
-            for answer in waiting:
-                found.append(_answer(answer, self.renderer))
-                progress(len(found), len(prompts))
-            return found
+            for waiting in engine.submit_all(requests):
+                answers.append(_answer(waiting, self.renderer))
+                progress(len(answers), len(prompts))
+            return answers
         finally:
             if name is not None:
                 engine.unload(name)
 
 
 def bytes_held(base: Base, room: int, memory: int | None = None) -> int:
-    """Bytes that decoding holds at most, beside the base.
+    """The most bytes that decoding holds in addition to the base.
 
     Args:
-        base: what answers.
-        room: tokens of the longest prompt with its answer.
-        memory: bytes that it may take; None for as many as go well. The least that it needs may be more.
+        base: The base.
+        room: Tokens of the longest prompt with its answer.
+        memory: Bytes that decoding may take; None for no limit. The least that it needs may be more.
     """
     return (_slots(base, room, memory) + PROBES) * bytes_per_token(base) * room + _working(base)
 
@@ -160,16 +161,16 @@ def _slots(base: Base, room: int, memory: int | None) -> int:
 
 
 def _working(base: Base) -> int:
-    """Bytes that a step of the engine holds at most."""
+    """The most bytes that a step of the engine holds."""
     return STEP * WIDE * base.widest * base.dtype.itemsize
 
 
 def _answer(waiting: Waiting, renderer: Renderer) -> Answer:
     try:
         result = waiting.result()
-    except RequestError:  # the adapter gives no finite numbers there: no answer, and a wrong one
+    except RequestError:  # the adapter gives no finite numbers there: this counts as a wrong answer
         return Answer("", False)
     except CancelledError as error:
         raise BaseError(f"answers could not be decoded ({error}): give more memory (--memory), or free some") from error
-    reasoning, said = parted(result.text, renderer.thought)
-    return Answer(said, result.finish == "stop", tuple(token.id for token in result.tokens), reasoning)
+    reasoning, text = parted(result.text, renderer.thought)
+    return Answer(text, result.finish == "stop", tuple(token.id for token in result.tokens), reasoning)

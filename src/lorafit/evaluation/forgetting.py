@@ -1,4 +1,4 @@
-"""Forgetting: NLL of general text with the adapter and without."""
+"""Measures forgetting: the NLL of general text with the adapter and without it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from typing import Any
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.attachment.adapters import attach
-from lorafit.bases.base import Base
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import nll_score
-from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.scores import NllScore
 from lorafit.files import text_of
-from lorafit.tasks.completion import Way
+from lorafit.tasks.runner import Runner
 
-LONGEST, MOST = 256, 100  # tokens of a piece; pieces read of a text
+LONGEST, MOST = 256, 100  # the most tokens of a row; the most rows of a text
 BUILTIN = "general.txt"
 
 
 def general_text(named: str | None = None) -> tuple[str, list[str]]:
-    """Where general text comes from, and its paragraphs: a file that is named, or our own few pages."""
+    """The source of the general text, and its paragraphs. named: a file; None for the built-in pages."""
     if named is None:
         text = files("lorafit.evaluation").joinpath(BUILTIN).read_text(encoding="utf-8")
         source = "the built-in pages"
@@ -39,10 +37,17 @@ def general_text(named: str | None = None) -> tuple[str, list[str]]:
 def general_rows(
     tokenizer: Any, paragraphs: Sequence[str], context: int | None, vocabulary: int | None = None
 ) -> list[Row]:
-    """A row for every paragraph, several for a long one, MOST in all, spread; all tokens but the first count.
+    """A row for every paragraph, several for a long one, and at most MOST in all, spread evenly. All tokens but the
+    first count.
 
-    context: the most tokens the model reads. vocabulary: the token ids that it has a row for are below it; None: all.
-    Raises SettingsError for a text with another.
+    Args:
+        tokenizer: The base's tokenizer.
+        paragraphs: The text.
+        context: The most tokens that the model reads; None for no limit.
+        vocabulary: The number of token ids for which the model has an embedding; None for all.
+
+    Raises:
+        SettingsError: The text has a token without an embedding.
     """
     width = min(LONGEST, context or LONGEST)
     pieces = [
@@ -61,10 +66,9 @@ def general_rows(
 
 
 def forgetting(
-    base: Base,
+    runner: Runner,
     adapter: Adapter,
     general: Mapping[str, Sequence[Row]],
-    way: Way,
     watch: Callable[[int, int], None] = lambda done, of: None,
     *,
     against: Adapter | None = None,
@@ -73,29 +77,28 @@ def forgetting(
     """NLL of general text without the adapter and with it.
 
     Args:
-        base: the base the adapter belongs to.
-        adapter: what may have made it forget.
-        general: rows of text, by its source.
-        way: how rows are computed.
-        watch: called with the texts scored so far, of how many.
-        against: what the adapter is compared with, in place of the bare base.
-        accept_unknown_base: attach adapters that do not say which base they belong to.
+        runner: The adapter's base, and how it is run.
+        adapter: The adapter.
+        general: Rows of general text, by source.
+        watch: Called with the number of texts that are scored, and of all texts.
+        against: Another adapter to compare with; None for the bare base.
+        accept_unknown_base: Attach adapters that do not say which base they belong to.
 
     Returns:
-        By source, base against adapter, paired by row.
+        The paired scores of base and adapter, by source.
     """
     done = 0
     watch(0, 2 * len(general))
 
     def scored(by: Adapter | None) -> dict[str, list[float]]:
         nonlocal done
-        found = {}
-        with attach(base, by, accept_unknown_base=accept_unknown_base) if by else nullcontext():
+        nll = {}
+        with attach(runner.base, by, accept_unknown_base=accept_unknown_base) if by else nullcontext():
             for source, rows in general.items():
-                found[source] = example_nll(base, rows, way=way)
+                nll[source] = runner.nll(rows)
                 done += 1
                 watch(done, 2 * len(general))
-        return found
+        return nll
 
     before, after = scored(against), scored(adapter)
     return {source: nll_score(before[source], after[source], [None] * len(before[source])) for source in general}

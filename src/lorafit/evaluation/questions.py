@@ -1,4 +1,4 @@
-"""Held-out questions on which two adapters are compared by how many they answer right."""
+"""Held-out questions with known answers, on which adapters are compared by how many they answer right."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from lorafit.evaluation.decoding import Decoding
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions of which it is known what a right answer is.
+    """Questions whose answers can be scored.
 
-    most: tokens of an answer at most. memory: bytes that decoding may take; None for as many as go well.
+    Args:
+        base: The base.
+        renderer: Renders the prompts.
+        examples: The questions.
+        most: The most tokens of an answer.
+        memory: Bytes that decoding may take; None for no limit.
     """
 
     base: Base
@@ -37,9 +42,17 @@ class Questions:
         known: Sequence[Example],
         memory: int | None = None,
     ) -> Questions | None:
-        """At most MOST of those among `examples` that are asked when answers are counted (`asked_of`); None where
-        nothing says what is right: none carries a check or asks for a call, and their answers are not few different
-        ones. rows: the examples rendered. known: what the adapter was trained on."""
+        """Choose at most MOST questions among those of `asked_of`; None if no answer can be scored: no example has a
+        check or asks for a call, and the answers are not few.
+
+        Args:
+            base: The base.
+            renderer: Renders the prompts.
+            examples: The examples to choose from.
+            rows: The examples as rows.
+            known: The examples that the adapter was trained on.
+            memory: Bytes that decoding may take; None for no limit.
+        """
         checked, bare = scored_and_bare(examples)
         if not checked and not are_few([examples[i] for i in bare], known):
             return None
@@ -48,7 +61,7 @@ class Questions:
         return Questions(base, renderer, tuple(asked), answer_tokens(rows), memory)
 
     def right(self, adapter: Adapter, progress: Callable[[int, int], None]) -> int:
-        """How many of them the adapter answers right. Nothing may be attached to the base."""
+        """How many questions the adapter answers right. Nothing may be attached to the base."""
         prompts = prompts_of(self.renderer, self.examples)
         with Decoding(self.base, self.renderer, max(map(len, prompts)), self.most, self.memory) as decoding:
             score = score_answers(self.examples, decoding.answers(prompts, adapter, progress), self.renderer)

@@ -1,4 +1,4 @@
-"""Paired statistics. Intervals are 95 %."""
+"""Paired statistics: bootstrap intervals, the sign test, and Wilson's interval. Intervals are 95 %."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from statistics import NormalDist
 
 import numpy as np
 
+from lorafit.data.split import FEWEST, groups_of
 from lorafit.evaluation.scores import Interval
 
 RESAMPLES = 10_000
-FEWEST = 10  # independent pieces of evidence below which no interval is given
-
-
-def groups_of(names: Sequence[str | None]) -> list[str]:
-    """The group of every example; one without a name is a group of its own."""
-    return [f"\0{i}" if name is None else name for i, name in enumerate(names)]
 
 
 def paired_bootstrap(
     differences: Sequence[float], groups: Sequence[str | None] | None = None, level: float = 0.95
 ) -> Interval | None:
-    """Mean of per-example differences with its bootstrap interval (Efron 1979), seeded: percentiles, farther apart for
-    few examples (Hesterberg 2015, "What Teachers Should Know about the Bootstrap", section 4.1: "expanded percentile").
-    level: how often it holds; each end alone holds in (1 + level) / 2.
+    """The mean of per-example differences with its seeded bootstrap interval (Efron 1979).
 
-    Examples that share a group are drawn together: they are not independent evidence. None below `FEWEST` groups, where
-    the interval would be far too narrow (of one example it has no width at all). How often it covers: docs/log.md.
+    The percentiles are expanded for few examples (Hesterberg 2015, "What Teachers Should Know about the Bootstrap",
+    section 4.1). docs/log.md says how often the interval covers.
+
+    Args:
+        differences: One difference per example.
+        groups: The group of every example. The examples of a group are drawn together, because they are not
+            independent.
+        level: The coverage of the interval; each end on its own holds in (1 + level) / 2.
+
+    Returns:
+        None for fewer than `FEWEST` groups, for which the interval would be far too narrow.
     """
     values = np.asarray(differences, dtype=np.float64)
     _, member = np.unique(groups_of(groups or [None] * len(values)), return_inverse=True)
@@ -46,30 +48,33 @@ def paired_bootstrap(
 
 
 def detectable(values: Sequence[float], groups: Sequence[str | None] | None = None) -> float | None:
-    """The smallest difference of means that as many examples would show four times in five (power 0.8 at 95 %), if the
-    differences varied as much as `values` do; NLLs of one example under two adapters vary less apart. None below
-    `FEWEST` groups."""
-    found = paired_bootstrap(values, groups)
-    if found is None:
+    """The smallest difference of means that these examples would detect with power 0.8 at 95 %, if differences varied
+    as much as `values`; the differences between two adapters usually vary less. None for fewer than `FEWEST` groups."""
+    interval = paired_bootstrap(values, groups)
+    if interval is None:
         return None
     z = NormalDist().inv_cdf
-    return (found.high - found.low) / 2 / z(0.975) * (z(0.975) + z(0.8))
+    return (interval.high - interval.low) / 2 / z(0.975) * (z(0.975) + z(0.8))
 
 
 def sign_test(differences: Sequence[float], groups: Sequence[str | None]) -> tuple[int, int, float]:
-    """Groups whose mean difference is above zero, those below it, and how likely a coin would part them as unevenly:
-    two-sided and exact (Conover 1999, section 3.4); of single examples that are right or wrong it is McNemar's test."""
+    """The two-sided exact sign test of groups (Conover 1999, section 3.4); for single examples that are right or wrong
+    it is McNemar's test.
+
+    Returns:
+        The groups with a mean difference above zero, those below zero, and the p-value.
+    """
     sums: dict[str, float] = {}
     for name, difference in zip(groups_of(groups), differences, strict=True):
         sums[name] = sums.get(name, 0.0) + difference
-    above, below = sum(one > 0 for one in sums.values()), sum(one < 0 for one in sums.values())
+    above, below = sum(total > 0 for total in sums.values()), sum(total < 0 for total in sums.values())
     n = above + below
     tail = sum(math.comb(n, k) for k in range(min(above, below) + 1))
     return above, below, min(1.0, 2 * tail / 2**n)
 
 
 def student(df: int, share: float = 0.975) -> float:
-    """A quantile of Student's t, to 2e-5 from 9 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    """A quantile of Student's t, with an error below 2e-5 from 9 degrees of freedom (Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(share)
     terms = (
         (z**3 + z) / 4,
@@ -81,8 +86,8 @@ def student(df: int, share: float = 0.975) -> float:
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
-    """Interval of a proportion (Wilson 1927); (0, 1) where n is 0. For grouped answers, n is the number of groups and
-    `right` the share of right answers times that: a group counts as one piece of evidence."""
+    """The interval of a proportion (Wilson 1927); (0, 1) if n is 0. For grouped answers, n is the number of groups, and
+    `right` is the share of right answers times n, so that a group counts as one example."""
     if n == 0:
         return 0.0, 1.0
     z = 1.959963984540054

@@ -1,1 +1,1 @@
-"""Decoding for evaluation and chat."""
+"""Decoding with transformers' generate, and text from tokens."""

@@ -1,4 +1,4 @@
-"""How long what is ahead of a run takes, in words, before it begins."""
+"""Estimates, in words, of how long the search, the training and the evaluation of a run will take."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from lorafit.training.processes import Processes
 from lorafit.training.trunk import room_for
 
 
-class Ahead:
-    """By a few steps that are tried, or by those that were done before a stop. forward: seconds of a token in one, None
-    where they are not known."""
+class TimeEstimate:
+    """Estimates times from a few steps that it tries, or from the steps that a stopped run has done.
+
+    Args:
+        opened: Base, data and decision.
+        settings: The run's settings.
+        out: The run's folder.
+        forward: Seconds per token of a forward; None if it was not measured.
+        processes: The processes of the run.
+    """
 
     def __init__(self, opened: Opened, settings: TrainSettings, out: Path, forward: float | None, processes: Processes):
         self._opened, self._settings, self._out = opened, settings, out
@@ -28,7 +35,7 @@ class Ahead:
         self._cost: Forecast | None = None
 
     def of_search(self, card: Card | None) -> str:
-        """How long the search takes at most; "" where none is ahead."""
+        """A sentence with the longest time that the search takes; "" if there is no search."""
         if (self._out / PLAN).exists():
             return ""
         steps = search_steps(self._opened, self._settings, card, self._out)
@@ -39,7 +46,7 @@ class Ahead:
         return f"the search before training takes at most about {clock(steps * self._cost.step)}: {what}"
 
     def of_run(self, decision: Decision) -> str:
-        """How long training and evaluation take."""
+        """A sentence with the time that training and evaluation take."""
         opened = self._opened
         at_start = replace(opened, decision=decision, start=start_of(opened, decision.plan))
         done, seconds = pace(self._out / CHECKPOINTS / LAST)

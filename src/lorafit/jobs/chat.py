@@ -1,4 +1,4 @@
-"""A conversation with a base and its adapters, rendered as they were trained."""
+"""Chat with a base and its adapters: lines that the user types go in, pieces of answers come out."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lorafit.data.render import Renderer, renderer_for
 from lorafit.data.thoughts import parted
 from lorafit.errors import NotServedError, SettingsError
 from lorafit.generation.greedy import stream
-from lorafit.server.client import ALONE
+from lorafit.server.client import ALONE as SINGLE_QUESTIONS
 from lorafit.serving import Engine, Request
 
 BASE = "base"
-LONGEST = 8192  # tokens of a conversation: keys and values of a large base take a gigabyte for them
+LONGEST = 8192  # tokens of a conversation, for which the keys and values of a large base take a gigabyte
 HELP = """/base            only the bare base answers
-/adapter [NAME]  only that adapter answers; NAME may be the folder of another one
+/adapter [NAME]  only that adapter answers; NAME may be the folder of another adapter
 /both            base and adapter answer, one after the other
-/remember        keep in mind what was said also for an adapter that was trained on single questions, or no more
+/remember        send the whole conversation also to an adapter that was trained on single questions; again: stop that
 /new             forget the conversation
 /quit            leave (also Ctrl-D)
 Ctrl-C           stop an answer, or drop the line; twice at an empty line: leave"""
@@ -37,11 +37,20 @@ Emit = Callable[[str], None]
 
 @dataclass
 class Chat:
-    """Who answers, and what each has said. Every speaker keeps a history of its own: its answers, not another's.
+    """The speakers (the base and the open adapters) and their conversations. Each speaker has its own history, which
+    holds only its own answers.
 
-    accept_unknown_base: attach adapters that do not say which base they belong to. template: settings of the base's
-    chat template, for who was not trained with others. remembers: what was said before is asked along also of an
-    adapter that was trained on single questions, which has never seen an answer of its own.
+    Args:
+        base: The base.
+        system: The system prompt; None for that of the adapter or the template.
+        max_new_tokens: The longest answer, in tokens.
+        accept_unknown_base: Attach adapters that do not say which base they belong to.
+        template: Settings of the base's chat template, for speakers that were not trained with others.
+        adapters: The open adapters, by name.
+        folders: Their folders, by name.
+        speaking: Names of the speakers that answer the next question.
+        histories: Messages by speaker.
+        remembers: Send the whole conversation also to adapters that were trained on single questions.
     """
 
     base: Base
@@ -58,12 +67,17 @@ class Chat:
     _tried: bool = False
 
     def add(self, folder: str | Path) -> str:
-        """Read an adapter, or a run's, and let it speak; returns the name it got. Raises what reading and attaching
-        raise: an adapter that does not fit is never half there."""
+        """Open an adapter and let only it answer; returns its name. Raises what reading and attaching raise, and then
+        changes nothing.
+
+        Args:
+            folder: An adapter folder, or a run.
+        """
+        peft.require_writes(folder)
         folder = peft.adapter_folder(folder)
         adapter = peft.read(folder)
         require_fits(self.base, adapter, accept_unknown_base=self.accept_unknown_base)
-        self._renderer(adapter)  # which must be the one that it was trained with
+        self._renderer(adapter)  # raises if it was trained with another chat template
         folder = folder.resolve()
         folder = folder.parent if folder.name == "adapter" else folder
         name = self._name(folder)
@@ -71,7 +85,7 @@ class Chat:
         return name
 
     def _name(self, folder: Path) -> str:
-        """The end of the folder's path, as much of it as no other speaker is called by."""
+        """The shortest end of the folder's path that is not the name of another speaker."""
         ends = (str(Path(*folder.parts[-n:])) for n in range(1, len(folder.parts) + 1))
         return next(name for name in ends if name != BASE and self.folders.get(name, folder) == folder)
 
@@ -81,7 +95,8 @@ class Chat:
         return renderer_for(self.base, self.system, like, settings=settings, reasoning=True)
 
     def command(self, line: str) -> str:
-        """Obey a line that begins with a slash; returns what there is to say. Raises SettingsError for others."""
+        """Run a command, a line that begins with a slash; returns its message. Raises SettingsError for an unknown
+        command."""
         word, _, name = line.strip().partition(" ")
         name = name.strip()
         if word == "/new":
@@ -91,38 +106,42 @@ class Chat:
             return HELP
         if word == "/remember":
             self.remembers = not self.remembers
-            return "what was said is asked along" if self.remembers else self.remark() or "each is asked as trained"
+            return (
+                "the whole conversation is sent"
+                if self.remembers
+                else self.remark() or "each is asked as it was trained"
+            )
         if word == "/base":
             self.speaking = (BASE,)
         elif word in {"/adapter", "/both"}:
             chosen = self._choose(name)
             self.speaking = (BASE, chosen) if word == "/both" else (chosen,)
-            said = f"answering: {' and '.join(self.speaking)}{self._told_apart(chosen)}"
-            return "\n".join(filter(None, (said, self.remark())))
+            message = f"answering: {' and '.join(self.speaking)}{self._which(chosen)}"
+            return "\n".join(filter(None, (message, self.remark())))
         else:
             raise SettingsError(f"{word}: no such command: type one of\n{HELP}")
         return f"answering: {' and '.join(self.speaking)}"
 
     def remark(self) -> str:
-        """What is to be said of those who answer; "" where there is nothing."""
-        alone = [name for name in self.speaking if self._asks_alone(name)]
-        return ALONE.format(" and ".join(alone), "was" if len(alone) == 1 else "were") if alone else ""
+        """Names the speakers that get each question without the conversation before it; "" if there are none."""
+        names = [name for name in self.speaking if self._takes_single_questions(name)]
+        return SINGLE_QUESTIONS.format(" and ".join(names), "was" if len(names) == 1 else "were") if names else ""
 
-    def _asks_alone(self, name: str) -> bool:
-        """Whether each question is asked by itself."""
+    def _takes_single_questions(self, name: str) -> bool:
+        """Whether the speaker gets each question without the conversation before it."""
         adapter = self.adapters.get(name)
         return not self.remembers and bool(adapter and adapter.rendering and adapter.rendering.single)
 
     def _choose(self, name: str) -> str:
         if name and name not in self.adapters:
             return self.add(Path(name))
-        known = [name] if name else [*(one for one in self.speaking if one != BASE), *self.adapters][:1]
+        known = [name] if name else [*(speaker for speaker in self.speaking if speaker != BASE), *self.adapters][:1]
         if not known:
             raise SettingsError("no adapter is open: open one with /adapter FOLDER")
         return known[0]
 
-    def _told_apart(self, name: str) -> str:
-        """Which one a name means, where it could mean another."""
+    def _which(self, name: str) -> str:
+        """Says which adapter a name means, if it could mean another."""
         folder = self.folders[name]
         if name != folder.name:
             return f" ({folder.name} is another)"
@@ -132,9 +151,17 @@ class Chat:
     def ask(
         self, text: str, emit: Emit, begin: Emit = lambda name: None, end: Callable[[], None] = lambda: None
     ) -> None:
-        """Let everyone who speaks answer. emit: called with each piece of text; begin: with the name of who begins to
-        speak; end: when it has spoken. Raises SettingsError for what cannot be asked. A turn that is refused, or
-        stopped before its first word, is not remembered."""
+        """Let every speaker answer. A turn that is refused, or stopped before its first word, is not remembered.
+
+        Args:
+            text: The question.
+            emit: Called with each piece of an answer.
+            begin: Called with the name of the next speaker, before its answer.
+            end: Called after each answer.
+
+        Raises:
+            SettingsError: The question cannot be asked, for example because it is too long.
+        """
         _require_unicode(text)
         for name in self.speaking:
             begin(name)
@@ -142,28 +169,28 @@ class Chat:
             renderer = self._renderer(adapter)
             history = self.histories.setdefault(name, [])
             history.append(Message("user", text))
-            said: list[str] = []
+            pieces: list[str] = []
             ended = False
 
-            def told(piece: str, said: list[str] = said) -> None:
-                said.append(piece)
+            def keep_and_emit(piece: str, pieces: list[str] = pieces) -> None:
+                pieces.append(piece)
                 emit(piece)
 
             try:
-                prompt = self._fitting(renderer, history[-1:] if self._asks_alone(name) else history)
-                self._speak(adapter, renderer, prompt, self._room(len(prompt)), told)
+                prompt = self._fitting(renderer, history[-1:] if self._takes_single_questions(name) else history)
+                self._speak(adapter, renderer, prompt, self._room(len(prompt)), keep_and_emit)
                 ended = True
             finally:
-                reasoning, answer = parted("".join(said), renderer.thought)
-                if answer or reasoning or ended:  # one that was stopped stays, as far as it came
+                reasoning, answer = parted("".join(pieces), renderer.thought)
+                if answer or reasoning or ended:  # a stopped answer is kept, too
                     history.append(Message("assistant", answer, reasoning=reasoning))
                 else:
                     history.pop()
             end()
 
     def _speak(self, adapter: Adapter | None, renderer: Renderer, prompt: list[int], room: int, emit: Emit) -> None:
-        """Answer by the engine, which keeps what it has read of a conversation; without, where it refuses the base, or
-        does not serve the adapter."""
+        """Answer with the engine, which caches the conversation, or without it if it does not serve the base or the
+        adapter."""
         served = adapter is None or adapter.plan.is_product
         if not served:  # the engine has the model to itself while it is open
             self.close()
@@ -187,7 +214,7 @@ class Chat:
             name = adapter.digest()
             if name not in {version.name for version, _ in self._engine.adapters.listed()}:
                 self._engine.load(name, adapter)
-        answer = self._engine.submit(Request(tuple(prompt), name, max_tokens=room, special=renderer.told))
+        answer = self._engine.submit(Request(tuple(prompt), name, max_tokens=room, special=renderer.special))
         try:
             for piece in answer:
                 if piece.text:
@@ -196,7 +223,7 @@ class Chat:
             answer.cancel()
 
     def close(self) -> None:
-        """Let go of the base."""
+        """Close the engine, which holds the base."""
         if self._engine is not None:
             self._engine.close()
 
@@ -213,8 +240,8 @@ class Chat:
         return min(self.max_new_tokens, min(self.base.context or LONGEST, LONGEST) - taken)
 
     def _fitting(self, renderer: Renderer, history: list[Message]) -> list[int]:
-        """The conversation as a prompt. Its oldest turns are forgotten where they would leave an answer less than it
-        may have, or than half of the base's context; the last one may leave it less."""
+        """The conversation as a prompt. The oldest turns are removed from `history` until the answer has room for
+        `max_new_tokens`, or half of the base's context; the last question always stays."""
         kept = list(history)
         while True:
             prompt = renderer.prompt_ids(kept)
@@ -228,7 +255,7 @@ class Chat:
 
 
 def _require_unicode(text: str) -> None:
-    """Raise SettingsError for bytes that were no text, which Python keeps as halves of surrogate pairs."""
+    """Raise SettingsError for bytes that are not UTF-8, which Python keeps as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,27 +1,29 @@
-"""The demo: the main job on the built-in base and data, with the recorded control beside it."""
+"""The demo: trains on the built-in base and data, and adds the recorded scores of the control to the summary."""
 
 from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.data.reading import BUILTIN, BUILTIN_FOLDER
 from lorafit.errors import FormatError, Interrupted, RunError
 from lorafit.files import read_json, write_json
 from lorafit.runs.folder import RUN, SUMMARY, WRITTEN, left_by_kills, require_out, sole_writer
+from lorafit.runs.summary import RunSummary
 
 if TYPE_CHECKING:
     from lorafit.jobs.listener import Listener
 
 BASE = "smollm2-135m"
-# The rest is left to the rules. Rate and rank were found good for it once (docs/log.md): a search would take minutes.
+# The rules choose everything else. Rate and rank were tested once (docs/log.md); a search would take minutes.
 SETTINGS = {"system": "Help desk", "search": "none", "rank": 8}
 
 
-def run_demo(out: str | Path, listener: Listener) -> dict[str, Any]:
-    """Run it into `out`, replacing an earlier demo there; an interrupted one is gone on with."""
+def run_demo(out: str | Path, listener: Listener) -> RunSummary:
+    """Run the demo in the folder `out`. A finished demo there is replaced; a stopped one is resumed."""
     from lorafit.jobs.train import run_training
     from lorafit.training.loop import RESUME_HINT
 
@@ -33,19 +35,19 @@ def run_demo(out: str | Path, listener: Listener) -> dict[str, Any]:
     with sole_writer(out) if out.is_dir() else nullcontext():
         resume = _earlier(out, listener)
     if resume:
-        listener.say(f"going on with the demo that was stopped in {out}")
+        listener.say(f"resuming the demo that was stopped in {out}")
     try:
-        summary = run_training(BASE, BUILTIN, out, SETTINGS, resume=resume, listener=listener, extra={"demo": True})
+        result = run_training(BASE, BUILTIN, out, SETTINGS, resume=resume, listener=listener, extra={"demo": True})
     except Interrupted as error:
-        raise Interrupted(str(error).replace(RESUME_HINT, "type the same again and it goes on")) from None
-    control = read_json(BUILTIN_FOLDER / "control.json")
-    summary["facts"]["shuffled_control"] = control["facts"]
-    write_json(out / SUMMARY, summary)
+        raise Interrupted(str(error).replace(RESUME_HINT, "repeat the command to continue")) from None
+    summary, control = RunSummary.from_json(result), read_json(BUILTIN_FOLDER / "control.json")
+    summary = replace(summary, facts=replace(summary.facts, shuffled_control=control["facts"]))
+    write_json(out / SUMMARY, summary.to_json())
     return summary
 
 
 def require_demo(out: Path) -> None:
-    """Raise RunError where `out` is neither free, nor holds a demo alone. Nothing is written."""
+    """Raise RunError unless `out` is free or holds only a demo. Writes nothing."""
     if not _is_demo(out):
         require_out(out, False)
     elif (out / SUMMARY).exists():
@@ -64,11 +66,13 @@ def _require_nothing_else(out: Path) -> None:
     left = left_by_kills(out)
     strange = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN and path not in left)
     if strange:
-        raise RunError(f"{out}: holds {', '.join(strange[:5])} beside an earlier demo: move it, or name another --out")
+        raise RunError(
+            f"{out}: holds {', '.join(strange[:5])} in addition to an earlier demo: move it, or name another --out"
+        )
 
 
 def _earlier(out: Path, listener: Listener) -> bool:
-    """Clear a finished demo from `out`, and nothing else; whether an unfinished one is there to go on with."""
+    """Remove a finished demo from `out`; returns whether `out` holds an unfinished one, which can be resumed."""
     if not _is_demo(out):
         return False
     if not (out / SUMMARY).exists():

@@ -1,4 +1,4 @@
-"""What this machine has for lorafit, what will be slow here, and whether a base opens and takes part whole."""
+"""Checks of this machine and of a base. They return findings: what works, what is slow and what is broken."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 
 from lorafit.adapters.plan import uniform
 from lorafit.adapters.state import TrainState
-from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
 from lorafit.attachment.pure import fresh
 from lorafit.attachment.watching import fired
 from lorafit.bases import builtin, folder, gguf
@@ -23,10 +21,9 @@ from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.data.render import Row
 from lorafit.errors import NotCausalError
 from lorafit.files import free_bytes
-from lorafit.planning.rules import all_linear, reached
-from lorafit.tasks.completion import batch_of
-from lorafit.tasks.probe import require_causal, way_of
-from lorafit.training.loop import gradient_step
+from lorafit.planning.rules import adapted_by_default, reached
+from lorafit.tasks.probe import require_causal
+from lorafit.tasks.runner import Runner
 
 GOOD, SLOW, BROKEN = "good", "slow", "broken"
 TRIED_ROWS, TRIED_TOKENS = 4, 64  # of the step that is timed
@@ -35,7 +32,7 @@ COMPILERS = ("c++", "g++", "clang++", "cl")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. state: good, slow (works, and `advice` says what would help), or broken."""
+    """The result of one check. state: good, slow (it works, and `advice` says what would help), or broken."""
 
     what: str
     value: str
@@ -44,7 +41,7 @@ class Finding:
 
 
 def machine() -> list[Finding]:
-    """Look at the machine."""
+    """Check the machine."""
     return [_cores(), _memory(), _disk(), _accelerator(), *_speeds(), _compiler()]
 
 
@@ -55,7 +52,7 @@ def _cores() -> Finding:
         return Finding(
             "processor", value, SLOW, f"more threads than cores wait for each other: OMP_NUM_THREADS={usable}"
         )
-    # Left alone, torch takes one thread per core of its own; half of the cores may be second threads of these.
+    # By default torch takes one thread per physical core; half of the usable cores may be second threads of those.
     if threads < usable and ("OMP_NUM_THREADS" in os.environ or 2 * threads < usable):
         return Finding("processor", value, SLOW, f"cores stand idle: OMP_NUM_THREADS={usable}")
     return Finding("processor", value)
@@ -71,7 +68,7 @@ def _memory() -> Finding:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (AttributeError, ValueError, OSError):  # Windows
-        return Finding("memory", "not told by this system")
+        return Finding("memory", "not reported by this system")
     if total < 4:
         return Finding(
             "memory", f"{total:.0f} GB", SLOW, "a base of 135 million parameters trains in 2.5 GB, larger ones not"
@@ -98,7 +95,7 @@ def _accelerator() -> Finding:
 
 
 def _speeds() -> list[Finding]:
-    """fp32 and bf16 on the processor, side by side, and which is taken."""
+    """The speeds of fp32 and bf16 on the processor, and which is used."""
     speeds = {dtype: matrix_speed(dtype) for dtype in (torch.float32, torch.bfloat16)}
     value = ", ".join(f"{str(d).removeprefix('torch.')} {speed:.0f} GFLOP/s" for d, speed in speeds.items())
     chosen = str(fastest_dtype()).removeprefix("torch.")
@@ -125,18 +122,18 @@ def opened(name: str, report: Report = silent, watch: Watch = unwatched) -> list
 
 
 def _training(base: Base) -> list[Finding]:
-    """How fast it trains, by a step that is taken."""
-    sites = all_linear(base)
+    """The speed of training, from one timed step."""
+    sites = adapted_by_default(base)
     width = min(TRIED_TOKENS, base.context or TRIED_TOKENS)
     rows = [
         Row(tuple((7 * i + k) % 97 for k in range(width)), (False, *[True] * (width - 1)), i) for i in range(TRIED_ROWS)
     ]
-    state, way = TrainState(fresh(base, uniform(sites, 8, 32.0), 0), base.device), way_of(base, rows)
-    batch = batch_of(base, rows, way)
-    with attach(base, state), packing(base, way.packed):
-        gradient_step(base, state, [batch], way)
+    runner = Runner.of(base, rows)
+    batches = [runner.batch(rows)]
+    with runner.training(TrainState(fresh(base, uniform(sites, 8, 32.0), 0), base.device)):
+        runner.gradient(batches)
         start = time.monotonic()
-        gradient_step(base, state, [batch], way)
+        runner.gradient(batches)
         seconds = time.monotonic() - start
     return [
         Finding(
@@ -152,7 +149,7 @@ def _context(base: Base) -> Finding:
 
 
 def _direction(base: Base) -> Finding:
-    """Whether what the base predicts depends on earlier tokens alone."""
+    """Whether the base's predictions depend only on earlier tokens."""
     try:
         require_causal(base, Row(tuple(range(8)), (False, *[True] * 7), 0))
     except NotCausalError:
@@ -162,10 +159,10 @@ def _direction(base: Base) -> Finding:
 
 
 def _sites(base: Base) -> Finding:
-    """Run a few tokens through the base and see which sites take part."""
+    """Which linear layers take part when a few tokens run through the base."""
     ids = torch.arange(8, device=base.device)[None]
     seen = fired(base, lambda: base.model(input_ids=ids, use_cache=False).logits)
-    sites = all_linear(base)
+    sites = adapted_by_default(base)
     silent = [site.path for site in sites if site.path not in seen]
     value = f"{len(sites) - len(silent)} of {len(sites)} linear layers of the blocks take part"
     if len(silent) == len(sites):
@@ -178,10 +175,14 @@ def _sites(base: Base) -> Finding:
 
 @dataclass(frozen=True)
 class AtHand:
-    """A base that opens without a download. `bytes`: what it takes on disk; None where it is not converted yet.
+    """A base that opens without a download, or the remains of a conversion.
 
-    kind: built-in, converted (from a GGUF file), or hub; or what is left of a conversion and opens as nothing: broken,
-    unfinished. All but those of the hub are lorafit's.
+    Args:
+        name: The name that opens it.
+        where: Its folder, or why there is none yet.
+        bytes: Its size on disk; None if it is not converted yet.
+        kind: built-in, converted (from a GGUF file), or hub; broken or unfinished for the remains of a conversion,
+            which cannot be opened. Only those of kind hub were not written by lorafit.
     """
 
     name: str
@@ -191,7 +192,7 @@ class AtHand:
 
 
 def bases_at_hand() -> list[AtHand]:
-    """The built-in bases, what was converted from GGUF files, and what of the hub's cache is whole."""
+    """The built-in bases, the conversions of GGUF files, and the complete models in the hub's cache."""
     copies = gguf.copies()
     found = []
     for name in builtin.BUILTIN:
@@ -209,7 +210,7 @@ def bases_at_hand() -> list[AtHand]:
 
 
 def _of_the_hub() -> list[AtHand]:
-    """Whole models with safetensors in the hub's cache, each under the name that opens it, with its commit."""
+    """The complete safetensors models in the hub's cache; each name includes the commit."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:

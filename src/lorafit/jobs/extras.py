@@ -1,4 +1,4 @@
-"""What a run adds to its adapter and its scores, and can do without."""
+"""Optional parts of a run, such as pictures and comparisons: if one fails, the run continues without it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # full, over
 
 
 class Extras:
-    """Does one extra after another. One that fails is passed over, with its reason in `passed_over` by the name of the
-    extra: hours of training are not lost to a picture."""
+    """Runs the extras. The names of those that failed are in `passed_over`, with the reason."""
 
     def __init__(self, listener: Listener):
         self.passed_over: dict[str, str] = {}
         self.listener = listener
 
     def get(self, name: str, work: Callable[[], T]) -> T | None:
-        """What `work` returns; None where it fails. A disk that cannot be written to is no matter of one extra, and
-        Ctrl-C ends a run anywhere: these are raised."""
+        """The result of `work`; None if it fails. Interrupts are raised, and so are errors of the disk, which would
+        affect the rest of the run too."""
         try:
             return work()
         except (SafetensorError, Interrupted):

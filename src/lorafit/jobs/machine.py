@@ -1,4 +1,4 @@
-"""The memory of the process that does the work."""
+"""Measures memory: how much this process holds, how much the machine has free, and how both change."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lorafit.settings import bytes_of
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks instead of handing them back to the kernel.
+    """Make glibc keep freed blocks instead of returning them to the kernel; without glibc this does nothing.
 
-    Every step frees and asks for the same large blocks; mapping them anew each time costs up to a third of the
-    step. Affects the whole process, so a run does it, never an import. Elsewhere than on glibc it does nothing.
+    Every step frees and allocates the same large blocks, and mapping them again costs up to a third of the step. It
+    affects the whole process, so a run does it, never an import.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -32,9 +32,9 @@ def keep_freed_memory() -> None:
 
 
 def peak_gb() -> float | None:
-    """Largest resident memory of this process so far, in GB; None where the system does not tell."""
-    if (told := _told("/proc/self/status", "VmHWM")) is not None:
-        return round(told / 1e9, 2)  # getrusage's counts what the process was before it became this program
+    """The largest resident memory of this process so far, in GB; None if the system does not report it."""
+    if (peak := _bytes_in("/proc/self/status", "VmHWM")) is not None:
+        return round(peak / 1e9, 2)  # getrusage would include what the process was before it became this program
     if sys.platform == "win32":
         return None
     import resource
@@ -44,21 +44,25 @@ def peak_gb() -> float | None:
 
 
 def room_of(base: Base, processes: int = 1) -> Room:
-    """What is held and free where the base is: on its GPU, or in this process and, of what so many processes share that
-    will each hold as much, on this machine."""
+    """The bytes held and free where the base is: on its GPU, or in this process and on this machine.
+
+    Args:
+        base: The base.
+        processes: How many processes share the machine's memory; each is expected to hold as much as this one.
+    """
     if base.device.type == "cuda":
         held = torch.cuda.memory_allocated(base.device)
         kept = torch.cuda.memory_reserved(base.device) - held  # freed, and ready to be used again
         return Room(held, torch.cuda.mem_get_info(base.device)[0] + kept)
-    known = [each for each in (_told("/proc/meminfo", "MemAvailable"), free_in_container()) if each is not None]
-    free = min(known, default=None)
+    limits = (_bytes_in("/proc/meminfo", "MemAvailable"), free_in_container())
+    free = min((limit for limit in limits if limit is not None), default=None)
     held = _held(base)
     return Room(held, None if free is None else max(0, free - (processes - 1) * held) // processes)
 
 
 def free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a container leaves free, None outside of one. Files it has read count as taken there until something
-    else needs the room: they are free."""
+    """Bytes that are free in this container; None outside of one. The cache of files counts as free, because the kernel
+    drops it when memory is needed."""
     try:
         allowed, taken = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -69,8 +73,13 @@ def free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def left_of(memory: str | None, base: Base) -> int | None:
-    """Bytes that may be planned with: of the limit that is set, or else of what is free here, less what estimates are
-    off by. None where neither is known."""
+    """Bytes that may still be used, with a margin for the errors of estimates; None if no limit is set and free memory
+    is not known.
+
+    Args:
+        memory: The limit that the user set; None for the memory that is free here.
+        base: The base, whose memory counts towards a limit.
+    """
     room = room_of(base)
     if memory:
         return max(0, int(((bytes_of(memory) or 0) - room.held) / MARGIN))
@@ -78,8 +87,8 @@ def left_of(memory: str | None, base: Base) -> int | None:
 
 
 class Meter:
-    """Memory held where the base is, over what was held when it was set to zero. On a processor it relies on
-    `keep_freed_memory`: what was held once is held still."""
+    """Measures the growth of memory where the base is, since `zero`. On a processor it relies on `keep_freed_memory`,
+    by which memory never shrinks."""
 
     def __init__(self, base: Base):
         self._base, self._before = base, 0
@@ -92,22 +101,22 @@ class Meter:
     def grown(self) -> int:
         if self._base.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._base.device) - self._before
-        return (_told("/proc/self/status", "VmRSS") or self._before) - self._before
+        return (_bytes_in("/proc/self/status", "VmRSS") or self._before) - self._before
 
 
 def _held(base: Base) -> int:
-    """Resident memory of this process, without what was freed and is only kept."""
+    """Resident memory of this process in bytes, without freed blocks that glibc keeps."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-    if (now := _told("/proc/self/status", "VmRSS")) is not None:
+    if (now := _bytes_in("/proc/self/status", "VmRSS")) is not None:
         return now
     most = peak_gb()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
-    return int(1e9 * most) if most is not None else weights + int(0.5e9)  # what importing torch takes
+    return int(1e9 * most) if most is not None else weights + int(0.5e9)  # importing torch takes that much
 
 
-def _told(path: str, name: str) -> int | None:
-    """A line `name: 123 kB` of one of Linux's files, in bytes; None elsewhere."""
+def _bytes_in(path: str, name: str) -> int | None:
+    """The value of a line `name: 123 kB` in a file of Linux, in bytes; None on other systems."""
     try:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -117,10 +126,10 @@ def _told(path: str, name: str) -> int | None:
 
 @contextmanager
 def on_threads(count: int, listener: Listener) -> Iterator[None]:
-    """Compute on so many threads of torch, and then on as many as before: another number rounds otherwise."""
+    """Set the number of torch's threads for the length of the block; another number rounds differently."""
     before = torch.get_num_threads()
     if count != before:
-        listener.say(f"on {count} thread{'s' * (count != 1)}, as the run began, not {before}")
+        listener.say(f"using {count} thread{'s' * (count != 1)}, as when the run began, not {before}")
     torch.set_num_threads(count)
     try:
         yield

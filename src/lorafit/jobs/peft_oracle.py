@@ -1,4 +1,4 @@
-"""PEFT, asked to read what was written and to compute the same."""
+"""Lets PEFT read an adapter folder in a second process, and compares its logits with ours."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorafit.bases.base import Base
+from lorafit.runs.summary import PeftCheck
 
 FP32 = 4  # bytes of a parameter
-BESIDE = int(0.6e9)  # bytes of a process that has imported torch and PEFT, and its activations (measured: 0.5e9)
+OVERHEAD = int(0.6e9)  # bytes of a process that has imported torch and PEFT, and its activations (measured: 0.5e9)
 
 
 def compare_with_peft(
     folder: Path, base: Base, rows: Sequence[Sequence[int]], say: Callable[[str], None], room: int | None = None
-) -> dict[str, float] | None:
+) -> PeftCheck | None:
     """Ask PEFT to read an adapter folder, in a process of its own that opens the base in fp32.
 
     Args:
-        folder: the adapter folder.
-        base: the base, opened from a folder.
-        rows: token ids on which the logits are compared.
-        say: told that PEFT is asked, or why it is not.
-        room: bytes that the process may take; None for as many as there are.
+        folder: The adapter folder.
+        base: The base, opened from a folder.
+        rows: Token ids on which the logits are compared.
+        say: Called with a message that PEFT is asked, or why it is not.
+        room: Bytes that the process may take; None for no limit.
 
     Returns:
-        The largest logit difference between PEFT's reading and ours, and the adapter's own effect; None where PEFT
-        cannot be asked.
+        The largest difference between PEFT's logits and ours, and the largest effect of the adapter on them; None if
+        PEFT cannot be asked.
     """
     if base.folder is None:
-        say("the base is open in this process alone, so PEFT was not asked to read the adapter: open it from a folder")
+        say("the base is only in this process, so PEFT was not asked to read the adapter: open the base from a folder")
         return None
     if importlib.util.find_spec("peft") is None:
         say("PEFT is not installed, so it was not asked to read the adapter (pip install peft==0.21.2)")
         return None
     config: Any = base.model.config
     logits = 3 * sum(map(len, rows)) * int(config.get_text_config().vocab_size)  # of the base, of ours, of theirs
-    needed = FP32 * (sum(parameter.numel() for parameter in base.model.parameters()) + logits) + BESIDE
+    needed = FP32 * (sum(parameter.numel() for parameter in base.model.parameters()) + logits) + OVERHEAD
     if room is not None and needed > room:
         say(
             f"PEFT was not asked to read the adapter: to open the base in fp32 once more takes about "
@@ -56,5 +57,4 @@ def compare_with_peft(
         reason = (done.stderr.strip().splitlines() or [ended])[-1]
         say(f"PEFT did not read the adapter: {reason}")
         return None
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return PeftCheck(**json.loads(done.stdout.strip().splitlines()[-1]))

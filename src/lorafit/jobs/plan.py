@@ -1,10 +1,10 @@
-"""What a run would do and cost, without doing it."""
+"""Estimates what a run would decide, and its time, memory and disk, from a few steps; nothing is written."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,41 +14,40 @@ import torch
 
 from lorafit.adapters.plan import Plan
 from lorafit.adapters.state import TrainState
-from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
-from lorafit.attachment.blocks import free_blocks, recomputing
 from lorafit.bases.base import Base
-from lorafit.data.batches import Start, by_tokens
+from lorafit.data.prepared import Prepared
 from lorafit.data.render import Row
-from lorafit.evaluation.compare import asked_of
-from lorafit.evaluation.nll import example_nll
-from lorafit.evaluation.questions import Questions
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import Opened, open_all
-from lorafit.jobs.search import look, places_tried, rates_tried, search_steps, spread_over, told_by
+from lorafit.jobs.scoring import scoring_of
+from lorafit.jobs.search import evidence_of, look, places_tried, rates_tried, search_steps, spread_over
 from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of
 from lorafit.planning.rules import hidden_size
-from lorafit.prepared import Prepared
 from lorafit.settings import TrainSettings, settings_from
-from lorafit.tasks.completion import batch_of, length_step, trunk
 from lorafit.training import optimizer as adamw
-from lorafit.training.loop import gradient_step, own_randomness
 from lorafit.training.trunk import room_for
 
-TRIED = 3  # micro-batches whose time is taken, from the shortest to the longest
-LONG = 100  # steps from which on that many are tried
-EVIDENCE = 64  # validation examples by which is told what validation can show
+TRIED = 3  # micro-batches that are timed, from the shortest to the longest
+LONG = 100  # steps of a run from which on TRIED micro-batches are timed
+EVIDENCE = 64  # validation examples from which it is estimated what validation can show
 VALIDATED = 16  # examples whose NLL is timed
-RUNGS_TRIED = 2  # of the ladder, as a rule
-DECODED = 3.0  # tokens of a prompt that a token of an answer takes as long as
+RUNGS_TRIED = 2  # rungs of the ladder that are usually scored
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of training, of one step and of one validation among them, and of the evaluation that follows; GB of
-    memory of the whole run (of the process, or of the GPU) and bytes of the run folder, at most."""
+    """The estimated cost of a run.
+
+    Args:
+        seconds: Time of training.
+        step: Seconds of one step.
+        validation: Seconds of one validation.
+        evaluation: Seconds of the evaluation after training.
+        peak_gb: The most memory, of the process or of the GPU, in GB.
+        disk: The largest size of the run folder, in bytes.
+    """
 
     seconds: float
     step: float
@@ -65,30 +64,37 @@ def run_planning(
     listener: Listener | None = None,
     prepared: Prepared | None = None,
 ) -> dict[str, Any]:
-    """Check, decide, try a few steps; returns the plan, its reasons and its cost. Nothing is written. prepared: the
-    data, where they have been read already."""
+    """Check the data, decide, and time a few steps; returns the plan, its reasons and its cost. Nothing is written.
+
+    Args:
+        base_name: The base.
+        data: The examples: a file, a folder, or the built-in set.
+        settings: Fields of TrainSettings that the user set.
+        listener: Receives messages and progress.
+        prepared: The result of `prepare` for the data; None to read them here.
+    """
     listener = listener or Silent()
     resolved = settings_from(settings)
     keep_freed_memory()
     opened = open_all(base_name, data, resolved, listener, prepared=prepared)
     cost = forecast(opened, resolved, room_for(Path(), resolved.trunk_bytes))
-    places = spread_over(EVIDENCE, [one.group for one in opened.examples.valid])
+    places = spread_over(EVIDENCE, [example.group for example in opened.examples.valid])
     known, card, _ = look(opened, listener, places)
     decision = opened.decision
     rates, why = rates_tried(opened, resolved)
     offered = places_tried(opened, resolved, card)[1]
     return {
-        "evidence": told_by(known, opened, places),
+        "evidence": evidence_of(known, opened, places),
         "card": asdict(card) if card else None,
         "search": {"rates": rates, "reason": why, "seconds": search_steps(opened, resolved, card) * cost.step},
         "placements": [
             {
-                "name": one.name,
-                "tried": one.plan is not None,
-                "reason": one.reason,
-                "parameters": one.plan.parameters if one.plan else None,
+                "name": placement.name,
+                "tried": placement.plan is not None,
+                "reason": placement.reason,
+                "parameters": placement.plan.parameters if placement.plan else None,
             }
-            for one in offered
+            for placement in offered
         ],
         "base": opened.base.name,
         "trainable_parameters": decision.plan.parameters,
@@ -105,28 +111,29 @@ def run_planning(
 def forecast(
     opened: Opened, settings: TrainSettings, trunk_bytes: int = 0, forward: float | None = None, processes: int = 1
 ) -> Forecast:
-    """Try a short, a middling and the longest micro-batch of the first epoch, and reckon with all of the run.
+    """Estimate the cost of the run from the times of a short, a medium and the longest micro-batch.
 
-    Whatever the batch size, six forwards and backwards are tried, and three more where a trunk is kept. A micro-batch
-    takes some time of its own and some for each token; a size that comes for the first time takes a preparation, which
-    is long in some kernels. Of a short run whose forward is known, one micro-batch is tried: three would be felt.
+    For any batch size these are six forwards and backwards, and three more if a trunk is kept. The model is that a
+    micro-batch takes a constant time and a time per token, and that the first micro-batch of every size also takes a
+    preparation, which is long in some kernels. In a short run with a known `forward` only one micro-batch is timed,
+    because three would be a noticeable share of the run.
 
     Args:
         opened: The run, with its decision and the adapter it starts from.
-        settings: Of the run.
-        trunk_bytes: How much may be kept of what the lowest blocks make.
-        forward: Seconds a token of a forward; measured here where it is None.
-        processes: Among which a step is shared.
+        settings: The run's settings.
+        trunk_bytes: The most bytes that may be kept of the lowest blocks' outputs.
+        forward: Seconds per token of a forward; None to measure it here.
+        processes: How many processes share a step.
     """
-    base, rows, recipe, way = opened.base, opened.rows, opened.decision.recipe, opened.way
-    blocks = free_blocks(base, opened.decision.plan)
+    base, rows, recipe = opened.base, opened.rows, opened.decision.recipe
+    runner = opened.runner.within(recipe.micro_tokens, recipe.recompute)
+    blocks = runner.free_blocks(opened.decision.plan)
     later = 1 - -(-len(rows["train"]) // recipe.batch_size) / recipe.steps  # share of the steps after the first epoch
     needed = _tokens(rows["train"]) * hidden_size(base) * base.dtype.itemsize
-    read = (
-        later * min(1.0, trunk_bytes / needed) if blocks and later > 0 else 0.0
-    )  # share of the steps whose trunk is read
-    steps = steps_of(rows["train"], recipe, blocks > 0, way.packed)
-    parts = [part for step in steps for part in by_tokens(rows["train"], step, recipe.micro_tokens, way.packed)]
+    # The share of the steps whose trunk is read:
+    read = later * min(1.0, trunk_bytes / needed) if blocks and later > 0 else 0.0
+    steps = steps_of(rows["train"], recipe, blocks > 0, runner.mode.packed)
+    parts = [part for step in steps for part in runner.parts(rows["train"], step)]
     sizes = [sum(len(rows["train"][i].ids) for i in part) for part in parts]
     ranked = sorted(range(len(parts)), key=sizes.__getitem__)
     few = forward is not None and recipe.steps < LONG
@@ -135,36 +142,36 @@ def forecast(
     state = TrainState(opened.start, base.device, recipe.dropout)
     optimizer = adamw.make_optimizer(state)
     firsts, took, shorter = [], [], []
-    with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
+    with runner.training(state):
         if forward is None:
             some = rows["valid"][:: max(1, len(rows["valid"]) // VALIDATED)][:VALIDATED]
             state.training = False
-            example_nll(base, some, way=way)
-            forward = _seconds(base, lambda: example_nll(base, some, way=way)) / _tokens(some)
+            runner.nll(some)
+            forward = _seconds(base, lambda: runner.nll(some)) / _tokens(some)
             state.training = True
         validation = forward * _tokens(rows["valid"])
         for i in tried:
-            batches = [batch_of(base, [rows["train"][k] for k in parts[i]], way)]
-            work = partial(gradient_step, base, state, batches, way)
+            batches = [runner.batch([rows["train"][k] for k in parts[i]])]
+            work = partial(runner.gradient, batches)
             firsts.append(_seconds(base, work))
             took.append(_seconds(base, work))
             if read:
-                begun = [replace(one, start=Start(trunk(base, one, blocks), blocks)) for one in batches]
-                shorter.append(_seconds(base, partial(gradient_step, base, state, begun, way)))
+                started = [runner.started(batch, blocks) for batch in batches]
+                shorter.append(_seconds(base, partial(runner.gradient, started)))
         update = partial(adamw.step, state, optimizer, recipe.learning_rate, recipe.weight_decay, recipe.clip)
         update()
-        gradient_step(base, state, batches, way)
+        runner.gradient(batches)
         updating = _seconds(base, update)
 
     def of_all(seconds: Sequence[float]) -> float:
-        own, each = _line([sizes[i] for i in tried], seconds)
-        return own * len(parts) + each * sum(sizes)
+        constant, per_token = _line([sizes[i] for i in tried], seconds)
+        return constant * len(parts) + per_token * sum(sizes)
 
     preparing = max(0.0, min(first - second for first, second in zip(firsts, took, strict=True)))
     computing = (
         (1 - read) * of_all(took)
         + read * of_all(shorter or took)
-        + preparing * len({-(-size // length_step(base, way)) for size in sizes})
+        + preparing * len({-(-size // runner.length_step) for size in sizes})
     )
     step = computing / recipe.steps / processes + updating
     count = recipe.validations_after(0) + 1
@@ -177,33 +184,29 @@ def forecast(
 
 
 def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings) -> float:
-    """About how long everything takes that follows training: trimming, which sites mattered, forgetting, the NLL of the
-    test, and its answers. per_token: seconds of a token in a forward."""
+    """The estimated seconds of everything after training: trimming, which sites mattered, forgetting, and the NLL and
+    the answers of the test.
+
+    Args:
+        opened: The run.
+        per_token: Seconds per token of a forward.
+        settings: The run's settings.
+    """
     rows, recipe = opened.rows, opened.decision.recipe
     parts = len(parts_of([slot.site.path for slot in opened.decision.plan.slots])) + 1
     valid, test = _tokens(rows["valid"]), _tokens(rows["test"])
     mattering = parts * examples_for(parts - 1, recipe.steps, recipe.batch_size, len(rows["valid"]))
     tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
-    asked = len(asked_of(opened.examples.test, rows["test"], opened.examples.train)) / len(opened.examples.test)
-    tokens += (2 + (settings.few_shot > 0)) * asked * _answering(rows["test"])
+    answers, questions = scoring_of(opened.runner).answering(opened, settings)
+    tokens += answers
     if settings.trim == "auto":
-        tokens += RUNGS_TRIED * valid
-        if questions := Questions.among(
-            opened.base, opened.renderer, opened.examples.valid, rows["valid"], opened.examples.train
-        ):
-            tokens += RUNGS_TRIED * len(questions.examples) / len(opened.examples.valid) * _answering(rows["valid"])
+        tokens += RUNGS_TRIED * (valid + questions)
     return per_token * tokens
 
 
-def _answering(rows: Sequence[Row]) -> float:
-    """Tokens of a forward that take as long as decoding the answers of these rows."""
-    answers = sum(row.n_trained for row in rows)
-    return _tokens(rows) - answers + DECODED * answers
-
-
 def disk_of(plan: Plan, trim: bool) -> int:
-    """Bytes that a run of this plan writes into its folder at most, without a trunk. trim: whether a ladder is kept."""
-    training = 2 * 4 * plan.bytes  # the old checkpoint beside the new: master, best and AdamW's two moments
+    """The most bytes that a run of this plan writes to its folder, without a trunk. trim: whether a ladder is kept."""
+    training = 2 * 4 * plan.bytes  # the old checkpoint and the new one: master, best and AdamW's two moments
     if not trim:
         return training
     moments = sum(2 * 8 * slot.rank**2 for slot in plan.slots)  # in fp64
@@ -211,11 +214,11 @@ def disk_of(plan: Plan, trim: bool) -> int:
 
 
 def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Seconds of a micro-batch's own, and for each token: least squares, neither below zero."""
+    """The constant seconds of a micro-batch, and the seconds per token: least squares, neither below zero."""
     if max(tokens) > min(tokens):
-        each, own = np.polyfit(tokens, seconds, 1)
-        if each > 0 and own > 0:
-            return float(own), float(each)
+        per_token, constant = np.polyfit(tokens, seconds, 1)
+        if per_token > 0 and constant > 0:
+            return float(constant), float(per_token)
     return 0.0, sum(seconds) / sum(tokens)
 
 

@@ -1,8 +1,9 @@
-"""From what was named to what is ready: data checked, base opened, examples rendered, the way to train decided."""
+"""Prepares a job: the names of a base and of data go in; the open base, the rendered rows and the decision come out."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
@@ -12,27 +13,31 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats.oddities import misread_by_peft
-from lorafit.attachment.blocks import free_blocks
 from lorafit.attachment.checks import require_fired
 from lorafit.attachment.pure import fresh
 from lorafit.attachment.watching import fired
+from lorafit.bases import locate
 from lorafit.bases.base import DTYPES, Base, fastest_dtype, open_base, require_base
 from lorafit.data.examples import Examples, asks_once
 from lorafit.data.languages import strange_language
+from lorafit.data.prepared import DataListener, Prepared, prepare, sifted
 from lorafit.data.render import Renderer, Row, render, renderer_for
 from lorafit.data.report import DataReport
-from lorafit.errors import DataError, Problem
+from lorafit.errors import DataError, Problem, RunError, SettingsError
 from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
+from lorafit.files import read_json
 from lorafit.jobs.listener import Listener
 from lorafit.jobs.machine import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
-from lorafit.planning.memory import as_begun, fit, footprint, room_to_answer, steps_of, with_losses
-from lorafit.prepared import Prepared, prepare, sifted
-from lorafit.runs.folder import Environment
-from lorafit.settings import TrainSettings
-from lorafit.tasks.completion import PLAIN, Way, batch_of, token_nll
-from lorafit.tasks.probe import beginnings, way_of
+from lorafit.planning.memory import Answering, Work, as_begun, fit, footprint, room_to_answer, steps_of, with_losses
+from lorafit.runs.folder import DATA, Environment
+from lorafit.settings import TrainSettings, require_meant
+from lorafit.tasks.classification import Classification, LabelRenderer, balanced, labelled_rows, labels_of
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.probe import beginnings
+from lorafit.tasks.runner import Runner
+from lorafit.tasks.task import PLAIN, ForwardMode, Task
 from lorafit.training.recipe import Recipe
 
 
@@ -40,19 +45,19 @@ from lorafit.training.recipe import Recipe
 class Opened:
     """A base with data checked and rendered for it, and the decision how to train on them.
 
-    start: the adapter before training. general: rows of general text, by source. peak: bytes that the
-    run holds at most, estimated; None for a run that is gone on with."""
+    start: the adapter before training. general: rows of general text, by source. peak: the estimated peak memory of
+    the run in bytes; None for a resumed run."""
 
     base: Base
     examples: Examples
     report: DataReport
-    renderer: Renderer
+    renderer: Renderer | LabelRenderer
     rows: dict[str, list[Row]]
     general: dict[str, list[Row]]
     decision: Decision
     frozen: Environment
     start: Adapter
-    way: Way
+    runner: Runner
     peak: int | None
     seconds: float
 
@@ -66,120 +71,188 @@ def open_all(
     processes: int = 1,
     prepared: Prepared | None = None,
 ) -> Opened:
-    """Check the data, open the base, render, decide. Whatever is wrong is raised before anything is written.
+    """Check the data, open the base, render, decide. Errors are raised before anything is written. It has more than six
+    parameters; the last three are optional.
 
-    began: what a run has frozen that is gone on with. What depends on this machine and this moment is found out here,
-    if `began` does not say it, and goes into Environment. processes: how many share its memory. prepared: what
-    `prepare` made of the data, which are read here where it is not given.
+    Args:
+        base_name: The base, as `open_base` takes it.
+        data: A file, a folder, or `builtin`.
+        settings: The run's settings.
+        listener: Receives messages and progress.
+        began: The environment of a run that is resumed; None to measure it on this machine now.
+        processes: How many processes share this machine's memory.
+        prepared: The result of `prepare` for the data; None to read them here.
     """
     start = time.monotonic()
     base_name, data = str(base_name), str(data)
-    texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
-    require_base(base_name)
+    classifies = locate.classifies(base_name, settings.task)
+    require_meant(settings, classifies)
+    texts = {} if classifies else dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
+    require_base(base_name, classifies)
     examples, report = prepared or prepare(data, settings, listener)
-    base = opened_base(base_name, settings, listener, began)
+    labels = labels_of(examples) if classifies else None
+    base = opened_base(base_name, settings, listener, began, labels)
     now = began.now if began else datetime.now().isoformat(timespec="seconds")
-    examples, renderer, rows = rendered(base, examples, settings, listener, now)
-    probe = batch_of(base, beginnings(rows["train"]), PLAIN)
-    seen = fired(base, lambda: token_nll(base, probe, PLAIN))
+    task: Task = COMPLETION
+    rendering, classes = None, None
+    examples, renderer, rows = rendered(base, examples, settings, listener, now, labels)
+    if isinstance(renderer, Renderer):
+        rendering = replace(renderer.rendering, single=asks_once(examples.train))
+    else:
+        classes = renderer.classes
+        if (lost := {*classes.labels} - {*labels_of(examples)}) and not began:
+            raise SettingsError(
+                f"--skip-bad: leaves no training example of {', '.join(sorted(lost))}: raise --max-length "
+                f"({settings.max_length}), or remove the label's rows"
+            )
+        if settings.label_weights == "balanced":
+            classes = replace(classes, weights=balanced(classes.labels, examples.train))
+        task = Classification(classes)
+    plain = Runner(base, task, PLAIN)
+    some = beginnings(rows["train"]) if classes is None else rows["train"][:2]
+    seen = fired(base, lambda: plain.body(some))
     decision = decide(base, rows["train"], settings, seen)
     require_fired(decision.plan, seen)
-    rendering = replace(renderer.rendering, single=asks_once(examples.train))
-    before = fresh(base, decision.plan, settings.seed, rendering)
-    way = Way(began.apart, began.packed) if began else way_of(base, rows["train"])
-    decision = replace(decision, choices=(*decision.choices, _laying(way)))
+    before = fresh(base, decision.plan, settings.seed, rendering, classes)
+    mode = ForwardMode(began.apart, began.packed) if began else task.mode(base, rows["train"])
+    runner = Runner(base, task, mode)
+    if labels is None:
+        decision = replace(decision, choices=(*decision.choices, _laying(mode)))
     if began is None:
-        decision, peak = fitted(base, before, rows, decision, settings, way, processes)
+        decision, peak = fitted(runner, before, rows, decision, settings, processes)
     else:
         decision, peak = as_begun(decision, began.micro_tokens, began.recompute), None
     listener.plan(decision.choices)
-    if said := misread_by_peft(base.model, [slot.site.path for slot in decision.plan.slots]):
-        listener.say(said)
+    if warning := misread_by_peft(base.model, decision.plan.slots):
+        listener.say(warning)
     names = {dtype: name for name, dtype in DTYPES.items()}
     recipe = decision.recipe
     frozen = began or Environment(
         names[base.dtype],
         torch.get_num_threads(),
-        way.apart,
-        way.packed,
+        runner.mode.separate_head,
+        runner.mode.packed,
         recipe.micro_tokens,
         recipe.recompute,
-        renderer.now,
+        renderer.now if isinstance(renderer, Renderer) else None,
     )
     general = {name: general_rows(base.tokenizer, text, base.context, base.vocabulary) for name, text in texts.items()}
     return Opened(
-        base, examples, report, renderer, rows, general, decision, frozen, before, way, peak, time.monotonic() - start
+        base,
+        examples,
+        report,
+        renderer,
+        rows,
+        general,
+        decision,
+        frozen,
+        before,
+        runner,
+        peak,
+        time.monotonic() - start,
     )
 
 
+def prepare_again(run: Path, data: str, settings: TrainSettings, listener: DataListener, otherwise: str) -> Prepared:
+    """The data of a run as it read them when it began: the fields that it ignored then are ignored again.
+
+    Raises RunError if they cannot be read in this way. No flag would help then; `otherwise` says what does.
+    """
+    known = read_json(run / DATA) if (run / DATA).exists() else {}
+    try:
+        return prepare(data, settings, listener, known.get("passed_over", ()))
+    except DataError as error:
+        first, *more = error.problems
+        raise RunError(
+            f"{run}: its data cannot be read as they were when it began ({first.where}: {first.what}"
+            f"{f', and {len(more)} problems more' * bool(more)}): restore them, or {otherwise}"
+        ) from error
+
+
 def fitted(
-    base: Base,
+    runner: Runner,
     start: Adapter,
     rows: dict[str, list[Row]],
     decision: Decision,
     settings: TrainSettings,
-    way: Way,
     processes: int = 1,
 ) -> tuple[Decision, int]:
-    """The decision with how much is run at a time, and the bytes that its run will hold at most: see `fit`.
+    """The decision with the size of a micro-batch that fits into memory, and the estimated peak in bytes: see `fit`.
 
     Args:
-        base: The base, with nothing attached.
+        runner: The base, with nothing attached, and how it is run.
         start: An adapter of the decision's plan.
-        rows: Of every split.
-        decision: How to train; what it says of memory is decided again.
-        settings: Of the run.
-        way: How rows are run.
-        processes: How many share this machine's memory.
+        rows: The rows of every split.
+        decision: How to train; its choices about memory are made again.
+        settings: The run's settings.
+        processes: How many processes share this machine's memory.
 
     Raises:
-        SettingsError: even the least is more than the settings allow.
+        SettingsError: Even the smallest micro-batch needs more memory than the settings allow.
     """
     recipe = replace(decision.recipe, micro_tokens=Recipe.micro_tokens, recompute=Recipe.recompute)
-    decision, train = replace(decision, recipe=recipe), rows["train"]
-    plain = footprint(base, start, train, way, settings.dropout)
-    look = cache(lambda twice: with_losses(plain, base, start, train, way, twice, Meter(base)))
-    steps = steps_of(train, recipe, free_blocks(base, decision.plan) > 0, way.packed)
-    answering = partial(bytes_held, base, room_to_answer(base, rows, settings.few_shot))
-    return fit(decision, look, answering, rows, steps, way, room_of(base, processes), settings.memory)
+    decision, train, base = replace(decision, recipe=recipe), rows["train"], runner.base
+    plain = footprint(runner, start, train, settings.dropout)
+    look = cache(lambda twice: with_losses(plain, replace(runner, recompute=twice), start, train, Meter(base)))
+    steps = steps_of(train, recipe, runner.free_blocks(decision.plan) > 0, runner.mode.packed)
+    answering: Answering = lambda left: 0  # noqa: E731 (a classifier decodes nothing)
+    if runner.task is COMPLETION:
+        answering = partial(bytes_held, base, room_to_answer(base, rows, settings.few_shot))
+    work = Work(runner, rows, steps)
+    return fit(decision, work, look, answering, room_of(base, processes), settings.memory)
 
 
-def _laying(way: Way) -> Choice:
-    """How rows are laid into a batch."""
-    if way.packed:
+def _laying(mode: ForwardMode) -> Choice:
+    """The choice that says how rows are put into a batch."""
+    if mode.packed:
         return Choice(
             "rows",
-            "one behind the other",
-            "measured here: each computes what it computes alone, and no padding is computed",
+            "packed one after another",
+            "tested on this base: packed rows give the same results as single rows, and no time goes into padding",
             "",
         )
     return Choice(
         "rows",
         "padded to one width",
-        "measured here: one behind the other, this base would not compute what each computes alone",
+        "tested on this base: packed one after another, rows would not give the same results as single rows",
         "",
     )
 
 
-def opened_base(name: str, settings: TrainSettings, listener: Listener, began: Environment | None = None) -> Base:
-    """The base in the dtype that is frozen or set, or in the one measured to be faster; told, for the scores depend
-    on it."""
+def opened_base(
+    name: str,
+    settings: TrainSettings,
+    listener: Listener,
+    began: Environment | None = None,
+    labels: Sequence[str] | None = None,
+) -> Base:
+    """The base in the dtype of the resumed run or of the settings, or in the faster one. The dtype is reported, because
+    the scores depend on it. labels: of a classifier; None for a language model."""
     if began:
         dtype, why = DTYPES[began.dtype], " (as the run began)"
     elif settings.dtype == "auto":
         dtype, why = fastest_dtype(), " (the faster here, measured)"
     else:
         dtype, why = DTYPES[settings.dtype], ""
-    base = open_base(name, dtype, listener.say, listener.watch)
+    base = open_base(name, dtype, listener.say, listener.watch, None if labels is None else len(labels))
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}{why}")
     return base
 
 
 def rendered(
-    base: Base, examples: Examples, settings: TrainSettings, listener: Listener, now: str | None = None
-) -> tuple[Examples, Renderer, dict[str, list[Row]]]:
-    """The examples that this base can take, with their renderer and their rows; the first row is shown. now: the time
-    that the template is told; None: that of the moment."""
+    base: Base,
+    examples: Examples,
+    settings: TrainSettings,
+    listener: Listener,
+    now: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[Examples, Renderer | LabelRenderer, dict[str, list[Row]]]:
+    """The examples that this base can use, with their renderer and their rows; the first row is shown. now: the time
+    for the template; None for the present. labels: of a classifier; None for a language model."""
+    if labels is not None:
+        of_labels = LabelRenderer.of(base, labels)
+        examples, rows = _kept(of_labels, examples, settings, listener)
+        return examples, of_labels, rows
     conversations = [example for split in examples.by_name().values() for example in split if not example.is_text]
     reasoned = sum(example.reasoned for example in conversations)
     renderer = renderer_for(
@@ -192,29 +265,42 @@ def rendered(
     if not renderer.system and (added := renderer.preamble()):
         listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
     if renderer.now:
-        listener.say(f"the base's template tells the time: {renderer.now}, in this run and by its adapter for ever")
+        listener.say(
+            f"the base's template includes the time: {renderer.now}, in this run and whenever its adapter is used"
+        )
     if reasoned:
         listener.say(
             f"{reasoned} of {len(conversations)} conversations have their reasoning: it is learnt before the "
             "answer, which is scored on its own"
         )
+    examples, rows = _kept(renderer, examples, settings, listener)
+    if warning := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1])):
+        listener.say(warning)
+    return examples, renderer, rows
+
+
+def _kept(
+    renderer: Renderer | LabelRenderer, examples: Examples, settings: TrainSettings, listener: Listener
+) -> tuple[Examples, dict[str, list[Row]]]:
+    """The examples that can be rendered, and their rows by split; the first row is shown."""
     rows: dict[str, list[Row]] = {}
     examples = sifted(
         examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad, listener
     )
-    if said := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1])):
-        listener.say(said)
     listener.example(rows["train"][0], renderer)
-    return examples, renderer, rows
+    return examples, rows
 
 
-def render_all(renderer: Renderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
-    """The rows of every split. Raises DataError naming every example of every split that cannot be one."""
+def render_all(renderer: Renderer | LabelRenderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
+    """The rows of every split. Raises DataError that names every example that cannot be rendered."""
     rows: dict[str, list[Row]] = {}
     problems: list[Problem] = []
     for name, split in examples.by_name().items():
         try:
-            rows[name] = render(renderer, split, max_length)
+            if isinstance(renderer, LabelRenderer):
+                rows[name] = labelled_rows(renderer, split, max_length)
+            else:
+                rows[name] = render(renderer, split, max_length)
         except DataError as error:
             problems += error.problems
     if problems:

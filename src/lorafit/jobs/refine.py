@@ -1,10 +1,10 @@
-"""The loop: one change by the rules, trained anew, kept only if validation shows that it is better; again."""
+"""`lorafit refine` and --rounds: each round makes one change, trains again, and is kept only if validation improves."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.plan import Plan
 from lorafit.attachment.adapters import attach
+from lorafit.data.split import FEWEST, groups_of
 from lorafit.errors import DivergedError, FormatError, Interrupted, RunError, SettingsError
-from lorafit.evaluation.nll import example_nll
-from lorafit.evaluation.statistics import FEWEST, groups_of
 from lorafit.files import make_folder, read_json, shown, whole_folder, write_json
 from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Listener, Silent
-from lorafit.jobs.looking_back import told_ladder, trim_trained
+from lorafit.jobs.looking_back import trim_trained, with_ladder
 from lorafit.jobs.machine import keep_freed_memory, on_threads, room_of
 from lorafit.jobs.plan import disk_of
-from lorafit.jobs.prepare import Opened, fitted, open_all
+from lorafit.jobs.prepare import Opened, fitted, open_all, prepare_again
+from lorafit.jobs.run import Run
 from lorafit.jobs.search import Order, carry_out, start_of
 from lorafit.planning import Choice, Decision
 from lorafit.planning.ladder import Ladder, Rung
@@ -54,16 +54,23 @@ from lorafit.runs.folder import (
     sole_writer,
     versions,
 )
-from lorafit.settings import TrainSettings, settings_from
+from lorafit.runs.summary import RunSummary
+from lorafit.settings import settings_from
 from lorafit.training.loop import RESUME_HINT, Trained
-from lorafit.training.processes import ALONE, Processes
 from lorafit.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Standing:
-    """The adapter that stands: as it is shipped, the decision it was trained by, its ladder, the folder with its
-    curves, and what its training came to."""
+class BestAdapter:
+    """The best adapter so far.
+
+    Args:
+        adapter: The adapter as it is shipped.
+        decision: The decision by which it was trained.
+        ladder: Its ladder.
+        folder: The folder with its curves.
+        figures: The numbers of its training, see `figures_of`.
+    """
 
     adapter: Adapter
     decision: Decision
@@ -72,18 +79,19 @@ class Standing:
     figures: Mapping[str, Any]
 
     def whole(self) -> Adapter:
-        """As it was trained."""
+        """The adapter as it was trained, before trimming."""
         kept = self.folder / LADDER / WHOLE
         return peft.read(kept) if kept.exists() else self.adapter
 
-    def told(self) -> dict[str, Any]:
-        """What a summary says of it."""
-        told = {name: value for name, value in self.figures.items() if name != "each"}
-        return {**told, "parameters": self.adapter.plan.parameters, "ladder": asdict(self.ladder)}
+    def measured(self) -> dict[str, Any]:
+        """The parts of a `RunSummary` that come from its training."""
+        figures = {name: value for name, value in self.figures.items() if name != "each"}
+        return {**figures, "parameters": self.adapter.plan.parameters, "ladder": asdict(self.ladder)}
 
 
 def figures_of(trained: Trained) -> dict[str, Any]:
-    """Of a training, as a summary says them; `each`: NLL of every validation example under the adapter as trained."""
+    """The numbers of a training by their names in a summary; `each` is the NLL of every validation example under the
+    untrimmed adapter."""
     return {
         "trained_tokens": trained.trained_tokens,
         "trainable_parameters": trained.adapter.plan.parameters,
@@ -96,7 +104,7 @@ def figures_of(trained: Trained) -> dict[str, Any]:
 
 
 def write_plan(decision: Decision, folder: Path) -> None:
-    """plan.json: the plan, how it is trained, and why."""
+    """Write plan.json: the plan, the recipe, and the reasons."""
     write_json(
         folder / PLAN,
         {
@@ -108,17 +116,16 @@ def write_plan(decision: Decision, folder: Path) -> None:
 
 
 def _read_plan(folder: Path) -> Decision:
-    told = read_json(folder / PLAN)
-    choices = tuple(Choice(**choice) for choice in told["choices"])
-    return Decision(Plan.from_json(told, str(folder / PLAN)), Recipe(**told["recipe"]), choices)
+    content = read_json(folder / PLAN)
+    choices = tuple(Choice(**choice) for choice in content["choices"])
+    return Decision(Plan.from_json(content, str(folder / PLAN)), Recipe(**content["recipe"]), choices)
 
 
 def run_refining(folder: str | Path, listener: Listener | None = None) -> dict[str, Any]:
-    """One round for the finished run in `folder`, on its validation alone; returns what came of it. A better adapter
-    takes the place of the run's, the first is kept below rounds/0. The test is not opened. A round that was stopped
-    goes on.
+    """Do one more round for the finished run in `folder`, or resume one that was stopped; returns the round's result.
 
-    Raises RunError for a run that is not finished, or whose base or data have changed.
+    A better adapter replaces the run's; the first one is kept below rounds/0. Only validation is used, the test is not
+    opened. Raises RunError for a run that is not finished, or whose base or data have changed.
     """
     folder, listener = Path(folder), listener or Silent()
     require_run(folder)
@@ -128,11 +135,12 @@ def run_refining(folder: str | Path, listener: Listener | None = None) -> dict[s
 
 
 def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
-    """As run_refining, in a folder that nobody else writes to."""
+    """`run_refining` in a folder to which no other process writes."""
     asked, summary = read_finished(folder)
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     with on_threads(frozen.threads, listener):
-        opened = open_all(asked["base"], asked["data"], settings, listener, frozen)
+        prepared = prepare_again(folder, asked["data"], settings, listener, "train again")
+        opened = open_all(asked["base"], asked["data"], settings, listener, frozen, prepared=prepared)
         if opened.base.identity != asked["base_identity"] or not opened.examples.has_digest(asked["data_digest"]):
             raise RunError(
                 f"{folder}: its base or its data have changed since it was trained, or an earlier version "
@@ -140,16 +148,17 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
             )
         last = accepted_round(folder)
         if last:
-            standing = _stands(folder / ROUNDS / str(last))
-            _install(standing, last, folder, summary)  # a kill may have come between
+            best = _read_best(folder / ROUNDS / str(last))
+            _install(best, last, folder, summary)  # the process may have been killed before it did this
         else:
-            figures = {name: summary[name] for name in ("best_step", "steps", "validation")}
-            standing = Standing(peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, figures)
+            figures = {name: getattr(summary, name) for name in ("best_step", "steps", "validation")}
+            best = BestAdapter(peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, figures)
         known = tuple(read_json(folder / SEARCH / CARD)["known"])
         try:
-            new, done = one_round(opened, standing, history_of(folder), folder, settings, known, True, listener)
+            run = Run(opened, settings, folder, listener, resume=True)
+            new, done = one_round(run, best, history_of(folder), known)
         except Interrupted as error:
-            raise Interrupted(str(error).replace(RESUME_HINT, "type the same again and it goes on")) from None
+            raise Interrupted(str(error).replace(RESUME_HINT, "repeat the command to continue")) from None
         if isinstance(done, str):
             return {
                 "number": None,
@@ -160,112 +169,106 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
         if new is not None:
             _install(new, done.number, folder, summary)
         else:
-            write_json(folder / SUMMARY, {**summary, "rounds": [asdict(one) for one in history_of(folder)]})
+            write_json(folder / SUMMARY, replace(summary, rounds=_rounds(folder)).to_json())
         write_report([folder], folder / REPORT)
     return {**asdict(done), "adapter_dir": str(folder / ADAPTER)}
 
 
-def _install(standing: Standing, number: int, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Put the adapter of an accepted round in the place of the run's, where it is not there already."""
+def _install(best: BestAdapter, number: int, folder: Path, summary: RunSummary) -> None:
+    """Replace the run's adapter by that of an accepted round, unless this has been done."""
     first = folder / ROUNDS / "0"
     if not (first / ADAPTER).exists():
         with whole_folder(first / ADAPTER) as building:
             shutil.copytree(folder / ADAPTER, building, dirs_exist_ok=True)
-    told = {
-        **summary,
-        **standing.told(),
-        "scores_of_round": number,
-        "rounds": [asdict(one) for one in history_of(folder)],
-    }
-    if peft.read(folder / ADAPTER) != standing.adapter:
+    now = replace(summary, **best.measured(), scores_of_round=number, rounds=_rounds(folder))
+    if peft.read(folder / ADAPTER) != best.adapter:
         peft.write(
-            standing.adapter,
+            best.adapter,
             folder / ADAPTER,
-            card(standing.adapter, standing.decision.choices, told),
+            card(best.adapter, best.decision.choices, now),
             {"versions": versions(), "round": number},
             peft.routing_of(folder / ADAPTER),
         )
-    _take_ladder(standing, folder)
-    write_json(folder / SUMMARY, told)
+    _take_ladder(best, folder)
+    write_json(folder / SUMMARY, now.to_json())
 
 
-def _take_ladder(standing: Standing, out: Path) -> None:
-    """The ladder in the run's folder is that of the adapter that stands."""
-    if standing.folder == out:
+def _rounds(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The rounds of a run, as they are in its summary."""
+    return tuple(asdict(done) for done in history_of(folder))
+
+
+def _take_ladder(best: BestAdapter, out: Path) -> None:
+    """Copy the ladder of the best adapter into the run's folder. If it has none, remove the one that is there."""
+    if best.folder == out:
         return
-    if (standing.folder / LADDER).exists():
+    if (best.folder / LADDER).exists():
         with whole_folder(out / LADDER) as building:
-            shutil.copytree(standing.folder / LADDER, building, dirs_exist_ok=True)
-    elif (out / LADDER).exists():  # of an adapter that no longer stands
+            shutil.copytree(best.folder / LADDER, building, dirs_exist_ok=True)
+    elif (out / LADDER).exists():
         shutil.rmtree(out / LADDER)
 
 
-def refine(
-    opened: Opened,
-    standing: Standing,
-    out: Path,
-    settings: TrainSettings,
-    known: tuple[float, ...],
-    resume: bool,
-    extras: Extras,
-    processes: Processes,
-) -> Standing:
-    """At most settings.rounds of them, before the test is opened; those done before a stop are taken from the files.
-    One that fails is the last, and what stood before it stands."""
+def refine(run: Run, best: BestAdapter, known: tuple[float, ...], extras: Extras) -> BestAdapter:
+    """Do up to settings.rounds rounds before the test is opened, and return the best adapter. Rounds that were done
+    before a stop are read from the files. A round that fails is the last one, and changes nothing."""
+    out, processes = run.out, run.processes
     history = history_of(out)
     if last := accepted_round(out):
-        standing = _stands(out / ROUNDS / str(last))
-    while len(history) < settings.rounds:
-        tried = partial(one_round, opened, standing, history, out, settings, known, resume, extras.listener, processes)
-        # Of several processes the others are in the midst of the same round, and cannot be told that it has ended.
-        found = tried() if processes.count > 1 else extras.get(f"round {len(history) + 1}", tried)
-        if found is None:
+        best = _read_best(out / ROUNDS / str(last))
+    while len(history) < run.settings.rounds:
+        tried = partial(one_round, run, best, history, known)
+        # With several processes an error must end the run: the others are in the middle of the round and would wait.
+        result = tried() if processes.count > 1 else extras.get(f"round {len(history) + 1}", tried)
+        if result is None:
             break
-        new, done = found
+        new, done = result
         if isinstance(done, str):
             extras.listener.say(f"no further round: {done}")
             break
-        standing = new or standing
+        best = new or best
         history = [*history, done]
-    _take_ladder(standing, out)
-    return standing
+    _take_ladder(best, out)
+    return best
 
 
 def one_round(
-    opened: Opened,
-    standing: Standing,
-    history: Sequence[Round],
-    out: Path,
-    settings: TrainSettings,
-    known: tuple[float, ...],
-    resume: bool,
-    listener: Listener,
-    processes: Processes = ALONE,
-) -> tuple[Standing | None, Round | str]:
-    """Try what the rules say, and judge it: what stands now where that has changed, and the round; or why none is left.
-    A round is in the history once its adapter is on disk."""
+    run: Run, best: BestAdapter, history: Sequence[Round], known: tuple[float, ...]
+) -> tuple[BestAdapter | None, Round | str]:
+    """Try the change that the rules suggest, and judge it. A round enters the history after its adapter is on disk.
+
+    Args:
+        run: The run.
+        best: The best adapter so far.
+        history: The rounds so far.
+        known: The base's NLL of every validation example.
+
+    Returns:
+        The new best adapter, None if it has not changed; and the round, or the reason why there is none.
+    """
+    opened, out, listener = run.opened, run.out, run.listener
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
         return None, f"{n} independent validation examples decide nothing, at least {FEWEST} are needed"
-    since = max((one.number for one in history if one.accepted), default=0)
-    refused = {one.kind for one in history if one.number > since}
-    lines = lines_of(standing.folder / METRICS)
-    recipe = standing.decision.recipe
+    since = max((earlier.number for earlier in history if earlier.accepted), default=0)
+    refused = {earlier.kind for earlier in history if earlier.number > since}
+    lines = lines_of(best.folder / METRICS)
+    recipe = best.decision.recipe
     evidence = Evidence(
         recipe.steps,
         [(line["step"], line["valid_nll"]) for line in lines if "valid_nll" in line and line["step"] != recipe.early],
         [(line["step"], line["train_nll"]) for line in lines if "train_nll" in line],
-        standing.ladder,
+        best.ladder,
     )
-    change = next_change(evidence, max(slot.rank for slot in standing.decision.plan.slots), refused)
+    change = next_change(evidence, max(slot.rank for slot in best.decision.plan.slots), refused)
     if isinstance(change, str):
         return None, change
     number = len(history) + 1
     folder = out / ROUNDS / str(number)
-    if (folder / PLAN).exists():  # the round was stopped: it goes on as it began
+    if (folder / PLAN).exists():  # the round was stopped: it is resumed with its plan
         decision = _read_plan(folder)
     else:
-        fits = _fitting(opened, changed(standing.decision, change), folder, settings, processes)
+        fits = _fitting(run, changed(best.decision, change), folder)
         if isinstance(fits, str):
             return None, f"{change.kind} would be next, for {change.reason}, and is left out: {fits}"
         decision = fits
@@ -273,12 +276,12 @@ def one_round(
     make_folder(folder)
     write_plan(decision, folder)
     order = Order(decision.plan, decision.recipe, f"{ROUNDS}/{number}", known=known)
-    processes.agreed(order.to_json)
+    run.processes.agreed(order.to_json)
     rank = max(slot.rank for slot in decision.plan.slots)
-    before = scored(opened, standing.adapter, listener)
+    before = scored(opened, best.adapter, listener)
     new = None
     try:
-        trained = carry_out(opened, order, out, resume, settings.trunk_bytes, processes, listener)
+        trained = carry_out(run, order)
     except DivergedError as error:
         mean = sum(before) / len(before)
         done = Round(
@@ -296,48 +299,46 @@ def one_round(
             f"it diverged: {error}",
         )
     else:
-        ladder, adapter = trim_trained(opened, trained, decision.recipe, settings, folder, Extras(listener))
+        ladder, adapter = trim_trained(replace(run, out=folder), trained, decision.recipe, Extras(listener))
         after = trained.each if adapter is trained.adapter else scored(opened, adapter, listener)
         done = judged(number, change, rank, before, after, groups)
         if done.accepted:
-            decision = told_ladder(decision, ladder, adapter)
-            new = Standing(adapter, decision, ladder, folder, figures_of(trained))
+            decision = with_ladder(decision, ladder, adapter)
+            new = BestAdapter(adapter, decision, ladder, folder, figures_of(trained))
             write_plan(decision, folder)
             write_json(folder / FIGURES, new.figures)
             peft.write(adapter, folder / ADAPTER, extra={"round": asdict(done)})
-    write_json(out / ROUNDS / HISTORY, [asdict(one) for one in (*history, done)])
+    write_json(out / ROUNDS / HISTORY, [asdict(entry) for entry in (*history, done)])
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     listener.say(f"round {number}: {done.verdict}")
     return new, done
 
 
-def _fitting(
-    opened: Opened, decision: Decision, folder: Path, settings: TrainSettings, processes: Processes
-) -> Decision | str:
-    """The decision of a round with how much is run at a time, so that it stays within what the run was given; or in
-    words why it cannot: a round is no reason to lose the run."""
-    base = opened.base
+def _fitting(run: Run, decision: Decision, folder: Path) -> Decision | str:
+    """The decision of a round with a micro-batch that fits into the run's memory, or a message why it does not fit. It
+    raises nothing, so that the run is not lost."""
+    opened, settings, here = run.opened, run.settings, run.processes.here
     try:
         require_disk(folder, disk_of(decision.plan, settings.trim == "auto"))
         start = start_of(opened, decision.plan)
-        decision, peak = fitted(base, start, opened.rows, decision, settings, opened.way, processes.here)
+        decision, peak = fitted(opened.runner, start, opened.rows, decision, settings, here)
     except (RunError, SettingsError) as error:
         return str(error)
-    room = room_of(base, processes.here)
+    room = room_of(opened.base, here)
     if settings.memory is None and room.free is not None and peak > room.held + room.free:
-        return f"it would hold about {shown(peak - room.held)} more, and {shown(room.free)} of memory are free here"
+        return f"it would take about {shown(peak - room.held)} more memory, and {shown(room.free)} are free here"
     return decision
 
 
 def scored(opened: Opened, adapter: Adapter, listener: Listener) -> list[float]:
-    """NLL of every validation example under an adapter."""
+    """The NLL of every validation example under an adapter."""
     with attach(opened.base, adapter):
-        return example_nll(opened.base, opened.rows["valid"], partial(listener.watch, "as it stands"), opened.way)
+        return opened.runner.nll(opened.rows["valid"], partial(listener.watch, "best adapter so far"))
 
 
-def _stands(folder: Path) -> Standing:
-    """What an accepted round has left."""
-    return Standing(
+def _read_best(folder: Path) -> BestAdapter:
+    """The result of an accepted round, read from its folder."""
+    return BestAdapter(
         peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, read_json(folder / FIGURES)
     )
 
@@ -346,11 +347,11 @@ def _ladder(folder: Path) -> Ladder:
     path = folder / LADDER / RUNGS
     if not path.exists():
         return Ladder(0.0, 0.0, (), 1.0, "not trimmed")
-    told = read_json(path)
+    content = read_json(path)
     try:
-        return Ladder(**{**told, "rungs": tuple(Rung(**rung) for rung in told["rungs"])})
+        return Ladder(**{**content, "rungs": tuple(Rung(**rung) for rung in content["rungs"])})
     except (TypeError, KeyError) as error:
-        raise FormatError(f"{path}: damaged ({error}): remove it, and ranks are not judged") from error
+        raise FormatError(f"{path}: damaged ({error}): remove it; rounds then do not propose another rank") from error
 
 
 def history_of(out: Path) -> list[Round]:
@@ -359,6 +360,6 @@ def history_of(out: Path) -> list[Round]:
     if not path.exists():
         return []
     try:
-        return [Round(**one) for one in read_json(path)]
+        return [Round(**entry) for entry in read_json(path)]
     except TypeError as error:
         raise FormatError(f"{path}: damaged ({error}): move the folder {out / ROUNDS} elsewhere") from error

@@ -1,4 +1,4 @@
-"""Where questions go among adapters, by the router that a server of them would use."""
+"""`lorafit route`: questions go in; the adapter that a server's router would choose for each comes out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,23 @@ def run_routing(
     learn: Mapping[str, Examples] | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """The scores of each text. adapters: folders, or runs, by name. base: by default the one the adapters name.
-    learn: by name, examples whose questions an adapter's folder shall keep from now on. Raises AdapterError where there
-    is nothing to learn from."""
+    """Route texts; returns the scores of each.
+
+    Args:
+        texts: The questions.
+        adapters: Adapter folders, or runs, by name.
+        base: The base; None for the one that the adapters name.
+        learn: Examples by adapter name; features of their questions are stored in the adapter's folder.
+        listener: Receives messages and progress.
+
+    Raises:
+        AdapterError: There is nothing to learn from.
+    """
     listener, learn = listener or Silent(), learn or {}
     folders = {name: peft.adapter_folder(folder) for name, folder in adapters.items()}
     for folder in folders.values():
         peft.require_adapter_folder(folder)
+        peft.require_writes(folder)
     opened = open_base(base or _base_of(folders), None, listener.say, listener.watch)
     for name, given in learn.items():
         found = Features.of(opened, given.train, given.valid, watch=listener.watch)
@@ -39,9 +49,9 @@ def run_routing(
             )
         with whole_file(folders[name] / peft.ROUTING) as building:
             building.write_bytes(found.to_bytes())
-        listener.say(f"{folders[name]} keeps what the base makes of {len(found.train)} questions")
+        listener.say(f"{folders[name]} now stores the features of {len(found.train)} questions")
     router, left_out = router_of(opened, folders, listener)
-    told = [router.route(row) for row in features_of(opened, texts)]
+    routes = [router.route(row) for row in features_of(opened, texts)]
     return {
         "threshold": router.threshold,
         "right": router.right,
@@ -50,17 +60,17 @@ def run_routing(
         "texts": [
             {
                 "text": text,
-                "adapter": one.adapter,
-                "probability": one.probability,
-                "scores": {name or "base": score for name, score in one.scores.items()},
+                "adapter": route.adapter,
+                "probability": route.probability,
+                "scores": {name or "base": score for name, score in route.scores.items()},
             }
-            for text, one in zip(texts, told, strict=True)
+            for text, route in zip(texts, routes, strict=True)
         ],
     }
 
 
 def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tuple[Router, dict[str, str]]:
-    """A router between those of these adapter folders that keep questions of this base, and why not the others."""
+    """A router between the adapter folders that store features of this base, and why each other folder is left out."""
     kept = {name: content for name, folder in folders.items() if (content := peft.routing_of(folder))}
     others = features_of(base, elsewhere() if kept else [], listener.watch)
     found, left_out = learnable(kept, base, others.shape[1])
@@ -69,7 +79,7 @@ def router_of(base: Base, folders: Mapping[str, Path], listener: Listener) -> tu
 
 
 def _base_of(folders: Mapping[str, Path]) -> str:
-    """The base that adapter folders name."""
+    """The base that the adapter folders name. Raises BaseError if they do not agree on one."""
     named = {name: peft.glance(folder).base_name for name, folder in folders.items() if (folder / peft.OURS).exists()}
     bases = sorted({str(base) for base in named.values() if base})
     if len(bases) != 1:

@@ -1,7 +1,8 @@
-"""What there is to say about anything lorafit writes or opens."""
+"""`lorafit show`: the path of a run, an adapter, a plan or a base goes in; facts about it come out."""
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from lorafit.bases import hub
 from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, put_back, read_json
+from lorafit.report.words import listed
 from lorafit.runs.folder import PLAN, RUN, openings, read_run, read_summary, standing_folder
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def shown(path: str | Path) -> dict[str, Any]:
-    """Facts about a run, adapter, plan or base, by name; `kind` says which it is. Raises FormatError for others."""
+    """Facts by name about a run, an adapter, a plan or a base; `kind` says which. Raises FormatError for others."""
     path = Path(path)
     put_back(path)
     if (path / RUN).exists():
@@ -30,9 +32,10 @@ def shown(path: str | Path) -> dict[str, Any]:
 
         return {"kind": "plan", **_plan(Plan.from_json(read_json(path), str(path)))}
     require_shown(path)
+    from lorafit.bases import locate
     from lorafit.bases.base import open_base
 
-    base = open_base(path)
+    base = open_base(path, labels=2 if locate.classifies(str(path), "auto") else None)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     names = dict(Counter(site.name for site in base.sites))
     return {
@@ -47,7 +50,7 @@ def shown(path: str | Path) -> dict[str, Any]:
 
 
 def require_shown(path: Path) -> None:
-    """Raise FormatError for what cannot be shown. Opens nothing, and imports nothing of weight."""
+    """Raise FormatError for a path that cannot be shown. It opens no model and imports no large library."""
     put_back(path)
     if any((path / name).exists() for name in (RUN, CONFIG, "config.json")):
         return
@@ -66,21 +69,23 @@ def require_shown(path: Path) -> None:
 
 def _run(path: Path) -> dict[str, Any]:
     asked = read_run(path)
-    found = {"kind": "run", "base": asked["base"], "data": asked["data"]}
+    facts = {"kind": "run", "base": asked["base"], "data": asked["data"]}
     plan = standing_folder(path) / PLAN
     if plan.exists():
         from lorafit.adapters.plan import Plan
 
-        found |= _plan(Plan.from_json(read_json(plan), str(plan)))
+        facts |= _plan(Plan.from_json(read_json(plan), str(plan)))
     summary = read_summary(path)
+    if summary and summary.classes:
+        facts |= {"labels": listed([score.label for score in summary.classes.per_label])}
     if summary is None:
-        return {**found, "state": "not finished: go on with lorafit train ... --resume"}
+        return {**facts, "state": f"not finished: lorafit train --resume --out {shlex.quote(str(path))} continues it"}
     return {
-        **found,
+        **facts,
         "state": "finished",
         "adapter": str(path / "adapter"),
-        "best step": summary["best_step"],
-        "base unchanged": summary["base_unchanged"],
+        "best step": summary.best_step,
+        "base unchanged": summary.base_unchanged,
         "test openings": openings(path),
     }
 
@@ -89,15 +94,19 @@ def _adapter(path: Path) -> dict[str, Any]:
     from lorafit.adapters.formats import peft
 
     adapter = peft.read(path)
-    rendering = adapter.rendering
-    told = {"time told": rendering.now, "template settings": dict(rendering.settings)} if rendering else {}
+    rendering, classes = adapter.rendering, adapter.classes
+    rendered = {"time told": rendering.now, "template settings": dict(rendering.settings)} if rendering else {}
     return {
         "kind": "adapter",
         "base": adapter.base_name,
         "base identity": adapter.base or "unknown",
         "digest": adapter.digest(),
-        "system prompt": rendering.system if rendering else None,
-        **{name: value for name, value in told.items() if value},
+        **(
+            {"labels": listed(classes.labels)}
+            if classes
+            else {"system prompt": rendering.system if rendering else None}
+        ),
+        **{name: value for name, value in rendered.items() if value},
         **_plan(adapter.plan),
     }
 
@@ -105,6 +114,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 def _plan(plan: Plan) -> dict[str, Any]:
     ranks = Counter(slot.rank for slot in plan.slots)
     return {
+        "task": "classification" if plan.is_classifier else "completion",
         "sites": len(plan.slots),
         "site names": ", ".join(dict.fromkeys(slot.site.name for slot in plan.slots)),
         "variant": plan.slots[0].variant,

@@ -1,4 +1,4 @@
-"""A run that a tracking program follows: its curve while it trains, its scores when it ends."""
+"""Sends the curve of a run, and its scores at the end, to a tracking program."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any
 from lorafit.errors import SettingsError
 from lorafit.jobs.listener import Listener
 from lorafit.jobs.prepare import Opened
+from lorafit.runs.summary import RunSummary
 from lorafit.runs.tracking import TENSORBOARD, TRACKERS, WANDB, Tracker
 from lorafit.settings import TrainSettings
 from lorafit.training.loop import Moment
 
 
 class Tracked:
-    """What hears the moments of a run, for the listener and for a tracking program; None for no program.
+    """Passes the moments of a run on to its listener and to a tracking program.
 
-    A program that fails is reported once and left out: it never ends a run.
+    If the program fails, this is reported once, and the run continues without it.
+
+    Args:
+        tracker: The program; None for none.
+        name: Its name, for messages.
+        listener: The run's listener.
     """
 
     def __init__(self, tracker: Tracker | None, name: str, listener: Listener):
@@ -39,18 +45,18 @@ class Tracked:
             }
         self._log(values, moment.step)
 
-    def scores(self, summary: Mapping[str, Any]) -> None:
-        """Hand over the scores on the test, at the last step."""
-        nll, facts, counts = summary["nll"], summary["facts"], summary.get("counts")
-        shares = counts["right"] if counts and counts["tells"] else {}  # of free text equality says little
+    def scores(self, summary: RunSummary) -> None:
+        """Log the scores on the test, at the last step."""
+        nll, facts, counts = summary.nll, summary.facts, summary.counts
+        shares = counts.right if counts and counts.tells else {}  # of free text equality says little
         self._log(
             {
-                "test/nll_base": nll["base"],
-                "test/nll_adapter": nll["adapter"],
-                "test/facts_base": facts["base"],
-                "test/facts_adapter": facts["adapter"],
-                **{f"test/right_{who}": share["share"] for who, share in shares.items()},
-                "adapter/parameters": summary["trainable_parameters"],
+                "test/nll_base": nll.base,
+                "test/nll_adapter": nll.adapter,
+                "test/facts_base": facts.base,
+                "test/facts_adapter": facts.adapter,
+                **{f"test/right_{who}": share.share for who, share in shares.items()},
+                "adapter/parameters": summary.trainable_parameters,
             },
             self._step,
         )
@@ -61,23 +67,23 @@ class Tracked:
 
     def _log(self, values: Mapping[str, float | None], step: int) -> None:
         self._step = max(self._step, step)  # scores of an earlier step are refused by some programs
-        told = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
-        if self._tracker is not None and told:
+        numbers = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+        if self._tracker is not None and numbers:
             tracker = self._tracker
-            self._tried(lambda: tracker.log(told, step))
+            self._tried(lambda: tracker.log(numbers, step))
 
     def _tried(self, call: Any) -> None:
         try:
             call()
-        except Exception as error:  # of a program that is not ours: a network, a full disk, another version
+        except Exception as error:  # of any kind: a network, a full disk, another version
             self._tracker = None
             self._listener.say(f"--report-to {self._name}: {_why(error)}: it is left out, the run continues")
 
 
 @contextmanager
 def tracked(settings: TrainSettings, opened: Opened, out: Path, resume: bool, listener: Listener) -> Iterator[Tracked]:
-    """A run as the tracking program of the settings follows it. Raises SettingsError where that cannot begin, before
-    anything is trained; what it has written into a new run folder by then is removed."""
+    """Start the tracking program of the settings; it ends with the block. Raises SettingsError if it cannot start, and
+    then removes what it has written into a new run folder."""
     name, tracker = settings.report_to, None
     if name != "none":
         try:
@@ -95,7 +101,7 @@ def tracked(settings: TrainSettings, opened: Opened, out: Path, resume: bool, li
 
 
 def _facts(settings: TrainSettings, opened: Opened) -> dict[str, Any]:
-    """What tells one run from another: numbers and choices. No path, no prompt, no example."""
+    """The numbers and choices that describe a run. They include no path, prompt or example."""
     numbers = {name: value for name, value in settings.model_dump().items() if isinstance(value, (bool, int, float))}
     recipe = {name: value for name, value in asdict(opened.decision.recipe).items() if isinstance(value, (int, float))}
     return {

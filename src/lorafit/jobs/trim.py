@@ -1,10 +1,10 @@
-"""A finished run's adapter, as small as its validation allows."""
+"""`lorafit trim`: a finished run goes in; a smaller adapter, as small as validation allows or as asked, comes out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,61 +19,57 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.state import TrainState
 from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
-from lorafit.attachment.blocks import recomputing
 from lorafit.attachment.watching import observing
-from lorafit.bases.base import Base
-from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
-from lorafit.evaluation.nll import example_nll
+from lorafit.evaluation.classes import LabelQuestions
 from lorafit.evaluation.questions import Questions
 from lorafit.files import read_json, require_new_folder, whole_file
 from lorafit.jobs.listener import Listener, Silent
-from lorafit.jobs.machine import keep_freed_memory, left_of
-from lorafit.jobs.prepare import opened_base, rendered
+from lorafit.jobs.machine import keep_freed_memory
+from lorafit.jobs.prepare import open_all, prepare_again
+from lorafit.jobs.scoring import scoring_of
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
 from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
-from lorafit.prepared import prepare
 from lorafit.runs.folder import LADDER, MOMENTS, ONLY_RUNS, PLAN, WHOLE, frozen_of, read_finished, standing_folder
 from lorafit.settings import settings_from, share_of
-from lorafit.tasks.completion import Way, batch_of
-from lorafit.training.loop import gradient_step
+from lorafit.tasks.runner import Runner
 from lorafit.training.recipe import Recipe
 
 LOOKED_AT = 32  # training rows, spread over all, whose moments decide which directions go
 
 
 def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None = None) -> dict[str, Any]:
-    """Score the ladder of the run in `folder` on its own validation examples, and write the smallest adapter that may
-    be shipped (`climb_down`) to `out`; returns the ladder. Where none may be smaller, nothing is written.
+    """Score the ladder of the run in `folder` on the run's validation examples, and write the smallest adapter that may
+    be shipped (`climb_down`) to `out`; returns the ladder. If no smaller adapter may be shipped, nothing is written.
 
-    The test is not touched. Raises RunError for a run that is not finished, or whose data have changed.
+    The test is not used. Raises RunError for a run that is not finished, or whose base or data have changed.
     """
     folder, out, listener = Path(folder), Path(out), listener or Silent()
     began = time.monotonic()
     require_new_folder(out, "--out")
     asked, summary = read_finished(folder, ONLY_RUNS)
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
-    whole, way = peft.read(_whole(folder)), Way(frozen.apart, frozen.packed)
+    whole = peft.read(_whole(folder))
     require_pairs(whole)
     keep_freed_memory()
-    examples, _ = prepare(asked["data"], settings, listener)
-    base = opened_base(asked["base"], settings, listener, frozen)
-    examples, renderer, rows = rendered(base, examples, settings, listener, frozen.now)
+    prepared = prepare_again(folder, asked["data"], settings, listener, "give --to 25%")
+    opened = open_all(asked["base"], asked["data"], settings, listener, frozen, prepared=prepared)
+    base, examples, rows = opened.base, opened.examples, opened.rows
     if base.identity != asked["base_identity"] or not examples.has_digest(asked["data_digest"]):
         raise RunError(
             f"{folder}: its base or its data have changed since it was trained, and so its validation, or "
             "an earlier version of lorafit held others out: restore them, or give --to 25%"
         )
+    recipe = Recipe(**read_json(standing_folder(folder) / PLAN)["recipe"])
+    # With the micro-batches of training, no more memory is needed than in training.
+    runner = opened.runner.within(recipe.micro_tokens, recipe.recompute)
     with attach(base, whole):
-        nll = example_nll(base, rows["valid"], partial(listener.watch, "whole"), way)
+        nll = runner.nll(rows["valid"], partial(listener.watch, "whole"))
+    questions = scoring_of(opened.runner).questions(opened, settings)
     groups = [example.group for example in examples.valid]
-    before, recipe = float(summary["validation"][0][1]), Recipe(**read_json(standing_folder(folder) / PLAN)["recipe"])
-    questions = Questions.among(
-        base, renderer, examples.valid, rows["valid"], examples.train, left_of(settings.memory, base)
-    )
-    ladder, small, _ = ladder_of(base, whole, rows, way, recipe, nll, before, groups, questions, listener)
+    held = Validation(rows["valid"], nll, summary.validation[0][1], groups, questions)
+    ladder, small, _ = ladder_of(runner, whole, rows["train"], held, listener)
     if small is not None:
         peft.write(
             small,
@@ -89,65 +85,80 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
     }
 
 
-def ladder_of(
-    base: Base,
-    whole: Adapter,
-    rows: Mapping[str, Sequence[Row]],
-    way: Way,
-    recipe: Recipe,
-    nll: Sequence[float],
-    before: float,
-    groups: Sequence[str | None],
-    questions: Questions | None,
-    listener: Listener,
-) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:
-    """Down the ladder until validation refuses a rung: the ladder as far as it was climbed, the smallest adapter that
-    may be shipped (None where that is the whole), and the moments by which it was cut.
+@dataclass(frozen=True)
+class Validation:
+    """The validation examples that decide how small an adapter may be.
 
     Args:
-        base: what the adapter was trained on.
-        whole: the adapter as it was trained.
-        rows: the run's, by split; `train` gives the moments, `valid` the scores.
-        way: how rows are computed.
-        recipe: by which it was trained: what is computed at a time is no more than then, and needs no more memory.
-        nll: of every validation example under the whole, nats per token.
-        before: mean NLL of them under the base.
-        groups: of the validation examples.
-        questions: those of validation that are answered under each rung whose NLL may be shipped; None for none.
-        listener: hears how far it has come.
+        rows: The rows of every example.
+        nll: The NLL of every example under the whole adapter, in nats per token.
+        before: Their mean NLL under the base.
+        groups: The group of every example; the examples of one group count as one.
+        questions: Questions that are answered with each rung whose NLL may be shipped; None for none.
     """
-    spread = rows["train"][:: max(1, len(rows["train"]) // LOOKED_AT)][:LOOKED_AT]
-    moments = moments_of(base, whole, spread, way, recipe)
+
+    rows: Sequence[Row]
+    nll: Sequence[float]
+    before: float
+    groups: Sequence[str | None]
+    questions: Questions | LabelQuestions | None
+
+
+def ladder_of(
+    runner: Runner, whole: Adapter, train: Sequence[Row], held: Validation, listener: Listener
+) -> tuple[Ladder, Adapter | None, dict[str, Moments]]:
+    """Score smaller and smaller adapters until validation refuses one.
+
+    Args:
+        runner: The base of the adapter, and how it is run.
+        whole: The adapter as it was trained.
+        train: The run's training rows; the moments are measured on some of them.
+        held: The validation examples.
+        listener: Receives progress.
+
+    Returns:
+        The ladder down to the refused rung, the smallest adapter that may be shipped (None if that is the whole), and
+        the moments by which it was cut.
+    """
+    moments = moments_of(runner, whole, train[:: max(1, len(train) // LOOKED_AT)][:LOOKED_AT])
+    questions = held.questions
     small: dict[float, Adapter] = {}
     rungs: list[Rung] = []
-    margin = margin_of(fmean(nll), before)
+    margin = margin_of(fmean(held.nll), held.before)
     right: int | None = None
     for share in RUNGS:
         if share < smallest_share(whole):
             break
         small[share], _ = trimmed(whole, share, moments)
-        with attach(base, small[share]):
-            found = example_nll(base, rows["valid"], partial(listener.watch, f"{share:.2%}"), way)
-        each = rung(share, small[share].plan.parameters, found, nll, groups)
-        if questions is not None and not costs_too_much(each, margin):
+        with attach(runner.base, small[share]):
+            nll = runner.nll(held.rows, partial(listener.watch, f"{share:.2%}"))
+        step = rung(share, small[share].plan.parameters, nll, held.nll, held.groups)
+        if questions is not None and not costs_too_much(step, margin):
             if right is None:
                 right = questions.right(whole, partial(listener.watch, "whole: answers"))
             if right:
-                each = replace(
-                    each, right=questions.right(small[share], partial(listener.watch, f"{share:.2%}: answers"))
+                step = replace(
+                    step, right=questions.right(small[share], partial(listener.watch, f"{share:.2%}: answers"))
                 )
-        rungs.append(each)
-        if costs_too_much(each, margin, right):
+        rungs.append(step)
+        if costs_too_much(step, margin, right):
             break
     asked = 0 if right is None or questions is None else len(questions.examples)
-    ladder = climb_down(nll, before, rungs, groups, asked, right)
+    ladder = climb_down(held.nll, held.before, rungs, held.groups, asked, right)
     return ladder, small.get(ladder.chosen), moments
 
 
 def cut(folder: str | Path, to: str, out: str | Path) -> dict[str, Any]:
-    """Write so much of the adapter of a run, or in an adapter folder, to `out`; no model is opened. Of a run with a
-    ladder it is the rung that was scored there, cut from the whole by the moments it keeps; of anything else every
-    direction counts alike. Returns what came of it."""
+    """Write a share of an adapter to `out` without opening a model; returns the sizes before and after.
+
+    A run with a ladder keeps the moments by which its rungs were cut, and they are used again. For any other adapter
+    all directions are weighted alike.
+
+    Args:
+        folder: A run, or an adapter folder.
+        to: The share of the parameters, such as 25%.
+        out: A new folder.
+    """
     folder, out = Path(folder), Path(out)
     require_new_folder(out, "--out")
     share = share_of(to)
@@ -166,14 +177,16 @@ def cut(folder: str | Path, to: str, out: str | Path) -> dict[str, Any]:
 
 
 def write_moments(moments: Mapping[str, Moments], path: Path) -> None:
-    """As safetensors, by site path and side."""
-    sides = {f"{name}.{side}": getattr(each, side) for name, each in moments.items() for side in ("inputs", "outputs")}
+    """Write the moments as safetensors, by site path and side."""
+    sides = {
+        f"{name}.{side}": getattr(moment, side) for name, moment in moments.items() for side in ("inputs", "outputs")
+    }
     with whole_file(path) as building:
         save_file({name: tensor.contiguous() for name, tensor in sides.items()}, building)
 
 
 def read_moments(path: Path) -> dict[str, Moments]:
-    """Raises FormatError for a damaged file."""
+    """Read what `write_moments` wrote. Raises FormatError for a damaged file."""
     try:
         tensors = load_file(path)
         return {
@@ -182,18 +195,21 @@ def read_moments(path: Path) -> dict[str, Moments]:
             if name.endswith(".inputs")
         }
     except (SafetensorError, KeyError) as error:
-        raise FormatError(f"{path}: damaged ({error}): remove it, and every direction counts alike") from error
+        raise FormatError(f"{path}: damaged ({error}): remove it; all directions are then weighted alike") from error
 
 
 def _whole(folder: Path) -> Path:
-    """Where the untrimmed adapter of a run lies, or of an adapter folder the adapter."""
+    """The folder of a run's untrimmed adapter, or the adapter folder itself."""
     kept = folder / LADDER / WHOLE
     return kept if kept.exists() else peft.adapter_folder(folder)
 
 
-def moments_of(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, recipe: Recipe) -> dict[str, Moments]:
-    """Second moments inside the adapter's pairs, over what the rows are laid into, with the gradient of their mean NLL.
-    A pair that took no part has moments of zero. It holds no more than a step of the recipe, and A x of every pair."""
+def moments_of(runner: Runner, adapter: Adapter, rows: Sequence[Row]) -> dict[str, Moments]:
+    """The second moments inside the adapter's pairs, of their inputs and of the gradient of the rows' mean NLL.
+
+    A pair that took no part has moments of zero. It needs the memory of a step, and of A x for every pair.
+    """
+    base = runner.base
     state = TrainState(adapter, base.device)
     pairs = {slot.site.path: slot for slot in adapter.plan.slots if slot.is_pair}
     factors = adapter.factors(torch.float32, base.device)
@@ -204,13 +220,10 @@ def moments_of(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, reci
     def inside(path: str, x: Tensor) -> Tensor:
         return x.float() @ factors[path]["A"].T
 
-    def see(path: str, inside: Tensor, g: Tensor) -> None:
+    def add(path: str, inside: Tensor, g: Tensor) -> None:
         for total, values in zip(sums[path], (inside, g.float() @ factors[path]["B"]), strict=True):
             total += (values.double().T @ values.double()).cpu()
 
-    steps = [range(i, min(i + recipe.batch_size, len(rows))) for i in range(0, len(rows), recipe.batch_size)]
-    parts = [part for step in steps for part in by_tokens(rows, step, recipe.micro_tokens, way.packed)]
-    watched = observing(base, pairs, inside, see)
-    with attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute), watched:
-        gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
-    return {path: Moments(*each) for path, each in sums.items()}
+    with runner.training(state), observing(base, pairs, inside, add):
+        runner.gradient_of(rows)
+    return {path: Moments(*sides) for path, sides in sums.items()}

@@ -1,8 +1,8 @@
-"""Load an adapter folder in PEFT itself and compare its logits with ours, in fp32, in a process of its own.
+"""A program that loads an adapter folder in PEFT and compares its logits with ours, in fp32.
 
     python -m lorafit.jobs.with_peft ADAPTER BASE        rows of token ids as JSON on stdin; prints one JSON object
 
-PEFT is the oracle and no dependency: this is the only file that imports it, and nothing imports this file.
+PEFT serves only as a reference and is not a dependency: no other file imports it, and nothing imports this file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lorafit.bases.base import open_base
 def main() -> None:
     folder, base_name = sys.argv[1:]
     rows: list[list[int]] = json.load(sys.stdin)
-    base = open_base(base_name, torch.float32)
     adapter = peft_format.read(Path(folder))
+    base = open_base(base_name, torch.float32, labels=len(adapter.classes.labels) if adapter.classes else None)
 
     def logits() -> list[torch.Tensor]:
         with torch.no_grad():

@@ -22,4 +22,4 @@ def _bias(module: nn.Module) -> Tensor | None:
     return module.bias
 
 
-KIND = Kind((Conv1D,), _widths, _weight, _bias, stored=lambda matrix: matrix.T)
+KIND = Kind((Conv1D,), _widths, _weight, _bias, stored=lambda module, matrix: matrix.T)

@@ -20,7 +20,7 @@ def _bias(module: nn.Module) -> None:
     return None
 
 
-def _down(x: Tensor, a: Tensor) -> Tensor:
+def _down(module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
     return F.embedding(x.reshape(-1), a.T)
 
 
@@ -29,9 +29,10 @@ KIND = Kind(
     _widths,
     _weight,
     _bias,
-    stored=lambda matrix: matrix.T,
+    stored=lambda module, matrix: matrix.T,
     down=_down,
     is_product=False,
+    any_variant=False,  # PEFT takes the norms of an embedding by token, and not by output
     fan_in=lambda site: 1,
     peft_names={"A": "lora_embedding_A", "B": "lora_embedding_B"},
 )

@@ -72,4 +72,4 @@ def _equals_linear(module: nn.Linear) -> bool:
         module.training = before
 
 
-KIND = Kind((nn.Linear,), _widths, _weight, _bias, stored=lambda matrix: matrix, computes_as=_computes_as)
+KIND = Kind((nn.Linear,), _widths, _weight, _bias, stored=lambda module, matrix: matrix, computes_as=_computes_as)

@@ -6,19 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.adapters.plan import Plan
 from lorafit.adapters.state import TrainState
 from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
-from lorafit.attachment.blocks import recomputing
-from lorafit.bases.base import Base
-from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
-from lorafit.evaluation.nll import example_nll
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.planning.signal import block_of, kinds_of
-from lorafit.tasks.completion import Way, batch_of
-from lorafit.training.loop import gradient_step
+from lorafit.tasks.runner import Runner
 
 SHARE, FEWEST, MOST = 0.05, 4, 64  # of the run's time that ablations may take; examples they are scored on
 
@@ -35,16 +28,13 @@ class Ablation:
     ci95: tuple[float, float] | None
 
 
-def first_order(
-    base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, micro_tokens: int = 1024, recompute: bool = False
-) -> dict[str, float]:
+def first_order(runner: Runner, adapter: Adapter, rows: Sequence[Row]) -> dict[str, float]:
     """By site path, what taking its pair away would add to the mean NLL (nats per token) if that were linear in the
     pair: −⟨gradient of B, B⟩, which is −⟨gradient of ΔW, ΔW⟩ (Molchanov et al. 2017, arXiv 1611.06440). Below zero it
     would help. Of a variant with more than A and B it is their part alone. One backward in all."""
-    state = TrainState(adapter, base.device)
-    parts = by_tokens(rows, range(len(rows)), micro_tokens, way.packed)
-    with attach(base, state), packing(base, way.packed), recomputing(base, recompute):
-        gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
+    state = TrainState(adapter, runner.base.device)
+    with runner.training(state):
+        runner.gradient_of(rows)
     gradients = state.gradients()
     return {
         slot.site.path: -float((gradients[name].cpu().double() * adapter.tensors[name].double()).sum())
@@ -54,19 +44,18 @@ def first_order(
 
 
 def ablations(
-    base: Base,
+    runner: Runner,
     adapter: Adapter,
     rows: Sequence[Row],
     parts: Mapping[str, Sequence[str]],
-    way: Way,
     groups: Sequence[str | None],
     watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Ablation]:
     """Exact: each of the parts, as names of sites, taken away in turn, all else as it is."""
 
     def scored(one: Adapter) -> list[float]:
-        with attach(base, one):
-            return example_nll(base, rows, way=way)
+        with attach(runner.base, one):
+            return runner.nll(rows)
 
     watch(0, len(parts) + 1)
     whole, found = scored(adapter), []
@@ -105,7 +94,6 @@ def examples_for(parts: int, steps: int, batch: int, there: int) -> int:
 def without(adapter: Adapter, paths: Collection[str]) -> Adapter:
     """The adapter without its slots at these sites, of which it must have others."""
     slots = tuple(slot for slot in adapter.plan.slots if slot.site.path not in paths)
-    kept = {f"{slot.site.path}.{name}" for slot in slots for name in slot.shapes()}
-    return replace(
-        adapter, plan=Plan(slots), tensors={name: tensor for name, tensor in adapter.tensors.items() if name in kept}
-    )
+    plan = replace(adapter.plan, slots=slots)
+    kept = [f"{path}.{name}" for path, name, _, _ in plan.tensors()]
+    return replace(adapter, plan=plan, tensors={name: adapter.tensors[name] for name in kept})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
+from lorafit.data.split import FEWEST, groups_of
+from lorafit.evaluation.statistics import paired_bootstrap
 
-RUNGS = (0.5, 0.25, 0.125, 0.0625)  # shares of the parameters
+RUNGS = (0.5, 0.25, 0.125, 0.0625)  # shares of the LoRA parameters; a head is not trimmed
 TOLERATED = 0.005  # share of what the whole adapter gained over its base that a smaller one may give up at most
 SURE = 0.95  # one-sided
 
@@ -107,19 +108,13 @@ def climb_down(
         if costs_too_much(each, margin, right):
             break
         chosen = each
-    reason = _reason(chosen, rungs, base - nll, margin, groups, asked, right)
-    return Ladder(nll, margin, tuple(rungs), chosen.share if chosen else 1.0, reason, asked, right)
+    ladder = Ladder(nll, margin, tuple(rungs), chosen.share if chosen else 1.0, "", asked, right)
+    return replace(ladder, reason=_reason(ladder, base - nll, groups))
 
 
-def _reason(
-    chosen: Rung | None,
-    rungs: Sequence[Rung],
-    gained: float,
-    margin: float,
-    groups: Sequence[str | None],
-    asked: int,
-    right: int | None,
-) -> str:
+def _reason(ladder: Ladder, gained: float, groups: Sequence[str | None]) -> str:
+    rungs, margin, asked, right = ladder.rungs, ladder.margin, ladder.asked, ladder.right
+    chosen = next((one for one in rungs if one.share == ladder.chosen), None)
     n = len(set(groups_of(groups)))
     allowed = (
         f"{TOLERATED:.1%} of the {gained:.4f} nats that were gained may be given up, {margin:.4f}"
@@ -128,7 +123,7 @@ def _reason(
     )
     if chosen is not None:
         said = (
-            f"{1 - chosen.share:.4g} of the parameters were given up for {chosen.difference:+.4f} validation NLL, "
+            f"{1 - chosen.share:.4g} of the LoRA parameters were given up for {chosen.difference:+.4f} validation NLL, "
             f"with 95 % certainty less than {chosen.bound:+.4f}; {allowed}"
         )
         if chosen.right is not None:
@@ -144,8 +139,9 @@ def _reason(
         return f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
     if first.right is not None:
         return (
-            f"untrimmed: of {asked} validation questions {first.share:.0%} answers {first.right} right, the whole "
-            f"{right}, and no right answer is given up; its NLL differs by {first.difference:+.4f}"
+            f"untrimmed: of {asked} validation questions, {first.share:.0%} of the adapter answers {first.right} right "
+            f"and the whole adapter {right}, and trimming must not lose a right answer; the NLL would change by "
+            f"{first.difference:+.4f}"
         )
     if first.difference > margin or margin == 0:
         return f"untrimmed: {first.share:.0%} already costs {first.difference:+.4f}; {allowed}"

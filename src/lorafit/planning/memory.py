@@ -15,20 +15,17 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
-from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
-from lorafit.attachment.blocks import blocks_below, blocks_of, recomputing
+from lorafit.attachment.blocks import blocks_below, blocks_of
 from lorafit.attachment.packing import SHORT
 from lorafit.bases.base import Base
-from lorafit.data.batches import by_tokens, epoch_order
+from lorafit.data.batches import epoch_order
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import answer_tokens
-from lorafit.evaluation.nll import EVALUATION_TOKENS
 from lorafit.planning.rules import Decision, hidden_size, told
 from lorafit.settings import bytes_of
-from lorafit.tasks.completion import CHUNK, Way, batch_of, body
-from lorafit.training.loop import gradient_step, own_randomness
+from lorafit.tasks.runner import EVALUATION_TOKENS, Runner
+from lorafit.tasks.task import ForwardMode
 from lorafit.training.recipe import Recipe
 
 PROBED = 64  # tokens of the largest tiny forward
@@ -70,16 +67,16 @@ class Footprint:
     lost: float = 0.0
     lost_token: float = 0.0
 
-    def of(self, lengths: Sequence[int], trained: int, way: Way, recompute: bool) -> float:
+    def of(self, lengths: Sequence[int], trained: int, mode: ForwardMode, recompute: bool) -> float:
         """Of one micro-batch of rows of these lengths."""
-        widths = lengths if way.packed else [max(lengths)] * len(lengths)
+        widths = lengths if mode.packed else [max(lengths)] * len(lengths)
         tokens = sum(widths)
         kept = sum(
-            self.long_token * n if way.packed and n > SHORT else self.token * n + self.pair * n * n for n in widths
+            self.long_token * n if mode.packed and n > SHORT else self.token * n + self.pair * n * n for n in widths
         )
         if recompute:
             kept = self.block_input * tokens + kept / self.blocks
-        logits = self.logits * (trained if way.apart else tokens)
+        logits = self.logits * (trained if mode.separate_head else tokens)
         return (
             (1 + SLACK) * (kept + self.working * tokens + min(self.most_logits, logits))
             + self.lost
@@ -94,43 +91,42 @@ class Gauge(Protocol):
     def grown(self) -> int: ...
 
 
-def with_losses(
-    look: Footprint, base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, recompute: bool, gauge: Gauge
-) -> Footprint:
+def with_losses(look: Footprint, runner: Runner, adapter: Adapter, rows: Sequence[Row], gauge: Gauge) -> Footprint:
     """What the allocator takes beside what it is asked for, measured on a step of a few rows of middling length."""
-    state = TrainState(adapter, base.device)
+    state, recompute = TrainState(adapter, runner.base.device), runner.recompute
     middle = sorted(len(row.ids) for row in rows)[len(rows) // 2]
     gathering = 2 * 4 * adapter.plan.parameters  # the gradient of the factors, apart and as one; in `state`
     lost: dict[int, float] = {}
-    with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recompute):
-        gradient_step(base, state, [_probe(base, rows, [middle // 2 + 2], way)], way)
+    with runner.training(state):
+        runner.gradient_of(_probes(runner, rows, [middle // 2 + 2]))
         for size in (MEASURED, TWICE_MEASURED) if recompute else (MEASURED,):
             lengths = [min(middle, size)] * max(1, size // middle)
-            batch = _probe(base, rows, lengths, way)
+            batch = runner.batch(_probes(runner, rows, lengths))
             gauge.zero()
             for _ in range(2):  # what is freed comes back in other pieces
-                gradient_step(base, state, [batch], way)
-            known = look.of(lengths, batch.n_trained, way, recompute)
+                runner.gradient([batch])
+            known = look.of(lengths, batch.n_trained, runner.mode, recompute)
             lost[sum(lengths)] = max(0.0, gauge.grown() - known - gathering)
     (least, constant), (most, larger) = min(lost.items()), max(lost.items())
     each = max(0.0, (larger - constant) / (most - least)) if most > least else 0.0
     return replace(look, lost=max(0.0, constant - each * least), lost_token=each)
 
 
-def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropout: float = 0.0) -> Footprint:
+def footprint(runner: Runner, adapter: Adapter, rows: Sequence[Row], dropout: float = 0.0) -> Footprint:
     """Look at forwards of one short row, of four such, and of one four times as long: three unknowns."""
+    base, mode = runner.base, runner.mode
     state = TrainState(adapter, base.device, dropout)
     size = base.dtype.itemsize
     long = min(PROBED, base.context or PROBED) // 8 * 8
     short = long // 4
-    with own_randomness(base), attach(base, state), packing(base, way.packed):
-        one, four, whole = (kept(base, state, rows, each, way) for each in ([short], [short] * 4, [long]))
+    with replace(runner, recompute=False).training(state):
+        one, four, whole = (kept(runner, state, rows, each) for each in ([short], [short] * 4, [long]))
         pair = max(0.0, (whole - four) / (12 * short**2))
         token = max(0.0, (four - one) / (3 * short) - short * pair)
         fixed = max(0.0, one - short * token - short**2 * pair)
         long_token = token
-        if way.packed and max(len(row.ids) for row in rows) > SHORT:
-            long_token = (kept(base, state, rows, [LONG], way) - fixed) / LONG
+        if mode.packed and max(len(row.ids) for row in rows) > SHORT:
+            long_token = (kept(runner, state, rows, [LONG]) - fixed) / LONG
     hidden, blocks = hidden_size(base), len(blocks_of(base)) - blocks_below(base, adapter.plan)
     words = _vocabulary(base)
     return Footprint(
@@ -143,31 +139,25 @@ def footprint(base: Base, adapter: Adapter, rows: Sequence[Row], way: Way, dropo
         working=size * (3 * base.widest + 6 * hidden),
         looking=size * (4 * base.widest + 6 * hidden),
         logits=words * (8 + (size if size < 4 else 0)),
-        most_logits=CHUNK * (8 + 2 * (size if size < 4 else 0)) if way.apart else float("inf"),
+        most_logits=(runner.task.logits_at_a_time or 0) * (8 + 2 * (size if size < 4 else 0))
+        if mode.separate_head
+        else float("inf"),
     )
 
 
 def _vocabulary(base: Base) -> int:
-    model = base.model
-    return max((len(model.get_submodule(path).weight) for path in base.head_paths()), default=0)  # type: ignore[arg-type]
+    weights = [getattr(base.model.get_submodule(path), "weight", None) for path in base.head_paths()]
+    return max((len(weight) for weight in weights if weight is not None), default=0)
 
 
-def _probe(base: Base, rows: Sequence[Row], lengths: Sequence[int], way: Way):  # type: ignore[no-untyped-def]
-    """Made of the rows' own tokens, as many of them trained as there."""
-    some = rows[:64]
-    ids = [i for row in some for i in row.ids]
-    share = sum(row.n_trained for row in some) / len(ids)
-    made = []
-    for k, n in enumerate(lengths):
-        trained = min(n - 1, max(1, round(share * n)))
-        whole = (ids * (n // len(ids) + 1))[:n]
-        made.append(Row(tuple(whole), (*[False] * (n - trained), *[True] * trained), k))
-    return batch_of(base, made, way)
+def _probes(runner: Runner, rows: Sequence[Row], lengths: Sequence[int]) -> list[Row]:
+    return runner.task.probes(rows[:64], lengths)
 
 
-def kept(base: Base, state: TrainState, rows: Sequence[Row], lengths: Sequence[int], way: Way) -> float:
+def kept(runner: Runner, state: TrainState, rows: Sequence[Row], lengths: Sequence[int]) -> float:
     """Bytes that a forward keeps for its backward up to the head: every storage once, without the weights."""
-    weights = {t.untyped_storage().data_ptr() for t in (*base.model.parameters(), *base.model.buffers(), state.master)}
+    model = runner.base.model
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), state.master)}
     found: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> None:
@@ -176,20 +166,26 @@ def kept(base: Base, state: TrainState, rows: Sequence[Row], lengths: Sequence[i
             found[storage.data_ptr()] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):  # type: ignore[arg-type, return-value]
-        body(base, _probe(base, rows, lengths, way), way)
+        runner.body(_probes(runner, rows, lengths))
     return float(sum(storage.nbytes() for storage in found.values()))
 
 
-def peak(
-    look: Footprint, rows: dict[str, list[Row]], steps: Sequence[Sequence[int]], recipe: Recipe, way: Way
-) -> float:
-    """The most a run of these steps holds above what the process holds before it: in its largest micro-batch, or where
-    it scores."""
-    train = rows["train"]
+@dataclass(frozen=True)
+class Work:
+    """What a run computes: rows by split, and the positions of the training rows in every step."""
+
+    runner: Runner
+    rows: dict[str, list[Row]]
+    steps: Sequence[Sequence[int]]
+
+
+def peak(look: Footprint, work: Work, recipe: Recipe) -> float:
+    """The most a run holds above what the process holds before it: in its largest micro-batch, or where it scores."""
+    rows, train, runner = work.rows, work.rows["train"], work.runner.within(recipe.micro_tokens, recipe.recompute)
     largest = max(
-        look.of([len(train[i].ids) for i in part], sum(train[i].n_trained for i in part), way, recipe.recompute)
-        for step in steps
-        for part in by_tokens(train, step, recipe.micro_tokens, way.packed)
+        look.of([len(train[i].ids) for i in part], sum(train[i].n_trained for i in part), runner.mode, recipe.recompute)
+        for step in work.steps
+        for part in runner.parts(train, step)
     )
     seen = max(EVALUATION_TOKENS, *(len(row.ids) for name in ("valid", "test") for row in rows[name]))
     looking = look.looking * seen + min(look.most_logits, look.logits * seen)
@@ -237,11 +233,9 @@ class Room:
 
 def fit(
     decision: Decision,
+    work: Work,
     look: Look,
     answering: Answering,
-    rows: dict[str, list[Row]],
-    steps: Sequence[Sequence[int]],
-    way: Way,
     room: Room,
     memory: str | None,
 ) -> tuple[Decision, int]:
@@ -253,7 +247,7 @@ def fit(
     left = None if bound is None else max(0, int((bound - room.held) / MARGIN))
     recipe, least = decision.recipe, float("inf")
     for tried in _thriftier(recipe, look(False).blocks):
-        training = peak(look(tried.recompute), rows, steps, tried, way)
+        training = peak(look(tried.recompute), work, tried)
         needed = room.held + max(training, answering(left))
         above = max(training, answering(0))
         least = min(least, room.held + MARGIN * above)
@@ -283,7 +277,7 @@ def _with(decision: Decision, recipe: Recipe, needed: float | None, reason: str)
 def _reason(asked: Recipe, taken: Recipe, memory: str | None) -> str:
     under = f"stays under the {memory} you set" if memory else "fits into what is free here"
     if taken == asked:
-        return under if memory else "all that goes well at a time"
+        return under if memory else "the default; it fits into the memory that is free"
     return f"{under}, at the price of time"
 
 

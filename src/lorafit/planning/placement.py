@@ -51,13 +51,13 @@ def _arm(plan: Plan, card: Card, name: str, paths: Collection[str], even: bool) 
     if share < WORTH:
         return Placement(name, None, f"not tried: {has}, less than half")
     if not even:
-        return Placement(name, Plan(tuple(slots)), has)
-    rank = max(1, round(plan.parameters / sum(slot.site.d_in + slot.site.d_out for slot in slots)))
+        return Placement(name, replace(plan, slots=tuple(slots)), has)
+    rank = max(1, round(replace(plan, whole=()).parameters / sum(slot.site.per_rank for slot in slots)))
     # At the same alpha: one rate serves every rank then.
     made = tuple(replace(slot, rank=min(rank, slot.site.d_in, slot.site.d_out)) for slot in slots)
     ranks = {slot.rank for slot in made}
     told = f"rank {rank}, for as many parameters" if ranks == {rank} else f"rank {rank}, or as much as they hold"
-    return Placement(name, Plan(made), f"{has}; {told}")
+    return Placement(name, replace(plan, slots=made), f"{has}; {told}")
 
 
 def _first_of(plan: Plan, card: Card) -> set[str]:

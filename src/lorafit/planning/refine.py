@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from lorafit.adapters.plan import Plan
-from lorafit.evaluation.statistics import FEWEST, groups_of, paired_bootstrap
+from lorafit.data.split import FEWEST, groups_of
+from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.planning.ladder import Ladder, costs_too_much
 from lorafit.planning.rules import LARGEST_RANK, Decision, told, told_rank
 
@@ -124,7 +124,7 @@ def changed(decision: Decision, change: Change) -> Decision:
         replace(slot, rank=min(change.growth * slot.rank, slot.site.d_in, slot.site.d_out))
         for slot in decision.plan.slots
     )
-    decision = replace(decision, plan=Plan(slots), recipe=recipe)
+    decision = replace(decision, plan=replace(decision.plan, slots=slots), recipe=recipe)
     return told_rank(decision, f"{change.kind}: {change.reason}") if change.growth > 1 else decision
 
 

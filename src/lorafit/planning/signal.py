@@ -18,16 +18,10 @@ import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
-from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
-from lorafit.attachment.blocks import recomputing
-from lorafit.bases.base import Base
-from lorafit.data.batches import by_tokens
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
 from lorafit.layers.site import Site
-from lorafit.tasks.completion import Way, batch_of
-from lorafit.training.loop import gradient_step, own_randomness
+from lorafit.tasks.runner import Runner
 from lorafit.training.recipe import Recipe
 
 BATCHES, FEWEST = 16, 4  # gradients that a card is made of; below four, signal and noise cannot be told apart
@@ -37,8 +31,8 @@ SHARE = 0.02  # of the run's rows that may be spent on it
 @dataclass(frozen=True)
 class Signal:
     """One site of the card. energy: of the gradient of its weight, (nats per token)² per unit of weight², unbiased and
-    so below zero where there is but noise. parameters: of one unit of rank, d_in + d_out; an adapter's extra operations
-    per token are twice that and its rank."""
+    so below zero where there is but noise. parameters: of one unit of rank, d_in + d_out of every expert; an adapter's
+    extra operations per token are twice that and its rank."""
 
     path: str
     block: int | None
@@ -87,11 +81,10 @@ def block_of(site: Site | str) -> int | None:
 
 
 def card_of(
-    base: Base,
+    runner: Runner,
     fresh: Adapter,
     rows: Sequence[Row],
     recipe: Recipe,
-    way: Way,
     watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Card | None:
     """Measure it on `fresh`, an adapter with B = 0, in at most SHARE of the rows that the run will see; None where this
@@ -102,14 +95,14 @@ def card_of(
         return None
     size = min(recipe.batch_size, spent // count, len(rows) // count)
     drawn = np.random.default_rng(seed_of(recipe.seed, "card")).permutation(len(rows))[: count * size].tolist()
-    state = TrainState(fresh, base.device)
+    state = TrainState(fresh, runner.base.device)
+    runner = runner.within(recipe.micro_tokens, recipe.recompute)
     total = torch.zeros_like(state.master)
     squares: dict[str, float] = dict.fromkeys((slot.site.path for slot in fresh.plan.slots), 0.0)
-    with own_randomness(base), attach(base, state), packing(base, way.packed), recomputing(base, recipe.recompute):
+    with runner.training(state):
         for k in range(count):
             watch(k, count)
-            parts = by_tokens(rows, drawn[k * size : (k + 1) * size], recipe.micro_tokens, way.packed)
-            gradient_step(base, state, [batch_of(base, [rows[i] for i in part], way) for part in parts], way)
+            runner.gradient_of(rows, runner.parts(rows, drawn[k * size : (k + 1) * size]))
             for path, square in _energies(state).items():
                 squares[path] += square
             assert state.master.grad is not None  # a backward has just been through
@@ -121,9 +114,9 @@ def card_of(
     sites = []
     for slot in fresh.plan.slots:
         path = slot.site.path
-        sketch = slot.site.d_in / (slot.scaling**2 * float(fresh.tensors[f"{path}.A"].square().sum()))
+        sketch = slot.site.count * slot.site.d_in / (slot.scaling**2 * float(fresh.tensors[f"{path}.A"].square().sum()))
         energy = sketch * (joined[path] - squares[path]) / (count * (count - 1))
-        sites.append(Signal(path, block_of(path), energy, slot.site.d_in + slot.site.d_out))
+        sites.append(Signal(path, block_of(path), energy, slot.site.per_rank))
     return Card(tuple(sites), count, count * size)
 
 

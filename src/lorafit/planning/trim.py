@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.adapters.plan import LowRank, Plan
+from lorafit.adapters.plan import LowRank
 from lorafit.errors import AdapterError
 
 SMALLEST = 1e-12  # singular values of a moment below this share of the largest are taken for rounding
@@ -44,8 +44,10 @@ class _Spectrum:
 def require_pairs(adapter: Adapter) -> list[LowRank]:
     """The slots that can be trimmed. Raises AdapterError where there are none, or they do nothing."""
     pairs = [slot for slot in adapter.plan.slots if slot.is_pair]
-    if not adapter.plan.is_product:
-        raise AdapterError("nothing to trim: an embedding is not cut: leave it out of --targets")
+    if not any(slot.is_product for slot in adapter.plan.slots):
+        raise AdapterError(
+            "nothing to trim: only the pairs of linear layers are cut, and this adapter has none: name another"
+        )
     if not pairs:
         raise AdapterError(
             "nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
@@ -86,7 +88,8 @@ def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | Non
     does = sum(float(each.values.square().sum()) for each in spectra.values())
     ranks = _ranks(spectra, share)
     slots: list[LowRank] = []
-    tensors: dict[str, Tensor] = {}
+    heads = [f"{one.path}.{name}" for one in adapter.plan.whole for name, _ in one.parameters]
+    tensors = {key: adapter.tensors[key] for key in heads}
     for slot in adapter.plan.slots:
         path = slot.site.path
         if path not in spectra:
@@ -102,7 +105,7 @@ def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | Non
             f"{share:.2%} of this adapter is less than one direction of a pair: keep {least:.2f}% or more"
         )
     kept = sum(float(each.values[: ranks[path]].square().sum()) for path, each in spectra.items())
-    return replace(adapter, plan=Plan(tuple(slots)), tensors=tensors), kept / does
+    return replace(adapter, plan=replace(adapter.plan, slots=tuple(slots)), tensors=tensors), kept / does
 
 
 def _spectrum(adapter: Adapter, slot: LowRank, moments: Moments) -> _Spectrum:

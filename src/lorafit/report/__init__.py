@@ -1,1 +1,1 @@
-"""What people read of a run, made from its folder: the page with its pictures, the model card, numbers in words."""
+"""Reports for people: the folder of a run goes in; a page with pictures, a model card, and sentences come out."""

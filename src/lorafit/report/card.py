@@ -1,68 +1,90 @@
-"""The model card: README.md of an adapter folder."""
+"""The model card: an adapter and its scores go in; the README.md of the adapter folder comes out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lorafit.adapters.adapter import Adapter
+from lorafit.adapters.rendering import Classes
 from lorafit.bases import hub
 from lorafit.planning import Choice
-from lorafit.report.words import ASIDE, headline, interval, of_a_hundred
+from lorafit.report.words import ASIDE, headline, interval, listed, of_a_hundred, table, terms
 from lorafit.report.words import lines as scores
+from lorafit.runs.summary import RunSummary
 
 
-def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that hubs and PEFT read."""
-    nll = summary["nll"]
+def card(adapter: Adapter, choices: Sequence[Choice], summary: RunSummary) -> str:
+    """The card as Markdown, with the front matter that hubs and PEFT read."""
+    nll = summary.nll
     variant = adapter.plan.slots[0].variant
     wanted = hub.parse(adapter.base_name or "")
     wanted = wanted if wanted and wanted.is_commit else None
-    opened = (
-        f'with `AutoModelForCausalLM.from_pretrained("{wanted.id}", revision="{wanted.revision}")`'
-        if wanted
-        else f"from its folder (`lorafit show {adapter.base_name}` prints it)"
-    )
-    in_peft = f"In PEFT, open the base {opened}, then `PeftModel.from_pretrained(model, folder)`."
-    if misread := summary.get("misread_by_peft"):
-        in_peft = f"{misread}."
     lines = [
         "---",
         "library_name: peft",
         f"base_model: {wanted.id if wanted else adapter.base_name}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: text-{'classification' if adapter.classes else 'generation'}",
         f"tags: [lora, lorafit, {variant}]" if variant != "lora" else "tags: [lora, lorafit]",
         "---",
         "",
         f"# A {variant} adapter for {_short(adapter.base_name)}",
         "",
-        f"Trained by lorafit on {summary['n_train']:,} examples; scored on {summary['n_test']:,} that this "
-        f"run did not use to choose (opened {summary['test_openings']} time{'s' * (summary['test_openings'] != 1)}).",
+        f"Trained by lorafit on {summary.n_train:,} examples; scored on {summary.n_test:,} that this "
+        f"run used for no choice (opened {summary.test_openings} time{'s' * (summary.test_openings != 1)}).",
         "",
         f"**{headline(summary)}.**",
         "",
         *_before(summary),
-        "| on held-out examples | base | adapter |",
-        "|---|--:|--:|",
-        f"| completion NLL, nats per token | {nll['base']:.3f} | {nll['adapter']:.3f} |",
+        _cells("on held-out examples", [line.name for line in scores(summary)]),
+        "|---|" + len(scores(summary)) * "--:|",
+        *(_cells(what, cells) for what, cells in table(summary)),
     ]
-    of = {line.key: line for line in scores(summary)}
-    for what, base, ours in (
-        ("answers right", of["base"].right, of["adapter"].right),
-        (f"answers equal to the reference ({ASIDE})", of["base"].equal, of["adapter"].equal),
-    ):
-        if base and ours:
-            lines.append(f"| {what} | {base[0]:.1%} | {ours[0]:.1%} |")
+    if any(line.equal for line in scores(summary)):
+        lines += ["", f"Equal to the reference: {ASIDE}."]
     if sentence := of_a_hundred(summary):
         lines += ["", f"{sentence[0].upper()}{sentence[1:]}."]
     lines += [
         "",
-        f"Paired difference in NLL {nll['difference']:+.3f} ({interval(nll['ci95'])}).",
+        f"Paired difference in NLL {nll.difference:+.3f} ({interval(nll.ci95)}).",
         "",
         "## How to use it",
         "",
+        *(_classifying(adapter.classes) if adapter.classes else _answering()),
+        "",
+        *_in_peft(adapter, summary, wanted),
+        "",
+        "## What was chosen, and why",
+        "",
+        *(f"- **{choice.name}**: {choice.value}: {choice.reason}" for choice in choices),
+        "",
+        "## Limits",
+        "",
+        f"{terms(summary).limits} Use it with the base named above and no other: these are the weights with "
+        f"digest `{(adapter.base or 'unknown')[:16]}`.",
+        "",
+    ]
+    if adapter.rendering and adapter.rendering.single:
+        said = "It was trained on single questions: ask each question on its own, without the conversation before it."
+        lines[-1:] = [said, ""]
+    if adapter.rendering and adapter.rendering.system:
+        lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
+    if adapter.rendering and adapter.rendering.now:
+        lines += [f"The base's chat template contains the time; in training it was `{adapter.rendering.now}`.", ""]
+    if adapter.rendering and adapter.rendering.settings:
+        settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in adapter.rendering.settings)
+        lines += [f"Settings of the base's chat template: `{settings}`", ""]
+    return "\n".join(lines)
+
+
+def _cells(what: str, cells: Sequence[str]) -> str:
+    return f"| {' | '.join([what, *cells])} |"
+
+
+def _answering() -> list[str]:
+    """The Python code that uses an adapter that writes answers."""
+    return [
         "```python",
         "from lorafit import Message, attach, generate, open_base, read_adapter, renderer_for",
         "",
@@ -73,44 +95,76 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: Mapping[str, Any]
         "with attach(base, adapter):",
         "    print(generate(base, renderer, [prompt], max_new_tokens=100)[0].text)",
         "```",
-        "",
-        in_peft,
-        "",
-        "## What was chosen, and why",
-        "",
-        *(f"- **{choice.name}**: {choice.value}: {choice.reason}" for choice in choices),
-        "",
-        "## Limits",
-        "",
-        "It answers what it was trained for, in the form it was trained in. Outside of that it may be worse than its "
-        "base. Use it with the base named above and no other: these are the weights with digest "
-        f"`{(adapter.base or 'unknown')[:16]}`.",
-        "",
     ]
-    if adapter.rendering and adapter.rendering.single:
-        said = "It was trained on single questions: ask it each by itself, without the conversation before it."
-        lines[-1:] = [said, ""]
-    if adapter.rendering and adapter.rendering.system:
-        lines[-1:] = [f"System prompt it was trained with: `{adapter.rendering.system}`", ""]
-    if adapter.rendering and adapter.rendering.now:
-        lines += [f"The base's chat template tells the time; it was told `{adapter.rendering.now}`.", ""]
-    if adapter.rendering and adapter.rendering.settings:
-        settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in adapter.rendering.settings)
-        lines += [f"Settings of the base's chat template: `{settings}`", ""]
-    return "\n".join(lines)
+
+
+def _classifying(classes: Classes) -> list[str]:
+    """The Python code that uses a classifier. Its head needs the padding token to find the last token of a text."""
+    return [
+        f"It gives a text one of {len(classes.labels)} labels: {listed(classes.labels, '`')}.",
+        "",
+        "```python",
+        "import torch",
+        "from lorafit import attach, open_base, read_adapter",
+        "",
+        'adapter = read_adapter(".")  # this folder',
+        "base = open_base(adapter.base_name, labels=len(adapter.classes.labels))",
+        "base.model.config.pad_token_id = adapter.classes.pad",
+        'ids = base.tokenizer("your text", return_tensors="pt")["input_ids"].to(base.device)',
+        "with attach(base, adapter), torch.no_grad():",
+        "    likely = base.model(input_ids=ids).logits[0].softmax(-1)",
+        "print(adapter.classes.labels[int(likely.argmax())], float(likely.max()))",
+        "```",
+    ]
+
+
+def _in_peft(adapter: Adapter, summary: RunSummary, wanted: hub.Wanted | None) -> list[str]:
+    """How to open the adapter in PEFT, or why PEFT cannot read it."""
+    if misread := summary.misread_by_peft:
+        return [f"{misread}."]
+    at = f'"{wanted.id}", revision="{wanted.revision}"' if wanted else "base"
+    shown = f"`base` is its folder: `lorafit show {adapter.base_name}` prints it"
+    if adapter.classes is None:
+        said = "" if wanted else f" ({shown})"
+        return [
+            f"In PEFT, open the base with `AutoModelForCausalLM.from_pretrained({at})`{said}, then "
+            "`PeftModel.from_pretrained(model, folder)`."
+        ]
+    return [
+        "In PEFT" + ("" if wanted else f", where {shown}") + ":",
+        "",
+        "```python",
+        "import json",
+        "",
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        *([] if wanted else [f"base = {adapter.base_name!r}"]),
+        f"tokenizer = AutoTokenizer.from_pretrained({at})",
+        'classes = json.load(open("lorafit.json", encoding="utf-8"))["classes"]',
+        f"model = AutoModelForSequenceClassification.from_pretrained({at}, num_labels={len(adapter.classes.labels)})",
+        'model.config.id2label = dict(enumerate(classes["labels"]))',
+        'model.config.pad_token_id = classes["pad"]',
+        'model = PeftModel.from_pretrained(model, ".").eval()  # this folder',
+        "with torch.no_grad():",
+        '    likely = model(tokenizer("your text", return_tensors="pt")["input_ids"]).logits[0].softmax(-1)',
+        "print(model.config.id2label[int(likely.argmax())], float(likely.max()))",
+        "```",
+    ]
 
 
 def _short(name: str | None) -> str:
-    """A base by its name: of a folder the last part."""
+    """The name of a base; for a folder, the last part of its path."""
     return Path(name).name if name and Path(name).is_absolute() else str(name)
 
 
-def _before(summary: Mapping[str, Any]) -> list[str]:
-    """That the scores are those of an adapter before this one, where they are."""
-    if "scores_of_round" not in summary:
+def _before(summary: RunSummary) -> list[str]:
+    """A note that the scores are those of an earlier adapter; empty if they are not."""
+    if summary.scores_of_round is None:
         return []
     return [
-        f"These scores are of the adapter before round {summary['scores_of_round']}; this one is better on "
-        "validation, and the test was not opened again.",
+        f"These scores are of the adapter before round {summary.scores_of_round}. This adapter is better on "
+        "validation; the test was not opened again.",
         "",
     ]

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn by matplotlib: inline SVG that follows the page's light or dark, and PNG files."""
+"""Draws the pictures of a report with matplotlib: inline SVG with the page's light or dark colours, and PNG files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from lorafit.evaluation.scores import ClassScores, NllScore
 from lorafit.planning.signal import block_of, kinds_of
 from lorafit.report.story import Story
 from lorafit.report.words import lines, share
+from lorafit.runs.summary import Summary
 
-# Drawn in these colours; in the SVG each becomes the page's variable of that name, which differs by light and dark.
+# The colours of the pictures. In the SVG each becomes the page's variable of that name, which is for light or dark.
 COLOURS = {
     "ink": "#1b1f27",
     "muted": "#646c79",
@@ -36,24 +38,26 @@ COLOURS = {
     "run5": "#a8326b",
     "run6": "#5d6b1a",
 }
-HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f4f6", "#5fb3a8", "#0b5a52"])  # as well on dark paper
-_SHOWN = "run "  # before a name in a legend, which leaves out those that begin with _
-# What is drawn of those that answer: a shorter name, and the colour.
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f2f4f6", "#5fb3a8", "#0b5a52"])  # for dark pages, too
+_SHOWN = "run "  # a prefix of names, because a legend leaves out names that begin with _
+# The short name and the colour of everyone who answers.
 BARS = {
     "base": ("", "base"),
     "base_few_shot": ("base, with examples", "few"),
-    "most_frequent": ("always the same answer", "muted"),
+    "most_frequent": ("", "muted"),
     "classifier": ("", "run4"),
     "adapter": ("", "adapter"),
 }
-LEAST_NLL = 1e-4  # where a logarithmic axis, which has no zero, ends
-LEAST_SPAN = 0.1  # nats on both sides
-LONGEST_LINE = 24  # characters of a name
-WIDTH, DPI = 5.4, 160  # inches: legible at the width of a telephone; dots per inch of the PNG
+ON_LIGHT, ON_DARK = "#11141b", "#ffffff"  # the text on HEAT, which is the same for light and dark pages
+NAMED, COUNTED = 12, 20  # up to so many labels both axes have names, and cells have counts
+LEAST_NLL = 1e-4  # the lower end of a logarithmic axis, which has no zero
+LEAST_SPAN = 0.1  # the least margin on both sides, in nats
+LONGEST_LINE = 24  # characters of a line of a name
+WIDTH, DPI = 5.4, 160  # inches, legible on a telephone; dots per inch of the PNG
 
 
 def curves(stories: Sequence[Story]) -> Figure | None:
-    """NLL over the steps: of one run training and validation, of several their validation. None before any step."""
+    """NLL by step: training and validation of one run, or validation of several runs. None before the first step."""
     if not any(story.training or story.validation for story in stories):
         return None
     figure, axes = _canvas(3.0)
@@ -71,16 +75,17 @@ def curves(stories: Sequence[Story]) -> Figure | None:
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         best = min(points, key=lambda point: point[1])
         axes.plot(*best, color=colour, marker="*", markersize=13, linestyle="none")
-    axes.set_xlabel("step (★ the best by validation: this is the adapter)")
+    axes.set_xlabel("step (★: best validation, which became the adapter)")
     _logarithmic(axes)
-    axes.set_ylabel("NLL, nats per token (log scale)")
+    axes.set_ylabel("NLL in nats (log scale)")
     _legend(axes)
     return figure
 
 
 def examples(story: Story) -> Figure | None:
-    """Each test example by its NLL under the base (x) and under the adapter (y)."""
-    if not story.answers:
+    """Test examples by NLL under the base (x) and under the adapter (y). None without any, and for a classifier."""
+    # For a classifier, the NLL under the guess is the same for all examples of a label.
+    if not story.answers or (story.summary and story.summary.classes):
         return None
     figure, axes = _canvas(3.8)
     base = [answer["nll"]["base"] for answer in story.answers]
@@ -96,20 +101,20 @@ def examples(story: Story) -> Figure | None:
 
 
 def scores(stories: Sequence[Story]) -> Figure | None:
-    """Right answers of each with their interval, or, where a run has none, the difference in NLL. None before any."""
+    """The right answers of several runs, or the differences in NLL if a run has none. None before there are scores."""
     finished = [(story.name, story.summary) for story in stories if story.summary is not None]
     if len(stories) == 1:
         return scores_of(finished[0][1]) if finished else None
     shares = [(name, share(summary)) for name, summary in finished]
     if all(found for _, found in shares):
         return _bars([(name, *found, run_colour(i)) for i, (name, found) in enumerate(shares) if found])
-    return _differences([(name, summary["nll"], run_colour(i)) for i, (name, summary) in enumerate(finished)])
+    return _differences([(name, summary.nll, run_colour(i)) for i, (name, summary) in enumerate(finished)])
 
 
-def scores_of(summary: Mapping[str, Any]) -> Figure | None:
-    """The picture of one run's or evaluation's scores: of all that answer, or the difference in NLL."""
+def scores_of(summary: Summary) -> Figure | None:
+    """The scores of one run or evaluation: right answers of everyone who answers, or the difference in NLL."""
     if share(summary) is None:
-        return _differences([("adapter", summary["nll"], COLOURS["adapter"])])
+        return _differences([("adapter", summary.nll, COLOURS["adapter"])])
     found = [(line, line.right or line.equal) for line in lines(summary) if line.key in BARS]
     return _bars(
         [(BARS[line.key][0] or line.name, *shared, COLOURS[BARS[line.key][1]]) for line, shared in found if shared]
@@ -117,11 +122,11 @@ def scores_of(summary: Mapping[str, Any]) -> Figure | None:
 
 
 Bar = tuple[str, float, Sequence[float] | None, str]
-"""Name, value, its 95 % interval, colour."""
+"""Name, value, 95 % interval, colour."""
 
 
 def _bars(bars: Sequence[Bar]) -> Figure | None:
-    """Shares as bars with their intervals, the first one on top."""
+    """Bars of shares with their intervals; the first bar is on top."""
     if not bars:
         return None
     figure, axes = _rows([name for name, *_ in bars])
@@ -132,37 +137,104 @@ def _bars(bars: Sequence[Bar]) -> Figure | None:
         axes.plot(value, place, color=colour, marker="o", markersize=8, clip_on=False)
     axes.set_xlim(0, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.set_xlabel("answers right, 95 % interval", loc="right")
+    axes.set_xlabel("right, 95 % interval", loc="right")
     return figure
 
 
-def _differences(found: Sequence[tuple[str, Mapping[str, Any], str]]) -> Figure | None:
+def _differences(found: Sequence[tuple[str, NllScore, str]]) -> Figure | None:
     """Differences in NLL, each with its interval."""
     if not found:
         return None
     figure, axes = _rows([name for name, *_ in found])
     for place, (_, nll, colour) in enumerate(reversed(found)):
-        if nll["ci95"] is not None:
-            axes.plot(nll["ci95"], [place, place], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(nll["difference"], place, color=colour, marker="o", markersize=8)
+        if nll.ci95 is not None:
+            axes.plot(nll.ci95, [place, place], color=colour, linewidth=2, solid_capstyle="round")
+        axes.plot(nll.difference, place, color=colour, marker="o", markersize=8)
     axes.axvline(0, color=COLOURS["muted"], linewidth=1)
-    axes.set_xlabel("difference in NLL to the base, 95 % interval\n(below 0 is better)", loc="right")
+    axes.set_xlabel("difference in NLL from the base, 95 % interval\n(below 0 is better)", loc="right")
     return figure
 
 
-def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
-    """NLL of each general text under the base and with the adapter. None where it was not measured."""
-    found = ((summary or {}).get("forgetting") or summary or {}).get("general")
+def of_summary(summary: Summary) -> dict[str, Figure | None]:
+    """All pictures that need only a summary, by name."""
+    return {
+        "scores": scores_of(summary),
+        "forgetting": forgetting(summary.forgotten),
+        "confusion": confusion(summary.classes) if summary.classes else None,
+        "reliability": reliability(summary.classes) if summary.classes else None,
+    }
+
+
+def confusion(classes: ClassScores) -> Figure | None:
+    """The confusion matrix: true labels (rows) and given labels (columns), with shares of the row as colours and, if
+    there is room, counts. With many labels the lower axis has numbers instead of names. None without a matrix."""
+    if not classes.confusion:
+        return None
+    counts = np.array(classes.confusion)
+    shares, n = counts / np.maximum(1, counts.sum(1, keepdims=True)), len(counts)
+    names = [_cut(one.label) for one in classes.per_label]
+    size, every = (8, 1) if n <= NAMED else (7, 1) if n <= COUNTED else (6, 2)
+    below = names if n <= NAMED else [str(i + 1) for i in range(0, n, every)]
+    left = names if n <= NAMED else [f"{name}  {i + 1}" for i, name in enumerate(names)]
+    row = 0.42 if n <= NAMED else 0.26 if n <= COUNTED else 0.15
+    figure = Figure(figsize=(WIDTH, 1.1 + max(1.4, n * row)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.pcolormesh(shares, cmap=HEAT, vmin=0, vmax=1, edgecolors="none")
+    axes.invert_yaxis()
+    axes.set_yticks(np.arange(n) + 0.5, left, fontsize=size, parse_math=False)
+    axes.set_xticks(np.arange(0, n, every) + 0.5, below, fontsize=size, parse_math=False)
+    if max(map(len, below)) * n > 60:  # more characters than fit next to each other
+        for name in axes.get_xticklabels():
+            name.set(rotation=45, ha="right", rotation_mode="anchor")
+    for (i, k), count in np.ndenumerate(counts):
+        if count and n <= COUNTED:
+            colour = ON_DARK if shares[i, k] > 0.5 else ON_LIGHT
+            axes.text(k + 0.5, i + 0.5, f"{count}", color=colour, fontsize=size, ha="center", va="center")
+    axes.tick_params(colors=COLOURS["ink"], length=0)
+    axes.set_xlabel("predicted label", color=COLOURS["ink"], loc="right")
+    axes.set_ylabel("true label", color=COLOURS["ink"])
+    for spine in axes.spines.values():
+        spine.set_color(COLOURS["line"])
+    return figure
+
+
+def reliability(classes: ClassScores) -> Figure:
+    """The reliability diagram: the share of right labels (y) by confidence (x), with the number of texts."""
+    figure, axes = _canvas(3.8)
+    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=1)
+    for one in classes.bins:
+        at, size = (one.confidence, one.right), 20 + 400 * one.n / classes.n
+        axes.scatter(*at, s=size, color=COLOURS["adapter"], alpha=0.55, linewidths=0, clip_on=False)
+        above = (
+            one.right < 0.1 or one.confidence < one.right < 0.9
+        )  # the side that is away from the line and inside the picture
+        away = (6 + size**0.5 / 2) * (1 if above else -1)
+        number = axes.annotate(
+            f"{one.n:,}", at, (0, away), textcoords="offset points", color=COLOURS["ink"], fontsize=8
+        )
+        number.set(ha="center", va="center")
+    marks = ([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xticks(*marks)
+    axes.set_yticks(*marks)
+    axes.set_xlabel("confidence: probability of the predicted label")
+    axes.set_ylabel("share right")
+    return figure
+
+
+def forgetting(found: Mapping[str, NllScore]) -> Figure | None:
+    """The NLL of each general text under the base and with the adapter. None if it was not measured."""
     if not found:
         return None
     figure, axes = _rows([PurePath(source).name for source in found], 1.3)
-    for place, score in enumerate(reversed(found.values())):
-        if score["ci95"] is not None:
-            ends = [score["base"] + end for end in score["ci95"]]
+    for place, score in enumerate(reversed([*found.values()])):
+        if score.ci95 is not None:
+            ends = [score.base + end for end in score.ci95]
             axes.plot(ends, [place, place], color=COLOURS["adapter"], linewidth=2, solid_capstyle="round")
-        for who in ("base", "adapter"):
+        for who, nll in (("base", score.base), ("adapter", score.adapter)):
             axes.plot(
-                score[who],
+                nll,
                 place,
                 color=COLOURS[who],
                 marker="o",
@@ -173,9 +245,9 @@ def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
     shown = [
         value
         for score in found.values()
-        for value in (score["base"], score["adapter"], *(score["base"] + end for end in score["ci95"] or ()))
+        for value in (score.base, score.adapter, *(score.base + end for end in score.ci95 or ()))
     ]
-    spare = max(0.1 * (max(shown) - min(shown)), LEAST_SPAN)  # a difference of nothing is not to look like one
+    spare = max(0.1 * (max(shown) - min(shown)), LEAST_SPAN)  # a tiny difference must not look like a large one
     axes.set_xlim(min(shown) - spare, max(shown) + spare)
     axes.set_xlabel("NLL of general text, nats per token\n(to the right is worse)", loc="right")
     _legend(axes)
@@ -183,7 +255,7 @@ def forgetting(summary: Mapping[str, Any] | None) -> Figure | None:
 
 
 def search(story: Story) -> Figure | None:
-    """The arms of the search: training NLL over the steps of each, its validation NLL at the end. None without any."""
+    """The arms of the search: the training NLL by step, and the validation NLL at the end. None without arms."""
     arms = [arm for arm in story.tried if arm["curve"]]
     if not arms:
         return None
@@ -200,24 +272,24 @@ def search(story: Story) -> Figure | None:
         for i, name in enumerate(names):
             axes.plot([], [], style, color=run_colour(i), linewidth=2, label=_SHOWN + name)
     axes.set_xlabel("step (lines: training, running mean; ● validation at the end)")
-    axes.set_ylabel("NLL, nats per token")
+    axes.set_ylabel("NLL in nats")
     _legend(axes)
     return figure
 
 
 def layers(story: Story) -> Figure | None:
-    """How strongly the data pulled at each layer before training, and what the trained pairs there do for validation.
-    None where neither was measured."""
+    """The strength of the gradient at each layer before training, and the importance of the trained pairs there for
+    validation. None if neither was measured."""
     drawn: list[tuple[str, dict[str, float]]] = []
     if story.card and "sites" in story.card:
-        drawn.append(("before: the pull of the data", _energies(story.card)))
+        drawn.append(("before training: pull of the data", _energies(story.card)))
     if story.importance:
-        drawn.append(("after: what the pairs do", dict(story.importance["first_order"])))
+        drawn.append(("after training: effect of the pairs", dict(story.importance["first_order"])))
     return _heat(drawn) if drawn else None
 
 
 def layer_card(card: Mapping[str, Any]) -> Figure:
-    """How strongly the data pull at each layer."""
+    """The strength of the gradient at each layer."""
     return _heat([("the pull of the data", _energies(card))])
 
 
@@ -226,7 +298,7 @@ def _energies(card: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _heat(drawn: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
-    """Blocks × kinds of module, each cell by its share of the whole; what is below zero is drawn as nothing."""
+    """A heat map of blocks × kinds of module. Each cell shows its share of the whole; negative values count as zero."""
     paths = list(drawn[0][1])
     kinds = kinds_of(paths)
     names = list(dict.fromkeys(kinds.values()))
@@ -253,7 +325,7 @@ def _heat(drawn: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
 
 
 def _row(path: str) -> int:
-    """The block of a site, below the first for one that lies in none."""
+    """The number of a site's block; -1 for a site outside of the blocks."""
     block = block_of(path)
     return -1 if block is None else block
 
@@ -264,7 +336,7 @@ def run_colour(i: int) -> str:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element for a page: scalable, its colours the page's variables. `name` keeps ids apart."""
+    """The figure as an SVG element that uses the page's colour variables. name: makes its ids unique in the page."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
         _save(figure, file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -280,27 +352,27 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a picture file, on white paper."""
+    """The figure as the content of a PNG file, on white."""
     file = io.BytesIO()
     _save(figure, file, format="png", dpi=DPI, facecolor=COLOURS["paper"], metadata={"Software": None})
     return file.getvalue()
 
 
 def _save(figure: Figure, file: Any, **how: Any) -> None:
-    """A character that the font lacks is a box in the PNG, and no reason to warn; in the SVG the browser draws it."""
+    """Save without warnings about characters that the font lacks: PNG shows a box, and a browser draws them in SVG."""
     with catch_warnings():
         filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, **how)
 
 
 def _legend(axes: Axes) -> None:
-    """The names as they are: no formulas between $, and none left out that begins with _."""
+    """Draw the legend with the names as they are: $ begins no formula, and names that begin with _ are kept."""
     for text in axes.legend(frameon=False, labelcolor=COLOURS["ink"]).get_texts():
         text.set(text=_in_lines(text.get_text().removeprefix(_SHOWN)), parse_math=False)
 
 
 def _logarithmic(axes: Axes) -> None:
-    """The y axis in logarithms, its marks written as numbers."""
+    """Make the y axis logarithmic, with plain numbers at its ticks."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     round_ones = [digit * 10.0**power for power in range(-5, 5) for digit in (1, 2, 5)]
@@ -312,8 +384,8 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _rows(names: Sequence[str], rest: float = 0.9) -> tuple[Figure, Axes]:
-    """A picture with a row for each name, the first on top. rest: inches of what is not rows. The label below is to end
-    where the axis ends (loc="right"): wider than the axis, it would be cut at the edge of the picture."""
+    """A figure with a row for each name; the first is on top. rest: the height in inches without the rows. The label of
+    the x axis should end with the axis (loc="right"), or a long one would be cut at the edge of the figure."""
     told = [_in_lines(name) for name in names]
     lines = max(name.count("\n") + 1 for name in told)
     figure, axes = _canvas(rest + (0.26 + 0.16 * lines) * len(told))
@@ -323,13 +395,19 @@ def _rows(names: Sequence[str], rest: float = 0.9) -> tuple[Figure, Axes]:
 
 
 def _in_lines(name: str) -> str:
-    """A name that leaves room beside it: broken where words and parts of paths end, or else anywhere."""
+    """A long name in several lines, broken between words and parts of paths if possible."""
     lines = [""]
     for piece in re.findall(rf"[^\s/._-]{{1,{LONGEST_LINE}}}[\s/._-]?|[\s/._-]", name):
         if len(lines[-1] + piece.rstrip()) > LONGEST_LINE:
             lines.append("")
         lines[-1] += piece
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cut(name: str) -> str:
+    """A long name in one line: its beginning and its end."""
+    name = " ".join(name.split())
+    return name if len(name) <= 28 else f"{name[:14]}…{name[-13:]}"
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:
@@ -348,7 +426,7 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """Running mean over a fiftieth of the run: single steps of few examples jump about."""
+    """The running mean over a fiftieth of the run, because the NLL of single steps varies strongly."""
     width = max(1, len(points) // 50)
     steps = [step for step, _ in points]
     values = [value for _, value in points]

@@ -1,4 +1,4 @@
-"""What a run folder has to tell, read for the report. An unfinished run tells what there is."""
+"""Reads the files of a run folder for the report. Of an unfinished run it reads those that exist."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from lorafit.runs.folder import (
     read_summary,
     standing_folder,
 )
+from lorafit.runs.summary import RunSummary
 
 
 @dataclass(frozen=True)
 class Story:
-    """The files of one run, as they are. `answers`: one record per test example; `steps`: one per step and validation.
-    `plan`, `data` and `summary` are None where the run has not come so far. `openings`: looks at its test until now.
-    `card`: what validation can tell, and the layer card; `tried`: what each arm of the search came to, with its curve.
+    """The content of one run's files. `answers` has a record per test example, `steps` one per step and validation.
+    `plan`, `data` and `summary` are None until the run has written them. `openings` counts the openings of the test.
+    `card` has what validation can show, and the layer card; `tried` the result and the curve of each arm of the search.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Story:
     data: Mapping[str, Any] | None
     steps: tuple[Mapping[str, Any], ...]
     answers: tuple[Mapping[str, Any], ...]
-    summary: Mapping[str, Any] | None
+    summary: RunSummary | None
     openings: int
     card: Mapping[str, Any] | None
     tried: tuple[Mapping[str, Any], ...]
@@ -60,7 +61,7 @@ class Story:
 
 
 def read_story(folder: Path) -> Story:
-    """Raises FormatError where the folder holds no run, or a damaged one."""
+    """Read a run folder. Raises FormatError if it holds no run, or a damaged one."""
     if not (folder / RUN).exists():
         raise FormatError(f"{folder}: holds no run: name a folder that 'lorafit train' or 'lorafit demo' wrote")
     resolved, trained = folder.resolve(), standing_folder(folder)
@@ -81,7 +82,7 @@ def read_story(folder: Path) -> Story:
 
 
 def _tried(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """The arms, each with `curve`: its training NLL by step."""
+    """The arms of the search; each has a `curve`, its training NLL by step."""
     if not (folder / TRIED).exists():
         return ()
     arms = read_json(folder / TRIED)
@@ -102,10 +103,12 @@ def _read(path: Path) -> Mapping[str, Any] | None:
 
 
 def lines_of(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """The records of a file of JSON lines; the last line of one that is being written may be half."""
+    """The records of a file of JSON lines. An incomplete last line, which is being written, is left out."""
     if not path.exists():
         return ()
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other separators
+    *lines, _ = path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # splitlines would also split at separators inside of JSON strings
     try:
         return tuple(json.loads(line) for line in lines)
     except ValueError as error:

@@ -1,28 +1,14 @@
-"""The pages: templates in which whatever data hold is text and never markup."""
+"""The templates of the pages. They escape all data, so that text is never read as markup."""
 
 from __future__ import annotations
 
-import shlex
-
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from lorafit.report.words import (
-    ASIDE,
-    SIMPLE,
-    clock,
-    doubt,
-    interval,
-    lines,
-    no_classifier,
-    of_checked,
-    percent,
-    share,
-    verdict,
-)
+from lorafit.report import words
 
 
 def template(name: str) -> Template:
-    """A template of this folder."""
+    """A template of this folder, in which every function of words.py is a filter."""
     environment = Environment(
         loader=PackageLoader("lorafit", "report"),
         autoescape=True,
@@ -31,17 +17,8 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent,
-        clock=clock,
-        interval=interval,
-        verdict=verdict,
-        doubt=doubt,
-        lines=lines,
-        no_classifier=no_classifier,
-        share=share,
-        of_checked=of_checked,
-        quoted=lambda path: shlex.quote(str(path)),
+        {name: one for name, one in vars(words).items() if getattr(one, "__module__", "") == words.__name__},
         capitalise=lambda text: text[:1].upper() + text[1:],
     )
-    environment.globals.update(aside=ASIDE, simple=SIMPLE)
+    environment.globals.update(aside=words.ASIDE, simple=words.SIMPLE, shown=words.shown)
     return environment.get_template(name)

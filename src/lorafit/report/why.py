@@ -1,4 +1,4 @@
-"""A run in sentences: what was measured, what was chosen, what the alternatives would have cost, how sure that is."""
+"""Explains a run in sentences: the measurements, the choices, the alternatives, and how certain they are."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from lorafit.planning.signal import block_of, kinds_of
 from lorafit.report.story import Story
 
-SHOWN = 3  # parts that are named of many
+SHOWN = 3  # the most parts that are named
 
 
 def why(story: Story) -> list[tuple[str, str]]:
-    """(heading, sentences) of whatever the run has come to."""
+    """(heading, sentences) for every part of the run that is done."""
     told = [
         ("What these data can show", _evidence(story)),
-        ("Learning rate and places: the search", _search(story)),
-        ("Which layers the data pull at", _card(story)),
+        ("The search: learning rate and layers", _search(story)),
+        ("Which layers the first gradients agree on", _card(story)),
         ("Which layers mattered", _importance(story)),
-        ("How small it may be", _ladder(story)),
+        ("How small the adapter can be", _ladder(story)),
         ("What further rounds have brought", _rounds(story)),
         ("What was forgotten", _forgetting(story)),
     ]
@@ -32,25 +32,25 @@ def _evidence(story: Story) -> str:
     n = card["independent"]
     if card["detectable"] is None:
         return (
-            f"There are {n} independent validation examples, too few to choose by: what was decided rests on rules "
-            "that held for other data."
+            f"There are {n} independent validation examples, too few to base a choice on. All choices rest on rules "
+            "that worked on other data."
         )
     share = card["detectable"] / card["nll"]
     return (
-        f"Every choice was made on validation examples, of which there are {n} that are independent of each other. The "
-        f"base's NLL on them is {card['nll']:.3f}. Differences between two models of {card['detectable']:.3f} "
-        f"({share:.0%} of it) would be noticed four times in five even if they varied from example to example as much "
-        "as the NLL itself; they usually vary far less, so smaller ones are seen too. Four times as many examples "
-        "would halve that."
+        f"Every choice was made on validation examples, {n} of which are independent of each other. The base's NLL on "
+        f"them is {card['nll']:.3f}. With so many examples, a difference of {card['detectable']:.3f} between two "
+        f"models ({share:.0%} of that NLL) is detected in four cases of five. This is a cautious estimate: it assumes "
+        "that the difference varies from example to example as much as the NLL, and usually it varies far less. With "
+        "four times as many examples, half that difference would be detected."
     )
 
 
 def _search(story: Story) -> str:
     if not story.tried:
         said = [choice for choice in (story.plan or {}).get("choices", ()) if choice["name"] == "search"]
-        return f"Nothing was searched: {said[0]['reason']}." if said else ""
+        return f"There was no search for learning rate or layers: {said[0]['reason']}." if said else ""
     sentences = []
-    for what, kind in (("rate", "learning rates"), ("place", "places and ranks")):
+    for what, kind in (("rate", "learning rates"), ("place", "choices of layers and ranks")):
         arms = [arm for arm in story.tried if arm["cell"].startswith(f"{what}-")]
         if not arms:
             continue
@@ -64,8 +64,8 @@ def _search(story: Story) -> str:
     choices = {choice["name"]: choice for choice in (story.plan or {}).get("choices", ())}
     for name in ("learning rate", "sites"):
         if (choice := choices.get(name)) and "searched" in choice["reason"]:
-            sentences.append(f"Taken: {choice['value']}, {choice['reason']}.")
-    sentences.append("Short runs favour high rates, so where validation could not tell two apart the lower was taken.")
+            sentences.append(f"Chosen: {choice['value']}, {choice['reason']}.")
+    sentences.append("Short runs favour high rates, so of rates that validation cannot separate, the lower is chosen.")
     return " ".join(sentences)
 
 
@@ -84,12 +84,13 @@ def _card(story: Story) -> str:
     energies = {one["path"]: max(0.0, one["energy"]) for one in card["sites"]}
     whole = sum(energies.values())
     if not whole:
-        return "The first gradients are but noise: before training nothing could be said of the layers."
+        return "The first gradients are only noise, so nothing can be said of the layers before training."
     return (
-        f"Before training, {card['batches']} gradients over {card['rows']} examples were compared: where they agree, "
-        f"the data pull. Most of it lies in {_top(_by_name(energies), whole)}; by depth, in "
-        f"{_top(_by_block(energies), whole)}. This says where learning would begin, not where it ends: it decides "
-        "which places are worth trying, and validation decides between them."
+        f"Before training, {card['batches']} gradients over {card['rows']} examples were compared. A layer has a "
+        f"strong signal if its gradients agree. By kind of layer, most of the signal is in "
+        f"{_top(_by_name(energies), whole)}; by depth, in {_top(_by_block(energies), whole)}. This shows where "
+        "learning would begin, not where it ends. A search uses it to choose which layers to try, and validation "
+        "decides between them."
     )
 
 
@@ -102,13 +103,14 @@ def _importance(story: Story) -> str:
     n = story.importance["examples"]
     blocks = [one for one in found if one["name"].startswith("block ")]
     names = [one for one in found if not one["name"].startswith("block ")]
-    sentences = [f"After training, the adapter was scored on {n} validation examples with parts of it taken away."]
+    sentences = [f"After training, the adapter was scored on {n} validation examples with parts of it removed."]
     if names:
-        sentences.append(f"Of the kinds of layer, the NLL rises most without {_rises(names)}.")
+        sentences.append(f"By kind of layer, the NLL rises most if one removes {_rises(names)}.")
     if blocks:
         idle = sum(one["rise"] <= 0 for one in blocks)
-        sentences.append(f"Of the blocks, without {_rises(blocks)}; {idle} of {len(blocks)} could be missed singly.")
-    sentences.append("Parts stand in for each other, so these numbers do not add up.")
+        sentences.append(f"By block, it rises most without {_rises(blocks)}.")
+        sentences.append(f"{idle} of {len(blocks)} blocks could be removed, each alone, without a rise.")
+    sentences.append("Parts can replace each other, so these numbers do not add up.")
     return " ".join(sentences)
 
 
@@ -121,54 +123,50 @@ def _ends(ci95: Sequence[float] | None) -> str:
 
 
 def _ladder(story: Story) -> str:
-    ladder = (story.summary or {}).get("ladder")
+    ladder = story.summary.ladder if story.summary else None
     if not ladder:
         return ""
     if ladder["chosen"] == 1:
-        return f"The adapter is whole: {ladder['reason'].removeprefix('untrimmed: ').removeprefix('untrimmed, ')}."
+        return f"It was not trimmed: {ladder['reason'].removeprefix('untrimmed: ').removeprefix('untrimmed, ')}."
     return (
-        f"Of the adapter's parameters {ladder['chosen']:.4g} are shipped: {ladder['reason']}. The directions that do "
-        "least for each parameter went first, so ranks now differ from layer to layer. The whole is kept in the run: "
-        "lorafit trim takes another rung."
+        f"{100 * ladder['chosen']:.3g} % of the adapter's parameters were kept: {ladder['reason']}. The directions "
+        "that do least per parameter were removed first, so ranks now differ between layers. The run still has the "
+        "whole adapter; lorafit trim makes another size."
     )
 
 
 def _rounds(story: Story) -> str:
-    rounds = (story.summary or {}).get("rounds")
-    if not rounds:
+    if not story.summary or not story.summary.rounds:
         return ""
+    rounds, tested = story.summary.rounds, story.summary.scores_of_round
     told = [f"Round {one['number']}, {one['kind']}, for {one['reason']}: {one['verdict']}." for one in rounds]
-    told.append("Each was judged on validation by a test of its own, stricter than the one before.")
-    tested = (story.summary or {}).get("scores_of_round")
+    told.append("Each was judged on validation, by a stricter test than the one before.")
     if tested is not None:
         told.append(
-            f"The test scores above are those of the adapter before round {tested}: it was not opened again. "
-            "lorafit eval on new examples scores the one that stands."
+            f"The test scores above are of the adapter before round {tested}; the test was not opened again. lorafit "
+            "eval on new examples scores the current adapter."
         )
     return " ".join(told)
 
 
 def _forgetting(story: Story) -> str:
-    lost = (story.summary or {}).get("forgetting")
-    if not lost:
-        return ""
     sentences = []
-    for source, score in lost["general"].items():
-        ends = score["ci95"]
+    for source, score in (story.summary.forgotten if story.summary else {}).items():
+        ends = score.ci95
         sure = "" if ends is None else f" (95 % {ends[0]:+.3f} to {ends[1]:+.3f})"
         sentences.append(
-            f"On general text ({source}) the NLL goes from {score['base']:.3f} to {score['adapter']:.3f} with the "
-            f"adapter, {score['difference']:+.3f}{sure}: {_lost(ends)}."
+            f"On general text ({source}) the NLL goes from {score.base:.3f} to {score.adapter:.3f} with the "
+            f"adapter, {score.difference:+.3f}{sure}: {_lost(ends)}."
         )
     return " ".join(sentences)
 
 
 def _lost(ends: Sequence[float] | None) -> str:
     if ends is None:
-        return "too few paragraphs to tell whether anything is forgotten"
+        return "too few paragraphs to tell whether anything was forgotten"
     if ends[1] < 0:
-        return "nothing is forgotten there, it has become better"
-    return "something is forgotten" if ends[0] > 0 else "not shown to be forgotten"
+        return "nothing was forgotten there, and it became better"
+    return "something was forgotten" if ends[0] > 0 else "forgetting is not shown"
 
 
 def _by_name(energies: Mapping[str, float]) -> dict[str, float]:

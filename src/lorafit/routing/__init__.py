@@ -1,4 +1,4 @@
-"""Which adapter a question is for: read off the base's hidden states, by a classifier trained in seconds."""
+"""The router: hidden states of the base go in, and the adapter that a question belongs to comes out."""
 
 from lorafit.routing.features import LONGEST, Features, depths, features_of, pooled, question_of, token_ids
 from lorafit.routing.router import Routed, Router, elsewhere, fit, fitting, key_of, learnable

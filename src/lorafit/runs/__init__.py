@@ -1,1 +1,1 @@
-"""Runs: what is in their folder, and what came of them."""
+"""Runs: the files of their folder, and their results."""

@@ -1,9 +1,8 @@
-"""The run folder: what is in it, who may write there, and what is asked of it later."""
+"""The run folder: the names of its files, the checks before a process writes there, and what is read from it later."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -28,6 +27,7 @@ from lorafit.files import (
     unfinished,
     write_json,
 )
+from lorafit.runs.summary import RunSummary
 from lorafit.runs.tracking import TENSORBOARD, WANDB
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.version import __version__
@@ -35,7 +35,8 @@ from lorafit.version import __version__
 RUN, DATA, PLAN, SUMMARY, REPORT = "run.json", "data.json", "plan.json", "summary.json", "report.html"
 METRICS, SCORES, CHECKPOINTS, ADAPTER = "metrics.jsonl", "scores", "checkpoints", "adapter"
 SEARCH, LADDER, ROUNDS = "search", "ladder", "rounds"
-PICTURES = tuple(f"report-{name}.png" for name in ("curves", "search", "layers", "scores", "examples", "forgetting"))
+DRAWN = ("curves", "search", "layers", "scores", "examples", "forgetting", "confusion", "reliability")
+PICTURES = tuple(f"report-{name}.png" for name in DRAWN)
 WRITTEN = {
     RUN,
     DATA,
@@ -52,57 +53,30 @@ WRITTEN = {
     TENSORBOARD,
     WANDB,
     *PICTURES,
-}  # all in a run folder
+}  # everything that is written into a run folder
 LAST = "last.safetensors"  # below CHECKPOINTS
-CARD, TRIED = "card.json", "tried.json"  # below SEARCH: what was measured before; what each arm came to
+CARD, TRIED = "card.json", "tried.json"  # below SEARCH: the measurements before training; the results of the arms
 RUNGS, MOMENTS, WHOLE = "rungs.json", "moments.safetensors", "whole"  # below LADDER; WHOLE is an adapter folder
-HISTORY = "history.json"  # below ROUNDS, beside a folder for each round
-FIGURES = "figures.json"  # below an accepted round: what its training came to
+HISTORY = "history.json"  # below ROUNDS, next to a folder for each round
+FIGURES = "figures.json"  # below an accepted round: the numbers of its training
 IMPORTANCE, FORGETTING = "importance.json", "forgetting.json"  # below SCORES
 ANSWERS, TRAINED_ON, OPENINGS = "answers.jsonl", "trained_on.json", "test_openings.json"  # below SCORES
-SCORED = {  # what a summary says at least, with the parts it has
-    "nll": {"base", "adapter", "difference", "ci95"},
-    "facts": {
-        "base",
-        "base_few_shot",
-        "adapter",
-        "shuffled_control",
-        "ci95",
-        "ci95_base",
-        "ci95_base_few_shot",
-        "n",
-        "few_shot_examples",
-    },
-    "seconds": {"train"},
-}
-SAID = {
-    "n_test",
-    "n_train",
-    "off_desk_declined",
-    "natural_stops",
-    "samples",
-    "trainable_parameters",
-    "best_step",
-    "steps",
-    "tokens_per_second",
-    "base_unchanged",
-    "adapter_dir",
-    "base",
-    *SCORED,
-}
-
-
-ONLY_RUNS = "only a run has validation examples: name one, or give --to 25%"  # to whoever trims
+ONLY_RUNS = "only a run has validation examples: name one, or give --to 25%"  # a message of `lorafit trim`
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a run found out about its machine when it began, once: all of it takes part in the bits of the result.
+    """What a run measures on its machine when it begins. The bits of the result depend on it, so it is written to
+    run.json, and a resumed run reads it from there.
 
-    It is in run.json, and a run that is gone on with takes it from there, whatever would be found out by then.
-    dtype: of the base, fp32 or bf16. threads: torch's. apart, packed: how the base may be run (`tasks.completion.Way`).
-    micro_tokens, recompute: how much is run at a time and whether blocks are computed twice, by the memory there was.
-    now: the time that the chat template is told, in ISO 8601; None where it asks for none.
+    Args:
+        dtype: The base's dtype, fp32 or bf16.
+        threads: The number of torch's threads.
+        apart: `ForwardMode.separate_head`.
+        packed: `ForwardMode.packed`.
+        micro_tokens: Tokens per forward, by the memory that was free.
+        recompute: Whether blocks are computed again for the backward.
+        now: The time for the chat template, in ISO 8601; None if the template does not use it.
     """
 
     dtype: str
@@ -117,10 +91,23 @@ class Environment:
 def open_run(
     out: Path, base_name: str | None, data: str | None, given: Mapping[str, Any], resume: bool
 ) -> tuple[str, str, TrainSettings, Environment | None]:
-    """Base, data and settings of a new run in `out`, or of the one that is resumed there with what it has frozen.
+    """Open a new run in `out`, or one that is resumed there.
 
-    Raises RunError or SettingsError. That base and data hold what they held is for `require_same`: their names may be
-    others.
+    It does not check that base and data of a resumed run have the same content, which `require_same` does: their names
+    may have changed.
+
+    Args:
+        out: The run's folder.
+        base_name: The base; None for that of a resumed run.
+        data: The data; None for those of a resumed run.
+        given: The settings that the user set.
+        resume: Whether a run is resumed.
+
+    Returns:
+        Base, data, settings, and the environment of a resumed run, None for a new one.
+
+    Raises:
+        RunError, SettingsError: The folder or the settings do not fit.
     """
     if resume:
         require_out(out, resume)
@@ -140,7 +127,7 @@ def open_run(
 
 
 def require_out(out: Path, resume: bool) -> None:
-    """Raise RunError where `out` holds no run that could be resumed, or is not free for a new one. Writes nothing."""
+    """Raise RunError if `out` holds no run to resume, or is not free for a new one. Writes nothing."""
     known = out / RUN
     if resume:
         if not known.exists():
@@ -150,14 +137,14 @@ def require_out(out: Path, resume: bool) -> None:
         return
     if known.exists():
         state = "finished" if (out / SUMMARY).exists() else "unfinished"
-        hint = "" if state == "finished" else " go on with --resume, or"
+        hint = "" if state == "finished" else " repeat the command with --resume, or"
         raise RunError(f"{out}: holds a run already ({state}):{hint} name another folder with --out")
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(left_by_kills(out))):
         raise RunError(f"{out}: is not empty and not a run: name another folder with --out")
 
 
 def require_run(folder: Path) -> None:
-    """Raise RunError where a folder holds no run."""
+    """Raise RunError if the folder holds no run."""
     if not folder.exists():
         raise RunError(f"{folder}: no run: {did_you_mean(folder, 'name a folder that lorafit train wrote')}")
     if not (folder / RUN).exists():
@@ -166,9 +153,9 @@ def require_run(folder: Path) -> None:
 
 def read_finished(
     folder: Path, otherwise: str = "name a folder that lorafit train wrote"
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json and summary.json of a run. Raises RunError where it is not finished, or none; otherwise: what to do
-    then."""
+) -> tuple[dict[str, Any], RunSummary]:
+    """The content of run.json, and the summary. Raises RunError if there is no run, with the advice `otherwise`, or if
+    the run is not finished."""
     if not (folder / RUN).exists():
         raise RunError(f"{folder}: no run: {otherwise}")
     asked, summary = read_run(folder), read_summary(folder)
@@ -178,31 +165,31 @@ def read_finished(
 
 
 def settings_written(settings: TrainSettings) -> dict[str, Any]:
-    """Settings as they go into run.json: a file by its absolute path."""
-    said = settings.model_dump(mode="json")
-    return said | {"general": said["general"] and absolute(said["general"])}
+    """The settings as they are written to run.json, with absolute paths."""
+    values = settings.model_dump(mode="json")
+    return values | {"general": values["general"] and absolute(values["general"])}
 
 
 def frozen_of(out: Path, asked: Mapping[str, Any]) -> Environment:
-    """What the run in `out` has frozen. Raises FormatError for what is not whole."""
+    """The environment in the content of run.json. Raises FormatError if it is damaged."""
     try:
         frozen = Environment(**asked["frozen"])
     except TypeError as error:
         raise FormatError(
             f"{out / RUN}: frozen: begun by another version of lorafit, or damaged ({error}): "
-            "start anew with another --out"
+            "start again with another --out"
         ) from error
     counts = (frozen.threads, frozen.micro_tokens)
     flags = (frozen.apart, frozen.packed, frozen.recompute)
     whole = all(isinstance(n, int) and n > 0 for n in counts) and all(isinstance(flag, bool) for flag in flags)
     whole = whole and is_time(frozen.now)
     if frozen.dtype not in ("fp32", "bf16") or not whole:
-        raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start anew with another --out")
+        raise FormatError(f"{out / RUN}: frozen: damaged ({frozen}): start again with another --out")
     return frozen
 
 
 def left_by_kills(out: Path) -> list[Path]:
-    """Temporary files of writes into a run folder that were killed: they are of no use to anyone."""
+    """Temporary files in a run folder from writes that were killed."""
     written = (
         (out, {*WRITTEN, PROBE}),
         (out / CHECKPOINTS, {LAST}),
@@ -216,31 +203,31 @@ def left_by_kills(out: Path) -> list[Path]:
 
 
 def clear_left_by_kills(out: Path) -> None:
-    """Remove them, or a run that is killed often would fill the disk."""
+    """Remove these files; a run that is killed often would fill the disk with them."""
     for path in left_by_kills(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def require_same(out: Path, now: Mapping[str, Any]) -> None:
-    """Raise RunError naming what differs from what the run in `out` began with."""
+    """Raise RunError that names each of these values that differs from the one in run.json."""
     began = read_run(out)
     odd = [
         f"{key}: {began.get(key)} when it began, {value} now" for key, value in now.items() if began.get(key) != value
     ]
     if odd:
         raise RunError(
-            f"{out}: cannot go on, for something has changed since\n  "
+            f"{out}: cannot be resumed, because something has changed since it began\n  "
             + "\n  ".join(odd)
-            + "\nrestore it, or start anew with another --out"
+            + "\nrestore it, or start again with another --out"
         )
 
 
 @contextmanager
 def sole_writer(out: Path) -> Iterator[None]:
-    """Keep other processes from writing into the run folder `out` for the length of the block; a process that is killed
-    keeps nobody out. Where the system or the disk knows no locks (Windows, some network drives) nobody is kept out.
+    """Lock the run folder `out` against other processes for the length of the block. The lock ends with the process,
+    even if it is killed. Without support for locks (on Windows, on some network drives) it does nothing.
 
-    Raises RunError where another process is at work there.
+    Raises RunError if another process holds the lock.
     """
     try:
         import fcntl
@@ -264,8 +251,8 @@ def sole_writer(out: Path) -> Iterator[None]:
 
 
 def require_disk(folder: Path, size: int) -> None:
-    """Raise RunError where a training into `folder` cannot take up `size` bytes: what it wrote before it was stopped is
-    there already, the rest must be free."""
+    """Raise RunError if a training into `folder` cannot write `size` bytes. Files that it wrote before it was stopped
+    count; the rest must be free."""
     files = (path for name in (CHECKPOINTS, LADDER, ADAPTER) for path in (folder / name).rglob("*") if path.is_file())
     there = sum(path.stat().st_size for path in files if not _is_temporary(path.relative_to(folder)))
     free = free_bytes(folder)
@@ -279,49 +266,49 @@ def require_disk(folder: Path, size: int) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Whether a write that was killed has left it, which is removed before the next."""
+    """Whether a killed write has left this file, which is removed before the next one."""
     return any(part.startswith(".") for part in path.parts)
 
 
 @contextmanager
 def room_to_write(out: Path) -> Iterator[None]:
-    """Turn a full or vanished disk into a RunError: what was written before is whole, and the run can go on."""
+    """Turn the errors of a full or missing disk into RunError; the run can be resumed."""
     try:
         yield
     except LorafitError:
         raise
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(
-            f"{out}: could not be written ({error}): make room there; what was saved is whole, --resume goes on"
+            f"{out}: could not be written ({error}): make room there; what was saved is intact, and --resume continues"
         ) from error
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """run.json of a run folder. Raises FormatError where it is not one of ours."""
+    """The content of run.json. Raises FormatError if it is damaged or was not written by lorafit."""
     asked = read_json(out / RUN)
     if not isinstance(asked, dict) or not {"base", "data", "settings", "frozen"} <= set(asked):
         raise FormatError(f"{out / RUN}: not written by lorafit, or damaged: name another folder")
     return asked
 
 
-def read_summary(out: Path) -> dict[str, Any] | None:
-    """summary.json of a run folder, None before the run has come so far. Raises FormatError for a damaged one."""
+def read_summary(out: Path) -> RunSummary | None:
+    """The summary of a run; None if it is not finished. Raises FormatError if summary.json is damaged."""
     path = out / SUMMARY
     if not path.exists():
         return None
     found = read_json(path)
-    whole = isinstance(found, dict) and set(found) >= SAID
-    if not whole or not all(isinstance(found[key], dict) and set(found[key]) >= parts for key, parts in SCORED.items()):
+    try:
+        return RunSummary.from_json(found)
+    except ValueError as error:
         raise FormatError(
             f"{path}: not written by lorafit, or damaged: remove it, and lorafit train --resume "
-            f"--out {out} makes it anew"
-        )
-    return dict(found)
+            f"--out {out} makes it again ({error})"
+        ) from error
 
 
 def versions() -> dict[str, str]:
-    """Of lorafit and what computes its results."""
-    import torch  # of weight: whether a folder holds a run is told without them
+    """The versions of lorafit and of the libraries that compute its results."""
+    import torch  # imported here, because the other functions of this file need no large library
     import transformers
 
     return {
@@ -338,19 +325,19 @@ def accepted_round(out: Path) -> int:
     path = out / ROUNDS / HISTORY
     rounds = read_json(path) if path.exists() else []
     try:
-        return max((int(one["number"]) for one in rounds if one["accepted"]), default=0)
+        return max((int(done["number"]) for done in rounds if done["accepted"]), default=0)
     except (TypeError, KeyError) as error:
         raise FormatError(f"{path}: damaged ({error}): move the folder {out / ROUNDS} elsewhere") from error
 
 
 def standing_folder(out: Path) -> Path:
-    """The folder of the training whose adapter stands: that of the last accepted round, or the run's own."""
+    """The folder of the best adapter's training: that of the last accepted round, or the run's folder."""
     last = accepted_round(out)
     return out / ROUNDS / str(last) if last else out
 
 
 def count_opening(out: Path) -> int:
-    """How often the test split of this run has been opened, this time included; kept in the run folder."""
+    """Count an opening of the run's test split in its folder; returns how often it has been opened."""
     count = openings(out) + 1
     (out / SCORES).mkdir(exist_ok=True)
     write_json(out / SCORES / OPENINGS, {"openings": count})
@@ -358,30 +345,18 @@ def count_opening(out: Path) -> int:
 
 
 def openings(out: Path) -> int:
-    """How often the test split of this run has been opened so far."""
+    """How often the run's test split has been opened."""
     path = out / SCORES / OPENINGS
     return int(read_json(path)["openings"]) if path.exists() else 0
 
 
-def tested(out: Path) -> frozenset[str]:
-    """Fingerprints of the test examples of this run; none where there is no run, or it has not been tested."""
-    path = out / SCORES / ANSWERS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    try:
-        return frozenset(json.loads(line)["example"] for line in lines)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(
-            f"{path}: damaged ({error}): move it elsewhere, and looks at this test are counted no more"
-        ) from error
-
-
 def remember_questions(out: Path, questions: Sequence[str]) -> None:
-    """Keep a fingerprint of each question a run was trained or validated on."""
+    """Store the fingerprint of each question that the run was trained or validated on."""
     write_json(out / SCORES / TRAINED_ON, [_print(question) for question in questions])
 
 
 def remembered(out: Path, questions: Sequence[str]) -> list[bool] | None:
-    """Whether the run was trained or validated on each of the questions; None where there is no run."""
+    """Whether the run was trained or validated on each of the questions; None if there is no run."""
     known = out / SCORES / TRAINED_ON
     if not known.exists():
         return None

@@ -1,7 +1,7 @@
-"""Curves and scores handed to a tracking program, by its own library. Off unless it is asked for.
+"""Sends curves and scores to a tracking program through the program's library, if the user asks for it.
 
-Each library reads its own environment: where it sends what, and by whose account. It is given numbers, the name of the
-run folder and the settings that are numbers or choices; no example, no prompt, no path.
+Each library reads its server and account from its own environment variables. It receives numbers, the name of the run
+folder, and the settings that are numbers or choices, but no example, prompt or path.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, Protocol
 from lorafit.errors import SettingsError
 
 PROJECT = "lorafit"
-TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders in a run folder, too
+TENSORBOARD, WANDB = "tensorboard", "wandb"  # also the names of folders in a run folder
 
 
 class Tracker(Protocol):
-    """Where numbers go. Its methods may raise what the library raises."""
+    """Receives numbers. Its methods may raise any error of the library."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
     def end(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in `tensorboard` of the run folder: tensorboard --logdir runs."""
+    """Writes event files to `tensorboard` in the run folder. To see them: tensorboard --logdir runs."""
 
     def __init__(self, out: Path, facts: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +42,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run of trackio's project `lorafit`: trackio show --project lorafit."""
+    """A run in trackio's project `lorafit`. To see it: trackio show --project lorafit."""
 
     def __init__(self, out: Path, facts: Mapping[str, Any]):
         import trackio
@@ -57,12 +57,12 @@ class Trackio:
 
 
 class WeightsAndBiases:
-    """A run of the project `lorafit` of Weights & Biases; what it keeps here is in `wandb` of the run folder."""
+    """A run in the project `lorafit` of Weights & Biases; its local files are in `wandb` in the run folder."""
 
     def __init__(self, out: Path, facts: Mapping[str, Any]):
         import wandb
 
-        # By default it also keeps what is printed, the command that was typed, and the folder's changes in git.
+        # By default it would also record the output, the command line, and uncommitted changes in git.
         private = wandb.Settings(
             console="off",
             disable_git=True,
@@ -83,7 +83,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow's experiment `lorafit`, where MLFLOW_TRACKING_URI says."""
+    """A run in MLflow's experiment `lorafit`, on the server in MLFLOW_TRACKING_URI."""
 
     def __init__(self, out: Path, facts: Mapping[str, Any]):
         import mlflow
@@ -112,7 +112,7 @@ TRACKERS: dict[str, type[TensorBoard | Trackio | WeightsAndBiases | MLflow]] = {
 
 
 def require_tracker(name: str) -> None:
-    """Raise SettingsError where the library of a tracking program is not installed; `none` needs none."""
+    """Raise SettingsError if the library of a tracking program is not installed; `none` needs none."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise SettingsError(
             f"--report-to {name}: {name} is not installed: pip install '.[{name}]' in a clone, or the "

@@ -1,1 +1,1 @@
-"""The engine behind the HTTP interface that OpenAI's clients speak."""
+"""The engine over HTTP, with the API that OpenAI's clients use."""

@@ -1,4 +1,4 @@
-"""What every route settles before it answers: whose request it is, whether anyone can answer, and who."""
+"""Checks that routes share: a request's key, the adapter version that it names, and whether the server is ready."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from fastapi import HTTPException
 from fastapi import Request as HttpRequest
 
 from lorafit.errors import RequestError, UnknownAdapterError
-from lorafit.server.guard import SOON
 from lorafit.server.keys import Key
+from lorafit.server.refusals import SOON
 from lorafit.server.service import Service
 from lorafit.serving import Version
 
@@ -20,8 +20,8 @@ def key_of(request: HttpRequest) -> Key:
 
 
 def chosen(service: Service, key: Key, model: str) -> Version | None:
-    """The version that a key may ask by this name; None: the bare base. Raises UnknownAdapterError, in the same words
-    whether there is none, or none for this key."""
+    """The version that `model` means; None: the bare base. Raises UnknownAdapterError, with the same message whether
+    there is no such model or the key may not use it."""
     try:
         if model == service.base or key.may_use(model.partition("@")[0]):
             version = service.chosen(model)
@@ -33,22 +33,18 @@ def chosen(service: Service, key: Key, model: str) -> Version | None:
 
 
 def unknown(model: str) -> UnknownAdapterError:
-    return UnknownAdapterError(f"'{model[:80]}': no model is served by this name: see /v1/models")
+    return UnknownAdapterError(f"'{model[:80]}': no model has this name: see /v1/models")
 
 
 def require_tokens(service: Service, tokens: Sequence[int]) -> None:
-    """Raises RequestError for what is no token of the base."""
-    most = service.engine.vocabulary
-    if wrong := [token for token in tokens if not 0 <= token < most]:
-        raise RequestError(f"tokens: {wrong[0]} is not in the base's vocabulary of {most}: take it out")
+    """Raise RequestError for an id outside the vocabulary of the base."""
+    size = service.engine.vocabulary
+    if wrong := [token for token in tokens if not 0 <= token < size]:
+        raise RequestError(f"tokens: {wrong[0]} is not in the base's vocabulary of {size}: take it out")
 
 
 def require_ready(service: Service) -> None:
-    """Raises HTTPException while nothing can be answered."""
-    if service.phase != "ready":
-        why = {
-            "loading": "the base is being opened",
-            "draining": "the server is ending",
-            "dead": "the server has failed",
-        }
+    """Raise HTTPException while nothing can be answered."""
+    why = {"loading": "the base is being opened", "draining": "the server is stopping", "dead": "the server has failed"}
+    if service.phase in why:
         raise HTTPException(503, f"{why[service.phase]}: ask again later", {"retry-after": SOON})

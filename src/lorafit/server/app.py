@@ -1,4 +1,4 @@
-"""The routes: what OpenAI's clients call, and what operators do."""
+"""The application: a service in, an ASGI application out, with routes for OpenAI's clients and for operators."""
 
 from __future__ import annotations
 
@@ -16,18 +16,8 @@ from fastapi.responses import PlainTextResponse, Response
 from lorafit.errors import RequestError
 from lorafit.server import completions
 from lorafit.server.admission import chosen, key_of, require_ready, require_tokens, unknown
-from lorafit.server.document import (
-    PHASE,
-    TEXT,
-    Card,
-    Cards,
-    PromptAnswer,
-    TokensAnswer,
-    VersionAnswer,
-    finish,
-    refused,
-)
-from lorafit.server.guard import OPEN, Guard
+from lorafit.server.document import PHASE, TEXT, Card, Cards, PromptAnswer, TokensAnswer, VersionAnswer, finish, refused
+from lorafit.server.guard import OPEN, Guard, Limits
 from lorafit.server.keys import Key
 from lorafit.server.refusals import answer_errors
 from lorafit.server.service import AUTO, Service
@@ -36,16 +26,15 @@ from lorafit.server.wire import DetokenizeRequest, LoadRequest, NameRequest, Tok
 from lorafit.serving import Version
 from lorafit.version import __version__
 
-MOST = 4 << 20  # bytes of a body
-PATIENCE = 20.0  # seconds for a body to arrive
-AT_ONCE = 512  # requests; more are told to come back
+LIMITS = Limits()
 ADMIN = {200: TEXT, **refused(400, 507)}
 
 
 def make_app(
-    service: Service, hosts: Collection[str] | None, log: Callable[[dict[str, Any]], None] = lambda told: None
+    service: Service, hosts: Collection[str] | None, log: Callable[[dict[str, Any]], None] = lambda entry: None
 ) -> FastAPI:
-    """The application of a service. hosts: names it may be called by; None: any."""
+    """Make the application of a service. hosts: names that requests may use; None: any. log: called with an entry for
+    each request."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +49,7 @@ def make_app(
         docs_url=None,
         redirect_slashes=False,
         redoc_url=None,
-        strict_content_type=True,  # a page may send a body of no type without asking this server first
+        strict_content_type=True,  # any page may send a body without a type
     )
     answer_errors(app)
     _watching(app, service)
@@ -69,24 +58,24 @@ def make_app(
     _tokens(app, service)
     _admin(app, service)
     app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
-    app.add_middleware(Guard, service=service, hosts=hosts, most=MOST, patience=PATIENCE, at_once=AT_ONCE, log=log)
+    app.add_middleware(Guard, service=service, hosts=hosts, limits=LIMITS, log=log)
     return app
 
 
 def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     if app.openapi_schema is None:
-        made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        app.openapi_schema = finish(made, with_keys=service.keys() is not None, open_paths=OPEN)
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        app.openapi_schema = finish(document, with_keys=service.keys() is not None, open_paths=OPEN)
     return app.openapi_schema
 
 
-# Watching over it
+# Monitoring
 
 
 def _watching(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_class=Response, responses={200: TEXT, **refused(), 503: PHASE})
     async def health() -> Response:
-        """200 when requests are answered; 503, with the reason in a word, while loading, draining or dead."""
+        """200 while requests are answered; else 503 with the phase: loading, draining or dead."""
         return PlainTextResponse(service.phase, 200 if service.phase == "ready" else 503)
 
     @app.get("/version", responses=refused())
@@ -95,7 +84,7 @@ def _watching(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=Response, responses={200: TEXT, **refused()})
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -114,31 +103,30 @@ def _models(app: FastAPI, service: Service) -> None:
         )
 
     def cards(key: Key) -> dict[str, Card]:
-        """By id: the base, each adapter, and each of its versions. Nothing is read from disk."""
-        found = {service.base: card(service.base, service.began, None)}
+        """The models that a key may use, by id: the base, the router, each adapter, and each of its versions."""
+        by_id = {service.base: card(service.base, service.began, None)}
         if service.can_route(key):
-            found[AUTO] = Card(
-                id=AUTO, created=service.began, root=AUTO, parent=service.base, max_model_len=service.engine.room
-            )
+            by_id[AUTO] = card(AUTO, service.began, None).model_copy(update={"parent": service.base})
         for version, live in service.engine.adapters.listed():
             if live:
-                found[version.name] = card(version.name, version.created, version)
-            found[version.id] = card(version.id, version.created, version)
-        return {name: one for name, one in found.items() if name == AUTO or key.may_use(name.partition("@")[0])}
+                by_id[version.name] = card(version.name, version.created, version)
+            by_id[version.id] = card(version.id, version.created, version)
+        return {id_: model for id_, model in by_id.items() if id_ == AUTO or key.may_use(id_.partition("@")[0])}
 
     @app.get("/v1/models", responses=refused())
     async def models(request: HttpRequest) -> Cards:
-        """The base, its adapters, and the router, as `model` names them."""
+        """The models that a request may name: the base, its adapters, and the router."""
         require_ready(service)
         return Cards(data=list(cards(key_of(request)).values()))
 
     @app.get("/v1/models/{name:path}", responses=refused())
     async def model(name: str, request: HttpRequest) -> Card:
+        """One of these models."""
         require_ready(service)
-        found = cards(key_of(request)).get(name)
-        if found is None:
+        by_id = cards(key_of(request))
+        if name not in by_id:
             raise unknown(name)
-        return found
+        return by_id[name]
 
 
 # Tokens
@@ -147,17 +135,17 @@ def _models(app: FastAPI, service: Service) -> None:
 def _tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", responses=refused(400))
     async def tokenize(body: TokenizeRequest, request: HttpRequest) -> TokensAnswer:
-        """Token ids of a text, or of a conversation as the adapter reads it."""
+        """Token ids of a text, or of a conversation as it is rendered for the adapter."""
         require_ready(service)
         version = chosen(service, key_of(request), service.base if body.model is None else body.model)
         if body.messages is not None:
-            told = body.model_dump(include={"tools", "tool_choice"})
-            messages, tools = [turn.message() for turn in body.messages], shown(told["tools"], told["tool_choice"])
+            given = body.model_dump(include={"tools", "tool_choice"})
+            messages, tools = [turn.message() for turn in body.messages], shown(given["tools"], given["tool_choice"])
             settings = body.chat_template_kwargs or {}
             ids = await asyncio.to_thread(service.prompt, messages, version, tools, settings, not tools)
         elif body.prompt is not None:
-            read = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
-            ids = (await asyncio.to_thread(read, body.prompt))["input_ids"]
+            encode = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
+            ids = (await asyncio.to_thread(encode, body.prompt))["input_ids"]
         else:
             raise RequestError("prompt: nothing to tokenize: give prompt or messages")
         return TokensAnswer(count=len(ids), max_model_len=service.engine.room, tokens=list(ids))
@@ -172,12 +160,12 @@ def _tokens(app: FastAPI, service: Service) -> None:
         return PromptAnswer(prompt=await asyncio.to_thread(service.engine.base.tokenizer.decode, body.tokens))
 
 
-# What operators do
+# For operators
 
 
 def _admin(app: FastAPI, service: Service) -> None:
-    async def done(work: Callable[[], Any]) -> Any:
-        """In a thread of its own, one after the other, so that what takes long keeps no answer waiting."""
+    async def run(work: Callable[[], Any]) -> Any:
+        """Run work in the operators' thread, where it delays no answer."""
         return await asyncio.get_running_loop().run_in_executor(service.operators, work)
 
     def store() -> Any:
@@ -188,19 +176,19 @@ def _admin(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/load_lora_adapter", response_class=Response, responses=ADMIN)
     async def load(body: LoadRequest) -> PlainTextResponse:
-        """Serve an adapter of the server's folder. load_inplace: as a new version of a name that is served already."""
-        kept = store()
-        version = await done(lambda: kept.load(body.lora_name, kept.within(body.lora_path), anew=not body.load_inplace))
+        """Serve an adapter of the server's folder. load_inplace: whether the name may be served already."""
+        adapters, new_name = store(), not body.load_inplace
+        version = await run(lambda: adapters.load(body.lora_name, adapters.within(body.lora_path), new_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully as {version.id}.")
 
     @app.post("/v1/unload_lora_adapter", response_class=Response, responses=ADMIN)
     async def unload(body: NameRequest) -> PlainTextResponse:
-        """Serve `name`, or the version `name@3`, no longer."""
-        await done(partial(store().unload, body.lora_name))
+        """Stop serving `name`, or the version `name@3`."""
+        await run(partial(store().unload, body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     @app.post("/v1/rollback_lora_adapter", response_class=Response, responses=ADMIN)
     async def rollback(body: NameRequest) -> PlainTextResponse:
         """Let the name mean the version before its live one."""
-        version = await done(partial(store().rollback, body.lora_name))
+        version = await run(partial(store().rollback, body.lora_name))
         return PlainTextResponse(f"Success: '{body.lora_name}' is {version.id}.")

@@ -1,4 +1,4 @@
-"""A conversation with a server that speaks OpenAI's API, lorafit's or another's."""
+"""A conversation with a server that speaks OpenAI's API: a question in, pieces of its answer out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from typing import Any
 
 from lorafit.errors import BusyError, CancelledError, LorafitError, SettingsError
 
-PATIENCE = 120.0  # seconds without a word from the server
-ALONE = "{} {} trained on single questions: each is asked by itself; /remember asks along what was said"
+PATIENCE = 120.0  # seconds to wait for the server's next bytes
+ALONE = "{} {} trained on single questions: each is asked on its own; /remember includes the conversation before it"
 
 
 @dataclass
 class Remote:
-    """url: of the API, with or without /v1. model: who answers; None: the first the server names. remembers: what was
-    said before is asked along also of an adapter that was trained on single questions."""
+    """A conversation with one model of a server.
+
+    Args:
+        url: of the API, with or without /v1.
+        model: that answers; None: the first of the server's list.
+        remembers: whether an adapter trained on single questions gets the conversation before a question too.
+
+    Raises:
+        SettingsError: an invalid address or key, or a server that does not answer or serves no model.
+    """
 
     url: str
     model: str | None = None
@@ -32,30 +40,30 @@ class Remote:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise SettingsError(f"--url {self.url}: no address of a server: give http://HOST:PORT")
+            raise SettingsError(f"--url {self.url}: not an address of a server: give http://HOST:PORT")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
-            raise SettingsError(
-                "LORAFIT_KEY: no key, for it holds more than letters and signs: set it to one key alone"
-            )
+            raise SettingsError("LORAFIT_KEY: not a key, since a key is printable ASCII: set it to one key only")
         self.url = self.url.rstrip("/").removesuffix("/v1")
-        cards = self._asked("/v1/models", None)["data"]
+        with self._open("/v1/models", None) as answer:
+            cards = json.load(answer)["data"]
         self.models = [str(card["id"]) for card in cards]
-        self._single = {str(card["id"]) for card in cards if card.get("single")}  # which other servers do not say
+        self._single = {str(card["id"]) for card in cards if card.get("single")}  # a field of lorafit's servers only
         if not self.models:
             raise SettingsError(f"--url {self.url}: the server serves no model: ask its operator")
         self.model = self.model or self.models[0]
 
     def remark(self) -> str:
-        """What is to be said of who answers; "" where there is nothing."""
+        """A remark about the model that answers; "" without one."""
         return ALONE.format(self.model, "was") if self._asks_alone() else ""
 
     def _asks_alone(self) -> bool:
-        """Whether each question is asked by itself."""
+        """Whether each question is sent without the conversation before it."""
         return self.model in self._single and not self.remembers
 
     def ask(self, text: str, emit: Callable[[str], None]) -> None:
-        """Let the server answer. emit: called with each piece of text, of reasoning first where there is some, which is
-        not remembered; nor is an answer that fails."""
+        """Ask a question. emit: called with each piece of the answer, those of its reasoning first. Reasoning, and an
+        answer that fails, do not become part of the conversation. Raises BusyError, CancelledError for an answer that
+        broke off, and SettingsError for a request that the server refuses."""
         turn = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         before = [] if self._asks_alone() else self.history
@@ -65,30 +73,26 @@ class Remote:
             "max_tokens": self.max_tokens,
             "stream": True,
         }
-        said: list[str] = []
-        thought = False
+        pieces: list[str] = []
+        reasoned = False
         try:
             with self._open("/v1/chat/completions", body) as answer:
-                for told in _events(answer):
-                    if "error" in told:
-                        raise CancelledError(f"{self.url}: {told['error']['message']}: ask again")
-                    for choice in told.get("choices") or ():
+                for event in _events(answer):
+                    if "error" in event:
+                        raise CancelledError(f"{self.url}: {event['error']['message']}: ask again")
+                    for choice in event.get("choices") or ():
                         delta = choice.get("delta") or {}
                         if piece := delta.get("reasoning_content"):
-                            thought = True
+                            reasoned = True
                             emit(piece)
                         if piece := delta.get("content"):
-                            emit(f"\n\n{piece}" if thought and not said else piece)
-                            said.append(piece)
+                            emit(f"\n\n{piece}" if reasoned and not pieces else piece)
+                            pieces.append(piece)
         except (OSError, HTTPException, ValueError) as error:
             if isinstance(error, LorafitError):
                 raise
             raise CancelledError(f"{self.url}: the answer broke off ({error!r}): ask again") from error
-        self.history += [turn, {"role": "assistant", "content": "".join(said)}]
-
-    def _asked(self, path: str, body: Any) -> Any:
-        with self._open(path, body) as answer:
-            return json.load(answer)
+        self.history += [turn, {"role": "assistant", "content": "".join(pieces)}]
 
     def _open(self, path: str, body: Any) -> Any:
         headers = {"content-type": "application/json"}
@@ -98,23 +102,21 @@ class Remote:
         request = urllib.request.Request(self.url + path, data, headers)
         try:
             return urllib.request.urlopen(request, timeout=PATIENCE)
-        except urllib.error.HTTPError as refused:
-            told = _message(refused.read())
-            if refused.code == 401:
-                raise SettingsError(f"{self.url}: {told}: set LORAFIT_KEY to a key of the server") from refused
-            if refused.code in {429, 503}:
-                raise BusyError(f"{self.url}: {told}") from refused
-            raise SettingsError(f"{self.url}: {told}") from refused
+        except urllib.error.HTTPError as refusal:
+            message = _message(refusal.read())
+            if refusal.code == 401:
+                raise SettingsError(f"{self.url}: {message}: set LORAFIT_KEY to a key of the server") from refusal
+            raise (BusyError if refusal.code in {429, 503} else SettingsError)(f"{self.url}: {message}") from refusal
         except (urllib.error.URLError, TimeoutError) as error:
             reason = getattr(error, "reason", error)
             raise SettingsError(
-                f"--url {self.url}: no server answers there ({reason}): start one with lorafit serve"
+                f"--url {self.url}: no server answers at this address ({reason}): start one with lorafit serve"
             ) from error
 
 
 def _events(answer: Iterable[bytes]) -> Iterator[Any]:
-    """What a stream of server-sent events tells until [DONE]: an event's data may be several lines, each with a space
-    after the colon or without one. Raises ConnectionError where it ends before."""
+    """The data of server-sent events until [DONE], parsed from JSON. The data of an event may be several lines, with or
+    without a space after the colon. Raises ConnectionError where the stream ends before [DONE]."""
     data: list[str] = []
     for line in chain(answer, (b"",)):
         field, _, value = line.decode().rstrip("\r\n").partition(":")
@@ -122,7 +124,7 @@ def _events(answer: Iterable[bytes]) -> Iterator[Any]:
             data.append(value.removeprefix(" "))
         if data == ["[DONE]"]:
             return
-        if not (field or value) and data:  # an empty line ends an event, one that begins with a colon says nothing
+        if not (field or value) and data:  # an empty line ends an event; one that begins with a colon is a comment
             yield json.loads("\n".join(data))
             data = []
     raise ConnectionError("it ended in the middle")
@@ -132,4 +134,4 @@ def _message(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return body[:200].decode(errors="replace") or "it refused, and did not say why"
+        return body[:200].decode(errors="replace") or "it refused without a reason"

@@ -1,4 +1,5 @@
-"""What the OpenAPI document says of answers; requests are declared in wire.py. A test holds the server to both."""
+"""The answers in the OpenAPI document, as pydantic models; requests are declared in wire.py. A test compares the
+server's answers with both."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from pydantic import BaseModel, Field
 
 from lorafit.server.refusals import ERRORS
 
-ANYWHERE = (401, 403, 404, 408, 413, 421, 503)  # what is answered before a route is asked
-LATER = (429, 503)  # with retry-after
+ANYWHERE = (401, 403, 404, 408, 413, 421, 503)  # statuses of checks before the routes
+LATER = (429, 503)  # statuses with retry-after
 RETRY = {"retry-after": {"description": "Seconds after which to ask again.", "schema": {"type": "string"}}}
 PLAINLY = {"text/plain": {"schema": {"type": "string"}}}
-TEXT = {"description": "It is done.", "content": PLAINLY}
+TEXT = {"description": "Success.", "content": PLAINLY}
 PHASE = {"description": "`loading`, `draining` or `dead`.", "content": PLAINLY}
 
 
@@ -21,7 +22,7 @@ class CachedTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of all prompts and answers; cached: of prompts whose keys and values were there already."""
+    """Tokens of all prompts and answers. cached_tokens: of prompts, whose keys and values were in the cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -29,7 +30,7 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class Likely(BaseModel):
+class TokenLogprob(BaseModel):
     """A token and its natural log-probability."""
 
     token: str
@@ -37,49 +38,43 @@ class Likely(BaseModel):
     bytes: list[int]
 
 
-class ChatToken(Likely):
-    top_logprobs: list[Likely]
+class ChatToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
-class ToldFunction(BaseModel):
+class AnswerFunction(BaseModel):
     """arguments: a JSON object, as text."""
 
     name: str
     arguments: str
 
 
-class ToldCall(BaseModel):
+class AnswerToolCall(BaseModel):
     id: str
     type: Literal["function"]
-    function: ToldFunction
+    function: AnswerFunction
 
 
-class Said(BaseModel):
-    """tool_calls: where there are some, content may be null."""
+class AnswerMessage(BaseModel):
+    """The message of an answer. content: may be null where there are tool_calls."""
 
     role: Literal["assistant"]
     content: str | None
     reasoning_content: str | None = None
-    tool_calls: list[ToldCall] = []
-
-
-class Choice(BaseModel):
-    """One answer. finish_reason: its own end, or the most tokens that it might have."""
-
-    index: int
-    finish_reason: Literal["stop", "length"]
+    tool_calls: list[AnswerToolCall] = []
 
 
 class ChatChoice(BaseModel):
-    """One answer. finish_reason: its own end, its end with calls, or the most tokens that it might have."""
+    """One answer. finish_reason: tool_calls where it ends with calls; length where it reached the limit of its tokens,
+    or where a stop text cut a call."""
 
     index: int
     finish_reason: Literal["stop", "length", "tool_calls"]
-    message: Said
+    message: AnswerMessage
     logprobs: ChatLogprobs | None
 
 
@@ -90,20 +85,24 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class TextChoice(Choice):
+class TextChoice(BaseModel):
+    """One answer. finish_reason: length where it reached the limit of its tokens."""
+
+    index: int
+    finish_reason: Literal["stop", "length"]
     text: str
     logprobs: Logprobs | None
 
 
 class RoutedTo(BaseModel):
-    """adapter: its name, or the base's; probability: that the question is for it, or for none."""
+    """The router's choice. adapter: its name, or the base's; probability: that the question belongs to it."""
 
     adapter: str
     probability: float
 
 
-class Completed(BaseModel):
-    """model: the version that answered. lorafit: of requests to `auto`."""
+class Completion(BaseModel):
+    """model: the version that answered. lorafit: the router's choice, for requests to `auto`."""
 
     id: str
     created: int
@@ -112,19 +111,19 @@ class Completed(BaseModel):
     routed: RoutedTo | None = Field(None, alias="lorafit")
 
 
-class ChatAnswer(Completed):
+class ChatAnswer(Completion):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
 
 
-class TextAnswer(Completed):
+class TextAnswer(Completion):
     object: Literal["text_completion"]
     choices: list[TextChoice]
 
 
 class Card(BaseModel):
-    """A model that may be asked. root: the version that its name means; parent: the base of an adapter; single: whether
-    it was trained on single questions, and is better asked without the conversation before one."""
+    """A model. root: the version that its name means; parent: the base of an adapter; single: whether it was trained on
+    single questions, and answers better without the conversation before one."""
 
     id: str
     object: Literal["model"] = "model"
@@ -157,25 +156,26 @@ class VersionAnswer(BaseModel):
 
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-EVENTS = {"text/event-stream": {"itemSchema": EVENT}}  # as OpenAPI 3.2 has it, and FastAPI before
-MADE_BY = {
+EVENTS = {"text/event-stream": {"itemSchema": EVENT}}  # OpenAPI 3.2 defines itemSchema
+ADAPTER_HEADERS = {
     "x-lorafit-adapter": {"description": "The version that gave the answer.", "schema": {"type": "string"}},
-    "x-lorafit-asked": {"description": "`last question`, where it was asked that alone.", "schema": {"type": "string"}},
+    "x-lorafit-asked": {"description": "`last question`, where it got only that.", "schema": {"type": "string"}},
 }
-ASKED = {"description": "The answer; with `stream` its parts as events.", "content": EVENTS, "headers": MADE_BY}
-CHAT, PLAIN = {"model": ChatAnswer, **ASKED}, {"model": TextAnswer, **ASKED}
+ANSWER = {"description": "An answer; with `stream` its parts as events.", "content": EVENTS, "headers": ADAPTER_HEADERS}
+CHAT, PLAIN = {"model": ChatAnswer, **ANSWER}, {"model": TextAnswer, **ANSWER}
 
 
 def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers by these, and by the statuses of every route."""
+    """The responses of a route for these error statuses, and for those of every route."""
     return {
         status: ERRORS[status] | ({"headers": RETRY} if status in LATER else {}) for status in (*ANYWHERE, *statuses)
     }
 
 
-def finish(made: dict[str, Any], with_keys: bool, open_paths: tuple[str, ...]) -> dict[str, Any]:
-    """FastAPI's document without the 422 that this server never answers, and with its keys. open_paths: need none."""
-    for path, operations in made["paths"].items():
+def finish(document: dict[str, Any], with_keys: bool, open_paths: tuple[str, ...]) -> dict[str, Any]:
+    """FastAPI's document without status 422, which this server never sends, and with its keys. open_paths: paths that
+    need no key."""
+    for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
             if path in open_paths:
@@ -183,7 +183,7 @@ def finish(made: dict[str, Any], with_keys: bool, open_paths: tuple[str, ...]) -
             elif with_keys:
                 operation["security"] = [{"key": []}]
     for unused in ("HTTPValidationError", "ValidationError"):
-        made["components"]["schemas"].pop(unused, None)
+        document["components"]["schemas"].pop(unused, None)
     if with_keys:
-        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    return made
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return document

@@ -1,69 +1,68 @@
-"""What every request passes before any route sees it: whose host it names, whose key, how large, how slow.
+"""Middleware that checks every request before its route: the host name, the key, the size of the body, its speed.
 
-A route that is not in SCOPES needs a key that may ask; so a route that is new is closed until it is opened here.
+A route that is not in SCOPES needs a key with the scope `infer`, so a new route is never open by accident.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
 from lorafit.server.keys import Key, Scope, find
+from lorafit.server.refusals import SOON, error
 from lorafit.server.service import Service
-from lorafit.server.wire import error
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN = ("/health",)  # what watches over servers has no key; it is told one word
+OPEN = ("/health",)  # monitoring has no key, and gets one word
 SCOPES: dict[str, Scope] = {
     "/v1/load_lora_adapter": "admin",
     "/v1/unload_lora_adapter": "admin",
     "/v1/rollback_lora_adapter": "admin",
     "/metrics": "admin",  # it names every adapter
 }
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a route's pattern may end before a line break: none gets that far
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a route's pattern may match up to a line break
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-GONE = 499  # for log and metrics, as nginx tells it: the client went away, and nobody reads the answer
-SOON = "1"  # seconds after which to ask again, where that is not known
-LOCAL = Key(
-    name="local", hash="0" * 64, scopes=("infer", "admin")
-)  # who asks where no keys are set: this machine alone
+GONE = 499  # for log and metrics, as in nginx: the client went away, and nobody reads the answer
+LOCAL = Key(name="local", hash="0" * 64, scopes=("infer", "admin"))  # used without keys, when only this machine asks
 
 
-class Refused(Exception):
-    """An answer that is an error, before a route was asked."""
+@dataclass(frozen=True)
+class Limits:
+    """Limits of requests. most: bytes of a body; patience: seconds in which it must arrive; at_once: requests in
+    progress, beyond which further ones get 503."""
 
-    def __init__(self, status: int, message: str, kind: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.kind, self.headers = status, kind, headers or {}
+    most: int = 4 << 20
+    patience: float = 20.0
+    at_once: int = 512
 
 
 class Guard:
-    """Around an ASGI application of a service, whose requests it counts. hosts: names by which this server may be
-    called, without port; None: any. most: bytes of a body; patience: seconds for it to arrive; at_once: requests."""
+    """An ASGI application around that of a service, whose requests it counts. hosts: names that requests may use,
+    without port; None: any. log: called with an entry for each request."""
 
     def __init__(
         self,
         app: App,
         service: Service,
         hosts: Collection[str] | None,
-        most: int,
-        patience: float,
-        at_once: int,
+        limits: Limits,
         log: Callable[[dict[str, Any]], None],
     ):
-        self._app, self._service, self._hosts, self._log = app, service, hosts, log
-        self._most, self._patience, self._at_once = most, patience, at_once
+        self._app, self._service, self._hosts, self._limits, self._log = app, service, hosts, limits, log
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,10 +73,11 @@ class Guard:
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         began, counts = time.perf_counter(), scope["path"] not in OPEN
         status: int | None = None
-        given = headers.get("x-request-id", "")
-        name = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        told: dict[str, Any] = {"request": name, "method": scope["method"], "path": scope["path"]}
-        scope["state"] = {**scope.get("state", {}), "told": told}
+        name = headers.get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(name):
+            name = secrets.token_hex(8)
+        entry: dict[str, Any] = {"request": name, "method": scope["method"], "path": scope["path"]}
+        scope["state"] = {**scope.get("state", {}), "log": entry}
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -92,49 +92,39 @@ class Guard:
 
         self._service.under_way += counts
         try:
-            if counts and self._service.under_way > self._at_once:
-                raise Refused(
-                    503,
-                    f"{self._at_once} requests are under way already: ask again later",
-                    "ServiceUnavailableError",
-                    {"retry-after": SOON},
-                )
-            key = self._known(scope["path"], headers)
-            scope["state"]["key"], told["key"] = key, key and key.name
+            if counts and self._service.under_way > self._limits.at_once:
+                why = f"{self._limits.at_once} requests are under way already: ask again later"
+                raise HTTPException(503, why, {"retry-after": SOON})
+            key = self._require_allowed(scope["path"], headers)
+            scope["state"]["key"], entry["key"] = key, key and key.name
             body = await self._body(headers, receive)
-            await self._app(scope, _again(body, receive), answer)
-        except Refused as refused:
-            await _refuse(answer, refused)
-        except Exception as error:  # a fault of ours; what it says may be of the request, and stays out of the log
-            told["failed"] = f"{type(error).__name__} at {_place(error)}"
+            await self._app(scope, _replayed(body, receive), answer)
+        except HTTPException as refusal:
+            await _response(refusal)(scope, receive, answer)
+        except Exception as error:  # a bug; its message may quote the request, and stays out of the log
+            entry["failed"] = f"{type(error).__name__} at {_place(error)}"
             if status is not None:
                 raise
-            await _refuse(
-                answer, Refused(500, "the server failed at this request: tell whoever runs it", "InternalServerError")
-            )
+            failure = HTTPException(500, "the server failed at this request: tell its operator")
+            await _response(failure)(scope, receive, answer)
         finally:
             self._service.under_way -= counts
             if counts:
                 status = status or 500
                 if status >= 400:
                     self._service.metrics.refused(status)
-                self._log({**told, "status": status, "seconds": round(time.perf_counter() - began, 4)})
+                self._log({**entry, "status": status, "seconds": round(time.perf_counter() - began, 4)})
 
-    def _known(self, path: str, headers: dict[str, str]) -> Key | None:
-        """Whose request it is. Raises Refused."""
+    def _require_allowed(self, path: str, headers: dict[str, str]) -> Key | None:
+        """The key of a request; None for a path that needs none. Raises HTTPException for a request that is refused."""
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self._hosts is not None and host.lower() not in self._hosts:
-            raise Refused(
-                421, f"this server is not called {host[:80]!r}: start it with --allowed-host", "BadRequestError"
-            )
+            raise HTTPException(421, f"this server is not called {host[:80]!r}: start it with --allowed-host")
         if _is_foreign(headers):
-            raise Refused(
-                403,
-                "a page of another origin asked this: ask from a program, or through a server of that page's own",
-                "PermissionDeniedError",
-            )
+            why = "a page of another origin sent this request"
+            raise HTTPException(403, f"{why}: send it from a program, or through the page's own server")
         if CONTROL.search(path):
-            raise Refused(404, "there is no such path", "NotFoundError")
+            raise HTTPException(404, "there is no such path")
         if path in OPEN:
             return None
         keys = self._service.keys()
@@ -143,43 +133,38 @@ class Guard:
         kind, _, secret = headers.get("authorization", "").partition(" ")
         key = find(list(keys), secret.strip()) if kind.lower() == "bearer" else None
         if key is None:
-            raise Refused(
-                401,
-                "no key that is known: send the header Authorization: Bearer KEY",
-                "AuthenticationError",
-                {"www-authenticate": "Bearer"},
-            )
-        wanted = SCOPES.get(path, "infer")
-        if wanted not in key.scopes:
-            raise Refused(403, f"this key may not: {wanted} is not among its scopes", "PermissionDeniedError")
+            fix = "send the header Authorization: Bearer KEY"
+            raise HTTPException(401, f"the key is missing or unknown: {fix}", {"www-authenticate": "Bearer"})
+        needed = SCOPES.get(path, "infer")
+        if needed not in key.scopes:
+            raise HTTPException(403, f"this key may not do this: {needed} is not among its scopes")
         return key
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        """The whole body. Raises Refused for one that is too large or too slow."""
-        large = Refused(413, f"the body is larger than {self._most:,} bytes: shorten it", "BadRequestError")
-        if int(headers.get("content-length") or 0) > self._most:
-            raise large
-        parts, size, end = [], 0, time.monotonic() + self._patience
+        """The whole body. Raises HTTPException for one that is too large or too slow."""
+        too_large = HTTPException(413, f"the body is larger than {self._limits.most:,} bytes: shorten it")
+        if int(headers.get("content-length") or 0) > self._limits.most:
+            raise too_large
+        parts, size, end = [], 0, time.monotonic() + self._limits.patience
         while True:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError as error:
-                raise Refused(
-                    408, f"the body did not arrive within {self._patience:g} s: send it at once", "BadRequestError"
-                ) from error
+                why = f"the body did not arrive within {self._limits.patience:g} s: send it faster"
+                raise HTTPException(408, why) from error
             if message["type"] == "http.disconnect":
-                raise Refused(GONE, "the client went away: send the whole body", "BadRequestError")
+                raise HTTPException(GONE, "the client went away: send the whole body")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self._most:
-                raise large
+            if size > self._limits.most:
+                raise too_large
             if not message.get("more_body"):
                 return b"".join(parts)
 
 
 def _is_foreign(headers: dict[str, str]) -> bool:
-    """Whether a browser asks for a page of another origin, which must not make this server work though it could not
-    read the answer. Browsers say so, and no page can change what they say; the older ones name the page's origin."""
+    """Whether a browser sent a request for a page of another origin. Such a page could not read the answer, but would
+    make the server work. Browsers set sec-fetch-site, and no page can change it; older ones send the page's origin."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         return site not in ("same-origin", "none")
@@ -187,38 +172,21 @@ def _is_foreign(headers: dict[str, str]) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised, `file:line`."""
+    """The place where an error was raised, as `file:line`."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, to be read once more; after it whatever else comes."""
-    told = False
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body which has been read already, and then what `receive` gives."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:
-        nonlocal told
-        if told:
-            return await receive()
-        told = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return next_message
 
 
-async def _refuse(send: Send, refused: Refused) -> None:
-    body = json.dumps(error(str(refused), refused.kind, refused.status)).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **refused.headers,
-    }
-    await send(
-        {
-            "type": "http.response.start",
-            "status": refused.status,
-            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
-        }
-    )
-    await send({"type": "http.response.body", "body": body})
+def _response(refusal: HTTPException) -> JSONResponse:
+    headers = {"connection": "close", **(refusal.headers or {})}
+    return JSONResponse(error(refusal.detail, refusal.status_code), refusal.status_code, headers)

@@ -1,6 +1,6 @@
-"""Who may do what: keys in a file, as hashes, each with its scopes, its adapters and its quota.
+"""API keys in a JSON file, stored as hashes, each with its scopes, adapters and quota.
 
-A key is 256 random bits, so a plain SHA-256 of it cannot be searched for; the file tells nobody a key.
+A key is 256 random bits, so it cannot be found from its plain SHA-256.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PREFIX = "lf-"
 
 
 class Key(BaseModel):
-    """One key. hash: SHA-256 of it, hexadecimal. adapters: patterns of the names it may use, the base's among them.
-    requests, tokens: a minute; None: as many as there is room for."""
+    """One key. hash: its SHA-256, in hexadecimal. adapters: patterns of the names that it may use, with the base's.
+    requests, tokens: per minute; None: no limit. created: unix time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,7 +39,7 @@ class Key(BaseModel):
     created: int = 0
 
     def may_use(self, name: str) -> bool:
-        """Whether it may ask for this adapter, by name without a version, or for the base."""
+        """Whether it may use an adapter, given without a version, or the base."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
@@ -49,7 +49,7 @@ class _File(BaseModel):
 
 
 def read(path: Path) -> list[Key]:
-    """The keys in a file. Raises FormatError."""
+    """The keys in a file. Raises FormatError for an invalid file, and for two keys of one name."""
     try:
         keys = _File.model_validate(read_json(path)).keys
     except ValidationError as error:
@@ -59,7 +59,7 @@ def read(path: Path) -> list[Key]:
             f"{path}: {where}: {first['msg']}: correct it, or make keys with lorafit key create"
         ) from error
     if twice := [name for name, count in Counter(key.name for key in keys).items() if count > 1]:
-        raise FormatError(f"{path}: {', '.join(twice)}: twice, and quotas are by name: rename one")
+        raise FormatError(f"{path}: {', '.join(twice)}: given twice, and quotas are by name: rename one")
     return keys
 
 
@@ -71,16 +71,16 @@ def create(
     requests: int | None = None,
     tokens: int | None = None,
 ) -> str:
-    """Add a key to a file, and return it: it is told this once. Raises SettingsError where the name is taken, and for
-    a scope that is none."""
-    if strange := sorted({*scopes} - {*get_args(Scope)}):
-        raise SettingsError(f"--scope {strange[0]}: no scope: choose infer or admin")
-    known = read(path) if path.exists() else []
-    if any(key.name == name for key in known):
+    """Add a key to a file, and return it. It cannot be read again later, since the file holds its hash only. Raises
+    SettingsError where the name is taken or invalid, or a scope does not exist."""
+    if unknown := sorted({*scopes} - {*get_args(Scope)}):
+        raise SettingsError(f"--scope {unknown[0]}: not a scope: choose infer or admin")
+    keys = read(path) if path.exists() else []
+    if any(key.name == name for key in keys):
         raise SettingsError(f"{path}: there is a key '{name}' already: choose another name, or take its entry out")
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
-        made = Key(
+        key = Key(
             name=name,
             hash=_hash(secret),
             scopes=tuple(scopes),
@@ -90,18 +90,16 @@ def create(
             created=int(time.time()),
         )
     except ValidationError as error:
-        raise SettingsError(f"{name!r}: no name for a key: choose letters, digits, dots, hyphens") from error
-    write_text(path, _File(keys=[*known, made]).model_dump_json(indent=2) + "\n", mode=0o600)
+        raise SettingsError(f"{name!r}: not a name for a key: choose letters, digits, dots, hyphens") from error
+    write_text(path, _File(keys=[*keys, key]).model_dump_json(indent=2) + "\n", mode=0o600)
     return secret
 
 
-def find(keys: Sequence[Key], given: str) -> Key | None:
-    """The key that was given. Every one is compared, in the same time whichever it is."""
-    hashed, found = _hash(given), None
-    for key in keys:
-        if hmac.compare_digest(key.hash, hashed):
-            found = key
-    return found
+def find(keys: Sequence[Key], secret: str) -> Key | None:
+    """The key with this secret; None without one. It compares all keys, so that its time tells nothing."""
+    hashed = _hash(secret)
+    matching = [key for key in keys if hmac.compare_digest(key.hash, hashed)]
+    return matching[-1] if matching else None
 
 
 def _hash(secret: str) -> str:

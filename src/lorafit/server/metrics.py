@@ -1,5 +1,5 @@
-"""What the server counts, under the names vLLM gave them where it has them, so that dashboards and Kubernetes' endpoint
-picker read it as they do vLLM; what an adapter was asked beside it."""
+"""Metrics of a server, for Prometheus. Where vLLM has a metric it keeps vLLM's name, so that dashboards and Kubernetes'
+endpoint picker can read it; further ones count requests and tokens by adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BETWEEN = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2
 
 
 class Metrics:
-    """For one server. adapter: the name without a version, or the base's."""
+    """The metrics of one server. In all methods `adapter` is a name without a version, or the base's name."""
 
     def __init__(self, base: str):
         self._base = base
@@ -31,21 +31,21 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
 
-        self._first = histogram("vllm:time_to_first_token_seconds", "From asking to the first token.", SECONDS)
-        self._between = histogram(
-            "vllm:inter_token_latency_seconds", "From token to token, mean of an answer.", BETWEEN
+        self._first = histogram("vllm:time_to_first_token_seconds", "From the request to the first token.", SECONDS)
+        self._between = histogram("vllm:inter_token_latency_seconds", "Mean time between tokens, by answer.", BETWEEN)
+        self._whole = histogram(
+            "vllm:e2e_request_latency_seconds", "From the request to the end of the answer.", SECONDS
         )
-        self._whole = histogram("vllm:e2e_request_latency_seconds", "From asking to the end of the answer.", SECONDS)
         self._prompt = counter("vllm:prompt_tokens", "Tokens of prompts.")
         self._generated = counter("vllm:generation_tokens", "Tokens of answers.")
-        self._success = counter("vllm:request_success", "Answers by how they ended.", "finished_reason")
-        self._answers = counter("lorafit:requests", "Answers by adapter.", "adapter")
-        self._tokens = counter("lorafit:tokens", "Tokens of prompts and answers by adapter.", "adapter")
-        self._routed = counter("lorafit:routed_requests", "Requests that the router sent, by where to.", "adapter")
+        self._success = counter("vllm:request_success", "Answers, by how they ended.", "finished_reason")
+        self._answers = counter("lorafit:requests", "Answers, by adapter.", "adapter")
+        self._tokens = counter("lorafit:tokens", "Tokens of prompts and answers, by adapter.", "adapter")
+        self._routed = counter("lorafit:routed_requests", "Requests to the router, by the chosen adapter.", "adapter")
         self._refused = counter("lorafit:refused_requests", "Requests that were refused, by HTTP status.", "status")
 
     def watch(self, engine: Engine) -> None:
-        """Tell, from now on, what the engine is doing."""
+        """Add gauges of what the engine is doing."""
         self.registry.register(_Engine(engine, self._base))
 
     def answered(self, result: Result, adapter: str) -> None:
@@ -61,7 +61,7 @@ class Metrics:
         self._tokens.labels(base, adapter).inc(result.prompt_tokens + tokens)
 
     def broken_off(self, why: LorafitError, adapter: str) -> None:
-        """An answer that has no end: cancelled before its first token, or failed."""
+        """Count an answer that failed, or was cancelled before its first token."""
         self._success.labels(self._base, "abort" if isinstance(why, CancelledError) else "error").inc()
         self._answers.labels(self._base, adapter).inc()
 
@@ -84,14 +84,14 @@ class _Engine(Collector):
         for name, text, value in (
             ("vllm:num_requests_running", "Requests that are being answered.", stats.running),
             ("vllm:num_requests_waiting", "Requests that wait.", stats.waiting),
-            ("vllm:kv_cache_usage_perc", "Share of the room for keys and values that is used.", stats.slots_used),
+            ("vllm:kv_cache_usage_perc", "Used share of the cache of keys and values.", stats.slots_used),
         ):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._base], value)
             yield gauge
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Adapters that answer and that wait; unix time.",
+            "Adapters with running and with waiting requests; unix time.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         running, waiting = (",".join(sorted(names)) for names in (stats.answering, stats.queued))

@@ -1,4 +1,4 @@
-"""How much each key may ask in a minute: a bucket that fills steadily, and from which requests and tokens are taken."""
+"""Quotas of keys: token buckets that fill steadily, one for requests and one for tokens; seconds to wait come out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorafit.server.keys import Key
 
 @dataclass
 class _Bucket:
-    """level: what is left of `size`, which comes back within a minute; it may fall below zero, by what an answer took
-    that was longer than thought."""
+    """A token bucket. level: what is left of `size`, which is refilled within a minute. It may fall below zero, since
+    the length of an answer is not known before."""
 
     size: float
     level: float
@@ -22,13 +22,13 @@ class _Bucket:
     def refill(self, now: float) -> None:
         self.level, self.at = min(self.size, self.level + (now - self.at) * self.size / 60), now
 
-    def wait(self, wanted: float) -> float:
-        """Seconds until so much is there; a wish larger than the bucket needs it full."""
-        return max(0.0, (min(wanted, self.size) - self.level) * 60 / self.size)
+    def wait(self, amount: float) -> float:
+        """Seconds until an amount can be taken; one larger than the bucket needs it full."""
+        return max(0.0, (min(amount, self.size) - self.level) * 60 / self.size)
 
 
 class Quota:
-    """By key, for as long as the server runs. clock: seconds, monotonic."""
+    """The quotas of all keys, for as long as the server runs. clock: monotonic, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -38,34 +38,32 @@ class Quota:
     def take(self, key: Key, requests: int, tokens: int) -> float:
         """Take requests, and the tokens of their prompts. Returns 0, or the seconds to wait where nothing was taken."""
         with self._lock:
-            found = [
-                (self._bucket(key.name, kind, size), wanted)
-                for kind, size, wanted in (("requests", key.requests, requests), ("tokens", key.tokens, tokens))
-                if size
-            ]
-            wait = max((bucket.wait(wanted) for bucket, wanted in found), default=0.0)
+            buckets = self._buckets_of(key, requests, tokens)
+            wait = max((bucket.wait(amount) for bucket, amount in buckets), default=0.0)
             if not wait:
-                for bucket, wanted in found:
-                    bucket.level -= wanted
+                for bucket, amount in buckets:
+                    bucket.level -= amount
             return wait
 
     def give_back(self, key: Key, requests: int, tokens: int) -> None:
-        """What was taken for requests that were refused after all."""
+        """Give back what was taken for requests that were refused later."""
         with self._lock:
-            for kind, size, taken in (("requests", key.requests, requests), ("tokens", key.tokens, tokens)):
-                if size:
-                    self._bucket(key.name, kind, size).level += taken
+            for bucket, amount in self._buckets_of(key, requests, tokens):
+                bucket.level += amount
 
     def charge(self, key: Key, tokens: int) -> None:
-        """Take the tokens of an answer, which are known when it is there."""
-        if key.tokens:
-            with self._lock:
-                self._bucket(key.name, "tokens", key.tokens).level -= tokens
+        """Take tokens of an answer, which were not known before."""
+        if key.tokens:  # called for every token of an answer
+            self.give_back(key, 0, -tokens)
 
-    def _bucket(self, name: str, kind: str, size: int) -> _Bucket:
-        now = self._clock()
-        bucket = self._buckets.get((name, kind))
-        if bucket is None or bucket.size != size:
-            bucket = self._buckets[name, kind] = _Bucket(size, size, now)
-        bucket.refill(now)
-        return bucket
+    def _buckets_of(self, key: Key, requests: int, tokens: int) -> list[tuple[_Bucket, int]]:
+        """The buckets of a key, each with the amount of it."""
+        now, buckets = self._clock(), []
+        for kind, size, amount in (("requests", key.requests, requests), ("tokens", key.tokens, tokens)):
+            if size:
+                bucket = self._buckets.get((key.name, kind))
+                if bucket is None or bucket.size != size:
+                    bucket = self._buckets[key.name, kind] = _Bucket(size, size, now)
+                bucket.refill(now)
+                buckets.append((bucket, amount))
+        return buckets

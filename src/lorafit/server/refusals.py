@@ -1,6 +1,7 @@
-"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`, with the status that fits.
+"""Errors as OpenAI's clients read them: an exception becomes a status and `{"error": {"message", "type", "param",
+"code"}}`.
 
-Never 409: clients ask again at 408, 409, 429 and 5xx.
+The status is never 409: clients retry after 408, 409, 429 and 5xx.
 """
 
 from __future__ import annotations
@@ -18,14 +19,26 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteError
 
 from lorafit.errors import BusyError, CancelledError, InputError, LorafitError, UnknownAdapterError
-from lorafit.server.guard import SOON
-from lorafit.server.wire import HALF, error
+from lorafit.server.wire import SURROGATE
 
-NOWHERE = {"Not Found": "there is no such path", "Method Not Allowed": "not with this method"}  # what Starlette says
+SOON = "1"  # seconds after which to ask again, where nothing better is known
+NOWHERE = {  # by Starlette's own messages
+    "Not Found": "there is no such path",
+    "Method Not Allowed": "the path does not take this method",
+}
+TYPES = {  # by HTTP status, as OpenAI's clients know them; any other status is a BadRequestError
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    507: "StorageError",
+}
 
 
 class ErrorBody(BaseModel):
-    """What went wrong. code: the HTTP status."""
+    """An error. code: the HTTP status."""
 
     message: str
     type: str
@@ -41,95 +54,94 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in {
         400: "The request cannot be served as it is.",
-        401: "No key that is known.",
-        403: "The key may not, or a page of another origin asks.",
-        404: "There is nothing by this name.",
-        405: "Not with this method.",
-        408: "The body came too slowly.",
+        401: "The key is missing or unknown.",
+        403: "The key does not allow this, or a page of another origin sent the request.",
+        404: "Nothing has this name.",
+        405: "The path does not take this method.",
+        408: "The body arrived too slowly.",
         413: "The body is too large.",
-        421: "Another server's name.",
+        421: "The host name is not one of this server's.",
         507: "The disk is full.",
-        429: "Too much at once; see retry-after.",
+        429: "Too many requests or tokens; see retry-after.",
         503: "Loading, draining or ended; see retry-after.",
     }.items()
 }
 
-
-BROKEN = {
-    UnicodeDecodeError: "the body is not UTF-8: encode it so",
+UNREADABLE = {  # by what was raised when a body was parsed
+    UnicodeDecodeError: "the body is not UTF-8: encode it as UTF-8",
     RecursionError: "the body is nested too deeply: flatten it",
-}  # what a body could not be read for
-NO_OBJECT = "the body is no JSON object: send one, with the header content-type: application/json"
-SAID = {  # by pydantic's types of errors, where its words do not tell
-    "string_unicode": HALF,
-    "model_attributes_type": "no JSON object: send one",
+}
+NO_OBJECT = "the body is not a JSON object: send one, with the header content-type: application/json"
+MESSAGES = {  # by pydantic's types of errors, where its own message is not clear
+    "string_unicode": SURROGATE,
+    "model_attributes_type": "not a JSON object: send one",
 }
 
 
+def error(message: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """The body of an error. code: the HTTP status."""
+    return {"error": {"message": message, "type": TYPES.get(code, "BadRequestError"), "param": param, "code": code}}
+
+
 def _field(path: Sequence[str | int]) -> str:
-    """`messages.0.content`, without the kinds that pydantic names where a field may be of several."""
+    """The path of a field as `messages.0.content`, without the types that pydantic adds for a union."""
     return ".".join(str(part) for part in path if isinstance(part, int) or re.fullmatch("[a-z_]+", part))
 
 
-def _words(problem: Any) -> str:
-    """What one of pydantic's errors says, without what it puts before words of ours."""
+def _message(problem: Any) -> str:
+    """The message of a pydantic error, without the prefix that pydantic puts before messages of a ValueError."""
     if problem["type"] == "value_error":
         return f"{problem['ctx']['error']}"
     if problem["loc"] == ("body",) and problem["type"] == "model_attributes_type":
         return NO_OBJECT
-    return SAID.get(problem["type"]) or str(problem["msg"])
+    return MESSAGES.get(problem["type"]) or str(problem["msg"])
 
 
-def _named(message: str) -> str | None:
+def _param(message: str) -> str | None:
     """The field that a message begins with."""
-    found = re.match(r"[a-z_]+(?=(\[\d+\]|\.[a-z_]+)*: )", message)
-    return found[0] if found else None
+    field = re.match(r"[a-z_]+(?=(\[\d+\]|\.[a-z_]+)*: )", message)
+    return field[0] if field else None
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Have an application answer whatever is raised in it."""
+    """Add the handlers that turn exceptions into answers."""
 
-    def answer(
-        status: int, message: str, kind: str, param: str | None = None, retry: str | None = None
-    ) -> JSONResponse:
-        headers = {"retry-after": retry} if retry else None
-        return JSONResponse(error(message, kind, status, param), status, headers)
+    def answer(status: int, message: str, param: str | None = None, retry: str | None = None) -> JSONResponse:
+        return JSONResponse(error(message, status, param), status, {"retry-after": retry} if retry else None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        found = dict.fromkeys((_field(one["loc"][1:]), _words(one)) for one in error.errors())
-        message = "; ".join(f"{where}: {what}" if where else what for where, what in [*found][:8])
-        return answer(400, message, "BadRequestError", next(iter(found))[0] or _named(message))
+        problems = [*dict.fromkeys((_field(problem["loc"][1:]), _message(problem)) for problem in error.errors())]
+        message = "; ".join(f"{field}: {text}" if field else text for field, text in problems[:8])
+        return answer(400, message, problems[0][0] or _param(message))
 
     @app.exception_handler(StarletteError)
     async def http(request: HttpRequest, error: StarletteError) -> JSONResponse:
-        kinds = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
-        kind = kinds.get(error.status_code, "BadRequestError")
-        message = BROKEN.get(type(error.__cause__), str(error.detail))
+        message = UNREADABLE.get(type(error.__cause__), str(error.detail))
         if message in NOWHERE:
             message = f"{request.method} {request.url.path[:80]}: {NOWHERE[message]}: see /openapi.json"
-        made = answer(error.status_code, message, kind)
-        made.headers.update(error.headers or {})
-        return made
+        response = answer(error.status_code, message)
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(LorafitError)
-    async def ours(request: HttpRequest, error: LorafitError) -> JSONResponse:
+    async def lorafit(request: HttpRequest, error: LorafitError) -> JSONResponse:
         if isinstance(error, UnknownAdapterError):
-            return answer(404, str(error), "NotFoundError", "model")
+            return answer(404, str(error), "model")
         if isinstance(error, BusyError):
-            return answer(429, str(error), "RateLimitError", retry=SOON)
+            return answer(429, str(error), retry=SOON)
         if isinstance(error, CancelledError):
-            return answer(503, str(error), "ServiceUnavailableError", retry=SOON)
+            return answer(503, str(error), retry=SOON)
         if isinstance(error, InputError):
-            return answer(400, str(error), "BadRequestError", _named(str(error)))
-        return answer(500, str(error), "InternalServerError")
+            return answer(400, str(error), _param(str(error)))
+        return answer(500, str(error))
 
     @app.exception_handler(OSError)
     async def disk(request: HttpRequest, error: OSError) -> JSONResponse:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return answer(507, f"the server's disk: {error.strerror}: make room, and ask again", "StorageError")
+            return answer(507, f"the server's disk: {error.strerror}: free some space, and ask again")
         raise error
 
     @app.exception_handler(RecursionError)
     async def deep(request: HttpRequest, error: RecursionError) -> JSONResponse:
-        return answer(400, BROKEN[RecursionError], "BadRequestError")
+        return answer(400, UNREADABLE[RecursionError])

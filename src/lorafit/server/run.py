@@ -1,4 +1,4 @@
-"""A server on a port, from its start until it has drained."""
+"""Runs a service on listening sockets, from its start until it has drained."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lorafit.server.app import PATIENCE, make_app
+from lorafit.server.app import LIMITS, make_app
 from lorafit.server.service import Service
 
-CONNECTIONS = 768  # at once; more are closed: a process may often have no more than 1024 open
-UNREAD = 60.0  # seconds that a client may not read what is sent to it
+CONNECTIONS = 768  # at a time; further ones are closed, since a process may often open no more than 1024 files
+UNREAD = 60.0  # seconds for which a client may leave an answer unread
 
 
-class Patient(H11Protocol):
-    """Connections that end when nothing comes of them: headers that arrive a byte at a time, answers nobody reads. So
-    many at once, and no more."""
+class TimedProtocol(H11Protocol):
+    """Closes connections that make no progress, such as headers that arrive byte by byte, or answers that nobody reads,
+    and those beyond CONNECTIONS."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -37,21 +37,21 @@ class Patient(H11Protocol):
         self._look()
 
     def _look(self) -> None:
-        """Every second: since when has nothing come, or been read."""
+        """Called every second: close the connection where it has made no progress for too long."""
         if self.transport.is_closing():
             return
         now, idle = self.loop.time(), self.conn.their_state is h11.IDLE or (self.cycle and self.cycle.response_complete)
         state = "unread" if self.flow.write_paused else "idle" if idle else "busy"
         if (state, id(self.cycle)) != self._watched:
             self._watched, self._since = (state, id(self.cycle)), now
-        if state != "busy" and now - self._since > (UNREAD if state == "unread" else PATIENCE):
+        if state != "busy" and now - self._since > (UNREAD if state == "unread" else LIMITS.patience):
             self.transport.abort()
             return
         self.loop.call_later(1.0, self._look)
 
 
 class Server(uvicorn.Server):
-    """Ends at the first signal when what is being answered has ended, at the second at once."""
+    """Stops after the answers in progress at the first signal, and immediately at the second."""
 
     def __init__(self, config: uvicorn.Config, service: Service, patience: float):
         super().__init__(config)
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         threading.Thread(target=self._drain, daemon=True).start()
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end: also where the base could not be opened."""
+        """Whether to stop: also where the base could not be opened."""
         return await super().on_tick(counter) or self._service.failed is not None
 
     def _drain(self) -> None:
@@ -74,16 +74,16 @@ class Server(uvicorn.Server):
 
 
 class Log:
-    """One line of JSON on stderr for each request: who asked what of which model, how it ended; never a prompt, nor an
-    answer. Written by a thread of its own: a pipe that nobody reads keeps no client waiting."""
+    """Writes one line of JSON to stderr for each request, without prompts and answers. A thread of its own writes, so
+    that a pipe that nobody reads delays no client. most: lines that may wait to be written; further ones are lost."""
 
     def __init__(self, most: int = 10_000):
         self._lines: queue.Queue[str] = queue.Queue(most)
         threading.Thread(target=self._write, name="lorafit-log", daemon=True).start()
 
-    def __call__(self, told: dict[str, Any]) -> None:
+    def __call__(self, entry: dict[str, Any]) -> None:
         with suppress(queue.Full):
-            self._lines.put_nowait(json.dumps(told))
+            self._lines.put_nowait(json.dumps(entry))
 
     def _write(self) -> None:
         while True:
@@ -98,16 +98,17 @@ def serve(
     patience: float,
     log: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Serve until a signal comes. sockets: that listen. patience: seconds for what is being answered to end. Raises
-    what the base or its adapters could not be opened for."""
+    """Serve on listening sockets until a signal comes. hosts: names that requests may use; None: any. patience: seconds
+    that answers in progress have to end. log: called with an entry for each request. Raises the LorafitError for which
+    base or adapters could not be opened."""
     config = uvicorn.Config(
         make_app(service, hosts, log),
-        http=Patient,
+        http=TimedProtocol,
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=int(PATIENCE),
+        timeout_keep_alive=int(LIMITS.patience),
         timeout_graceful_shutdown=5,
     )
     asyncio.run(Server(config, service, patience).serve(sockets))

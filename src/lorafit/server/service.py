@@ -1,4 +1,4 @@
-"""What a server is made of: a base that is being opened or served, its adapters, keys, quotas, counts, its phase."""
+"""The state of a server: its engine, adapters, keys, quotas, metrics and phase; messages in, token ids out."""
 
 from __future__ import annotations
 
@@ -21,25 +21,33 @@ from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.routing import Routed
 from lorafit.server import keys
 from lorafit.server.keys import Key
+from lorafit.server.live_router import LiveRouter
 from lorafit.server.metrics import Metrics
 from lorafit.server.quota import Quota
 from lorafit.server.store import OWN, Store
-from lorafit.server.switch import Switch
 from lorafit.server.tools import conversation
 from lorafit.serving import Engine, Version
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
-OPENING = 16  # tokens at the end of a prompt, of which the mark is made that opens a thought
+OPENING = 16  # tokens at the end of a prompt that are searched for the mark before reasoning
 NO_SETTINGS: Mapping[str, Scalar] = MappingProxyType({})  # of a template
-AUTO = "auto"  # what clients say for the router: no adapter may have the name
+AUTO = "auto"  # the model name of the router: no adapter may have it
 
 
 @dataclass
 class Service:
-    """base: the name it is served by. opened: makes the engine; it takes a while, and goes on beside the server.
-    root: the folder of adapters, None without one. keys_file: None where no key is needed. ask_alone: adapters that
-    were trained on single questions are asked the last one of a conversation by itself."""
+    """The state of one server.
+
+    Args:
+        base: the name of the base, as `model` gives it.
+        opened: makes the engine, in a thread of its own, since it takes a while.
+        adapters: folders of adapters that are served from the start, by name.
+        root: the folder of adapters that is watched.
+        keys_file: None where no key is needed.
+        say: called with each message for the operator.
+        ask_alone: whether adapters trained on single questions get only the last question of a conversation.
+    """
 
     base: str
     opened: Callable[[], Engine]
@@ -50,18 +58,18 @@ class Service:
     ask_alone: bool = False
     phase: Phase = "loading"
     failed: LorafitError | None = None
-    under_way: int = 0  # requests, from their arrival until their last byte is written
+    under_way: int = 0  # requests that have arrived and whose last byte is not written yet
     began: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.metrics, self.quota = Metrics(self.base), Quota()
         self.store: Store | None = None
-        self.switch: Switch | None = None
+        self.live_router: LiveRouter | None = None
         self._engine: Engine | None = None
         self._keys = keys.read(self.keys_file) if self.keys_file else None
-        self._read = self.keys_file.stat().st_mtime_ns if self.keys_file else 0
-        self.operators = ThreadPoolExecutor(1, "lorafit-operators")  # for what only operators ask
-        self._faults: dict[str, str] = {}  # of what is watched, each said already
+        self._keys_time = self.keys_file.stat().st_mtime_ns if self.keys_file else 0
+        self.operators = ThreadPoolExecutor(1, "lorafit-operators")  # for requests of operators
+        self._faults: dict[str, str] = {}  # the last message about each thing that is watched
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lorafit-service", daemon=True)
 
@@ -77,7 +85,7 @@ class Service:
         return self._keys
 
     def drain(self, patience: float) -> None:
-        """Take nothing new, and wait until every request is answered, for so many seconds at most."""
+        """Take no new requests, and wait until all are answered. patience: seconds to wait at most."""
         self.phase, end = "draining", time.monotonic() + patience
         while self.under_way and time.monotonic() < end:
             time.sleep(0.05)
@@ -85,15 +93,15 @@ class Service:
     def close(self) -> None:
         self.phase = "dead" if self.failed else "draining"
         self._ended.set()
-        if self._engine:  # a base that is just being opened is let go with the process
-            self._engine.close()  # what is being loaded ends too
+        if self._engine:  # a base that is still being opened ends with the process
+            self._engine.close()  # this also ends loading
             self._thread.join()
         self.operators.shutdown(cancel_futures=True)
         if self.store:
             self.store.close()
 
     def _work(self) -> None:
-        """Open the base, load what is to be served, and then look what comes."""
+        """Open the base, load the adapters, and then watch folder and keys until the service is closed."""
         try:
             engine = self._engine = self.opened()
             self.metrics.watch(engine)
@@ -102,23 +110,23 @@ class Service:
                 self.store.restore()
                 for version, live in engine.adapters.listed():
                     if live:
-                        self.say(f"serving {version.told}")
+                        self.say(f"serving {version.label}")
                 self.store.look()
                 self.store.look()
             for name, folder in self.adapters.items():
                 require_free(name, self.base)
-                self.say(f"serving {engine.load(name, folder).told}")
-            self.switch = Switch(engine, self.root / OWN if self.root else None, self.say)
-            self._try("the router", self.switch.look)
+                self.say(f"serving {engine.load(name, folder).label}")
+            self.live_router = LiveRouter(engine, self.root / OWN if self.root else None, self.say)
+            self._try("the router", self.live_router.look)
             if self.phase == "loading":
                 self.phase = "ready"
-        except Exception as error:  # whatever it is, nothing will be served
+        except Exception as error:  # after any error nothing will be served
             if self._ended.is_set():
                 return
-            named = getattr(error, "filename", None)
-            why = f"{named}: {error.strerror}" if named and isinstance(error, OSError) else repr(error)
-            told = f"'{self.base}' cannot be served: {why}: correct that first"
-            self.failed = error if isinstance(error, LorafitError) else BaseError(told)
+            file = getattr(error, "filename", None)
+            why = f"{file}: {error.strerror}" if file and isinstance(error, OSError) else repr(error)
+            message = f"'{self.base}' cannot be served: {why}: correct that first"
+            self.failed = error if isinstance(error, LorafitError) else BaseError(message)
             self.phase = "dead"
             return
         while not self._ended.wait(WATCH):
@@ -130,57 +138,55 @@ class Service:
         self._try("the file of keys", self._look_at_keys)
         if self.store:
             self._try("the folder of adapters", self.store.look)
-        self._try("the router", self._switch().look)
+        self._try("the router", self._router().look)
 
-    def _try(self, what: str, look: Callable[[], None]) -> None:
-        """A fault is said once, until there is none or another; what was read last goes on."""
+    def _try(self, watched: str, look: Callable[[], None]) -> None:
+        """Call `look`. An error is reported once, until the next call has none, or another one."""
         try:
             look()
-        except Exception as error:  # whatever it is, it must not end the watch
-            why = f"{what}: {type(error).__name__}: {error}: correct that: until then what was read last goes on"
-            told = str(error) if isinstance(error, LorafitError) else why
-            if self._faults.get(what) != told and not self._ended.is_set():
-                self.say(told)
-            self._faults[what] = told
+        except Exception as error:  # no error may end the watch
+            why = f"{watched}: {type(error).__name__}: {error}: correct that: until then its last state is used"
+            message = str(error) if isinstance(error, LorafitError) else why
+            if self._faults.get(watched) != message and not self._ended.is_set():
+                self.say(message)
+            self._faults[watched] = message
         else:
-            self._faults.pop(what, None)
+            self._faults.pop(watched, None)
 
     def _look_at_keys(self) -> None:
-        if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._read:
-            self._keys, self._read = keys.read(self.keys_file), now
+        if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._keys_time:
+            self._keys, self._keys_time = keys.read(self.keys_file), now
 
-    # What a request asks for
+    # For requests
 
     def routed(self, features: Tensor, key: Key) -> Routed:
-        """Where a question of these features goes, among what a key may use. Raises UnknownAdapterError."""
-        return self._switch().route(features, key.may_use, self.base)
+        """Route a question, (D,) features, among the adapters that a key may use. Raises UnknownAdapterError."""
+        return self._router().route(features, key.may_use, self.base)
 
     def can_route(self, key: Key) -> bool:
-        """Whether the router has an adapter to choose that a key may use."""
-        return bool(self._switch().names(key.may_use))
+        """Whether the router knows an adapter that a key may use."""
+        return bool(self._router().names(key.may_use))
 
-    def _switch(self) -> Switch:
-        assert self.switch is not None
-        return self.switch
+    def _router(self) -> LiveRouter:
+        assert self.live_router is not None
+        return self.live_router
 
     def chosen(self, model: str) -> Version | None:
         """The version that a request's `model` means; None: the bare base. Raises UnknownAdapterError."""
-        if model == self.base:
-            return None
-        return self.engine.adapters.find(model)
+        return None if model == self.base else self.engine.adapters.find(model)
 
     def asks_alone(self, version: Version | None) -> bool:
-        """Whether of a conversation an adapter is asked the last question by itself."""
+        """Whether an adapter gets only the last question of a conversation."""
         return self.ask_alone and version is not None and version.single
 
     def renderer(self, version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS) -> Renderer:
-        """As the adapter was trained, or as the bare base's template has it. settings: of the template, over those of
-        the training; one that it does not read passes where it asks for nothing. Raises RequestError."""
-        known = self.engine.renderer(version)
-        given = {name: value for name, value in settings.items() if value or known.reads(name)}
-        if strange := [name for name in given if not known.reads(name)]:
-            raise RequestError(f"chat_template_kwargs: the template reads no {', '.join(strange)}: leave it out")
-        return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else known
+        """The renderer of an adapter, or of the bare base. settings: of the template, which override those of training;
+        one that the template does not read is ignored if its value is false or empty, and else raises RequestError."""
+        renderer = self.engine.renderer(version)
+        given = {name: value for name, value in settings.items() if value or renderer.reads(name)}
+        if unread := [name for name in given if not renderer.reads(name)]:
+            raise RequestError(f"chat_template_kwargs: the template reads no {', '.join(unread)}: leave it out")
+        return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else renderer
 
     def prompt(
         self,
@@ -190,24 +196,30 @@ class Service:
         settings: Mapping[str, Scalar] = NO_SETTINGS,
         thinks: bool = True,
     ) -> tuple[int, ...]:
-        """Token ids of a conversation, as the adapter was trained to read it. A system message of its own at the
-        beginning takes the place of the adapter's. tools: that may be called. settings: of the template, as `renderer`
-        takes them. thinks: whether the answer may begin with reasoning, where the adapter's may."""
-        if len(messages) == 1 and messages[0].role == "system":
-            raise RequestError("messages: there is nothing but a system message: add what the user says")
-        asked = conversation(messages)
-        if self.asks_alone(version):  # its calls are numbered as those of a conversation by itself
-            asked = conversation(last_question(messages))
+        """Token ids of a conversation, rendered as in the adapter's training.
+
+        Args:
+            messages: a system message at the beginning replaces the adapter's system prompt.
+            version: of the adapter; None: the bare base.
+            tools: texts of those that may be called.
+            settings: of the template, as `renderer` takes them.
+            thinks: whether the answer may begin with reasoning, where the adapter's answers may.
+        """
+        if all(message.role == "system" for message in messages):
+            raise RequestError("messages: there are only system messages: add a message of the user")
+        turns = conversation(messages)
+        if self.asks_alone(version):  # its calls are numbered from its own beginning
+            turns = conversation(last_question(messages))
         renderer = self.renderer(version, settings)
         if thinks or renderer.thought is None:
-            return tuple(renderer.prompt_ids(asked, tools))
-        ids, thought = renderer.plain.prompt_ids(asked, tools), renderer.thought
+            return tuple(renderer.prompt_ids(turns, tools))
+        ids, thought = renderer.plain.prompt_ids(turns, tools), renderer.thought
         if thought.opens and renderer.tokenizer.decode(ids[-OPENING:]).rstrip().endswith(thought.opening):
             ids += renderer.tokenizer(f"\n{thought.closing}\n\n", add_special_tokens=False)["input_ids"]
         return tuple(ids)
 
 
 def require_free(name: str, base: str) -> None:
-    """Raise AdapterError for a name that means something else."""
+    """Raise AdapterError for the name of the base or of the router."""
     if name in {base, AUTO}:
         raise AdapterError(f"lora_name: '{name}' means {'the base' if name == base else 'the router'}: choose another")

@@ -1,4 +1,4 @@
-"""Many adapters served from one base: the engine, its requests, the adapters it holds."""
+"""The engine, which serves many adapters from one base, with its requests and answers."""
 
 from lorafit.serving.engine import Engine
 from lorafit.serving.pool import Version

@@ -1,7 +1,7 @@
-"""Rows of many adapters in one batch: what each row's adapter adds to every site.
+"""Many adapters in one batch: the outputs of a site come in, and get what each row's adapter adds.
 
-The rows of one adapter stand together, so that each adapter is read once a step, at its own rank: nothing is padded to
-the largest, and no list of ranks is fixed. Which adapter a row uses is data of the step; the model stays as it is.
+The rows of an adapter are neighbours, so that each adapter is read once per step, at its own rank: nothing is padded to
+the largest rank. Which adapter a row uses is data of the step; the model does not change.
 """
 
 from __future__ import annotations
@@ -21,66 +21,64 @@ from lorafit.bases.base import Base
 from lorafit.serving.native import Parts
 from lorafit.serving.products import Products
 
-SHORT = 16  # rows of one adapter up to which its products go through our kernel whatever the base's do, or in a stack
-
-ALIGNED = 32  # numbers, at a multiple of which each factor begins: a line of a processor's cache
+SHORT = 16  # rows of an adapter up to which its products always use the kernel, or a stack
+ALIGNED = 32  # each factor begins at a multiple of this many numbers, a line of the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
 class Gain:
-    """What a method that scales the base's own output adds: gain · (y − bias)."""
+    """The term of a method that scales the base's output: gain · (y − bias)."""
 
     gain: Tensor
     bias: Tensor | None
 
 
 class Loaded:
-    """An adapter as the engine runs it, in the dtype of the base. Attributes are not to be changed.
+    """An adapter in the form that the engine runs, in the dtype of the base. Its attributes must not be changed.
 
-    down: A (rank, d_in), up: Bᵀ with the scale in it (rank, d_out), by the number of the site: parts of one tensor, so
-    that they lie together however many adapters came and went before, and their memory goes back at once. table: for
-    the kernels, of each site where these two lie, and the rank.
+    `down` has A (rank, d_in) and `up` Bᵀ times the scale (rank, d_out), by number of the site. All are parts of one
+    tensor, so that they are contiguous in memory and released together. `table` (sites, 3) has, for the kernels, the
+    addresses of both and the rank.
     """
 
     def __init__(self, base: Base, adapter: Adapter):
         with torch.no_grad():
             parts = served(base, adapter)
-            pairs = {n: (one.A, one.B.T) for n, one in parts.items()}
+            pairs = {n: (part.A, part.B.T) for n, part in parts.items()}
             sizes = [-(-factor.numel() // ALIGNED) * ALIGNED for pair in pairs.values() for factor in pair]
             whole = torch.empty(sum(sizes), dtype=base.dtype, device=base.device)
-            rooms = iter(whole.split(sizes))
+            places = iter(whole.split(sizes))
             placed = {
-                n: tuple(next(rooms)[: one.numel()].view(one.shape).copy_(one) for one in pair)
+                n: tuple(next(places)[: factor.numel()].view(factor.shape).copy_(factor) for factor in pair)
                 for n, pair in pairs.items()
             }
         self.down = {n: pair[0] for n, pair in placed.items()}
         self.up = {n: pair[1] for n, pair in placed.items()}
-        self.gains = {n: Gain(one.gain, one.bias) for n, one in parts.items() if one.gain is not None}
+        self.gains = {n: Gain(part.gain, part.bias) for n, part in parts.items() if part.gain is not None}
         self.table = np.zeros((len(base.sites), 3), dtype=np.int64)
         for n, a in self.down.items():
             self.table[n] = a.data_ptr(), self.up[n].data_ptr(), len(a)
-        gains = [one.gain for one in self.gains.values()]
-        self.bytes = whole.nbytes + sum(gain.nbytes for gain in gains)
+        self.bytes = whole.nbytes + sum(site.gain.nbytes for site in self.gains.values())
 
     @property
-    def is_nothing(self) -> bool:
+    def is_zero(self) -> bool:
         """Whether it adds nothing at any site."""
-        least = torch.finfo(next(iter(self.up.values())).dtype).eps
+        epsilon = torch.finfo(next(iter(self.up.values())).dtype).eps
         pairs = (self.up[n].any() and self.down[n].any() for n in self.up)
-        return not any(pairs) and not any(bool(one.gain.abs().max() > least) for one in self.gains.values())
+        return not any(pairs) and not any(bool(site.gain.abs().max() > epsilon) for site in self.gains.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Parts of equal rank and as many rows, at one site: down (k, rank, d_in), up (k, rank, d_out), and their rows
-    (k · n,), or the slice of them where k is 1."""
+    """k parts of equal rank and number of rows, at one site: down (k, rank, d_in), up (k, rank, d_out), and their rows
+    (k · n,), or a slice where k is 1."""
 
     down: Tensor
     up: Tensor
     rows: Tensor | slice
 
     def add(self, y: Tensor, x: Tensor, scale: Tensor) -> None:
-        """y (N, d_out) += for the parts' rows scale · B (A x), of x (N, d_in); scale (N,)."""
+        """Add scale · B (A x) to the parts' rows of y (N, d_out), for x (N, d_in) and scale (N,)."""
         if isinstance(self.rows, slice):
             inner = (x[self.rows] @ self.down[0].T).mul_(scale[self.rows, None])
             y[self.rows].addmm_(inner, self.up[0])
@@ -91,11 +89,11 @@ class Stack:
 
 
 class Mix:
-    """Which rows of a step are whose. Requests of one adapter are neighbours and one part: the adapter, its first row
-    and the one after its last; rows of the bare base are in none. scale (N,) fp32: of each row.
+    """The adapters of a step's rows. A part is an adapter, its first row, and the row after its last; rows of the bare
+    base are in no part. scale (N,) fp32: of each row.
 
-    few: parts of few rows, which go through the kernels where there are some; the others, in stacks of equal rank. In a
-    step of one call (decoder.py) all parts go through the kernels.
+    `few` has the parts of few rows, which use the kernels if there are any; `others` become stacks of equal rank. In a
+    step of one call (decoder.py) all parts use the kernels.
     """
 
     def __init__(
@@ -106,8 +104,8 @@ class Mix:
         device: torch.device,
         few: int,
     ):
-        """owners, scales, lengths: of each request, `lengths` in rows. few: rows of a part up to which it goes through
-        the kernels."""
+        """owners, scales, lengths: adapter, scale and rows of each request. few: rows of a part up to which it uses the
+        kernels."""
         ends = np.cumsum(lengths).tolist()
         parts: list[tuple[Loaded, int, int]] = []
         for owner, start, end in zip(owners, [0, *ends], ends, strict=False):
@@ -126,12 +124,12 @@ class Mix:
 
     @cached_property
     def has_gains(self) -> bool:
-        """Whether an adapter in it scales the base's own output, which no kernel does."""
+        """Whether an adapter in it scales the base's output, which no kernel does."""
         return any(part[0].gains for part in self.parts)
 
     @cached_property
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """For the kernels, of all parts: edges (parts, 2), their rows; table (sites, parts, 3), as in Loaded."""
+        """For the kernels: edges of all parts, (parts, 2), and their tables, (sites, parts, 3), as in Loaded."""
         return _tables(self.parts)
 
     @cached_property
@@ -139,7 +137,7 @@ class Mix:
         return _tables(self.few)
 
     def few_at(self, number: int) -> Parts | None:
-        """The few, for the kernels; None where no adapter of theirs acts at this site."""
+        """The parts of few rows, for the kernels; None where none of their adapters acts at this site."""
         if number not in self._few:
             parts, (edges, table) = None, self._few_tables
             if self.few and table[number, :, 2].any():
@@ -148,7 +146,7 @@ class Mix:
         return self._few[number]
 
     def stacks(self, number: int) -> tuple[Stack, ...]:
-        """The others, at this site. Made once: step after step has the same rows until a request comes or goes."""
+        """The other parts at this site. They are cached, since the rows stay the same until a request comes or goes."""
         if number not in self._stacks:
             alike: dict[tuple[int, ...], list[tuple[Loaded, int, int]]] = {}
             for i, (loaded, start, end) in enumerate(self.others):
@@ -165,7 +163,7 @@ class Mix:
         rows = torch.tensor([row for _, start, end in parts for row in range(start, end)], device=self.scale.device)
         down, up = (
             torch.stack([of[number] for of in which])
-            for which in ([one.down for one, *_ in parts], [one.up for one, *_ in parts])
+            for which in ([loaded.down for loaded, *_ in parts], [loaded.up for loaded, *_ in parts])
         )
         return Stack(down, up, rows)
 
@@ -177,11 +175,12 @@ def _tables(parts: Sequence[tuple[Loaded, int, int]]) -> tuple[np.ndarray, np.nd
 
 
 class Mixer:
-    """`change` goes into attachment.adapting; `begin` is called before every step. rows: the mix of the step."""
+    """Adds adapters to the outputs of sites. attachment.adapting calls `change` at every site; `begin` is called before
+    every step. rows: the Mix of the step."""
 
     def __init__(self, products: Products, device: torch.device):
         self.products, self.kernels, self._device = products, products.kernels, device
-        self._made: dict[tuple[Any, ...], Mix] = {}
+        self._mixes: dict[tuple[Any, ...], Mix] = {}
         self.rows: Mix | None = None
         self._kept: Mix | None = None
 
@@ -192,30 +191,30 @@ class Mixer:
         lengths: Sequence[int],
         kept: Sequence[int] | None,
     ) -> None:
-        """Say whose rows the next forward has. kept: of each request, how many of its rows reach the output head, where
-        not all do."""
-        made = {}
+        """Set the rows of the next forward. owners, scales, lengths: adapter, scale and rows of each request; kept: of
+        its rows, how many reach the output head; None where all do."""
+        mixes = {}
         for counts in (lengths, kept):
             if counts is not None:
                 key = (*owners, *scales, *counts)
-                made[key] = self._made.get(key) or Mix(owners, scales, counts, self._device, self._few(sum(counts)))
-        self._made = made  # of adapters that no step needs any more, nothing is held
-        mixes = list(made.values())
-        self.rows, self._kept = mixes[0], mixes[-1]
+                mixes[key] = self._mixes.get(key) or Mix(owners, scales, counts, self._device, self._few(sum(counts)))
+        self._mixes = mixes  # the mixes of earlier steps release their adapters
+        ordered = list(mixes.values())
+        self.rows, self._kept = ordered[0], ordered[-1]
 
     def end(self) -> None:
-        """No rows: hold nothing of an adapter."""
-        self._made, self.rows, self._kept = {}, None, None
+        """Release all adapters."""
+        self._mixes, self.rows, self._kept = {}, None, None
 
     def _few(self, rows: int) -> int:
-        """Rows of a part up to which it goes through the kernels, in a step of so many rows: with the base's own
-        products any part does."""
+        """Rows of a part up to which it uses the kernels, in a step of this many rows: any part does where the base's
+        products do."""
         if self.kernels is None:
             return 0
         return rows if self.products.for_rows(rows) else SHORT
 
     def change(self, number: int, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the site gives for x (1, N, d_in), with what each row's adapter adds, (1, N, d_out)."""
+        """The output of a site for x (1, N, d_in), with what each row's adapter adds: (1, N, d_out)."""
         mix = self.rows
         if mix is not None and x.shape[-2] != len(mix.scale):
             mix = self._kept
@@ -225,7 +224,7 @@ class Mixer:
             return self.products.of(number, x, original)
         gains = [part for part in mix.parts if number in part[0].gains]
         y = self.products.of(number, x, original, None if gains else few)
-        for loaded, start, end in gains:  # of the base's own output, so before anything is added
+        for loaded, start, end in gains:  # gains scale the base's output, so they come first
             _gain(loaded.gains[number], y[0, start:end], mix.scale[start:end])
         if gains and few is not None and self.kernels is not None:
             self.kernels.add(y, x.contiguous(), few)
@@ -234,6 +233,6 @@ class Mixer:
         return y
 
 
-def _gain(one: Gain, y: Tensor, scale: Tensor) -> None:
-    linear = y if one.bias is None else y - one.bias
-    y += (scale[:, None] * one.gain * linear).to(y.dtype)
+def _gain(site: Gain, y: Tensor, scale: Tensor) -> None:
+    linear = y if site.bias is None else y - site.bias
+    y += (scale[:, None] * site.gain * linear).to(y.dtype)

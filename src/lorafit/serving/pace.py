@@ -1,4 +1,4 @@
-"""How much of the prompts that are new goes into a step, so that who waits for the next token does not wait long."""
+"""Decides how many tokens of each request go into a step, so that new prompts do not delay other requests much."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ LEAST = 16
 
 
 class Pace:
-    """Learns from each step what a token of a prompt adds to it. stall: seconds that prompts may add to a step in which
-    others wait for their next token."""
+    """Learns from each step how much time a token of a prompt adds. stall: seconds that prompts may add to a step in
+    which other requests wait for their next token."""
 
     def __init__(self, stall: float):
         self.stall = stall
         self.per_token = 0.0  # seconds that a token of a prompt adds to a step
-        self.single = 0.0  # seconds of a step without one
+        self.single = 0.0  # seconds of a step without prompts
 
     def shares(self, rows: Sequence[Row]) -> dict[Row, int]:
-        """How many tokens of each request go into the next step."""
+        """The number of tokens of each request in the next step."""
         single = [row for row in rows if row.left == 1]
         prompts = [row for row in rows if row.left > 1]
         budget = MOST
@@ -35,7 +35,7 @@ class Pace:
         return shares
 
     def learn(self, lengths: Sequence[int], seconds: float) -> None:
-        """From a step of so many tokens of each request, which took so long in the model."""
+        """Learn from a step. lengths: tokens of each request; seconds: that the model took."""
         long = sum(n for n in lengths if n > 1)
         if not long:
             self.single = seconds if not self.single else 0.9 * self.single + 0.1 * seconds

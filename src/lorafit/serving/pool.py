@@ -1,7 +1,8 @@
-"""Adapters by name, in versions that never change: hot in the dtype of the base, warm as values, cold on disk.
+"""The adapters of an engine, by name, in versions that never change: folders come in, adapters ready to run go out.
 
-`name` is the version that is live, `name@3` that one. Who has begun on a version ends on it. What was used least
-recently is let go first, from hot to warm and from warm to disk, where a folder of it is there; pinned ones stay.
+`name` means the live version, `name@3` version 3. A request keeps the version it began with. An adapter is hot (in the
+dtype of the base), warm (as it was read) or cold (on disk). The least recently used are released first, from hot to
+warm, and from warm to cold where they have a folder; pinned ones stay.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(eq=False)
 class Version:
-    """One version of an adapter. digest: of its content. folder: where it can be read again; None where it was given as
-    a value. rendering: what it was trained with. adapter: None where it is on disk alone; loaded: None where
-    it is not hot. users: requests that wait for it, or are answered by it: while there are some it is kept hot.
-    created: unix time."""
+    """One version of an adapter. folder: from which it can be read again; None where it was given as a value. adapter:
+    None while it is cold; loaded: None unless it is hot. users: requests that wait for it or are answered by it; it
+    stays hot while there are any. used: when it was last used, by the pool's clock. created: unix time."""
 
     name: str
     number: int
@@ -55,14 +55,14 @@ class Version:
         return self.rendering is not None and self.rendering.single
 
     @property
-    def told(self) -> str:
-        """What an operator is told of it."""
+    def label(self) -> str:
+        """Its name in messages for the operator."""
         return f"{self.id}, which was trained on single questions" if self.single else self.id
 
 
 class Pool:
-    """The adapters of one base. hot_bytes, warm_bytes: bounds that are kept as far as what is in use and pinned lets.
-    All methods may be called from any thread."""
+    """The adapters of one base. hot_bytes, warm_bytes: limits, which adapters in use and pinned ones may exceed. All
+    methods may be called from any thread."""
 
     def __init__(self, base: Base, hot_bytes: int, warm_bytes: int, accept_unknown_base: bool = False):
         self.base, self.hot_bytes, self.warm_bytes = base, hot_bytes, warm_bytes
@@ -74,14 +74,16 @@ class Pool:
         self._clock = 0
 
     def add(self, name: str, source: Adapter | str | Path, pin: bool = False) -> Version:
-        """A new version under this name, checked and hot, not to be found until it is published. Raises AdapterError or
-        FormatError where it is not this base's, or is not whole."""
+        """Check and load a new version, which no request finds until it is published. Raises AdapterError or
+        FormatError for an invalid name or folder, and for an adapter of another base."""
         if not NAME.fullmatch(name):
             raise AdapterError(
-                f"{name!r}: no name for an adapter: begin with a letter or digit, and go on with up to "
+                f"{name!r}: not a name for an adapter: begin with a letter or digit, and continue with up to "
                 "63 letters, digits, dots, hyphens and underscores"
             )
         folder = None if isinstance(source, Adapter) else peft.adapter_folder(source).resolve()
+        if folder is not None:
+            peft.require_writes(folder)
         adapter = source if isinstance(source, Adapter) else peft.read(peft.adapter_folder(source))
         self._require(adapter)
         version = Version(name, 0, adapter.digest(), adapter.plan.bytes, folder, adapter.rendering, adapter, pinned=pin)
@@ -91,24 +93,24 @@ class Pool:
         return version
 
     def _require(self, adapter: Adapter) -> None:
-        """Raise AdapterError unless it is this base's, and was trained on conversations rendered as here."""
+        """Raise AdapterError unless the adapter fits the base, and the base can render as in its training."""
         require_fits(self.base, adapter, accept_unknown_base=self._accept)
         if adapter.rendering and self.base.tokenizer is not None:
             renderer_for(self.base, like=adapter.rendering)
 
     def publish(self, version: Version) -> None:
-        """Let its name mean this version from now on."""
+        """Let the name of a version mean it from now on."""
         with self._lock:
             self._versions.setdefault(version.name, {})[version.number] = version
             self._live[version.name] = max(version.number, self._live.get(version.name, 0))
             self._make_room(version)
 
     def restore(self, name: str, number: int, digest: str, folder: Path, live: bool) -> None:
-        """A version that was served before, by the content it had: it is read, and compared, when it is asked for.
-        Raises FormatError, or AdapterError where it is another base's."""
-        seen = peft.glance(folder)
-        require_base(self.base, seen.base, seen.base_name, self._accept)
-        version = Version(name, number, digest, seen.bytes, folder, seen.rendering, None)
+        """Register a version that was served before. It is read, and compared with its digest, on its first request.
+        Raises FormatError, or AdapterError for an adapter of another base."""
+        found = peft.glance(folder)
+        require_base(self.base, found.base, found.base_name, self._accept)
+        version = Version(name, number, digest, found.bytes, folder, found.rendering, None)
         with self._lock:
             self._versions.setdefault(name, {})[number] = version
             self._next[name] = max(number, self._next.get(name, 0))
@@ -116,12 +118,12 @@ class Pool:
                 self._live[name] = number
 
     def numbers(self) -> dict[str, int]:
-        """The number that was last given, by name: none is given twice, even after its version has gone."""
+        """The last version number of each name. No number is used twice, even after its version was removed."""
         with self._lock:
             return dict(self._next)
 
     def number_from(self, numbers: Mapping[str, int]) -> None:
-        """Give numbers from these on."""
+        """Number new versions above these."""
         with self._lock:
             for name, number in numbers.items():
                 self._next[name] = max(number, self._next.get(name, 0))
@@ -141,31 +143,31 @@ class Pool:
                 )
             known = ", ".join(sorted(self._live)[:20])
             fix = f"name one of {known}" if known else "load one first, or name none for the bare base"
-            raise UnknownAdapterError(f"'{name}': no adapter is served by this name: {fix}")
+            raise UnknownAdapterError(f"'{name}': no adapter has this name: {fix}")
 
     def remove(self, name: str) -> list[Version]:
-        """Forget all versions of `name`, or `name@3` alone, which must not be the live one. Raises UnknownAdapterError
-        or AdapterError."""
+        """Remove all versions of `name`, or only `name@3`, which must not be live. Raises UnknownAdapterError or
+        AdapterError."""
         with self._lock:
-            gone = self.removable(name)
-            for version in gone:
+            removed = self.removable(name)
+            for version in removed:
                 del self._versions[version.name][version.number]
             if "@" not in name:
                 del self._live[name], self._versions[name]
-            return gone
+            return removed
 
     def removable(self, name: str) -> list[Version]:
-        """What `remove` forgets. Raises what it raises."""
+        """The versions that `remove` would remove. Raises what it raises."""
         with self._lock:
-            found = self.find(name)
+            version = self.find(name)
             if "@" not in name:
                 return list(self._versions[name].values())
-            if self._live.get(found.name) == found.number:
+            if self._live.get(version.name) == version.number:
                 raise AdapterError(f"'{name}' is live: roll back, or load another version, and then remove it")
-            return [found]
+            return [version]
 
     def rollback(self, name: str) -> Version:
-        """Let the name mean the version before its live one. Raises UnknownAdapterError, or AdapterError where there is
+        """Let a name mean the version before its live one. Raises UnknownAdapterError, or AdapterError where there is
         none."""
         with self._lock:
             version = self.before(name)
@@ -173,12 +175,12 @@ class Pool:
             return version
 
     def before(self, name: str) -> Version:
-        """The version that `rollback` goes back to. Raises what it raises."""
+        """The version that `rollback` would return to. Raises what it raises."""
         with self._lock:
             live = self.find(name)
             earlier = [number for number in self._versions[live.name] if number < live.number]
             if not earlier:
-                raise AdapterError(f"'{live.id}' is the first version that is there: load an earlier one again")
+                raise AdapterError(f"'{live.id}' is the first version: load an earlier one again")
             return self._versions[live.name][max(earlier)]
 
     def listed(self) -> list[tuple[Version, bool]]:
@@ -191,8 +193,8 @@ class Pool:
             ]
 
     def heat(self, version: Version) -> Loaded:
-        """Its factors, read again where they had been let go. Raises AdapterError where the folder holds another
-        adapter now, and what reading raises."""
+        """The loaded adapter of a version, which is read again if it is cold. Raises AdapterError where the folder
+        holds another adapter by now, and the errors of reading it."""
         with self._lock:
             self._touch(version)
             adapter, loaded = version.adapter, version.loaded
@@ -214,11 +216,11 @@ class Pool:
         return loaded
 
     def enter(self, version: Version, users: int) -> None:
-        """So many requests more need it."""
+        """Add to the users of a version; a negative number takes off."""
         with self._lock:
             version.users += users
             if not version.users:
-                self._let_go(self.hot_bytes, version, lambda one: one.loaded.bytes if one.loaded else 0, _cool)
+                self._cool(version)
 
     def _touch(self, version: Version) -> None:
         self._clock += 1
@@ -226,27 +228,21 @@ class Pool:
 
     def _make_room(self, version: Version) -> None:
         self._touch(version)
-        self._let_go(self.hot_bytes, version, lambda one: one.loaded.bytes if one.loaded else 0, _cool)
-        self._let_go(self.warm_bytes, version, lambda one: one.bytes if one.adapter and one.folder else 0, _store)
+        self._cool(version)
+        self._release("adapter", self.warm_bytes, version, lambda v: v.bytes if v.adapter and v.folder else 0)
 
-    def _let_go(
-        self, most: int, kept: Version, size: Callable[[Version], int], drop: Callable[[Version], None]
-    ) -> None:
+    def _cool(self, kept: Version) -> None:
+        self._release("loaded", self.hot_bytes, kept, lambda v: v.loaded.bytes if v.loaded else 0)
+
+    def _release(self, attribute: str, limit: int, kept: Version, size: Callable[[Version], int]) -> None:
+        """Set an attribute of the least recently used versions to None until their size is within the limit."""
         held = sorted(
             (v for versions in self._versions.values() for v in versions.values() if size(v)), key=lambda v: v.used
         )
         total = sum(map(size, held))
         for version in held:
-            if total <= most:
+            if total <= limit:
                 return
             if version is not kept and not version.pinned and not version.users:
                 total -= size(version)
-                drop(version)
-
-
-def _cool(version: Version) -> None:
-    version.loaded = None
-
-
-def _store(version: Version) -> None:
-    version.adapter = None
+                setattr(version, attribute, None)

@@ -1,8 +1,7 @@
-"""What is asked of the engine, and what comes back."""
+"""The engine's input and output: a Request goes in, and an Answer gives its Pieces and its Result."""
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,27 +12,36 @@ from lorafit.errors import LorafitError, RequestError
 
 Finish = Literal["stop", "length", "cancelled"]
 MOST_LOGPROBS = 20
-HOTTEST, MOST_SCALE = 10, 8  # temperature; how often an adapter may be added, or taken off
-MOST_STOPS, LONGEST_STOP = 16, 256  # each token's text is compared with all of them
-MOST_PENALTY, MOST_BIAS, MOST_BIASES = 2, 100, 1024  # as at OpenAI; of one token; tokens
+HOTTEST, MOST_SCALE = 10, 8  # limits of temperature and adapter_scale
+MOST_STOPS, LONGEST_STOP = 16, 256  # the text of each token is compared with all stop texts
+MOST_PENALTY, MOST_BIAS, MOST_BIASES = 2, 100, 1024  # of these OpenAI has the first two
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted.
+    """A request for one answer.
 
-    prompt: token ids, as a Renderer makes them. adapter: a name (its live version), `name@3`, or None for the bare
-    base. adapter_scale: times what the adapter adds. max_tokens: of the answer. temperature 0: the likeliest token
-    every time; else the logits are divided by it, and of the likeliest `top_k` tokens (0: all) those that make up
-    `top_p` of the probability are drawn from, by `seed` (None: another one each time), and of these none that is less
-    than `min_p` times as likely as the likeliest. presence_penalty, frequency_penalty: taken off the logit of a token
-    that the answer holds, once, and for each time it does. repetition_penalty: what the logits of tokens that prompt or
-    answer hold are divided by (multiplied, below 0). logit_bias: what is added to the logits of tokens, by id, before
-    all of these. stop: texts at which the answer
-    ends, not part of it. ignore_end: go on after the token that ends a turn. logprobs: for each token its natural
-    log-probability before temperature, and those of so many likeliest; None: none. schema: a JSON schema the answer
-    keeps to; grammar: in its place, one in llguidance's dialect of Lark. special: special tokens that are told in the
-    text; all others are left out of it.
+    Args:
+        prompt: token ids, as a Renderer makes them.
+        adapter: a name (its live version), a version such as `name@3`, or None for the bare base.
+        adapter_scale: factor of what the adapter adds.
+        max_tokens: of the answer.
+        temperature: that logits are divided by; 0: always the most probable token.
+        top_k: draw only from this number of the most probable tokens; 0: from all.
+        top_p: draw only from the most probable tokens that together have this probability.
+        min_p: draw only from tokens at least this many times as probable as the most probable one.
+        presence_penalty: subtracted from the logits of tokens that the answer holds.
+        frequency_penalty: subtracted from them once for each time that the answer holds the token.
+        repetition_penalty: divides the logits of tokens in prompt and answer (multiplies negative ones).
+        logit_bias: added to the logits of tokens, by id, before the penalties.
+        seed: of the draws; None: a new one each time.
+        stop: texts before which the answer ends.
+        ignore_end: whether to continue after the token that ends a turn.
+        logprobs: the number of most probable tokens whose natural log-probabilities, before temperature, are returned
+            for each token, in addition to its own; None: none at all.
+        schema: a JSON schema that the answer follows.
+        grammar: instead of a schema, a grammar in llguidance's dialect of Lark.
+        special: special tokens that become part of the text; all others are left out.
     """
 
     prompt: tuple[int, ...]
@@ -57,74 +65,62 @@ class Request:
     special: frozenset[int] = frozenset()
 
     def problems(self, vocabulary: int) -> list[str]:
-        """What cannot be about this request, each with what to do."""
-        whole = {"max_tokens": self.max_tokens, "top_k": self.top_k, "seed": self.seed, "logprobs": self.logprobs}
+        """The problems of this request, each with what to do. vocabulary: size of the base's."""
+        integers = {"max_tokens": self.max_tokens, "top_k": self.top_k, "seed": self.seed, "logprobs": self.logprobs}
         wrong = [
-            f"{name}: {value!r} is no whole number: give one"
-            for name, value in whole.items()
+            f"{name}: {value!r} is not a whole number: give one"
+            for name, value in integers.items()
             if type(value) is not int and not (value is None and name in {"seed", "logprobs"})
         ]
         if not all(type(token) is int for token in self.prompt):
-            wrong.append("prompt: it holds what is no token id: give whole numbers")
+            wrong.append("prompt: not all of it are token ids: give whole numbers")
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
-            wrong.append("stop: it is no tuple of texts: give them as (text, text)")
+            wrong.append("stop: not a tuple of texts: give them as (text, text)")
         for name in ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             if not _is_number(value := getattr(self, name)):
-                wrong.append(f"{name}: {value!r} is no number: give one")
+                wrong.append(f"{name}: {value!r} is not a number: give one")
         bias = {} if self.logit_bias is None else self.logit_bias
-        if not isinstance(bias, Mapping) or not all(type(one) is int and _is_number(bias[one]) for one in bias):
-            wrong.append("logit_bias: it is no mapping of token ids to numbers: give it as {token: bias}")
+        if not isinstance(bias, Mapping) or not all(type(token) is int and _is_number(bias[token]) for token in bias):
+            wrong.append("logit_bias: not a mapping of token ids to numbers: give it as {token: bias}")
         if self.grammar is not None and (not isinstance(self.grammar, str) or self.schema is not None):
-            wrong.append("grammar: no text, or beside a schema: give one of the two")
+            wrong.append("grammar: not a text, or given together with a schema: give one of the two")
         if wrong:
             return wrong
+        above_zero = f"choose above 0, up to {MOST_PENALTY}"
+        ranges = (  # the setting, whether its value is valid, what to do
+            ("max_tokens", self.max_tokens >= 1, "ask for at least 1"),
+            ("temperature", 0 <= self.temperature <= HOTTEST, f"choose 0 to {HOTTEST}"),
+            ("top_k", self.top_k >= 0, "choose 0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "choose above 0, up to 1"),
+            ("min_p", 0 <= self.min_p <= 1, "choose 0 (off) to 1"),
+            ("presence_penalty", abs(self.presence_penalty) <= MOST_PENALTY, _up_to(MOST_PENALTY)),
+            ("frequency_penalty", abs(self.frequency_penalty) <= MOST_PENALTY, _up_to(MOST_PENALTY)),
+            ("repetition_penalty", 0 < self.repetition_penalty <= MOST_PENALTY, above_zero),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "choose 0 to 2**63 - 1"),
+            ("adapter_scale", abs(self.adapter_scale) <= MOST_SCALE, _up_to(MOST_SCALE)),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"choose 0 to {MOST_LOGPROBS}"),
+        )
+        biases = len(bias) <= MOST_BIASES and all(abs(value) <= MOST_BIAS for value in bias.values())
+        stops = len(self.stop) <= MOST_STOPS and all(len(text) <= LONGEST_STOP for text in self.stop)
+        known = all(0 <= token < vocabulary for token in self.prompt)
         checks = {
-            "prompt: it is empty: give at least one token": not self.prompt,
-            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: take it out": any(
-                not 0 <= token < vocabulary for token in self.prompt
-            ),
-            f"max_tokens: {self.max_tokens} cannot be: ask for at least 1": self.max_tokens < 1,
-            f"temperature: {self.temperature} cannot be: choose 0 to {HOTTEST}": not (
-                math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST
-            ),
-            f"top_k: {self.top_k} cannot be: choose 0 (all) or more": self.top_k < 0,
-            f"top_p: {self.top_p} cannot be: choose above 0, up to 1": not 0 < self.top_p <= 1,
-            f"min_p: {self.min_p} cannot be: choose 0 (off) to 1": not 0 <= self.min_p <= 1,
-            f"presence_penalty: {self.presence_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}": not abs(
-                self.presence_penalty
-            )
-            <= MOST_PENALTY,
-            f"frequency_penalty: {self.frequency_penalty} cannot be: choose -{MOST_PENALTY} to {MOST_PENALTY}": not abs(
-                self.frequency_penalty
-            )
-            <= MOST_PENALTY,
-            f"repetition_penalty: {self.repetition_penalty} cannot be: choose above 0, up to {MOST_PENALTY}": not 0
-            < self.repetition_penalty
-            <= MOST_PENALTY,
-            f"logit_bias: a bias cannot be: choose -{MOST_BIAS} to {MOST_BIAS}, for at most {MOST_BIASES} tokens": len(
-                bias
-            )
-            > MOST_BIASES
-            or not all(abs(one) <= MOST_BIAS for one in bias.values()),
-            f"seed: {self.seed} cannot be: choose 0 to 2**63 - 1": self.seed is not None and not 0 <= self.seed < 2**63,
-            f"adapter_scale: {self.adapter_scale} cannot be: choose -{MOST_SCALE} to {MOST_SCALE}": not (
-                math.isfinite(self.adapter_scale) and abs(self.adapter_scale) <= MOST_SCALE
-            ),
-            "stop: an empty text stops nothing: leave it out": any(not text for text in self.stop),
-            f"stop: a text of more than {LONGEST_STOP} characters, or more than {MOST_STOPS} texts: shorten them": len(
-                self.stop
-            )
-            > MOST_STOPS
-            or any(len(text) > LONGEST_STOP for text in self.stop),
-            f"logprobs: {self.logprobs} cannot be: choose 0 to {MOST_LOGPROBS}": self.logprobs is not None
-            and not 0 <= self.logprobs <= MOST_LOGPROBS,
+            "prompt: it is empty: give at least one token": bool(self.prompt),
+            f"prompt: a token that is not in the base's vocabulary of {vocabulary}: take it out": known,
+            **{f"{name}: {getattr(self, name)} is out of range: {fix}": valid for name, valid, fix in ranges},
+            f"logit_bias: out of range: {_up_to(MOST_BIAS)}, for at most {MOST_BIASES} tokens": biases,
+            "stop: an empty text stops nothing: leave it out": all(self.stop),
+            f"stop: more than {MOST_STOPS} texts, or one of more than {LONGEST_STOP} characters: shorten them": stops,
         }
-        strange = [
+        unknown = [
             f"logit_bias: token {token} is not in the base's vocabulary of {vocabulary}: take it out"
             for token in bias
             if not 0 <= token < vocabulary
         ]
-        return [problem for problem, wrong in checks.items() if wrong] + strange[:1]
+        return [problem for problem, valid in checks.items() if not valid] + unknown[:1]
+
+
+def _up_to(most: int) -> str:
+    return f"choose -{most} to {most}"
 
 
 def _is_number(value: Any) -> bool:
@@ -133,7 +129,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer. logprob: natural, before temperature; top: the likeliest tokens with theirs."""
+    """One token of an answer. logprob: natural, before temperature; top: the most probable tokens with theirs."""
 
     id: int
     logprob: float | None = None
@@ -142,7 +138,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an answer: new text (maybe none yet), the tokens that came, and in the last one why it ended."""
+    """Part of an answer: its new text, which may be empty, its new tokens, and in the last piece why it ended."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -151,9 +147,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Result:
-    """A whole answer. adapter: the version that gave it, as `name@3`; None: the bare base. known: tokens of the prompt
-    whose keys and values were there already. waited, first, seconds: from submitting to its place in the batch, to
-    the first token, to the end."""
+    """A whole answer.
+
+    Args:
+        text: without the stop text.
+        tokens: of the answer.
+        finish: why it ended.
+        adapter: the version that gave it, as `name@3`; None: the bare base.
+        prompt_tokens: number of tokens of the prompt.
+        known: of these, those whose keys and values were there already.
+        waited: seconds from submitting to its place in the batch.
+        first: seconds from submitting to the first token.
+        seconds: from submitting to the end.
+    """
 
     text: str
     tokens: tuple[Token, ...]
@@ -168,11 +174,14 @@ class Result:
 
 @dataclass(eq=False)
 class Answer:
-    """An answer on its way: iterate over its pieces as they come, or wait for `result()`. `cancel()` ends it after the
-    step in progress. Iterating raises what broke it off.
+    """An answer in progress: iterate over its pieces as they come, or wait for `result()`. Iterating raises the error
+    that ended it. `cancel()` ends it after the present step.
 
-    listener: called instead with each part, in the engine's thread, and so must not wait; a Result or an error is the
-    last. Then there is nothing to iterate over.
+    Args:
+        request: that is answered.
+        adapter: the version that answers, as `name@3`; None: the bare base.
+        listener: called with each part instead, and last with a Result or an error; then there is nothing to iterate
+            over. It is called in the engine's thread, and must not wait.
     """
 
     request: Request
@@ -189,18 +198,19 @@ class Answer:
                     yield piece
                 case ended:
                     self._result = ended
-                    self._pieces.put(ended)  # whoever else listens hears it too
+                    self._pieces.put(ended)  # for other threads that iterate
         if isinstance(self._result, LorafitError):
             raise self._result
 
     def result(self) -> Result:
-        """The whole answer, once it is there. Raises CancelledError where it was cancelled before its first token."""
+        """Wait for the whole answer. Raises CancelledError where it was cancelled before its first token."""
         for _ in self:
             pass
         assert isinstance(self._result, Result)
         return self._result
 
     def cancel(self) -> None:
+        """End the answer after the present step."""
         self._cancelled.set()
 
     @property
@@ -208,18 +218,18 @@ class Answer:
         return self._cancelled.is_set()
 
     def put(self, part: Piece | Result | LorafitError) -> None:
-        """The engine's side: what comes next; a Result or an error is the last."""
+        """Called by the engine with the next part; a Result or an error is the last."""
         if self.listener is None:
             self._pieces.put(part)
             return
         try:
             self.listener(part)
-        except Exception:  # nobody listens any more; the others must not hear of it
+        except Exception:  # the listener is broken, which must not affect other requests
             self.cancel()
 
 
 def require_valid(request: Request, vocabulary: int, room: int) -> None:
-    """Raise RequestError naming everything that cannot be about a request. room: tokens, prompt and answer together."""
+    """Raise RequestError with all problems of a request. room: tokens of prompt and answer together."""
     problems = request.problems(vocabulary)
     if len(request.prompt) >= room:
         problems.append(f"prompt: {len(request.prompt)} tokens leave no room for an answer within {room}: shorten it")

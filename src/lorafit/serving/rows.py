@@ -1,4 +1,4 @@
-"""One request on its way through the engine: first it waits, then it has a row in every step."""
+"""One request in the engine: a Submission while it waits, a Row while it is answered; tokens in, pieces of text out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from lorafit.generation.text import Until, Words
+from lorafit.generation.text import Detokenizer, StopTexts
 from lorafit.serving.mixing import Loaded
 from lorafit.serving.pool import Version
 from lorafit.serving.request import Answer, Finish, Piece, Result, Token
@@ -15,8 +15,8 @@ from lorafit.serving.slots import Slot
 
 
 @dataclass(eq=False)
-class Asked:
-    """A request that waits, since `at` (monotonic seconds). version: None for the bare base."""
+class Submission:
+    """A request as it was submitted, at `at` (monotonic seconds). version: of the adapter; None: the bare base."""
 
     answer: Answer
     version: Version | None
@@ -25,23 +25,24 @@ class Asked:
 
     @property
     def name(self) -> str | None:
-        """Whose turn it is that is counted."""
+        """The adapter whose share of the engine it counts for; None: the bare base."""
         return self.version.name if self.version else None
 
 
 @dataclass(eq=False)
 class Row:
-    """A request that is being answered. ids: prompt and answer; what of it has keys and values is slot.held. known:
-    tokens of the prompt that had them before it began. limit: tokens of the answer at most."""
+    """A request that is being answered. ids: tokens of prompt and answer; those in slot.held have keys and values.
+    known: tokens of the prompt that had them before. limit: tokens of the answer at most. began, first: when it got its
+    slot, and its first token."""
 
-    asked: Asked
+    submission: Submission
     slot: Slot
     loaded: Loaded | None
     ids: list[int]
     known: int
     sampler: Sampler
-    words: Words | None
-    until: Until
+    words: Detokenizer | None
+    until: StopTexts
     limit: int
     began: float = field(default_factory=time.monotonic)
     text: list[str] = field(default_factory=list)
@@ -50,15 +51,15 @@ class Row:
 
     @property
     def left(self) -> int:
-        """Tokens that have no keys and values yet."""
+        """The number of tokens whose keys and values are not computed yet."""
         return len(self.ids) - len(self.slot.held)
 
     def advance(self, token: Token, stops: Collection[int]) -> Piece:
-        """What follows from a new token: its text, and whether it was the last. stops: ids that end a turn."""
+        """Add a token; returns its text, and why the answer ended if it did. stops: ids that end a turn."""
         self.first = self.first or time.monotonic()
         self.tokens.append(token)
         self.ids.append(token.id)
-        ended = token.id in stops and not self.asked.answer.request.ignore_end
+        ended = token.id in stops and not self.submission.answer.request.ignore_end
         full = len(self.tokens) >= self.limit
         closed = self.sampler.grammar is not None and self.sampler.grammar.ended
         last = ended or full or closed
@@ -69,21 +70,21 @@ class Row:
         return Piece(text, (token,), finish)
 
     def cancelled(self) -> Piece:
-        """The last piece of one that was cancelled: the text that was held back."""
+        """The last piece of a cancelled answer: the text that was held back."""
         text = self.until.add(self.words.add([], True) if self.words else "", True)
         self.text.append(text)
         return Piece(text, (), "cancelled")
 
     def result(self, finish: Finish) -> Result:
-        asked, now = self.asked, time.monotonic()
+        answer, at, now = self.submission.answer, self.submission.at, time.monotonic()
         return Result(
             "".join(self.text),
             tuple(self.tokens),
             finish,
-            asked.answer.adapter,
-            len(asked.answer.request.prompt),
+            answer.adapter,
+            len(answer.request.prompt),
             self.known,
-            self.began - asked.at,
-            (self.first or now) - asked.at,
-            now - asked.at,
+            self.began - at,
+            (self.first or now) - at,
+            now - at,
         )

@@ -1,4 +1,4 @@
-"""From logits to a token, for each request by its own settings."""
+"""Sampling: logits go in, and a token of the answer comes out, by the settings and the grammar of its request."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from torch import Tensor
 from lorafit.errors import RequestError
 from lorafit.serving.request import Request, Token
 
-MANY = (
-    1024  # of the likeliest tokens that are sorted first: nearly always top_p lies within, and a sort of all takes ms
-)
-COLD = 1e-5  # a temperature below is 0: logits divided by less are no numbers
+MANY = 1024  # most probable tokens that are sorted first: they nearly always reach top_p, and sorting all takes ms
+COLD = 1e-5  # a temperature below counts as 0, since logits divided by it overflow
 
 
 class Sampler:
-    """Draws the tokens of one answer. grammar: what its schema allows, None without one."""
+    """Draws the tokens of one answer. grammar: that the answer follows; None without one."""
 
     def __init__(self, request: Request, grammar: Grammar | None = None):
         self.request, self.grammar = request, grammar
@@ -31,47 +29,48 @@ class Sampler:
         self._bias = torch.tensor([*bias], dtype=torch.long), torch.tensor([*bias.values()], dtype=torch.float32)
         penalties = request.presence_penalty, request.frequency_penalty, request.repetition_penalty
         self._changes = bool(bias) or penalties != (0, 0, 1)
-        self._said: Counter[int] = Counter()  # tokens of the answer
+        self._drawn: Counter[int] = Counter()  # tokens of the answer
         self._generator: torch.Generator | None = None
         if request.temperature >= COLD:
             seed = secrets.randbits(63) if request.seed is None else request.seed
             self._generator = torch.Generator().manual_seed(seed)
 
     def draw(self, logits: Tensor, likeliest: int) -> Token:
-        """logits (vocabulary,): of the next token. likeliest: the largest one's place, found for all rows at once."""
+        """Draw the next token. logits: (vocabulary,). likeliest: the index of the largest, computed for all rows at
+        once."""
         allowed = self._changed(logits.float().cpu()) if self._changes else logits
         if self.grammar is not None:
             allowed = self.grammar.masked(allowed)
         if self._generator is not None:
-            chosen = self._drawn(allowed.float().cpu())
+            chosen = self._sample(allowed.float().cpu())
         else:
             chosen = likeliest if allowed is logits else int(allowed.argmax())
         if self._changes:
-            self._said[chosen] += 1
+            self._drawn[chosen] += 1
         if self.grammar is not None:
             self.grammar.take(chosen)
         if self.request.logprobs is None:
             return Token(chosen)
-        known = logits.float().log_softmax(-1)
-        values, ids = known.topk(min(self.request.logprobs, len(known)))
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(self.request.logprobs, len(logprobs)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return Token(chosen, float(known[chosen]), top)
+        return Token(chosen, float(logprobs[chosen]), top)
 
     def _changed(self, logits: Tensor) -> Tensor:
-        """A copy of logits (vocabulary,) with the request's bias and penalties, in the order that vLLM has them."""
+        """A copy of logits (vocabulary,) with the request's bias and penalties, in vLLM's order."""
         request, logits = self.request, logits.clone()
         tokens, bias = self._bias
         logits[tokens] += bias
         if request.repetition_penalty != 1:
-            held = torch.tensor([*{*request.prompt, *self._said}])
+            held = torch.tensor([*{*request.prompt, *self._drawn}])
             values = logits[held]
             logits[held] = values * torch.where(values > 0, 1 / request.repetition_penalty, request.repetition_penalty)
-        if self._said:
-            counts = torch.tensor([*self._said.values()])
-            logits[torch.tensor([*self._said])] -= request.presence_penalty + request.frequency_penalty * counts
+        if self._drawn:
+            counts = torch.tensor([*self._drawn.values()])
+            logits[torch.tensor([*self._drawn])] -= request.presence_penalty + request.frequency_penalty * counts
         return logits
 
-    def _drawn(self, logits: Tensor) -> int:
+    def _sample(self, logits: Tensor) -> int:
         request, logits = self.request, logits / self.request.temperature
         if request.min_p:
             logits = logits.masked_fill(logits < logits.max() + math.log(request.min_p), -torch.inf)
@@ -84,22 +83,22 @@ class Sampler:
             before = shares.cumsum(-1) - shares
             if count == most or before[-1] >= request.top_p:
                 break
-        if request.top_p < 1:  # as many as it takes to reach top_p, at least one
+        if request.top_p < 1:  # the fewest tokens that reach top_p, at least one
             shares = shares.masked_fill(before >= request.top_p, 0)
         return int(ids[torch.multinomial(shares, 1, generator=self._generator)])
 
 
 class Grammar:
-    """Which tokens a JSON schema, or a grammar, allows next, by llguidance."""
+    """The tokens that a JSON schema or a grammar allows next, by llguidance."""
 
     def __init__(self, tokenizer: Any, schema: Mapping[str, Any] | str):
-        """tokenizer: as `grammar_tokenizer` makes it. schema: or a grammar in llguidance's dialect of Lark. Raises
-        RequestError for what is no schema that can be kept to."""
+        """tokenizer: from `grammar_tokenizer`. schema: a JSON schema, or a grammar in llguidance's dialect of Lark.
+        Raises RequestError for one that llguidance does not take."""
         from llguidance import LLMatcher
 
         self._kind = "grammar" if isinstance(schema, str) else "schema"
         try:
-            # Where any space may stand between two parts, a small model writes spaces until its room is full.
+            # If any white space were allowed between two parts, a small model would write it until its room is full.
             grammar = (
                 schema
                 if isinstance(schema, str)
@@ -112,7 +111,7 @@ class Grammar:
             raise RequestError(f"{self._kind}: {problem}: correct it")
 
     def masked(self, logits: Tensor) -> Tensor:
-        """A copy of logits (vocabulary,) with −∞ where the schema allows no token."""
+        """A copy of logits (vocabulary,) with −∞ for tokens that are not allowed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool))
         whole = torch.zeros(len(logits), dtype=torch.bool)
@@ -120,21 +119,22 @@ class Grammar:
         return logits.masked_fill(~whole.to(logits.device), -torch.inf)
 
     def take(self, token: int) -> None:
+        """Continue after a token."""
         self._matcher.consume_token(token)
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is whole and nothing may follow. Raises RequestError where it cannot go on."""
+        """Whether the answer is complete and no token may follow. Raises RequestError where it cannot continue."""
         if problem := self._matcher.get_error():
             raise RequestError(f"{self._kind}: {problem}: make it simpler")
         return bool(self._matcher.is_stopped())
 
 
 def grammar_tokenizer(tokenizer: Any, vocabulary: int, stops: Sequence[int]) -> Any:
-    """What llguidance reads of a tokenizer; made once, for it takes a while. Raises RequestError where it lacks."""
+    """A tokenizer for llguidance; making it takes a while. Raises RequestError where llguidance is not installed."""
     try:
         from llguidance.hf import from_tokenizer
     except ImportError as error:
         raise RequestError("schema: answers by a schema need llguidance: pip install llguidance") from error
-    every = max(tokenizer.get_vocab().values(), default=0) + 1  # it takes no fewer; `masked` leaves out what is beyond
-    return from_tokenizer(tokenizer, max(vocabulary, every), list(stops))
+    needed = max(tokenizer.get_vocab().values(), default=0) + 1  # llguidance takes no fewer; `masked` drops the rest
+    return from_tokenizer(tokenizer, max(vocabulary, needed), list(stops))

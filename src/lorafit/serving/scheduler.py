@@ -1,4 +1,4 @@
-"""Which requests are answered and which wait: from a request's coming until the last that is told to it."""
+"""Decides which requests are answered and which wait: requests come in, and their answers get parts until they end."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from lorafit.errors import AdapterError, BusyError, CancelledError, LorafitError
-from lorafit.generation.text import Until, Words
+from lorafit.generation.text import Detokenizer, StopTexts
 from lorafit.serving.mixing import Loaded
 from lorafit.serving.pool import Pool, Version
 from lorafit.serving.request import Result, Token
-from lorafit.serving.rows import Asked, Row
+from lorafit.serving.rows import Row, Submission
 from lorafit.serving.sampling import Sampler
-from lorafit.serving.slots import WORTH, Key, Slots, common
+from lorafit.serving.slots import MIN_SHARED, Key, Slots, common_length
 from lorafit.serving.stats import Stats
 from lorafit.serving.turns import Turns
 
 
 class Scheduler:
-    """Gives free slots to those who wait, the adapter that was served least first.
+    """Gives free slots to waiting requests, first to those of the adapter that was served least.
 
     Requests are added from any thread that holds `lock`; everything else happens in the thread that owns the model.
 
     Args:
-        adapters: What is served beside the base.
-        slots: Where requests are answered.
-        tokenizer: Of the base; None where it has none.
-        queue: Requests that may wait.
-        room: Tokens of a request, prompt and answer.
-        lock: Of the engine; it is notified of what comes.
+        adapters: that are served.
+        slots: that requests are answered in.
+        tokenizer: of the base; None where it has none.
+        queue: requests that may wait.
+        room: tokens of a request, prompt and answer.
+        lock: of the engine; it is notified of new requests.
     """
 
     def __init__(self, adapters: Pool, slots: Slots, tokenizer: Any, queue: int, room: int, lock: threading.Condition):
@@ -44,14 +44,14 @@ class Scheduler:
         self._reader = ThreadPoolExecutor(1, "lorafit-adapters")
         self._heating: dict[Version, Future[Loaded]] = {}
 
-    def add(self, asked: Asked) -> None:
-        """Have a request wait for its turn. Raises BusyError where too many wait already."""
+    def add(self, submission: Submission) -> None:
+        """Queue a request. Raises BusyError where too many wait already."""
         free = len(self._slots.slots) - len(self.rows) - len(self._beginning)
         if len(self._turns) >= self._queue + free:
             raise BusyError(f"{self._queue} requests are waiting already: ask again later")
-        if asked.version is not None:
-            self._adapters.enter(asked.version, 1)
-        self._turns.add(asked, [*(row.asked.name for row in self.rows), *self._beginning])
+        if submission.version is not None:
+            self._adapters.enter(submission.version, 1)
+        self._turns.add(submission, [*(row.submission.name for row in self.rows), *self._beginning])
 
     @property
     def waits(self) -> bool:
@@ -59,21 +59,22 @@ class Scheduler:
         return len(self._turns) > 0
 
     def ready(self) -> bool:
-        """Whether some request that waits could be begun on; has adapters read that are on disk alone."""
-        return any(asked.answer.is_cancelled for asked in self._turns) or any(self._turns.offers(self._can_begin))
+        """Whether a waiting request can begin, or was cancelled. Starts to read adapters that are only on disk."""
+        return any(queued.answer.is_cancelled for queued in self._turns) or any(self._turns.offers(self._can_begin))
 
-    def _can_begin(self, asked: Asked) -> bool:
-        """Whether its adapter is hot, and no other request is just reading what it would read too: the keys and values
-        of a system prompt that many have in common are computed once, also where they all come at once."""
-        if not self._heated(asked):
+    def _can_begin(self, submission: Submission) -> bool:
+        """Whether its adapter is hot, and no other request is computing keys and values that it could take over. So a
+        system prompt that many requests share is computed once, even if they come at the same time."""
+        if not self._is_hot(submission):
             return False
-        prompt, key = asked.answer.request.prompt, _key(asked)
-        coming = [common(row.ids, prompt) for row in self.rows if row.slot.key == key and row.left > 1]
-        return not coming or max(coming) < WORTH + max(common(held, prompt) for held in self._slots.of(key))
+        prompt, key = submission.answer.request.prompt, _key(submission)
+        shared = [common_length(row.ids, prompt) for row in self.rows if row.slot.key == key and row.left > 1]
+        held = (common_length(ids, prompt) for ids in self._slots.of(key))
+        return not shared or max(shared) < MIN_SHARED + max(held)
 
-    def _heated(self, asked: Asked) -> bool:
-        """Whether its adapter is hot. One that is not is read by another thread, and others go before it."""
-        version = asked.version
+    def _is_hot(self, submission: Submission) -> bool:
+        """Whether its adapter is hot. Otherwise another thread reads it, and other requests go first."""
+        version = submission.version
         if version is None or version.loaded is not None:
             self._heating.pop(version, None) if version else None
             return True
@@ -84,92 +85,93 @@ class Scheduler:
         return self._heating[version].done()
 
     def admit(self) -> None:
-        """Begin on as many of those who wait as there are free slots."""
+        """Begin waiting requests while there are free slots."""
         while True:
             with self._lock:
                 if all(slot.busy for slot in self._slots.slots):
                     return
-                asked = next(self._turns.offers(self._can_begin), None)
-                if asked is None:
+                submission = next(self._turns.offers(self._can_begin), None)
+                if submission is None:
                     return
-                self._turns.take(asked)
-                self._beginning = [asked.name]
+                self._turns.take(submission)
+                self._beginning = [submission.name]
             try:
-                self._begin(asked)
+                self._begin(submission)
             except LorafitError as error:  # its folder holds another adapter by now
-                self._end(asked, error)
+                self._end(submission, error)
             except Exception as error:  # of one request, which must not end the others
-                self._end(asked, AdapterError(f"'{asked.answer.adapter}' cannot be begun ({error!r}): load it again"))
+                name = submission.answer.adapter
+                self._end(submission, AdapterError(f"'{name}' cannot be begun ({error!r}): load it again"))
             self._beginning = []
 
-    def _begin(self, asked: Asked) -> None:
-        request, version = asked.answer.request, asked.version
+    def _begin(self, submission: Submission) -> None:
+        request, version = submission.answer.request, submission.version
         loaded = None
         if version is not None:
             heating = self._heating.pop(version, None)
             loaded = heating.result() if heating else self._adapters.heat(version)
-        words = None if self._tokenizer is None else Words(self._tokenizer, request.special)
-        sampler, until = Sampler(request, asked.grammar), Until(request.stop)
+        words = None if self._tokenizer is None else Detokenizer(self._tokenizer, request.special)
+        sampler, until = Sampler(request, submission.grammar), StopTexts(request.stop)
         limit = min(request.max_tokens, self._room - len(request.prompt))
-        slot = self._slots.take(request.prompt, _key(asked))  # last, so that nothing fails with a slot in hand
+        slot = self._slots.take(request.prompt, _key(submission))  # last, so that no error leaves a slot busy
         assert slot is not None
         known = len(slot.held)
-        row = Row(asked, slot, loaded, list(request.prompt), known, sampler, words, until, limit)
+        row = Row(submission, slot, loaded, list(request.prompt), known, sampler, words, until, limit)
         with self._lock:
             self.rows.append(row)
-            self._turns.charge(asked.name, len(request.prompt) - known)
+            self._turns.charge(submission.name, len(request.prompt) - known)
         self.count(prompt_tokens=len(request.prompt), known_tokens=known, requests=1)
 
     def advance(self, row: Row, token: Token, stops: Collection[int]) -> None:
-        """Tell a request its next token, and end it where that was the last. stops: ids that end a turn."""
+        """Give a request its next token, and end it where that is the last. stops: ids that end a turn."""
         piece = row.advance(token, stops)
         with self._lock:
-            self._turns.charge(row.asked.name, 1)
-        row.asked.answer.put(piece)
+            self._turns.charge(row.submission.name, 1)
+        row.submission.answer.put(piece)
         if piece.finish:
             self._leave(row)
-            self._end(row.asked, row.result(piece.finish))
+            self._end(row.submission, row.result(piece.finish))
 
     def break_off(self, row: Row, why: LorafitError) -> None:
-        """End one request with an error. What its slot holds is not to be trusted."""
+        """End a request with an error, and forget what its slot holds."""
         row.slot.held = []
         self._leave(row)
-        self._end(row.asked, why)
+        self._end(row.submission, why)
 
     def drop_cancelled(self) -> None:
         """End the requests that were cancelled since the last step."""
-        for row in [row for row in self.rows if row.asked.answer.is_cancelled]:
+        for row in [row for row in self.rows if row.submission.answer.is_cancelled]:
             if row.tokens:
                 self._leave(row)
-                row.asked.answer.put(row.cancelled())
-                self._end(row.asked, row.result("cancelled"))
+                row.submission.answer.put(row.cancelled())
+                self._end(row.submission, row.result("cancelled"))
             else:
                 self.break_off(row, CancelledError("cancelled before its first token: ask again"))
         with self._lock:
-            dropped = self._turns.drop(lambda asked: asked.answer.is_cancelled)
-            wanted = {asked.version for asked in self._turns}
-            self._heating = {one: reading for one, reading in self._heating.items() if one in wanted}
-        for asked in dropped:
-            self._end(asked, CancelledError("cancelled before its first token: ask again"))
+            dropped = self._turns.drop(lambda queued: queued.answer.is_cancelled)
+            needed = {queued.version for queued in self._turns}
+            self._heating = {version: reading for version, reading in self._heating.items() if version in needed}
+        for submission in dropped:
+            self._end(submission, CancelledError("cancelled before its first token: ask again"))
 
     def end_all(self, error: LorafitError) -> None:
         """End every request with an error."""
         with self._lock:
-            waiting = self._turns.drop(lambda asked: True)
+            waiting = self._turns.drop(lambda queued: True)
             rows, self.rows = self.rows, []
-        for asked in [*waiting, *(row.asked for row in rows)]:
-            self._end(asked, error)
+        for submission in [*waiting, *(row.submission for row in rows)]:
+            self._end(submission, error)
 
     def _leave(self, row: Row) -> None:
         row.slot.busy = False
         with self._lock:
             self.rows.remove(row)
 
-    def _end(self, asked: Asked, last: Result | LorafitError) -> None:
-        """Tell the last there is to an answer, and let its adapter go."""
-        if asked.version is not None:
-            self._adapters.enter(asked.version, -1)
-        asked.answer.put(last)
+    def _end(self, submission: Submission, last: Result | LorafitError) -> None:
+        """Give an answer its last part, and release its adapter."""
+        if submission.version is not None:
+            self._adapters.enter(submission.version, -1)
+        submission.answer.put(last)
 
     def count(self, **more: float) -> None:
         """Add to fields of the stats."""
@@ -177,16 +179,14 @@ class Scheduler:
             self._stats = replace(self._stats, **{key: getattr(self._stats, key) + n for key, n in more.items()})
 
     def stats(self) -> Stats:
-        """What is being done, and what was."""
+        """The present state of the requests, and the counts so far."""
         with self._lock:
-            answering = frozenset(row.asked.name for row in self.rows if row.asked.name)
-            queued = frozenset(asked.name for asked in self._turns if asked.name)
             return replace(
                 self._stats,
                 running=len(self.rows),
                 waiting=len(self._turns),
-                answering=answering,
-                queued=queued,
+                answering=frozenset(row.submission.name for row in self.rows if row.submission.name),
+                queued=frozenset(queued.name for queued in self._turns if queued.name),
                 slots_used=self._slots.used,
                 served=dict(self._turns.served),
             )
@@ -196,5 +196,6 @@ class Scheduler:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
 
-def _key(asked: Asked) -> Key:
-    return (asked.version.digest, asked.answer.request.adapter_scale) if asked.version else (None, 1.0)
+def _key(submission: Submission) -> Key:
+    version = submission.version
+    return (version.digest, submission.answer.request.adapter_scale) if version else (None, 1.0)

@@ -1,9 +1,9 @@
-"""Keys and values of the requests that are answered, in slots of a fixed room, and attention over them.
+"""Keys and values of the requests that are being answered, in slots of a fixed size, and attention over them.
 
 A step of the engine is one row of tokens: the next token of each request that is being answered, and pieces of prompts.
-Each token's keys and values go into its request's slot; then every request attends to its own slot alone. All else in
-a decoder treats tokens one by one, so nothing is padded. What a slot holds stays after its request is done: a later
-request that begins alike, of the same adapter and scale, takes it over.
+The keys and values of each token go into its request's slot, and every request attends to its own slot only. All other
+layers of a decoder treat tokens one by one, so nothing is padded. A slot keeps its content when its request is done: a
+later request with the same beginning, adapter and scale takes it over.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from lorafit.errors import AttachError
 from lorafit.serving.native import Kernels
 
 NAME = "lorafit_slots"  # under which transformers finds `attention`
-WORTH = 8  # tokens in common from which keys and values of another request are taken over
+MIN_SHARED = 8  # tokens that two requests must share for one to take over keys and values of the other
 
-Key = tuple[str | None, float]  # whose keys and values: digest of the adapter (None: the bare base), and its scale
+Key = tuple[str | None, float]  # the digest of an adapter (None: the bare base), and its scale
 
 
 @dataclass(eq=False)
 class Slot:
-    """One request's place. held: the tokens whose keys and values are in it; key: under which adapter and scale."""
+    """The keys and values of one request. held: their tokens; key: their adapter and scale; used: when it was last
+    taken, since the slot that is unused longest is taken first."""
 
     number: int
     held: list[int] = field(default_factory=list)
     key: Key = (None, 1.0)
     busy: bool = False
-    used: int = 0  # when it was last given away: the one unused longest is given away first
+    used: int = 0
 
 
 class Slots:
-    """`count` slots of `room` tokens each, and two that are never given away, for probes. Tensors are made at the first
-    step, when layers show their widths; memory is taken as slots fill."""
+    """`count` slots of `room` tokens each, and two more for probes. Tensors are made at the first step, when the layers
+    show their widths; memory is used as slots fill."""
 
     def __init__(self, count: int, room: int, kernels: Kernels | None):
         self.count, self.room, self.kernels = count, room, kernels
@@ -49,21 +50,22 @@ class Slots:
 
     @property
     def used(self) -> float:
-        """Share of the room that busy slots fill."""
+        """The share of the room that busy slots fill."""
         return sum(len(slot.held) for slot in self.slots if slot.busy) / (self.count * self.room)
 
     def take(self, ids: Sequence[int], key: Key) -> Slot | None:
-        """A free slot for a prompt, with as many of its tokens as are known already in `held`, never all; None where
-        all are busy."""
+        """Take a free slot for a prompt. Its `held` has the tokens whose keys and values are known already, at most all
+        but one; None where all slots are busy."""
         free = [slot for slot in self.slots if not slot.busy]
         if not free:
             return None
-        alike = {slot: n for slot in self.slots if slot.key == key and (n := common(slot.held, ids)) >= WORTH}
-        best = max(alike, key=lambda slot: (alike[slot], not slot.busy), default=None)
-        n = 0 if best is None else alike[best]
+        same_key = {slot: common_length(slot.held, ids) for slot in self.slots if slot.key == key}
+        shared = {slot: n for slot, n in same_key.items() if n >= MIN_SHARED}
+        best = max(shared, key=lambda slot: (shared[slot], not slot.busy), default=None)
+        n = 0 if best is None else shared[best]
         if best in free and best is not None and (2 * n >= len(best.held) or len(free) == 1):
             taken = best
-        else:  # what another slot holds beyond the beginning stays, for the request that will go on there
+        else:  # the best slot keeps its content, for a request that may continue it
             others = [slot for slot in free if slot is not best]
             taken = min(others, key=lambda slot: (bool(slot.held), slot.used, slot.number))
         if best is not None and best is not taken:
@@ -75,28 +77,29 @@ class Slots:
         return taken
 
     def of(self, key: Key) -> list[list[int]]:
-        """What the slots of this key hold."""
+        """The tokens that the slots of this key hold."""
         return [slot.held for slot in self.slots if slot.key == key]
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(count + 2, heads, room, depth) of keys and of values, for a layer that gives (1, heads, N, depth)."""
+        """The keys and the values of a layer, (count + 2, heads, room, depth) each, where its own are (1, heads, N,
+        depth)."""
         if number not in self.layers:
             keys, values = (
-                one.new_empty(self.count + 2, one.shape[1], self.room, one.shape[3]) for one in (key, value)
+                new.new_empty(self.count + 2, new.shape[1], self.room, new.shape[3]) for new in (key, value)
             )
             self.layers[number] = keys, values
         return self.layers[number]
 
 
-def common(held: Sequence[int], ids: Sequence[int]) -> int:
-    """Tokens both begin with; one of `ids` is left, for it must be computed to go on."""
+def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
+    """The number of tokens that both begin with, without the last of `ids`, which must be computed for its logits."""
     most = min(len(held), len(ids) - 1)
     return next((i for i in range(most) if held[i] != ids[i]), most)
 
 
 @dataclass(frozen=True)
-class Long:
-    """A piece of a prompt in a step: its rows, its slot; past: tokens before it."""
+class PromptPiece:
+    """A piece of a prompt in a step: rows `start` to `end`, of slot number `slot`, after `past` tokens."""
 
     start: int
     end: int
@@ -106,9 +109,17 @@ class Long:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Where the tokens of one step go. positions (1, N), and numbers (N,) of their slots. single: rows of requests with
-    one token, all N where there are no others; seen (singles, 3): their slots, and where what they attend to begins
-    there, and ends, at `reach` at most; long: the pieces of prompts."""
+    """Where the tokens of one step go.
+
+    Args:
+        slots: of the engine.
+        positions: of the tokens, (1, N).
+        numbers: of their slots, (N,).
+        single: rows of requests with one token; all N where there are no others.
+        seen: for these rows slot, first position and end of what they attend to, (singles, 3).
+        reach: the largest of these ends.
+        long: the pieces of prompts.
+    """
 
     slots: Slots
     positions: Tensor
@@ -116,27 +127,27 @@ class Step:
     single: Tensor
     seen: Tensor
     reach: int
-    long: tuple[Long, ...]
+    long: tuple[PromptPiece, ...]
     _places: dict[int, Tensor] = field(default_factory=dict)
     _seen: dict[int | None, Tensor] = field(default_factory=dict)
     _hidden: dict[int | None, Tensor] = field(default_factory=dict)
 
     def write(self, kept: Tensor, new: Tensor) -> None:
-        """Put keys or values (1, heads, N, depth) where they belong in (count, heads, room, depth)."""
+        """Write keys or values (1, heads, N, depth) to their places in (count, heads, room, depth)."""
         heads = new.shape[1]
-        if heads not in self._places:  # the same for every layer of so many heads
+        if heads not in self._places:  # the same for every layer with this number of heads
             head = torch.arange(heads, device=new.device)[:, None]
             self._places[heads] = ((self.numbers * heads + head) * self.slots.room + self.positions).flatten()
         kept.view(-1, kept.shape[-1]).index_copy_(0, self._places[heads], new.reshape(-1, new.shape[-1]))
 
     @property
     def each(self) -> Tensor:
-        """`seen` (N, 3) of every token, those of prompts too: what is before it, and itself."""
+        """`seen` of every token, also of prompts, (N, 3): each sees the tokens before it, and itself."""
         ends = self.positions[0] + 1
         return torch.stack((self.numbers, torch.zeros_like(ends), ends), 1) if self.long else self.seen
 
     def seen_within(self, window: int | None) -> Tensor:
-        """`seen` (singles, 3), of no more than the last `window` tokens."""
+        """`seen`, limited to the last `window` tokens, (singles, 3)."""
         if window not in self._seen:
             numbers, first, end = self.seen.unbind(1)
             first = first if window is None else torch.maximum(first, end - window)
@@ -144,7 +155,7 @@ class Step:
         return self._seen[window]
 
     def hidden(self, window: int | None) -> Tensor:
-        """(singles, reach): which tokens of its slot each does not attend to."""
+        """Which tokens of its slot each row does not attend to, (singles, reach)."""
         if window not in self._hidden:
             _, first, end = self.seen_within(window).unbind(1)
             reach = torch.arange(self.reach, device=first.device)
@@ -153,12 +164,12 @@ class Step:
 
     @staticmethod
     def of(slots: Slots, taken: Sequence[Slot], lengths: Sequence[int], device: torch.device) -> Step:
-        """For these slots, each followed by so many tokens."""
+        """The step in which each of these slots gets as many tokens as `lengths` says."""
         positions: list[int] = []
         numbers: list[int] = []
         single: list[int] = []
         seen: list[tuple[int, int, int]] = []
-        long: list[Long] = []
+        long: list[PromptPiece] = []
         for slot, n in zip(taken, lengths, strict=True):
             past, start = len(slot.held), len(positions)
             positions += range(past, past + n)
@@ -167,7 +178,7 @@ class Step:
                 single.append(start)
                 seen.append((slot.number, 0, past + 1))
             else:
-                long.append(Long(start, start + n, slot.number, past))
+                long.append(PromptPiece(start, start + n, slot.number, past))
         return Step(
             slots,
             torch.tensor([positions], device=device),
@@ -191,18 +202,19 @@ def attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of every token to its request's slot, in the form transformers calls it.
+    """Attention of every token to its request's slot. It has more than six parameters, which are those of
+    transformers' attention interface.
 
-    query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). Raises AttachError for what it
-    does not compute.
+    query (1, H, N, D), key (1, H_kv, N, D), value (1, H_kv, N, D_v) → (1, N, H, D_v). Raises AttachError for arguments
+    that it does not support.
     """
-    strange = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if attention_mask is not None and (attention_mask.ndim or int(attention_mask) != sliding_window):
-        strange.append("a mask of its own")
+        unsupported.append("a mask of its own")
     number = getattr(module, "layer_idx", None)
-    if step is None or strange or dropout or number is None or not getattr(module, "is_causal", True):
+    if step is None or unsupported or dropout or number is None or not getattr(module, "is_causal", True):
         raise AttachError(
-            f"attention by slots: {', '.join(strange) or 'a call without a step'} is not computed: open "
+            f"attention by slots: {', '.join(unsupported) or 'a call without a step'} is not supported: open "
             "a base of another family"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -213,7 +225,7 @@ def attention(
 
 
 def attended(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """q (N, H, D), each to what its slot holds in keys and values (count, heads, room, depth) → (N, H, D_v)."""
+    """Attention of q (N, H, D) to the slots' keys and values (count, heads, room, depth) → (N, H, D_v)."""
     if not step.long:
         return _single(step, q.contiguous(), keys, values, scale, window)
     out = q.new_empty(*q.shape[:2], values.shape[-1])
@@ -225,19 +237,19 @@ def attended(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, 
 
 
 def _single(step: Step, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """q (rows, H, D) → (rows, H, D_v): one token a request."""
+    """Attention of requests with one token each, q (rows, H, D) → (rows, H, D_v)."""
     if step.slots.kernels is not None and keys.shape == values.shape:
         return step.slots.kernels.attend(q, keys, values, step.seen_within(window), scale)
     hidden = step.hidden(window)
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
     numbers = step.seen[:, 0]
     k, v = (part[numbers, :, : step.reach].masked_fill(hidden[:, None, :, None], 0) for part in (keys, values))
-    shared = q.unflatten(1, (k.shape[1], -1))  # the heads that share keys and values stand below each other
+    shared = q.unflatten(1, (k.shape[1], -1))  # group the heads that share keys and values
     return F.scaled_dot_product_attention(shared, k, v, mask[:, None, None], scale=scale).flatten(1, 2)
 
 
-def _long(piece: Long, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """q (n, H, D) → (n, H, D_v): a piece of a prompt, after what its slot holds already."""
+def _long(piece: PromptPiece, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of a piece of a prompt, q (n, H, D) → (n, H, D_v), also to the tokens before it in its slot."""
     n, total = len(q), piece.past + piece.end - piece.start
     k, v = (part[piece.slot : piece.slot + 1, :, :total] for part in (keys, values))
     mask = None

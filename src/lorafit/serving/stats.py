@@ -1,4 +1,4 @@
-"""What an engine is doing, and what it has done."""
+"""Counts of an engine: its present requests, and its requests, tokens and steps since it began."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stats:
-    """What the engine is doing, and what it has done since it began.
+    """Counts of an engine.
 
     Args:
-        running: Requests that are being answered.
-        waiting: Requests that wait.
-        answering: Adapters of the requests that are being answered, the bare base apart.
-        queued: Adapters of the requests that wait, the bare base apart.
-        slots_used: Share of all slots' tokens that have keys and values.
-        prompt_tokens: Tokens of prompts.
-        known_tokens: Of these, those whose keys and values were there already.
-        tokens: Tokens of answers.
-        requests: Requests that were begun.
-        steps: Steps of the engine.
-        seconds: Of these steps.
-        model_seconds: Of these, in the model.
-        served: Tokens of prompts and answers, by adapter.
+        running: requests that are being answered.
+        waiting: requests that wait.
+        answering: adapters of the requests that are being answered, without the bare base.
+        queued: adapters of the requests that wait, without the bare base.
+        slots_used: share of the slots' room that busy slots fill.
+        prompt_tokens: tokens of prompts.
+        known_tokens: of these, those whose keys and values were there already.
+        tokens: tokens of answers.
+        requests: requests that have begun.
+        steps: steps of the engine.
+        seconds: that these steps took.
+        model_seconds: of these, those in the model.
+        served: tokens of prompts and answers, by adapter; None: the bare base.
     """
 
     running: int = 0

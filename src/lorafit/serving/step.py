@@ -1,4 +1,4 @@
-"""Steps: the tokens of many requests, each with its own adapter, go through the model at once."""
+"""Steps of the model: the tokens of many requests, each with its own adapter, go in; logits come out."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ from lorafit.serving.slots import NAME, Slot, Slots, Step, attention
 
 
 class Steps:
-    """Runs steps over slots. Everything but its construction happens in the one thread that owns the model.
+    """Runs steps over slots. All methods are called in the thread that owns the model.
 
     Args:
-        base: What is served.
-        slots: Requests that are answered at once.
-        room: Tokens of each, prompt and answer.
-        native: Whether to use the kernels in C++ where there is a compiler.
-        eight_bit: Compute with 8-bit weights made of the base; needs the kernels.
-        timed: Choose between ways to compute a step by their time on this machine.
+        base: that is served.
+        slots: requests that are answered at the same time.
+        room: tokens of each, prompt and answer.
+        native: whether to use the C++ kernels where there is a compiler.
+        eight_bit: whether to compute with 8-bit weights made from the base; needs the kernels.
+        timed: whether to choose between ways to compute a step by their time on this machine.
 
     Raises:
         BaseError: `eight_bit` without kernels.
-        NotServedError: A base that cannot be served.
+        NotServedError: the base cannot be served.
     """
 
     def __init__(self, base: Base, slots: int, room: int, *, native: bool, eight_bit: bool, timed: bool):
         self._base, self._model = base, servable(base)
-        self._head_alone = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        alike = all(one.dtype == base.dtype for one in self._model.parameters())  # the kernels read one dtype
-        found = kernels(base.dtype, base.device) if native and alike else None
-        if eight_bit and found is None:
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        one_dtype = all(parameter.dtype == base.dtype for parameter in self._model.parameters())
+        loops = kernels(base.dtype, base.device) if native and one_dtype else None
+        if eight_bit and loops is None:
             raise BaseError(
-                "eight_bit: only our kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
+                "eight_bit: only the C++ kernels compute with 8-bit weights: leave it out, or install a C++ compiler"
             )
-        self.mixer = Mixer(Products(base, found, eight_bit, timed), base.device)
+        self.mixer = Mixer(Products(base, loops, eight_bit, timed), base.device)
         numbers = {site.path: number for number, site in enumerate(base.sites)}
         self.decoder = decoder_of(self._model, self.mixer, numbers)
-        self.slots = Slots(slots, max(room, sum(PIECES)), found)
+        self.slots = Slots(slots, max(room, sum(PIECES)), loops)
         self._expected = [at_once(self._model)]
 
     @contextmanager
     def owning(self) -> Iterator[None]:
-        """Own the model for the length of the block. Raises NotServedError where steps over slots do not compute what
-        the model computes at once."""
-        with ExitStack() as held:
-            held.enter_context(torch.inference_mode())
-            held.enter_context(attending(self._base, NAME, attention))
-            held.enter_context(adapting(self._base, self.mixer.change))
-            self._require_servable(*self._expected.pop())  # needed no longer than this takes
+        """Own the model inside the block. Raises NotServedError where steps over slots do not compute what the model
+        computes for a whole text."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(attending(self._base, NAME, attention))
+            stack.enter_context(adapting(self._base, self.mixer.change))
+            self._require_servable(*self._expected.pop())  # and release the logits
             if self.decoder is not None:
                 self.decoder.measure(self.slots)
             yield
 
     def forget(self) -> None:
-        """Let go of all keys and values."""
+        """Release all keys and values."""
         self.mixer.end()
         self.slots.layers.clear()
 
@@ -81,35 +81,35 @@ class Steps:
         scales: Sequence[float],
         ends: Sequence[bool],
     ) -> Tensor:
-        """One step; keys and values go into the slots. Rows of one adapter are neighbours.
+        """Run one step, which writes keys and values into the slots. Requests of one adapter must be neighbours.
 
         Args:
-            slots: Of each request.
-            ids: Of each request, the tokens that follow what its slot holds.
-            owners: Of each request, its adapter; None for the bare base.
-            scales: Of each request, a factor of what its adapter adds.
-            ends: Of each request, whether the logits after its last token are wanted.
+            slots: of each request.
+            ids: of each request the tokens after those that its slot holds.
+            owners: of each request the adapter; None: the bare base.
+            scales: of each request the factor of what its adapter adds.
+            ends: of each request whether the logits after its last token are needed.
 
         Returns:
-            Logits (ends that are true, vocabulary).
+            Logits (number of ends that are true, vocabulary).
         """
         device, lengths = self._base.device, [len(part) for part in ids]
         step = Step.of(self.slots, slots, lengths, device)
         last = torch.tensor(lengths).cumsum(0)[torch.tensor(ends, dtype=torch.bool)] - 1
-        alone = last.to(device) if self._head_alone and len(last) < sum(lengths) else None
-        self.mixer.begin(owners, scales, lengths, None if alone is None else [int(one) for one in ends])
+        kept = last.to(device) if self._keeps_logits and len(last) < sum(lengths) else None
+        self.mixer.begin(owners, scales, lengths, None if kept is None else [int(end) for end in ends])
         tokens = torch.tensor([[token for part in ids for token in part]], device=device)
         if self.decoder is not None:
-            logits = self.decoder.logits(tokens, step, alone)
+            logits = self.decoder.logits(tokens, step, kept)
         else:
-            where = {} if alone is None else {"logits_to_keep": alone}
+            keep = {} if kept is None else {"logits_to_keep": kept}
             logits = self._model(
-                input_ids=tokens, position_ids=step.positions, use_cache=False, step=step, **where
+                input_ids=tokens, position_ids=step.positions, use_cache=False, step=step, **keep
             ).logits[0]
-        return logits if alone is not None else logits[last.to(device)]
+        return logits if kept is not None else logits[last.to(device)]
 
     def features(self, ids: list[int], depths: Sequence[int]) -> Tensor:
-        """What the bare base makes of one text, for a router: (D,)."""
+        """Features of one text for a router, by the bare base: (D,)."""
         tokens = torch.tensor([ids], device=self._base.device)
         step = Step.of(self.slots, [self.slots.probing[0]], [len(ids)], self._base.device)
         self.mixer.begin([None], [1.0], [len(ids)], None)
@@ -117,18 +117,18 @@ class Steps:
             self._model(input_ids=tokens, position_ids=step.positions, use_cache=False, step=step)
         return routing.pooled([stream[0] for stream in streams])
 
-    def _require_servable(self, pieces: list[list[int]], wanted: Tensor) -> None:
-        """`wanted`: logits after each of these pieces of a text, computed at once."""
-        slot, found = replace(self.slots.probing[0], held=[]), []
+    def _require_servable(self, pieces: list[list[int]], expected: Tensor) -> None:
+        """Raise NotServedError unless steps compute `expected`, the model's own logits after pieces of a text."""
+        slot, logits = replace(self.slots.probing[0], held=[]), []
         try:
             for part in pieces:
-                found.append(self.forward([slot], [part], [None], [1.0], [True])[0])
+                logits.append(self.forward([slot], [part], [None], [1.0], [True])[0])
                 slot.held += part
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a family that takes no such arguments fails in whatever way it does
+        except Exception as error:  # a family that does not take these arguments may raise anything
             raise NotServedError(
                 f"'{self._base.name}' cannot be served ({error}): open a base of another family"
             ) from error
         exact = self._base.dtype == torch.float32 and not self.mixer.products.bytes
-        require_same(self._base, torch.stack(found), wanted, 1e-3 if exact else 0.1)
+        require_same(self._base, torch.stack(logits), expected, 1e-3 if exact else 0.1)

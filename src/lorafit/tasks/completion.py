@@ -1,155 +1,53 @@
-"""Completion: predict each trained token from all tokens before it."""
+"""The task of a language model: predict each trained token from all tokens before it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_utils import PreTrainedModel
+from torch import Tensor
 
-from lorafit.attachment.blocks import inputs_of_blocks, skipping
 from lorafit.bases.base import Base
-from lorafit.data.batches import LENGTH_STEP, PACK_STEP, Batch, collate, pack
+from lorafit.data.batches import Batch
 from lorafit.data.render import Row
-
-CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32
+from lorafit.tasks import forward
+from lorafit.tasks.probe import mode_of
+from lorafit.tasks.task import ForwardMode
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a base may be run; `probe.way_of` finds it out.
+class Completion:
+    """The task of a language model. It implements `Task`; a target is a trained token."""
 
-    apart: its logits are its head over its last hidden state, so that the head is needed only where a token is trained.
-    packed: rows one behind the other compute what each computes alone.
-    """
+    name: str = "completion"
+    logits_at_a_time: int | None = forward.CHUNK
+    starts: bool = True
 
-    apart: bool
-    packed: bool
+    def mode(self, base: Base, rows: Sequence[Row]) -> ForwardMode:
+        return mode_of(base, rows)
 
+    def batch(self, base: Base, rows: Sequence[Row], mode: ForwardMode) -> Batch:
+        return forward.batch_of(base, rows, mode)
 
-PLAIN = Way(False, False)
+    def body(self, base: Base, batch: Batch, mode: ForwardMode) -> Tensor:
+        return forward.body(base, batch, mode)
 
+    def nll(self, base: Base, batch: Batch, mode: ForwardMode) -> Tensor:
+        return forward.token_nll(base, batch, mode)
 
-def batch_of(base: Base, rows: Sequence[Row], way: Way) -> Batch:
-    """Rows as one batch for this base. Any valid token serves as padding: nothing trained ever looks at it."""
-    known = base.tokenizer.pad_token_id if base.tokenizer is not None else None
-    pad = 0 if known is None else int(known)
-    if way.packed:
-        return pack(rows, pad, base.device, length_step(base, way))
-    return collate(rows, pad, base.device, base.context)
+    def weight(self, row: Row) -> float:
+        return sum(row.trained[1:])
 
-
-def length_step(base: Base, way: Way) -> int:
-    """The tokens of a row's place in a batch, or of a pack, are a multiple of it."""
-    if not way.packed:
-        return LENGTH_STEP
-    return PACK_STEP if base.device.type == "cpu" and base.dtype != torch.float32 else 1
-
-
-def token_nll(base: Base, batch: Batch, way: Way) -> Tensor:
-    """NLL in nats of every trained token, (n_trained,) fp32, rows in order.
-
-    Inside `packing(base)` where the batch is packed. Logits are computed at the trained tokens alone, and not all at a
-    time, unless the head cannot be run apart.
-    """
-    chosen = body(base, batch, way).flatten(0, 1).index_select(0, batch.before)
-    if not way.apart:
-        return F.cross_entropy(chosen.float(), batch.targets, reduction="none")
-    head = head_of(base.model)
-    assert head is not None
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        return _nll_of(head, chosen, batch.targets)
-    nll: Tensor = _HeadNll.apply(chosen, head.weight, head.bias, batch.targets)
-    return nll
+    def probes(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[Row]:
+        """Rows in which the same share of tokens is trained as in the given rows."""
+        ids = [i for row in rows for i in row.ids]
+        share = sum(row.n_trained for row in rows) / len(ids)
+        made = []
+        for k, n in enumerate(lengths):
+            trained = min(n - 1, max(1, round(share * n)))
+            whole = (ids * (n // len(ids) + 1))[:n]
+            made.append(Row(tuple(whole), (*[False] * (n - trained), *[True] * trained), k))
+        return made
 
 
-def body(base: Base, batch: Batch, way: Way) -> Tensor:
-    """What the head is given, (B, T, hidden); logits (B, T, vocabulary) where the head cannot be run apart."""
-    if not way.apart:
-        logits: Tensor = _run(base, base.model, batch).logits
-        return logits
-    assert isinstance(base.model, PreTrainedModel)
-    hidden: Tensor = _run(base, base.model.base_model, batch).last_hidden_state
-    return hidden.to(base.dtype)  # some carry it in fp32, and round it for the head
-
-
-def trunk(base: Base, batch: Batch, blocks: int) -> Tensor:
-    """What the lowest `blocks` blocks make of a batch, (B, T, hidden): the input of the next one."""
-    assert isinstance(base.model, PreTrainedModel)
-    with torch.no_grad(), inputs_of_blocks(base, [blocks]) as seen:
-        _run(base, base.model.base_model, batch)
-    return seen[0]
-
-
-def _run(base: Base, model: nn.Module, batch: Batch) -> Any:
-    """The model, or its body, over a batch; from the block on at which the batch starts."""
-    where: dict[str, Any] = {}
-    if batch.segments is not None:
-        where = {"position_ids": batch.segments.positions, "segments": batch.segments}
-    if batch.start is None:
-        return model(input_ids=batch.ids, use_cache=False, **where)
-    with skipping(base, batch.start.block):
-        return model(inputs_embeds=batch.start.hidden, use_cache=False, **where)
-
-
-def head_of(model: nn.Module) -> nn.Module | None:
-    """The output head of a model that has one over a body of its own."""
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
-        return None
-    head: nn.Module | None = model.get_output_embeddings()
-    return head
-
-
-def _nll_of(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """As `_HeadNll`, of any head, an adapted one too: where its logits are more than CHUNK, they are computed part by
-    part, and again for the backward, so that no more are held."""
-
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-    rows = max(1, CHUNK // len(head.weight))  # type: ignore[arg-type]
-    if len(hidden) <= rows:
-        return part(hidden, targets)
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(part, *each, use_reentrant=False) for each in parts])
-
-
-class _HeadNll(torch.autograd.Function):
-    """Head and cross entropy, `CHUNK` logits at a time. A frozen head's gradient goes to its input alone, so it is
-    computed with the loss, from logits that are in the cache still, and no logits are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK // len(weight))
-        wanted = ctx.needs_input_grad[0]
-        nll, gradient = [], torch.empty_like(hidden) if wanted else None
-        for start in range(0, len(hidden), rows):
-            part, truth = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(part, weight, bias).float()
-            total = logits.logsumexp(1, keepdim=True)
-            nll.append((total - logits.gather(1, truth))[:, 0])
-            if gradient is not None:
-                logits.sub_(total).exp_()
-                logits.scatter_add_(1, truth, logits.new_full(truth.shape, -1.0))
-                torch.mm(logits.to(weight.dtype), weight, out=gradient[start : start + rows])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return torch.cat(nll)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient.float() * upstream[0][:, None]).to(gradient.dtype), None, None, None
-
-
-def row_sums(token_values: Tensor, batch: Batch) -> Tensor:
-    """Sum of per-token values for each row of the batch, (rows,) fp64."""
-    sums = torch.zeros(batch.rows, dtype=torch.float64, device=token_values.device)
-    return sums.index_add(0, batch.owner, token_values.double())
+COMPLETION = Completion()

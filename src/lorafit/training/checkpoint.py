@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, bit for bit."""
+"""Checkpoints: files from which a stopped run is resumed with the same bits as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -21,74 +21,94 @@ from lorafit.files import whole_file
 
 @dataclass
 class Progress:
-    """Where a run stands. `history` holds (step, validation NLL); `best` is the master at the best of them.
+    """The progress of a training.
 
-    seconds: of the steps; beside: of validations and checkpoints. tokens: without padding; trained: those of them that
-    carry loss.
+    Args:
+        step: Steps that are done.
+        history: (step, validation NLL) of every validation.
+        best: The master at the best validation.
+        seconds: Time of the steps.
+        overhead: Seconds of validations and checkpoints.
+        tokens: Tokens of the steps, without padding.
+        trained: Those of them that count in the loss.
     """
 
     step: int
     history: list[tuple[int, float]]
     best: Tensor
     seconds: float
-    beside: float
+    overhead: float
     tokens: int
     trained: int
 
 
 def save(path: Path, state: TrainState, optimizer: torch.optim.Optimizer, at: Progress, of: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path`, whole or not at all: one safetensors file, what it stands for in its header.
+    """Replace the checkpoint at `path` atomically, by one safetensors file with the progress in its header.
 
-    `of` says which run this is; see `restore`.
+    Args:
+        path: The file.
+        state: The trained factors.
+        optimizer: The optimizer, with its moments.
+        at: The progress.
+        of: Everything that identifies the run; `restore` compares it.
     """
     tensors = {"master": state.master.detach(), "best": at.best}
     for name, value in optimizer.state.get(state.master, {}).items():
         tensors[f"optimizer.{name}"] = value
-    said = {
+    progress = {
         "step": at.step,
         "history": at.history,
         "seconds": at.seconds,
-        "beside": at.beside,
+        "beside": at.overhead,
         "tokens": at.tokens,
         "trained": at.trained,
         "run": of,
     }
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as building:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, building, {"progress": json.dumps(said)})
+        content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(content, building, {"progress": json.dumps(progress)})
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The open file, and what its header says. Raises FormatError for what is damaged, also while it is read."""
+    """The open file and the progress in its header. Raises FormatError if it is damaged, also while it is read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file, json.loads(file.metadata()["progress"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: the checkpoint is damaged ({error}): start anew with another --out") from error
+        raise FormatError(f"{path}: the checkpoint is damaged ({error}): start again with another --out") from error
 
 
 def pace(path: Path) -> tuple[int, float]:
-    """Steps that were done, and the seconds that one took, its share of validations and checkpoints among them; (0, 0)
-    where there is no checkpoint."""
+    """The steps that are done, and the mean seconds of one with its share of validations and checkpoints; (0, 0) if
+    there is no checkpoint."""
     if not path.exists():
         return 0, 0.0
-    with _opened(path) as (_, said):
-        step = int(said["step"])
-        return step, (said["seconds"] + said["beside"]) / max(1, step)
+    with _opened(path) as (_, progress):
+        step = int(progress["step"])
+        return step, (progress["seconds"] + progress["beside"]) / max(1, step)
 
 
 def restore(
     path: Path, state: TrainState, optimizer: torch.optim.Optimizer, of: Mapping[str, Any], older: Mapping[str, Any]
 ) -> Progress:
-    """Load the checkpoint into state and optimizer. older: what some of `of` was called by earlier versions.
+    """Load the checkpoint into state and optimizer; returns the progress.
 
-    Raises RunError listing every difference between the run it was saved in and this one: base, trainable set,
-    data, recipe, dtype and threads all take part in the bits of the result.
+    Args:
+        path: The file.
+        state: Receives the factors.
+        optimizer: Receives its moments.
+        of: Everything that identifies this run: base, trainable set, data, recipe, dtype, threads and whatever else the
+            bits of the result depend on.
+        older: Values that earlier versions wrote for some entries of `of`, and that are accepted as well.
+
+    Raises:
+        RunError: The checkpoint is of a run that differs in `of`; every difference is listed.
     """
-    with _opened(path) as (file, said):
+    with _opened(path) as (file, progress):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        began, master, best = said["run"], tensors["master"], tensors["best"]
+        began, master, best = progress["run"], tensors["master"], tensors["best"]
     differences = [
         f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
         for key, value in of.items()
@@ -96,15 +116,16 @@ def restore(
     ]
     if differences:
         raise RunError(
-            f"{path}: saved by another run, going on would be neither\n  "
+            f"{path}: saved by a run with other inputs, which cannot be resumed with these\n  "
             + "\n  ".join(differences)
-            + "\nrepeat what it began with, or start anew with another --out"
+            + "\nrepeat the inputs it began with, or start again with another --out"
         )
     state.load(master)
     kept = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
     if kept:
         device = state.master.device
         optimizer.state[state.master] = {name: t.to(device) for name, t in kept.items()}
-    history = [(int(step), float(nll)) for step, nll in said["history"]]
+    history = [(int(step), float(nll)) for step, nll in progress["history"]]
     best = best.to(state.master.device)
-    return Progress(said["step"], history, best, said["seconds"], said["beside"], said["tokens"], said["trained"])
+    numbers = (progress[name] for name in ("seconds", "beside", "tokens", "trained"))
+    return Progress(progress["step"], history, best, *numbers)

@@ -1,50 +1,48 @@
-"""The training loop. `examples/training_loop.py` is the same in plain PyTorch, flat, to read first."""
+"""The training loop: a fresh adapter and rows go in; the best adapter by validation comes out.
+
+Read `examples/training_loop.py` first: it is the same loop in plain PyTorch.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.state import TrainState
-from lorafit.attachment.adapters import attach
-from lorafit.attachment.attention import packing
-from lorafit.attachment.blocks import free_blocks, recomputing
+from lorafit.attachment.checks import require_bare
 from lorafit.bases.base import Base
-from lorafit.data.batches import ORDER, Batch, by_tokens, epoch_order
+from lorafit.data.batches import ORDER, epoch_order
 from lorafit.data.render import Row
 from lorafit.data.split import seed_of
-from lorafit.digests import digest_of, digest_of_format_1
-from lorafit.errors import AdapterError, BaseError, DivergedError, Interrupted, RunError
-from lorafit.evaluation.nll import means, nll_sums, require_finite
-from lorafit.files import write_text
-from lorafit.runs.folder import CHECKPOINTS, LAST, METRICS, clear_left_by_kills
-from lorafit.tasks.completion import Way, batch_of, token_nll
-from lorafit.tasks.probe import way_of
-from lorafit.training import checkpoint
+from lorafit.digests import canonical, digest_of, digest_of_format_1
+from lorafit.errors import AdapterError, AttachError, BaseError, DivergedError, Interrupted, RunError
+from lorafit.tasks.completion import COMPLETION
+from lorafit.tasks.runner import Runner, means, require_finite
 from lorafit.training import optimizer as adamw
+from lorafit.training.checkpoint import Progress
+from lorafit.training.interrupt import interruptible
+from lorafit.training.journal import Journal
 from lorafit.training.processes import ALONE, Processes
 from lorafit.training.recipe import Recipe
 from lorafit.training.trunk import Trunk, room_for
 
-RESUME_HINT = "go on with --resume"
-CHECKPOINT_SHARE = 0.02  # of the run's time that may go into writing checkpoints between validations
+RESUME_HINT = "repeat the command with --resume"
+Watch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is told after every step and validation. NLL in nats per token; None where it was not measured."""
+    """The measurements after a step or a validation. NLL is in nats per token; None if it was not measured."""
 
     step: int
     steps: int
@@ -57,10 +55,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Trained:
-    """The best adapter by validation, the (step, validation NLL) history, and what it took.
+    """The result of a training.
 
-    each: validation NLL of every example under that adapter. seconds: all of it, validation and checkpoints included.
-    tokens_per_second: of the steps alone.
+    Args:
+        adapter: The best adapter by validation.
+        history: (step, mean validation NLL) of every validation.
+        best_step: The step of that adapter.
+        each: Validation NLL of every example under that adapter.
+        steps: Steps that were done.
+        seconds: The time of steps, validations and checkpoints.
+        tokens: Tokens of the steps, without padding.
+        trained_tokens: Those of them that count in the loss.
+        tokens_per_second: The speed of the steps only.
     """
 
     adapter: Adapter
@@ -74,6 +80,32 @@ class Trained:
     tokens_per_second: float
 
 
+class Options(TypedDict, total=False):
+    """Optional arguments of `train` and `train_steps`.
+
+    folder: The folder for checkpoints and metrics.jsonl; None to write nothing.
+    resume: Continue from the folder's last checkpoint; the result is bit-identical to that of a run which never
+        stopped.
+    runner: How the base is run; by default this is measured on the rows.
+    known: Validation NLL of every example before the first step, if it has been measured.
+    watch: Called during a validation with the number of rows that are done, and of all rows.
+    processes: The processes of the run. Each makes the same call and gets the same result; only the first writes into
+        the folder. If one of them ends, the first saves the last whole step, and all others raise Interrupted.
+    trunk_bytes: The most bytes of the lowest blocks' outputs that are kept on disk, if the plan adapts none of these
+        blocks and the family allows it. This saves time and changes no bit.
+    trunk_in: Another folder for these outputs, in which they stay for further trainings on the same rows.
+    """
+
+    folder: str | Path | None
+    resume: bool
+    runner: Runner | None
+    known: Sequence[float] | None
+    watch: Watch
+    processes: Processes
+    trunk_bytes: int
+    trunk_in: str | Path | None
+
+
 def train(
     base: Base,
     adapter: Adapter,
@@ -81,75 +113,75 @@ def train(
     valid_rows: Sequence[Row],
     recipe: Recipe,
     *,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    trunk_bytes: int = 0,
-    trunk_in: str | Path | None = None,
-    way: Way | None = None,
-    known: Sequence[float] | None = None,
     tell: Callable[[Moment], None] = lambda moment: None,
-    watch: Callable[[int, int], None] = lambda done, of: None,
-    processes: Processes = ALONE,
+    **options: Unpack[Options],
 ) -> Trained:
-    """Train a fresh adapter; the best by mean validation NLL per example is returned, the base is not written to.
+    """Train a fresh adapter; returns the best one by mean validation NLL per example. The base is not changed.
 
-    folder: where checkpoints and metrics.jsonl go; None keeps nothing. With `resume` the run goes on from its last
-    checkpoint and ends bit-identical to one that never stopped. The first Ctrl-C (or SIGTERM, SIGHUP) ends after the
-    step in progress, saved, with Interrupted; a second at once. Raises DivergedError when the loss leaves the numbers.
-    trunk_bytes: what the lowest blocks make of the rows is kept in `folder`, up to so much, where the plan adapts none
-    of them and the family allows; it saves time and changes no bit. trunk_in: another folder for it, where it stays for
-    other trainings on the same rows, and one that is there is used. way: as `way_of` measured it; measured here where
-    it is not given. known: validation NLL of every example before the first step, where it has been measured.
-    tell hears of every step, and of every validation with its result; watch of the rows of one while it goes on.
-    processes: called alike in each of them, all return the same; the first alone writes into the folder. Where one has
-    ended, the first saves what all had after the last whole step, and the others raise Interrupted as it does.
+    The first Ctrl-C (or SIGTERM, SIGHUP) saves and stops after the step in progress; a second one stops at once.
+
+    Args:
+        base: The base, with nothing attached.
+        adapter: The adapter from which training starts.
+        train_rows: The rows to train on.
+        valid_rows: The rows by which the best adapter is chosen.
+        recipe: The numbers of the training.
+        tell: Called after every step and validation.
+        options: See `Options`. With these it has more than six parameters; they are optional and set by name.
+
+    Raises:
+        DivergedError: The loss is no longer a number, or rises.
+        Interrupted: It was stopped, and saved if it has a folder.
     """
-    folder, trunk_in = (None if path is None else Path(path) for path in (folder, trunk_in))
-    if folder and processes.first:
-        clear_left_by_kills(folder)
-    processes.require_work(recipe.batch_size)
-    run = _Run(
-        base, adapter, train_rows, valid_rows, recipe, folder, trunk_bytes, trunk_in, way, known, tell, watch, processes
-    )
-    with (
-        own_randomness(base),
-        same_bits(base.device),
-        _interruptible(processes.count > 1) as stop,
-        attach(base, run.state),
-        packing(base, run.way.packed),
-        recomputing(base, recipe.recompute),
-    ):
+    processes = options.get("processes", ALONE)
+    with interruptible(processes.count > 1) as stop:
+        loop = _Loop(base, adapter, train_rows, valid_rows, recipe, stop, **options)
+        with loop.attached():
+            steps = loop.steps()
+            while True:
+                try:
+                    tell(next(steps))
+                except StopIteration as end:
+                    result: Trained = end.value
+                    return result
+
+
+def train_steps(
+    base: Base,
+    adapter: Adapter,
+    train_rows: Sequence[Row],
+    valid_rows: Sequence[Row],
+    recipe: Recipe,
+    **options: Unpack[Options],
+) -> Generator[Moment, None, Trained]:
+    """`train` as a generator: yields after every step and validation, and returns the result of `train`.
+
+    Between the steps nothing is attached to the base, so that other code may use it. No signal is caught; `close()`
+    saves if there is a folder.
+    """
+    loop = _Loop(base, adapter, train_rows, valid_rows, recipe, threading.Event(), **options)
+    steps = loop.steps()
+    while True:
         try:
-            return run.go(resume, stop)
-        except (DivergedError, AdapterError, BaseError):  # it has come to its end, and not to a good one
-            run.end_trunk()
+            with loop.attached():
+                try:
+                    moment = next(steps)
+                except StopIteration as end:
+                    result: Trained = end.value
+                    return result
+        except AttachError:  # other code has attached something to the base
+            loop.save()
             raise
-
-
-def gradient_step(base: Base, state: TrainState, batches: Sequence[Batch], way: Way, n: int | None = None) -> float:
-    """Accumulate the gradient of the mean NLL over all trained tokens of all batches; returns that mean.
-
-    The sum is divided by the tokens of the whole step, so any division of the step gives the same gradient. n: these
-    tokens, where the batches are a share of the step.
-    """
-    n = n or sum(batch.n_trained for batch in batches)
-    total = torch.zeros((), device=base.device)
-    for batch in batches:
-        loss = token_nll(base, batch, way).sum() / n
-        loss.backward()
-        total += loss.detach()
-    return float(total)
-
-
-def own_randomness(base: Base) -> AbstractContextManager[None]:
-    """What is drawn inside leaves what is drawn afterwards as it was, on the processor and on the base's device."""
-    return torch.random.fork_rng([base.device] if base.device.type == "cuda" else [])
+        try:
+            yield moment
+        except GeneratorExit:
+            loop.save()
+            raise
 
 
 @contextmanager
 def same_bits(device: torch.device) -> Iterator[None]:
-    """On a GPU, have torch take the algorithms that give the same bits each time. It warns of an operation that has
-    none."""
+    """Make torch use deterministic algorithms on a GPU. It warns about operations that have none."""
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         yield
         return
@@ -160,7 +192,10 @@ def same_bits(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-class _Run:
+class _Loop:
+    """One training; `steps` runs inside `attached`. It has more than six parameters: those of `train`, and `stop`, the
+    event that stops it."""
+
     def __init__(
         self,
         base: Base,
@@ -168,44 +203,52 @@ class _Run:
         train_rows: Sequence[Row],
         valid_rows: Sequence[Row],
         recipe: Recipe,
-        folder: Path | None,
-        trunk_bytes: int,
-        trunk_in: Path | None,
-        way: Way | None,
-        known: Sequence[float] | None,
-        tell: Callable[[Moment], None],
-        watch: Callable[[int, int], None],
-        processes: Processes,
+        stop: threading.Event,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        runner: Runner | None = None,
+        known: Sequence[float] | None = None,
+        watch: Watch = lambda done, of: None,
+        processes: Processes = ALONE,
+        trunk_bytes: int = 0,
+        trunk_in: str | Path | None = None,
     ):
+        processes.require_work(recipe.batch_size)
+        require_bare(base)
+        folder, trunk_in = (None if path is None else Path(path) for path in (folder, trunk_in))
         self.base, self.rows, self.valid_rows, self.recipe = base, train_rows, valid_rows, recipe
-        self.tell, self.watch, self.processes = tell, watch, processes
+        self.stop, self.resume, self.known, self.watch, self.processes = stop, resume, known, watch, processes
+        if adapter.classes is not None and runner is None:
+            raise AdapterError(
+                "this adapter is a classifier: give train a runner of its task, Runner.of(base, rows, task)"
+            )
+        self.runner = (runner or Runner.of(base, train_rows)).within(recipe.micro_tokens, recipe.recompute)
         self.others_stop = False
-        self.known = known
-        self.each: tuple[float, ...] | None = None  # of the best; None where it was found before a resume
-        self.checkpoint = folder / CHECKPOINTS / LAST if folder else None
-        self.metrics = folder / METRICS if folder and processes.first else None
+        self.each: tuple[float, ...] | None = None  # of the best adapter; None if that is from before a resume
         self.state = TrainState(adapter, base.device, recipe.dropout)
         self.optimizer = adamw.make_optimizer(self.state)
-        self.at = checkpoint.Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)
-        self.saving = self.last_save = self.one_validation = 0.0
-        self.began = time.monotonic()
-        self.way = way or way_of(base, train_rows)
-        # Packs must be the same in every epoch for the trunk to be: they are, whether it is kept or not.
-        self.blocks = free_blocks(base, adapter.plan)
+        self.at = Progress(0, [], self.state.master.detach().clone(), 0.0, 0.0, 0, 0)
+        self.one_validation = 0.0
+        # The trunk, the cached hidden states of the lowest blocks, needs the same packs in every epoch.
+        self.blocks = self.runner.free_blocks(adapter.plan)
         self.order: tuple[int, list[list[int]]] = (-1, [])
         self.trunk_bytes, self.trunk_in, self.shares_trunk = trunk_bytes, trunk_in or folder, trunk_in is not None
         self.trunk: Trunk | None = None
         self.identity = self._identity(adapter)
+        self.journal = Journal(folder, processes.first, self.identity)
 
     def _identity(self, adapter: Adapter) -> dict[str, Any]:
-        """All that takes part in the bits of the result."""
+        """Everything that the bits of the result depend on."""
+        mode, task = self.runner.mode, self.runner.task
         return {
+            **({} if task == COMPLETION else {"task": canonical(task)}),
             "base": self.base.identity,
             "trainable": f"{adapter.plan.parameters} parameters on {len(adapter.plan.slots)} sites",
             "start": adapter.digest(),
             "rows": digest_of(self._rows_of_run()),
             "recipe": asdict(self.recipe),
-            "way": asdict(self.way),
+            "way": {"apart": mode.separate_head, "packed": mode.packed},
             "order": ORDER,
             "dtype": str(self.base.dtype),
             "device": self.base.device.type,
@@ -217,63 +260,80 @@ class _Run:
     def _rows_of_run(self) -> tuple[list[Row], list[Row]]:
         return list(self.rows), list(self.valid_rows)
 
-    def go(self, resume: bool, stop: threading.Event) -> Trained:
-        if resume and self.checkpoint and self.checkpoint.exists():
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the trained factors for the length of the block, with deterministic algorithms."""
+        with same_bits(self.base.device), self.runner.training(self.state):
+            yield
+
+    def steps(self) -> Generator[Moment, None, Trained]:
+        """Train to the end; yields a `Moment` after every step and validation."""
+        try:
+            self._begin()
+            result: Trained = yield from self._to_the_end()
+            return result
+        except (DivergedError, AdapterError, BaseError):  # the training failed and cannot be resumed
+            self._end_trunk()
+            raise
+
+    def _begin(self) -> None:
+        if self.resume:
             older = {"rows": digest_of_format_1(self._rows_of_run())}
-            self.at = checkpoint.restore(self.checkpoint, self.state, self.optimizer, self.identity, older)
+            self.at = self.journal.restore(self.state, self.optimizer, older) or self.at
         self._require_alike()
-        self._trim_metrics()
-        self._look()
+        self.journal.trim(self.at)
+        with torch.no_grad():  # finds the sites that share their input, so that a resumed run computes the same bits
+            self.runner.task.nll(self.base, self.runner.batch(self.rows[:1]), self.runner.mode)
         read_again = self.shares_trunk or self.recipe.steps > self._per_epoch()
         if self.trunk_in and self.trunk_bytes and self.blocks and read_again:
             self.trunk = self._keep_trunk(self.trunk_in)
+
+    def _to_the_end(self) -> Generator[Moment, None, Trained]:
         recipe, at = self.recipe, self.at
         try:
             while True:
                 due = at.step % recipe.validate_every == 0 or at.step in (recipe.early, recipe.steps)
                 if due and (not at.history or at.history[-1][0] < at.step):
-                    self._validate(stop)
+                    yield self._validated()
                 if at.step == recipe.steps or self._stale() >= recipe.patience:
                     break
-                self._step(stop)
-                if self.others_stop or (stop.is_set() and self.processes.count == 1):
+                yield self._stepped()
+                if self.others_stop or (self.stop.is_set() and self.processes.count == 1):
                     raise _Stopped
-                self._save_if_cheap()
+                self.journal.save_if_cheap(self.state, self.optimizer, at)
         except (_Stopped, Interrupted) as why:
-            self._save()
+            self.save()
             where = f"stopped after step {at.step} of {recipe.steps}"
             if isinstance(why, Interrupted):
                 where = f"another process of the run has ended, {where}"
-            if self.checkpoint is None:
-                raise Interrupted(f"{where}, nothing saved: give train a folder, and it can go on") from None
+            if self.journal.checkpoint is None:
+                raise Interrupted(f"{where}, nothing was saved: give train a folder to resume from") from None
             raise Interrupted(f"{where}: {RESUME_HINT}") from None
-        return self._finish()
+        return self._trained()
+
+    def save(self) -> None:
+        """Replace the checkpoint if there is a folder."""
+        self.journal.save(self.state, self.optimizer, self.at)
 
     def _require_alike(self) -> None:
-        """All processes begin with the same; none has written anything yet that another may still be reading."""
+        """Raise RunError if the processes differ in their inputs. It waits until all have read the folder, so that none
+        writes what another is still reading."""
         master = hashlib.sha256(self.state.master.detach().cpu().numpy().tobytes()).hexdigest()
         if odd := self.processes.differing({**self.identity, "step": self.at.step, "master": master}):
             raise RunError(f"the processes of this run differ in {', '.join(odd)}: give all of them the same files")
 
-    def _look(self) -> None:
-        """One forward, in which the attachment finds the sites that share their input: resumed or not, every step
-        computes in the same order, and so the same bits."""
-        with torch.no_grad():
-            token_nll(self.base, batch_of(self.base, self.rows[:1], self.way), self.way)
-
-    def _step(self, stop: threading.Event) -> None:
-        recipe, at = self.recipe, self.at
+    def _stepped(self) -> Moment:
+        recipe, at, runner = self.recipe, self.at, self.runner
         start = time.monotonic()
         epoch, index = divmod(at.step, self._per_epoch())
         if self.order[0] != epoch:
             self.order = (epoch, self._order(epoch))
         positions = self.order[1][index]
         batches = [self._batch(part) for part in self._parts(positions)]
-        own = (self.processes.rank,) if self.processes.count > 1 else ()
-        torch.manual_seed(seed_of(recipe.seed, "step", at.step, *own))  # dropout: the same whether resumed or not
+        rank = (self.processes.rank,) if self.processes.count > 1 else ()
+        torch.manual_seed(seed_of(recipe.seed, "step", at.step, *rank))  # dropout: the same whether resumed or not
         self.state.training = True
-        n = sum(sum(self.rows[i].trained[1:]) for i in positions)
-        nll = self._joined(gradient_step(self.base, self.state, batches, self.way, n), stop)
+        nll = self._joined(runner.gradient(batches, sum(runner.task.weight(self.rows[i]) for i in positions)))
         rate = adamw.rate_at(at.step, recipe.steps, recipe.warmup, recipe.learning_rate)
         norm = adamw.step(self.state, self.optimizer, rate, recipe.weight_decay, recipe.clip)
         if at.step == 0 and norm == 0:
@@ -283,48 +343,49 @@ class _Run:
             )
         at.step += 1
         self._require_finite(nll + norm)
-        if norm == 0 and nll > 1:  # weights so large that every answer is as likely, whatever they do
+        if norm == 0 and nll > 1:  # weights so large that every answer is equally likely
             self._diverged("the gradient has vanished")
         at.seconds += time.monotonic() - start
         at.tokens += sum(len(self.rows[i].ids) for i in positions)
         at.trained += sum(self.rows[i].n_trained for i in positions)
-        self._tell(nll, None, rate)
+        return self._moment(nll, None, rate)
 
     def _parts(self, positions: Sequence[int]) -> list[list[int]]:
-        """The micro-batches that this process computes of a step."""
+        """This process's share of a step, in micro-batches."""
         mine = [positions[i] for i in self.processes.share([len(self.rows[i].ids) for i in positions])]
-        return by_tokens(self.rows, mine, self.recipe.micro_tokens, self.way.packed)
+        return self.runner.parts(self.rows, mine)
 
-    def _batch(self, part: Sequence[int]) -> Batch:
-        batch = batch_of(self.base, [self.rows[i] for i in part], self.way)
+    def _batch(self, part: Sequence[int]) -> Any:
+        batch = self.runner.batch([self.rows[i] for i in part])
         return self.trunk.begin(batch, part) if self.trunk else batch
 
     def _order(self, epoch: int) -> list[list[int]]:
         recipe = self.recipe
-        return epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch, self.blocks > 0, self.way.packed)
+        packed = self.runner.mode.packed
+        return epoch_order(self.rows, recipe.batch_size, recipe.seed, epoch, self.blocks > 0, packed)
 
     def _keep_trunk(self, folder: Path) -> Trunk:
         parts = [part for positions in self._order(0) for part in self._parts(positions)]
-        packs = {tuple(part): batch_of(self.base, [self.rows[i] for i in part], self.way).ids.numel() for part in parts}
+        packs = {tuple(part): self.runner.batch([self.rows[i] for i in part]).ids.numel() for part in parts}
         name = f"trunk-{self.processes.rank}"
         same = {key: self.identity[key] for key in ("way", "order", "dtype", "device", "threads", "torch")}
         same["rows"] = digest_of(list(self.rows))
         room = room_for(folder, self.trunk_bytes) // self.processes.count
-        return Trunk(folder, name, self.base, repr(same), packs, self.blocks, room)
+        return Trunk(folder / name, self.runner, repr(same), packs, self.blocks, room)
 
-    def end_trunk(self) -> None:
-        """Remove it, unless others may still read it."""
+    def _end_trunk(self) -> None:
+        """Remove the trunk, unless other trainings may still read it."""
         if self.trunk and not self.shares_trunk:
             self.trunk.remove()
 
-    def _joined(self, nll: float, stop: threading.Event) -> float:
-        """Gradient and loss of the whole step, from the shares of all processes, in one all-reduce; returns the loss.
-        A wish to stop goes with them, so that all stop after the same step."""
+    def _joined(self, nll: float) -> float:
+        """Sum gradient and loss over all processes in one all-reduce; returns the loss. Requests to stop are summed
+        too, so that all processes stop after the same step."""
         if self.processes.count == 1:
             return nll
         master = self.state.master
         gradient = torch.zeros_like(master) if master.grad is None else master.grad
-        whole = torch.cat([gradient.detach(), master.new_tensor([nll, stop.is_set()])])
+        whole = torch.cat([gradient.detach(), master.new_tensor([nll, self.stop.is_set()])])
         self.processes.sum(whole)
         master.grad = whole[:-2]
         self.others_stop = bool(whole[-1])
@@ -344,11 +405,11 @@ class _Run:
             f"e.g. --learning-rate {lower:.1e}, and name another --out"
         )
 
-    def _validate(self, stop: threading.Event) -> None:
+    def _validated(self) -> Moment:
         def watch(done: int, of: int) -> None:
-            if stop.is_set():
+            if self.stop.is_set():
                 raise _Stopped
-            if done < of:  # the end is told with its result
+            if done < of:  # the end is reported with the result
                 self.watch(done * len(self.valid_rows) // of, len(self.valid_rows))
 
         at, start = self.at, time.monotonic()
@@ -364,16 +425,17 @@ class _Run:
             at.best, self.each = self.state.master.detach().clone(), tuple(values)
         at.history.append((at.step, nll))
         self.one_validation = time.monotonic() - start
-        at.beside += self.one_validation
-        self._tell(None, nll, 0.0)
-        self._save()
+        at.overhead += self.one_validation
+        moment = self._moment(None, nll, 0.0)
+        self.save()
+        return moment
 
-    def _measured(self, watch: Callable[[int, int], None]) -> list[float]:
-        """NLL of every validation example, each process measuring a share. Where one is stopped, all are."""
+    def _measured(self, watch: Watch) -> list[float]:
+        """NLL of every validation example; each process measures a share. If one process is stopped, all stop."""
         rows = self.valid_rows
         sums, stopped = [0.0] * (max(row.example for row in rows) + 1), False
         try:
-            sums = nll_sums(self.base, rows, self.processes.share([len(row.ids) for row in rows]), watch, self.way)
+            sums = self.runner.nll_sums(rows, self.processes.share([len(row.ids) for row in rows]), watch)
         except _Stopped:
             stopped = True
         whole = torch.tensor([*sums, stopped], dtype=torch.float64)
@@ -386,51 +448,21 @@ class _Run:
         return min(self.at.history, key=lambda entry: entry[1])
 
     def _stale(self) -> int:
-        """Validations since the best one. The early one does not count: the rate is still rising then."""
+        """Validations since the best one. The early one does not count, because the rate is still rising then."""
         return sum(step > self._best()[0] for step, _ in self.at.history if step != self.recipe.early)
 
-    def _tell(self, train_nll: float | None, valid_nll: float | None, rate: float) -> None:
+    def _moment(self, train_nll: float | None, valid_nll: float | None, rate: float) -> Moment:
         at = self.at
         steps = self.recipe.steps - at.step
         validations = self.recipe.validations_after(at.step)
         left = steps * at.seconds / at.step + validations * self.one_validation if at.step else math.nan
         speed = at.tokens / at.seconds if at.seconds else 0.0
-        self.tell(Moment(at.step, self.recipe.steps, train_nll, valid_nll, rate, left, speed))
-        if self.metrics:
-            measured = {"train_nll": train_nll, "valid_nll": valid_nll}
-            line = {"step": at.step, **{k: v for k, v in measured.items() if v is not None}, "learning_rate": rate}
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "seconds": round(at.seconds, 3)}) + "\n")
+        self.journal.note(at, train_nll, valid_nll, rate)
+        return Moment(at.step, self.recipe.steps, train_nll, valid_nll, rate, left, speed)
 
-    def _trim_metrics(self) -> None:
-        """Drop lines of what a killed run had done after its last checkpoint: it is done again."""
-        if self.metrics and self.metrics.exists():
-            validated = {step for step, _ in self.at.history}
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            told = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-            kept = [
-                line
-                for line, said in told
-                if said["step"] <= self.at.step and ("valid_nll" not in said or said["step"] in validated)
-            ]
-            write_text(self.metrics, "".join(kept))
-
-    def _save(self) -> None:
-        if self.checkpoint and self.processes.first:
-            start = time.monotonic()
-            checkpoint.save(self.checkpoint, self.state, self.optimizer, self.at, self.identity)
-            self.last_save = time.monotonic() - start
-            self.saving += self.last_save
-            self.at.beside += self.last_save
-
-    def _save_if_cheap(self) -> None:
-        """So often that a killed run loses little, so seldom that writing stays within CHECKPOINT_SHARE."""
-        if self.saving + self.last_save < CHECKPOINT_SHARE * (time.monotonic() - self.began):
-            self._save()
-
-    def _finish(self) -> Trained:
+    def _trained(self) -> Trained:
         at = self.at
-        self.end_trunk()
+        self._end_trunk()
         self.state.load(at.best)
         self.state.training = False
         each = self.each or tuple(self._measured(lambda done, of: None))
@@ -441,7 +473,7 @@ class _Run:
             self._best()[0],
             each,
             at.step,
-            at.seconds + at.beside,
+            at.seconds + at.overhead,
             at.tokens,
             at.trained,
             speed,
@@ -449,36 +481,4 @@ class _Run:
 
 
 class _Stopped(Exception):
-    """The user asked to stop; caught in `go`."""
-
-
-@contextmanager
-def _interruptible(launched: bool) -> Iterator[threading.Event]:
-    """The first SIGINT, SIGTERM or SIGHUP sets the event; a second SIGINT or SIGTERM ends the process as it would
-    without us. Not where it was launched among others: the launcher repeats what the process may have had already, and
-    kills what does not end. A terminal that closes sends SIGHUP, often twice; under nohup it stays ignored.
-
-    Python delivers signals to the main thread only; in any other, the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(signal, "SIGHUP") and (hangup := signal.getsignal(signal.SIGHUP)) is not signal.SIG_IGN:
-        before[signal.SIGHUP] = hangup
-
-    def first(number: int, frame: object) -> None:
-        stop.set()
-        if launched:
-            return
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, first)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """The training was asked to stop; caught in `_to_the_end`."""

@@ -15,7 +15,14 @@ def make_optimizer(state: TrainState) -> torch.optim.Optimizer:
 def step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float, weight_decay: float, clip: float) -> float:
     """One update from `state.master.grad`, which is cleared; returns the gradient's norm before clipping.
 
-    The decay is AdamW's, on matrices only: pulled to zero, DoRA's magnitudes would switch their layers off.
+    The decay is AdamW's, on matrices only: DoRA's magnitudes, decayed to zero, would switch their layers off.
+
+    Args:
+        state: The trained factors.
+        optimizer: The result of `make_optimizer`.
+        rate: The learning rate of this step.
+        weight_decay: AdamW's decay.
+        clip: The largest norm of the gradient.
     """
     norm = float(torch.nn.utils.clip_grad_norm_(state.parameters(), clip))
     for group in optimizer.param_groups:
@@ -28,7 +35,7 @@ def step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float, weigh
 
 
 def rate_at(done: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of the step after `done` steps: up over `warmup` steps, then down to zero just after the last."""
+    """The learning rate after `done` steps: it rises to `peak` over `warmup` steps, then falls to 0."""
     if done < warmup:
         return peak * (done + 1) / warmup
     return peak * (steps - done) / max(1, steps - warmup)

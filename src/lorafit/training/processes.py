@@ -1,7 +1,7 @@
-"""The processes of one run. Each computes a share of every step; summed, the shares are the step, in all of them alike.
+"""The processes of one run: each computes a share of every step, and the sum of the shares is the same step in all.
 
-Factors are replicated, and lie outside the module tree: nothing is wrapped, and nothing depends on the order of
-wrapping. What is decided by a clock or a measurement, the first process decides.
+The factors are replicated and are not part of the module tree, so no module is wrapped. The first process makes the
+decisions that depend on a clock or a measurement.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from lorafit.errors import Interrupted, SettingsError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run: `rank` of `count`, `here` of them on this machine. One alone exchanges
-    nothing.
+    """This process among those of its run. A single process exchanges nothing.
 
-    Where another process has ended, whatever waits for it raises Interrupted.
+    If another process has ended, all methods that wait for it raise Interrupted.
+
+    Args:
+        rank: The number of this process.
+        count: How many processes the run has.
+        here: How many of them are on this machine.
     """
 
     rank: int = 0
@@ -37,41 +41,41 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes, speaks and decides."""
+        """Whether this is the process that writes, reports and decides."""
         return self.rank == 0
 
     def share(self, lengths: Sequence[int]) -> list[int]:
-        """Places of the rows, of these lengths in tokens, that this process computes."""
+        """The positions of the rows that this process computes. lengths: of all rows, in tokens."""
         return shares(lengths, self.count)[self.rank]
 
     def sum(self, values: Tensor) -> None:
-        """Add up `values` over all processes, in place; the same bits in each of them."""
+        """Sum `values` over all processes, in place; all get the same bits."""
         if self.count > 1:
             with _waiting():
                 dist.all_reduce(values)
 
     def agreed(self, choose: Callable[[], Any]) -> Any:
-        """What `choose` returns in the first process, the only one that calls it. A value that JSON can hold."""
+        """The result of `choose`, which only the first process calls. It must be a value that JSON can hold."""
         if self.count == 1:
             return choose()
-        said = json.dumps(choose()).encode() if self.first else b""
+        content = json.dumps(choose()).encode() if self.first else b""
         with _waiting():
-            size = torch.tensor([len(said)])
+            size = torch.tensor([len(content)])
             dist.broadcast(size, 0)
-            told = torch.tensor(list(said) or [0] * int(size), dtype=torch.uint8)
-            dist.broadcast(told, 0)
-        return json.loads(bytes(told.tolist()))
+            message = torch.tensor(list(content) or [0] * int(size), dtype=torch.uint8)
+            dist.broadcast(message, 0)
+        return json.loads(bytes(message.tolist()))
 
-    def differing(self, said: Mapping[str, Any]) -> list[str]:
-        """Names under which some process holds another value than the first does."""
-        mine = json.loads(json.dumps(said))
+    def differing(self, values: Mapping[str, Any]) -> list[str]:
+        """The names of the values that are not the same in all processes."""
+        mine = json.loads(json.dumps(values))
         first = self.agreed(lambda: mine)
         count = torch.tensor([float(mine[name] != first[name]) for name in mine])
         self.sum(count)
         return [name for name, others in zip(mine, count.tolist(), strict=True) if others]
 
     def require_work(self, batch_size: int) -> None:
-        """Raise SettingsError where a step has fewer examples than there are processes."""
+        """Raise SettingsError if a step has fewer examples than there are processes."""
         if batch_size < self.count:
             raise SettingsError(
                 f"--batch-size {batch_size}: {self.count} processes cannot share a step of {batch_size}: raise it to "
@@ -79,21 +83,21 @@ class Processes:
             )
 
     def leave(self) -> None:
-        """Exchange nothing from here on. Leaving twice does nothing."""
+        """Leave the process group. A second call does nothing."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 ALONE = Processes()
-# The others wait while the first fetches, converts and measures a base, which can take longer than torch's half hour.
-# One that has ended is noticed at once, by its closed connection.
+# The others wait while the first downloads, converts and measures a base, which can take longer than torch's default
+# of half an hour. A process that has ended is noticed at once by its closed connection.
 PATIENCE = timedelta(hours=6)
 
 
 def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Places dealt out so that each share has about as many tokens: the longest row first, to the smallest share.
+    """Divide positions into `count` shares of about as many tokens: the longest row first, to the smallest share.
 
-    No share is empty unless there are fewer rows than shares.
+    No share is empty unless there are fewer rows than shares. lengths: of the rows, in tokens.
     """
     dealt: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
@@ -106,10 +110,10 @@ def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 @contextmanager
 def launched() -> Iterator[Processes]:
-    """The processes that torchrun has started, told by its environment; ALONE where it has not, or only one.
+    """The processes that torchrun has started, from its environment variables; ALONE without torchrun.
 
-    On a GPU each takes that of its LOCAL_RANK, which is then torch's current device. Raises SettingsError where there
-    are fewer GPUs than processes.
+    On GPUs, each process uses the one of its LOCAL_RANK, which becomes torch's current device. Raises SettingsError if
+    there are fewer GPUs than processes.
     """
     count = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     if count == 1:
@@ -129,7 +133,7 @@ def launched() -> Iterator[Processes]:
         yield processes
     except BaseException:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun asks all to end once one has: this one is about to
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all processes once one has ended
         raise
     finally:
         processes.leave()
@@ -139,6 +143,6 @@ def launched() -> Iterator[Processes]:
 def _waiting() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of several kinds, by backend: a closed connection, a wait in vain
+    except RuntimeError as error:  # the kind depends on the backend: a closed connection, a timeout
         why = str(error).partition("\n")[0]
-        raise Interrupted(f"another process of the run has ended ({why}): go on with --resume") from error
+        raise Interrupted(f"another process of the run has ended ({why}): repeat the command with --resume") from error

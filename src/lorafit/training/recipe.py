@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-EARLY = 8  # of the steps to the first validation, the share after which is validated too
+EARLY = 8  # an early validation follows after this fraction (1 / EARLY) of the steps to the first one
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """learning_rate: the peak. batch_size: examples per step. warmup, validate_every: in steps.
+    """The numbers of a training.
 
-    micro_tokens: tokens per forward, padding included where there is some; it bounds memory and, up to rounding,
-    nothing else. recompute: whether blocks are computed again for the backward instead of kept: less memory, more time.
-    patience: validations without a better one before training stops. clip: bound on the gradient's norm.
+    Args:
+        learning_rate: The peak of the learning rate.
+        batch_size: Examples per step.
+        steps: Steps in all.
+        warmup: Steps in which the rate rises.
+        validate_every: Steps between two validations.
+        patience: Training stops after so many validations without a better one.
+        weight_decay: AdamW's decay, on matrices only.
+        dropout: The probability with which an input of an adapter is dropped.
+        clip: The largest norm of the gradient.
+        micro_tokens: Tokens per forward, padding included. It bounds memory; results differ only by rounding.
+        recompute: Whether blocks are computed again for the backward, which takes less memory and more time.
+        seed: The seed of the order of the rows and of dropout.
     """
 
     learning_rate: float
@@ -32,10 +42,10 @@ class Recipe:
 
     @property
     def early(self) -> int:
-        """A step after which is validated too, so that the first fall is seen, which is steep; 0: none, where there is
-        but one validation, or they are close together."""
+        """The step of an additional early validation, which shows the first steep fall; 0 if there is only one
+        validation, or if they are close together."""
         return self.validate_every // EARLY if self.validate_every < self.steps else 0
 
     def validations_after(self, step: int) -> int:
-        """How many validations are to come after a step, where none stops the run."""
+        """How many validations follow after a step if none of them stops the run."""
         return math.ceil((self.steps - step) / self.validate_every) + (step < self.early)

@@ -1,8 +1,8 @@
-"""The trunk: the lowest blocks, where a plan adapts none of them. What they make of a pack never changes, so it is
-computed once and read from disk in later epochs.
+"""A cache of the trunk, the lowest blocks if a plan adapts none of them: their output for a batch never changes, so it
+is computed once and read from disk in later epochs.
 
-Read, not mapped: pages of a mapped file count as memory of the process, and a disk that fills up would end it by a
-signal. What is read is small beside a step.
+The file is read, not mapped: the pages of a mapped file count as memory of the process, and a full disk would end it by
+a signal. Reading takes little time compared with a step.
 """
 
 from __future__ import annotations
@@ -17,42 +17,47 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafit.bases.base import Base
 from lorafit.data.batches import Batch, Start
-from lorafit.tasks.completion import trunk
+from lorafit.tasks.runner import Runner
 
-MARK = 4  # bytes before each pack: its checksum, zeros where it has not been written
+MARK = 4  # bytes before each batch: its checksum, zeros if it has not been written
 FREE_SHARE = 0.5  # of the free disk that the file may take at most
 
 
 def room_for(folder: Path, most: int) -> int:
-    """Bytes that may be kept in `folder`, where `most` are wanted: what is there already counts as free."""
+    """The bytes, at most `most`, that may be kept in `folder`; caches that are there already count as free."""
     kept = sum(path.stat().st_size for path in folder.glob("trunk-*.bin"))
     return min(most, int(FREE_SHARE * (shutil.disk_usage(folder).free + kept)))
 
 
 class Trunk:
-    """A file of what the lowest `blocks` blocks make of packs, as many of them as `room` bytes hold.
+    """A file with the outputs of the lowest blocks for batches.
 
-    packs: tokens, filling included, by the rows' positions. same: what else the bits depend on, in words: rows, layout,
-    dtype, threads. The file is called `name` and a digest of all that, base and blocks. One that is there already is
-    gone on with; a pack left half by a kill fails its checksum and is computed again.
+    Its name includes a digest of everything that the bits depend on. A file that exists is continued; a batch that a
+    kill left incomplete fails its checksum and is computed again.
+
+    Args:
+        path: The beginning of the file's path.
+        runner: The base and how it is run.
+        same: Everything else that the bits depend on, as text: rows, layout, dtype, threads.
+        packs: Tokens of each batch, padding included, by the positions of its rows.
+        blocks: How many of the lowest blocks are cached.
+        room: The largest size of the file in bytes; batches that do not fit are left out.
     """
 
     def __init__(
         self,
-        folder: Path,
-        name: str,
-        base: Base,
+        path: Path,
+        runner: Runner,
         same: str,
         packs: Mapping[tuple[int, ...], int],
         blocks: int,
         room: int,
     ):
-        self._base, self._blocks = base, blocks
+        self._runner, self._blocks, base = runner, blocks, runner.base
         self._token = base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize  # type: ignore[operator]
-        told = repr((base.integrity(), same, list(packs.items()), blocks))
-        self._path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.bin"
+        inputs = repr((base.integrity(), same, list(packs.items()), blocks))
+        self._path = path.with_name(f"{path.name}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.bin")
         self._places: dict[tuple[int, ...], int] = {}
         self.bytes = 0
         for pack, tokens in packs.items():
@@ -60,21 +65,23 @@ class Trunk:
             if self.bytes + needed <= room:
                 self._places[pack] = self.bytes
                 self.bytes += needed
-        for other in folder.glob(f"{name}-*.bin"):
+        for other in path.parent.glob(f"{path.name}-*.bin"):
             if other != self._path:
                 other.unlink()
         self._path.touch()
 
     def begin(self, batch: Batch, pack: Sequence[int]) -> Batch:
-        """The batch with its start: read, or computed and written. As it was where there is no room for it."""
+        """The batch, started from the blocks' output, which is read or computed; unchanged if the file is full."""
         place = self._places.get(tuple(pack))
         if place is None:
             return batch
         hidden = self._read(place, batch)
-        if hidden is None:
-            hidden = trunk(self._base, batch, self._blocks)
-            self._write(place, hidden)
-        return replace(batch, start=Start(hidden, self._blocks))
+        if hidden is not None:
+            return replace(batch, start=Start(hidden, self._blocks))
+        started = self._runner.started(batch, self._blocks)
+        assert started.start is not None
+        self._write(place, started.start.hidden)
+        return started
 
     def _read(self, place: int, batch: Batch) -> Tensor | None:
         size = batch.ids.numel() * self._token
@@ -83,7 +90,7 @@ class Trunk:
             mark, content = file.read(MARK), bytearray(file.read(size))
         if len(content) < size or mark != _checksum(content):
             return None
-        return torch.frombuffer(content, dtype=self._base.dtype).view(*batch.ids.shape, -1).to(batch.ids.device)
+        return torch.frombuffer(content, dtype=self._runner.base.dtype).view(*batch.ids.shape, -1).to(batch.ids.device)
 
     def _write(self, place: int, hidden: Tensor) -> None:
         content = hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -91,7 +98,7 @@ class Trunk:
             with self._path.open("r+b") as file:
                 file.seek(place)
                 file.write(_checksum(content) + content)
-        except OSError:  # no room any more: what is there stays, nothing is added
+        except OSError:  # the disk is full: what is there stays, and nothing is added
             self._places.clear()
 
     def remove(self) -> None:

@@ -34,9 +34,9 @@ def _norms(weight: Tensor, factors: Factors, scaling: float) -> Tensor:
 def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float) -> Tensor:
     with torch.no_grad():
         norms = _norms(layer.weight, factors, scaling)
-    gain = factors["m"] / norms
-    linear = y if layer.bias is None else y - layer.bias
-    low_rank = (layer.down(x, factors["A"]) @ (factors["B"].T * scaling)).view(y.shape)
+    gain = layer.by_output(factors["m"] / norms)
+    linear = y if layer.bias is None else y - layer.by_output(layer.bias)
+    low_rank = layer.up(layer.down(x, factors["A"]), factors["B"] * scaling, 1.0, torch.zeros_like(y))
     return y + (gain - 1).to(y.dtype) * linear + gain.to(y.dtype) * low_rank
 
 
@@ -58,5 +58,5 @@ VARIANT = Variant(
     delta,
     served,
     peft=Peft({**Peft().names, "m": "lora_magnitude_vector"}, {"use_dora": True}),
-    any_kind=False,  # PEFT takes the norms of an embedding by token, and not by output
+    any_kind=False,
 )

@@ -1,7 +1,8 @@
 """LoRA: y = W x + b + s·B A x (Hu et al. 2021, arXiv 2106.09685).
 
 A (rank, d_in) starts uniform in ±1/√d_in, the range of the layer itself (±1 where one input acts at a time); B
-(d_out, rank) starts at zero, so that the adapted layer begins as the base's.
+(d_out, rank) starts at zero, so that the adapted layer begins as the base's. Experts have a pair each, which lie in one
+A (experts, rank, d_in) and one B (experts, d_out, rank).
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from lorafit.variants.variant import Factor, Factors, Served, Variant
 
 
 def factors(site: Site, rank: int) -> dict[str, Factor]:
-    return {"A": Factor((rank, site.d_in)), "B": Factor((site.d_out, rank))}
+    each = (site.count,) if site.count > 1 else ()
+    return {"A": Factor((*each, rank, site.d_in)), "B": Factor((*each, site.d_out, rank))}
 
 
 def init(site: Site, rank: int, weight: Tensor, scaling: float, generator: Generator) -> dict[str, Tensor]:
     bound = 1 / math.sqrt(KINDS[site.kind].fan_in(site))
-    a = torch.empty(rank, site.d_in).uniform_(-bound, bound, generator=generator)
-    return {"A": a, "B": torch.zeros(site.d_out, rank)}
+    shapes = {name: factor.shape for name, factor in factors(site, rank).items()}
+    a = torch.empty(shapes["A"]).uniform_(-bound, bound, generator=generator)
+    return {"A": a, "B": torch.zeros(shapes["B"])}
 
 
 def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float) -> Tensor:
@@ -35,7 +38,7 @@ def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float
 
 
 def product(factors: Factors, scaling: float) -> Tensor:
-    """s·B A, (d_out, d_in) in fp32."""
+    """s·B A, (d_out, d_in) in fp32; of every expert."""
     return scaling * (factors["B"].float() @ factors["A"].float())
 
 

@@ -78,8 +78,8 @@ class Variant:
             compute dtype, vectors stay in fp32.
         init: (site, rank, weight (d_out, d_in), scaling, generator) -> fp32 tensors by factor, such that the layer is
             unchanged.
-        forward: (x, y, layer, factors, scaling) -> y'. x: the (dropped-out) input of the layer; y (..., d_out): the
-            base's output for the undropped input.
+        forward: (x, y, layer, factors, scaling) -> y'. x: the (dropped-out) input of the layer; y: the base's
+            output for the undropped input.
         delta: (layer, factors, scaling) -> (d_out, d_in) in fp32, of factors as they are kept: what the weight lacks.
         served: (layer, factors, scaling) -> `forward(x, y, ...) - y` in the form that serves many rows, in fp32.
         together: (x, originals, layers, factors, scalings) -> [y' of each]: several products on one undropped input,
@@ -89,7 +89,7 @@ class Variant:
         computed: (factors in fp32) -> what `forward` and `served` are given of them, cast: differences are taken before
             a cast would lose them.
         peft: How PEFT keeps it.
-        any_kind: Whether it acts beside layers that compute no product too.
+        any_kind: Whether it acts on layers of every kind, also those whose `any_variant` is False.
     """
 
     factors: Callable[[Site, int], dict[str, Factor]]

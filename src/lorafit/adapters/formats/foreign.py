@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import FormatError
-from lorafit.layers import KINDS
+from lorafit.layers import KINDS, experts
 from lorafit.variants import VARIANTS
 
 PREFIX = "base_model.model."
+WITHIN = ".base_layer"  # what PEFT calls the layer that one of its own is around
 # By PEFT's name without `.weight`: the factor, and the kind of layer where only that one's is called so.
 _FACTORS: dict[str, tuple[str, str | None]] = {
     **{
@@ -42,6 +43,7 @@ _KNOWN = {
     "r",
     "lora_alpha",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
@@ -130,6 +132,7 @@ def pairs_of(path: Path, named: Mapping[str, Tensor]) -> Pairs:
             copies[f"{copy['path']}.{copy['part']}"] = tensor
         else:
             strange.append(name)
+    _name_weights_of_attention(found, kinds)
     adapted = {key.rpartition(".")[0] for key in found}
     for name in list(strange):  # of an embedding PEFT saves the weight under the name it has in the base
         path_of, _, part = _unwrapped(name)[1].rpartition(".")
@@ -146,6 +149,18 @@ def pairs_of(path: Path, named: Mapping[str, Tensor]) -> Pairs:
         ways = ", ".join(repr(front) for front in sorted(fronts))
         raise FormatError(f"{path}: its names begin in {len(fronts)} ways ({ways}): save the adapter again, as one")
     return Pairs(found, {key: weight_digests(tensor) for key, tensor in copies.items()}, kinds)
+
+
+def _name_weights_of_attention(found: dict[str, Tensor], kinds: dict[str, str]) -> None:
+    """Put pairs that PEFT has on torch's attention, and on the out_proj within, under the paths of the two weights."""
+    inner = KINDS["attention.out_proj.weight"].peft_below
+    for module in {key.rpartition(inner)[0] for key in found if key.rpartition(".")[0].endswith(inner)}:
+        for kind in ("attention.in_proj_weight", "attention.out_proj.weight"):
+            path = f"{module}.{kind.partition('.')[2]}"
+            kinds[path] = kind
+            for factor in ("A", "B"):
+                if (tensor := found.pop(f"{module}{KINDS[kind].peft_below}.{factor}", None)) is not None:
+                    found[f"{path}.{factor}"] = tensor
 
 
 def _unwrapped(name: str) -> tuple[str, str]:
@@ -186,6 +201,9 @@ def choosing(config: Mapping[str, Any]) -> dict[str, Any]:
         key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     }
     selects(found, "")
+    if parameters := config.get("target_parameters"):
+        found["target_parameters"] = [*parameters]
+        selects_parameter(found, "")
     return found
 
 
@@ -205,6 +223,44 @@ def selects(choice: Mapping[str, Any], path: str) -> bool | None:
     ways = [rf"(?:^|.*?\.){one}\.(\d+)\..*" for one in ([patterns] if isinstance(patterns, str) else patterns)]
     match = next((m for way in ways or [r".*?\.[^.]*\.(\d+)\..*"] if (m := re.fullmatch(way, path))), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def selects_parameter(choice: Mapping[str, Any], path: str) -> bool:
+    """PEFT's rule for parameters: whether the settings choose the one at this path."""
+    return _named(choice.get("target_parameters") or (), path)
+
+
+def at_their_parameters(path: Path, config: Mapping[str, Any], pairs: Pairs) -> Pairs:
+    """The pairs in a file, those on experts under the paths of their parameters. PEFT keeps them under the path of the
+    module: of several on one, each is the layer within that of the next. Raises FormatError where there are others than
+    the config names."""
+    depths: dict[str, int] = {}
+    for key in pairs.tensors:
+        module, depth = _nested(key.rpartition(".")[0])
+        depths[module] = max(depths.get(module, 0), depth)
+    paths: dict[str, str] = {}
+    for module, depth in depths.items():
+        names = [name for name in experts.PARAMETERS if selects_parameter(config, f"{module}.{name}")]
+        if not names or module.rpartition(".")[2] in experts.PARAMETERS:
+            continue
+        if len(names) != depth + 1:
+            raise FormatError(
+                f"{path}: {module} has pairs for {depth + 1} parameters, and the config's target_parameters name "
+                f"{len(names)}: save the adapter again, or restore the folder"
+            )
+        paths |= {module + i * WITHIN: f"{module}.{name}" for i, name in enumerate(reversed(names))}
+    tensors = {}
+    for key, tensor in pairs.tensors.items():
+        place, _, factor = key.rpartition(".")
+        tensors[f"{paths.get(place, place)}.{factor}"] = tensor
+    kinds = {place: f"experts.{place.rpartition('.')[2]}" for place in paths.values()}
+    return Pairs(tensors, pairs.weights, {**pairs.kinds, **kinds})
+
+
+def _nested(path: str) -> tuple[str, int]:
+    """The path of a module, and how many layers of PEFT's a pair lies within."""
+    module = path.removesuffix(WITHIN)
+    return (path, 0) if module == path else (_nested(module)[0], _nested(module)[1] + 1)
 
 
 def _named(names: str | Iterable[str], path: str) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import conversion_mapping
+
+from lorafit.adapters.plan import LowRank
 
 # PEFT 0.21 refuses these: the fused kernels of the families read the weight past the module's forward.
 _STATE_SPACE = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -22,9 +27,9 @@ def refused_by_peft(model: Any, name: str) -> bool:
     return name in _PAST_FORWARD and _family(model) in _STATE_SPACE
 
 
-def misread_by_peft(model: Any, paths: Sequence[str]) -> str | None:
-    """What PEFT will make of an adapter on these modules, where it is not what was trained; None where it is."""
-    family = _family(model)
+def misread_by_peft(model: nn.Module, slots: Sequence[LowRank]) -> str | None:
+    """What PEFT will make of an adapter of these slots, where it is not what was trained; None where it is."""
+    family, paths = _family(model), [slot.site.path for slot in slots if slot.site.count == 1]
     patterns = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
     experts = _EXPERTS.get(patterns.get(family or "", ""), set())
     merged = [path for path in paths if path.rpartition(".")[2] in experts]
@@ -40,7 +45,38 @@ def misread_by_peft(model: Any, paths: Sequence[str]) -> str | None:
             f"PEFT refuses {', '.join(sorted(_ends(refused)))} of a {family}, whose fused kernels read the weight "
             "past the module. lorafit reads them as trained; for PEFT leave them out of --targets"
         )
+    odd = [f"{slot.site.path}: {why}" for slot in slots if (why := _misread_convolution(model, slot))]
+    if odd := odd + _odd_attention(slots):
+        return (
+            f"{'; '.join(odd[:3])}{' ...' if odd[3:] else ''}. lorafit reads them as trained; for PEFT leave them out"
+        )
     return None
+
+
+def _misread_convolution(model: nn.Module, slot: LowRank) -> str | None:
+    """PEFT 0.21 gives A the stride and the padding of a convolution, and nothing else of it."""
+    module = model.get_submodule(slot.site.path) if slot.site.kind == "convolution" else None
+    if not isinstance(module, _ConvNd):
+        return None
+    if any(step > 1 and side > 1 for step, side in zip(module.dilation, module.kernel_size, strict=True)):
+        return "PEFT adapts this convolution without its dilation"
+    if module.padding_mode != "zeros":
+        return (
+            f"PEFT pads what the adapter of this convolution reads with zeros, and not in mode '{module.padding_mode}'"
+        )
+    return None
+
+
+def _odd_attention(slots: Sequence[LowRank]) -> list[str]:
+    """PEFT 0.21 adds the change of out_proj twice, in each forward and where it merges (huggingface/peft#3774)."""
+    paths = [slot.site.path for slot in slots if slot.site.kind == "attention.out_proj.weight"]
+    return [f"{path}: PEFT adds its change twice" for path in paths]
+
+
+def added_twice(config: Mapping[str, Any]) -> bool:
+    """Whether a config names a version of PEFT that adds the change of out_proj twice."""
+    version = re.match(r"0\.(\d+)\.", str(config.get("peft_version")))
+    return version is not None and int(version[1]) <= 21
 
 
 def _family(model: Any) -> str | None:

@@ -19,20 +19,33 @@ from torch import Tensor
 
 from lorafit.adapters.adapter import FORMAT, Adapter, Claims
 from lorafit.adapters.folder import CONFIG as CONFIG
+from lorafit.adapters.folder import OURS as OURS
 from lorafit.adapters.folder import WEIGHTS as WEIGHTS
 from lorafit.adapters.folder import adapter_folder as adapter_folder
 from lorafit.adapters.folder import require_adapter_folder as require_adapter_folder
-from lorafit.adapters.formats.foreign import PREFIX, Pairs, by_pattern, choosing, pairs_of, require_plain, selects
+from lorafit.adapters.folder import require_writes as require_writes
+from lorafit.adapters.formats.foreign import (
+    PREFIX,
+    WITHIN,
+    Pairs,
+    at_their_parameters,
+    by_pattern,
+    choosing,
+    pairs_of,
+    require_plain,
+    selects,
+)
+from lorafit.adapters.formats.oddities import added_twice
 from lorafit.adapters.plan import LowRank, Plan
-from lorafit.adapters.rendering import Rendering
+from lorafit.adapters.rendering import Classes, Rendering
 from lorafit.bases import hub
 from lorafit.errors import FormatError
 from lorafit.files import read_json, whole_folder, write_json, write_text
-from lorafit.layers import KINDS
+from lorafit.layers import KINDS, convolution, experts
 from lorafit.layers.site import Site
 from lorafit.variants import VARIANTS
 
-OURS, CARD = "lorafit.json", "README.md"
+CARD = "README.md"
 ROUTING = "routing_features.safetensors"  # what a router learns from, where the adapter has it
 FILES = {CONFIG, WEIGHTS, OURS, CARD, ROUTING}
 
@@ -42,12 +55,14 @@ _COMPUTES = {
     "r",
     "lora_alpha",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
     "use_dora",
     "bias",
+    "modules_to_save",
 }
 
 _DEFAULT = 8  # PEFT's rank and alpha where the config names none
@@ -59,19 +74,26 @@ def write(
     card: str = "",
     extra: Mapping[str, Any] | None = None,
     routing: bytes | None = None,
-) -> None:
-    """Write the folder whole, or not at all. `extra` goes into lorafit.json (scores, provenance). routing: the file
-    that a router learns from.
+) -> Path:
+    """Save an adapter as a folder in PEFT's layout, whole or not at all; returns the folder.
 
-    Replaces an adapter folder, and nothing else: raises FormatError where the folder holds other files, and for what
-    PEFT has no words for: two variants in one adapter.
+    An adapter folder that is there is replaced with all that is in it; anything else is left as it is.
+
+    Args:
+        adapter: What to save.
+        folder: Where to; folders above it are made.
+        card: The text of README.md, by default three lines that name the base.
+        extra: More for lorafit.json, such as scores and versions.
+        routing: The file that a router learns from.
+
+    Raises:
+        FormatError: The folder holds other files, or the adapter more than one variant, which PEFT cannot read.
+        RunError: There is a file of that name.
     """
     folder = Path(folder)
-    strange = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else []
-    if strange:
-        raise FormatError(
-            f"{folder}: holds {', '.join(strange[:5])}, which no adapter folder does: name another folder"
-        )
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if lost := there - FILES if CONFIG in there else there:
+        raise FormatError(f"{folder}: holds {', '.join(sorted(lost)[:5])}, which would be lost: name another folder")
     variants = {slot.variant for slot in adapter.plan.slots}
     if len(variants) > 1:
         raise FormatError(
@@ -85,15 +107,20 @@ def write(
         "rendering": adapter.rendering.to_json() if adapter.rendering else None,
         "digest": adapter.digest(),
         **({"claims": asdict(adapter.claims)} if adapter.claims else {}),
+        **({"classes": adapter.classes.to_json()} if adapter.classes else {}),
         **(extra or {}),
     }
-    tensors = {}
+    tensors, paths = {}, _paths_in_peft(adapter.plan)
     for slot in adapter.plan.slots:
         kept = VARIANTS[slot.variant].peft
-        names = {**kept.names, **KINDS[slot.site.kind].peft_names}
+        kind = KINDS[slot.site.kind]
+        names = {**kept.names, **kind.peft_names}
         own = {name: adapter.tensors[f"{slot.site.path}.{name}"] for name in slot.factors()}
-        for name, tensor in kept.written(own).items():
-            tensors[f"{PREFIX}{slot.site.path}.{names[name]}"] = tensor.contiguous()
+        for name, tensor in kind.written(slot.site, kept.written(own)).items():
+            tensors[f"{PREFIX}{paths[slot.site.path]}.{names[name]}"] = tensor.contiguous()
+    for one in adapter.plan.whole:
+        for name, _ in one.parameters:
+            tensors[f"{PREFIX}{one.path}.{name}"] = adapter.tensors[f"{one.path}.{name}"].contiguous()
     with whole_folder(folder) as building:
         save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         write_json(building / CONFIG, _config(adapter))
@@ -101,12 +128,30 @@ def write(
         if routing is not None:
             (building / ROUTING).write_bytes(routing)
         write_text(building / CARD, card or f"---\nlibrary_name: peft\nbase_model: {_base_of(adapter)[0]}\n---\n")
+    return folder
 
 
 def routing_of(folder: str | Path) -> bytes | None:
     """The file that a router learns from, of an adapter folder that has one."""
     folder = Path(folder)
     return (folder / ROUTING).read_bytes() if (folder / ROUTING).exists() else None
+
+
+def _target(site: Site) -> str:
+    """What PEFT's settings name: a module, or the parameter of all experts."""
+    return site.module if site.count == 1 else site.path
+
+
+def _paths_in_peft(plan: Plan) -> dict[str, str]:
+    """Where PEFT keeps the pair of each site: on experts under the module, each within the layer of the next."""
+    found = {slot.site.path: slot.site.module + KINDS[slot.site.kind].peft_below for slot in plan.slots}
+    inside: dict[str, list[str]] = {}
+    of_experts = [slot.site for slot in plan.slots if slot.site.count > 1]
+    for site in sorted(of_experts, key=lambda site: experts.PARAMETERS.index(site.parameter)):
+        inside.setdefault(site.module, []).append(site.path)
+    for module, paths in inside.items():
+        found |= {path: module + depth * WITHIN for depth, path in enumerate(reversed(paths))}
+    return found
 
 
 def _exactly(path: str) -> str:
@@ -121,22 +166,27 @@ def _nothing_but(paths: Iterable[str]) -> str:
 
 def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[str, Any]:
     slots = adapter.plan.slots
-    kept = VARIANTS[slots[0].variant].peft
-    ranks = {slot.site.path: slot.rank * kept.ranks for slot in slots}
-    alphas = {slot.site.path: slot.alpha * kept.ranks for slot in slots}
+    variant = VARIANTS[slots[0].variant]
+    kept = variant.peft
+    # The rank of a convolution is that of all its groups, and its alpha the one that leaves the scale as it is.
+    ranks = {_target(slot.site): slot.rank * slot.site.groups * kept.ranks for slot in slots}
+    alphas = {_target(slot.site): slot.alpha * variant.alpha(1.0, slot.site.groups) * kept.ranks for slot in slots}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     base, revision = _base_of(adapter)
+    parameters = [slot.site.path for slot in slots if slot.site.count > 1]
+    modules = [target for target in ranks if target not in parameters]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if adapter.rendering else None,
+        "task_type": "SEQ_CLS" if adapter.classes else "CAUSAL_LM" if adapter.rendering else None,
         "base_model_name_or_path": base,
         "revision": revision,
         "r": rank,
         "lora_alpha": _number(alpha),
-        "target_modules": [slot.site.path for slot in slots],
+        "target_modules": modules,
         # PEFT takes a target for the end of longer paths as well (fc for block.fc): all others are excluded.
-        "exclude_modules": _nothing_but(slot.site.path for slot in slots),
+        "exclude_modules": _nothing_but(modules) if modules else None,
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {pattern(path): own for path, own in ranks.items() if own != rank},
         "alpha_pattern": {pattern(path): _number(own) for path, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
@@ -145,6 +195,7 @@ def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[
         "use_rslora": False,
         "use_dora": False,
         **kept.config,
+        **({"modules_to_save": [one.path for one in adapter.plan.whole]} if adapter.plan.whole else {}),
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -181,7 +232,8 @@ def _number(value: float) -> float | int:
 
 @dataclass(frozen=True)
 class Glance:
-    """What an adapter folder tells without its weights being read. bytes: of these; base: the identity of its base."""
+    """What an adapter folder tells without its weights being read. bytes: of these; base: the identity of its
+    base."""
 
     rendering: Rendering | None
     bytes: int
@@ -195,8 +247,9 @@ def glance(folder: str | Path) -> Glance:
     ours = _ours(folder) if (folder / OURS).exists() else {}
     try:
         rendering = Rendering.from_json(ours["rendering"]) if ours.get("rendering") else None
-        return Glance(rendering, (folder / WEIGHTS).stat().st_size, ours.get("base"), _recorded(ours.get("base_name")))
-    except (AttributeError, TypeError, OSError) as error:
+        size = (folder / WEIGHTS).stat().st_size
+        return Glance(rendering, size, ours.get("base"), _recorded(ours.get("base_name")))
+    except (AttributeError, KeyError, TypeError, OSError) as error:
         raise FormatError(f"{folder}: {error!r}: restore the folder, it was edited or damaged") from error
 
 
@@ -217,19 +270,20 @@ def read(folder: str | Path) -> Adapter:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG}: not a JSON object: save the adapter again")
-    require_plain(folder / CONFIG, config)
+    named = _read_tensors(folder / WEIGHTS)
     if (folder / OURS).exists():
-        return _read_ours(folder, config, _read_tensors(folder / WEIGHTS))
-    return _read_foreign(folder, config, _read_tensors(folder / WEIGHTS))
+        return _read_ours(folder, config, named)
+    require_plain(folder / CONFIG, config)
+    pairs = at_their_parameters(folder / WEIGHTS, config, pairs_of(folder / WEIGHTS, named))
+    return _read_foreign(folder, config, pairs)
 
 
-def _read_tensors(path: Path) -> Pairs:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: damaged or not safetensors ({error}): copy it again") from error
-    return pairs_of(path, named)
 
 
 def _ours(folder: Path) -> dict[str, Any]:
@@ -244,17 +298,30 @@ def _ours(folder: Path) -> dict[str, Any]:
     return ours
 
 
-def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
+def _read_ours(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> Adapter:
     ours = _ours(folder)
     try:
         plan, rendering, digest = Plan.from_json(ours["plan"], str(folder / OURS)), ours["rendering"], ours["digest"]
+        whole = [one.path for one in plan.whole]
+        require_plain(
+            folder / CONFIG, {key: value for key, value in config.items() if (key, value) != ("modules_to_save", whole)}
+        )
+        heads = {
+            key: named.pop(f"{PREFIX}{key}")
+            for one in plan.whole
+            for name, _ in one.parameters
+            if f"{PREFIX}{(key := f'{one.path}.{name}')}" in named
+        }
+        parameters = {"target_parameters": [slot.site.path for slot in plan.slots if slot.site.count > 1]}
+        pairs = at_their_parameters(folder / WEIGHTS, parameters, pairs_of(folder / WEIGHTS, named))
         adapter = Adapter(
             plan,
-            _factors(plan, pairs.tensors),
+            _factors(plan, pairs.tensors) | heads,
             ours["base"],
             _recorded(ours["base_name"]),
             Rendering.from_json(rendering) if rendering else None,
             Claims(**ours["claims"]) if ours.get("claims") else None,
+            Classes.from_json(ours["classes"]) if ours.get("classes") else None,
         )
     except (KeyError, TypeError) as error:
         raise FormatError(
@@ -266,7 +333,8 @@ def _read_ours(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
             f"{OURS} to read it as an adapter of unknown origin"
         )
     written = _config_of_format_1(adapter) if ours["format"] == 1 else _config(adapter)
-    edited = [key for key, value in written.items() if key in _COMPUTES and config.get(key) != value]
+    named_there = dict.fromkeys([*written, "target_parameters"])
+    edited = [key for key in named_there if key in _COMPUTES and config.get(key) != written.get(key)]
     if edited:
         raise FormatError(
             f"{folder / CONFIG}: {', '.join(edited)} differ from {OURS}: PEFT would compute something else than "
@@ -279,22 +347,28 @@ def _factors(plan: Plan, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What PEFT's tensors are to the methods of a plan."""
     found = dict(named)
     for slot in plan.slots:
-        kept = VARIANTS[slot.variant].peft
-        own = {name: found.pop(key) for name in kept.names if (key := f"{slot.site.path}.{name}") in found}
+        kept, kind, site = VARIANTS[slot.variant].peft, KINDS[slot.site.kind], slot.site
+        paths = (site.path, f"{site.module}{kind.peft_below}")  # the latter where one weight of several is adapted
+        own = {name: found.pop(key) for path in paths for name in kept.names if (key := f"{path}.{name}") in found}
         if set(own) == set(kept.names):
-            own = kept.read(own)
+            try:
+                own = kept.read(kind.read(site, own))
+            except ValueError as error:
+                raise FormatError(f"{site.path}: {error}") from error
         found |= {f"{slot.site.path}.{name}": tensor for name, tensor in own.items()}
     return found
 
 
 def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter:
     try:
+        choice = choosing(config)
         slots, problems = _foreign_slots(config, pairs)
-        claims = Claims(choosing(config), pairs.weights)
+        claims = Claims(choice, pairs.weights)
         problems += [
-            f"{slot.site.path}: has tensors, and the config's target_modules do not name it"
+            f"{slot.site.path}: has tensors, but the config names it neither in target_modules nor, as experts, in "
+            "target_parameters"
             for slot in slots
-            if selects(claims.selects, slot.site.path) is False
+            if slot.site.count == 1 and selects(choice, slot.site.module) is False
         ]
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise FormatError(
@@ -306,7 +380,12 @@ def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter
             + "\n  ".join(problems[:12])
             + "\nsave the adapter again, or restore the folder"
         )
-    return Adapter(Plan(tuple(slots)), pairs.tensors, base=None, base_name=_named_base(config), claims=claims)
+    plan = Plan(tuple(slots))
+    try:
+        tensors = _factors(plan, pairs.tensors)
+    except FormatError as error:
+        raise FormatError(f"{folder / WEIGHTS}: {error}") from error
+    return Adapter(plan, tensors, base=None, base_name=_named_base(config), claims=claims)
 
 
 def _foreign_slots(config: dict[str, Any], pairs: Pairs) -> tuple[list[LowRank], list[str]]:
@@ -316,16 +395,40 @@ def _foreign_slots(config: dict[str, Any], pairs: Pairs) -> tuple[list[LowRank],
     variant = "dora" if config.get("use_dora") else "lora"
     for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         a, b = tensors.get(f"{path}.A"), tensors.get(f"{path}.B")
-        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            problems.append(f"{path}: lora_A and lora_B are not a pair of matrices")
+        kind = pairs.kinds.get(path) or ("conv1d" if config.get("fan_in_fan_out") else "linear")
+        try:
+            said = by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
+            site, rank = _foreign_site(path, kind, a, b, said)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
             continue
-        rank = a.shape[0]
-        said = by_pattern(config.get("rank_pattern"), path, config.get("r", _DEFAULT))
+        target = _target(site)
+        said = by_pattern(config.get("rank_pattern"), target, config.get("r", _DEFAULT))
         if said != rank:
             problems.append(f"{path}: rank {rank} in the tensors, {said} in the config")
-        alpha = float(by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", _DEFAULT)))
+        alpha = float(by_pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", _DEFAULT)))
         if config.get("use_rslora"):
             alpha *= rank**0.5  # s = alpha / √rank (arXiv 2312.03732)
-        kind = pairs.kinds.get(path) or ("conv1d" if config.get("fan_in_fan_out") else "linear")
-        slots.append(LowRank(Site(path, kind, a.shape[1], b.shape[0]), rank, alpha, variant))
+        if site.kind == "attention.out_proj.weight":
+            alpha *= 2
+            if not added_twice(config):
+                problems.append(
+                    f"{path}: PEFT adds its change twice, up to 0.21, and the config names no such peft_version: write "
+                    "the one it was trained with"
+                )
+        slots.append(LowRank(site, rank // site.groups, alpha / site.groups, variant))
     return slots, problems
+
+
+def _foreign_site(path: str, kind: str, a: Tensor | None, b: Tensor | None, said: int) -> tuple[Site, int]:
+    """The site of a pair as PEFT keeps it, and its rank there. Raises ValueError where it is none. said: the rank in
+    the config, by which experts are counted, whose A lie in one matrix."""
+    if a is not None and b is not None and a.dim() > 2:
+        return convolution.site_of(path, a, b), len(a)
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise ValueError("lora_A and lora_B are not a pair of matrices")
+    if not kind.startswith("experts."):
+        return Site(path, kind, a.shape[1], b.shape[0]), len(a)
+    if said < 1 or len(a) % said or len(a) == said:
+        raise ValueError(f"lora_A has {len(a)} rows, which are not those of several experts of rank {said}")
+    return Site(path, kind, a.shape[1], b.shape[0], (len(a) // said,)), said

@@ -1,4 +1,4 @@
-"""What the engine's thread does beside answering: trying adapters that are new, and work that comes in pieces."""
+"""Work of the engine's thread in addition to answers: probes of new adapters, and tasks that run between steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from lorafit.errors import AdapterError
 from lorafit.serving.mixing import Loaded
 
-PROBED = 4  # tokens an adapter is tried on: of one alone, attention would not show what it asks and is asked
+PROBED = 4  # tokens of a probe: with a single one, attention would not depend on queries and keys
 
 
 @dataclass(eq=False)
 class Probe:
-    """An adapter that is tried beside a step: one of its own would keep all the others waiting for it. done: logits
-    (2, vocabulary) of the bare base, and with it."""
+    """A new adapter that is tried as part of a step, so that the other requests do not wait for it. done: logits (2,
+    vocabulary) of the bare base, and with the adapter."""
 
     name: str
     loaded: Loaded
@@ -27,38 +27,38 @@ class Probe:
 
     @staticmethod
     def text(vocabulary: int) -> list[int]:
-        """Token ids it is tried on."""
+        """The token ids that adapters are tried on."""
         return [(i + 1) * vocabulary // (PROBED + 1) for i in range(PROBED)]
 
     def require_effect(self) -> None:
-        """Wait for what was found. Raises AdapterError where the adapter spoils the base, or changes nothing."""
+        """Wait for the logits. Raises AdapterError where they are not finite, or the adapter changes nothing."""
         bare, adapted = self.done.result()
         if not adapted.isfinite().all():
             raise AdapterError(f"'{self.name}': with it the base gives no finite numbers: train it again")
-        if self.loaded.is_nothing or torch.equal(bare, adapted):
+        if self.loaded.is_zero or torch.equal(bare, adapted):
             raise AdapterError(f"'{self.name}': it changes nothing: train it first")
 
     def fail(self, why: str) -> None:
-        """Nothing was found: the others go on without it, and have lost nothing."""
+        """End the probe without a result; the requests of the step are not affected."""
         self.done.set_exception(AdapterError(f"'{self.name}' cannot be tried: {why}: load it again"))
 
 
 @dataclass(eq=False)
-class Aside:
-    """Work in pieces, each of which is done between two steps."""
+class Task:
+    """A generator of which one piece is run at a time, between steps. done: what it returns."""
 
     pieces: Generator[None, None, Any]
     done: Future[Any] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        self.done.set_running_or_notify_cancel()  # whoever waits no longer cancels their waiting alone
+        self.done.set_running_or_notify_cancel()  # a caller that stops waiting does not cancel the task
 
-    def goes_on(self) -> bool:
-        """Do its next piece; false once there is none."""
+    def advance(self) -> bool:
+        """Run the next piece. Returns whether there may be another."""
         try:
             next(self.pieces)
         except StopIteration as ended:
             self.done.set_result(ended.value)
-        except Exception as error:  # whatever it is, whoever waits hears of it, and the engine goes on
+        except Exception as error:  # the caller gets it, and the engine continues
             self.done.set_exception(error)
         return not self.done.done()

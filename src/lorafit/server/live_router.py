@@ -1,4 +1,4 @@
-"""The router of a server, kept up to the adapters it serves, and the version that a question goes to."""
+"""The router of a server: trained again whenever its adapters change; features of a question in, an adapter out."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from lorafit.serving import Engine
 FILE = "router.safetensors"
 
 
-class Switch:
-    """folder: where the router is kept, beside the registry; None: it is trained at every start."""
+class LiveRouter:
+    """Keeps a router trained for the adapters that are live. folder: where it is stored; None: it is trained at every
+    start."""
 
     def __init__(self, engine: Engine, folder: Path | None, say: Callable[[str], None]):
         self._engine, self._file, self._say = engine, folder / FILE if folder else None, say
-        self._seen: dict[str, str] = {}
+        self._trained_for: dict[str, str] = {}
         self._others: torch.Tensor | None = None
         self.router: Router | None = None
 
     def look(self) -> None:
-        """Train the router anew where other adapters are live than before."""
+        """Train the router again where other adapters are live than before."""
         live = {version.name: version for version, is_live in self._engine.adapters.listed() if is_live}
-        seen = {name: version.id for name, version in live.items()}
-        if seen == self._seen:
+        ids = {name: version.id for name, version in live.items()}
+        if ids == self._trained_for:
             return
         contents = {}
         for name, version in live.items():
@@ -39,21 +40,21 @@ class Switch:
         key = routing.key_of(contents, self._engine.base.identity)
         try:
             if not (self.router and self.router.key == key):
-                self.router = self._kept(key) or self._trained(contents, key)
+                self.router = self._stored(key) or self._trained(contents, key)
         except LorafitError:
-            self._seen = seen  # what cannot be learnt from now cannot be the next time
+            self._trained_for = ids  # another try with the same adapters would fail in the same way
             raise
-        self._seen = seen
+        self._trained_for = ids
 
-    def _kept(self, key: str) -> Router | None:
+    def _stored(self, key: str) -> Router | None:
         if self._file is None or not self._file.exists():
             return None
         try:
-            kept = Router.from_bytes(self._file.read_bytes(), str(self._file))
+            router = Router.from_bytes(self._file.read_bytes(), str(self._file))
         except LorafitError as error:
             self._say(str(error))
             return None
-        return kept if kept.key == key else None
+        return router if router.key == key else None
 
     def _trained(self, contents: dict[str, bytes], key: str) -> Router | None:
         if not contents:
@@ -65,7 +66,7 @@ class Switch:
             self._say(f"the router leaves '{name}' out: {why}")
         if not adapters:
             return None
-        router = self._engine.aside(routing.fitting(adapters, self._others, key)).result()
+        router = self._engine.between_steps(routing.fitting(adapters, self._others, key)).result()
         try:
             if self._file is not None:
                 with whole_file(self._file) as building:
@@ -79,22 +80,19 @@ class Switch:
         return router
 
     def names(self, may_use: Callable[[str], bool]) -> set[str]:
-        """Of adapters that may be chosen now."""
+        """The adapters that may be chosen now."""
         live = {version.name for version, is_live in self._engine.adapters.listed() if is_live}
         return {name for name in self.router.names if name in live and may_use(name)} if self.router else set()
 
     def route(self, features: torch.Tensor, may_use: Callable[[str], bool], base: str) -> Routed:
-        """Where a question of these features goes, of the adapters that are live and allowed. Raises
+        """Choose among the live adapters that may be used, and the base, for the features (D,) of a question. Raises
         UnknownAdapterError where there is nothing to choose from."""
         router, names = self.router, self.names(may_use)
         if router is None or not names:
-            raise UnknownAdapterError(
-                "'auto': no adapter that you may use keeps questions that the router could learn "
-                "from: name one of /v1/models"
-            )
+            why = "no adapter that you may use keeps questions that the router could learn from"
+            raise UnknownAdapterError(f"'auto': {why}: name one of /v1/models")
         routed = router.route(features, names)
         if routed.adapter is None and not may_use(base):
-            raise UnknownAdapterError(
-                "'auto': this is a question for no adapter that you may use: name one of /v1/models"
-            )
+            why = "the question belongs to no adapter that you may use"
+            raise UnknownAdapterError(f"'auto': {why}: name one of /v1/models")
         return routed
