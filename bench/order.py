@@ -94,9 +94,9 @@ def main() -> None:
     if asked.record:
         told = "; ".join(f"{name}: {SETS[name]}" for name in asked.sets)
         text = (
-            f"Validation NLL at the end, mean over {asked.seeds} seeds, {dtype}, rank {RANK}, alpha {ALPHA:g}; 10 and 24 "
-            f"steps of 8 rows at 1e-3, 450 steps of 4 rows at 1.3e-3. The other order sorts the rows of {WINDOW} batches "
-            f"by length. {told}."
+            f"Validation NLL at the end, mean over {asked.seeds} seeds, {dtype}, rank {RANK}, alpha {ALPHA:g}; 10 and "
+            f"24 steps of 8 rows at 1e-3, 450 steps of 4 rows at 1.3e-3. The other order sorts the rows of {WINDOW} "
+            f"batches by length. {told}."
         )
         record("The order of rows", {**about, "machine": about["machine"]}, f"{text}\n\n{markdown(head, lines)}")
 
