@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed blocks instead of returning them to the kernel; without glibc this does nothing.
 
     Every step frees and allocates the same large blocks, and mapping them again costs up to a third of the step. It
-    affects the whole process, so a run does it, never an import.
+    affects the whole process, so a run does it, never an import. Between two stages of a run `return_freed_memory`
+    gives the blocks back.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -29,6 +30,12 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 1 << 30)
     libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Return the freed blocks that glibc has kept: a stage that begins needs blocks of other sizes."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_gb() -> float | None:
@@ -106,8 +113,7 @@ class Meter:
 
 def _held(base: Base) -> int:
     """Resident memory of this process in bytes, without freed blocks that glibc keeps."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     if (now := _bytes_in("/proc/self/status", "VmRSS")) is not None:
         return now
     most = peak_gb()

@@ -26,7 +26,7 @@ from lorafit.evaluation.classes import LabelQuestions
 from lorafit.evaluation.questions import Questions
 from lorafit.files import read_json, require_new_folder, whole_file
 from lorafit.jobs.listener import Listener, Silent
-from lorafit.jobs.machine import keep_freed_memory
+from lorafit.jobs.machine import keep_freed_memory, return_freed_memory
 from lorafit.jobs.prepare import open_all, prepare_again
 from lorafit.jobs.scoring import scoring_of
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
@@ -120,7 +120,9 @@ def ladder_of(
         The ladder down to the refused rung, the smallest adapter that may be shipped (None if that is the whole), and
         the moments by which it was cut.
     """
+    return_freed_memory()  # of the training, in blocks of other sizes
     moments = moments_of(runner, whole, train[:: max(1, len(train) // LOOKED_AT)][:LOOKED_AT])
+    return_freed_memory()
     questions = held.questions
     small: dict[float, Adapter] = {}
     rungs: list[Rung] = []
@@ -132,6 +134,7 @@ def ladder_of(
         small[share], _ = trimmed(whole, share, moments)
         with attach(runner.base, small[share]):
             nll = runner.nll(held.rows, partial(listener.watch, f"{share:.2%}"))
+        return_freed_memory()
         step = rung(share, small[share].plan.parameters, nll, held.nll, held.groups)
         if questions is not None and not costs_too_much(step, margin):
             if right is None:
