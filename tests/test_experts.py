@@ -127,7 +127,7 @@ def test_a_delta_that_would_be_rounded_away_in_a_weight_of_bf16_still_acts() -> 
     x, weight, a, b = (one.to(torch.bfloat16) for one in (x, weight, x, torch.full((8, 1), 2e-5)))
     exact = x.double() @ (weight.double() + b.double() @ a.double()).T
     summed: Any = Sum(weight, b, a, 1.0)
-    apart, rounded = F.linear(x, summed), F.linear(x, summed.made())
+    apart, rounded = F.linear(x, summed), F.linear(x, summed.tensor())
     assert (apart - exact).abs().mean() < 0.5 * (rounded - exact).abs().mean()
 
 
