@@ -101,7 +101,7 @@ def test_a_model_is_as_it_was_after_recomputing() -> None:
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:
-    with pytest.raises(AttachError, match="names no blocks"), recomputing(Base.of(plain_module(), "plain")):
+    with pytest.raises(AttachError, match="declares no blocks"), recomputing(Base.of(plain_module(), "plain")):
         pass
 
 

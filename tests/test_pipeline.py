@@ -421,7 +421,7 @@ def test_a_site_that_gets_no_gradient_cannot_learn_and_is_refused_where_it_is_na
     base = Base.of(Picks().eval().requires_grad_(not frozen), "picks")
     seen = fired(base, lambda: base.model(torch.ones(1, 3, 16)))
     assert seen == {"mix"}
-    with pytest.raises(TargetError, match=r"2 named sites .* no gradient comes back to them: pick, rank"):
+    with pytest.raises(TargetError, match=r"2 named sites .* receive no gradient: pick, rank"):
         require_fired(uniform(base.sites, 2, 4.0), seen)
 
 
