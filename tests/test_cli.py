@@ -698,7 +698,7 @@ def test_trim_asks_the_runs_validation_where_it_is_not_told_how_much(
     assert done.status == 0, done.err
     said = done.last_object
     assert said["reason"].startswith("untrimmed: ")
-    assert said["reason"].endswith("independent validation examples decide nothing, at least 10 are needed")
+    assert said["reason"].endswith("independent validation examples are too few: at least 10 are needed")
     assert [rung["bound"] for rung in said["rungs"]] == [None] * len(said["rungs"])
     assert said["adapter_dir"] is None
     assert not (tmp_path / "small").exists()

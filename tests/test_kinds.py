@@ -291,7 +291,7 @@ def test_linear_layers_are_trimmed_beside_others_and_others_alone_are_not() -> N
         site.path: 2 if site.path == "over" else 4 for site in base.every_site
     }
     alone = random_adapter(base, uniform(_named(base, ["strided"]), 4, 8.0))
-    with pytest.raises(AdapterError, match="only the pairs of linear layers are cut, and this adapter has none"):
+    with pytest.raises(AdapterError, match="only pairs of linear layers can be trimmed, and this adapter has none"):
         require_pairs(alone)
     with pytest.raises(AdapterError, match="strided: an adapter of such a layer cannot be served together"):
         served(base, alone)

@@ -40,7 +40,7 @@ def trim_trained(run: Run, trained: Trained, recipe: Recipe, extras: Extras) -> 
         return kept_whole(trained.each, before, why), whole
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
-        why = f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
+        why = f"untrimmed: {n} independent validation examples are too few: at least {FEWEST} are needed"
         return kept_whole(trained.each, before, why), whole
 
     def climbed() -> tuple[Ladder, Adapter]:

@@ -249,7 +249,7 @@ def one_round(
     opened, out, listener = run.opened, run.out, run.listener
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
-        return None, f"{n} independent validation examples decide nothing, at least {FEWEST} are needed"
+        return None, f"{n} independent validation examples are too few: at least {FEWEST} are needed"
     since = max((earlier.number for earlier in history if earlier.accepted), default=0)
     refused = {earlier.kind for earlier in history if earlier.number > since}
     lines = lines_of(best.folder / METRICS)

@@ -230,7 +230,7 @@ def obstacle(opened: Opened, settings: TrainSettings) -> str | None:
     if settings.search == "none":
         return "switched off (--search none)"
     if independent < FEWEST:
-        return f"{independent} independent validation examples decide nothing, at least {FEWEST} are needed"
+        return f"{independent} independent validation examples are too few: at least {FEWEST} are needed"
     if rates_for(steps) == (1.0,):
         return (
             f"{steps} steps are too few for a search that takes half as many: {steps_needed(2)} steps are needed to "
