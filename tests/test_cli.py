@@ -406,7 +406,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: out of range: choose at least 0 and less"),
     "epochs": (["plan", "BASE", "ROWS", "--epochs", "-1"], "--epochs -1.0: "),
     "endless epochs": (["plan", "BASE", "ROWS", "--epochs", "inf"], "--epochs inf: "),
-    "not one step": (["plan", "BASE", "ROWS", "--epochs", "0.001"], "is not one step"),
+    "not one step": (["plan", "BASE", "ROWS", "--epochs", "0.001"], "less than one step"),
     "variant": (["plan", "BASE", "ROWS", "--variant", "lara"], "--variant"),
     "text for a number": (["plan", "BASE", "ROWS", "--rank", "many"], "'--rank': not a whole number"),
     "unknown flag": (["plan", "BASE", "ROWS", "--rnk", "3"], "--rnk"),

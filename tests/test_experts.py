@@ -252,7 +252,7 @@ def test_named_experts_get_a_rank_divided_by_how_many_a_token_takes() -> None:
     ranks = {slot.site.name: slot.rank for slot in by_rule.plan.slots}
     assert ranks == {"q_proj": 8, "gate_up_proj": 4, "down_proj": 4}
     said = {choice.name: choice.reason for choice in by_rule.choices}
-    assert "of each expert 4, for a token takes 2 of them" in said["rank"]
+    assert "4 for each expert, because a token uses 2 of them" in said["rank"]
     assert "dropout does not act on the experts" in said["sites"]
     by_hand = decide(base, ROWS, TrainSettings(targets=("q_proj", "experts"), rank=6))
     assert {slot.rank for slot in by_hand.plan.slots} == {6}

@@ -264,7 +264,7 @@ def test_a_net_of_convolutions_is_adapted_by_them_and_others_only_where_they_are
     words = reached(base, adapted_by_default(base))
     share = 100 * sum(m.weight.numel() for m in (base.model.strided, base.model.grouped))  # type: ignore[union-attr, operator]
     share /= sum(parameter.numel() for parameter in base.model.parameters())
-    assert f"; adapted only by name are {share:.1f} % in Conv2d" in words
+    assert f"; adapted only if named: {share:.1f} % in Conv2d" in words
     assert "out of an adapter's reach" not in words
 
 

@@ -142,7 +142,7 @@ def test_no_right_answer_is_given_up_however_little_the_nll_costs() -> None:
     )
     chosen = answering(99, 99, 98)
     assert chosen.chosen == 0.5
-    assert "of 100 validation questions it answers 99 right, the whole adapter 99, the next smaller one 98" in chosen.reason
+    assert "validation questions it answers 99 right, the whole adapter 99, the next smaller one 98" in chosen.reason
     assert (chosen.asked, chosen.right) == (100, 99)
     assert answering(96, 99, 97).chosen == 0.25
 

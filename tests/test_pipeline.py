@@ -489,7 +489,7 @@ def test_experts_that_are_left_out_are_told_with_their_share_and_how_to_name_the
     attention = sum(parameter.numel() for name, parameter in model.named_parameters() if "self_attn" in name)
     reason = decide(base, ROWS, TrainSettings(rank=4)).choices[0].reason
     assert f"the adapted layers hold {100 * attention / total:.1f} % of the base's parameters" in reason
-    assert f"adapted only by name are {100 * experts / total:.1f} % in MixtralExperts" in reason
+    assert f"adapted only if named: {100 * experts / total:.1f} % in MixtralExperts" in reason
     assert "--targets q_proj,k_proj,v_proj,o_proj,experts adapts the experts too" in reason
 
 

@@ -487,7 +487,7 @@ def test_a_run_that_was_still_falling_gets_more_steps_and_then_more_rank() -> No
     assert not isinstance(first, str) and (first.kind, first.steps, first.growth) == ("more steps", 120, 1)
     second = next_change(told, 8, {"more steps"})
     assert not isinstance(second, str) and (second.kind, second.steps, second.growth) == ("more rank", 60, 2)
-    assert next_change(told, 8, {"more steps", "more rank"}) == "more steps were tried; more rank was tried"
+    assert next_change(told, 8, {"more steps", "more rank"}) == "more steps were tried; a higher rank was tried"
 
 
 def test_a_half_that_answers_fewer_questions_right_shows_that_the_rank_is_used() -> None:
@@ -498,7 +498,7 @@ def test_a_half_that_answers_fewer_questions_right_shows_that_the_rank_is_used()
     fewer = replace(told, ladder=replace(told.ladder, rungs=(replace(half, right=9),), asked=12, right=10))
     found = next_change(fewer, 8)
     assert not isinstance(found, str) and found.kind == "more rank"
-    assert "costs +0.0010 on validation and answers 9 questions right, not 10" in found.reason
+    assert "costs +0.0010 on validation and answers 9 questions right instead of 10" in found.reason
 
 
 def test_a_run_whose_validation_turned_early_gets_fewer_steps() -> None:

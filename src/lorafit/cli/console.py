@@ -192,8 +192,8 @@ class Terminal:
             )
         self.out.print(table)
         self.out.print(
-            f"gradient energy: the part on which {card['batches']} gradients agree, as a share of the total; cost: share "
-            "of parameters and of operations"
+            f"gradient energy: the part on which {card['batches']} gradients agree; cost: share of parameters and of "
+            "operations"
         )
 
     def example(self, row: Row, renderer: Shown) -> None:
