@@ -209,7 +209,7 @@ def test_what_peft_adapts_on_a_layer_whose_forward_is_never_called_does_not_land
     made_by_peft("attending", tmp_path, {"target_modules": ["out_proj", "over"]})
     base = Base.of(trained(Attending()), "attending")
     with (
-        pytest.raises(AdapterError, match=r"attn.out_proj: NonDynamicallyQuantizableLinear is no kind"),
+        pytest.raises(AdapterError, match=r"attn.out_proj: a NonDynamicallyQuantizableLinear cannot be adapted"),
         attach(base, peft.read(tmp_path), accept_unknown_base=True),
     ):
         pass

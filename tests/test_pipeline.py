@@ -50,7 +50,7 @@ from lorafit.jobs.plan import run_planning
 from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
 from lorafit.layers.site import select
-from lorafit.planning import decide
+from lorafit.planning import Choice, decide
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
 from lorafit.runs.folder import open_run, openings, read_run, remember_questions, require_disk, sole_writer
@@ -984,6 +984,21 @@ def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"my_notes\.txt in addition to an earlier demo"):
         demo.run_demo(tmp_path, Silent())
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(("extra", "who"), [({"demo": True}, "the demo"), (None, "you")])
+def test_reasons_say_who_set_a_value(
+    tiny_folder: Path, data: Path, tmp_path: Path, extra: dict[str, Any] | None, who: str
+) -> None:
+    class Planned(Silent):
+        def plan(self, choices: Sequence[Choice]) -> None:
+            self.reasons = {choice.name: choice.reason for choice in choices}
+            raise RuntimeError("planned")
+
+    hears = Planned()
+    with pytest.raises(RuntimeError, match="planned"):
+        run_training(str(tiny_folder), str(data), tmp_path / "run", {"rank": 2}, listener=hears, extra=extra)
+    assert hears.reasons["rank"] == f"set by {who}"
 
 
 def test_a_resumed_run_takes_the_dtype_and_the_way_it_began_with(

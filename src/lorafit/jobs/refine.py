@@ -51,6 +51,7 @@ from lorafit.runs.folder import (
     require_disk,
     require_run,
     room_to_write,
+    set_by,
     sole_writer,
     versions,
 )
@@ -140,7 +141,9 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     with on_threads(frozen.threads, listener):
         prepared = prepare_again(folder, asked["data"], settings, listener, "train again")
-        opened = open_all(asked["base"], asked["data"], settings, listener, frozen, prepared=prepared)
+        opened = open_all(
+            asked["base"], asked["data"], settings, listener, frozen, prepared=prepared, set_by=set_by(asked)
+        )
         if opened.base.identity != asked["base_identity"] or not opened.examples.has_digest(asked["data_digest"]):
             raise RunError(
                 f"{folder}: its base or its data have changed since it was trained, or an earlier version "
