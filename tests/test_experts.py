@@ -104,7 +104,7 @@ def test_every_law_holds_on_experts(family: str) -> None:
 def test_products_are_taken_apart_however_the_base_computes_its_experts(
     family: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(Sum, "made")
+    monkeypatch.delattr(Sum, "tensor")
     model = tiny(family)
     case = case_of(model, "experts")
     model.set_experts_implementation("eager")

@@ -214,8 +214,8 @@ def _trunk(base: Base, plan: Plan, passes: bool, settings: TrainSettings) -> Cho
         reason = "they lie below every site: their output is computed once and read from disk in later epochs"
         return Choice("trunk", f"the lowest {free} blocks", reason, "--trunk-gb")
     if passes and below:
-        reason = f"the {below} blocks below every site are computed in every epoch, because lorafit cannot skip blocks"
-        return Choice("trunk", "not available", f"{reason} in this family of models", "")
+        reason = f"lorafit cannot skip blocks in this family of models: the lowest blocks ({below}) run in each epoch"
+        return Choice("trunk", "not available", reason, "")
     if settings.trunk_gb != TrainSettings().trunk_gb:
         why = "no block lies below every site" if not below else "one pass over the examples would never read it"
         return Choice("trunk", "not kept", why, "--trunk-gb")
