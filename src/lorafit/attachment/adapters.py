@@ -96,7 +96,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
                 shadowed.append(module)
             else:
                 through.setdefault(place.slot.site.module, []).append(place)
-        replaced = {path: partial(_changed_weights, those, source) for path, those in through.items()} | {
+        replaced = {path: partial(_changed_weights, changed, source) for path, changed in through.items()} | {
             one.path: partial(_whole, one, modules[one.path], source) for one in value.plan.whole
         }
         for path, parameters in replaced.items():
