@@ -43,7 +43,7 @@ def attending(base: Base, name: str, attention: Callable[..., tuple[Tensor, None
     model = base.model
     if not isinstance(model, PreTrainedModel):
         raise AttachError(
-            f"{base.name}: not a model of transformers, so its attention cannot be replaced: run it without packing"
+            f"{base.name}: not a model of transformers, so its attention cannot be replaced: leave packing() out"
         )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, packs.window)

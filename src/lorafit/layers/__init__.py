@@ -1,7 +1,7 @@
 """The kinds of layer that can be adapted, and the search for them. One file per kind, one line in KINDS.
 
 A module belongs to a kind if its type is exactly one of the kind's types, or if a trial shows that it computes the
-same. That a type is a subclass proves nothing: it may scale its output, or its parent may read the weight without calling it.
+same. A subclass need not: it may scale its output, or its parent may read the weight without calling it.
 """
 
 from __future__ import annotations
