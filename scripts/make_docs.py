@@ -73,7 +73,7 @@ def settings_page() -> str:
 
 
 def floors() -> list[dict[str, str]]:
-    """The rooms of src/lorafit and what is in each, floor by floor from the ground."""
+    """The folders and files of src/lorafit by level, lowest first, each with its description."""
     found: list[dict[str, str]] = tomllib.loads((DOCS / "rooms.toml").read_text("utf-8"))["floor"]
     return found
 
@@ -90,13 +90,12 @@ def architecture_page() -> str:
     lines = [
         "# The architecture",
         "",
-        "Generated from `docs/rooms.toml` by `scripts/make_docs.py`. The package is a stack of floors. A file",
-        "imports only from lower floors or from its own room (a folder or file of `src/lorafit`);",
-        "`tests/test_floors.py` checks every import. An example passes through the rooms in this order: `data/`",
-        "reads it, `tasks/` defines what is predicted, `training/` fits the adapter, `evaluation/` scores it,",
-        "`runs/` stores the results, and `report/` shows them.",
+        "Generated from `docs/rooms.toml` by `scripts/make_docs.py`. Each folder or file of `src/lorafit` has a level.",
+        "A file imports only from lower levels or from its own folder; `tests/test_floors.py` checks every import. An",
+        "example passes through the folders in this order: `data/` reads it, `tasks/` defines what is predicted,",
+        "`training/` fits the adapter, `evaluation/` scores it, `runs/` stores the results, and `report/` shows them.",
         "",
-        "| floor | room | what it is for |",
+        "| level | where | what it is for |",
         "|--:|---|---|",
     ]
     for number, floor in reversed(list(enumerate(floors()))):

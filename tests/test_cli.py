@@ -406,7 +406,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "dropout": (["plan", "BASE", "ROWS", "--dropout", "2"], "--dropout 2.0: out of range: choose at least 0 and less"),
     "epochs": (["plan", "BASE", "ROWS", "--epochs", "-1"], "--epochs -1.0: "),
     "endless epochs": (["plan", "BASE", "ROWS", "--epochs", "inf"], "--epochs inf: "),
-    "not one step": (["plan", "BASE", "ROWS", "--epochs", "0.001"], "is not one step"),
+    "not one step": (["plan", "BASE", "ROWS", "--epochs", "0.001"], "less than one step"),
     "variant": (["plan", "BASE", "ROWS", "--variant", "lara"], "--variant"),
     "text for a number": (["plan", "BASE", "ROWS", "--rank", "many"], "'--rank': not a whole number"),
     "unknown flag": (["plan", "BASE", "ROWS", "--rnk", "3"], "--rnk"),
@@ -698,7 +698,7 @@ def test_trim_asks_the_runs_validation_where_it_is_not_told_how_much(
     assert done.status == 0, done.err
     said = done.last_object
     assert said["reason"].startswith("untrimmed: ")
-    assert said["reason"].endswith("independent validation examples decide nothing, at least 10 are needed")
+    assert said["reason"].endswith("independent validation examples are too few: at least 10 are needed")
     assert [rung["bound"] for rung in said["rungs"]] == [None] * len(said["rungs"])
     assert said["adapter_dir"] is None
     assert not (tmp_path / "small").exists()

@@ -17,7 +17,7 @@ from lorafit.bases.builtin import is_at_hand
 from lorafit.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDE = ROOT / "src" / "lorafit" / "guide"  # docs/guide leads there: it is in the package, for lorafit explain
+GUIDE = ROOT / "src" / "lorafit" / "guide"  # in the package, because lorafit explain answers from it
 PAGES = sorted(
     {
         path.resolve()

@@ -104,7 +104,7 @@ def test_every_law_holds_on_experts(family: str) -> None:
 def test_products_are_taken_apart_however_the_base_computes_its_experts(
     family: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(Sum, "made")
+    monkeypatch.delattr(Sum, "tensor")
     model = tiny(family)
     case = case_of(model, "experts")
     model.set_experts_implementation("eager")
@@ -127,7 +127,7 @@ def test_a_delta_that_would_be_rounded_away_in_a_weight_of_bf16_still_acts() -> 
     x, weight, a, b = (one.to(torch.bfloat16) for one in (x, weight, x, torch.full((8, 1), 2e-5)))
     exact = x.double() @ (weight.double() + b.double() @ a.double()).T
     summed: Any = Sum(weight, b, a, 1.0)
-    apart, rounded = F.linear(x, summed), F.linear(x, summed.made())
+    apart, rounded = F.linear(x, summed), F.linear(x, summed.tensor())
     assert (apart - exact).abs().mean() < 0.5 * (rounded - exact).abs().mean()
 
 
@@ -209,7 +209,7 @@ def test_a_folder_whose_tensors_are_fewer_than_it_names_is_refused(tmp_path: Pat
         peft.read(tmp_path)
     lower = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
     save_file(lower, tmp_path / peft.WEIGHTS)
-    with pytest.raises(AdapterError, match=r"that have no tensors in it \(model.layers.1.*experts.gate_up_proj"):
+    with pytest.raises(AdapterError, match=r"for which it has no tensors \(model.layers.1.*experts.gate_up_proj"):
         require_fits(Base.of(tiny("mixtral"), "tiny"), peft.read(tmp_path), accept_unknown_base=True)
 
 
@@ -235,7 +235,7 @@ def test_a_config_of_ours_that_no_longer_names_the_experts_is_refused(tmp_path: 
 
 def test_experts_are_refused_by_the_engine_of_many_adapters_in_words() -> None:
     case = case_of(tiny("mixtral"), "experts")
-    with pytest.raises(AdapterError, match=r"experts.gate_up_proj.* is not served to many at once: use attach\(\)"):
+    with pytest.raises(AdapterError, match=r"experts.gate_up_proj.* cannot be served together .*: use attach\(\)"):
         served(case.base, random_adapter(case.base, case.plan))
 
 
@@ -252,7 +252,7 @@ def test_named_experts_get_a_rank_divided_by_how_many_a_token_takes() -> None:
     ranks = {slot.site.name: slot.rank for slot in by_rule.plan.slots}
     assert ranks == {"q_proj": 8, "gate_up_proj": 4, "down_proj": 4}
     said = {choice.name: choice.reason for choice in by_rule.choices}
-    assert "of each expert 4, for a token takes 2 of them" in said["rank"]
+    assert "4 for each expert, because a token uses 2 of them" in said["rank"]
     assert "dropout does not act on the experts" in said["sites"]
     by_hand = decide(base, ROWS, TrainSettings(targets=("q_proj", "experts"), rank=6))
     assert {slot.rank for slot in by_hand.plan.slots} == {6}

@@ -329,12 +329,6 @@ def test_a_comment_in_a_block_of_code_is_no_heading(monkeypatch: pytest.MonkeyPa
     assert [section.heading for section in search._split("one")] == ["Code"]
 
 
-def test_the_folder_of_the_docs_leads_to_the_guide_of_the_package() -> None:
-    link = ROOT / "docs" / "guide"
-    where = link if link.is_dir() else link.parent / link.read_text().strip()  # git without links writes a file
-    assert where.resolve() == GUIDE
-
-
 def explained(*words: str, cwd: Path) -> tuple[str, list[str]]:
     """What the command prints, and which heavy libraries it opened."""
     code = (

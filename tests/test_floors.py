@@ -1,4 +1,4 @@
-"""The order of the rooms: a file imports only from lower floors, or from its own folder."""
+"""The levels of the folders: a file imports only from lower levels, or from its own folder."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_we_read_pefts_and_compute_the_same(tmp_path: Path, case: str) -> None:
 def test_a_convolution_in_groups_that_is_no_product_is_refused_by_name(tmp_path: Path) -> None:
     """PEFT trains an A that reads the channels of all groups."""
     made_by_peft("pictures", tmp_path, {"target_modules": ["grouped"]})
-    with pytest.raises(FormatError, match=r"grouped: its A differs by group, of 2, or reads channels of other groups"):
+    with pytest.raises(FormatError, match=r"grouped: its A differs between the 2 groups, or reads channels"):
         peft.read(tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_what_peft_adapts_on_a_layer_whose_forward_is_never_called_does_not_land
     made_by_peft("attending", tmp_path, {"target_modules": ["out_proj", "over"]})
     base = Base.of(trained(Attending()), "attending")
     with (
-        pytest.raises(AdapterError, match=r"attn.out_proj: NonDynamicallyQuantizableLinear is no kind"),
+        pytest.raises(AdapterError, match=r"attn.out_proj: a NonDynamicallyQuantizableLinear cannot be adapted"),
         attach(base, peft.read(tmp_path), accept_unknown_base=True),
     ):
         pass
@@ -264,7 +264,7 @@ def test_a_net_of_convolutions_is_adapted_by_them_and_others_only_where_they_are
     words = reached(base, adapted_by_default(base))
     share = 100 * sum(m.weight.numel() for m in (base.model.strided, base.model.grouped))  # type: ignore[union-attr, operator]
     share /= sum(parameter.numel() for parameter in base.model.parameters())
-    assert f"; adapted only by name are {share:.1f} % in Conv2d" in words
+    assert f"; adapted only if named: {share:.1f} % in Conv2d" in words
     assert "out of an adapter's reach" not in words
 
 
@@ -291,9 +291,9 @@ def test_linear_layers_are_trimmed_beside_others_and_others_alone_are_not() -> N
         site.path: 2 if site.path == "over" else 4 for site in base.every_site
     }
     alone = random_adapter(base, uniform(_named(base, ["strided"]), 4, 8.0))
-    with pytest.raises(AdapterError, match="only the pairs of linear layers are cut, and this adapter has none"):
+    with pytest.raises(AdapterError, match="only pairs of linear layers can be trimmed, and this adapter has none"):
         require_pairs(alone)
-    with pytest.raises(AdapterError, match="strided: an adapter of such a layer is not served to many at once"):
+    with pytest.raises(AdapterError, match="strided: an adapter of such a layer cannot be served together"):
         served(base, alone)
 
 

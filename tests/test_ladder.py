@@ -65,13 +65,13 @@ def test_the_smallest_that_costs_nothing_is_shipped() -> None:
 def test_a_known_loss_of_one_percent_is_refused() -> None:
     found = climbed(dict.fromkeys(SHARES, 0.01), 0.01)
     assert found.chosen == 1.0
-    assert found.reason.startswith("untrimmed: 50% already costs +0.01")
+    assert found.reason.startswith("untrimmed: 50% of the adapter already costs +0.01")
 
 
 def test_it_is_refused_at_the_rung_where_it_comes_in() -> None:
     found = climbed({0.5: 0.0, 0.25: 0.0, 0.125: 0.01, 0.0625: 0.0}, 0.01)
     assert found.chosen == 0.25, "a smaller rung that looks well is chance: the order is fixed"
-    assert re.search(r"the next smaller may cost \+0\.0\d\d", found.reason)
+    assert re.search(r"the next smaller one may cost \+0\.0\d\d", found.reason)
 
 
 def test_what_cannot_be_told_says_how_many_examples_may_decide() -> None:
@@ -79,7 +79,7 @@ def test_what_cannot_be_told_says_how_many_examples_may_decide() -> None:
     small = [one + off for one, off in zip(whole, spread, strict=True)]
     found = climb_down(whole, 2.0, [rung(0.5, 1, small, whole, [None] * 60)], [None] * 60)
     assert found.chosen == 1.0
-    named = re.search(r"validation cannot tell: .* about ([\d,]+) independent examples instead of 60", found.reason)
+    named = re.search(r"validation cannot decide: .* about ([\d,]+) independent examples instead of 60", found.reason)
     assert named is not None
     assert int(named[1].replace(",", "")) == pytest.approx((1.645 * 0.1 / 0.005) ** 2, rel=0.25)
     few = [rung(0.5, 1, [1.0 + 50 * off for off in spread], whole, [None] * 60)]
@@ -88,12 +88,12 @@ def test_what_cannot_be_told_says_how_many_examples_may_decide() -> None:
 
 def test_too_few_examples_decide_nothing_and_the_number_wanted_is_named() -> None:
     assert climbed({0.5: 0.0}, 0.001, 5).reason == (
-        "untrimmed: 5 independent validation examples decide nothing, at least 10 are needed"
+        "untrimmed: 5 independent validation examples are too few: at least 10 are needed"
     )
 
 
 def test_where_nothing_could_be_cut_that_is_said() -> None:
-    assert climbed({}, 0.0).reason == "untrimmed: half of it would be less than one direction of a pair"
+    assert climbed({}, 0.0).reason == "untrimmed: half of the adapter would be less than one direction of a pair"
 
 
 def one_rung(whole: float, base: float, half: float) -> Ladder:
@@ -106,11 +106,11 @@ def test_what_may_be_given_up_is_a_share_of_what_was_gained() -> None:
     """0.01 nats are nearly half of the NLL after a training that succeeded, and nearly all of a small gain."""
     succeeded = one_rung(whole=0.013, base=3.84, half=0.023)
     assert succeeded.chosen == 0.5
-    assert "0.5% of the 3.8270 nats that were gained may be given up, 0.0191" in succeeded.reason
-    assert succeeded.reason.startswith("0.5 of the LoRA parameters were given up for +0.0100 validation NLL")
+    assert "0.5% of the gain of 3.8270 nats may be given up, which is 0.0191" in succeeded.reason
+    assert succeeded.reason.startswith("without 50% of the LoRA parameters, the validation NLL changes by +0.0100")
     hardly = one_rung(whole=2.40, base=2.411, half=2.41)
     assert hardly.chosen == 1.0
-    assert hardly.reason.startswith("untrimmed: 50% already costs +0.0100")
+    assert hardly.reason.startswith("untrimmed: 50% of the adapter already costs +0.0100")
 
 
 def test_where_nothing_was_gained_nothing_is_given_up() -> None:
@@ -142,7 +142,7 @@ def test_no_right_answer_is_given_up_however_little_the_nll_costs() -> None:
     )
     chosen = answering(99, 99, 98)
     assert chosen.chosen == 0.5
-    assert "of 100 validation questions it answers 99 right, the whole 99, the next smaller 98" in chosen.reason
+    assert "validation questions it answers 99 right, the whole adapter 99, the next smaller one 98" in chosen.reason
     assert (chosen.asked, chosen.right) == (100, 99)
     assert answering(96, 99, 97).chosen == 0.25
 
@@ -350,7 +350,7 @@ def test_an_adapter_that_cannot_be_trimmed_is_told_before_anything_is_opened(
     idle = {key: torch.zeros_like(t) if key.endswith("B") else t for key, t in whole.tensors.items()}
     peft.write(replace(whole, tensors=idle), tmp_path / "run" / "adapter")
     monkeypatch.delattr("lorafit.jobs.trim.open_all")
-    with pytest.raises(AdapterError, match="does nothing"):
+    with pytest.raises(AdapterError, match="has no effect"):
         run_trimming(tmp_path / "run", tmp_path / "small")
     with pytest.raises(RunError, match="only a run has validation examples"):
         run_trimming(tmp_path / "run" / "adapter", tmp_path / "small")

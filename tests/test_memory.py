@@ -101,7 +101,7 @@ def test_a_model_is_as_it_was_after_recomputing() -> None:
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:
-    with pytest.raises(AttachError, match="names no blocks"), recomputing(Base.of(plain_module(), "plain")):
+    with pytest.raises(AttachError, match="declares no blocks"), recomputing(Base.of(plain_module(), "plain")):
         pass
 
 
@@ -158,7 +158,7 @@ def test_what_a_run_holds_includes_decoding_its_answers() -> None:
     decision, most = fitted("840MB", answering=answering)
     assert decision.recipe.micro_tokens == 256, "it decodes fewer answers at a time, and trains as it would"
     assert most <= 840_000_000
-    with pytest.raises(SettingsError, match=r"raise it to that"):
+    with pytest.raises(SettingsError, match=r"raise it to"):
         fitted("650MB", answering=answering)
 
 
@@ -218,7 +218,7 @@ def test_files_that_a_container_has_read_are_free_in_it(tmp_path: Path) -> None:
 def test_too_little_is_refused_and_what_is_named_instead_will_do() -> None:
     with pytest.raises(SettingsError, match="too little") as refused:
         fitted("505MB")
-    named = re.search(r"holds ([\d.]+GB)", str(refused.value))
+    named = re.search(r"takes ([\d.]+GB)", str(refused.value))
     assert named is not None
     assert fitted(named[1])[0].recipe.recompute
 

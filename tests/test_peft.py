@@ -373,7 +373,7 @@ def test_a_target_without_tensors_is_named(foreign: Path) -> None:
     edit(foreign, lambda config: config.pop("exclude_modules"))
     base = Base.of(tiny_llama(), "tiny")
     with (
-        pytest.raises(AdapterError, match=r"1 modules of 'tiny' that have no tensors in it \(lm_head\)"),
+        pytest.raises(AdapterError, match=r"1 modules of 'tiny' for which it has no tensors \(lm_head\)"),
         attach(base, peft.read(foreign), accept_unknown_base=True),
     ):
         pass
@@ -527,7 +527,7 @@ def test_an_adapter_whose_widths_do_not_fit_lists_every_slot() -> None:
     other = Base.of(narrow, "narrow")
     with pytest.raises(AdapterError) as caught, attach(other, adapter, accept_unknown_base=True):
         pass
-    assert "3 slots do not land on 'narrow'" in str(caught.value)
+    assert "3 parts of the adapter do not fit 'narrow'" in str(caught.value)
     assert all(f"blocks.{i}: " in str(caught.value) for i in range(3))
 
 

@@ -50,7 +50,7 @@ from lorafit.jobs.plan import run_planning
 from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
 from lorafit.layers.site import select
-from lorafit.planning import decide
+from lorafit.planning import Choice, decide
 from lorafit.report.page import write_report
 from lorafit.report.words import verdict
 from lorafit.runs.folder import open_run, openings, read_run, remember_questions, require_disk, sole_writer
@@ -421,7 +421,7 @@ def test_a_site_that_gets_no_gradient_cannot_learn_and_is_refused_where_it_is_na
     base = Base.of(Picks().eval().requires_grad_(not frozen), "picks")
     seen = fired(base, lambda: base.model(torch.ones(1, 3, 16)))
     assert seen == {"mix"}
-    with pytest.raises(TargetError, match=r"2 named sites .* no gradient comes back to them: pick, rank"):
+    with pytest.raises(TargetError, match=r"2 named sites .* receive no gradient: pick, rank"):
         require_fired(uniform(base.sites, 2, 4.0), seen)
 
 
@@ -489,7 +489,7 @@ def test_experts_that_are_left_out_are_told_with_their_share_and_how_to_name_the
     attention = sum(parameter.numel() for name, parameter in model.named_parameters() if "self_attn" in name)
     reason = decide(base, ROWS, TrainSettings(rank=4)).choices[0].reason
     assert f"the adapted layers hold {100 * attention / total:.1f} % of the base's parameters" in reason
-    assert f"adapted only by name are {100 * experts / total:.1f} % in MixtralExperts" in reason
+    assert f"adapted only if named: {100 * experts / total:.1f} % in MixtralExperts" in reason
     assert "--targets q_proj,k_proj,v_proj,o_proj,experts adapts the experts too" in reason
 
 
@@ -984,6 +984,21 @@ def test_an_earlier_demo_is_cleared_away_and_nothing_else(tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"my_notes\.txt in addition to an earlier demo"):
         demo.run_demo(tmp_path, Silent())
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(("extra", "who"), [({"demo": True}, "the demo"), (None, "you")])
+def test_reasons_say_who_set_a_value(
+    tiny_folder: Path, data: Path, tmp_path: Path, extra: dict[str, Any] | None, who: str
+) -> None:
+    class Planned(Silent):
+        def plan(self, choices: Sequence[Choice]) -> None:
+            self.reasons = {choice.name: choice.reason for choice in choices}
+            raise RuntimeError("planned")
+
+    hears = Planned()
+    with pytest.raises(RuntimeError, match="planned"):
+        run_training(str(tiny_folder), str(data), tmp_path / "run", {"rank": 2}, listener=hears, extra=extra)
+    assert hears.reasons["rank"] == f"set by {who}"
 
 
 def test_a_resumed_run_takes_the_dtype_and_the_way_it_began_with(

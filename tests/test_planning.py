@@ -158,9 +158,9 @@ def card_with(plan: Plan, energies: dict[str, float]) -> Card:
 
 def test_placements_have_equal_parameters_and_what_has_little_pull_is_not_tried(plan: Plan) -> None:
     found = {one.name: one for one in placements(plan, card_with(plan, {"self_attn": 0.1, "mlp": 5.0}))}
-    assert list(found) == ["all sites", "self_attn alone", "mlp alone", "upper half", "first of the card"]
-    assert found["self_attn alone"].plan is None and "less than half" in found["self_attn alone"].reason
-    for name in ("mlp alone", "first of the card"):
+    assert list(found) == ["all sites", "self_attn only", "mlp only", "upper half", "first of the card"]
+    assert found["self_attn only"].plan is None and "less than half" in found["self_attn only"].reason
+    for name in ("mlp only", "first of the card"):
         made = found[name].plan
         assert made is not None and made.parameters == pytest.approx(plan.parameters, rel=0.15)
         assert all("mlp" in slot.site.path for slot in made.slots)
@@ -487,7 +487,7 @@ def test_a_run_that_was_still_falling_gets_more_steps_and_then_more_rank() -> No
     assert not isinstance(first, str) and (first.kind, first.steps, first.growth) == ("more steps", 120, 1)
     second = next_change(told, 8, {"more steps"})
     assert not isinstance(second, str) and (second.kind, second.steps, second.growth) == ("more rank", 60, 2)
-    assert next_change(told, 8, {"more steps", "more rank"}) == "more steps were tried; more rank was tried"
+    assert next_change(told, 8, {"more steps", "more rank"}) == "more steps were tried; a higher rank was tried"
 
 
 def test_a_half_that_answers_fewer_questions_right_shows_that_the_rank_is_used() -> None:
@@ -498,7 +498,7 @@ def test_a_half_that_answers_fewer_questions_right_shows_that_the_rank_is_used()
     fewer = replace(told, ladder=replace(told.ladder, rungs=(replace(half, right=9),), asked=12, right=10))
     found = next_change(fewer, 8)
     assert not isinstance(found, str) and found.kind == "more rank"
-    assert "costs +0.0010 on validation and answers 9 questions right, not 10" in found.reason
+    assert "costs +0.0010 on validation and answers 9 questions right instead of 10" in found.reason
 
 
 def test_a_run_whose_validation_turned_early_gets_fewer_steps() -> None:

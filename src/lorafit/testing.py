@@ -440,7 +440,7 @@ def kind_acts_as_its_weight(sample: Sample) -> None:
 
 
 def kind_is_the_product_it_says(sample: Sample) -> None:
-    """is_product: only a module that computes x Wᵀ + b goes together with others and is served to many"""
+    """is_product: only a module that computes x Wᵀ + b is computed in groups and served together with others"""
     if not sample.kind.is_product:
         return
     assert sample.x.is_floating_point(), f"it is True, and the module takes {sample.x.dtype}"

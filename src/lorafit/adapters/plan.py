@@ -133,7 +133,7 @@ class Plan:
 
     @property
     def is_product(self) -> bool:
-        """Whether all its layers compute products, as adapters do that are served to many at once."""
+        """Whether all its layers are linear, so that the adapter can be served together with others."""
         return all(slot.is_product for slot in self.slots)
 
     @property

@@ -1,1 +1,1 @@
-"""Attaching: the only folder that touches a model."""
+"""Attaching adapters to a base. This is the only folder that changes a model."""

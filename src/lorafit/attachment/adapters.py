@@ -1,9 +1,10 @@
-"""An adapter attached to a model, and many at once.
+"""Attaches one adapter, or a function that handles many, to a model.
 
-While attached, each site's `forward` is shadowed on the instance. Keys, types and bytes of the model stay as
-they are, a parent that calls the module reaches the adapter, and a compiled model notices: torch's compiler
-guards the forward of every module it has inlined and compiles again, where it passes over hooks that were added
-later (torch 2.13)."""
+While an adapter is attached, each adapted module has a `forward` of its own in its instance dictionary. The keys, types
+and bytes of the model stay the same, and a parent that calls the module reaches the adapter. A compiled model notices
+the change: torch's compiler guards the forward of every inlined module and compiles again, whereas it ignores hooks
+that are added later (torch 2.13).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,14 @@ from lorafit.bases.base import Base
 
 @dataclass
 class Attachment:
-    """A handle on an attached adapter: `with attachment.off(): ...` computes as the bare base, bit for bit."""
+    """An attached adapter, as `attach` returns it. Inside `with attachment.off():` the model computes as the bare base,
+    bit for bit.
+
+    Args:
+        plan: The plan of the adapter.
+        model: The model that it is attached to.
+        on: Whether the adapter takes effect.
+    """
 
     plan: Plan
     model: nn.Module
@@ -48,11 +56,22 @@ class Attachment:
 def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool = False) -> Iterator[Attachment]:
     """Attach an adapter, or the state that trains one, for the length of the block.
 
-    Everything is checked before anything is touched: the adapter's base is this base (an adapter from
-    elsewhere says none, and needs `accept_unknown_base`), and each slot lands on a module of its widths. The
-    base's weights need no gradient inside the block, and what its modules write to their buffers in `train()` is
-    forgotten. `backward()` under activation checkpointing must run inside it too. Raises AdapterError, or
-    AttachError for a model in a state that cannot be adapted.
+    Inside the block, the base's weights need no gradient, and its modules write to copies of their buffers, which are
+    dropped afterwards. With activation checkpointing, `backward()` must also run inside the block.
+
+    Args:
+        base: The base that the adapter belongs to.
+        adapter: The adapter, or a source of its factors, such as a TrainState.
+        accept_unknown_base: Whether to accept an adapter that does not name its base, such as one that another program
+            trained.
+
+    Returns:
+        A context manager that gives the Attachment.
+
+    Raises:
+        AdapterError: If the adapter belongs to another base, or a slot does not fit a module of the base. The model is
+            unchanged then.
+        AttachError: If an adapter is attached already.
     """
     value = adapter if isinstance(adapter, Adapter) else adapter.adapter
     require_base(base, value.base, value.base_name, accept_unknown_base)
@@ -77,7 +96,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
                 shadowed.append(module)
             else:
                 through.setdefault(place.slot.site.module, []).append(place)
-        replaced = {path: partial(_changed_weights, those, source) for path, those in through.items()} | {
+        replaced = {path: partial(_changed_weights, changed, source) for path, changed in through.items()} | {
             one.path: partial(_whole, one, modules[one.path], source) for one in value.plan.whole
         }
         for path, parameters in replaced.items():
@@ -94,7 +113,7 @@ def attach(base: Base, adapter: Adapter | Source, *, accept_unknown_base: bool =
 
 def _adapted(place: Place, shared: Shared, attachment: Attachment) -> Callable[..., Tensor]:
     def forward(*given: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*given, *named.values())  # the one thing a site is given, whatever its forward calls it
+        (x,) = (*given, *named.values())  # a site takes one argument, by position or under any name
         return shared.forward(place, x) if attachment.on else place.original(x)
 
     return forward
@@ -103,8 +122,8 @@ def _adapted(place: Place, shared: Shared, attachment: Attachment) -> Callable[.
 def _replaced(
     module: nn.Module, parameters: Callable[[], Mapping[str, Any]], attachment: Attachment
 ) -> Callable[..., Any]:
-    """The module's forward with these parameters, made for each call, in place of its own."""
-    original, bare = module.forward, copy.copy(module)  # a copy that shares everything but what is attached to it
+    """The module's forward, with `parameters()` in place of the module's own parameters of these names."""
+    original, bare = module.forward, copy.copy(module)  # a shallow copy, made before the forward is replaced
 
     def forward(*given: Any, **named: Any) -> Any:
         if not attachment.on:
@@ -115,16 +134,16 @@ def _replaced(
 
 
 def _with(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
-    """A copy of the module that shares everything with it but these parameters; they may be what acts as a tensor."""
-    made = copy.copy(module)
-    made._parameters, made._modules = dict(module._parameters), dict(module._modules)
+    """A shallow copy of the module with these parameters. Their values need not be tensors: see `experts.Sum`."""
+    changed = copy.copy(module)
+    changed._parameters, changed._modules = dict(module._parameters), dict(module._modules)
     for name, value in parameters.items():
         child, _, rest = name.partition(".")
         if not rest:
-            made._parameters[child] = value
-        elif (inner := made._modules[child]) is not None:
-            made._modules[child] = _with(inner, {rest: value})
-    return made
+            changed._parameters[child] = value
+        elif (inner := changed._modules[child]) is not None:
+            changed._modules[child] = _with(inner, {rest: value})
+    return changed
 
 
 def _whole(whole: Whole, module: nn.Module, source: Source) -> Mapping[str, Any]:
@@ -133,24 +152,29 @@ def _whole(whole: Whole, module: nn.Module, source: Source) -> Mapping[str, Any]
 
 
 def _changed_weights(places: Sequence[Place], source: Source) -> Mapping[str, Any]:
-    """W + ΔW of weights of one module, under its names for them."""
-    made = {}
+    """W + ΔW of the adapted weights of one module, by their names in the module."""
+    changed = {}
     for place in places:
         layer, site, through = place.layer, place.slot.site, place.layer.kind.through
         assert through is not None
         factors = source.factors(layer.weight.dtype, layer.weight.device)[site.path]
         added = place.variant.served(layer, factors, place.slot.scaling)
-        made[site.parameter] = through(layer.module, added.A, added.B, 1.0)
-    return made
+        changed[site.parameter] = through(layer.module, added.A, added.B, 1.0)
+    return changed
 
 
 @contextmanager
 def adapting(base: Base, change: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Iterator[None]:
-    """Have `change(number, x, original)` give what every site gives for x (..., d_in), for the length of the block.
-    number: of the site in `base.sites`; original: what the site itself computes.
+    """Compute the output of every site with `change` for the length of the block. The engine uses this to run rows of
+    many adapters in one batch: `change` decides what each row's adapter adds.
 
-    This is how rows of many adapters run together: what a row's adapter adds is the business of `change`, and the
-    model's structure stays as it is. Raises AttachError where another attachment is there.
+    Args:
+        base: The base.
+        change: (number, x, original) -> the output (..., d_out) of a site for x (..., d_in). `number` is the site's
+            position in `base.sites`, and `original` is the site's own forward.
+
+    Raises:
+        AttachError: If an adapter is attached already.
     """
     require_bare(base)
     modules = [base.model.get_submodule(site.path) for site in base.sites]

@@ -1,4 +1,4 @@
-"""Another way to compute attention, for the length of a block."""
+"""Replaces the model's attention function for the length of a block."""
 
 from __future__ import annotations
 
@@ -16,24 +16,34 @@ from lorafit.errors import AttachError
 
 
 def packing(base: Base, on: bool = True) -> AbstractContextManager[None]:
-    """Have the model compute attention within the rows of a pack for the length of the block.
+    """Let each row of a pack attend only to itself, for the length of the block. Inside, the model must be called with
+    `segments` and with their positions.
 
-    Inside, the model is called with `segments` and with their positions. `on` False does nothing.
+    Args:
+        base: The base.
+        on: False for a context that does nothing.
     """
     return attending(base, packs.NAME, packs.attention) if on else nullcontext()
 
 
 @contextmanager
 def attending(base: Base, name: str, attention: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Have the model compute attention by this function for the length of the block, by its configuration.
+    """Let the model compute attention with this function for the length of the block.
 
-    name: under which transformers finds it. It is called as transformers calls attention, with whatever the model is
-    called with besides; in place of a mask it is given what `packing.window` gives: rows are kept apart without one.
+    Args:
+        base: The base, a model of transformers.
+        name: The name under which the function is registered in transformers, and set in the model's configuration.
+        attention: The function. It is called like every attention function of transformers, with the additional
+            arguments of the model's call. In place of a mask it receives the result of `packing.window`, because it
+            keeps rows apart without a mask.
+
+    Raises:
+        AttachError: If the model is not one of transformers.
     """
     model = base.model
     if not isinstance(model, PreTrainedModel):
         raise AttachError(
-            f"{base.name}: no model of transformers, whose attention could be replaced: leave it as it is"
+            f"{base.name}: not a model of transformers, so its attention cannot be replaced: leave packing() out"
         )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, packs.window)
@@ -46,6 +56,6 @@ def attending(base: Base, name: str, attention: Callable[..., tuple[Tensor, None
 
 
 def _attention_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """How a configuration and those within it compute attention, in the form in which it can be set again."""
+    """The attention functions of a configuration and its sub-configurations, in the form in which they can be set."""
     within = {name: _attention_of(part) for name in config.sub_configs if (part := getattr(config, name, None))}
     return {"": config._attn_implementation, **within}

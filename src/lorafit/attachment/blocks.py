@@ -1,4 +1,4 @@
-"""The blocks that a model is a stack of: left out from below, watched, or computed twice."""
+"""The blocks of a model: which lie below every site; how to skip them, record their inputs, or recompute them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from lorafit.errors import AttachError
 
 
 def blocks_of(base: Base) -> list[nn.Module]:
-    """The blocks a model is a stack of, as its family names them; empty where it names none."""
+    """The blocks of the model, lowest first: the longest list of modules whose types the model's family declares as
+    blocks (`_no_split_modules`). Empty if the family declares none."""
     names = getattr(base.model, "_no_split_modules", None) or ()
     stacks = [
         list(module)
@@ -27,20 +28,21 @@ def blocks_of(base: Base) -> list[nn.Module]:
     return max(stacks, key=len, default=[])
 
 
-# Families whose body is: embed, then block after block over one stream, then a norm. Their blocks can be left out from
-# below, and the stream given where the embedding would be.
+# Families whose body is an embedding, then one block after the other, then a norm. Their lowest blocks can be skipped
+# if the hidden states after them are given in place of the embeddings.
 STREAMS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
 
 def free_blocks(base: Base, plan: Plan) -> int:
-    """How many of the lowest blocks need not be run again: those below every site, in a family of STREAMS."""
+    """The number of blocks, from the lowest, whose output does not change in training: those below every site of the
+    plan, if the family is one of STREAMS."""
     model = base.model
     declared = isinstance(model, PreTrainedModel) and model.config.model_type in STREAMS
     return blocks_below(base, plan) if declared else 0
 
 
 def blocks_below(base: Base, plan: Plan) -> int:
-    """How many of the lowest blocks have no site of the plan, nor anything below them."""
+    """The number of blocks, from the lowest, that have no site of the plan in them or below them."""
     paths = {id(module): path for path, module in base.model.named_modules()}
     blocks = [f"{paths[id(block)]}." for block in blocks_of(base)]
     lowest = len(blocks) - 1
@@ -54,76 +56,94 @@ def blocks_below(base: Base, plan: Plan) -> int:
 
 @contextmanager
 def shadowed(modules: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Another forward for these modules, for the length of the block."""
+    """Replace the forward of these modules for the length of the block."""
     before = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
             module.forward = forward
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
+        for module, earlier in zip(modules, before, strict=True):
             vars(module).pop("forward", None)
-            if own is not None:
-                module.forward = own
+            if earlier is not None:
+                module.forward = earlier
 
 
 def skipping(base: Base, blocks: int) -> AbstractContextManager[None]:
-    """Have the lowest `blocks` blocks hand on what they are given."""
+    """Skip the lowest `blocks` blocks: each returns its input."""
     return shadowed(blocks_of(base)[:blocks], lambda hidden_states, *_, **__: hidden_states)
 
 
-class _Reached(Exception):
+class _LastBlockReached(Exception):
     pass
 
 
 @contextmanager
 def inputs_of_blocks(base: Base, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
-    """What reaches these blocks, in their order, when the model is run inside: the run ends at the last of them. The
-    list is filled then."""
+    """Record the inputs of these blocks when the model is run inside the block.
+
+    Args:
+        base: The base.
+        blocks: The numbers of the blocks, from the lowest to the highest. The run ends at the last of them, and the
+            `with` block with it.
+
+    Returns:
+        A context manager that gives a list. After the run it holds the input of each block.
+    """
     modules = blocks_of(base)
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def reached(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        seen.append(hidden_states)
-        raise _Reached
+    def record_and_stop(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        inputs.append(hidden_states)
+        raise _LastBlockReached
 
-    def passed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def recorded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append(hidden_states)
+            inputs.append(hidden_states)
             return original(hidden_states, *args, **kwargs)
 
         return forward
 
-    with ExitStack() as held:
-        held.enter_context(suppress(_Reached))
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_LastBlockReached))
         for block in blocks[:-1]:
-            held.enter_context(shadowed(modules[block : block + 1], passed(modules[block].forward)))
-        held.enter_context(shadowed(modules[blocks[-1] : blocks[-1] + 1], reached))
-        yield seen
+            stack.enter_context(shadowed(modules[block : block + 1], recorded(modules[block].forward)))
+        stack.enter_context(shadowed(modules[blocks[-1] : blocks[-1] + 1], record_and_stop))
+        yield inputs
 
 
 @contextmanager
 def recomputing(base: Base, on: bool = True) -> Iterator[None]:
-    """Have each block keep its input alone, and compute the rest again when the backward comes to it: the gradients are
-    the same, for about a third more time. `on` False does nothing.
+    """Activation checkpointing: each block keeps only its input and is computed again in the backward. The gradients
+    are the same; a step takes about a third longer.
 
-    Goes inside `attach` and `packing`, and `backward()` inside it. Raises AttachError for a model without known blocks.
+    Enter it inside `attach` and `packing`, and call `backward()` inside it.
+
+    Args:
+        base: The base.
+        on: False for a context that does nothing.
+
+    Raises:
+        AttachError: If the model declares no blocks, or the forward of a block is already replaced.
     """
     blocks = blocks_of(base) if on else []
     if on and not blocks:
-        raise AttachError(f"'{base.name}' names no blocks that could be computed twice: leave recomputing out")
-    if shadowed := [block for block in blocks if "forward" in vars(block)]:
-        raise AttachError(f"the forward of {type(shadowed[0]).__name__} is already replaced: leave that block first")
+        raise AttachError(f"'{base.name}' declares no blocks, so nothing can be recomputed: leave recomputing() out")
+    if replaced := [block for block in blocks if "forward" in vars(block)]:
+        raise AttachError(
+            f"the forward of {type(replaced[0]).__name__} is already replaced: leave the `with` block that replaced it "
+            "first"
+        )
     try:
         for block in blocks:
-            block.forward = _twice(block.forward)
+            block.forward = _checkpointed(block.forward)
         yield
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
 
 
-def _twice(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return checkpoint(original, *args, use_reentrant=False, **kwargs)

@@ -1,4 +1,4 @@
-"""Buffers that a model writes in its own forward, as a batch norm in `train()` does its running statistics."""
+"""Protects buffers that a model changes in its forward, such as the running statistics of a batch norm in `train()`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from lorafit.bases.base import Base
 
 @contextmanager
 def unwritten(base: Base) -> Iterator[None]:
-    """Have every module in `train()` write to copies of its buffers for the length of the block, and forget them: it
-    computes what it always does, and the base keeps its bytes. Buffers that are not saved with a model are constants
-    (masks, frequencies) and not copied."""
+    """Let every module in `train()` write to copies of its buffers for the length of the block.
+
+    A copy is made before each forward and dropped after it, so the results are the same, and the base keeps its bytes.
+    Buffers that are not saved with a model are constants (masks, frequencies) and are not copied.
+    """
     handles: list[RemovableHandle] = []
     try:
         for module in base.model.modules():
@@ -30,23 +32,26 @@ def unwritten(base: Base) -> Iterator[None]:
 
 
 def _on_copies(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
-    """Hooks, for the old spectral norm writes in one: these stand before it, and after all others. Values are not
-    written back, for a backward reads what a batch norm wrote to."""
-    own: list[dict[str, Tensor | None]] = []
+    """Hooks that exchange the module's buffers for copies during its forward.
 
-    def lend(module: nn.Module, _: object) -> None:
+    They are hooks because the old spectral norm writes in a hook: the first of these runs before it, the second after
+    it. The buffers themselves are exchanged, not their values, because a backward reads what a batch norm wrote.
+    """
+    originals: list[dict[str, Tensor | None]] = []
+
+    def use_copies(module: nn.Module, _: object) -> None:
         if module.training:
-            own.append(dict(module._buffers))
-            for name, tensor in own[-1].items():
+            originals.append(dict(module._buffers))
+            for name, tensor in originals[-1].items():
                 if tensor is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = tensor.clone()
 
-    def take_back(module: nn.Module, _: object, __: object) -> None:
-        if own:
-            module._buffers.update(own.pop())
+    def restore(module: nn.Module, _: object, __: object) -> None:
+        if originals:
+            module._buffers.update(originals.pop())
 
-    unseen: Callable[[Callable[..., None]], Any] = torch.compiler.disable  # a compiler need not understand them
+    untraced: Callable[[Callable[..., None]], Any] = torch.compiler.disable
     return (
-        module.register_forward_pre_hook(unseen(lend), prepend=True),
-        module.register_forward_hook(unseen(take_back), always_call=True),
+        module.register_forward_pre_hook(untraced(use_copies), prepend=True),
+        module.register_forward_hook(untraced(restore), always_call=True),
     )

@@ -1,4 +1,4 @@
-"""What is checked before an adapter acts on a base."""
+"""Checks that an adapter fits a base, before it is attached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from lorafit.layers import KINDS, kind_of
 
 
 def require_base(base: Base, identity: str | None, name: str | None, accept_unknown: bool = False) -> None:
-    """Raise AdapterError unless this identity, which an adapter names as its base's, is the base's."""
+    """Check that an adapter belongs to a base.
+
+    Args:
+        base: The base.
+        identity: The identity that the adapter names; None if it names none.
+        name: The name of the adapter's base, for the message.
+        accept_unknown: Whether to accept an adapter that names no base.
+
+    Raises:
+        AdapterError: If the adapter belongs to another base, or names none and `accept_unknown` is False.
+    """
     if identity is None:
         if not accept_unknown:
             raise AdapterError(
@@ -28,22 +38,27 @@ def require_base(base: Base, identity: str | None, name: str | None, accept_unkn
 
 
 def require_fits(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> None:
-    """Raise AdapterError where an adapter is another base's, or has a slot that lands on no module of its widths."""
+    """Raise AdapterError if the adapter belongs to another base, or a slot does not fit a module of the base."""
     require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
     landing_of(base, landed(base, adapter).plan)
 
 
 def landed(base: Base, adapter: Adapter) -> Adapter:
-    """The adapter under the base's paths, checked: `landing.landed`."""
+    """The adapter with the base's paths: see `landing.landed`."""
     return landing.landed(adapter, base.model, base.every_site, base.name)
 
 
 def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
-    """The module of every slot, by the path of its site. Raises AdapterError listing every slot that does not land."""
+    """The modules of the base by path, and the module of every slot by the path of its site.
+
+    Raises:
+        AdapterError: If a slot does not fit a module of the base (the message lists all such slots), or a classifier is
+            used with a base that was not opened as one, or the other way round.
+    """
     if plan.is_classifier and not base.head:
         raise AdapterError(
-            "this adapter is a classifier, which writes no text: lorafit eval scores it on texts with labels, and in "
-            f"Python it goes with open_base('{base.name}', labels=...)"
+            "this adapter is a classifier, which writes no text: use lorafit eval to score it on texts with labels, or "
+            f"in Python open the base with open_base('{base.name}', labels=...)"
         )
     if base.head and not plan.is_classifier:
         raise AdapterError(
@@ -57,7 +72,7 @@ def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
         if module is None:
             problems.append(f"{site.path}: the base has no such module")
         elif kind is None:
-            problems.append(f"{site.path}: {type(module).__name__} is no kind of layer that can be adapted")
+            problems.append(f"{site.path}: a {type(module).__name__} cannot be adapted")
         elif kind != site.kind and not (slot.is_product and KINDS[kind].is_product):
             problems.append(f"{site.path}: {kind} in the base, {site.kind} in the adapter")
         elif (form := KINDS[kind].form(module)) != site.form:
@@ -78,30 +93,32 @@ def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
         fix = "open the base it was trained on" + " with as many labels" * (not problems)
         problems += of_head
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise AdapterError(f"{len(problems)} slots do not land on '{base.name}'\n  " + "\n  ".join(shown) + f"\n{fix}")
+        what = f"{len(problems)} parts of the adapter do not fit '{base.name}'"
+        raise AdapterError(f"{what}\n  " + "\n  ".join(shown) + f"\n{fix}")
     return {**modules, **{slot.site.path: modules[slot.site.module] for slot in plan.slots}}
 
 
 def require_bare(base: Base) -> None:
-    """Raise AttachError where anything is attached to a site of the base."""
+    """Raise AttachError if anything is attached to a site of the base."""
     for site in base.every_site:
         require_bare_module(base.model.get_submodule(site.module), site.module)
 
 
 def require_bare_module(module: nn.Module, path: str) -> None:
+    """Raise AttachError if the module's forward is replaced. path: its path, for the message."""
     if "forward" in vars(module):
         raise AttachError(
-            f"{path}: its forward is already replaced, by another attach or another library: "
-            "leave that block first; one adapter is attached at a time"
+            f"{path}: its forward is already replaced, by another attach() or another library: leave that `with` block "
+            "first, because one adapter can be attached at a time"
         )
 
 
 def require_fired(plan: Plan, seen: frozenset[str]) -> None:
-    """Raise TargetError naming every site of the plan that is not among those `fired` has found."""
+    """Raise TargetError if a site of the plan is not in `seen`, the result of `fired`. The message names all."""
     silent = [slot.site.path for slot in plan.slots if slot.site.path not in seen]
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
         raise TargetError(
-            f"{len(silent)} named sites take no part in a forward over your rows, or no gradient comes back to them: "
-            f"{shown}: an adapter there would learn nothing; leave them out of --targets"
+            f"{len(silent)} named sites take no part in a forward over your rows, or receive no gradient: {shown}: an "
+            "adapter there would learn nothing; leave them out of --targets"
         )

@@ -1,4 +1,4 @@
-"""torch's fused encoder layers, which pass over the layers within them: kept off while something is attached."""
+"""Turns off torch's fused encoder layers while something is attached, because they do not call their inner layers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lorafit.bases.base import Base
 
 
 class _Fused:
-    """torch's fused encoder layer, which in `eval()` reads the weights of the layers within it past their forwards.
+    """torch's fused encoder layer, which in `eval()` reads the weights of its inner layers without calling them.
 
-    Its switch is one for the whole process, so it is counted who wants it off.
+    torch has one switch for the whole process, so this counts how many attachments need it off.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,10 @@ class _Fused:
 
     @contextmanager
     def wanted(self, on: bool, model: nn.Module) -> Iterator[None]:
-        """Off for the length of the block where the model has such layers; `on` within takes that back."""
-        concerned = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
-        change = 0 if not concerned else -1 if on else 1
+        """Turn fused layers off for the length of the block, or on again within such a block. Does nothing if the model
+        has no encoder layer of torch."""
+        has_any = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
+        change = 0 if not has_any else -1 if on else 1
         self._count(change)
         try:
             yield
@@ -47,6 +48,6 @@ FUSED = _Fused()
 
 
 def layer_by_layer(base: Base) -> AbstractContextManager[None]:
-    """Have the base call every layer within torch's encoder layers for the length of the block, as `attach` does: fused
-    they would pass over an adapter. What comes out is rounded along another path."""
+    """Let torch's encoder layers call their inner layers for the length of the block, as `attach` does; a fused layer
+    would ignore an adapter. The output is rounded differently from that of a fused layer."""
     return FUSED.wanted(False, base.model)

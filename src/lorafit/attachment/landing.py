@@ -1,8 +1,8 @@
-"""Where an adapter from elsewhere lands in a base: its paths, and what it says of the base, checked before it acts.
+"""Matches the paths of another program's adapter to those of a base, and checks what the adapter says about its base.
 
-An adapter of ours names the content of its base, and its paths are the base's. One from elsewhere may have been saved
-from inside another model (`model.language_model.layers...` for `model.layers...`): where exactly one way leads from
-its paths to the base's, it is read so; where none or several do, it is refused.
+An adapter of lorafit names its base by content, and its paths are the base's. Another program may have saved an adapter
+from inside a larger model (`model.language_model.layers...` in place of `model.layers...`). If exactly one renaming
+fits all of its paths to the base, the adapter is renamed; if several do, it is refused.
 """
 
 from __future__ import annotations
@@ -20,64 +20,71 @@ from lorafit.layers.site import Site
 
 
 def landed(adapter: Adapter, model: nn.Module, sites: Sequence[Site], name: str) -> Adapter:
-    """The adapter under the paths of this base; one that names its base as it is.
+    """The adapter with the paths of this base. An adapter that names its base is returned as it is.
 
     Args:
-        adapter: The adapter, of ours or from elsewhere.
+        adapter: The adapter, trained by lorafit or by another program.
         model: The base's model, which is only read.
         sites: All sites of the model.
         name: The base's name, for messages.
 
     Raises:
-        AdapterError: Several ways lead to the base's paths, modules that the adapter's config names have no tensors
-            in it, or a weight that came with it is not the base's.
+        AdapterError: If several renamings fit the base, the adapter lacks tensors for modules that its config names, or
+            a base weight that came with it differs from the base's.
     """
     if adapter.base is not None:
         return adapter
     known = {site.path: site for site in sites}
-    moves = _moves(adapter.plan, known, name)
+    renaming = _renaming(adapter.plan, known, name)
     if adapter.claims is not None:
-        _require_all(adapter, moves, known, name)
-        _require_weights(adapter, moves, model, name)
-    return _moved(adapter, moves) if moves.paths else adapter
+        _require_all(adapter, renaming, known, name)
+        _require_weights(adapter, renaming, model, name)
+    return _renamed(adapter, renaming) if renaming.paths else adapter
 
 
-class _Moves:
-    """New paths by old ones. old, new: the components that stand before what both have."""
+class _Renaming:
+    """The base's paths by the adapter's.
+
+    Args:
+        paths: The base's path for each path of the adapter that changes.
+        old: The components at the beginning of the adapter's paths that are replaced.
+        new: The components that replace them.
+    """
 
     def __init__(self, paths: Mapping[str, str], old: Sequence[str] = (), new: Sequence[str] = ()):
         self.paths, self.old, self.new = paths, list(old), list(new)
 
-    def back(self, path: str) -> str | None:
-        """The adapter's path for a path of the base; None where its own model had no such place."""
+    def reversed(self, path: str) -> str | None:
+        """The adapter's path for a path of the base; None if the path lies outside the model it was trained on."""
         if not self.paths:
             return path
         parts = path.split(".")
         return ".".join([*self.old, *parts[len(self.new) :]]) if parts[: len(self.new)] == self.new else None
 
 
-def _moves(plan: Plan, sites: Mapping[str, Site], name: str) -> _Moves:
-    """The one way to the base's paths; none where they are there already, or where no way leads."""
+def _renaming(plan: Plan, sites: Mapping[str, Site], name: str) -> _Renaming:
+    """The renaming that fits the plan to the base. It is empty if none is needed, or if none fits."""
     lost = [slot.site for slot in plan.slots if slot.site.path not in sites]
     if not lost:
-        return _Moves({})
+        return _Renaming({})
     kept = {slot.site.path for slot in plan.slots} & set(sites)
-    ways: list[_Moves] = []
+    found: list[_Renaming] = []
     for site in sites.values():
-        found = _way(lost, site, sites)
-        if found and not kept & set(found.paths.values()) and found.paths not in [way.paths for way in ways]:
-            ways.append(found)
-    if len(ways) > 1:
-        shown = ", ".join(way.paths[lost[0].path] for way in ways[:3])
+        one = _renaming_to(site, lost, sites)
+        if one and not kept & set(one.paths.values()) and one.paths not in [other.paths for other in found]:
+            found.append(one)
+    if len(found) > 1:
+        shown = ", ".join(renaming.paths[lost[0].path] for renaming in found[:3])
         raise AdapterError(
-            f"{lost[0].path}: '{name}' has no such module, and {len(ways)} that could be meant ({shown}): rename the "
-            "adapter's tensors to the one that is"
+            f"{lost[0].path}: '{name}' has no such module, but {len(found)} that could be meant ({shown}): rename the "
+            "adapter's tensors to the right one"
         )
-    return ways[0] if ways else _Moves({})
+    return found[0] if found else _Renaming({})
 
 
-def _way(lost: Sequence[Site], site: Site, sites: Mapping[str, Site]) -> _Moves | None:
-    """How all lost paths move if the first one becomes `site`'s: by components that a wrapper adds before the rest."""
+def _renaming_to(site: Site, lost: Sequence[Site], sites: Mapping[str, Site]) -> _Renaming | None:
+    """The renaming of all lost paths that gives the first of them the path of `site`. It may only add or remove
+    components at the beginning, as a wrapper around a model does. None if it does not fit."""
     here, there = lost[0].path.split("."), site.path.split(".")
     shared = 0
     while shared < min(len(here), len(there)) and here[-1 - shared] == there[-1 - shared]:
@@ -87,32 +94,34 @@ def _way(lost: Sequence[Site], site: Site, sites: Mapping[str, Site]) -> _Moves 
     old, new = here[: len(here) - shared], there[: len(there) - shared]
     numbers = [[part for part in parts if part.isdecimal()] for parts in (old, new)]
     if numbers[0] != numbers[1] or not (_within(old, new) or _within(new, old)):
-        return None  # another layer, or a module of another name
+        return None  # a layer with another number, or a module with another name
     paths = {}
-    for one in lost:
-        parts = one.path.split(".")
+    for lost_site in lost:
+        parts = lost_site.path.split(".")
         path = ".".join([*new, *parts[len(old) :]])
         target = sites.get(path)
-        if parts[: len(old)] != old or target is None or (target.d_in, target.d_out) != (one.d_in, one.d_out):
+        if parts[: len(old)] != old or target is None:
             return None
-        paths[one.path] = path
-    return _Moves(paths, old, new)
+        if (target.d_in, target.d_out) != (lost_site.d_in, lost_site.d_out):
+            return None
+        paths[lost_site.path] = path
+    return _Renaming(paths, old, new)
 
 
 def _within(few: Sequence[str], many: Sequence[str]) -> bool:
-    """Whether `few` is `many` with some left out."""
+    """Whether `few` is a subsequence of `many`."""
     rest = iter(many)
     return all(part in rest for part in few)
 
 
-def _require_all(adapter: Adapter, moves: _Moves, sites: Mapping[str, Site], name: str) -> None:
-    """Raise AdapterError where the config names modules of the base that the adapter has no tensors for."""
+def _require_all(adapter: Adapter, renaming: _Renaming, sites: Mapping[str, Site], name: str) -> None:
+    """Raise AdapterError if the config names modules of the base for which the adapter has no tensors."""
     assert adapter.claims is not None
-    there = {slot.site.path for slot in adapter.plan.slots}
+    present = {slot.site.path for slot in adapter.plan.slots}
     missing = []
     for path, site in sites.items():
-        theirs, module = moves.back(path), moves.back(site.module)
-        if theirs is None or module is None or {path, theirs} & there:
+        theirs, module = renaming.reversed(path), renaming.reversed(site.module)
+        if theirs is None or module is None or {path, theirs} & present:
             continue
         claims = adapter.claims.selects
         if selects_parameter(claims, theirs) if site.count > 1 else selects(claims, module):
@@ -120,37 +129,38 @@ def _require_all(adapter: Adapter, moves: _Moves, sites: Mapping[str, Site], nam
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise AdapterError(
-            f"its config names {len(missing)} modules of '{name}' that have no tensors in it ({shown}): restore the "
-            "adapter, it is cut, or open the base it was trained on"
+            f"its config names {len(missing)} modules of '{name}' for which it has no tensors ({shown}): restore the "
+            "adapter, which is incomplete, or open the base it was trained on"
         )
 
 
-def _require_weights(adapter: Adapter, moves: _Moves, model: nn.Module, name: str) -> None:
-    """Raise AdapterError where a base weight that came with the adapter is not the base's: it would be left out."""
+def _require_weights(adapter: Adapter, renaming: _Renaming, model: nn.Module, name: str) -> None:
+    """Raise AdapterError if a base weight that came with the adapter differs from the base's, because attaching would
+    ignore it."""
     assert adapter.claims is not None
     modules = dict(model.named_modules())
     differ = []
     for key, digests in adapter.claims.weights.items():
         path, _, part = key.rpartition(".")
-        module = modules.get(moves.paths.get(path, path))
+        module = modules.get(renaming.paths.get(path, path))
         weight = module._parameters.get(part) if module is not None else None
         if weight is None or not is_weight(digests, weight):
             differ.append(key)
     if differ:
         raise AdapterError(
-            f"{', '.join(differ)}: came with the adapter and is not the weight of '{name}': open the base it was "
-            "trained on, or merge the adapter into its own first (PEFT: merge_and_unload)"
+            f"{', '.join(differ)}: came with the adapter and differs from the weight of '{name}': open the base it was "
+            "trained on, or merge the adapter into that base first (PEFT: merge_and_unload)"
         )
 
 
-def _moved(adapter: Adapter, moves: _Moves) -> Adapter:
+def _renamed(adapter: Adapter, renaming: _Renaming) -> Adapter:
     """The adapter with its slots and tensors under their new paths."""
     slots = tuple(
-        replace(slot, site=replace(slot.site, path=moves.paths.get(slot.site.path, slot.site.path)))
+        replace(slot, site=replace(slot.site, path=renaming.paths.get(slot.site.path, slot.site.path)))
         for slot in adapter.plan.slots
     )
     tensors = {}
     for key, tensor in adapter.tensors.items():
         path, _, factor = key.rpartition(".")
-        tensors[f"{moves.paths.get(path, path)}.{factor}"] = tensor
+        tensors[f"{renaming.paths.get(path, path)}.{factor}"] = tensor
     return replace(adapter, plan=replace(adapter.plan, slots=slots), tensors=tensors)

@@ -1,4 +1,4 @@
-"""New values from a base and an adapter; the base is only read."""
+"""Functions that read a base and an adapter, change neither, and return new values."""
 
 from __future__ import annotations
 
@@ -20,46 +20,77 @@ from lorafit.variants.variant import Served
 def fresh(
     base: Base, plan: Plan, seed: int, rendering: Rendering | None = None, classes: Classes | None = None
 ) -> Adapter:
-    """An adapter for `base` that changes nothing yet: what training starts from. Only the head of a classifier, which
-    its base does not have, is drawn."""
+    """A new adapter, with which the base computes as before. Training starts from it.
+
+    Args:
+        base: The base.
+        plan: The sites, their ranks and their methods.
+        seed: The seed of the random initial values: of A, and of a classifier's head, which the base does not have.
+        rendering: How messages become text for the adapter.
+        classes: The labels of a classifier.
+
+    Raises:
+        AdapterError: If a slot of the plan does not fit the base.
+    """
     modules = landing_of(base, plan)
     weights = {slot.site.path: KINDS[slot.site.kind].weight(modules[slot.site.path]) for slot in plan.slots}
-    for one in plan.whole:
-        weights |= {f"{one.path}.{name}": modules[one.path].get_parameter(name).detach() for name, _ in one.parameters}
+    for part in plan.whole:
+        parameters = {name: modules[part.path].get_parameter(name).detach() for name, _ in part.parameters}
+        weights |= {f"{part.path}.{name}": parameter for name, parameter in parameters.items()}
     name = base.address or base.name
     return initial(plan, weights, seed, base=base.identity, base_name=name, rendering=rendering, classes=classes)
 
 
 def served(base: Base, adapter: Adapter) -> dict[int, Served]:
-    """What the adapter adds at each site, in fp32 on the base's device, by the site's number in `base.sites`. Raises
-    AdapterError where it acts beside a layer that computes no product."""
+    """The adapter in the engine's form: what it adds at each site, in fp32 on the base's device.
+
+    Args:
+        base: The base.
+        adapter: The adapter.
+
+    Returns:
+        The change at each adapted site, by the site's position in `base.sites`.
+
+    Raises:
+        AdapterError: If it is a classifier, a slot does not fit the base, or a slot adapts something other than a
+            linear layer.
+    """
     if adapter.classes is not None:
         raise AdapterError(
-            f"it tells {len(adapter.classes.labels)} labels apart and writes no text: lorafit eval scores it, and "
-            "attach() runs it"
+            f"it is a classifier of {len(adapter.classes.labels)} labels, which writes no text: use lorafit eval to "
+            "score it, or attach() to run it"
         )
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)
     numbers = {site.path: number for number, site in enumerate(base.sites)}
     if others := [slot.site.path for slot in adapter.plan.slots if not slot.is_product]:
         raise AdapterError(
-            f"{', '.join(others)}: an adapter of such a layer is not served to many at once: use attach(), "
-            "or merge it into its base"
+            f"{', '.join(others)}: an adapter of such a layer cannot be served together with others: use attach(), or "
+            "merge it into its base"
         )
     factors = adapter.factors(torch.float32, base.device)
-    made = {}
+    changes = {}
     for slot in adapter.plan.slots:
         place = Place.of(modules[slot.site.path], slot)
-        one = place.variant.served(place.layer, factors[slot.site.path], slot.scaling)
-        made[numbers[slot.site.path]] = one
-    return made
+        changes[numbers[slot.site.path]] = place.variant.served(place.layer, factors[slot.site.path], slot.scaling)
+    return changes
 
 
 def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -> dict[str, Tensor]:
-    """New weight tensors, W + ΔW, computed in fp32 and rounded once to the dtype of the base; by state-dict key.
+    """New weights W + ΔW, computed in fp32 and rounded once to the dtype of the base. The base does not change.
 
-    The base is only read. Raises AdapterError where a slot's weight is shared with another module (a head tied to the
-    embedding): attached, the adapter acts on that slot alone; merged, it would change both.
+    Args:
+        base: The base that the adapter belongs to.
+        adapter: The adapter.
+        accept_unknown_base: Whether to accept an adapter that does not name its base.
+
+    Returns:
+        The new tensors, by their keys in the model's state dict.
+
+    Raises:
+        AdapterError: If the adapter does not fit the base, or a weight that it adapts is shared with another module,
+            such as a head tied to the embedding. A merged weight would change both modules, the attached adapter only
+            one.
     """
     require_base(base, adapter.base, adapter.base_name, accept_unknown_base)
     adapter = landed(base, adapter)
@@ -71,8 +102,8 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
     ]
     if shared:
         raise AdapterError(
-            f"cannot be merged, for its weight is shared with another module: {'; '.join(shared)}: keep the adapter "
-            "attached, or open a base whose weights are apart (tie_word_embeddings: false)"
+            f"cannot be merged, because a weight is shared with another module: {'; '.join(shared)}: keep the adapter "
+            "attached, or open a base with untied weights (tie_word_embeddings: false)"
         )
     new = {}
     with torch.no_grad():
@@ -83,7 +114,7 @@ def merged(base: Base, adapter: Adapter, *, accept_unknown_base: bool = False) -
             delta = VARIANTS[slot.variant].delta(layer, factors, slot.scaling)
             total = (weight.float() + delta).to(weight.dtype)
             new[slot.site.key] = layer.kind.stored(layer.module, total).contiguous()
-        for one in adapter.plan.whole:
-            for name, tensor in parameters_of(one, adapter.tensors, base.dtype, base.device).items():
-                new[f"{one.path}.{name}"] = tensor.contiguous()
+        for part in adapter.plan.whole:
+            for name, tensor in parameters_of(part, adapter.tensors, base.dtype, base.device).items():
+                new[f"{part.path}.{name}"] = tensor.contiguous()
     return new

@@ -1,4 +1,4 @@
-"""What can be attached."""
+"""The interface of values that can be attached to a base: it gives the factors, in the dtype of the computation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from lorafit.adapters.adapter import Adapter
 
 
 class Source(Protocol):
-    """What can be attached: an Adapter, or the state that trains one.
+    """A source of factors: an Adapter (as `Fixed`), or the state that trains one.
 
-    groups: paths of sites that are called with the same tensor, by the first of them. The first forward finds them, and
-    later attachments of the same source know them.
+    Attributes:
+        groups: For each site that begins a group, the paths of the sites that are called with the same input tensor.
+            The first forward finds the groups; they are kept for later attachments of the same source.
     """
 
     groups: dict[str, list[str]]
 
     @property
     def adapter(self) -> Adapter: ...
-    def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]: ...
-    def drop(self, x: Tensor) -> Tensor: ...
+
+    def factors(self, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        """The factors by site path and name: matrices in `dtype`, vectors in fp32."""
+        ...
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x after the adapter's dropout."""
+        ...
 
 
 class Fixed:
-    """An Adapter as a Source: its factors are cast once per dtype."""
+    """An Adapter as a Source. Its factors are cast once for each dtype and device."""
 
     def __init__(self, adapter: Adapter):
         self._adapter = adapter

@@ -1,5 +1,7 @@
-"""Sites that are called with the very same tensor (q, k and v; gate and up) are computed together where the variant
-can: the first forward with a source goes site by site and finds them."""
+"""Computes sites that are called with the same input tensor (q, k and v; gate and up) as one group, if the method can.
+
+The first forward of a source computes each site on its own and finds the groups.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from lorafit.variants.variant import Variant
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One adapted site: what its module computes on its own, the module, its slot, and the method of that."""
+    """An adapted site.
+
+    Args:
+        original: The forward of its module before anything was attached.
+        layer: Its module.
+        slot: Its slot in the plan.
+        variant: The method of the slot.
+    """
 
     original: Callable[..., Tensor]
     layer: Layer
@@ -35,45 +44,47 @@ class Place:
 
 @dataclass(eq=False)
 class Shared:
-    """Finds the places that are called with the very same tensor, and computes them at the first one's call.
+    """Finds the sites that are called with the same input tensor, and computes all of them when the first is called.
 
-    Whatever does not come as expected is computed by itself: a place is given a kept output only for the tensor, in the
-    state, and for the factors that the output was made from.
+    The outputs of the others are stored. A site takes its stored output only if its input is the same tensor, unchanged
+    since, with the same factors and the same gradient mode; otherwise it is computed on its own.
     """
 
     source: Source
     places: Mapping[str, Place]  # by path
-    _last: tuple[weakref.ref[Tensor], int, Place] | None = None
+    _last: tuple[weakref.ref[Tensor], int, Place] | None = None  # the last input, its version, the site it began with
+    # The input, its version, the factors and the gradient mode from which outputs were computed; the outputs.
     _kept: tuple[tuple[weakref.ref[Tensor], int, object, bool], dict[Place, Tensor]] | None = None
 
     def forward(self, place: Place, x: Tensor) -> Tensor:
-        numbers = x.is_floating_point()  # else they are ids, which are neither dropped nor of a dtype to compute in
-        dropped = self.source.drop(x) if numbers else x
-        factors = self.source.factors(x.dtype if numbers else place.layer.weight.dtype, x.device)
+        """The adapted output of the site for its input x (..., d_in)."""
+        is_float = x.is_floating_point()  # an embedding's ids are not: no dropout, and the weight's dtype decides
+        dropped = self.source.drop(x) if is_float else x
+        factors = self.source.factors(x.dtype if is_float else place.layer.weight.dtype, x.device)
         together = place.variant.together if place.layer.kind.is_product else None
-        if together is None or dropped is not x or _watched(x):
-            y, own = place.original(x), factors[place.slot.site.path]
-            return place.variant.forward(dropped, y, place.layer, own, place.slot.scaling)
+        if together is None or dropped is not x or _needs_each_site(x):
+            y = place.original(x)
+            return place.variant.forward(dropped, y, place.layer, factors[place.slot.site.path], place.slot.scaling)
         if (kept := self._kept) is not None and place in kept[1]:
             made_from, version, by, grad = kept[0]
             if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
                 return kept[1].pop(place)
         self._learn(place, x)
         group = [self.places[path] for path in self.source.groups[place.slot.site.path]]
-        self._kept = None  # what a forward that broke off has left
+        self._kept = None  # outputs that were left by an interrupted forward
         first, *others = together(
             x,
-            [one.original for one in group],
-            [one.layer for one in group],
-            [factors[one.slot.site.path] for one in group],
-            [one.slot.scaling for one in group],
+            [member.original for member in group],
+            [member.layer for member in group],
+            [factors[member.slot.site.path] for member in group],
+            [member.slot.scaling for member in group],
         )
         made = (weakref.ref(x), x._version, factors, torch.is_grad_enabled())
         self._kept = (made, dict(zip(group[1:], others, strict=True)))
         return first
 
     def _learn(self, place: Place, x: Tensor) -> None:
-        """Have the place before call for this one too, if both are given the same tensor."""
+        """Add the site to the group of the site called before it, if both have the same input tensor."""
         groups, path = self.source.groups, place.slot.site.path
         new = path not in groups
         groups.setdefault(path, [path])
@@ -85,12 +96,12 @@ class Shared:
         self._last = (weakref.ref(x), x._version, place)
 
 
-def _watched(x: Tensor) -> bool:
-    """Whether something around this call needs every site by itself.
+def _needs_each_site(x: Tensor) -> bool:
+    """Whether each site must be computed on its own, because of what surrounds this call.
 
-    A compiler traces them. Tensors of inference mode do not count how often they are written to. Autocast reaches into
-    single operations alone. torch.func differentiates in ways of its own. Activation checkpointing, which shows as
-    hooks on saved tensors, computes a forward a second time, and must find that it saves as many as the first did.
+    A compiler traces each site. Tensors of inference mode have no version counter. Autocast changes single operations,
+    not a custom Function as a whole. torch.func has its own differentiation. Activation checkpointing, which is visible
+    as hooks on saved tensors, computes the forward a second time and must save as many tensors as in the first.
     """
     return (
         torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""What reaches the sites of a base when it is run."""
+"""Observes the sites of a base while it runs: which ones take part, and their inputs and gradients."""
 
 from __future__ import annotations
 
@@ -19,49 +19,55 @@ T = TypeVar("T")
 
 
 def fired(base: Base, forward: Callable[[], Tensor]) -> frozenset[str]:
-    """Paths of the sites that an adapter can learn at: `forward()`, which runs the base, e.g. on the user's rows, and
-    returns what is trained, calls them as `attach` has them called, and a gradient of it comes back to them. None comes
-    back to a layer that the model runs without gradient, as sparse attention does with what chooses its tokens.
+    """The sites at which an adapter can learn: those that the forward calls, and that receive a gradient.
 
-    The graph is walked, not computed: nothing that a backward would need is kept.
+    A layer receives none if the model runs it without gradient, as sparse attention does with the layer that chooses
+    its tokens. No backward is computed: the function follows the graph and keeps no activations.
+
+    Args:
+        base: The base.
+        forward: Runs the base, for example on the user's rows, and returns the tensor that would be trained.
+
+    Returns:
+        The paths of the sites.
     """
-    made_by: dict[Node, str] = {}
+    path_of: dict[Node, str] = {}
 
     def watched(path: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*given: Any, **named: Any) -> Any:
-            made = original(*given, **named)
-            output, *others = made if isinstance(made, tuple) else (made,)  # attention gives its weights too
+            returned = original(*given, **named)
+            output, *others = returned if isinstance(returned, tuple) else (returned,)  # attention returns its weights
             if torch.is_grad_enabled():
-                if not output.requires_grad:  # the base is frozen, and nothing before this site wants a gradient
+                if not output.requires_grad:  # the base is frozen, and nothing before this site needs a gradient
                     output = output.detach().requires_grad_()
-                output = output.clone()  # whose step stays in the graph if it is written to, as that of a view does not
+                output = output.clone()  # its node stays in the graph after an in-place change, unlike that of a view
                 assert output.grad_fn is not None
-                made_by[output.grad_fn] = path
-            return (output, *others) if isinstance(made, tuple) else output
+                path_of[output.grad_fn] = path
+            return (output, *others) if isinstance(returned, tuple) else output
 
         return forward
 
-    with ExitStack() as held, torch.enable_grad():
-        held.enter_context(saved_tensors_hooks(lambda tensor: None, lambda kept: kept))
-        held.enter_context(layer_by_layer(base))
-        held.enter_context(unwritten(base))
+    with ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(saved_tensors_hooks(lambda tensor: None, lambda kept: kept))
+        stack.enter_context(layer_by_layer(base))
+        stack.enter_context(unwritten(base))
         for path in dict.fromkeys(site.module for site in base.every_site):
             module = base.model.get_submodule(path)
-            held.enter_context(shadowed([module], watched(path, module.forward)))
-        behind = _behind(forward())
-    reached = {path for node, path in made_by.items() if node in behind}
+            stack.enter_context(shadowed([module], watched(path, module.forward)))
+        ancestors = _ancestors(forward())
+    reached = {path for node, path in path_of.items() if node in ancestors}
     return frozenset(site.path for site in base.every_site if site.module in reached)
 
 
-def _behind(output: Tensor) -> set[Node]:
-    """Every step of the graph that a gradient of `output` comes back to."""
+def _ancestors(output: Tensor) -> set[Node]:
+    """Every node of the graph that a backward of `output` reaches."""
     found: set[Node] = set()
-    ahead = [output.grad_fn]
-    while ahead:
-        node = ahead.pop()
+    to_visit = [output.grad_fn]
+    while to_visit:
+        node = to_visit.pop()
         if node is not None and node not in found:
             found.add(node)
-            ahead += [before for before, _ in node.next_functions]
+            to_visit += [before for before, _ in node.next_functions]
     return found
 
 
@@ -69,16 +75,16 @@ def _behind(output: Tensor) -> set[Node]:
 def observing(
     base: Base, paths: Iterable[str], keep: Callable[[str, Tensor], T], see: Callable[[str, T, Tensor], None]
 ) -> Iterator[None]:
-    """Watch these sites in every forward and backward inside. Goes inside `attach`. A site that is run without gradient
-    is not seen.
+    """Observe these sites in every forward and backward inside the block. Enter it inside `attach`. A site that runs
+    without gradient is not observed.
 
     Args:
-        base: the base whose sites are watched.
-        paths: paths of the sites.
-        keep: called in the forward with the path and x (tokens, d_in), what the site was given. Only what it returns is
-            held until the backward, so where blocks are computed twice the inputs need not be held.
-        see: called in the backward with the path, what `keep` returned, and g (tokens, d_out), the gradient at what
-            came out of the site.
+        base: The base.
+        paths: The paths of the sites.
+        keep: Called in the forward with the path and the site's input x (tokens, d_in). Only its result is held until
+            the backward, so inputs need not be held if blocks are recomputed.
+        see: Called in the backward with the path, the result of `keep`, and the gradient g (tokens, d_out) of the
+            site's output.
     """
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:

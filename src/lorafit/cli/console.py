@@ -175,9 +175,9 @@ class Terminal:
             kinds.setdefault(named[site["path"]], []).append(site)
         whole = sum(max(0.0, site["energy"]) for site in card["sites"]) or 1.0
         cost = sum(site["parameters"] for site in card["sites"])
-        table = Table("layer card", "sites", "pull of the data", "cost", "strongest in blocks")
+        table = Table("layer card", "sites", "gradient energy", "cost", "strongest in blocks")
         for name, sites in kinds.items():
-            pull = sum(max(0.0, site["energy"]) for site in sites) / whole
+            energy = sum(max(0.0, site["energy"]) for site in sites) / whole
             ranked = [
                 str(site["block"])
                 for site in sorted(sites, key=lambda one: -one["energy"])[:3]
@@ -186,12 +186,15 @@ class Terminal:
             table.add_row(
                 name,
                 str(len(sites)),
-                f"{pull:.0%}",
+                f"{energy:.0%}",
                 f"{sum(s['parameters'] for s in sites) / cost:.0%}",
                 ", ".join(ranked),
             )
         self.out.print(table)
-        self.out.print(f"pull: how far {card['batches']} gradients agree; cost: share of parameters and of operations")
+        self.out.print(
+            f"gradient energy: the part on which {card['batches']} gradients agree; cost: share of parameters and of "
+            "operations"
+        )
 
     def example(self, row: Row, renderer: Shown) -> None:
         """Show one example as the model sees it: trained tokens green and underlined, the others dim."""

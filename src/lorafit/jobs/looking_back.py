@@ -20,7 +20,7 @@ from lorafit.jobs.trim import Validation, ladder_of, write_moments
 from lorafit.planning import Decision
 from lorafit.planning.importance import ablations, examples_for, first_order, parts_of
 from lorafit.planning.ladder import Ladder, kept_whole
-from lorafit.planning.rules import told
+from lorafit.planning.rules import with_choice
 from lorafit.planning.trim import untrimmable
 from lorafit.runs.folder import FORGETTING, IMPORTANCE, LADDER, MOMENTS, RUNGS, SCORES, WHOLE
 from lorafit.runs.summary import Forgotten
@@ -40,7 +40,7 @@ def trim_trained(run: Run, trained: Trained, recipe: Recipe, extras: Extras) -> 
         return kept_whole(trained.each, before, why), whole
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
-        why = f"untrimmed: {n} independent validation examples decide nothing, at least {FEWEST} are needed"
+        why = f"untrimmed: {n} independent validation examples are too few: at least {FEWEST} are needed"
         return kept_whole(trained.each, before, why), whole
 
     def climbed() -> tuple[Ladder, Adapter]:
@@ -66,7 +66,7 @@ def with_ladder(decision: Decision, ladder: Ladder, adapter: Adapter) -> Decisio
     value = f"{ladder.chosen:.4g} of the LoRA parameters" if ladder.chosen < 1 else "all of it"
     uncut = sum(slot.site.count > 1 for slot in adapter.plan.slots)
     reason = ladder.reason + (f"; {uncut} sites of experts are not cut" if uncut and ladder.chosen < 1 else "")
-    return told(decision, "trim", f"{value}, {adapter.plan.bytes / 1e6:.1f} MB", reason, "--trim")
+    return with_choice(decision, "trim", f"{value}, {adapter.plan.bytes / 1e6:.1f} MB", reason, "--trim")
 
 
 def sites_that_mattered(opened: Opened, recipe: Recipe, whole: Adapter, out: Path, listener: Listener) -> None:

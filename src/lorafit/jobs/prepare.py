@@ -70,9 +70,10 @@ def open_all(
     began: Environment | None = None,
     processes: int = 1,
     prepared: Prepared | None = None,
+    set_by: str = "you",
 ) -> Opened:
     """Check the data, open the base, render, decide. Errors are raised before anything is written. It has more than six
-    parameters; the last three are optional.
+    parameters; the last four are optional.
 
     Args:
         base_name: The base, as `open_base` takes it.
@@ -82,6 +83,7 @@ def open_all(
         began: The environment of a run that is resumed; None to measure it on this machine now.
         processes: How many processes share this machine's memory.
         prepared: The result of `prepare` for the data; None to read them here.
+        set_by: Who set the settings, for the reasons of the choices.
     """
     start = time.monotonic()
     base_name, data = str(base_name), str(data)
@@ -111,7 +113,7 @@ def open_all(
     plain = Runner(base, task, PLAIN)
     some = beginnings(rows["train"]) if classes is None else rows["train"][:2]
     seen = fired(base, lambda: plain.body(some))
-    decision = decide(base, rows["train"], settings, seen)
+    decision = decide(base, rows["train"], settings, seen, set_by)
     require_fired(decision.plan, seen)
     before = fresh(base, decision.plan, settings.seed, rendering, classes)
     mode = ForwardMode(began.apart, began.packed) if began else task.mode(base, rows["train"])

@@ -51,6 +51,7 @@ from lorafit.runs.folder import (
     require_disk,
     require_run,
     room_to_write,
+    set_by,
     sole_writer,
     versions,
 )
@@ -140,7 +141,9 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
     settings, frozen = settings_from(asked["settings"]), frozen_of(folder, asked)
     with on_threads(frozen.threads, listener):
         prepared = prepare_again(folder, asked["data"], settings, listener, "train again")
-        opened = open_all(asked["base"], asked["data"], settings, listener, frozen, prepared=prepared)
+        opened = open_all(
+            asked["base"], asked["data"], settings, listener, frozen, prepared=prepared, set_by=set_by(asked)
+        )
         if opened.base.identity != asked["base_identity"] or not opened.examples.has_digest(asked["data_digest"]):
             raise RunError(
                 f"{folder}: its base or its data have changed since it was trained, or an earlier version "
@@ -249,7 +252,7 @@ def one_round(
     opened, out, listener = run.opened, run.out, run.listener
     groups = [example.group for example in opened.examples.valid]
     if (n := len(set(groups_of(groups)))) < FEWEST:
-        return None, f"{n} independent validation examples decide nothing, at least {FEWEST} are needed"
+        return None, f"{n} independent validation examples are too few: at least {FEWEST} are needed"
     since = max((earlier.number for earlier in history if earlier.accepted), default=0)
     refused = {earlier.kind for earlier in history if earlier.number > since}
     lines = lines_of(best.folder / METRICS)

@@ -38,7 +38,7 @@ from lorafit.planning.halving import (
     survivors,
 )
 from lorafit.planning.placement import ALL, Placement, placements
-from lorafit.planning.rules import reached, told, told_rank
+from lorafit.planning.rules import reached, with_choice, with_rank
 from lorafit.planning.signal import Card, Signal, card_of
 from lorafit.runs.folder import CARD, SEARCH, TRIED
 from lorafit.settings import TrainSettings
@@ -230,7 +230,7 @@ def obstacle(opened: Opened, settings: TrainSettings) -> str | None:
     if settings.search == "none":
         return "switched off (--search none)"
     if independent < FEWEST:
-        return f"{independent} independent validation examples decide nothing, at least {FEWEST} are needed"
+        return f"{independent} independent validation examples are too few: at least {FEWEST} are needed"
     if rates_for(steps) == (1.0,):
         return (
             f"{steps} steps are too few for a search that takes half as many: {steps_needed(2)} steps are needed to "
@@ -286,7 +286,7 @@ class _Search:
     def decide(self, card: Card | None) -> Decision:
         decision = self.opened.decision
         if why := obstacle(self.opened, self.settings):
-            return told(decision, "search", "none", why, "--search")
+            return with_choice(decision, "search", "none", why, "--search")
         rates, why = rates_tried(self.opened, self.settings)
         if len(rates) > 1:
             arms = [Arm(f"rate {rate:.1e}", rate, decision.plan.parameters) for rate in rates]
@@ -294,11 +294,11 @@ class _Search:
             decision = replace(decision, recipe=replace(decision.recipe, learning_rate=winner.rate))
             self.listener.say(f"learning rate {winner.rate:.1e}: {reason}")
             reason = f"searched among {_list(arms)}: {reason}"
-            decision = told(decision, "learning rate", f"{winner.rate:.1e}", reason)
+            decision = with_choice(decision, "learning rate", f"{winner.rate:.1e}", reason)
         if self.settings.search == "thorough":
             decision, more = self._place(decision, card)
             why = f"{why}; {more}"
-        return told(decision, "search", self.settings.search, why, "--search")
+        return with_choice(decision, "search", self.settings.search, why, "--search")
 
     def _place(self, decision: Decision, card: Card | None) -> tuple[Decision, str]:
         """Search placement and rank at the rate that won, which is right for every rank because alpha is fixed. Returns
@@ -321,11 +321,11 @@ class _Search:
         decision = replace(decision, plan=self.plans[winner.plan])
         share = reached(self.opened.base, [slot.site for slot in decision.plan.slots])
         reason = f"{winner.name}, searched among {_list(arms)}: {reason}; {share}"
-        decision = told(decision, "sites", str(len(decision.plan.slots)), reason)
+        decision = with_choice(decision, "sites", str(len(decision.plan.slots)), reason)
         tried = f"{len(arms)} places and ranks, the first runs of {first} steps"
         if decision.plan == self.opened.decision.plan:
             return decision, tried
-        return told_rank(decision, "of the placement that won"), tried
+        return with_rank(decision, "of the placement that won"), tried
 
     def _halve(self, arms: Sequence[Arm], what: str, first: int) -> tuple[Arm, str]:
         """The arm that wins by successive halving, and the reason. first: steps of the first rung."""

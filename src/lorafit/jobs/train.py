@@ -58,6 +58,7 @@ from lorafit.runs.folder import (
     require_out,
     require_same,
     room_to_write,
+    set_by,
     settings_written,
     sole_writer,
     versions,
@@ -108,12 +109,13 @@ def run_training(
     base_name, data, resolved, began = open_run(out, base_given, data_given, settings, resume)
     keep_freed_memory()
     threads = began.threads if began else torch.get_num_threads()
+    who = set_by({**(read_run(out) if resume else {}), **(extra or {})})
     with sole_writer(out), on_threads(threads, listener):
         require_out(out, resume)  # again: another process may have written there while this one waited
         try:
             require_tracker(resolved.report_to)
             prepared = prepare_again(out, data, resolved, listener, START_OVER) if resume else prepared
-            opened = open_all(base_name, data, resolved, listener, began, processes.here, prepared)
+            opened = open_all(base_name, data, resolved, listener, began, processes.here, prepared, who)
             processes.require_work(opened.decision.recipe.batch_size)
         except BaseException:
             if not resume:

@@ -31,7 +31,17 @@ from lorafit.jobs.prepare import open_all, prepare_again
 from lorafit.jobs.scoring import scoring_of
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
 from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
-from lorafit.runs.folder import LADDER, MOMENTS, ONLY_RUNS, PLAN, WHOLE, frozen_of, read_finished, standing_folder
+from lorafit.runs.folder import (
+    LADDER,
+    MOMENTS,
+    ONLY_RUNS,
+    PLAN,
+    WHOLE,
+    frozen_of,
+    read_finished,
+    set_by,
+    standing_folder,
+)
 from lorafit.settings import settings_from, share_of
 from lorafit.tasks.runner import Runner
 from lorafit.training.recipe import Recipe
@@ -54,7 +64,9 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
     require_pairs(whole)
     keep_freed_memory()
     prepared = prepare_again(folder, asked["data"], settings, listener, "give --to 25%")
-    opened = open_all(asked["base"], asked["data"], settings, listener, frozen, prepared=prepared)
+    opened = open_all(
+        asked["base"], asked["data"], settings, listener, frozen, prepared=prepared, set_by=set_by(asked)
+    )
     base, examples, rows = opened.base, opened.examples, opened.rows
     if base.identity != asked["base_identity"] or not examples.has_digest(asked["data_digest"]):
         raise RunError(

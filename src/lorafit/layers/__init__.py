@@ -1,7 +1,7 @@
-"""Module kinds that can be adapted, and how to find them. One file per kind, one line in KINDS.
+"""The kinds of layer that can be adapted, and the search for them. One file per kind, one line in KINDS.
 
-Types are matched exactly, or a kind tries out what a module computes: a subclass may scale what it gives, or be read
-past its own forward.
+A module belongs to a kind if its type is exactly one of the kind's types, or if a trial shows that it computes the
+same. A subclass need not: it may scale its output, or its parent may read the weight without calling it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,26 @@ _BY_TYPE = {module_type: name for name, kind in KINDS.items() for module_type in
 
 
 def kind_of(module: nn.Module, parameter: str = "weight") -> str | None:
-    """Name of the kind that handles this module's weight of this name, or None."""
+    """The kind that handles a weight of a module.
+
+    Args:
+        module: The module that holds the weight.
+        parameter: The name of the weight in the module.
+
+    Returns:
+        The kind's key in KINDS, or None if no kind handles this weight.
+    """
     return next((name for name in kinds_of(module) if (name.partition(".")[2] or "weight") == parameter), None)
 
 
 def kinds_of(module: nn.Module) -> list[str]:
-    """Names of the kinds of its weights, none twice."""
+    """The kinds of a module's weights, as keys in KINDS: one kind for each weight that can be adapted."""
     exact = _BY_TYPE.get(type(module))
     return [exact] if exact else [name for name, kind in KINDS.items() if kind.computes_as(module)]
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every weight of a known kind, in the order of the model."""
+    """Every weight of a known kind below the model, as sites in the order of its modules."""
     found = []
     for path, module in model.named_modules():
         for name in kinds_of(module) if path else ():

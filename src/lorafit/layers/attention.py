@@ -1,6 +1,7 @@
-"""torch.nn.MultiheadAttention, where queries, keys and values are equally wide. It reads two weights past every
-forward: its in_proj_weight (3·E, E), and that of its layer out_proj (E, E). Each is a site, and its adapter acts
-through the module.
+"""torch.nn.MultiheadAttention whose queries, keys and values have the same width E.
+
+It reads two weights directly, without calling a layer: its in_proj_weight (3·E, E), and the weight (E, E) of its layer
+out_proj. Each is a site. During a call of the module, a changed weight stands in for it.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lorafit.layers.kind import Kind
 
 
-def _has_both(module: nn.Module) -> bool:
+def _has_in_proj(module: nn.Module) -> bool:
     return type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim
 
 
@@ -30,9 +31,9 @@ def _kind(name: str, peft_below: str) -> Kind:
         (),
         partial(_widths, name),
         weight=lambda module: module.get_parameter(name),
-        bias=lambda module: None,  # what acts through the weight leaves the bias where it is
+        bias=lambda module: None,  # only the weight is replaced; the module adds its own bias
         stored=lambda module, matrix: matrix,
-        computes_as=_has_both,
+        computes_as=_has_in_proj,
         is_product=False,
         any_variant=False,
         through=partial(_through, name),

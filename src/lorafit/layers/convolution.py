@@ -1,8 +1,8 @@
-"""torch.nn.Conv1d, Conv2d and Conv3d: at every position of the output, a product of W with what its kernel covers.
+"""torch.nn.Conv1d, Conv2d and Conv3d: each position of the output is the product of W with the inputs under the kernel.
 
-W (d_out, d_in) is the weight (out_channels, in_channels / groups, *kernel) with all but the first dimension as one. A
-acts as a convolution with the settings of the module, on the inputs of each group alike, and B as one with a kernel of
-1: so the change of the weight is B A whatever the groups are.
+W (d_out, d_in) is the weight (out_channels, in_channels / groups, *kernel), flattened after its first dimension. A acts
+as a convolution with the module's own settings, with the same kernels for every group; B acts as a convolution with a
+kernel of size 1. The change of the weight is therefore B A, for any number of groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _widths(module: nn.Module) -> tuple[int, int]:
 
 
 def _form(module: nn.Module) -> tuple[int, ...]:
-    """Groups, and the sides of the kernel."""
+    """(groups, *kernel_size)."""
     conv = _conv(module)
     return (conv.groups, *conv.kernel_size)
 
@@ -41,7 +41,7 @@ def _stored(module: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def _down(module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-    """x ([N,] in_channels, *positions) -> ([N,] groups * rank, *positions of the output)."""
+    """Apply A: x ([N,] in_channels, *positions) -> ([N,] groups * rank, *positions of the output)."""
     conv = _conv(module)
     kernels = a.reshape(len(a), *conv.weight.shape[1:])
     return conv._conv_forward(x, torch.cat([kernels] * conv.groups), None)
@@ -54,7 +54,8 @@ def _up(module: nn.Module, u: Tensor, b: Tensor, scaling: float, y: Tensor) -> T
 
 
 def _written(site: Site, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's A reads all channels of the input: A of each group stands at the channels of that group, among zeros."""
+    """Our factors in PEFT's shapes. PEFT's A reads all input channels, so it holds our A once for each group, at the
+    channels of that group, and zeros elsewhere."""
     groups, *kernel = site.form
     ones = (1,) * len(kernel)
     a, b = factors["A"], factors["B"]
@@ -70,21 +71,29 @@ def _read(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     groups, *kernel = site.form
     a, b = tensors["A"], tensors["B"]
     if site_of(site.path, a, b) != site:
-        raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} are not of the convolution that the plan says")
+        raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} do not fit the convolution that the plan names")
     rank = b.shape[1]
     factors = {name: tensor.flatten() for name, tensor in tensors.items()}
     factors |= {"A": a.reshape(groups, rank, groups, -1, *kernel)[0, :, 0].flatten(1), "B": b.flatten(1)}
     if groups > 1 and not torch.equal(_written(site, factors)["A"], a):
         raise ValueError(
-            f"its A differs by group, of {groups}, or reads channels of other groups, and so is no product with the "
-            "weight of the convolution: leave this layer out of target_modules when it is trained"
+            f"its A differs between the {groups} groups, or reads channels of other groups, so it does not correspond "
+            "to a change of the convolution's weight: leave this layer out of target_modules when you train it"
         )
     return factors
 
 
 def site_of(path: str, a: Tensor, b: Tensor) -> Site:
-    """The site of PEFT's A (groups * rank, in_channels, *kernel) and B (out_channels, rank, 1, ...). Raises ValueError
-    where they are no such pair."""
+    """The site to which a convolution's pair from PEFT belongs.
+
+    Args:
+        path: The path of the module.
+        a: (groups * rank, in_channels, *kernel).
+        b: (out_channels, rank, 1, ...).
+
+    Raises:
+        ValueError: If a and b are not such a pair.
+    """
     rank = b.shape[1] if b.dim() == a.dim() and set(b.shape[2:]) == {1} else 0
     if not rank or len(a) % rank or a.shape[1] % (len(a) // rank) or len(b) % (len(a) // rank):
         raise ValueError("lora_A and lora_B are not a pair of convolutions")

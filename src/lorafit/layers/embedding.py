@@ -1,4 +1,4 @@
-"""torch.nn.Embedding: y = E[id], a product of Eᵀ (d_out, d_in) with a row that is one at the id and zero elsewhere."""
+"""torch.nn.Embedding: y = E[id], which is the product of Eᵀ (d_out, d_in) with a one-hot vector."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ KIND = Kind(
     stored=lambda module, matrix: matrix.T,
     down=_down,
     is_product=False,
-    any_variant=False,  # PEFT takes the norms of an embedding by token, and not by output
+    any_variant=False,  # PEFT's DoRA takes the norms of an embedding per token, not per output
     fan_in=lambda site: 1,
     peft_names={"A": "lora_embedding_A", "B": "lora_embedding_B"},
 )

@@ -1,8 +1,8 @@
-"""The experts of a mixture of experts in transformers 5: one module holds all of them, each projection as one parameter
-(experts, d_out, d_in), or (experts, d_in, d_out) where the module says `is_transposed`, as gpt-oss does.
+"""The experts of a mixture of experts in transformers 5.
 
-They are no layers of their own, so a pair acts through the module: for a call it computes with a weight that is
-W + s·B A, each expert with its own A (rank, d_in) and B (d_out, rank).
+One module holds all experts. Each projection is one parameter (experts, d_out, d_in), or (experts, d_in, d_out) if the
+module is marked `is_transposed`, as in gpt-oss. An expert is not a layer that could be called, so the module computes
+with W + s·B A in place of W for the length of a call. Each expert has its own A (rank, d_in) and B (d_out, rank).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from lorafit.layers.kind import Kind
 from lorafit.layers.site import Site
 
-# Of one module in the order in which transformers registers them, which is the order in which PEFT nests them.
+# In the order in which transformers registers the parameters of a module; PEFT nests its wrappers in that order.
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
-TOGETHER = 8  # torch's grouped product wants rows of 16 bytes: ranks are filled up with zeros to whole multiples
+RANK_MULTIPLE = 8  # torch's grouped product needs rows of 16 bytes, so ranks are padded with zeros to a multiple
 
 
 class Sum:
-    """W + s·L R in place of W (..., p, q), for torch's functions; L (..., p, rank), R (..., rank, q).
+    """W + s·L R as an argument of torch's functions, in place of W (..., p, q); L (..., p, rank), R (..., rank, q).
 
-    Products are taken apart, as x W + s·(x L) R: the sum is not made, nothing of its size is kept for the backward, and
-    in bf16 no small part of a delta is rounded away. Whatever else is asked of it gets the sum itself.
+    A product with it is computed as x W + s·(x L) R. The sum is not computed, the backward keeps nothing of its size,
+    and in bf16 small parts of the delta are not rounded away. Every other function receives the sum itself.
     """
 
     def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scaling: float):
@@ -35,8 +35,8 @@ class Sum:
         self._scaling = scaling
         self.dtype, self.device, self.shape = weight.dtype, weight.device, weight.shape
 
-    def made(self) -> Tensor:
-        """The sum, in fp32 until it is rounded once."""
+    def tensor(self) -> Tensor:
+        """The sum, computed in fp32 and rounded once to the dtype of W."""
         weight, left, right = self._parts
         return (weight.float() + self._scaling * (left.float() @ right.float())).to(weight.dtype)
 
@@ -67,27 +67,28 @@ class Sum:
             if isinstance(second, cls):
                 weight, left, right = second._parts
                 if function == torch._grouped_mm:
-                    left, right = _filled(left, -1), _filled(right, -2)
+                    left, right = _padded(left, -1), _padded(right, -2)
                 inner = function(first, left, **named) * second._scaling
                 return function(first, weight, **named) + function(inner, right, **named)
             weight, left, right = first._parts
             inner = function(right, second, **named) * first._scaling
             return function(weight, second, **named) + function(left, inner, **named)
-        made = [one.made() if isinstance(one, cls) else one for one in given]
-        return function(*made, **{name: one.made() if isinstance(one, cls) else one for name, one in named.items()})
+        tensors = [value.tensor() if isinstance(value, cls) else value for value in given]
+        by_name = {key: value.tensor() if isinstance(value, cls) else value for key, value in named.items()}
+        return function(*tensors, **by_name)
 
 
-# What transformers' forwards multiply with.
+# The products in transformers' forwards of experts.
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch._grouped_mm)
 
 
-def _filled(part: Tensor, dim: int) -> Tensor:
-    lacking = -part.shape[dim] % TOGETHER
-    return F.pad(part, (0, lacking) if dim == -1 else (0, 0, 0, lacking)) if lacking else part
+def _padded(part: Tensor, dim: int) -> Tensor:
+    missing = -part.shape[dim] % RANK_MULTIPLE
+    return F.pad(part, (0, missing) if dim == -1 else (0, 0, 0, missing)) if missing else part
 
 
 def _holds(name: str, module: nn.Module) -> bool:
-    """Whether a module is one that transformers' `use_experts_implementation` has marked, with this projection."""
+    """Whether transformers' `use_experts_implementation` has marked the module, and it has this projection."""
     marked = hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
     weight = module._parameters.get(name) if marked else None
     return weight is not None and weight.ndim == 3 and len(weight) > 1
@@ -113,19 +114,20 @@ def _form(name: str, module: nn.Module) -> tuple[int, ...]:
 def _through(name: str, module: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Sum | Tensor:
     left, right = (a.mT, b.mT) if module.is_transposed else (b, a)
     summed = Sum(module.get_parameter(name), left, right, scaling)
-    apart = getattr(getattr(module, "config", None), "_experts_implementation", None) in _APART
-    return summed if apart and not torch.compiler.is_compiling() else summed.made()
+    in_torch = getattr(getattr(module, "config", None), "_experts_implementation", None) in _IN_TORCH
+    return summed if in_torch and not torch.compiler.is_compiling() else summed.tensor()
 
 
-_APART = ("eager", "grouped_mm", "batched_mm")  # of transformers' implementations: others hand weights to kernels
+# The implementations of transformers that multiply with torch's functions; the others pass the weights to kernels.
+_IN_TORCH = ("eager", "grouped_mm", "batched_mm")
 
 
 def _bias(module: nn.Module) -> None:
-    return None  # each expert has one of its own, if any; what acts through the weight leaves them as they are
+    return None  # only the weight is replaced; the module adds the experts' biases, if there are any
 
 
 def _written(site: Site, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As PEFT keeps the pairs of a parameter: A (experts · rank, d_in), B (d_out, rank · experts)."""
+    """The factors in PEFT's shapes for a parameter: A (experts · rank, d_in), B (d_out, rank · experts)."""
     a, b = factors["A"], factors["B"]
     return {"A": a.reshape(-1, site.d_in), "B": b.permute(1, 2, 0).reshape(site.d_out, -1)}
 
@@ -133,7 +135,7 @@ def _written(site: Site, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(site: Site, pair: Mapping[str, Tensor]) -> dict[str, Tensor]:
     a, b = pair["A"], pair["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != site.d_in or len(b) != site.d_out or len(a) % site.count:
-        raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} are not of {site.count} experts as the plan says")
+        raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} do not fit the {site.count} experts of the plan")
     return {
         "A": a.reshape(site.count, -1, site.d_in),
         "B": b.reshape(site.d_out, -1, site.count).permute(2, 0, 1),

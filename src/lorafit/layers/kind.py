@@ -1,7 +1,7 @@
-"""What every kind of module must say of itself, so that an adapter can act on it.
+"""The description of a kind of layer, which is what an adapter needs to act on one.
 
-A pair acts beside a module, on what it is given and what it returns, or through it: the module computes with another
-weight for the length of a call.
+A pair of factors acts in one of two ways. Beside a module, it takes the module's input and adds to its output. Through
+a module, it replaces the weight for the length of a call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _down(module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
 
 
 def _up(module: nn.Module, u: Tensor, b: Tensor, scaling: float, y: Tensor) -> Tensor:
-    # One product that adds in place of two operations: y is as large as the layer's output.
+    # addmm multiplies and adds in one operation, which saves a tensor of the size of the layer's output.
     return torch.addmm(y.reshape(-1, y.shape[-1]), u, b.T, alpha=scaling).view(y.shape)
 
 
@@ -39,29 +39,30 @@ def _as_they_are(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """How to read one weight of one kind of module, and how a pair of factors acts on it: beside the module, or through
-    it, which then computes with another weight for the length of a call.
+    """How to read one weight of a kind of module, and how a pair of factors acts on it.
 
     Args:
         types: The exact types of its modules.
         widths: (module) -> (d_in, d_out).
-        weight: (module) -> W (d_out, d_in), read when it is asked for: a view, or made for the moment.
+        weight: (module) -> W (d_out, d_in). It is read whenever it is needed: a view, or a tensor made for the call.
         bias: (module) -> (d_out,) or None.
         stored: (module, matrix (d_out, d_in)) -> the matrix in the layout of the module's own weight.
-        computes_as: (module) -> whether a module of another type is one of this kind.
-        down: (module, x, A (rank, d_in)) -> A x, as `up` takes it: of a product (rows, rank).
-        up: (module, what `down` gave, B (d_out, rank), scaling, y) -> y + scaling · B A x, of y's shape.
-        is_product: Whether it computes x Wᵀ + b: only such layers go together, and are served to many at once.
-        any_variant: Whether methods act on it whose `any_kind` is False.
-        fan_in: (site) -> how many of its inputs act at a time: the start of A is as large as theirs.
+        computes_as: (module) -> whether a module of another type belongs to this kind.
+        down: (module, x, A (rank, d_in)) -> A x, in the form that `up` takes; for a linear layer (rows, rank).
+        up: (module, the result of `down`, B (d_out, rank), scaling, y) -> y + scaling · B A x, in y's shape.
+        is_product: Whether the module computes x Wᵀ + b. Only such layers are computed in groups, and served together
+            with other adapters.
+        any_variant: Whether methods with `any_kind=False` can act on it too.
+        fan_in: (site) -> the number of inputs that act at a time; it sets the range of the initial A.
         form: (module) -> `Site.form`.
-        out_dim: (module) -> the dimension of its output along which d_out lies, counted from the end.
-        through: (module, A, B, scaling) -> what the module computes with in place of its weight, for a call: the weight
-            as it keeps it, plus scaling · B A. None where a pair acts beside the module, by `down` and `up`.
-        peft_below: What stands after the path of the module in the names of PEFT's tensors.
-        peft_names: By factor, its name in PEFT's files, where that differs from the method's.
-        written: (site, a method's tensors) -> those of PEFT's files, where they have other shapes.
-        read: (site, what `written` gave) -> the tensors it was given. Raises ValueError for what it cannot have been.
+        out_dim: (module) -> the dimension of the output that has size d_out, counted from the end.
+        through: (module, A, B, scaling) -> the value that replaces the module's weight during a call: the weight in its
+            own layout, plus scaling · B A. None if the pair acts beside the module, by `down` and `up`.
+        peft_below: The part between the module's path and the factor's name in the names of PEFT's tensors.
+        peft_names: The names of factors in PEFT's files, if they differ from the method's.
+        written: (site, a method's tensors) -> PEFT's tensors, if they have other shapes.
+        read: (site, PEFT's tensors) -> the method's tensors, the inverse of `written`. Raises ValueError for tensors
+            that `written` cannot have made.
     """
 
     types: tuple[type[nn.Module], ...]
@@ -86,7 +87,7 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module of the base as a method may use it; nothing of it is kept but the module."""
+    """A module of the base, as a method sees it. It keeps no tensor: each access reads the module."""
 
     kind: Kind
     module: nn.Module
@@ -102,7 +103,7 @@ class Layer:
         return self.kind.bias(self.module)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        """A x, as `up` takes it."""
+        """A x, in the form that `up` takes."""
         return self.kind.down(self.module, x, a)
 
     def up(self, u: Tensor, b: Tensor, scaling: float, y: Tensor) -> Tensor:
@@ -110,5 +111,5 @@ class Layer:
         return self.kind.up(self.module, u, b, scaling, y)
 
     def by_output(self, vector: Tensor) -> Tensor:
-        """A vector (d_out,) in the shape in which it acts on the layer's output."""
+        """A vector (d_out,) in the shape that broadcasts over the layer's output."""
         return vector.view(-1, *(1,) * (-1 - self.kind.out_dim(self.module)))

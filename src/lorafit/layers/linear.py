@@ -1,4 +1,4 @@
-"""torch.nn.Linear: weight (d_out, d_in), y = x Wᵀ + b. A subclass of it counts where it computes that."""
+"""torch.nn.Linear: weight (d_out, d_in), y = x Wᵀ + b. A subclass belongs to this kind if it computes the same."""
 
 import inspect
 from inspect import Parameter
@@ -11,9 +11,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafit.layers.kind import Kind
 
-SCALES = (1.0, 8.0, 0.125, 64.0)  # of the random inputs on which a subclass is tried
-SUMS = 1e-5  # relative, beside the rounding of what comes out: sums of one product, added up in another order
-_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+SCALES = (1.0, 8.0, 0.125, 64.0)  # of the random inputs with which a subclass is tested
+# The relative difference that is allowed in addition to the rounding of the output: a subclass may add up the terms of
+# the product in another order.
+TOLERANCE = 1e-5
+_tested: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:
@@ -32,17 +34,17 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _computes_as(module: nn.Module) -> bool:
-    """Whether a subclass computes x Wᵀ + b. Tried once: weights of a base stay as they are."""
+    """Whether a subclass computes x Wᵀ + b. Each module is tested once, because a base's weights do not change."""
     if not isinstance(module, nn.Linear):
         return False
-    if module not in _tried:
-        _tried[module] = _is_plain(module) and _equals_linear(module)
-    return _tried[module]
+    if module not in _tested:
+        _tested[module] = _is_plain(module) and _equals_linear(module)
+    return _tested[module]
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Whether it holds a weight and a bias and nothing else, is called with one thing and nothing else, as what takes
-    its place is, and nothing reads the weight past its forward, as nn.MultiheadAttention does with its out_proj."""
+    """Whether the module holds only a weight and a bias, its forward takes one argument, like the forward that replaces
+    it, and no parent reads its weight without calling it, as nn.MultiheadAttention does with out_proj."""
     weight = module._parameters.get("weight")
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.is_floating_point():
         return False
@@ -54,19 +56,19 @@ def _is_plain(module: nn.Linear) -> bool:
 
 def _equals_linear(module: nn.Linear) -> bool:
     weight = module.weight
-    numbers = torch.randn(1, len(SCALES), module.in_features, generator=torch.Generator().manual_seed(0))
-    x = (numbers * torch.tensor(SCALES)[:, None]).to(weight.device, weight.dtype)
+    noise = torch.randn(1, len(SCALES), module.in_features, generator=torch.Generator().manual_seed(0))
+    x = (noise * torch.tensor(SCALES)[:, None]).to(weight.device, weight.dtype)
     expected = F.linear(x, weight.detach(), None if module.bias is None else module.bias.detach())
-    within = (2 * torch.finfo(weight.dtype).eps + SUMS) * expected.float().norm(dim=-1)
+    allowed = (2 * torch.finfo(weight.dtype).eps + TOLERANCE) * expected.float().norm(dim=-1)
     before = module.training
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
-            for module.training in (False, True):  # dropout of its own shows in one of them
-                own = type(module).forward(module, x)  # of the class, whatever is attached to the instance
-                if own.shape != expected.shape or not ((own - expected).float().norm(dim=-1) <= within).all():
+            for module.training in (False, True):  # a dropout in its forward shows in only one of the two modes
+                y = type(module).forward(module, x)  # the class's forward, even if the instance has an adapter attached
+                if y.shape != expected.shape or not ((y - expected).float().norm(dim=-1) <= allowed).all():
                     return False
         return True
-    except Exception:  # it gives no tensor, or wants what is not there
+    except Exception:  # its forward returns no tensor, or needs something that is missing here
         return False
     finally:
         module.training = before

@@ -1,4 +1,4 @@
-"""Sites: the places in a model where an adapter can act."""
+"""Sites: the weights of a model that an adapter can act on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from lorafit.errors import TargetError
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One weight of shape (d_out, d_in), named by the path of its module in the model; of a module that has several,
-    by that of the weight itself, as in `mlp.experts.down_proj`.
+    """One weight of shape (d_out, d_in).
 
-    `kind` names how the weight is read, by its key in `lorafit.layers.KINDS`. `form`: of a convolution, its groups and
-    the sides of its kernel; of experts, how many there are, with a pair each.
+    Args:
+        path: The path of its module in the model. If a module has several weights that can be adapted, the path of the
+            weight itself, such as `mlp.experts.down_proj`.
+        kind: The key in `lorafit.layers.KINDS` of the kind that reads the weight.
+        d_in: The number of inputs.
+        d_out: The number of outputs.
+        form: For a convolution (groups, *kernel_size); for experts (number of experts,); otherwise empty.
     """
 
     path: str
@@ -26,57 +30,61 @@ class Site:
     form: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", tuple(self.form))  # JSON has lists
+        object.__setattr__(self, "form", tuple(self.form))  # a list, if it comes from JSON
 
     @property
     def name(self) -> str:
-        """Last component of the path, as in `q_proj`."""
+        """The last component of the path, such as `q_proj`."""
         return self.path.rpartition(".")[2]
 
     @property
     def parameter(self) -> str:
-        """Name of the weight in its module: what follows the dot in the name of the kind, or `weight`."""
+        """The name of the weight in its module: the part after the first dot in `kind`, or `weight`."""
         return self.kind.partition(".")[2] or "weight"
 
     @property
     def module(self) -> str:
-        """Path of the module that holds the weight."""
+        """The path of the module that holds the weight."""
         return self.path.removesuffix(f".{self.parameter}") if "." in self.kind else self.path
 
     @property
     def key(self) -> str:
-        """Of the weight in the model's state dict."""
+        """The key of the weight in the model's state dict."""
         return f"{self.module}.{self.parameter}"
 
     @property
     def per_rank(self) -> int:
-        """Numbers in A and B for one unit of rank."""
+        """The number of parameters in A and B for each unit of rank."""
         return self.count * (self.d_in + self.d_out)
 
     @property
     def groups(self) -> int:
-        """In how many parts a convolution takes its input, each with the same A."""
+        """The groups of a convolution, which all have the same A; otherwise 1."""
         return self.form[0] if len(self.form) > 1 else 1
 
     @property
     def count(self) -> int:
-        """How many experts lie in the weight (count, d_out, d_in), each with factors of its own."""
+        """The number of experts in the weight (count, d_out, d_in), each with its own factors; otherwise 1."""
         return self.form[0] if len(self.form) == 1 else 1
 
 
 def matches(site: Site, target: str) -> bool:
-    """Whether a target names a site: see `select`."""
+    """Whether a target names a site. `select` describes targets."""
     paths = {site.path, site.module, site.key.removesuffix(".weight")}
     return any(fnmatchcase(path, pattern) for path in paths for pattern in (target, f"*.{target}"))
 
 
 def select(sites: Sequence[Site], targets: Sequence[str]) -> tuple[Site, ...]:
-    """The sites that any target names, in the order of the model.
+    """The sites that at least one target names, in the order of the model.
 
-    A target is the end of a path, cut at a dot (`q_proj`, `mlp.down_proj`; `experts` for all weights of a module), or a
-    pattern with `*`.
-    Raises TargetError naming *every* target that matches nothing, each with the nearest names: a target
-    that is passed over in silence leaves most of a model unadapted.
+    Args:
+        sites: The sites to choose from.
+        targets: Ends of paths that begin after a dot (`q_proj`, `mlp.down_proj`; `experts` names all weights of that
+            module), or patterns with `*`.
+
+    Raises:
+        TargetError: If targets match no site. The message lists all of them, each with similar names, because a typo
+            that goes unnoticed could leave most of a model without an adapter.
     """
     unmatched = [target for target in targets if not any(matches(site, target) for site in sites)]
     if unmatched or not targets:

@@ -1,4 +1,4 @@
-"""Planning: rules that return resolved numbers, each with its reason in plain words."""
+"""Rules that choose the numbers of a run, each with its reason in a sentence."""
 
 from lorafit.planning.rules import Choice, Decision, decide
 

@@ -1,8 +1,8 @@
-"""Successive halving (Jamieson and Talwalkar 2016): many arms for a few steps, the better half for more.
+"""Successive halving (Jamieson and Talwalkar 2016): try many arms for a few steps each, then the better half for more.
 
-Every rung is a run of its own with its own decay of the rate to zero, for a rate is judged by where its run ends. The
-horizon is short, which favours high rates, so where validation cannot tell two apart the lower rate is taken, and the
-smaller plan.
+An arm is a learning rate and a plan. Each rung is a complete run whose rate falls to zero, because a rate is judged by
+where its run ends. Short runs favour high rates, so if validation cannot tell two arms apart, the lower rate is chosen,
+or at equal rates the smaller plan.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ from dataclasses import dataclass
 
 from lorafit.evaluation.statistics import paired_bootstrap
 
-RATES = (0.1, 1 / 3, 1.0, 3.0)  # times the rate by rule
-FEW_RATES = (1 / 3, 1.0)  # where there is time for two: three times the rule's rate diverges too often (docs/log.md)
-FEWEST_STEPS = 20  # that an arm is tried for
-# Of the run that searching the rate takes, where that is enough; and at most. By the clock it is about 0.05 more: the
-# layer card, and opening every arm (0.52 for 0.47, bench/planning.py).
+RATES = (0.1, 1 / 3, 1.0, 3.0)  # multiples of the rule's rate
+FEW_RATES = (1 / 3, 1.0)  # if there is time for two only; three times the rule's rate diverges too often (docs/log.md)
+FEWEST_STEPS = 20  # of the first rung
+# The share of the run's steps that a search of the rate takes if possible, and at most. Measured in time it takes about
+# 0.05 more, for the layer card and for opening the arms (0.52 in place of 0.47, bench/planning.py).
 WANTED, MOST = 0.4, 0.45
-WANTED_PLACES, MOST_PLACES = 0.8, 1.5  # and that searching places takes, which has to be asked for
-SCORED = 0.5  # examples an arm is scored on, for each one of the first rung's steps
+WANTED_PLACES, MOST_PLACES = 0.8, 1.5  # the same for a search of placements, which runs only on request
+SCORED = 0.5  # examples on which an arm is scored, per step of the first rung
 
 
 @dataclass(frozen=True)
 class Arm:
-    """name: told. rate: the peak. parameters: of its plan; plan: which one, among those that are tried."""
+    """One candidate of the search.
+
+    Args:
+        name: Its name in messages.
+        rate: Its peak learning rate.
+        parameters: The number of parameters of its plan.
+        plan: The number of its plan among those that are tried.
+    """
 
     name: str
     rate: float
@@ -35,7 +42,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Tried:
-    """An arm after `steps` steps: NLL of each example it was scored on; None where it diverged."""
+    """The result of an arm in one rung.
+
+    Args:
+        arm: The arm.
+        steps: The steps it was trained for.
+        each: The NLL of each example on which it was scored; None if training diverged.
+    """
 
     arm: Arm
     steps: int
@@ -47,8 +60,12 @@ class Tried:
 
 
 def cost(arms: int, first: int) -> float:
-    """Steps that halving these arms takes, the first rung being so long and each later one twice as long as the one
-    before; scoring counts, a forward being a third of a step's work."""
+    """The cost of a search in training steps. The forwards of scoring are included; one forward is a third of a step.
+
+    Args:
+        arms: The number of arms.
+        first: The steps of the first rung. Each later rung is twice as long as the one before.
+    """
     total, length = 0.0, first
     while arms > 1:
         total += arms * (length + SCORED * first / 3)
@@ -57,12 +74,12 @@ def cost(arms: int, first: int) -> float:
 
 
 def first_rung(arms: int, run_steps: int, wanted: float = WANTED) -> int:
-    """Steps of the first rung, where halving is to take `wanted` of the run."""
+    """The steps of the first rung with which a search takes the share `wanted` of the run's steps."""
     return max(FEWEST_STEPS, int(wanted * run_steps / cost(arms, 1)))
 
 
 def rates_for(run_steps: int) -> tuple[float, ...]:
-    """The multiples of the rate by rule for which there is time; the rule's alone where there is none."""
+    """The multiples of the rule's rate that a run of this length has time to try; (1.0,) if it has time for none."""
     for rates in (RATES, FEW_RATES):
         if cost(len(rates), first_rung(len(rates), run_steps)) <= MOST * run_steps:
             return rates
@@ -70,25 +87,31 @@ def rates_for(run_steps: int) -> tuple[float, ...]:
 
 
 def steps_needed(arms: int, most: float = MOST) -> int:
-    """The shortest run of which trying so many arms takes no more than `most`."""
+    """The steps of the shortest run in which trying this many arms takes at most the share `most`."""
     return math.ceil(cost(arms, FEWEST_STEPS) / most)
 
 
 def survivors(tried: Sequence[Tried]) -> list[Tried]:
-    """The better half, best first; what diverged is left out, and where all have, nothing is left."""
-    whole = sorted((one for one in tried if one.each is not None), key=lambda one: one.nll)
-    return whole[: math.ceil(len(tried) / 2)]
+    """The better half, best first. Arms that diverged are left out, so the list may be empty."""
+    finite = sorted((one for one in tried if one.each is not None), key=lambda one: one.nll)
+    return finite[: math.ceil(len(tried) / 2)]
 
 
 def better(best: Tried, other: Tried, groups: Sequence[str | None]) -> tuple[Tried, str]:
-    """Of two arms the one to go on with, and why. best: of the lower NLL."""
+    """The winner of the last two arms, and the reason.
+
+    Args:
+        best: The arm with the lower NLL.
+        other: The other arm, scored on the same examples.
+        groups: The groups of the examples.
+    """
     assert best.each is not None and other.each is not None
-    found = paired_bootstrap([b - a for a, b in zip(best.each, other.each, strict=True)], groups)
+    interval = paired_bootstrap([b - a for a, b in zip(best.each, other.each, strict=True)], groups)
     gap = f"{other.nll - best.nll:+.4f} nats"
-    if found is not None and found.low > 0:
-        return best, f"{other.arm.name} is worse by {gap} (95 % interval {found.low:+.4f} to {found.high:+.4f})"
-    first = min(best, other, key=lambda one: (one.arm.rate, one.arm.parameters))
-    told = "too few examples" if found is None else f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
-    lower = "the lower rate" if best.arm.rate != other.arm.rate else "the smaller plan"
-    left = (other if first is best else best).arm.name
-    return first, f"validation cannot tell it from {left} ({gap}, {told}), and {lower} is taken"
+    bounds = "too few examples" if interval is None else f"95 % interval {interval.low:+.4f} to {interval.high:+.4f}"
+    if interval is not None and interval.low > 0:
+        return best, f"{other.arm.name} is worse by {gap} ({bounds})"
+    winner = min(best, other, key=lambda one: (one.arm.rate, one.arm.parameters))
+    lower = "lower rate" if best.arm.rate != other.arm.rate else "smaller plan"
+    loser = (other if winner is best else best).arm.name
+    return winner, f"validation cannot tell it from {loser} ({gap}, {bounds}), so the {lower} is chosen"

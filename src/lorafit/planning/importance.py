@@ -1,4 +1,4 @@
-"""Which sites mattered: what a trained adapter's parts do to the validation loss, measured when it is there."""
+"""Measures which parts of a trained adapter matter, by their effect on the validation loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.planning.signal import block_of, kinds_of
 from lorafit.tasks.runner import Runner
 
-SHARE, FEWEST, MOST = 0.05, 4, 64  # of the run's time that ablations may take; examples they are scored on
+SHARE = 0.05  # of the run's time that ablations may take
+FEWEST, MOST = 4, 64  # examples on which they are scored
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """The adapter without these sites: how much the NLL rises, mean over examples, with its interval (None where there
-    are too few)."""
+    """The result of removing a part of the adapter.
+
+    Args:
+        name: The name of the part.
+        sites: The number of its sites.
+        parameters: The number of its parameters.
+        rise: By how much the NLL rises without it, mean over the examples.
+        ci95: The 95 % interval of the rise; None if there are too few examples.
+    """
 
     name: str
     sites: int
@@ -29,9 +37,20 @@ class Ablation:
 
 
 def first_order(runner: Runner, adapter: Adapter, rows: Sequence[Row]) -> dict[str, float]:
-    """By site path, what taking its pair away would add to the mean NLL (nats per token) if that were linear in the
-    pair: −⟨gradient of B, B⟩, which is −⟨gradient of ΔW, ΔW⟩ (Molchanov et al. 2017, arXiv 1611.06440). Below zero it
-    would help. Of a variant with more than A and B it is their part alone. One backward in all."""
+    """A first-order estimate of each site's effect: by how much the mean NLL would rise without its pair.
+
+    It is −⟨gradient of B, B⟩ = −⟨gradient of ΔW, ΔW⟩ (Molchanov et al. 2017, arXiv 1611.06440), and costs one backward.
+    A value below zero means that removing the pair would help. For a method with more factors than A and B, it covers
+    only these two.
+
+    Args:
+        runner: Runs the base.
+        adapter: The trained adapter.
+        rows: The rows on which the NLL is measured.
+
+    Returns:
+        The estimate in nats per token, by site path.
+    """
     state = TrainState(adapter, runner.base.device)
     with runner.training(state):
         runner.gradient_of(rows)
@@ -51,10 +70,19 @@ def ablations(
     groups: Sequence[str | None],
     watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Ablation]:
-    """Exact: each of the parts, as names of sites, taken away in turn, all else as it is."""
+    """The exact effect of each part: each is removed in turn, and the rest of the adapter is scored.
 
-    def scored(one: Adapter) -> list[float]:
-        with attach(runner.base, one):
+    Args:
+        runner: Runs the base.
+        adapter: The trained adapter.
+        rows: The rows on which it is scored.
+        parts: The paths of the sites of each part, by the part's name.
+        groups: The groups of the rows' examples.
+        watch: Called with the number of scorings that are done, and of all.
+    """
+
+    def scored(scored_adapter: Adapter) -> list[float]:
+        with attach(runner.base, scored_adapter):
             return runner.nll(rows)
 
     watch(0, len(parts) + 1)
@@ -75,24 +103,31 @@ def ablations(
 
 
 def parts_of(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Sites by block and by kind of module: parts of the whole, what is all of it left out."""
+    """The sites by block and by kind of module. A part that holds all sites is left out."""
     blocks: dict[str, list[str]] = {}
     kinds: dict[str, list[str]] = {}
     for path, kind in kinds_of(paths).items():
         if (block := block_of(path)) is not None:
             blocks.setdefault(f"block {block}", []).append(path)
         kinds.setdefault(kind, []).append(path)
-    found = {**blocks, **kinds}
-    return {name: part for name, part in found.items() if len(part) < len(paths)}
+    return {name: part for name, part in {**blocks, **kinds}.items() if len(part) < len(paths)}
 
 
 def examples_for(parts: int, steps: int, batch: int, there: int) -> int:
-    """How many examples every part is scored on: a forward is a third of a step's work on an example."""
+    """The number of examples on which each part is scored, so that all ablations take the share SHARE of the run's
+    time. The forward of an example is a third of its share of a step.
+
+    Args:
+        parts: The number of parts.
+        steps: The steps of the run.
+        batch: The examples in a step.
+        there: The number of examples that exist.
+    """
     return min(there, MOST, max(FEWEST, int(3 * SHARE * steps * batch / (parts + 1))))
 
 
 def without(adapter: Adapter, paths: Collection[str]) -> Adapter:
-    """The adapter without its slots at these sites, of which it must have others."""
+    """The adapter without its slots at these sites. At least one other slot must remain."""
     slots = tuple(slot for slot in adapter.plan.slots if slot.site.path not in paths)
     plan = replace(adapter.plan, slots=slots)
     kept = [f"{path}.{name}" for path, name, _, _ in plan.tensors()]

@@ -1,8 +1,9 @@
-"""What a run holds in memory, estimated from a look at the base, and the settings under which it holds less.
+"""Estimates the memory of a run, and chooses settings with which it fits.
 
-What a forward keeps for its backward is most of it, and grows with the tokens that are run at a time: three tiny
-forwards are watched, the rest is arithmetic. An allocator takes more than it is asked for, by an amount that hardly
-depends on how much is run but much on the base: that is measured on a small step. Bytes throughout, GB are 10⁹.
+Most of it are the activations that a forward keeps for its backward. They grow with the tokens in a micro-batch; they
+are measured in three tiny forwards, and the rest is computed. An allocator takes more memory than is requested, by an
+amount that depends on the base and hardly on the batch; it is measured in a small step. Sizes are in bytes; 1 GB is 10⁹
+bytes.
 """
 
 from __future__ import annotations
@@ -22,36 +23,42 @@ from lorafit.data.batches import epoch_order
 from lorafit.data.render import Row
 from lorafit.errors import SettingsError
 from lorafit.evaluation.compare import answer_tokens
-from lorafit.planning.rules import Decision, hidden_size, told
+from lorafit.planning.rules import Decision, hidden_size, with_choice
 from lorafit.settings import bytes_of
 from lorafit.tasks.runner import EVALUATION_TOKENS, Runner
 from lorafit.tasks.task import ForwardMode
 from lorafit.training.recipe import Recipe
 
 PROBED = 64  # tokens of the largest tiny forward
-LONG = SHORT + 32  # a row whose attention goes another way
-# The state in fp32: master, its gradient and the one being summed, two moments, the best, the start; and two for what
-# the optimizer needs beside them.
+LONG = SHORT + 32  # the length of a row whose attention is computed in the other way (`attachment.packing`)
+# Bytes per parameter of the state, in fp32: the master, its gradient and the sum of gradients, AdamW's two moments, the
+# best state, the initial state; and two for temporary values of the optimizer.
 STATE = 9 * 4
-MEASURED = 160  # tokens of the step that shows what the allocator takes
-TWICE_MEASURED = 640  # and of a second one where blocks are computed twice: holes between their inputs grow with them
-SLACK = 0.05  # it takes at least this share more
-FEWEST_PLAIN = 256  # tokens at a time below which computing blocks twice costs less than more forwards do
-MARGIN = 1.15  # over what is foretold, where it must stay under a limit
-USABLE = 0.9  # share of the free memory that is taken by rule
+MEASURED = 160  # tokens of the step in which the allocator's overhead is measured
+MEASURED_AGAIN = 640  # and of a second one if blocks are recomputed, because gaps between their inputs grow
+SLACK = 0.05  # the least overhead of the allocator, as a share
+FEWEST_PLAIN = 256  # with fewer tokens per micro-batch, recomputing blocks costs less time than smaller micro-batches
+MARGIN = 1.15  # the factor on an estimate that must stay under a limit
+USABLE = 0.9  # the share of the free memory that a run uses if no limit is set
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a base with an adapter holds while it trains, in bytes.
+    """The memory of a base with an adapter in training, in bytes.
 
-    state: whatever is in a batch. token, pair: kept for the backward for each token, and for each pair of tokens in one
-    product of attention; long_token: for each token of a row that is longer than SHORT, where rows are packed.
-    block_input: of one token, of all blocks from the lowest with a site on; blocks: how many these are, 0 where none
-    can be computed twice. working: for each token, while its gradient is computed. looking: for each token of a
-    validation or a test. logits: for each trained token;
-    most_logits: the most of these held at a time. lost: what the allocator takes beside all that and SLACK, whatever is
-    in a batch; lost_token: for each token.
+    Args:
+        state: Independent of the batch.
+        token: Activations kept for the backward, per token.
+        pair: Activations kept for the backward, per pair of tokens in one product of attention.
+        long_token: Activations kept per token of a row longer than SHORT, if rows are packed.
+        block_input: The inputs of one token to all blocks, from the lowest block with a site on.
+        blocks: The number of these blocks; 0 if none can be recomputed.
+        working: Temporary values per token while its gradient is computed.
+        looking: Temporary values per token of a validation or a test.
+        logits: The logits of one trained token.
+        most_logits: The most logits that are held at a time.
+        lost: The allocator's overhead beyond SLACK, independent of the batch.
+        lost_token: The allocator's overhead beyond SLACK, per token.
     """
 
     state: float
@@ -68,7 +75,14 @@ class Footprint:
     lost_token: float = 0.0
 
     def of(self, lengths: Sequence[int], trained: int, mode: ForwardMode, recompute: bool) -> float:
-        """Of one micro-batch of rows of these lengths."""
+        """The bytes of one micro-batch, without the state.
+
+        Args:
+            lengths: The lengths of its rows, in tokens.
+            trained: The number of its trained tokens.
+            mode: How the base is run.
+            recompute: Whether blocks are recomputed.
+        """
         widths = lengths if mode.packed else [max(lengths)] * len(lengths)
         tokens = sum(widths)
         kept = sum(
@@ -85,35 +99,53 @@ class Footprint:
 
 
 class Gauge(Protocol):
-    """Shows how much more memory was held, at most, since it was last set to zero."""
+    """Measures by how much the memory in use has grown, at most, since it was last set to zero."""
 
     def zero(self) -> None: ...
     def grown(self) -> int: ...
 
 
 def with_losses(look: Footprint, runner: Runner, adapter: Adapter, rows: Sequence[Row], gauge: Gauge) -> Footprint:
-    """What the allocator takes beside what it is asked for, measured on a step of a few rows of middling length."""
+    """Add the allocator's overhead, measured in a step of a few rows of median length.
+
+    Args:
+        look: The footprint without it.
+        runner: Runs the base.
+        adapter: The adapter that is trained.
+        rows: The training rows.
+        gauge: Measures the memory of the process.
+    """
     state, recompute = TrainState(adapter, runner.base.device), runner.recompute
-    middle = sorted(len(row.ids) for row in rows)[len(rows) // 2]
-    gathering = 2 * 4 * adapter.plan.parameters  # the gradient of the factors, apart and as one; in `state`
+    median = sorted(len(row.ids) for row in rows)[len(rows) // 2]
+    gradients = 2 * 4 * adapter.plan.parameters  # of the factors, separate and joined; counted in `state` already
     lost: dict[int, float] = {}
     with runner.training(state):
-        runner.gradient_of(_probes(runner, rows, [middle // 2 + 2]))
-        for size in (MEASURED, TWICE_MEASURED) if recompute else (MEASURED,):
-            lengths = [min(middle, size)] * max(1, size // middle)
+        runner.gradient_of(_probes(runner, rows, [median // 2 + 2]))
+        for size in (MEASURED, MEASURED_AGAIN) if recompute else (MEASURED,):
+            lengths = [min(median, size)] * max(1, size // median)
             batch = runner.batch(_probes(runner, rows, lengths))
             gauge.zero()
-            for _ in range(2):  # what is freed comes back in other pieces
+            for _ in range(2):  # the second time, freed memory is divided differently
                 runner.gradient([batch])
             known = look.of(lengths, batch.n_trained, runner.mode, recompute)
-            lost[sum(lengths)] = max(0.0, gauge.grown() - known - gathering)
-    (least, constant), (most, larger) = min(lost.items()), max(lost.items())
-    each = max(0.0, (larger - constant) / (most - least)) if most > least else 0.0
-    return replace(look, lost=max(0.0, constant - each * least), lost_token=each)
+            lost[sum(lengths)] = max(0.0, gauge.grown() - known - gradients)
+    (few, overhead), (many, larger) = min(lost.items()), max(lost.items())
+    per_token = max(0.0, (larger - overhead) / (many - few)) if many > few else 0.0
+    return replace(look, lost=max(0.0, overhead - per_token * few), lost_token=per_token)
 
 
 def footprint(runner: Runner, adapter: Adapter, rows: Sequence[Row], dropout: float = 0.0) -> Footprint:
-    """Look at forwards of one short row, of four such, and of one four times as long: three unknowns."""
+    """Measure what a base with an adapter holds in training.
+
+    Three forwards (one short row, four short rows, and one row that is four times as long) give three unknowns: the
+    bytes per token, per pair of tokens, and per forward.
+
+    Args:
+        runner: Runs the base.
+        adapter: The adapter that is trained.
+        rows: The training rows.
+        dropout: The dropout of the adapter.
+    """
     base, mode = runner.base, runner.mode
     state = TrainState(adapter, base.device, dropout)
     size = base.dtype.itemsize
@@ -155,13 +187,20 @@ def _probes(runner: Runner, rows: Sequence[Row], lengths: Sequence[int]) -> list
 
 
 def kept(runner: Runner, state: TrainState, rows: Sequence[Row], lengths: Sequence[int]) -> float:
-    """Bytes that a forward keeps for its backward up to the head: every storage once, without the weights."""
+    """The bytes that a forward up to the head keeps for its backward. Every storage counts once; weights do not.
+
+    Args:
+        runner: Runs the base.
+        state: The training state, which is attached.
+        rows: The rows from which the probes are made.
+        lengths: The lengths of the rows in the forward.
+    """
     model = runner.base.model
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), state.master)}
     found: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()  # held, so that no other takes its place
+        storage = tensor.untyped_storage()  # a reference is held, so that its address is not used again
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage
 
@@ -172,7 +211,13 @@ def kept(runner: Runner, state: TrainState, rows: Sequence[Row], lengths: Sequen
 
 @dataclass(frozen=True)
 class Work:
-    """What a run computes: rows by split, and the positions of the training rows in every step."""
+    """The work of a run.
+
+    Args:
+        runner: Runs the base.
+        rows: The rows by split.
+        steps: The positions of the training rows in every step.
+    """
 
     runner: Runner
     rows: dict[str, list[Row]]
@@ -180,7 +225,8 @@ class Work:
 
 
 def peak(look: Footprint, work: Work, recipe: Recipe) -> float:
-    """The most a run holds above what the process holds before it: in its largest micro-batch, or where it scores."""
+    """The most bytes that a run holds beyond those of the process before it: in its largest micro-batch, or when it
+    scores."""
     rows, train, runner = work.rows, work.rows["train"], work.runner.within(recipe.micro_tokens, recipe.recompute)
     largest = max(
         look.of([len(train[i].ids) for i in part], sum(train[i].n_trained for i in part), runner.mode, recipe.recompute)
@@ -193,8 +239,13 @@ def peak(look: Footprint, work: Work, recipe: Recipe) -> float:
 
 
 def room_to_answer(base: Base, rows: dict[str, list[Row]], shots: int) -> int:
-    """Tokens of the longest prompt of test or validation with its answer, where so many examples are given in it, at
-    most."""
+    """An upper bound on the tokens of a prompt of test or validation with its answer.
+
+    Args:
+        base: The base, whose context limits them.
+        rows: The rows by split.
+        shots: The number of examples in a few-shot prompt.
+    """
     held_out = [*rows["test"], *rows["valid"]]
     answer = answer_tokens(held_out)
     prompt = max(len(row.ids) for row in held_out)
@@ -203,15 +254,15 @@ def room_to_answer(base: Base, rows: dict[str, list[Row]], shots: int) -> int:
 
 
 def steps_of(rows: Sequence[Row], recipe: Recipe, fixed: bool, packed: bool) -> list[list[int]]:
-    """The row positions of every step of a run. fixed, packed: as `epoch_order` takes them."""
+    """The row positions of every step of a run. fixed, packed: see `epoch_order`."""
     steps: list[list[int]] = []
     for epoch in range(-(-recipe.steps * recipe.batch_size // len(rows)) + 1):
         steps += epoch_order(rows, recipe.batch_size, recipe.seed, epoch, fixed, packed)
     return steps[: recipe.steps]
 
 
-def _thriftier(recipe: Recipe, blocks: int) -> Iterable[Recipe]:
-    """Recipes that hold less and less, each slower than the one before it."""
+def _by_memory(recipe: Recipe, blocks: int) -> Iterable[Recipe]:
+    """The recipe with settings that need less and less memory, and more and more time."""
     sizes = [recipe.micro_tokens >> k for k in range(recipe.micro_tokens.bit_length())]
     for recompute in (False, True) if blocks else (False,):
         for size in sizes:
@@ -219,13 +270,18 @@ def _thriftier(recipe: Recipe, blocks: int) -> Iterable[Recipe]:
                 yield replace(recipe, micro_tokens=size, recompute=recompute)
 
 
-Look = Callable[[bool], Footprint]  # whether blocks are computed twice → what is held then
-Answering = Callable[[int | None], int]  # bytes that decoding may take, None where there is no limit → what it takes
+Look = Callable[[bool], Footprint]  # (whether blocks are recomputed) -> the footprint
+Answering = Callable[[int | None], int]  # (the bytes that decoding may take, or None) -> the bytes that it takes
 
 
 @dataclass(frozen=True)
 class Room:
-    """held: bytes of this process as it stands; free: of the machine beside them, None where it does not tell."""
+    """The memory that is in use and free.
+
+    Args:
+        held: The bytes that this process holds now.
+        free: The bytes that are free on the machine; None if it does not report them.
+    """
 
     held: int
     free: int | None
@@ -239,14 +295,28 @@ def fit(
     room: Room,
     memory: str | None,
 ) -> tuple[Decision, int]:
-    """The decision with how much is run at a time, chosen so that the process stays under `memory`, or by rule under
-    what is free here, from opening to the last answer of the evaluation; and the bytes it will hold at most. Raises
-    SettingsError where even the least is too much."""
+    """Choose the size of the micro-batches, and whether blocks are recomputed, so that the run fits into memory from
+    its beginning to the last answer of the evaluation.
+
+    Args:
+        decision: The decision so far.
+        work: The work of the run.
+        look: Gives the footprint.
+        answering: Gives the memory of decoding.
+        room: The memory of the machine.
+        memory: The limit that the user set, such as 4GB; None to use what is free.
+
+    Returns:
+        The decision with these settings, and an estimate of the most bytes that the process will hold.
+
+    Raises:
+        SettingsError: If a limit is set, and no setting fits.
+    """
     limit = bytes_of(memory) if memory else None
     bound = limit if limit is not None else None if room.free is None else room.held + USABLE * room.free
     left = None if bound is None else max(0, int((bound - room.held) / MARGIN))
     recipe, least = decision.recipe, float("inf")
-    for tried in _thriftier(recipe, look(False).blocks):
+    for tried in _by_memory(recipe, look(False).blocks):
         training = peak(look(tried.recompute), work, tried)
         needed = room.held + max(training, answering(left))
         above = max(training, answering(0))
@@ -254,31 +324,33 @@ def fit(
         if bound is None or room.held + MARGIN * above <= bound:
             return _with(decision, tried, needed, _reason(recipe, tried, memory)), round(needed)
     if limit is None:
-        return _with(decision, tried, needed, "more than is free here, even at its thriftiest"), round(needed)
+        reason = "more than is free on this machine, even with the settings that need least"
+        return _with(decision, tried, needed, reason), round(needed)
     raise SettingsError(
-        f"--memory {memory}: too little: at its thriftiest this run holds {_up(least)}, of which {_up(room.held)} with "
-        "the base alone: raise it to that, leave out the longest examples, or choose a smaller base"
+        f"--memory {memory}: too little: with the settings that need least, this run takes {_up(least)}, of which "
+        f"{_up(room.held)} are in use once the base is open: raise it to {_up(least)}, leave out the longest examples, "
+        "or choose a smaller base"
     )
 
 
 def as_begun(decision: Decision, micro_tokens: int, recompute: bool) -> Decision:
-    """The decision with what a run that is gone on with ran at a time: it must end as it would have."""
+    """The decision of a resumed run, with the settings that it began with, so that it ends with the same result."""
     recipe = replace(decision.recipe, micro_tokens=micro_tokens, recompute=recompute)
     return _with(decision, recipe, None, "as when it began")
 
 
 def _with(decision: Decision, recipe: Recipe, needed: float | None, reason: str) -> Decision:
-    twice = ", blocks computed twice" if recipe.recompute else ""
+    recomputed = ", blocks recomputed" if recipe.recompute else ""
     most = "" if needed is None else f"at most about {needed / 1e9:.1f} GB, "
-    value = f"{most}{recipe.micro_tokens:,} tokens at a time{twice}"
-    return told(replace(decision, recipe=recipe), "memory", value, reason, "--memory")
+    value = f"{most}{recipe.micro_tokens:,} tokens at a time{recomputed}"
+    return with_choice(replace(decision, recipe=recipe), "memory", value, reason, "--memory")
 
 
 def _reason(asked: Recipe, taken: Recipe, memory: str | None) -> str:
-    under = f"stays under the {memory} you set" if memory else "fits into what is free here"
+    fits = f"stays under the {memory} you set" if memory else "fits into the memory that is free"
     if taken == asked:
-        return under if memory else "the default; it fits into the memory that is free"
-    return f"{under}, at the price of time"
+        return fits if memory else f"the default; it {fits}"
+    return f"{fits}, at the price of speed"
 
 
 def _up(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Where to adapt: the arms that are worth trying, by the layer card. Which of them is right, validation decides."""
+"""Placements: sets of sites that are worth trying according to the layer card. Validation chooses among them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from dataclasses import dataclass, replace
 from lorafit.adapters.plan import Plan
 from lorafit.planning.signal import Card
 
-WORTH = 0.5  # share of all energy below which a part of the sites is not tried alone
+WORTH = 0.5  # sites with less than this share of the gradient energy are not tried on their own
 ALL = "all sites"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A plan that is worth trying, or None with the reason why it is not."""
+    """A set of sites.
+
+    Args:
+        name: Its name in messages.
+        plan: The plan with only these sites; None if it is not worth trying.
+        reason: Why it is tried, or why not.
+    """
 
     name: str
     plan: Plan | None
@@ -22,52 +28,57 @@ class Placement:
 
 
 def placements(plan: Plan, card: Card, even: bool = True) -> list[Placement]:
-    """All sites; each part of the blocks alone, as attention or MLP; the upper half of the blocks, below which nothing
-    need be computed twice; and the sites that the card puts first. even: an arm of fewer sites has a higher rank, so
-    that all have about the same number of parameters, save the upper half, whose point is to be cheap.
+    """The placements to consider: all sites; each part of the blocks on its own, such as attention or MLP; the upper
+    half of the blocks, with which the lower half runs only once per example; and the first sites of the card.
+
+    Args:
+        plan: The plan with all sites.
+        card: The layer card.
+        even: Whether placements of fewer sites get a higher rank, so that all have about the same number of parameters.
+            The upper half never does, because its purpose is to be cheap.
     """
     found = [Placement(ALL, plan, "the sound default")]
     part = {one.path: one.part for one in card.sites}
     parts = list(dict.fromkeys(part.values()))
     if len(parts) > 1:
         found += [
-            _arm(plan, card, f"{name} alone", {path for path in part if part[path] == name}, even) for name in parts
+            _placement(plan, card, f"{name} only", {path for path in part if part[path] == name}, even)
+            for name in parts
         ]
     blocks = {block for one in card.sites if (block := one.block) is not None}
     if len(blocks) > 1:
         middle = sorted(blocks)[len(blocks) // 2]
         upper = {one.path for one in card.sites if one.block is not None and one.block >= middle}
-        found.append(_arm(plan, card, "upper half", upper, False))
-    top = _first_of(plan, card)
+        found.append(_placement(plan, card, "upper half", upper, False))
+    top = _first_of(card)
     if len(top) < len(plan.slots):
-        found.append(_arm(plan, card, "first of the card", top, even))
+        found.append(_placement(plan, card, "first of the card", top, even))
     return found
 
 
-def _arm(plan: Plan, card: Card, name: str, paths: Collection[str], even: bool) -> Placement:
+def _placement(plan: Plan, card: Card, name: str, paths: Collection[str], even: bool) -> Placement:
     slots = [slot for slot in plan.slots if slot.site.path in paths]
     share = card.share([slot.site.path for slot in slots])
-    has = f"its {len(slots)} sites have {share:.0%} of the pull"
+    energy = f"its {len(slots)} sites have {share:.0%} of the gradient energy"
     if share < WORTH:
-        return Placement(name, None, f"not tried: {has}, less than half")
+        return Placement(name, None, f"not tried: {energy}, less than half")
     if not even:
-        return Placement(name, replace(plan, slots=tuple(slots)), has)
+        return Placement(name, replace(plan, slots=tuple(slots)), energy)
     rank = max(1, round(replace(plan, whole=()).parameters / sum(slot.site.per_rank for slot in slots)))
-    # At the same alpha: one rate serves every rank then.
-    made = tuple(replace(slot, rank=min(rank, slot.site.d_in, slot.site.d_out)) for slot in slots)
-    ranks = {slot.rank for slot in made}
-    told = f"rank {rank}, for as many parameters" if ranks == {rank} else f"rank {rank}, or as much as they hold"
-    return Placement(name, replace(plan, slots=made), f"{has}; {told}")
+    # Alpha stays the same, with which one learning rate suits every rank.
+    resized = tuple(replace(slot, rank=min(rank, slot.site.d_in, slot.site.d_out)) for slot in slots)
+    limited = "" if {slot.rank for slot in resized} == {rank} else ", less in narrower layers"
+    return Placement(name, replace(plan, slots=resized), f"{energy}; rank {rank} for as many parameters{limited}")
 
 
-def _first_of(plan: Plan, card: Card) -> set[str]:
-    """The sites with the most energy for each parameter, as many as hold half of the parameters."""
-    ranked = sorted(card.sites, key=lambda one: -one.energy / one.parameters)
-    half = sum(one.parameters for one in card.sites) / 2
-    taken: set[str] = set()
-    for one in ranked:
-        half -= one.parameters
-        if half < 0:
+def _first_of(card: Card) -> set[str]:
+    """The sites with the most energy per parameter, up to half of all parameters."""
+    ranked = sorted(card.sites, key=lambda signal: -signal.energy / signal.parameters)
+    left = sum(signal.parameters for signal in card.sites) / 2
+    chosen: set[str] = set()
+    for signal in ranked:
+        left -= signal.parameters
+        if left < 0:
             break
-        taken.add(one.path)
-    return taken
+        chosen.add(signal.path)
+    return chosen

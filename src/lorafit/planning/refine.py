@@ -1,7 +1,8 @@
-"""One more round, or none: what the curves of a run say should be tried next, by rules that anyone can check.
+"""Decides from the curves of a run whether another round of training may help, and which change it should make.
 
-A round is accepted by a paired test on validation against the adapter that stands, and the chance of accepting one
-that is no better is spent over the rounds: 0.05/k² in round k, 0.08 in all however many there are.
+The adapter of a round is accepted if a paired test on validation shows that it is better than the current one. The
+error of the test is 0.05/k² in round k. Over any number of rounds, the chance of accepting an adapter that is no better
+is thus at most 0.083.
 """
 
 from __future__ import annotations
@@ -14,16 +15,23 @@ from statistics import fmean
 from lorafit.data.split import FEWEST, groups_of
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.planning.ladder import Ladder, costs_too_much
-from lorafit.planning.rules import LARGEST_RANK, Decision, told, told_rank
+from lorafit.planning.rules import LARGEST_RANK, Decision, with_choice, with_rank
 
-EARLY = 0.6  # share of the run before which the best validation means that it was too long
-FALLING = 0.01  # share of the validation NLL that its last interval must gain to count as falling
-ERROR = 0.05
+EARLY = 0.6  # if the best validation lies before this share of the run, the run was too long
+FALLING = 0.01  # validation counts as falling if its last interval lowered the NLL by at least this share
+ERROR = 0.05  # of the test in the first round
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of the run that stands: the steps planned, (step, NLL) of validation and of training, and its ladder."""
+    """What is known of the run that trained the current adapter.
+
+    Args:
+        steps: The number of planned steps.
+        validation: The validation curve: (step, NLL).
+        training: The training curve: (step, NLL).
+        ladder: The ladder of its adapter.
+    """
 
     steps: int
     validation: Sequence[tuple[int, float]]
@@ -33,7 +41,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Change:
-    """What to do otherwise: `kind` in words, the steps of the run, and by how much the ranks grow."""
+    """A change to the run.
+
+    Args:
+        kind: The kind of change, in words.
+        steps: The new number of steps.
+        growth: The factor on all ranks.
+        reason: The reason, in a sentence.
+    """
 
     kind: str
     steps: int
@@ -43,9 +58,23 @@ class Change:
 
 @dataclass(frozen=True)
 class Round:
-    """What came of one: mean validation NLL of the adapter that stood and of the new one, their mean difference (below
-    zero the new one is better), and the bound below which it lies but for an error of `error`, None where there are too
-    few examples for one."""
+    """The result of a round.
+
+    Args:
+        number: The number of the round, from 1.
+        kind: The kind of change.
+        reason: The reason for the change.
+        steps: The number of steps.
+        rank: The largest rank.
+        before: The mean validation NLL of the adapter before the round.
+        after: The mean validation NLL of the new adapter.
+        difference: `after` minus `before`; below zero the new adapter is better.
+        bound: The one-sided upper confidence bound of the difference, with the error `error`; None if there are too few
+            examples.
+        error: The error of the test.
+        accepted: Whether the new adapter is kept.
+        verdict: The result in a sentence.
+    """
 
     number: int
     kind: str
@@ -62,12 +91,17 @@ class Round:
 
 
 def next_change(evidence: Evidence, rank: int, refused: Collection[str] = ()) -> Change | str:
-    """What to try, or why to stop. rank: the largest of the plan. refused: kinds that were tried since the adapter that
-    stands was found, and were no better."""
+    """The next change to try, or the reason why there is none.
+
+    Args:
+        evidence: What is known of the run.
+        rank: The largest rank of the plan.
+        refused: The kinds of change that were tried from the current adapter without success.
+    """
     best = min(evidence.validation, key=lambda point: point[1])[0]
     why: list[str] = []
     if best < EARLY * evidence.steps:
-        reason = f"validation was best at step {best} of {evidence.steps}, and rose after it: the rate should end there"
+        reason = f"validation was best at step {best} of {evidence.steps} and rose then, so the run should end there"
         if best and (kind := "fewer steps") not in refused:
             return Change(kind, best, 1, reason)
         why.append("fewer steps were tried" if best else "the adapter was never better than the base: try a lower rate")
@@ -79,24 +113,26 @@ def next_change(evidence: Evidence, rank: int, refused: Collection[str] = ()) ->
         why.append("training or validation had stopped falling when the run ended")
     half = next((each for each in evidence.ladder.rungs if each.share == 0.5), None)
     if half is None:
-        why.append("there is no ladder by which to judge its rank")
+        why.append("no smaller adapter was scored, so it is not known whether the rank is used")
     elif not costs_too_much(half, evidence.ladder.margin, evidence.ladder.right):
         why.append("half of the rank was no worse")
     elif rank >= LARGEST_RANK:
         why.append(f"rank {rank} is the largest that is tried")
     elif (kind := "more rank") not in refused:
         answers = (
-            f" and answers {half.right} questions right, not {evidence.ladder.right}" if half.right is not None else ""
+            f" and answers {half.right} questions right instead of {evidence.ladder.right}"
+            if half.right is not None
+            else ""
         )
-        reason = f"half of the rank costs {half.difference:+.4f} on validation{answers}: what is there is used"
+        reason = f"half of the rank costs {half.difference:+.4f} on validation{answers}, so all of the rank is used"
         return Change(kind, evidence.steps, 2, reason)
     else:
-        why.append("more rank was tried")
+        why.append("a higher rank was tried")
     return "; ".join(why)
 
 
 def _falling(evidence: Evidence) -> str | None:
-    """That training and validation were both falling when the run ended, in words."""
+    """A sentence if training and validation were both falling when the run ended; otherwise None."""
     if len(evidence.validation) < 2 or len(evidence.training) < 8:
         return None
     (_, before), (last, after) = evidence.validation[-2:]
@@ -105,27 +141,27 @@ def _falling(evidence: Evidence) -> str | None:
     later = fmean(nll for _, nll in evidence.training[-quarter:])
     if last < evidence.steps or before - after < FALLING * before or later >= earlier:
         return None
-    return f"when it ended, validation was falling ({before:.4f} to {after:.4f}) and training too"
+    return f"when the run ended, validation was falling ({before:.4f} to {after:.4f}), and so was training"
 
 
 def changed(decision: Decision, change: Change) -> Decision:
-    """The decision with the change made; warm-up and validations keep their shares of the run."""
+    """The decision with the change. Warm-up and validations keep their shares of the run."""
     recipe = decision.recipe
-    by = change.steps / recipe.steps
+    ratio = change.steps / recipe.steps
     if change.steps != recipe.steps:
-        decision = told(decision, "steps", str(change.steps), f"{change.kind}: {change.reason}")
+        decision = with_choice(decision, "steps", str(change.steps), f"{change.kind}: {change.reason}")
     recipe = replace(
         recipe,
         steps=change.steps,
-        warmup=max(1, round(by * recipe.warmup)),
-        validate_every=max(1, math.ceil(by * recipe.validate_every)),
+        warmup=max(1, round(ratio * recipe.warmup)),
+        validate_every=max(1, math.ceil(ratio * recipe.validate_every)),
     )
     slots = tuple(
         replace(slot, rank=min(change.growth * slot.rank, slot.site.d_in, slot.site.d_out))
         for slot in decision.plan.slots
     )
     decision = replace(decision, plan=replace(decision.plan, slots=slots), recipe=recipe)
-    return told_rank(decision, f"{change.kind}: {change.reason}") if change.growth > 1 else decision
+    return with_rank(decision, f"{change.kind}: {change.reason}") if change.growth > 1 else decision
 
 
 def judged(
@@ -136,18 +172,28 @@ def judged(
     after: Sequence[float],
     groups: Sequence[str | None],
 ) -> Round:
-    """The paired test of round `number`, one-sided, on the NLL of the same examples before and after."""
+    """The result of a round, by a one-sided paired test.
+
+    Args:
+        number: The number of the round, from 1.
+        change: The change of the round.
+        rank: The largest rank of the new plan.
+        before: The NLL of each validation example before the round.
+        after: The NLL of the same examples with the new adapter.
+        groups: The groups of the examples.
+    """
     error = ERROR / number**2
-    found = paired_bootstrap([b - a for a, b in zip(before, after, strict=True)], groups, 1 - 2 * error)
+    interval = paired_bootstrap([b - a for a, b in zip(before, after, strict=True)], groups, 1 - 2 * error)
     difference = fmean(after) - fmean(before)
-    bound = found.high if found else None
+    bound = interval.high if interval else None
     accepted = bound is not None and bound < 0
     if bound is None:
-        verdict = f"{len(set(groups_of(groups)))} independent validation examples decide nothing, {FEWEST} are needed"
+        n = len(set(groups_of(groups)))
+        verdict = f"{n} independent validation examples are too few: at least {FEWEST} are needed"
     else:
         verdict = (
-            f"validation NLL differs by {difference:+.4f}, but for an error of {error:.2g} by less than "
-            f"{bound:+.4f}: it is {'better' if accepted else 'not shown to be better'}"
+            f"validation NLL differs by {difference:+.4f}, with {1 - error:.4g} confidence by less than {bound:+.4f}: "
+            f"the new adapter is {'better' if accepted else 'not shown to be better'}"
         )
     return Round(
         number,

@@ -1,7 +1,8 @@
-"""The rules by which a run is planned before anything is trained.
+"""The rules that choose the numbers of a run before training.
 
-Capacity: LoRA parameters ≥ trained tokens (Tinker primer). Learning rate: 5e-4 · (2000 / hidden)^0.781 at alpha 32
-(fitted over a public sweep of models, tinker-cookbook; unproven below 1B, measured good at 135M here).
+Rank: at least as many LoRA parameters as trained tokens (Tinker primer). Learning rate: 5e-4 · (2000 / hidden)^0.781 at
+alpha 32, which tinker-cookbook fitted to a public sweep of models. The rate is unproven below 1B parameters; here it
+measured well at 135M.
 """
 
 from __future__ import annotations
@@ -24,22 +25,29 @@ from lorafit.settings import TrainSettings
 from lorafit.training.recipe import Recipe
 from lorafit.variants import VARIANTS
 
-# Where it is trimmed afterwards, a run begins with more rank than is needed and ends with less than it began with: on
-# short runs rank 32 was better than 8 at equal rate (bench/planning.py).
+# A run that trims its adapter afterwards starts with a higher rank than it needs: in short runs, rank 32 was better
+# than 8 at an equal rate (bench/planning.py).
 SMALLEST_RANK, TRIMMED_RANK, LARGEST_RANK = 8, 32, 64
-# Steps × rate decides how much is learnt, so small sets get small batches: at equal tokens batches of 4 instead
-# of 8 raised the accuracy on the built-in handbook from 85 to 92 %.
+# The product of steps and rate decides how much is learnt, so small data sets get small batches. With equal tokens,
+# batches of 4 instead of 8 raised the accuracy on the built-in handbook from 85 to 92 %.
 BATCHES = ((4, 2_000), (8, 8_000), (16, 32_000), (32, math.inf))
 STEPS_WANTED, MOST_EPOCHS = 450, 3.0
-# A label says less than an answer. Of 800 film reviews a classifier learnt nothing at the full rate in batches of 8; a
-# third of it in batches of 16 got four in five right, best after 40 to 120 steps (docs/log.md).
+# A label carries less information than an answer. On 800 film reviews a classifier learnt nothing at the full rate in
+# batches of 8; at a third of it, in batches of 16, it got four in five right, best after 40 to 120 steps (docs/log.md).
 LABEL_RATE, LABEL_BATCH, LABEL_STEPS = 1 / 3, 16, 250
-WORTH_TELLING = 0.01  # share of the base's parameters that is told by the kind of module it is in
+REPORTED_SHARE = 0.01  # types of modules with at least this share of the base's parameters are named in messages
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One decision: what was chosen, why, and the flag that replaces it."""
+    """One number or setting of a run.
+
+    Args:
+        name: What was chosen, such as `rank`.
+        value: The value, in words.
+        reason: The reason, in a sentence.
+        flag: The flag that sets another value; empty if there is none.
+    """
 
     name: str
     value: str
@@ -49,15 +57,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, the recipe to train it, the choices behind both."""
+    """All numbers of a run.
+
+    Args:
+        plan: The sites, their ranks and their methods.
+        recipe: How the plan is trained.
+        choices: The choices behind both, with their reasons.
+    """
 
     plan: Plan
     recipe: Recipe
     choices: tuple[Choice, ...]
 
 
-def told(decision: Decision, name: str, value: str, reason: str, flag: str = "") -> Decision:
-    """The decision with the choice of this name replaced, or added at the end; its flag stays where none is given."""
+def with_choice(decision: Decision, name: str, value: str, reason: str, flag: str = "") -> Decision:
+    """The decision with the choice of this name replaced, or added at the end. Without a flag the old one is kept."""
     old = next((choice for choice in decision.choices if choice.name == name), None)
     new = Choice(name, value, reason, flag or (old.flag if old else ""))
     if old is None:
@@ -65,71 +79,93 @@ def told(decision: Decision, name: str, value: str, reason: str, flag: str = "")
     return replace(decision, choices=tuple(new if choice is old else choice for choice in decision.choices))
 
 
-def told_rank(decision: Decision, reason: str) -> Decision:
-    """The decision with what the plan says of rank and size."""
+def with_rank(decision: Decision, reason: str) -> Decision:
+    """The decision with the choices of rank and adapter size updated from its plan."""
     plan = decision.plan
     ranks = sorted({slot.rank for slot in plan.slots})
     value = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    decision = told(decision, "rank", f"{value} (alpha {plan.slots[0].alpha:g})", reason)
-    return told(decision, "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB", reason)
+    decision = with_choice(decision, "rank", f"{value} (alpha {plan.slots[0].alpha:g})", reason)
+    return with_choice(decision, "adapter", f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB", reason)
 
 
 def rank_by_capacity(trained_tokens: int, per_rank: int, least: int = SMALLEST_RANK) -> int:
-    """Next power of two at or above twice ceil(trained tokens / parameters per unit of rank), within 8 … 64."""
+    """The smallest power of two that is at least 2 · ceil(trained_tokens / per_rank), between `least` and LARGEST_RANK.
+
+    Args:
+        trained_tokens: The trained tokens of all training rows.
+        per_rank: The parameters of all sites per unit of rank.
+        least: The smallest result.
+    """
     needed = 2 * math.ceil(trained_tokens / per_rank)
     return min(LARGEST_RANK, max(least, 1 << math.ceil(math.log2(max(1, needed)))))
 
 
 def learning_rate_by_width(hidden: int) -> float:
-    """5e-4 · (2000 / hidden)^0.781, to two digits; for alpha 32."""
+    """5e-4 · (2000 / hidden)^0.781, rounded to two digits; for alpha 32."""
     return float(f"{5e-4 * (2000 / hidden) ** 0.781:.1e}")
 
 
 def all_linear(base: Base) -> tuple[Site, ...]:
-    """Every site of the base but its output head, and what PEFT adapts in no model of this family."""
+    """Every linear layer of the base, except its output head and layers that PEFT cannot adapt in this family."""
     head = base.head_paths()
     return tuple(site for site in base.sites if site.path not in head and not refused_by_peft(base.model, site.name))
 
 
 def adapted_by_default(base: Base) -> tuple[Site, ...]:
-    """`all_linear`; in a base without such layers, as a convolutional net, its convolutions that are not in groups."""
+    """The result of `all_linear`; in a base without such layers, its convolutions that have no groups."""
     head = base.head_paths()
     convolutions = [site for site in base.every_site if site.kind == "convolution" and site.groups == 1]
     return all_linear(base) or tuple(site for site in convolutions if site.path not in head)
 
 
 def reached(base: Base, sites: Iterable[Site]) -> str:
-    """What share of the base's parameters these sites hold, what types of modules hold much that is adapted only where
-    it is named, as experts are, and what types hold much that no adapter can act on."""
+    """A sentence on the share of the base's parameters that these sites hold, and the types of modules that hold a
+    large share but are adapted only if they are named (such as experts), or cannot be adapted."""
     reach = base.reach(sites)
-    words = f"the adapted layers hold {100 * reach.share:.1f} % of the base's parameters"
-    for what, shares in (("adapted only by name", reach.unnamed), ("out of an adapter's reach", reach.missed)):
-        large = [f"{100 * share:.1f} % in {name}" for name, share in shares if share >= WORTH_TELLING]
-        words += f"; {what} are {', '.join(large)}" if large else ""
-    return words
+    text = f"the adapted layers hold {100 * reach.share:.1f} % of the base's parameters"
+    for what, shares in (("adapted only if named", reach.unnamed), ("out of an adapter's reach", reach.missed)):
+        large = [f"{100 * share:.1f} % in {name}" for name, share in shares if share >= REPORTED_SHARE]
+        text += f"; {what}: {', '.join(large)}" if large else ""
+    return text
 
 
 def experts_per_token(base: Base) -> int:
-    """How many experts of a mixture of experts each token is given to; 1 where the base does not say."""
+    """The number of experts that each token uses; 1 if the base has no experts or does not say."""
     config = base.model.config.get_text_config() if isinstance(base.model, PreTrainedModel) else None
     used = getattr(config, "num_experts_per_tok", None)
     return used if isinstance(used, int) and used > 0 else 1
 
 
 def hidden_size(base: Base) -> int:
-    """Width of the stream between blocks: the most common input width of the sites."""
+    """The width of the hidden states: the most common input width of the sites."""
     widths = [site.d_in for site in adapted_by_default(base)]
     return max(set(widths), key=lambda width: (widths.count(width), -width))
 
 
-def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: frozenset[str] | None = None) -> Decision:
-    """Resolve every number of a run from base, training rows and settings.
+def decide(
+    base: Base,
+    rows: Sequence[Row],
+    settings: TrainSettings,
+    seen: frozenset[str] | None = None,
+    set_by: str = "you",
+) -> Decision:
+    """Choose every number of a run.
 
-    seen: paths of the sites that can learn from the rows (`fired`); the rules choose only among them.
-    None takes all for granted.
+    Args:
+        base: The base.
+        rows: The training rows.
+        settings: The settings. The rules choose only what these leave open.
+        seen: The paths of the sites that can learn from the rows, as `fired` finds them; the rules choose only among
+            these. None to assume that all can.
+        set_by: Who set the settings, for the reasons.
+
+    Raises:
+        BaseError: If no layer of the base can be adapted, or none takes part in a forward over the rows.
+        SettingsError: If a setting does not fit the base or the data.
+        TargetError: If a target names no site.
     """
     if not base.every_site:
-        raise BaseError(f"'{base.name}' has no layer of a kind that can be adapted: choose another base")
+        raise BaseError(f"'{base.name}' has no layer that can be adapted: choose another base")
     if settings.targets is not None:
         candidates = _named(base, settings.targets)
     else:
@@ -138,7 +174,7 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
         raise BaseError(
             f"no layer of '{base.name}' that can be adapted takes part in a forward over your rows: choose another base"
         )
-    rank, rank_choice = _rank(base, candidates, rows, settings, "labels" if base.head else "trained tokens")
+    rank, rank_choice = _rank(base, candidates, rows, settings, set_by)
     sites, sites_choice = _sites(base, candidates, rank, settings)
     heads = [(path, base.model.get_submodule(path)) for path in base.head]
     whole = tuple(Whole(path, tuple((n, tuple(p.shape)) for n, p in head.named_parameters())) for path, head in heads)
@@ -148,15 +184,15 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
         low = max(1, rank // used)
         slots = tuple(replace(slot, rank=low) if slot.site.count > 1 else slot for slot in plan.slots)
         plan = replace(plan, slots=slots)
-        shared = f"of each expert {low}, for a token takes {used} of them"
-        rank_choice = replace(rank_choice, reason=f"{rank_choice.reason}; {shared}")
-    if settings.weight_decay and any(not one.trained for slot in plan.slots for one in slot.factors().values()):
+        of_experts = f"{low} for each expert, because a token uses {used} of them"
+        rank_choice = replace(rank_choice, reason=f"{rank_choice.reason}; {of_experts}")
+    if settings.weight_decay and any(not factor.trained for slot in plan.slots for factor in slot.factors().values()):
         raise SettingsError(
-            f"--weight-decay {settings.weight_decay:g}: with {settings.variant} it would take the base's own largest "
-            "directions out: leave it 0"
+            f"--weight-decay {settings.weight_decay:g}: with {settings.variant} it would remove the base's own largest "
+            "directions: leave it 0"
         )
-    rate, rate_choice = _rate(base, settings)
-    recipe, run_choices = _recipe(len(rows), rate, settings, classifies=bool(base.head))
+    rate, rate_choice = _rate(base, settings, set_by)
+    recipe, run_choices = _recipe(len(rows), rate, settings, bool(base.head), set_by)
     size = Choice(
         "adapter",
         f"{plan.parameters:,} parameters, {plan.bytes / 1e6:.1f} MB",
@@ -165,8 +201,8 @@ def decide(base: Base, rows: Sequence[Row], settings: TrainSettings, seen: froze
         "",
     )
     passes = recipe.steps > math.ceil(len(rows) / recipe.batch_size)
-    if settings.trunk_gb and (told := _trunk(base, plan, passes, settings)):
-        run_choices.append(told)
+    if settings.trunk_gb and (trunk := _trunk(base, plan, passes, settings)):
+        run_choices.append(trunk)
     return Decision(plan, recipe, (sites_choice, rank_choice, size, rate_choice, *run_choices))
 
 
@@ -175,11 +211,11 @@ def _trunk(base: Base, plan: Plan, passes: bool, settings: TrainSettings) -> Cho
     if base.head:
         return None
     if passes and free:
-        reason = "they lie below every site: computed once, then read from disk in later epochs"
+        reason = "they lie below every site: their output is computed once and read from disk in later epochs"
         return Choice("trunk", f"the lowest {free} blocks", reason, "--trunk-gb")
     if passes and below:
-        reason = "this family does not declare that it can start above the blocks below every site"
-        return Choice("trunk", "not available", f"{reason} ({below}): they are computed in every epoch", "")
+        reason = f"lorafit cannot skip blocks in this family of models: the lowest blocks ({below}) run in each epoch"
+        return Choice("trunk", "not available", reason, "")
     if settings.trunk_gb != TrainSettings().trunk_gb:
         why = "no block lies below every site" if not below else "one pass over the examples would never read it"
         return Choice("trunk", "not kept", why, "--trunk-gb")
@@ -199,45 +235,49 @@ def _sites(
         widest = max(min(site.d_in, site.d_out) for site in candidates)
         raise SettingsError(f"--rank {rank}: larger than every layer of '{base.name}': choose 1 to {widest}")
     names = ", ".join(dict.fromkeys(site.name for site in sites))
-    what = "linear layers of the blocks" if all_linear(base) else "convolutions that are not in groups"
+    what = "linear layers of the blocks" if all_linear(base) else "convolutions without groups"
     reason = f"all {what} ({names}): a good default if nothing is known about the task"
     if silent := len(adapted_by_default(base)) - len(candidates):
-        reason += f"; {silent} more take no part in a forward over your rows, or get no gradient"
+        reason += f"; {silent} more take no part in a forward over your rows, or receive no gradient"
     if narrow := len(candidates) - len(sites):
         reason += f"; {narrow} more are narrower than the rank"
     reason += f"; {reached(base, sites)}"
     if any(site.count > 1 for site in base.every_site):
         named = ",".join(dict.fromkeys([*(site.name for site in sites), "experts"]))
-        reason += f"; --targets {named} adapts the experts too, and such an adapter is not served to many at once"
+        reason += f"; --targets {named} adapts the experts too, but such an adapter is not served together with others"
     return sites, Choice("sites", str(len(sites)), reason, "--targets")
 
 
 def _rank(
-    base: Base, sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings, what: str
+    base: Base, sites: Sequence[Site], rows: Sequence[Row], settings: TrainSettings, set_by: str
 ) -> tuple[int, Choice]:
     if settings.rank is not None:
-        return settings.rank, Choice("rank", str(settings.rank), "set by you", "--rank")
+        return settings.rank, Choice("rank", str(settings.rank), f"set by {set_by}", "--rank")
     tokens = sum(row.n_trained for row in rows)
+    what = "labels" if base.head else "trained tokens"
     per_rank = sum(site.per_rank // min(site.count, experts_per_token(base)) for site in sites)
     trimmed = settings.trim == "auto" and all(
         slot.is_pair for slot in uniform(sites, 1, settings.alpha, settings.variant).slots
     )
     least = TRIMMED_RANK if trimmed else SMALLEST_RANK
     rank = rank_by_capacity(tokens, per_rank, least)
-    # A gate of one output is no reason to give every other layer rank 1: where no site is named, it stays out. Keys and
-    # values that share heads are narrow too, and stay in: they are more than a quarter of the sites.
+    # A gate with one output must not give all other layers rank 1, so the narrowest sites are left out if no sites are
+    # named. Keys and values with shared heads are narrow too, but they are more than a quarter of the sites and stay.
     widths = sorted(min(site.d_in, site.d_out) for site in sites)
     fitting = min(rank, widths[len(widths) // 4] if settings.targets is None else widths[0])
-    reason = f"{tokens:,} {what}, {per_rank:,} parameters per unit of rank: twice what holds them, at least {least}"
-    reason += ", for it is trimmed afterwards" if trimmed else ""
-    reason += f", and no more than the layers hold ({fitting})" if fitting < rank else ""
+    reason = f"for {tokens:,} {what} at {per_rank:,} parameters per unit of rank, with a factor of 2; at least {least}"
+    reason += ", because the adapter is trimmed afterwards" if trimmed else ""
+    reason += f", but at most {fitting}, the width of the narrower layers" if fitting < rank else ""
     return fitting, Choice("rank", f"{fitting} (alpha {settings.alpha:g})", reason, "--rank, --alpha")
 
 
 def _named(base: Base, targets: Sequence[str]) -> tuple[Site, ...]:
-    """The sites that targets name; what is no product, such as an embedding, by its name alone and by no pattern. The
-    head of a classifier is none: it is trained whole. Raises TargetError, by their types where targets name modules
-    that no adapter acts on."""
+    """The sites that targets name.
+
+    A layer that is not linear, such as an embedding, must be named without a pattern. The head of a classifier is not
+    among the sites, because it is trained whole. Raises TargetError if a target matches no site, or names a module that
+    cannot be adapted.
+    """
     plain = [target for target in targets if "*" not in target]
     others = [site for site in base.every_site if not KINDS[site.kind].is_product]
     named = {site.path for site in others if any(matches(site, target) for target in plain)}
@@ -255,10 +295,10 @@ def _named(base: Base, targets: Sequence[str]) -> tuple[Site, ...]:
         and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
         and any(matches(Site(path, "", 0, 0), target) for target in plain)
     ]
-    if isinstance(base.model, PreTrainedModel) and base.model.can_generate():  # as Mamba does with its state at hand
+    if isinstance(base.model, PreTrainedModel) and base.model.can_generate():  # Mamba does this when it has a state
         refused += [
-            f"{site.path}: a language model may read this convolution past its forward as it writes, and so past an "
-            "adapter: leave it out of --targets"
+            f"{site.path}: a language model may read the weight of this convolution without calling it when it writes, "
+            "and would ignore an adapter: leave it out of --targets"
             for site in base.every_site
             if site.kind == "convolution" and site.path in named
         ]
@@ -267,9 +307,9 @@ def _named(base: Base, targets: Sequence[str]) -> tuple[Site, ...]:
     return select(open_to, targets)
 
 
-def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
+def _rate(base: Base, settings: TrainSettings, set_by: str) -> tuple[float, Choice]:
     if settings.learning_rate is not None:
-        rate, reason = settings.learning_rate, "set by you"
+        rate, reason = settings.learning_rate, f"set by {set_by}"
     else:
         hidden = hidden_size(base)
         rate = learning_rate_by_width(hidden)
@@ -277,29 +317,31 @@ def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
         if base.head:
             rate, reason = LABEL_RATE * rate, f"{reason}, a third of it for a classifier"
         if settings.alpha != 32:
-            reason += f"; you set alpha {settings.alpha:g}: the rule is not fitted for it"
+            reason += f"; the rule was not fitted for alpha {settings.alpha:g}, which {set_by} set"
         if VARIANTS[settings.variant].scaling(1.0, 4) != 1 / 4:
-            reason += f"; the scale of {settings.variant} is larger than LoRA's: a lower rate may be better"
+            reason += f"; the scale of {settings.variant} is larger than LoRA's, so a lower rate may be better"
     return rate, Choice("learning rate", f"{rate:.1e}", reason + "; warms up, then falls to zero", "--learning-rate")
 
 
-def _recipe(n: int, rate: float, settings: TrainSettings, classifies: bool) -> tuple[Recipe, list[Choice]]:
+def _recipe(n: int, rate: float, settings: TrainSettings, classifies: bool, set_by: str) -> tuple[Recipe, list[Choice]]:
     by_rule = next(size for size, below in BATCHES if n < below)
     asked = settings.batch_size or (max(LABEL_BATCH, by_rule) if classifies else by_rule)
     wanted = LABEL_STEPS if classifies else STEPS_WANTED
     batch = min(asked, n)
     if settings.epochs is not None:
-        epochs, why = settings.epochs, "set by you"
+        epochs, why = settings.epochs, f"set by {set_by}"
     else:
         epochs = min(MOST_EPOCHS, max(1.0, wanted * batch / n))
         why = f"as many passes over the data as {wanted} steps need"
         if epochs == MOST_EPOCHS:
-            why = f"{MOST_EPOCHS:g} passes, the most by rule; {n} examples are few for the {wanted} steps wanted"
+            why = f"{MOST_EPOCHS:g} passes, the most by rule; for {wanted} steps there would have to be more examples"
         elif epochs == 1:
-            why = f"one pass, the least by rule, is more than the {wanted} steps wanted"
+            why = f"one pass, the least by rule; {wanted} steps would have been enough"
     steps = round(epochs * math.ceil(n / batch))
     if steps < 1:
-        raise SettingsError(f"--epochs {epochs:g} over {n} examples in batches of {batch} is not one step: raise it")
+        raise SettingsError(
+            f"--epochs {epochs:g}: with {n} examples in batches of {batch} this is less than one step: raise it"
+        )
     every = max(1, -(-steps // settings.validations))
     recipe = Recipe(
         learning_rate=rate,
@@ -312,13 +354,16 @@ def _recipe(n: int, rate: float, settings: TrainSettings, classifies: bool) -> t
         dropout=settings.dropout,
         seed=settings.seed,
     )
-    set_batch = "set by you" if settings.batch_size else "small batches give more steps, large ones are faster"
-    if classifies and not settings.batch_size:
-        set_batch = "the gradient of a few labels is mostly noise"
+    if settings.batch_size:
+        why_batch = f"set by {set_by}"
+    elif classifies:
+        why_batch = "the gradient of a few labels is mostly noise"
+    else:
+        why_batch = "small batches give more steps, large ones are faster"
     if batch < asked:
-        set_batch += f", and there are but {n}"
+        why_batch += f", but there are only {n}"
     return recipe, [
-        Choice("batch", f"{batch} examples", set_batch, "--batch-size"),
+        Choice("batch", f"{batch} examples", why_batch, "--batch-size"),
         Choice("steps", f"{steps} ({epochs:.3g} × {n:,} examples)", why, "--epochs"),
         Choice(
             "validation",

@@ -1,9 +1,10 @@
-"""The layer card: how strongly the user's rows pull at every site, measured before anything is trained.
+"""The layer card: the energy of the gradient at every site on the user's rows, measured before training.
 
-At B = 0 the gradient of B is s·G Aᵀ, G being that of the site's weight: A, drawn at random, takes a sketch of G whose
-energy is E‖G Aᵀ‖² = ‖G‖²·‖A‖²/d_in. So K backwards of the fresh adapter tell of all sites what K dense gradients would,
-within the error of the sketch, and hold no more than one adapter does. The squared norm of a mean gradient counts its
-noise as signal; (‖Σ G_k‖² − Σ ‖G_k‖²) / (K(K − 1)), over pairs of different batches, does not.
+In a fresh adapter, B = 0, so the gradient of B is s·G Aᵀ, where G is the gradient of the site's weight. A is random, so
+this is a random sketch of G, with the energy E‖G Aᵀ‖² = ‖G‖²·‖A‖²/d_in. K backwards of the fresh adapter therefore show
+the same as K dense gradients, within the error of the sketch, in the memory of one adapter. The squared norm of the
+mean gradient would count noise as signal; (‖Σ G_k‖² − Σ ‖G_k‖²) / (K(K − 1)), which uses only pairs of different
+batches, does not.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ from lorafit.layers.site import Site
 from lorafit.tasks.runner import Runner
 from lorafit.training.recipe import Recipe
 
-BATCHES, FEWEST = 16, 4  # gradients that a card is made of; below four, signal and noise cannot be told apart
-SHARE = 0.02  # of the run's rows that may be spent on it
+BATCHES, FEWEST = 16, 4  # the gradients of a card; with fewer than four, signal and noise cannot be told apart
+SHARE = 0.02  # the largest share of the run's rows that a card may use
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One site of the card. energy: of the gradient of its weight, (nats per token)² per unit of weight², unbiased and
-    so below zero where there is but noise. parameters: of one unit of rank, d_in + d_out of every expert; an adapter's
-    extra operations per token are twice that and its rank."""
+    """One site of the card.
+
+    Args:
+        path: The path of the site.
+        block: The number of its block; None outside the blocks.
+        energy: The energy of its weight's gradient, in (nats per token)² per unit of weight². The estimate is unbiased,
+            so it may be below zero if there is only noise.
+        parameters: The parameters per unit of rank: d_in + d_out, of every expert.
+    """
 
     path: str
     block: int | None
@@ -41,41 +48,52 @@ class Signal:
 
     @property
     def part(self) -> str:
-        """The part of its block a site lies in, as in `mlp`; `others` where it lies in none."""
+        """The part of the block in which the site lies, such as `mlp`; `others` if it lies in none."""
         inside = within(self.path).split(".")
         return inside[0] if self.block is not None and len(inside) > 1 else "others"
 
 
 @dataclass(frozen=True)
 class Card:
-    """The sites in the order of the model, measured on `batches` batches of `rows` rows in all."""
+    """The layer card.
+
+    Args:
+        sites: The sites in the order of the model.
+        batches: The number of batches on which they were measured.
+        rows: The number of rows in all batches.
+    """
 
     sites: tuple[Signal, ...]
     batches: int
     rows: int
 
     def share(self, paths: Sequence[str]) -> float:
-        """Of the energy of all sites that have any, how much lies at these."""
+        """The share of the total energy that lies at these sites. An energy below zero counts as zero."""
         wanted = set(paths)
-        whole = sum(max(0.0, one.energy) for one in self.sites)
-        return sum(max(0.0, one.energy) for one in self.sites if one.path in wanted) / whole if whole else 0.0
+        total = sum(max(0.0, signal.energy) for signal in self.sites)
+        at_paths = sum(max(0.0, signal.energy) for signal in self.sites if signal.path in wanted)
+        return at_paths / total if total else 0.0
 
 
 def within(path: str) -> str:
-    """What follows the number of the block in a path; all of one that has none."""
+    """The part of a path after the number of the block; the whole path if it has no number."""
     return re.split(r"(?:^|\.)\d+(?:\.|$)", path, maxsplit=1)[-1]
 
 
 def kinds_of(paths: Sequence[str]) -> dict[str, str]:
-    """By path, the kind of module a site is, the same in every block: its name, as `q_proj`, or where parts of a block
-    use one name for several, that with its part, as `mlp.c_proj`."""
+    """The kind of module of each site, which is the same in every block.
+
+    Returns:
+        By path, the name of the module, such as `q_proj`; or its path within the block, such as `mlp.c_proj`, if
+        several modules of a block have the same name.
+    """
     inside = {path: within(path) for path in paths}
     names = Counter(one.rpartition(".")[2] for one in set(inside.values()))
     return {path: name if names[name := one.rpartition(".")[2]] == 1 else one for path, one in inside.items()}
 
 
 def block_of(site: Site | str) -> int | None:
-    """The number of the block a site lies in: the first number in its path."""
+    """The number of the block in which a site lies, which is the first number in its path; None if it has none."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site if isinstance(site, str) else site.path)
     return int(found[1]) if found else None
 
@@ -87,8 +105,18 @@ def card_of(
     recipe: Recipe,
     watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> Card | None:
-    """Measure it on `fresh`, an adapter with B = 0, in at most SHARE of the rows that the run will see; None where this
-    is not enough for FEWEST batches of a row each. The gradients go past and are not kept."""
+    """Measure the layer card on at most the share SHARE of the rows of the run. No more than two gradients are held.
+
+    Args:
+        runner: Runs the base.
+        fresh: A fresh adapter, with B = 0.
+        rows: The training rows.
+        recipe: The recipe of the run.
+        watch: Called with the number of batches that are done, and of all.
+
+    Returns:
+        The card; None if that share of the rows is fewer than FEWEST rows.
+    """
     spent = int(SHARE * recipe.steps * recipe.batch_size)
     count = min(BATCHES, spent, len(rows))
     if count < FEWEST:
@@ -105,7 +133,7 @@ def card_of(
             runner.gradient_of(rows, runner.parts(rows, drawn[k * size : (k + 1) * size]))
             for path, square in _energies(state).items():
                 squares[path] += square
-            assert state.master.grad is not None  # a backward has just been through
+            assert state.master.grad is not None  # it was set by the backward above
             total += state.master.grad
             state.master.grad = None
         state.master.grad = total
@@ -121,10 +149,10 @@ def card_of(
 
 
 def _energies(state: TrainState) -> dict[str, float]:
-    """‖gradient of B‖² by site."""
-    found = {}
+    """‖gradient of B‖² by site path."""
+    energies = {}
     for name, gradient in state.gradients().items():
         path, _, factor = name.rpartition(".")
         if factor == "B":
-            found[path] = float(gradient.double().square().sum())
-    return found
+            energies[path] = float(gradient.double().square().sum())
+    return energies

@@ -1,9 +1,10 @@
-"""Adapters of fewer parameters that compute nearly the same: each pair cut to the directions that do most.
+"""Makes an adapter smaller: each pair keeps the directions with the largest effect.
 
-What a pair does is s·B A. In coordinates in which A x and Bᵀ g are white it is a small matrix, M = s·√Gᴮ √Gᴬ (rank ×
-rank), and of all pairs of rank k the one that keeps the k largest singular values of M is nearest to the whole (Eckart
-and Young 1936). G says what is near: the second moments of A x and Bᵀ g on the user's rows, or with A Aᵀ and Bᵀ B every
-direction alike. Over the whole adapter, those directions go first that do least for each parameter they take.
+The effect of a pair is s·B A. In coordinates in which A x and Bᵀ g are white, it is a small matrix M = s·√Gᴮ √Gᴬ
+(rank × rank). Among all pairs of rank k, the one that keeps the k largest singular values of M is the closest (Eckart
+and Young 1936). Gᴬ and Gᴮ define the distance: they are the second moments of A x and Bᵀ g on the user's rows, or
+A Aᵀ and Bᵀ B, with which all directions count equally. Over the whole adapter, the directions with the smallest effect
+per parameter are removed first.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.plan import LowRank
 from lorafit.errors import AdapterError
 
-SMALLEST = 1e-12  # singular values of a moment below this share of the largest are taken for rounding
+SMALLEST = 1e-12  # eigenvalues of a moment below this share of the largest are treated as rounding errors
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a pair's inside, (rank, rank) each: `inputs` of A x, `outputs` of Bᵀ g, g the gradient at its
-    output. None where every direction of that side counts alike."""
+    """Second moments of a pair on the user's rows.
+
+    Args:
+        inputs: Of A x, (rank, rank); None if all directions of the input count equally.
+        outputs: Of Bᵀ g, (rank, rank), where g is the gradient of the output; None if all directions of the output
+            count equally.
+    """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
@@ -33,7 +39,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """A pair whose directions are sorted: A (rank, d_in), B (d_out, rank), and what each does, (rank,) descending."""
+    """A pair with its directions sorted by effect: A (rank, d_in), B (d_out, rank), and the effects (rank,), largest
+    first."""
 
     slot: LowRank
     a: Tensor
@@ -42,24 +49,24 @@ class _Spectrum:
 
 
 def require_pairs(adapter: Adapter) -> list[LowRank]:
-    """The slots that can be trimmed. Raises AdapterError where there are none, or they do nothing."""
+    """The slots that can be trimmed. Raises AdapterError if there are none, or if all their B are zero."""
     pairs = [slot for slot in adapter.plan.slots if slot.is_pair]
     if not any(slot.is_product for slot in adapter.plan.slots):
         raise AdapterError(
-            "nothing to trim: only the pairs of linear layers are cut, and this adapter has none: name another"
+            "nothing to trim: only pairs of linear layers can be trimmed, and this adapter has none: name another"
         )
     if not pairs:
         raise AdapterError(
-            "nothing to trim: no slot of this adapter is a plain pair (DoRA's magnitudes belong to the "
-            "whole pair): train with --variant lora"
+            "nothing to trim: this adapter has no plain pairs (DoRA's magnitudes belong to a whole pair): train with "
+            "--variant lora"
         )
     if not any(adapter.tensors[f"{slot.site.path}.B"].any() for slot in pairs):
-        raise AdapterError("nothing to trim: this adapter does nothing, its B are zero: train it first")
+        raise AdapterError("nothing to trim: this adapter has no effect, because every B is zero: train it first")
     return pairs
 
 
 def untrimmable(adapter: Adapter) -> str | None:
-    """Why nothing of the adapter can be trimmed; None where something can."""
+    """The reason why the adapter cannot be trimmed; None if it can."""
     try:
         require_pairs(adapter)
     except AdapterError as error:
@@ -68,24 +75,32 @@ def untrimmable(adapter: Adapter) -> str | None:
 
 
 def smallest_share(adapter: Adapter) -> float:
-    """Below it nothing of an adapter might be left."""
+    """The share of an adapter's parameters below which trimming may leave nothing."""
     pairs = require_pairs(adapter)
     return max(_cost(slot) for slot in pairs) / sum(_cost(slot) * slot.rank for slot in pairs)
 
 
 def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | None = None) -> tuple[Adapter, float]:
-    """The adapter with at most `share` of its parameters in pairs, and how much of what these do is left, squared and
-    summed over the sites, in the sense of the moments. The scale of a pair stays, its rank falls, and a pair of which
-    nothing is left leaves the plan. Slots that are more than a pair are kept as they are.
+    """Trim an adapter. The rank of each pair falls, its scale stays, and a pair of rank 0 leaves the plan. Slots that
+    are not plain pairs are kept as they are.
 
-    moments: by site path, of every pair, or of none. Raises AdapterError where there are no pairs that do anything,
-    or nothing would be left.
+    Args:
+        adapter: The adapter.
+        share: The share of its parameters in pairs to keep, at most.
+        moments: The moments of every pair, by site path; None to count all directions equally.
+
+    Returns:
+        The smaller adapter, and the share of the effect that is left: of the squared singular values, summed over the
+        sites.
+
+    Raises:
+        AdapterError: If no pair has an effect, or nothing would be left.
     """
     pairs = require_pairs(adapter)
     spectra = {
         slot.site.path: _spectrum(adapter, slot, (moments or {}).get(slot.site.path, Moments())) for slot in pairs
     }
-    does = sum(float(each.values.square().sum()) for each in spectra.values())
+    effect = sum(float(each.values.square().sum()) for each in spectra.values())
     ranks = _ranks(spectra, share)
     slots: list[LowRank] = []
     heads = [f"{one.path}.{name}" for one in adapter.plan.whole for name, _ in one.parameters]
@@ -105,7 +120,7 @@ def trimmed(adapter: Adapter, share: float, moments: Mapping[str, Moments] | Non
             f"{share:.2%} of this adapter is less than one direction of a pair: keep {least:.2f}% or more"
         )
     kept = sum(float(each.values[: ranks[path]].square().sum()) for path, each in spectra.items())
-    return replace(adapter, plan=replace(adapter.plan, slots=tuple(slots)), tensors=tensors), kept / does
+    return replace(adapter, plan=replace(adapter.plan, slots=tuple(slots)), tensors=tensors), kept / effect
 
 
 def _spectrum(adapter: Adapter, slot: LowRank, moments: Moments) -> _Spectrum:
@@ -117,7 +132,7 @@ def _spectrum(adapter: Adapter, slot: LowRank, moments: Moments) -> _Spectrum:
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """√G and its inverse on what G reaches."""
+    """√G and its pseudoinverse."""
     values, vectors = torch.linalg.eigh(moment)
     kept = values > SMALLEST * values.max().clamp_min(1e-300)
     root = values.clamp_min(0).sqrt()
@@ -126,18 +141,18 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cost(slot: LowRank) -> int:
-    """Parameters of one direction."""
+    """The parameters of one direction."""
     return slot.site.d_in + slot.site.d_out
 
 
 def _ranks(spectra: Mapping[str, _Spectrum], share: float) -> dict[str, int]:
-    """How many directions of each pair are kept: the most useful for their cost, until the budget is spent."""
+    """The number of directions to keep of each pair: those with the largest effect per parameter, within the budget."""
     budget = share * sum(_cost(each.slot) * each.slot.rank for each in spectra.values())
-    uses = [(float(value) ** 2 / _cost(each.slot), path) for path, each in spectra.items() for value in each.values]
+    effects = [(float(value) ** 2 / _cost(each.slot), path) for path, each in spectra.items() for value in each.values]
     ranks = dict.fromkeys(spectra, 0)
-    for use, path in sorted(uses, key=lambda one: -one[0]):
+    for effect, path in sorted(effects, key=lambda pair: -pair[0]):
         budget -= _cost(spectra[path].slot)
-        if budget < 0 or use == 0:
+        if budget < 0 or effect == 0:
             break
         ranks[path] += 1
     return ranks

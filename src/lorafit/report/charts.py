@@ -282,7 +282,7 @@ def layers(story: Story) -> Figure | None:
     validation. None if neither was measured."""
     drawn: list[tuple[str, dict[str, float]]] = []
     if story.card and "sites" in story.card:
-        drawn.append(("before training: pull of the data", _energies(story.card)))
+        drawn.append(("before training: gradient energy", _energies(story.card)))
     if story.importance:
         drawn.append(("after training: effect of the pairs", dict(story.importance["first_order"])))
     return _heat(drawn) if drawn else None
@@ -290,7 +290,7 @@ def layers(story: Story) -> Figure | None:
 
 def layer_card(card: Mapping[str, Any]) -> Figure:
     """The strength of the gradient at each layer."""
-    return _heat([("the pull of the data", _energies(card))])
+    return _heat([("gradient energy", _energies(card))])
 
 
 def _energies(card: Mapping[str, Any]) -> dict[str, float]:

@@ -126,6 +126,11 @@ def open_run(
     return base_name, data, settings, None
 
 
+def set_by(asked: Mapping[str, Any]) -> str:
+    """Who set the settings of a run, for the reasons of its choices. asked: the content of its run.json."""
+    return "the demo" if asked.get("demo") else "you"
+
+
 def require_out(out: Path, resume: bool) -> None:
     """Raise RunError if `out` holds no run to resume, or is not free for a new one. Writes nothing."""
     known = out / RUN

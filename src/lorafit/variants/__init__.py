@@ -1,4 +1,4 @@
-"""Methods of low-rank adaptation: a file for each, which ends in its VARIANT, and its line here."""
+"""Methods of low-rank adaptation. Each has a file, which ends with its VARIANT, and an entry in NAMES."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch is behind it, and whoever needs the names alone must not wait for that
+if TYPE_CHECKING:  # the module imports torch, which code that needs only the names should not wait for
     from lorafit.variants.variant import Variant
 
 NAMES = ("lora", "dora", "rslora", "pissa")
 
 
 class _Variants(Mapping[str, "Variant"]):
-    """By name; each file is imported when it is first asked for."""
+    """The methods by name. Each file is imported when its method is first looked up."""
 
     def __getitem__(self, name: str) -> Variant:
         if name not in NAMES:

@@ -1,8 +1,8 @@
-"""DoRA: y = m/‖W + s·BA‖ · (W + s·BA) x + b, norms per output (Liu et al. 2024, arXiv 2402.09353).
+"""DoRA: y = m/‖W + s·BA‖ · (W + s·BA) x + b, with one norm per output (Liu et al. 2024, arXiv 2402.09353).
 
-m (d_out,) starts at the norms of W, so that the adapted layer begins as the base's. As in section 4.3 of
-the paper the norm is held constant for the gradient. m stays in fp32 and acts as its distance from one, so that
-steps smaller than bf16's spacing are not lost.
+m (d_out,) starts as the norms of W, so a fresh adapter changes nothing. The gradient treats the norm as a constant, as
+in section 4.3 of the paper. m stays in fp32, and the output is computed from m/‖W + s·BA‖ − 1, so that steps smaller
+than the spacing of bf16 numbers are not lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def init(site: Site, rank: int, weight: Tensor, scaling: float, generator: Gener
 
 
 def _norms(weight: Tensor, factors: Factors, scaling: float) -> Tensor:
-    """‖W + s·BA‖ of every output, (d_out,) in fp32; a row of zeros (a padding token's) counts as 1e-6, not as 0/0."""
+    """‖W + s·BA‖ for each output, (d_out,) in fp32. It is at least 1e-6, so that a row of zeros, such as that of a
+    padding token, does not lead to 0/0."""
     norms: Tensor = torch.linalg.vector_norm(weight.float() + lora.product(factors, scaling), dim=1)
     return norms.clamp_min(1e-6)
 

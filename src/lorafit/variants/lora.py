@@ -1,8 +1,8 @@
 """LoRA: y = W x + b + s·B A x (Hu et al. 2021, arXiv 2106.09685).
 
-A (rank, d_in) starts uniform in ±1/√d_in, the range of the layer itself (±1 where one input acts at a time); B
-(d_out, rank) starts at zero, so that the adapted layer begins as the base's. Experts have a pair each, which lie in one
-A (experts, rank, d_in) and one B (experts, d_out, rank).
+A (rank, d_in) starts uniform in ±1/√d_in, like the weight of a new linear layer; for an embedding, where only one input
+acts at a time, in ±1. B (d_out, rank) starts at zero, so a fresh adapter changes nothing. Experts have one pair each,
+stored as one A (experts, rank, d_in) and one B (experts, d_out, rank).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lorafit.variants.variant import Factor, Factors, Served, Variant
 
 
 def factors(site: Site, rank: int) -> dict[str, Factor]:
-    each = (site.count,) if site.count > 1 else ()
-    return {"A": Factor((*each, rank, site.d_in)), "B": Factor((*each, site.d_out, rank))}
+    experts = (site.count,) if site.count > 1 else ()
+    return {"A": Factor((*experts, rank, site.d_in)), "B": Factor((*experts, site.d_out, rank))}
 
 
 def init(site: Site, rank: int, weight: Tensor, scaling: float, generator: Generator) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float
 
 
 def product(factors: Factors, scaling: float) -> Tensor:
-    """s·B A, (d_out, d_in) in fp32; of every expert."""
+    """s·B A in fp32: (d_out, d_in), or (experts, d_out, d_in)."""
     return scaling * (factors["B"].float() @ factors["A"].float())
 
 
@@ -57,17 +57,28 @@ def together(
     factors: Sequence[Factors],
     scalings: Sequence[float],
 ) -> Sequence[Tensor]:
-    """`forward` of several layers on one input, bit for bit, with one backward for all that keeps x once."""
-    pairs = [factor for each in factors for factor in (each["A"], each["B"])]
+    """The same as `forward` of several layers on one input, bit for bit, but with one backward, which keeps x once.
+
+    Args:
+        x: The input of all layers, (..., d_in).
+        originals: The layers' own forwards.
+        layers: The layers.
+        factors: The factors of each layer.
+        scalings: The scale of each layer.
+
+    Returns:
+        The output of each layer, (..., d_out).
+    """
+    pairs = [factor for of_layer in factors for factor in (of_layer["A"], of_layer["B"])]
     outputs: Sequence[Tensor] = _Together.apply(x, originals, layers, scalings, *pairs)
     return outputs
 
 
 class _Together(torch.autograd.Function):
-    """y_i = W_i x + s_i·B_i A_i x. Kept for the backward: x, the factors, and A x, which is as narrow as the ranks.
+    """y_i = W_i x + s_i·B_i A_i x. For the backward it keeps x, the factors, and A_i x, which is small.
 
-    Products of a few rows are written in the order in which they are fast: on two cores g B takes 1.7 times as long
-    as Bᵀ gᵀ, and gᵀ u up to 3 times as long as uᵀ g (376 tokens, fp32).
+    The narrow products are written in their faster order: on two cores, g B takes 1.7 times as long as Bᵀ gᵀ, and gᵀ u
+    up to 3 times as long as uᵀ g (376 tokens, fp32).
     """
 
     @staticmethod
@@ -86,7 +97,8 @@ class _Together(torch.autograd.Function):
             inner.append(flat @ down.T)
             y = original(x)
             y.view(-1, y.shape[-1]).addmm_(inner[-1], up.T, alpha=scaling)
-            # A layer with a bias gives a view: whoever follows could not write to it (clamp_, an in-place activation).
+            # A layer with a bias returns a view, and a custom Function's views cannot be written to in place, as an
+            # activation or clamp_ after the layer may do.
             outputs.append(torch.ops.aten._unsafe_view(y, y.shape))
         ctx.save_for_backward(flat, torch.cat(a), *inner, *b)
         ctx.layers, ctx.scalings, ctx.shape, ctx.ranks = layers, scalings, x.shape, [len(down) for down in a]
@@ -97,20 +109,20 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         flat, joined, *kept = ctx.saved_tensors
         inner, b = kept[: len(upstream)], kept[len(upstream) :]
-        through = joined.new_empty(len(joined), len(flat))  # (ranks, tokens): s·Bᵀ gᵀ of each
-        to_x: Tensor | None = None
-        to_b = []
-        parts = zip(upstream, inner, b, ctx.layers, ctx.scalings, through.split(ctx.ranks), strict=True)
-        for gradient, own, up, layer, scaling, behind in parts:
+        inner_grads = joined.new_empty(len(joined), len(flat))  # (sum of ranks, tokens): s·Bᵀ gᵀ of every layer
+        grad_x: Tensor | None = None
+        grads_b = []
+        parts = zip(upstream, inner, b, ctx.layers, ctx.scalings, inner_grads.split(ctx.ranks), strict=True)
+        for gradient, u, up, layer, scaling, inner_grad in parts:
             g = gradient.reshape(-1, gradient.shape[-1])
-            torch.mm(up.T, g.T, out=behind).mul_(scaling)
-            to_b.append((own.T @ g).mul_(scaling).T)
+            torch.mm(up.T, g.T, out=inner_grad).mul_(scaling)
+            grads_b.append((u.T @ g).mul_(scaling).T)
             if ctx.needs_input_grad[0]:
-                to_x = g @ layer.weight if to_x is None else to_x.addmm_(g, layer.weight)
-        to_a = (through @ flat).split(ctx.ranks)
-        if to_x is not None:
-            to_x = to_x.addmm_(through.T, joined).view(ctx.shape)
-        return to_x, None, None, None, *(each for pair in zip(to_a, to_b, strict=True) for each in pair)
+                grad_x = g @ layer.weight if grad_x is None else grad_x.addmm_(g, layer.weight)
+        grads_a = (inner_grads @ flat).split(ctx.ranks)
+        if grad_x is not None:
+            grad_x = grad_x.addmm_(inner_grads.T, joined).view(ctx.shape)
+        return grad_x, None, None, None, *(grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair)
 
 
 VARIANT = Variant(factors, init, forward, delta, served, together)

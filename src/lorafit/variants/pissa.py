@@ -1,8 +1,9 @@
 """PiSSA: LoRA that starts at the largest singular directions of the weight (Meng et al. 2024, arXiv 2404.02948).
 
-A and B start as √S Vᵀ and U √S of the weight's largest `rank` directions, both over √s. The paper takes them out of the
-weight; here the base stays as it is, and what they start as is taken off again: y = W x + b + s·(B A − B₀ A₀) x, where
-A₀ and B₀ are not trained. PEFT keeps that as one pair of twice the rank, [A; A₀] and [B, −B₀].
+A and B start as A₀ = √(S/s) Vᵀ and B₀ = U √(S/s), from the `rank` largest singular values S of the weight and their
+vectors. The paper subtracts s·B₀ A₀ from the weight. Here the base must not change, so the forward subtracts it:
+y = W x + b + s·(B A − B₀ A₀) x, where A₀ and B₀ are not trained. PEFT stores this as one pair of twice the rank,
+[A; A₀] and [B, −B₀].
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from lorafit.layers.site import Site
 from lorafit.variants import lora
 from lorafit.variants.variant import Factor, Factors, Peft, Served, Variant
 
-ROUNDS = 8  # of the power iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4)
-MORE = 8  # directions that it looks for beyond those that are wanted
+ITERATIONS = 8  # of the randomized subspace iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4)
+OVERSAMPLING = 8  # directions that it computes in addition to those that are returned
 
 
 def factors(site: Site, rank: int) -> dict[str, Factor]:
@@ -28,30 +29,30 @@ def init(site: Site, rank: int, weight: Tensor, scaling: float, generator: Gener
     u, s, vt = _largest(weight.float(), rank, generator)
     root = (s / scaling).sqrt()
     a, b = torch.zeros(rank, site.d_in), torch.zeros(site.d_out, rank)
-    a[: len(s)], b[:, : len(s)] = root[:, None] * vt, u * root  # a rank above the narrow side adds nothing
+    a[: len(s)], b[:, : len(s)] = root[:, None] * vt, u * root  # a rank above min(d_out, d_in) leaves zeros
     return {"A": a, "B": b, "A0": a.clone(), "B0": b.clone()}
 
 
 def _largest(weight: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """U (d_out, k), S (k,) and Vᵀ (k, d_in) of the largest k = min(rank, narrow side) directions."""
+    """U (d_out, k), S (k,) and Vᵀ (k, d_in) of the k = min(rank, d_out, d_in) largest singular values."""
     narrow = min(weight.shape)
-    seen = weight @ torch.randn(weight.shape[1], min(rank + MORE, narrow), generator=generator)
-    for _ in range(ROUNDS):
-        seen = weight @ (weight.T @ torch.linalg.qr(seen).Q)
-    basis = torch.linalg.qr(seen).Q
+    sample = weight @ torch.randn(weight.shape[1], min(rank + OVERSAMPLING, narrow), generator=generator)
+    for _ in range(ITERATIONS):
+        sample = weight @ (weight.T @ torch.linalg.qr(sample).Q)
+    basis = torch.linalg.qr(sample).Q
     u, s, vt = torch.linalg.svd(basis.T @ weight, full_matrices=False)
     k = min(rank, narrow)
     return (basis @ u)[:, :k], s[:k], vt[:k]
 
 
 def computed(factors: Factors) -> dict[str, Tensor]:
-    """A and what has been learnt of it, B₀ and what has been learnt of B: a cast of A alone would not hold it."""
-    learnt = {"dA": factors["A"] - factors["A0"], "dB": factors["B"] - factors["B0"]}
-    return {"A": factors["A"], "B0": factors["B0"], **learnt}
+    """A, B₀, A − A₀ and B − B₀. The differences are small, and would be lost if A and B were cast to bf16 first."""
+    differences = {"dA": factors["A"] - factors["A0"], "dB": factors["B"] - factors["B0"]}
+    return {"A": factors["A"], "B0": factors["B0"], **differences}
 
 
 def forward(x: Tensor, y: Tensor, layer: Layer, factors: Factors, scaling: float) -> Tensor:
-    # B A − B₀ A₀ = B₀ (A − A₀) + (B − B₀) A, in which nothing cancels: at the start nothing is added.
+    # B A − B₀ A₀ = B₀ (A − A₀) + (B − B₀) A. The right side subtracts no large products: at the start it is exactly 0.
     with_a = layer.up(layer.down(x, factors["dA"]), factors["B0"], scaling, y)
     return layer.up(layer.down(x, factors["A"]), factors["dB"], scaling, with_a)
 

@@ -1,4 +1,4 @@
-"""rsLoRA: LoRA with the scale alpha / √rank, so that a higher rank does not learn more slowly (Kalajdzievski 2023,
+"""rsLoRA: LoRA with the scale alpha / √rank, so that a higher rank does not slow learning down (Kalajdzievski 2023,
 arXiv 2312.03732)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every method must give."""
+"""The description of a method: its factors, how it computes with them, and how PEFT stores them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Factor:
-    """What a method declares of one of its tensors. trained: False for one that stays as it was at the start."""
+    """The declaration of one tensor of a method.
+
+    Args:
+        shape: Its shape.
+        trained: Whether training changes it; False for a tensor that keeps its initial value.
+    """
 
     shape: tuple[int, ...]
     trained: bool = True
@@ -23,8 +28,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Served:
-    """What a method adds to a layer's output, ready to be used many times: B (A x), and gain · (y − bias) where it
-    scales the base's part too. A (rank, d_in), B (d_out, rank) with the scale in it; gain (d_out,); bias: its own."""
+    """The change that a method makes to a layer's output y, in the form in which the engine computes it:
+    B (A x) + gain · (y − bias).
+
+    Args:
+        A: (rank, d_in).
+        B: (d_out, rank), multiplied by the scale.
+        gain: (d_out,) if the method also scales the base's output; otherwise None.
+        bias: The layer's bias (d_out,), or None. Used only with a gain.
+    """
 
     A: Tensor
     B: Tensor
@@ -52,14 +64,14 @@ def _as_they_are(factors: Factors) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Peft:
-    """How PEFT keeps a method.
+    """How PEFT stores a method.
 
     Args:
-        names: By factor, its name below the module's path.
-        config: Settings of adapter_config.json that say which method it is.
-        ranks: Ranks of PEFT's pair for one of ours; its alpha grows with them, so that the scale stays.
-        written: (our factors) -> PEFT's pair, where they are not the same tensors.
-        read: What `written` gave -> our factors, bit for bit.
+        names: The names of the factors below the module's path.
+        config: The settings of adapter_config.json that select the method.
+        ranks: PEFT's rank divided by ours. PEFT's alpha is multiplied by it too, so that the scale is the same.
+        written: (our factors) -> PEFT's tensors, if they differ from ours.
+        read: (PEFT's tensors) -> our factors, bit for bit; the inverse of `written`.
     """
 
     names: Mapping[str, str] = field(default_factory=lambda: {"A": "lora_A.weight", "B": "lora_B.weight"})
@@ -71,25 +83,25 @@ class Peft:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method: its factors, five pure functions of them, and one that may be there for speed.
+    """A method: the declaration of its factors, and pure functions of them.
 
     Args:
-        factors: (site, rank) -> what is declared of each factor, by name. Those of two dimensions are cast to the
-            compute dtype, vectors stay in fp32.
-        init: (site, rank, weight (d_out, d_in), scaling, generator) -> fp32 tensors by factor, such that the layer is
-            unchanged.
-        forward: (x, y, layer, factors, scaling) -> y'. x: the (dropped-out) input of the layer; y: the base's
-            output for the undropped input.
-        delta: (layer, factors, scaling) -> (d_out, d_in) in fp32, of factors as they are kept: what the weight lacks.
-        served: (layer, factors, scaling) -> `forward(x, y, ...) - y` in the form that serves many rows, in fp32.
-        together: (x, originals, layers, factors, scalings) -> [y' of each]: several products on one undropped input,
-            computed with `forward`'s result from the layers' own forwards. None: each goes on its own.
+        factors: (site, rank) -> the declaration of each factor, by name. Matrices are cast to the compute dtype;
+            vectors stay in fp32.
+        init: (site, rank, weight (d_out, d_in), scaling, generator) -> the initial factors in fp32, by name. With them
+            the layer's output does not change.
+        forward: (x, y, layer, factors, scaling) -> the adapted output, in y's shape. x is the layer's input after
+            dropout; y is the base's output for the input before dropout.
+        delta: (layer, factors, scaling) -> the change of the weight (d_out, d_in) in fp32, from the stored factors.
+        served: (layer, factors, scaling) -> `forward(x, y, ...) - y` in the engine's form, in fp32.
+        together: (x, originals, layers, factors, scalings) -> the adapted outputs of several layers on one input
+            without dropout, equal to `forward`'s. None if each layer must be computed on its own.
         scaling: (alpha, rank) -> the scale of the pair.
-        alpha: (scaling, rank) -> the alpha that gives it.
-        computed: (factors in fp32) -> what `forward` and `served` are given of them, cast: differences are taken before
-            a cast would lose them.
-        peft: How PEFT keeps it.
-        any_kind: Whether it acts on layers of every kind, also those whose `any_variant` is False.
+        alpha: (scaling, rank) -> the alpha that gives this scale.
+        computed: (stored factors in fp32) -> the tensors that `forward` and `served` receive after a cast. Differences
+            of factors belong here, because a cast would lose them.
+        peft: How PEFT stores the method.
+        any_kind: Whether it can act on layers of every kind, including those with `any_variant=False`.
     """
 
     factors: Callable[[Site, int], dict[str, Factor]]
