@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -141,8 +141,14 @@ def _tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             given = body.model_dump(include={"tools", "tool_choice"})
             messages, tools = [turn.message() for turn in body.messages], shown(given["tools"], given["tool_choice"])
-            settings = body.chat_template_kwargs or {}
-            ids = await asyncio.to_thread(service.prompt, messages, version, tools, settings, not tools)
+            settings, no_system = body.chat_template_kwargs or {}, bool(body.no_system)
+
+            def rendered() -> tuple[int, ...]:
+                return service.prompt(
+                    messages, version, service.renderer(version, settings, no_system), tools, not tools
+                )
+
+            ids: Sequence[int] = await asyncio.to_thread(rendered)
         elif body.prompt is not None:
             encode = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
             ids = (await asyncio.to_thread(encode, body.prompt))["input_ids"]

@@ -227,8 +227,9 @@ def _requests(
     """The engine's requests: for each prompt as many as answers are wanted, each with a seed of its own."""
     engine = service.engine
     if isinstance(body, ChatRequest):
-        messages, kwargs = [turn.message() for turn in body.messages], body.chat_template_kwargs or {}
-        prompts = [service.prompt(messages, version, tools.tools, kwargs, thinks=thought is not None)]
+        messages = [turn.message() for turn in body.messages]
+        renderer = service.renderer(version, body.chat_template_kwargs or {}, bool(body.no_system))
+        prompts = [service.prompt(messages, version, renderer, tools.tools, thinks=thought is not None)]
     else:
         encode = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
         prompts = [

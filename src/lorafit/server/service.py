@@ -179,21 +179,25 @@ class Service:
         """Whether an adapter gets only the last question of a conversation."""
         return self.ask_alone and version is not None and version.single
 
-    def renderer(self, version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS) -> Renderer:
+    def renderer(
+        self, version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS, no_system: bool = False
+    ) -> Renderer:
         """The renderer of an adapter, or of the bare base. settings: of the template, which override those of training;
-        one that the template does not read is ignored if its value is false or empty, and else raises RequestError."""
-        renderer = self.engine.renderer(version)
+        one that the template does not read is ignored if its value is false or empty, and else raises RequestError.
+        no_system: whether a conversation without a system message gets no system prompt at all."""
+        system = "" if no_system else None
+        renderer = self.engine.renderer(version, system)
         given = {name: value for name, value in settings.items() if value or renderer.reads(name)}
         if unread := [name for name in given if not renderer.reads(name)]:
             raise RequestError(f"chat_template_kwargs: the template reads no {', '.join(unread)}: leave it out")
-        return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else renderer
+        return self.engine.renderer(version, system, tuple(sorted(given.items()))) if given else renderer
 
     def prompt(
         self,
         messages: Sequence[Message],
         version: Version | None,
+        renderer: Renderer,
         tools: Sequence[str] = (),
-        settings: Mapping[str, Scalar] = NO_SETTINGS,
         thinks: bool = True,
     ) -> tuple[int, ...]:
         """Token ids of a conversation, rendered as in the adapter's training.
@@ -201,8 +205,8 @@ class Service:
         Args:
             messages: a system message at the beginning replaces the adapter's system prompt.
             version: of the adapter; None: the bare base.
+            renderer: that of the version.
             tools: texts of those that may be called.
-            settings: of the template, as `renderer` takes them.
             thinks: whether the answer may begin with reasoning, where the adapter's answers may.
         """
         if all(message.role == "system" for message in messages):
@@ -210,7 +214,6 @@ class Service:
         turns = conversation(messages)
         if self.asks_alone(version):  # its calls are numbered from its own beginning
             turns = conversation(last_question(messages))
-        renderer = self.renderer(version, settings)
         if thinks or renderer.thought is None:
             return tuple(renderer.prompt_ids(turns, tools))
         ids, thought = renderer.plain.prompt_ids(turns, tools), renderer.thought

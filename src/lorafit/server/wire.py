@@ -325,13 +325,15 @@ class Common(CheckedBody):
 
 
 class ChatRequest(Common):
-    """POST /v1/chat/completions. chat_template_kwargs: settings of the template, which override those of training."""
+    """POST /v1/chat/completions. chat_template_kwargs: settings of the template, which override those of training;
+    no_system: whether the system prompts of the adapter and of the template are left out."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)]
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Settings | None = None
+    no_system: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
@@ -373,6 +375,7 @@ class TokenizeRequest(CheckedBody):
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     chat_template_kwargs: Settings | None = None
+    no_system: bool | None = None
     add_special_tokens: bool | None = None
 
 
