@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -17,6 +18,8 @@ import pytest
 import torch
 from conftest import byte_tokenizer, capitals, summary_with, tiny_gpt2, tiny_llama, write_rows
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -62,6 +65,7 @@ from lorafit.errors import (
 from lorafit.evaluation.classes import class_scores, compare_classes
 from lorafit.generation.greedy import generate
 from lorafit.jobs.chat import Chat
+from lorafit.jobs.classify import run_classifying
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.refine import run_refining
@@ -463,6 +467,41 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert summary["classes"] == finished[1]["classes"]
 
 
+def test_a_run_that_weighs_its_labels_and_was_begun_by_another_version_says_how_to_end_it(
+    folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The versions before weights were part of what a classifier is: the task was the labels and the padding."""
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run_training(folders("bert"), data, out, {**SETTINGS, "label_weights": "balanced"}, listener=Stopping())
+    file = out / "checkpoints" / "last.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        progress = json.loads(opened.metadata()["progress"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    task = json.loads(progress["run"]["task"])
+    assert task["classes"].pop("weights")
+    progress["run"] |= {"task": json.dumps(task), "start": "2:" + "0" * 64}
+    save_file(tensors, file, {"progress": json.dumps(progress)})
+    with pytest.raises(RunError) as caught:
+        run_training(None, None, out, {}, resume=True)
+    first, *differing, last = str(caught.value).split("\n")
+    assert "saved by another version of lorafit, or with another adapter, although" in first
+    assert [line.split(":")[0].strip() for line in differing] == ["task", "start"]
+    assert last == "end it with that version, or with that adapter, or start again with another --out"
+
+
+def test_a_finished_run_that_weighed_its_labels_only_in_training_is_not_refined_or_trimmed(
+    copied: Path, tmp_path: Path
+) -> None:
+    run = json.loads((copied / "run.json").read_text(encoding="utf-8"))
+    weighed = {**run, "settings": {**run["settings"], "label_weights": "balanced"}}
+    (copied / "run.json").write_text(json.dumps(weighed), encoding="utf-8")
+    for again in (lambda: run_refining(copied), lambda: run_trimming(copied, tmp_path / "small")):
+        with pytest.raises(RunError, match=r"weighted its labels in another way, .*: train again with another --out"):
+            again()
+
+
 class Stopping(Silent):
     """Ctrl-C at the second moment that is told."""
 
@@ -738,6 +777,114 @@ def test_labels_in_another_order_are_not_compared(
     peft.write(other, tmp_path / "other")
     with pytest.raises(AdapterError, match="has them in another order"):
         run_evaluation(None, finished[0], data, {"dtype": "fp32"}, against=tmp_path / "other")
+
+
+# New texts
+
+
+NEW = [{"id": 7, "text": "hello there"}, {"id": 8, "text": "GOOD MORNING"}, {"id": 9, "text": "quiet, please"}]
+
+
+def labels_of_file(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_new_texts_get_the_labels_that_python_gives_them(
+    finished: tuple[Path, dict[str, Any]], folders: Folders, tmp_path: Path
+) -> None:
+    out = tmp_path / "labels.jsonl"
+    found = run_classifying(finished[0], write_rows(tmp_path / "new.jsonl", NEW), {"dtype": "fp32"}, out=out)
+    rows = labels_of_file(out)
+    base = open_base(folders("bert"), torch.float32, labels=2)
+    likely = classify(base, read_adapter(finished[0]), [str(one["text"]) for one in NEW])
+    assert [{key: row[key] for key in ("id", "text")} for row in rows] == NEW
+    assert [row["predicted"] for row in rows] == [("calm", "loud")[i] for i in likely.argmax(-1).tolist()]
+    assert [row["confidence"] for row in rows] == pytest.approx(likely.max(-1).values.tolist(), abs=1e-5)
+    shares = [row["probabilities"] for row in rows]
+    assert [one["loud"] for one in shares] == pytest.approx(likely[:, 1].tolist(), abs=1e-5)
+    assert (found["n"], sum(found["labels"].values()), found["out"]) == (3, 3, str(out))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("new.csv", 'id,review\n7,hello there\n8,"GOOD, GOOD"\n', ["text=review"]),
+        ("new.csv", 'id,head,review\n7,hello,there\n8,GOOD,"GOOD"\n', ["text={head} {review}"]),
+        ("new.txt", "hello there\n\nGOOD, GOOD\n", []),
+    ],
+)
+def test_a_file_of_any_form_is_classified_with_its_columns_kept(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, content: str, columns: list[str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    given = [part for one in columns for part in ("--columns", one)]
+    out = tmp_path / "labels.csv"
+    done = CliRunner().invoke(
+        app, ["classify", str(finished[0]), str(tmp_path / name), *given, "--dtype", "fp32", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    rows = labels_of_file(out)
+    assert [row["predicted"] for row in rows] == ["calm", "loud"]
+    assert all(0.5 <= float(row["confidence"]) <= 1 for row in rows)
+    kept = content.splitlines()[0].split(",") if name.endswith(".csv") else ["text"]
+    assert list(rows[0]) == [*kept, "predicted", "confidence"]
+    assert f"2 labels written to {out}" in " ".join(done.output.split())
+
+
+def test_without_a_file_to_write_only_the_table_goes_to_stdout(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    texts = write_rows(tmp_path / "new.jsonl", NEW)
+    given = ["classify", str(finished[0]), str(texts), "--dtype", "fp32"]
+    rows = list(csv.DictReader(CliRunner().invoke(app, given).stdout.splitlines()))
+    assert [row["id"] for row in rows] == ["7", "8", "9"]
+    found = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)
+    assert [row["predicted"] for row in found["texts"]] == [row["predicted"] for row in rows]
+
+
+def test_texts_that_cannot_be_labelled_are_named_by_line_and_nothing_is_written(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    texts = write_rows(tmp_path / "new.jsonl", [*NEW, {"text": "x" * 600}, {"text": " "}, {"other": 1}])
+    out = tmp_path / "labels.jsonl"
+    with pytest.raises(DataError) as caught:
+        run_classifying(finished[0], texts, {"dtype": "fp32"}, out=out)
+    assert [one.where for one in caught.value.problems] == [f"{texts}:5: text", f"{texts}:6: text"]
+    short = write_rows(tmp_path / "short.jsonl", [*NEW, {"text": "x" * 600}])
+    with pytest.raises(DataError, match=r"short.jsonl:4: has 600 tokens: this base reads at most 512"):
+        run_classifying(finished[0], short, {"dtype": "fp32"}, out=out)
+    assert not list(tmp_path.glob("*labels*"))
+    found = run_classifying(finished[0], texts, {"dtype": "fp32", "skip_bad": True}, out=out)
+    assert (found["n"], found["left_out"]) == (3, 3)
+    assert [row["id"] for row in labels_of_file(out)] == [7, 8, 9]
+
+
+def test_what_cannot_be_labelled_or_written_is_refused_before_a_base_is_opened(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.jobs.classify.opened_base", lambda *_, **__: pytest.fail("a base was opened"))
+    texts = write_rows(tmp_path / "new.jsonl", NEW)
+    odd = write_rows(tmp_path / "odd.jsonl", [{"text": "a", "confidence": 1}])
+    other = write_rows(tmp_path / "other.jsonl", [{"review": "a"}])
+    (tmp_path / "there.csv").write_text("mine", encoding="utf-8")
+    writes = tmp_path / "writes"
+    copytree(Path(__file__).parent / "adapters_of_format_1" / "lora", writes)
+    for adapter, data, out, said in (
+        (finished[0], texts, "labels.xlsx", r"labels.xlsx: .*end in .csv or .jsonl"),
+        (finished[0], texts, "there.csv", "there.csv: is there already, and would be lost"),
+        (finished[0], odd, "a.csv", "odd.jsonl: has a column 'confidence', which the result would replace: rename it"),
+        (finished[0], other, "a.csv", "no column 'text': name one of its columns with --columns text=COLUMN: review"),
+        (finished[0], tmp_path, "a.csv", "a folder, where a file is meant: give one file of texts"),
+        (writes, texts, "a.csv", "is no classifier that lorafit trained"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run_classifying(adapter, data, out=tmp_path / out)
+    with pytest.raises(SettingsError, match=r"--columns label=...: only the texts are read here"):
+        run_classifying(finished[0], texts, {"columns": ["label=id"]})
+    assert (tmp_path / "there.csv").read_text(encoding="utf-8") == "mine"
 
 
 # From Python

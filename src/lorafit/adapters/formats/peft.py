@@ -23,6 +23,7 @@ from lorafit.adapters.folder import OURS as OURS
 from lorafit.adapters.folder import WEIGHTS as WEIGHTS
 from lorafit.adapters.folder import adapter_folder as adapter_folder
 from lorafit.adapters.folder import require_adapter_folder as require_adapter_folder
+from lorafit.adapters.folder import require_classifies as require_classifies
 from lorafit.adapters.folder import require_writes as require_writes
 from lorafit.adapters.formats.foreign import (
     PREFIX,
