@@ -16,8 +16,8 @@ from lorafit.runs.summary import FORMAT, EvaluationSummary, RunSummary
 EARLIER = Path(__file__).parent / "earlier_runs" / "ended" / "summary.json"
 COUNTS: dict[str, Any] = {
     **dict.fromkeys(("n", "json", "distinct", "other"), 2),
-    **dict.fromkeys(("recall", "confusions"), []),
-    **dict.fromkeys(("against", "equal"), {}),
+    **{key: [] for key in ("recall", "confusions")},
+    **{key: {} for key in ("against", "equal")},
     **dict.fromkeys(("most_frequent", "classifier_missing")),
     "by": "check",
     "few": False,

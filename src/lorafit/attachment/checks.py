@@ -42,7 +42,7 @@ def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
     """The module of every slot, by the path of its site. Raises AdapterError listing every slot that does not land."""
     if plan.is_classifier and not base.head:
         raise AdapterError(
-            "this adapter is a classifier, which writes no text: lorafit eval scores it on texts with labels, and in "
+            "this adapter is a classifier, which writes no text: lorafit classify labels new texts with it, and in "
             f"Python it goes with open_base('{base.name}', labels=...)"
         )
     if base.head and not plan.is_classifier:

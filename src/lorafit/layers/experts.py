@@ -133,7 +133,10 @@ def _written(site: Site, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(site: Site, pair: Mapping[str, Tensor]) -> dict[str, Tensor]:
     a, b = pair["A"], pair["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != site.d_in or len(b) != site.d_out or len(a) % site.count:
-        raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} are not of {site.count} experts as the plan says")
+        raise ValueError(
+            f"A {list(a.shape)} and B {list(b.shape)} are not of {site.count} experts as the plan says: restore the "
+            "folder"
+        )
     return {
         "A": a.reshape(site.count, -1, site.d_in),
         "B": b.reshape(site.d_out, -1, site.count).permute(2, 0, 1),

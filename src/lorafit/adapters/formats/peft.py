@@ -324,6 +324,8 @@ def _read_ours(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -
             Claims(**ours["claims"]) if ours.get("claims") else None,
             Classes.from_json(ours["classes"]) if ours.get("classes") else None,
         )
+    except FormatError as error:
+        raise FormatError(f"{folder / WEIGHTS}: {error}") from error
     except (KeyError, TypeError) as error:
         raise FormatError(
             f"{folder / OURS}: {error!r} is missing or odd: restore the file, it was edited or damaged"
