@@ -7,15 +7,19 @@ import json
 import math
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from conftest import byte_tokenizer, capitals, summary_with, tiny_gpt2, tiny_llama, write_rows
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
@@ -75,6 +79,11 @@ from lorafit.jobs.trim import cut, run_trimming
 from lorafit.planning import decide
 from lorafit.report.page import write_report
 from lorafit.report.words import terms
+from lorafit.server import keys
+from lorafit.server.address import hosts_of
+from lorafit.server.app import make_classifier_app
+from lorafit.server.classifiers import ClassifierService
+from lorafit.server.run import TimedProtocol
 from lorafit.server.store import Store
 from lorafit.serving import Engine
 from lorafit.serving.pool import Pool
@@ -695,13 +704,13 @@ def test_thousands_of_labels_are_scored_in_lists_that_stay_short() -> None:
 # A classifier where text is asked for
 
 
-@pytest.mark.parametrize("verb", ["chat", "serve", "route"])
+@pytest.mark.parametrize("verb", ["chat", "route"])
 def test_a_verb_that_wants_text_refuses_it_before_a_base_is_opened(
     finished: tuple[Path, dict[str, Any]], verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorafit.bases.base.open_base", lambda *_: pytest.fail("a base was opened"))
     run = str(finished[0])
-    given = {"chat": [run], "serve": ["smollm2-135m", f"voice={run}"], "route": ["A text.", f"voice={run}"]}[verb]
+    given = {"chat": [run], "route": ["A text.", f"voice={run}"]}[verb]
     done = CliRunner().invoke(app, [verb, *given])
     assert done.exit_code == 2
     assert "is a classifier, which gives a text one of its labels and writes none" in " ".join(done.output.split())
@@ -885,6 +894,135 @@ def test_what_cannot_be_labelled_or_written_is_refused_before_a_base_is_opened(
     with pytest.raises(SettingsError, match=r"--columns label=...: only the texts are read here"):
         run_classifying(finished[0], texts, {"columns": ["label=id"]})
     assert (tmp_path / "there.csv").read_text(encoding="utf-8") == "mine"
+
+
+# Over HTTP
+
+
+@contextmanager
+def hosted(service: ClassifierService, keys: bool = False) -> Iterator[httpx.Client]:
+    """A server of classifiers in a thread of this process."""
+    app = make_classifier_app(service, hosts_of("127.0.0.1", [], keys), lambda entry: None)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=TimedProtocol, ws="none", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while client.get("/health").text == "loading":
+                time.sleep(0.02)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def service(finished: tuple[Path, dict[str, Any]], folders: Folders) -> ClassifierService:
+    def opened(labels: int) -> Base:
+        return open_base(folders("bert"), torch.float32, labels=labels)
+
+    return ClassifierService("bert", opened, {"voice": finished[0]}, say=lambda text: None)
+
+
+def test_texts_are_classified_over_http_in_the_form_of_vllm(
+    service: ClassifierService, finished: tuple[Path, dict[str, Any]], folders: Folders
+) -> None:
+    texts = ["hello there", "GOOD MORNING", "quiet, please"]
+    base = open_base(folders("bert"), torch.float32, labels=2)
+    likely = classify(base, read_adapter(finished[0]), texts)
+    with hosted(service) as client:
+        answer = client.post("/classify", json={"model": "voice", "input": texts})
+        assert (answer.status_code, answer.headers["x-lorafit-adapter"]) == (200, "voice")
+        found = answer.json()
+        one = client.post("/classify", json={"model": "voice", "input": texts[0]}).json()
+        card = client.get("/v1/models/voice").json()
+        pages = client.get("/metrics").text
+        assert client.get("/openapi.json").json()["paths"].keys() >= {"/classify", "/v1/models", "/health"}
+    assert {"id", "object", "created", "model", "data", "usage"} == found.keys()
+    assert (found["object"], found["model"], found["id"][:9]) == ("list", "voice", "classify-")
+    assert [row["index"] for row in found["data"]] == [0, 1, 2]
+    for row, shares in zip(found["data"], likely.tolist(), strict=True):
+        assert row["probs"] == pytest.approx(shares, abs=1e-6)
+        assert (row["label"], row["num_classes"]) == (("calm", "loud")[shares[1] > shares[0]], 2)
+    tokens = sum(len(base.tokenizer(text)["input_ids"]) for text in texts)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+    assert found["usage"] == usage
+    assert one["data"][0]["probs"] == pytest.approx(found["data"][0]["probs"], abs=1e-5)
+    assert (card["labels"], card["parent"], card["max_model_len"]) == (["calm", "loud"], "bert", 512)
+    assert 'lorafit:requests_total{adapter="voice",model_name="bert"} 4.0' in pages
+
+
+def test_a_request_for_labels_that_cannot_be_answered_says_why(service: ClassifierService) -> None:
+    with hosted(service) as client:
+        for path, body, status, said in (
+            ("/classify", {"model": "voice", "input": ["a", "x" * 600]}, 400, "input[1]: has 600 tokens: this base"),
+            ("/classify", {"model": "voice", "input": ["a", " "]}, 400, "text 1 is blank: give a text"),
+            ("/classify", {"model": "voice", "input": []}, 400, "input"),
+            ("/classify", {"model": "voice", "input": "a", "softmax": False}, 400, "softmax"),
+            ("/classify", {"model": "voice", "input": "a", "truncate_prompt_tokens": 5}, 400, "not truncated"),
+            ("/classify", {"model": "nobody", "input": "a"}, 404, "no model has this name"),
+            ("/v1/chat/completions", {"model": "voice", "messages": []}, 404, "write none: ask /classify"),
+        ):
+            answer = client.post(path, json=body)
+            assert answer.status_code == status, answer.text
+            assert said in answer.json()["error"]["message"]
+        assert client.post("/classify", json={"model": "voice", "input": "a"}).status_code == 200
+
+
+def test_a_key_asks_only_the_classifiers_that_it_may_and_as_often(service: ClassifierService, tmp_path: Path) -> None:
+    secret = keys.create(tmp_path / "keys.json", "one", ["infer"], ["voice"], requests=3)
+    other = keys.create(tmp_path / "keys.json", "two", ["infer"], ["else"])
+    keyed = replace(service, keys_file=tmp_path / "keys.json", phase="loading")
+    with hosted(keyed, keys=True) as client:
+
+        def ask(key: str, *texts: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            return client.post("/classify", json={"model": "voice", "input": [*texts]}, headers=headers)
+
+        assert client.post("/classify", json={"model": "voice", "input": "a"}).status_code == 401
+        assert (ask(other, "a").status_code, ask(secret, "a", "b").status_code) == (404, 200)
+        again = ask(secret, "a", "b")
+        assert again.status_code == 429 and int(again.headers["retry-after"]) > 0
+
+
+def test_classifiers_of_other_bases_or_numbers_of_labels_are_refused_when_the_server_starts(
+    service: ClassifierService, opened: Opened, folders: Folders, tmp_path: Path
+) -> None:
+    peft.write(moved(opened("bert")), tmp_path / "three")
+    peft.write(moved(opened("distilbert")), tmp_path / "elsewhere")
+    for more, said in (
+        ({"three": tmp_path / "three"}, "'voice' has 2 labels, and 'three' has 3: the base is opened for one number"),
+        ({"not a name": tmp_path / "three"}, "not a name for an adapter"),
+    ):
+        failing = replace(service, adapters={**service.adapters, **more})
+        with hosted(failing) as client:
+            assert client.get("/health").text == "dead"
+        assert said in str(failing.failed)
+    alone = replace(
+        service,
+        opened=lambda labels: open_base(folders("bert"), torch.float32, labels=labels),
+        adapters={"elsewhere": tmp_path / "elsewhere"},
+    )
+    with hosted(alone):
+        assert "this adapter belongs to base" in str(alone.failed)
+
+
+def test_what_serve_would_not_do_for_classifiers_is_refused_before_a_base_is_opened(
+    finished: tuple[Path, dict[str, Any]], folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.bases.base.open_base", lambda *_: pytest.fail("a base was opened"))
+    voice, writes = f"voice={finished[0]}", f"desk={Path(__file__).parent / 'adapters_of_format_1' / 'lora'}"
+    for given, said in (
+        ([voice, "--slots", "4", "--eight-bit"], "--slots, --eight-bit: does nothing for classifiers: leave it out"),
+        ([voice, writes], "'voice' is a classifier, and 'desk' writes text: serve each kind with a server of its own"),
+    ):
+        done = CliRunner().invoke(app, ["serve", str(folders("bert")), *given])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
 
 
 # From Python

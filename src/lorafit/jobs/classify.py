@@ -21,7 +21,7 @@ from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import opened_base
 from lorafit.settings import settings_from
-from lorafit.tasks.classification import Classification, LabelRenderer, probabilities, text_rows
+from lorafit.tasks.classification import TOO_LONG, Classification, LabelRenderer, probabilities, text_rows
 
 PREDICTED, CONFIDENCE, PROBABILITIES = "predicted", "confidence", "probabilities"
 KINDS = (".csv", ".jsonl")  # of files that are written
@@ -76,14 +76,14 @@ def run_classifying(
     opened = opened_base(name, resolved, listener, labels=classes.labels)
     renderer = LabelRenderer(opened, classes)
     try:
-        rows = text_rows(renderer, [(text.where, text.text) for text in texts])
+        rows = text_rows(renderer, [(text.where, text.text) for text in texts], TOO_LONG)
     except DataError as error:
         problems += error.problems
         lost = {problem.where for problem in error.problems}
         texts = [text for text in texts if text.where not in lost]
         if not (resolved.skip_bad and texts):
             raise DataError(problems if texts else unskippable(problems)) from error
-        rows = text_rows(renderer, [(text.where, text.text) for text in texts])
+        rows = text_rows(renderer, [(text.where, text.text) for text in texts], TOO_LONG)
     for problem in problems:
         listener.say(f"left out: {problem}")
     listener.watch("labels", 0, len(rows), "texts")

@@ -18,9 +18,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from lorafit.server.hosted import Hosted
 from lorafit.server.keys import Key, Scope, find
 from lorafit.server.refusals import SOON, error
-from lorafit.server.service import Service
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -57,7 +57,7 @@ class Guard:
     def __init__(
         self,
         app: App,
-        service: Service,
+        service: Hosted,
         hosts: Collection[str] | None,
         limits: Limits,
         log: Callable[[dict[str, Any]], None],

@@ -32,6 +32,7 @@ from lorafit.server.unsupported import EMPTY, MEDIA, NONE
 from lorafit.serving import request
 
 MOST_ANSWERS, MOST_TOOLS = 16, 128  # OpenAI allows as many tools
+MOST_TEXTS = 1024  # of a request for labels
 # Settings with the names and defaults of the engine's Request, which decodes greedily, as the evaluation does.
 PENALTIES = "presence_penalty", "frequency_penalty", "repetition_penalty"
 SAMPLING = "temperature", "top_p", "min_p", *PENALTIES, "adapter_scale"
@@ -384,6 +385,30 @@ class DetokenizeRequest(Body):
 
     model: Model | None = None
     tokens: Ids
+
+
+class ClassifyRequest(CheckedBody):
+    """POST /classify. input: a text, or several. use_activation, activation, softmax: as vLLM's versions call the
+    choice between probabilities, which are always given, and logits."""
+
+    model: Model
+    input: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_TEXTS)]
+    add_special_tokens: Literal[True] | None = None
+    use_activation: Literal[True] | None = None
+    activation: Literal[True] | None = None
+    softmax: Literal[True] | None = None
+
+    @field_validator("input", mode="after")
+    @classmethod
+    def _says_something(cls, value: str | list[str]) -> str | list[str]:
+        texts = [value] if isinstance(value, str) else value
+        if blank := [i for i, text in enumerate(texts) if not text.strip()]:
+            raise _invalid(f"text {blank[0]} is blank: give a text")
+        return value
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
 
 
 class LoadRequest(Body):

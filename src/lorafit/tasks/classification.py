@@ -23,6 +23,7 @@ from lorafit.errors import AdapterError, DataError, Problem
 from lorafit.tasks.task import PLAIN, ForwardMode
 
 NAME = "classification"
+TOO_LONG = "shorten it, or --skip-bad"  # what to do about a row of a file
 AT_A_TIME = 2048  # the most tokens of one forward pass without gradient
 
 
@@ -175,7 +176,7 @@ def labelled_rows(renderer: LabelRenderer, examples: Sequence[Example], max_leng
         if number is None:
             what = "no label" if example.label is None else f"label {example.label!r}, which no training example has"
             problems.append(Problem(example.where, f"has {what}", "correct it, or add examples of it to training"))
-        elif isinstance(ids := _ids(renderer, example.where, text, max_length), Problem):
+        elif isinstance(ids := _ids(renderer, example.where, text, max_length, TOO_LONG), Problem):
             problems.append(ids)
         else:
             rows.append(_row(ids, i, number))
@@ -184,22 +185,22 @@ def labelled_rows(renderer: LabelRenderer, examples: Sequence[Example], max_leng
     return rows
 
 
-def text_rows(renderer: LabelRenderer, texts: Sequence[tuple[str, str]]) -> list[Row]:
+def text_rows(renderer: LabelRenderer, texts: Sequence[tuple[str, str]], fix: str = "shorten it") -> list[Row]:
     """The rows of texts whose labels are not known, each given with its place. Raises DataError for all texts with no
-    token, or more than the base can read."""
-    read = [_ids(renderer, where, text, sys.maxsize) for where, text in texts]
+    token, or more than the base can read. fix: what to do about the latter."""
+    read = [_ids(renderer, where, text, sys.maxsize, fix) for where, text in texts]
     if problems := [ids for ids in read if isinstance(ids, Problem)]:
         raise DataError(problems)
     return [_row(ids, i, 0) for i, ids in enumerate(read) if not isinstance(ids, Problem)]
 
 
-def _ids(renderer: LabelRenderer, where: str, text: str, max_length: int) -> list[int] | Problem:
+def _ids(renderer: LabelRenderer, where: str, text: str, max_length: int, fix: str) -> list[int] | Problem:
     """The tokens of a text, or why it cannot be classified."""
     ids, context = renderer.ids(text), renderer.base.context
     most = max_length if context is None else min(max_length, context)
     if len(ids) > most:
         limit = f"raise --max-length ({max_length})" if most == max_length else f"this base reads at most {most}"
-        return Problem(where, f"has {len(ids)} tokens", f"{limit}, shorten it, or --skip-bad")
+        return Problem(where, f"has {len(ids)} tokens", f"{limit}, {fix}")
     return ids or Problem(where, "has no token", "write a text, or remove the line")
 
 
