@@ -50,7 +50,7 @@ def require_writes(folder: str | Path) -> None:
         )
 
 
-def requireclassifies(folder: str | Path) -> None:
+def require_classifies(folder: str | Path) -> None:
     """Raise AdapterError where an adapter folder, or that of a run, holds no classifier whose labels are known."""
     if not classifies(folder):
         raise AdapterError(
