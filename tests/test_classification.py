@@ -820,9 +820,9 @@ def test_new_texts_get_the_labels_that_python_gives_them(
 @pytest.mark.parametrize(
     ("name", "content", "columns"),
     [
-        ("new.csv", 'id,review\n7,hello there\n8,"GOOD, GOOD"\n', ["text=review"]),
-        ("new.csv", 'id,head,review\n7,hello,there\n8,GOOD,"GOOD"\n', ["text={head} {review}"]),
-        ("new.txt", "hello there\n\nGOOD, GOOD\n", []),
+        ("new.csv", 'id,review\n7,hello there\n8,"GOOD MORNING ALL"\n', ["text=review"]),
+        ("new.csv", 'id,head,review\n7,hello,there\n8,GOOD,"MORNING"\n', ["text={head} {review}"]),
+        ("new.txt", "hello there\n\nGOOD MORNING\n", []),
     ],
 )
 def test_a_file_of_any_form_is_classified_with_its_columns_kept(
@@ -848,7 +848,9 @@ def test_without_a_file_to_write_only_the_table_goes_to_stdout(
 ) -> None:
     texts = write_rows(tmp_path / "new.jsonl", NEW)
     given = ["classify", str(finished[0]), str(texts), "--dtype", "fp32"]
-    rows = list(csv.DictReader(CliRunner().invoke(app, given).stdout.splitlines()))
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(done.stdout.splitlines()))
     assert [row["id"] for row in rows] == ["7", "8", "9"]
     found = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)
     assert [row["predicted"] for row in found["texts"]] == [row["predicted"] for row in rows]

@@ -18,7 +18,8 @@ def classify(
         Path, typer.Argument(help="A file with a column 'text', or a .txt file with a text on each line.")
     ],
     *,
-    out: Annotated[
+    # Not called `out`, which is a run's folder: a file of settings (-c) may name one.
+    to: Annotated[
         Path | None, typer.Option("--out", "-o", help="A new .csv or .jsonl file; by default a table on stdout.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base; by default the adapter's.")] = None,
@@ -46,7 +47,7 @@ def classify(
     read_texts(
         texts, settings_from(settings).columns or ()
     )  # mistakes in the file are reported before torch is imported
-    terminal = Terminal(json or out is None)
+    terminal = Terminal(json or to is None)
     from lorafit.jobs.classify import as_csv, run_classifying
 
     found = run_classifying(
@@ -54,14 +55,14 @@ def classify(
         texts,
         settings,
         base=base,
-        out=out,
+        out=to,
         accept_unknown_base=accept_unknown_base,
         listener=terminal,
     )
     terminal.say(", ".join(f"{label} {n:,}" for label, n in found["labels"].items()))
-    if out is not None:
-        terminal.say(f"{found['n']:,} labels written to {out}")
+    if to is not None:
+        terminal.say(f"{found['n']:,} labels written to {to}")
     if json:
         terminal.finish(found)
-    elif out is None:
+    elif to is None:
         sys.stdout.write(as_csv(found["texts"]))
