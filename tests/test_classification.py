@@ -884,7 +884,7 @@ def test_what_cannot_be_labelled_or_written_is_refused_before_a_base_is_opened(
     writes = tmp_path / "writes"
     copytree(Path(__file__).parent / "adapters_of_format_1" / "lora", writes)
     for adapter, data, out, said in (
-        (finished[0], texts, "labels.xlsx", r"labels.xlsx: .*end in .csv or .jsonl"),
+        (finished[0], texts, "labels.xlsx", r"labels.xlsx: .*end its name in .csv or .jsonl"),
         (finished[0], texts, "there.csv", "there.csv: is there already, and would be lost"),
         (finished[0], odd, "a.csv", "odd.jsonl: has a column 'confidence', which the result would replace: rename it"),
         (finished[0], other, "a.csv", "no column 'text': name one of its columns with --columns text=COLUMN: review"),
@@ -1020,7 +1020,7 @@ def test_what_serve_would_not_do_for_classifiers_is_refused_before_a_base_is_ope
     voice, writes = f"voice={finished[0]}", f"desk={Path(__file__).parent / 'adapters_of_format_1' / 'lora'}"
     for given, said in (
         ([voice, "--slots", "4", "--eight-bit"], "--slots, --eight-bit: does nothing for classifiers: leave it out"),
-        ([voice, writes], "'voice' is a classifier, and 'desk' writes text: serve each kind with a server of its own"),
+        ([voice, writes], "'voice' is a classifier, and 'desk' writes text: start a server for each kind"),
     ):
         done = CliRunner().invoke(app, ["serve", str(folders("bert")), *given])
         assert done.exit_code == 2

@@ -118,6 +118,6 @@ def _labels(adapters: Mapping[str, Path]) -> bool:
     labels = [name for name, folder in adapters.items() if classifies(folder)]
     if writes := [name for name in adapters if name not in labels] if labels else []:
         raise SettingsError(
-            f"'{labels[0]}' is a classifier, and '{writes[0]}' writes text: serve each kind with a server of its own"
+            f"'{labels[0]}' is a classifier, and '{writes[0]}' writes text: start a server for each kind"
         )
     return bool(labels)

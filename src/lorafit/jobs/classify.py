@@ -118,9 +118,7 @@ def require_output(out: str | Path | None) -> Path | None:
         return None
     out = Path(out).expanduser()
     if out.suffix.lower() not in KINDS:
-        raise SettingsError(
-            f"--out {out}: not a type of file that is written: let its name end in {' or '.join(KINDS)}"
-        )
+        raise SettingsError(f"--out {out}: not a type of file that is written: end its name in {' or '.join(KINDS)}")
     require_new(out, "--out")
     return out
 

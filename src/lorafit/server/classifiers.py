@@ -151,7 +151,7 @@ class ClassifierService:
         if odd := [name for name, n in others if n != count]:
             raise AdapterError(
                 f"'{first}' has {count} labels, and '{odd[0]}' has {counts[odd[0]]}: the base is opened for one number "
-                "of labels: serve each with a server of its own"
+                "of labels: start a server for each"
             )
         base = self.opened(count)
         for name, adapter in loaded.items():
