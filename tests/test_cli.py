@@ -44,7 +44,17 @@ VERBS = [
     "report",
     "explain",
 ]
-SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged", "counts"}
+SCORES = {
+    "nll",
+    "facts",
+    "n_test",
+    "off_desk_declined",
+    "natural_stops",
+    "samples",
+    "base_unchanged",
+    "counts",
+    "format",
+}
 TRAINED = SCORES | {
     "misread_by_peft",
     "base",
