@@ -12,8 +12,10 @@ from types import MappingProxyType
 from typing import Any
 
 from lorafit.adapters.formats import peft
+from lorafit.adapters.rendering import Classes
 from lorafit.attachment.adapters import attach
 from lorafit.data.reading import unskippable
+from lorafit.data.rows import Row
 from lorafit.data.texts import Text, read_texts
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
 from lorafit.files import require_new, write_text
@@ -74,29 +76,20 @@ def run_classifying(
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
     keep_freed_memory()
     opened = opened_base(name, resolved, listener, labels=classes.labels)
-    renderer = LabelRenderer(opened, classes)
-    try:
-        rows = text_rows(renderer, [(text.where, text.text) for text in texts], TOO_LONG)
-    except DataError as error:
-        problems += error.problems
-        lost = {problem.where for problem in error.problems}
-        texts = [text for text in texts if text.where not in lost]
-        if not (resolved.skip_bad and texts):
-            raise DataError(problems if texts else unskippable(problems)) from error
-        rows = text_rows(renderer, [(text.where, text.text) for text in texts], TOO_LONG)
+    texts, rows, unread = _rows(LabelRenderer(opened, classes), texts)
+    problems += unread
+    if unread and not (resolved.skip_bad and texts):
+        raise DataError(problems if texts else unskippable(problems))
     for problem in problems:
         listener.say(f"left out: {problem}")
-    listener.watch("labels", 0, len(rows), "texts")
+
+    def watch(done: int) -> None:
+        listener.watch("labels", done, len(rows), "texts")
+
+    watch(0)
     with attach(opened, adapter, accept_unknown_base=accept_unknown_base):
-        likely = probabilities(
-            opened, Classification(classes), rows, lambda done: listener.watch("labels", done, len(rows), "texts")
-        )
-    labelled = []
-    for text, shares in zip(texts, likely.tolist(), strict=True):
-        best = max(range(len(shares)), key=shares.__getitem__)
-        by_label = {label: round(share, 6) for label, share in zip(classes.labels, shares, strict=True)}
-        row = {PREDICTED: classes.labels[best], CONFIDENCE: round(shares[best], 6)}
-        labelled.append({**text.row, **row, PROBABILITIES: by_label})
+        likely = probabilities(opened, Classification(classes), rows, watch)
+    labelled = [_labelled(text, classes, shares) for text, shares in zip(texts, likely.tolist(), strict=True)]
     counts = Counter(row[PREDICTED] for row in labelled)
     found = {
         "adapter_dir": str(adapter_folder),
@@ -109,6 +102,28 @@ def run_classifying(
         return {**found, "texts": labelled}
     write_text(out, as_csv(labelled) if out.suffix.lower() == ".csv" else _as_jsonl(labelled))
     return {**found, "out": str(out)}
+
+
+def _rows(renderer: LabelRenderer, texts: Sequence[Text]) -> tuple[list[Text], list[Row], list[Problem]]:
+    """The texts that the base can read, with their rows, and the problems of the others."""
+    try:
+        return [*texts], text_rows(renderer, [(text.where, text.text) for text in texts], TOO_LONG), []
+    except DataError as error:
+        lost = {problem.where for problem in error.problems}
+        left = [text for text in texts if text.where not in lost]
+        return left, text_rows(renderer, [(text.where, text.text) for text in left], TOO_LONG), [*error.problems]
+
+
+def _labelled(text: Text, classes: Classes, shares: Sequence[float]) -> dict[str, Any]:
+    """The row of a text with its most likely label."""
+    best = max(range(len(shares)), key=shares.__getitem__)
+    by_label = {label: round(share, 6) for label, share in zip(classes.labels, shares, strict=True)}
+    return {
+        **text.row,
+        PREDICTED: classes.labels[best],
+        CONFIDENCE: round(shares[best], 6),
+        PROBABILITIES: by_label,
+    }
 
 
 def require_output(out: str | Path | None) -> Path | None:
