@@ -41,6 +41,7 @@ from lorafit.routing import Features
 from lorafit.server import address, keys, run
 from lorafit.server.app import make_app
 from lorafit.server.guard import Limits
+from lorafit.server.hosted import drain
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
 from lorafit.server.store import Store
@@ -943,7 +944,7 @@ def test_draining_waits_for_what_has_not_reached_the_engine(server: Running, mon
         try:
             asked = pool.submit(server.ask, "tiny")
             assert here.wait(10)
-            drained = pool.submit(service.drain, 30)
+            drained = pool.submit(drain, service, 30)
             with pytest.raises(TimeoutError):
                 drained.result(0.6)
             go_on.set()
