@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from conftest import byte_tokenizer, capitals, summary_with, tiny_gpt2, tiny_llama, write_rows
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -62,6 +69,7 @@ from lorafit.errors import (
 from lorafit.evaluation.classes import class_scores, compare_classes
 from lorafit.generation.greedy import generate
 from lorafit.jobs.chat import Chat
+from lorafit.jobs.classify import run_classifying
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.refine import run_refining
@@ -71,6 +79,11 @@ from lorafit.jobs.trim import cut, run_trimming
 from lorafit.planning import decide
 from lorafit.report.page import write_report
 from lorafit.report.words import terms
+from lorafit.server import keys
+from lorafit.server.address import hosts_of
+from lorafit.server.app import make_classifier_app
+from lorafit.server.classifiers import ClassifierService
+from lorafit.server.run import TimedProtocol
 from lorafit.server.store import Store
 from lorafit.serving import Engine
 from lorafit.serving.pool import Pool
@@ -463,6 +476,41 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert summary["classes"] == finished[1]["classes"]
 
 
+def test_a_run_that_weighs_its_labels_and_was_begun_by_another_version_says_how_to_end_it(
+    folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The versions before weights were part of what a classifier is: the task was the labels and the padding."""
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run_training(folders("bert"), data, out, {**SETTINGS, "label_weights": "balanced"}, listener=Stopping())
+    file = out / "checkpoints" / "last.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        progress = json.loads(opened.metadata()["progress"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    task = json.loads(progress["run"]["task"])
+    assert task["classes"].pop("weights")
+    progress["run"] |= {"task": json.dumps(task), "start": "2:" + "0" * 64}
+    save_file(tensors, file, {"progress": json.dumps(progress)})
+    with pytest.raises(RunError) as caught:
+        run_training(None, None, out, {}, resume=True)
+    first, *differing, last = str(caught.value).split("\n")
+    assert "saved by another version of lorafit, or with another adapter, although" in first
+    assert [line.split(":")[0].strip() for line in differing] == ["task", "start"]
+    assert last == "end it with that version, or with that adapter, or start again with another --out"
+
+
+def test_a_finished_run_that_weighed_its_labels_only_in_training_is_not_refined_or_trimmed(
+    copied: Path, tmp_path: Path
+) -> None:
+    run = json.loads((copied / "run.json").read_text(encoding="utf-8"))
+    weighed = {**run, "settings": {**run["settings"], "label_weights": "balanced"}}
+    (copied / "run.json").write_text(json.dumps(weighed), encoding="utf-8")
+    for again in (lambda: run_refining(copied), lambda: run_trimming(copied, tmp_path / "small")):
+        with pytest.raises(RunError, match=r"weighted its labels in another way, .*: train again with another --out"):
+            again()
+
+
 class Stopping(Silent):
     """Ctrl-C at the second moment that is told."""
 
@@ -656,13 +704,13 @@ def test_thousands_of_labels_are_scored_in_lists_that_stay_short() -> None:
 # A classifier where text is asked for
 
 
-@pytest.mark.parametrize("verb", ["chat", "serve", "route"])
+@pytest.mark.parametrize("verb", ["chat", "route"])
 def test_a_verb_that_wants_text_refuses_it_before_a_base_is_opened(
     finished: tuple[Path, dict[str, Any]], verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorafit.bases.base.open_base", lambda *_: pytest.fail("a base was opened"))
     run = str(finished[0])
-    given = {"chat": [run], "serve": ["smollm2-135m", f"voice={run}"], "route": ["A text.", f"voice={run}"]}[verb]
+    given = {"chat": [run], "route": ["A text.", f"voice={run}"]}[verb]
     done = CliRunner().invoke(app, [verb, *given])
     assert done.exit_code == 2
     assert "is a classifier, which gives a text one of its labels and writes none" in " ".join(done.output.split())
@@ -738,6 +786,245 @@ def test_labels_in_another_order_are_not_compared(
     peft.write(other, tmp_path / "other")
     with pytest.raises(AdapterError, match="has them in another order"):
         run_evaluation(None, finished[0], data, {"dtype": "fp32"}, against=tmp_path / "other")
+
+
+# New texts
+
+
+NEW = [{"id": 7, "text": "hello there"}, {"id": 8, "text": "GOOD MORNING"}, {"id": 9, "text": "quiet, please"}]
+
+
+def labels_of_file(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_new_texts_get_the_labels_that_python_gives_them(
+    finished: tuple[Path, dict[str, Any]], folders: Folders, tmp_path: Path
+) -> None:
+    out = tmp_path / "labels.jsonl"
+    found = run_classifying(finished[0], write_rows(tmp_path / "new.jsonl", NEW), {"dtype": "fp32"}, out=out)
+    rows = labels_of_file(out)
+    base = open_base(folders("bert"), torch.float32, labels=2)
+    likely = classify(base, read_adapter(finished[0]), [str(one["text"]) for one in NEW])
+    assert [{key: row[key] for key in ("id", "text")} for row in rows] == NEW
+    assert [row["predicted"] for row in rows] == [("calm", "loud")[i] for i in likely.argmax(-1).tolist()]
+    assert [row["confidence"] for row in rows] == pytest.approx(likely.max(-1).values.tolist(), abs=1e-5)
+    shares = [row["probabilities"] for row in rows]
+    assert [one["loud"] for one in shares] == pytest.approx(likely[:, 1].tolist(), abs=1e-5)
+    assert (found["n"], sum(found["labels"].values()), found["out"]) == (3, 3, str(out))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("new.csv", 'id,review\n7,hello there\n8,"GOOD MORNING ALL"\n', ["text=review"]),
+        ("new.csv", 'id,head,review\n7,hello,there\n8,GOOD,"MORNING"\n', ["text={head} {review}"]),
+        ("new.txt", "hello there\n\nGOOD MORNING\n", []),
+    ],
+)
+def test_a_file_of_any_form_is_classified_with_its_columns_kept(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, content: str, columns: list[str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    given = [part for one in columns for part in ("--columns", one)]
+    out = tmp_path / "labels.csv"
+    done = CliRunner().invoke(
+        app, ["classify", str(finished[0]), str(tmp_path / name), *given, "--dtype", "fp32", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    rows = labels_of_file(out)
+    assert [row["predicted"] for row in rows] == ["calm", "loud"]
+    assert all(0.5 <= float(row["confidence"]) <= 1 for row in rows)
+    kept = content.splitlines()[0].split(",") if name.endswith(".csv") else ["text"]
+    assert list(rows[0]) == [*kept, "predicted", "confidence"]
+    assert f"2 labels written to {out}" in " ".join(done.output.split())
+
+
+def test_without_a_file_to_write_only_the_table_goes_to_stdout(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    texts = write_rows(tmp_path / "new.jsonl", NEW)
+    given = ["classify", str(finished[0]), str(texts), "--dtype", "fp32"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [row["id"] for row in rows] == ["7", "8", "9"]
+    found = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)
+    assert [row["predicted"] for row in found["texts"]] == [row["predicted"] for row in rows]
+
+
+def test_texts_that_cannot_be_labelled_are_named_by_line_and_nothing_is_written(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    texts = write_rows(tmp_path / "new.jsonl", [*NEW, {"text": "x" * 600}, {"text": " "}, {"other": 1}])
+    out = tmp_path / "labels.jsonl"
+    with pytest.raises(DataError) as caught:
+        run_classifying(finished[0], texts, {"dtype": "fp32"}, out=out)
+    assert [one.where for one in caught.value.problems] == [f"{texts}:5: text", f"{texts}:6: text"]
+    short = write_rows(tmp_path / "short.jsonl", [*NEW, {"text": "x" * 600}])
+    with pytest.raises(DataError, match=r"short.jsonl:4: has 600 tokens: this base reads at most 512"):
+        run_classifying(finished[0], short, {"dtype": "fp32"}, out=out)
+    assert not list(tmp_path.glob("*labels*"))
+    found = run_classifying(finished[0], texts, {"dtype": "fp32", "skip_bad": True}, out=out)
+    assert (found["n"], found["left_out"]) == (3, 3)
+    assert [row["id"] for row in labels_of_file(out)] == [7, 8, 9]
+
+
+def test_what_cannot_be_labelled_or_written_is_refused_before_a_base_is_opened(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.jobs.classify.opened_base", lambda *_, **__: pytest.fail("a base was opened"))
+    texts = write_rows(tmp_path / "new.jsonl", NEW)
+    odd = write_rows(tmp_path / "odd.jsonl", [{"text": "a", "confidence": 1}])
+    other = write_rows(tmp_path / "other.jsonl", [{"review": "a"}])
+    (tmp_path / "there.csv").write_text("mine", encoding="utf-8")
+    writes = tmp_path / "writes"
+    copytree(Path(__file__).parent / "adapters_of_format_1" / "lora", writes)
+    for adapter, data, out, said in (
+        (finished[0], texts, "labels.xlsx", r"labels.xlsx: .*end its name in .csv or .jsonl"),
+        (finished[0], texts, "there.csv", "there.csv: is there already, and would be lost"),
+        (finished[0], odd, "a.csv", "odd.jsonl: has a column 'confidence', which the result would replace: rename it"),
+        (finished[0], other, "a.csv", "no column 'text': name one of its columns with --columns text=COLUMN: review"),
+        (finished[0], tmp_path, "a.csv", "a folder, where a file is meant: give one file of texts"),
+        (writes, texts, "a.csv", "is no classifier that lorafit trained"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run_classifying(adapter, data, out=tmp_path / out)
+    with pytest.raises(SettingsError, match=r"--columns label=...: only the texts are read here"):
+        run_classifying(finished[0], texts, {"columns": ["label=id"]})
+    assert (tmp_path / "there.csv").read_text(encoding="utf-8") == "mine"
+
+
+# Over HTTP
+
+
+@contextmanager
+def hosted(service: ClassifierService, keys: bool = False) -> Iterator[httpx.Client]:
+    """A server of classifiers in a thread of this process."""
+    app = make_classifier_app(service, hosts_of("127.0.0.1", [], keys), lambda entry: None)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=TimedProtocol, ws="none", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while client.get("/health").text == "loading":
+                time.sleep(0.02)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def service(finished: tuple[Path, dict[str, Any]], folders: Folders) -> ClassifierService:
+    def opened(labels: int) -> Base:
+        return open_base(folders("bert"), torch.float32, labels=labels)
+
+    return ClassifierService("bert", opened, {"voice": finished[0]}, say=lambda text: None)
+
+
+def test_texts_are_classified_over_http_in_the_form_of_vllm(
+    service: ClassifierService, finished: tuple[Path, dict[str, Any]], folders: Folders
+) -> None:
+    texts = ["hello there", "GOOD MORNING", "quiet, please"]
+    base = open_base(folders("bert"), torch.float32, labels=2)
+    likely = classify(base, read_adapter(finished[0]), texts)
+    with hosted(service) as client:
+        answer = client.post("/classify", json={"model": "voice", "input": texts})
+        assert (answer.status_code, answer.headers["x-lorafit-adapter"]) == (200, "voice")
+        found = answer.json()
+        one = client.post("/classify", json={"model": "voice", "input": texts[0]}).json()
+        card = client.get("/v1/models/voice").json()
+        pages = client.get("/metrics").text
+        assert client.get("/openapi.json").json()["paths"].keys() >= {"/classify", "/v1/models", "/health"}
+    assert {"id", "object", "created", "model", "data", "usage"} == found.keys()
+    assert (found["object"], found["model"], found["id"][:9]) == ("list", "voice", "classify-")
+    assert [row["index"] for row in found["data"]] == [0, 1, 2]
+    for row, shares in zip(found["data"], likely.tolist(), strict=True):
+        assert row["probs"] == pytest.approx(shares, abs=1e-6)
+        assert (row["label"], row["num_classes"]) == (("calm", "loud")[shares[1] > shares[0]], 2)
+    tokens = sum(len(base.tokenizer(text)["input_ids"]) for text in texts)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+    assert found["usage"] == usage
+    assert one["data"][0]["probs"] == pytest.approx(found["data"][0]["probs"], abs=1e-5)
+    assert (card["labels"], card["parent"], card["max_model_len"]) == (["calm", "loud"], "bert", 512)
+    assert 'lorafit:requests_total{adapter="voice",model_name="bert"} 4.0' in pages
+
+
+def test_a_request_for_labels_that_cannot_be_answered_says_why(service: ClassifierService) -> None:
+    with hosted(service) as client:
+        for path, body, status, said in (
+            ("/classify", {"model": "voice", "input": ["a", "x" * 600]}, 400, "input[1]: has 600 tokens: this base"),
+            ("/classify", {"model": "voice", "input": ["a", " "]}, 400, "text 1 is blank: give a text"),
+            ("/classify", {"model": "voice", "input": []}, 400, "input"),
+            ("/classify", {"model": "voice", "input": "a", "softmax": False}, 400, "softmax"),
+            ("/classify", {"model": "voice", "input": "a", "truncate_prompt_tokens": 5}, 400, "not truncated"),
+            ("/classify", {"model": "nobody", "input": "a"}, 404, "no model has this name"),
+            ("/v1/chat/completions", {"model": "voice", "messages": []}, 404, "write none: ask /classify"),
+        ):
+            answer = client.post(path, json=body)
+            assert answer.status_code == status, answer.text
+            assert said in answer.json()["error"]["message"]
+        assert client.post("/classify", json={"model": "voice", "input": "a"}).status_code == 200
+
+
+def test_a_key_asks_only_the_classifiers_that_it_may_and_as_often(service: ClassifierService, tmp_path: Path) -> None:
+    secret = keys.create(tmp_path / "keys.json", "one", ["infer"], ["voice"], requests=3)
+    other = keys.create(tmp_path / "keys.json", "two", ["infer"], ["else"])
+    keyed = replace(service, keys_file=tmp_path / "keys.json", phase="loading")
+    with hosted(keyed, keys=True) as client:
+
+        def ask(key: str, *texts: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            return client.post("/classify", json={"model": "voice", "input": [*texts]}, headers=headers)
+
+        assert client.post("/classify", json={"model": "voice", "input": "a"}).status_code == 401
+        assert (ask(other, "a").status_code, ask(secret, "a", "b").status_code) == (404, 200)
+        again = ask(secret, "a", "b")
+        assert again.status_code == 429 and int(again.headers["retry-after"]) > 0
+
+
+def test_classifiers_of_other_bases_or_numbers_of_labels_are_refused_when_the_server_starts(
+    service: ClassifierService, opened: Opened, folders: Folders, tmp_path: Path
+) -> None:
+    peft.write(moved(opened("bert")), tmp_path / "three")
+    peft.write(moved(opened("distilbert")), tmp_path / "elsewhere")
+    for more, said in (
+        ({"three": tmp_path / "three"}, "'voice' has 2 labels, and 'three' has 3: the base is opened for one number"),
+        ({"not a name": tmp_path / "three"}, "not a name for an adapter"),
+    ):
+        failing = replace(service, adapters={**service.adapters, **more})
+        with hosted(failing) as client:
+            assert client.get("/health").text == "dead"
+        assert said in str(failing.failed)
+    alone = replace(
+        service,
+        opened=lambda labels: open_base(folders("bert"), torch.float32, labels=labels),
+        adapters={"elsewhere": tmp_path / "elsewhere"},
+    )
+    with hosted(alone):
+        assert "this adapter belongs to base" in str(alone.failed)
+
+
+def test_what_serve_would_not_do_for_classifiers_is_refused_before_a_base_is_opened(
+    finished: tuple[Path, dict[str, Any]], folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.bases.base.open_base", lambda *_: pytest.fail("a base was opened"))
+    voice, writes = f"voice={finished[0]}", f"desk={Path(__file__).parent / 'adapters_of_format_1' / 'lora'}"
+    for given, said in (
+        ([voice, "--slots", "4", "--eight-bit"], "--slots, --eight-bit: does nothing for classifiers: leave it out"),
+        ([voice, writes], "'voice' is a classifier, and 'desk' writes text: start a server for each kind"),
+    ):
+        done = CliRunner().invoke(app, ["serve", str(folders("bert")), *given])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
 
 
 # From Python

@@ -44,7 +44,17 @@ VERBS = [
     "report",
     "explain",
 ]
-SCORES = {"nll", "facts", "n_test", "off_desk_declined", "natural_stops", "samples", "base_unchanged", "counts"}
+SCORES = {
+    "nll",
+    "facts",
+    "n_test",
+    "off_desk_declined",
+    "natural_stops",
+    "samples",
+    "base_unchanged",
+    "counts",
+    "format",
+}
 TRAINED = SCORES | {
     "misread_by_peft",
     "base",
@@ -674,6 +684,7 @@ def test_after_a_classifier_nobody_is_sent_to_chat(classifier_run: Path, capsys:
     conclude(Terminal(), summary, classifier_run, [])
     following = capsys.readouterr().out.partition("next:")[2]
     assert "chat" not in following
+    assert f"classify {classifier_run} TEXTS.csv" in following
     assert f"eval {classifier_run} TEXTS.jsonl" in following and "adapter/README.md" in following
 
 

@@ -45,7 +45,7 @@ class Keyed:
     def key(self, name: str, *scopes: str, **quota: int) -> str:
         """A new key, once the server has read it."""
         secret = keys.create(self.file, name, scopes or ("infer",), **quota)
-        self.running.service._look_at_keys()
+        self.running.service._keys.look()
         return secret
 
     def client(self, secret: str | None = None, **more: Any) -> openai.OpenAI:
@@ -62,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     keys.create(folder / "keys.json", "first", ["infer"])
     with served(folder / "adapters", folder / "keys.json", room=64) as running:
         made = Keyed(running, folder / "keys.json")
-        running.service._look_at_keys()
+        running.service._keys.look()
         assert running.service.phase == "ready", running.service.failed
         with made.opened:
             yield made
@@ -250,6 +250,9 @@ def informed(document: dict[str, Any]) -> dict[str, Any]:
         bias = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
         (known,) = bias["patternProperties"].values()
         bias["patternProperties"] = {"^([0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-5][0-9]|260)$": known}
+    # Without a system prompt there may be no message of the role system, which a schema cannot say.
+    schemas["ChatRequest"]["properties"]["no_system"] = {"enum": [False, None]}
+    schemas["TokenizeRequest"]["properties"]["no_system"] = {"enum": [False, None]}
     turn, nothing = schemas["Turn"]["properties"], {"type": "null"}  # an answer of a tool must have its call
     turn["role"]["enum"] = ["system", "developer", "user", "assistant"]
     turn["tool_calls"] = turn["function_call"] = nothing

@@ -106,6 +106,8 @@ COMPUTED = {  # the next step is written elsewhere: by advice.py and _uneven, th
     "…: no run: …",
     "….…: …",
     "……: …",
+    "………: …",
+    "……: …: …",
 }
 AS_GOOD = ("did you mean ", "pip install ", "lorafit ", "if you know ")
 

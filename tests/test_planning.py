@@ -42,7 +42,8 @@ from lorafit.planning.refine import Change, Evidence, judged, next_change
 from lorafit.planning.signal import SHARE, Card, Signal, block_of, card_of, kinds_of
 from lorafit.report.story import read_story
 from lorafit.report.why import why
-from lorafit.runs.folder import openings
+from lorafit.runs.folder import openings, read_summary
+from lorafit.runs.summary import RunSummary
 from lorafit.settings import TrainSettings, settings_from
 from lorafit.tasks.completion import COMPLETION
 from lorafit.tasks.forward import batch_of, token_nll
@@ -598,6 +599,66 @@ def test_a_round_whose_adapter_was_not_put_in_its_place_is_put_there_by_the_next
     history = json.loads((refined / "rounds" / "history.json").read_text(encoding="utf-8"))
     last = max(one["number"] for one in history if one["accepted"])
     assert peft.read(refined / "adapter") == peft.read(refined / "rounds" / str(last) / "adapter")
+
+
+def judging(monkeypatch: pytest.MonkeyPatch, accepted: bool) -> None:
+    """Every further round trains one step more, and is accepted or refused."""
+    real = judged
+    monkeypatch.setattr(refine, "judged", lambda *given: replace(real(*given), accepted=accepted))
+    monkeypatch.setattr(
+        refine, "next_change", lambda known, *_: Change(f"{known.steps + 1} steps", known.steps + 1, 1, "of a test")
+    )
+
+
+def summary_of(run: Path) -> RunSummary:
+    summary = read_summary(run)
+    assert summary is not None
+    return summary
+
+
+def test_a_round_killed_before_its_summary_is_in_it_after_the_next_one_that_is_refused(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (short / "summary.json").read_bytes()
+    judging(monkeypatch, accepted=True)
+    run_refining(short)
+    whole = summary_of(short)
+    (short / "summary.json").write_bytes(before)
+    judging(monkeypatch, accepted=False)
+    run_refining(short)
+    found = summary_of(short)
+    assert found.rounds is not None and [one["accepted"] for one in found.rounds] == [True, False]
+    assert replace(found, rounds=whole.rounds) == whole
+    assert found.parameters == peft.read(short / "adapter").plan.parameters
+
+
+def test_the_scores_stay_those_of_the_adapter_before_the_first_round_that_was_accepted(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judging(monkeypatch, accepted=True)
+    for _ in range(2):
+        run_refining(short)
+    assert summary_of(short).scores_of_round == 1
+    assert "before round 1" in (short / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "before round 1" in (short / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_scores_of_train_are_those_of_the_last_of_its_own_rounds(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.jobs.train.compare_with_peft", lambda *_: None)
+    judging(monkeypatch, accepted=True)
+    out = tmp_path / "run"
+    run_training(str(tiny_folder), str(data), out, {**LONG, "epochs": 8, "rounds": 1})
+    tested = peft.read(out / "adapter")
+    judging(monkeypatch, accepted=False)
+    run_refining(out)
+    assert summary_of(out).scores_of_round is None
+    assert not (out / "rounds" / "0").exists()
+    judging(monkeypatch, accepted=True)
+    run_refining(out)
+    assert summary_of(out).scores_of_round == 3
+    assert peft.read(out / "rounds" / "0" / "adapter") == tested
 
 
 def test_a_round_that_memory_has_no_room_for_is_left_out_in_words(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree
@@ -34,7 +34,7 @@ from lorafit.report.result import Result
 from lorafit.report.story import read_story
 from lorafit.report.words import headline, of_a_hundred
 from lorafit.runs.folder import read_summary
-from lorafit.runs.summary import EvaluationSummary
+from lorafit.runs.summary import EvaluationSummary, Summary
 from lorafit.runs.tested import example_digest, scored_in
 
 PAGE = Path(charts.__file__).with_name("parts.html").read_text(encoding="utf-8")
@@ -400,8 +400,9 @@ def test_the_headline_claims_no_more_than_was_shown(given: dict[str, Any], says:
     ],
 )
 def test_another_adapter_is_named_where_it_is_compared(given: dict[str, Any], says: str) -> None:
-    whole = summary_with(**summary([1, 2], None), **given).to_json()
-    assert says in headline(EvaluationSummary.from_json({**whole, "against": "runs/other"}))
+    whole = summary_with(**summary([1, 2], None), **given)
+    own = {part.name: getattr(whole, part.name) for part in fields(Summary)}
+    assert says in headline(EvaluationSummary(**own, against="runs/other"))
 
 
 def test_separators_that_are_no_line_ends_are_text(copy: Path) -> None:

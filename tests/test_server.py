@@ -41,6 +41,7 @@ from lorafit.routing import Features
 from lorafit.server import address, keys, run
 from lorafit.server.app import make_app
 from lorafit.server.guard import Limits
+from lorafit.server.hosted import drain
 from lorafit.server.quota import Quota
 from lorafit.server.service import Service
 from lorafit.server.store import Store
@@ -485,6 +486,33 @@ def test_penalties_and_biases_reach_the_sampler(server: Running) -> None:
     assert httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"] == "yyyyy"
 
 
+def test_a_conversation_may_go_without_the_system_prompt_of_its_adapter(tmp_path: Path) -> None:
+    from lorafit.server.client import Remote
+
+    base = base_of()
+    peft.write(replace(adapter_of(base, 1), rendering=renderer_for(base, "Be kind.").rendering), tmp_path / "kind")
+    hello: dict[str, Any] = {"role": "user", "content": "Hello?"}
+    with served(tmp_path) as running:
+
+        def asked(*before: dict[str, Any], **fields: Any) -> Any:
+            body = {"model": "kind", "messages": [*before, hello], **fields}
+            return httpx.post(f"{running.url}/tokenize", json=body).json()
+
+        own, none = asked(), asked(no_system=True)
+        assert base.tokenizer.decode(own["tokens"]).startswith("<|system|>Be kind.<|end|>\n<|user|>Hello?")
+        assert base.tokenizer.decode(none["tokens"]).startswith("<|user|>Hello?")
+        assert asked({"role": "system", "content": ""}) == asked(no_system=False) == own
+        twice = asked({"role": "system", "content": "Be brief."}, no_system=True)["error"]["message"]
+        assert twice == "no_system: a message of the role system is given too: leave one of the two out"
+        prompted = {"model": "kind", "prompt": "Hello?", "no_system": True}
+        assert httpx.post(f"{running.url}/v1/completions", json=prompted).status_code == 400
+        for system, wanted in (("", none), (None, own)):
+            running.log.clear()
+            Remote(running.url, "kind", system=system, max_tokens=4).ask("Hello?", lambda piece: None)
+            assert soon(lambda: any("prompt_tokens" in entry for entry in running.log))
+            assert [one["prompt_tokens"] for one in running.log if "prompt_tokens" in one] == [wanted["count"]]
+
+
 def test_an_assistant_who_said_nothing_has_an_empty_turn(server: Running) -> None:
     def tokens(*messages: dict[str, Any]) -> httpx.Response:
         return httpx.post(f"{server.url}/tokenize", json={"messages": [*messages, {"role": "user", "content": "b"}]})
@@ -916,7 +944,7 @@ def test_draining_waits_for_what_has_not_reached_the_engine(server: Running, mon
         try:
             asked = pool.submit(server.ask, "tiny")
             assert here.wait(10)
-            drained = pool.submit(service.drain, 30)
+            drained = pool.submit(drain, service, 30)
             with pytest.raises(TimeoutError):
                 drained.result(0.6)
             go_on.set()
@@ -1440,6 +1468,10 @@ def test_of_a_server_too_what_was_trained_on_single_questions_is_asked_each_by_i
     turns = ["Is it here?", "Yes.", "And there?", "Yes.", "Anywhere?"]
     assert sent == [["Be brief.", "Is it here?"], ["Be brief.", "And there?"], ["Be brief.", *turns]]
     assert talk.remark() == ""
+    cards = cards[2:]
+    Remote("http://127.0.0.1:1/v1", system="").ask("And there?", lambda piece: None)
+    assert sent[-1] == ["", "And there?"]  # another server may take an empty message for no system prompt
+    cards = [{"id": "tiny", "single": False}, *cards]
     for name in ("tiny", "of another server"):
         other = Remote("http://127.0.0.1:1/v1", name, history=talk.history[:2])
         other.ask("And there?", lambda piece: None)

@@ -42,10 +42,25 @@ def require_adapter_folder(folder: str | Path) -> None:
 
 def require_writes(folder: str | Path) -> None:
     """Raise AdapterError where an adapter folder, or that of a run, holds a classifier, which writes no text."""
+    if classifies(folder):
+        raise AdapterError(
+            f"{folder}: is a classifier, which gives a text one of its labels and writes none: lorafit classify labels "
+            "new texts, lorafit eval scores it on texts with labels, lorafit serve BASE NAME=RUN answers /classify "
+            "(docs/classification.md)"
+        )
+
+
+def require_classifies(folder: str | Path) -> None:
+    """Raise AdapterError where an adapter folder, or that of a run, holds no classifier whose labels are known."""
+    if not classifies(folder):
+        raise AdapterError(
+            f"{folder}: is no classifier that lorafit trained (--task classification): lorafit chat asks an adapter "
+            "that writes text"
+        )
+
+
+def classifies(folder: str | Path) -> bool:
+    """Whether the folder describes the labels of a classifier."""
     ours = adapter_folder(folder) / OURS
     described = read_json(ours) if ours.exists() else {}
-    if isinstance(described, dict) and described.get("classes"):
-        raise AdapterError(
-            f"{folder}: is a classifier, which gives a text one of its labels and writes none: lorafit eval scores it "
-            "on texts with labels; docs/classification.md shows how to ask it from Python"
-        )
+    return isinstance(described, dict) and bool(described.get("classes"))

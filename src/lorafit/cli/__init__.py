@@ -20,6 +20,7 @@ import typer.core
 from lorafit.cli import (
     bases,
     chat,
+    classify,
     data,
     demo,
     doctor,
@@ -65,6 +66,7 @@ MEANT = {  # verbs of other programs, and messages that name the verbs of lorafi
         ("evaluate", "test", "score", "benchmark"), "lorafit eval RUN DATA compares an adapter with its base"
     ),
     **dict.fromkeys(("ask", "generate", "predict", "infer", "inference", "prompt"), _CHAT),
+    **dict.fromkeys(("label", "classification", "annotate"), "lorafit classify RUN FILE labels new texts"),
     **dict.fromkeys(("check", "validate", "dataset"), "lorafit data FILE checks examples"),
     **dict.fromkeys(("server", "deploy", "api"), _CHAT),
     **dict.fromkeys(("config", "init"), "lorafit settings > my.toml writes every setting to a file"),
@@ -171,6 +173,7 @@ for _name, _verb, _summary in (
     ("plan", plan.plan, "Show what a run would do and cost, and why."),
     ("train", train.train, "Train an adapter on your examples, and test it."),
     ("eval", evaluate.evaluate, "Compare an adapter with its base on other data."),
+    ("classify", classify.classify, "Give new texts the labels of a classifier."),
     ("chat", chat.chat, "Talk to an adapter and its base."),
     ("serve", serve.serve, "Serve adapters through OpenAI's API."),
     ("route", route.route, "Show which adapter a question goes to."),

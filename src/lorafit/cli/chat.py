@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def chat(
     adapter: Annotated[Path | None, typer.Argument(help="An adapter folder or a run; none: the bare base.")] = None,
     base: Annotated[str | None, typer.Option(help="The base; by default the adapter's, or smollm2-135m.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt; by default the one from training.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt, '' for none; by default the one from training.")
+    ] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="A setting of the chat template, for the bare base: NAME=VALUE.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,12 @@ def serve(
     ] = False,
     drain: Annotated[float, typer.Option(min=0, help="Seconds to finish answers after a signal to stop.")] = 30.0,
 ) -> None:
-    """Serve a base and its adapters through OpenAI's API.
+    """Serve a base and its adapters through OpenAI's API, or classifiers through /classify in vLLM's form.
 
     \b
     lorafit serve smollm2-135m returns=runs/returns
     lorafit serve smollm2-135m --adapters adapters/ --keys keys.json --host 0.0.0.0
+    lorafit serve smollm2-135m reviews=runs/reviews     # a classifier
     """
     from lorafit.cli.console import Terminal
     from lorafit.cli.paths import require
@@ -49,14 +51,28 @@ def serve(
 
     named = {name: Path(folder) for name, folder in by_name(adapter, "ADAPTER").items()}
     require_folder_of_adapters(adapters)
-    require(base=base, adapters=named.values(), writes=True)
+    require(adapters=named.values())
+    labels = _labels(named)
+    if labels:
+        idle = {
+            "--adapters": adapters,
+            "--slots": slots != 16,
+            "--room": room,
+            "--queue": queue != 1024,
+            "--eight-bit": eight_bit,
+            "--ask-alone": ask_alone,
+        }
+        if given := [flag for flag, is_given in idle.items() if is_given]:
+            raise SettingsError(f"{', '.join(given)}: does nothing for classifiers: leave it out")
+    require(base=base, settings={"task": "classification"} if labels else None)
     hosts = hosts_of(host, allowed_host or [], keys is not None)
     if keys is not None:
         read(keys)
     sockets = listening(host, port)
-    from lorafit.bases.base import open_base
+    from lorafit.bases.base import Base, open_base
 
     try:
+        from lorafit.server.classifiers import ClassifierService
         from lorafit.server.run import Log, serve
         from lorafit.server.service import Service
     except ImportError as error:
@@ -67,9 +83,12 @@ def serve(
 
     terminal = Terminal(False)
 
-    def opened() -> Engine:
+    def opened(labels: int | None = None) -> Base:
+        return open_base(base, None, terminal.say, terminal.watch, labels)
+
+    def engine() -> Engine:
         return Engine(
-            open_base(base, None, terminal.say, terminal.watch),
+            opened(),
             slots=slots,
             room=room,
             queue=queue,
@@ -78,7 +97,27 @@ def serve(
         )
 
     served = Path(base).name if Path(base).exists() else base
-    service = Service(served, opened, named, adapters, keys, terminal.say, ask_alone)
+    service: Service | ClassifierService
+    if labels:
+        service = ClassifierService(served, opened, named, keys, terminal.say, accept_unknown_base)
+    else:
+        service = Service(served, engine, named, adapters, keys, terminal.say, ask_alone)
     where = f"[{host}]" if ":" in host else host
-    terminal.say(f"http://{where}:{sockets[0].getsockname()[1]}/v1 serves '{served}' once it is open; Ctrl-C stops it")
+    path = "/classify" if labels else "/v1"
+    terminal.say(
+        f"http://{where}:{sockets[0].getsockname()[1]}{path} serves '{served}' once it is open; Ctrl-C stops it"
+    )
     serve(service, sockets, hosts, drain, Log())
+
+
+def _labels(adapters: Mapping[str, Path]) -> bool:
+    """Whether the adapters are classifiers. Raises SettingsError where only some are."""
+    from lorafit.adapters.folder import classifies
+    from lorafit.errors import SettingsError
+
+    labels = [name for name, folder in adapters.items() if classifies(folder)]
+    if writes := [name for name in adapters if name not in labels] if labels else []:
+        raise SettingsError(
+            f"'{labels[0]}' is a classifier, and '{writes[0]}' writes text: start a server for each kind"
+        )
+    return bool(labels)

@@ -155,6 +155,15 @@ def open_all(
     )
 
 
+def require_same_classes(run: Path, adapter: Adapter, opened: Opened) -> None:
+    """Raise RunError if the labels of a run's adapter, or their weights, are not those with which it is opened now."""
+    if adapter.classes != opened.start.classes:
+        raise RunError(
+            f"{run}: another version of lorafit trained this classifier, which weighted its labels in another way, so "
+            "validation before and after cannot be compared: train again with another --out"
+        )
+
+
 def prepare_again(run: Path, data: str, settings: TrainSettings, listener: DataListener, otherwise: str) -> Prepared:
     """The data of a run as it read them when it began: the fields that it ignored then are ignored again.
 

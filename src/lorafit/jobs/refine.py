@@ -15,13 +15,13 @@ from lorafit.adapters.plan import Plan
 from lorafit.attachment.adapters import attach
 from lorafit.data.split import FEWEST, groups_of
 from lorafit.errors import DivergedError, FormatError, Interrupted, RunError, SettingsError
-from lorafit.files import make_folder, read_json, shown, whole_folder, write_json
+from lorafit.files import make_folder, read_json, shown, whole_folder, write_json, write_text
 from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.looking_back import trim_trained, with_ladder
 from lorafit.jobs.machine import keep_freed_memory, on_threads, room_of
 from lorafit.jobs.plan import disk_of
-from lorafit.jobs.prepare import Opened, fitted, open_all, prepare_again
+from lorafit.jobs.prepare import Opened, fitted, open_all, prepare_again, require_same_classes
 from lorafit.jobs.run import Run
 from lorafit.jobs.search import Order, carry_out, start_of
 from lorafit.planning import Choice, Decision
@@ -149,19 +149,16 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
                 f"{folder}: its base or its data have changed since it was trained, or an earlier version "
                 "of lorafit held other examples out: restore them, or train again"
             )
-        last = accepted_round(folder)
-        if last:
-            best = _read_best(folder / ROUNDS / str(last))
-            _install(best, last, folder, summary)  # the process may have been killed before it did this
-        else:
-            figures = {name: getattr(summary, name) for name in ("best_step", "steps", "validation")}
-            best = BestAdapter(peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, figures)
+        best = _installed(folder, summary)  # a round may have been killed before it did this
+        require_same_classes(folder, best.adapter, opened)
         known = tuple(read_json(folder / SEARCH / CARD)["known"])
         try:
             run = Run(opened, settings, folder, listener, resume=True)
-            new, done = one_round(run, best, history_of(folder), known)
+            _, done = one_round(run, best, history_of(folder), known)
         except Interrupted as error:
             raise Interrupted(str(error).replace(RESUME_HINT, "repeat the command to continue")) from None
+        _installed(folder, summary)
+        write_report([folder], folder / REPORT)
         if isinstance(done, str):
             return {
                 "number": None,
@@ -169,31 +166,52 @@ def _refined(folder: Path, listener: Listener) -> dict[str, Any]:
                 "verdict": f"nothing is left to try: {done}",
                 "adapter_dir": str(folder / ADAPTER),
             }
-        if new is not None:
-            _install(new, done.number, folder, summary)
-        else:
-            write_json(folder / SUMMARY, replace(summary, rounds=_rounds(folder)).to_json())
-        write_report([folder], folder / REPORT)
     return {**asdict(done), "adapter_dir": str(folder / ADAPTER)}
 
 
-def _install(best: BestAdapter, number: int, folder: Path, summary: RunSummary) -> None:
-    """Replace the run's adapter by that of an accepted round, unless this has been done."""
-    first = folder / ROUNDS / "0"
-    if not (first / ADAPTER).exists():
-        with whole_folder(first / ADAPTER) as building:
-            shutil.copytree(folder / ADAPTER, building, dirs_exist_ok=True)
-    now = replace(summary, **best.measured(), scores_of_round=number, rounds=_rounds(folder))
-    if peft.read(folder / ADAPTER) != best.adapter:
-        peft.write(
-            best.adapter,
-            folder / ADAPTER,
-            card(best.adapter, best.decision.choices, now),
-            {"versions": versions(), "round": number},
-            peft.routing_of(folder / ADAPTER),
-        )
-    _take_ladder(best, folder)
-    write_json(folder / SUMMARY, now.to_json())
+def _installed(folder: Path, summary: RunSummary) -> BestAdapter:
+    """Make the run's adapter, ladder and summary those of the last accepted round, and return this best adapter.
+
+    Everything is derived from the files of the rounds, so it may be called again: if a process was killed between the
+    history of the rounds and the summary, the next call completes its work.
+
+    Args:
+        folder: A finished run.
+        summary: The summary of its first training; its scores are kept, because the test is not opened again.
+    """
+    last = accepted_round(folder)
+    if not last:
+        figures = {name: getattr(summary, name) for name in ("best_step", "steps", "validation")}
+        best = BestAdapter(peft.read(folder / ADAPTER), _read_plan(folder), _ladder(folder), folder, figures)
+        now = replace(summary, rounds=_rounds(folder) or summary.rounds)
+    else:
+        best = _read_best(folder / ROUNDS / str(last))
+        replaced = peft.read(folder / ADAPTER) != best.adapter
+        first = folder / ROUNDS / "0" / ADAPTER
+        if replaced and not first.exists():
+            with whole_folder(first) as building:
+                shutil.copytree(folder / ADAPTER, building, dirs_exist_ok=True)
+        now = replace(summary, **best.measured(), scores_of_round=_replaced_by(folder), rounds=_rounds(folder))
+        text = card(best.adapter, best.decision.choices, now)
+        if replaced:
+            extra = {"versions": versions(), "round": last}
+            peft.write(best.adapter, folder / ADAPTER, text, extra, peft.routing_of(folder / ADAPTER))
+        elif now.to_json() != summary.to_json():
+            write_text(folder / ADAPTER / "README.md", text)
+        _take_ladder(best, folder)
+    if now.to_json() != summary.to_json():
+        write_json(folder / SUMMARY, now.to_json())
+    return best
+
+
+def _replaced_by(folder: Path) -> int | None:
+    """The accepted round whose adapter replaced the tested one; None if the tested adapter is still the run's. `train`
+    tests the adapter of its last accepted round, `refine` tests none."""
+    first = folder / ROUNDS / "0" / ADAPTER
+    tested = peft.read(first if first.exists() else folder / ADAPTER)
+    accepted = [done.number for done in history_of(folder) if done.accepted]
+    own = [number for number in accepted if peft.read(folder / ROUNDS / str(number) / ADAPTER) == tested]
+    return next((number for number in accepted if number > max(own, default=0)), None)
 
 
 def _rounds(folder: Path) -> tuple[dict[str, Any], ...]:

@@ -27,7 +27,7 @@ from lorafit.evaluation.questions import Questions
 from lorafit.files import read_json, require_new_folder, whole_file
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory, return_freed_memory
-from lorafit.jobs.prepare import open_all, prepare_again
+from lorafit.jobs.prepare import open_all, prepare_again, require_same_classes
 from lorafit.jobs.scoring import scoring_of
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
 from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
@@ -64,15 +64,14 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
     require_pairs(whole)
     keep_freed_memory()
     prepared = prepare_again(folder, asked["data"], settings, listener, "give --to 25%")
-    opened = open_all(
-        asked["base"], asked["data"], settings, listener, frozen, prepared=prepared, set_by=set_by(asked)
-    )
+    opened = open_all(asked["base"], asked["data"], settings, listener, frozen, prepared=prepared, set_by=set_by(asked))
     base, examples, rows = opened.base, opened.examples, opened.rows
     if base.identity != asked["base_identity"] or not examples.has_digest(asked["data_digest"]):
         raise RunError(
             f"{folder}: its base or its data have changed since it was trained, and so its validation, or "
             "an earlier version of lorafit held others out: restore them, or give --to 25%"
         )
+    require_same_classes(folder, whole, opened)
     recipe = Recipe(**read_json(standing_folder(folder) / PLAN)["recipe"])
     # With the micro-batches of training, no more memory is needed than in training.
     runner = opened.runner.within(recipe.micro_tokens, recipe.recompute)

@@ -298,10 +298,12 @@ def listed(labels: Sequence[str], mark: str = "") -> str:
 
 def uses(summary: Summary, folder: Path, columns: Sequence[str] = ()) -> list[str]:
     """The commands, without `lorafit`, that use and test a run. columns: those of the table it was trained on."""
-    named = "".join(f" --columns {shlex.quote(column)}" for column in columns)
+    flags = [f" --columns {shlex.quote(column)}" for column in columns]
+    of_texts = [flag for flag, column in zip(flags, columns, strict=True) if column.startswith("text=")]
+    named, texts = "".join(flags), "".join(of_texts)
     run, asked = shlex.quote(str(folder)), f"{terms(summary).asked.upper()}S.jsonl"
     return [
-        *([] if summary.classes else [f"chat {run}"]),
+        f"classify {run} TEXTS.csv{texts}    # labels for new texts" if summary.classes else f"chat {run}",
         f"show {run} --why",
         f"eval {run} {asked}{named}    # with questions it was not trained on",
     ]

@@ -297,13 +297,16 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def read_summary(out: Path) -> RunSummary | None:
-    """The summary of a run; None if it is not finished. Raises FormatError if summary.json is damaged."""
+    """The summary of a run; None if it is not finished. Raises FormatError if summary.json is damaged, or if a
+    newer version of lorafit wrote it."""
     path = out / SUMMARY
     if not path.exists():
         return None
     found = read_json(path)
     try:
         return RunSummary.from_json(found)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
     except ValueError as error:
         raise FormatError(
             f"{path}: not written by lorafit, or damaged: remove it, and lorafit train --resume "

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from lorafit.errors import FormatError
 from lorafit.evaluation.scores import ClassScores, Counts, NllScore, Sample
 
+FORMAT = 1  # of the JSON object: raise it with every new field, because a version that does not know it would drop it
 Ends = tuple[float, float]
 _ABSENT = {"left_out": True}  # a field that is left out of the JSON if it is None
 
@@ -107,21 +109,46 @@ class Summary:
         values["nll"].pop("n")
         if self.counts:
             values["counts"]["tells"] = self.counts.tells
-        as_read: dict[str, Any] = json.loads(json.dumps(values))  # lists, where Python has tuples
+        as_read: dict[str, Any] = json.loads(json.dumps({**values, "format": FORMAT}))  # lists, where Python has tuples
         return as_read
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Read the result of `to_json`. Raises ValueError that names every field that is missing or of another type."""
+        """Read the result of `to_json`. Earlier versions wrote no format; unknown entries of theirs are dropped.
+
+        Raises:
+            FormatError: A newer version of lorafit wrote it.
+            ValueError: Entries are missing, unknown, or of another type; all of these are named.
+        """
         try:
+            number = values.get("format", 0)
+            if type(number) is not int or number < 0:
+                raise ValueError(f"format: {number!r} is not the number of a format")
+            if number > FORMAT:
+                raise FormatError(f"of format {number}, and this lorafit reads 1 to {FORMAT}: use a newer lorafit")
             nll = {"n": values["n_test"], **values["nll"]}
             read: Self = TypeAdapter(cls).validate_python({**values, "nll": nll})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no summary: {error}") from error
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
             raise ValueError("; ".join(wrong)) from error
+        if number and (unknown := _missing(values, read.to_json())):
+            raise ValueError(f"{', '.join(unknown)}: not in format {number} of a summary")
         return read
+
+
+def _missing(given: Any, read: Any, path: str = "") -> list[str]:
+    """The paths of the entries in `given` that `read` does not have; entries that are null do not count."""
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        here = [f"{path}{name}" for name, part in given.items() if part is not None and name not in read]
+        inside = [_missing(part, read[name], f"{path}{name}.") for name, part in given.items() if name in read]
+    elif isinstance(given, list) and isinstance(read, list):
+        here = []
+        inside = [_missing(*both, f"{path}{i}.") for i, both in enumerate(zip(given, read, strict=True))]
+    else:
+        return []
+    return [*here, *(name for names in inside for name in names)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +174,7 @@ class RunSummary(Summary):
         parameters: Trained numbers of the adapter as it is shipped.
         ladder: How small it may be (`planning.ladder.Ladder`).
         rounds: The results of further rounds (`planning.refine.Round`).
-        scores_of_round: If these are the scores of an earlier adapter, the round that replaced it; else None.
+        scores_of_round: If these are the scores of an earlier adapter, the first round that replaced it; else None.
         forgetting: NLL of general text.
         misread_by_peft: Why PEFT would compute another result; None if it does not.
         passed_over: Extras that failed, each with the reason.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fastapi import HTTPException
 from fastapi import Request as HttpRequest
 
 from lorafit.errors import RequestError, UnknownAdapterError
+from lorafit.server.hosted import Hosted
 from lorafit.server.keys import Key
 from lorafit.server.refusals import SOON
 from lorafit.server.service import Service
@@ -43,7 +45,17 @@ def require_tokens(service: Service, tokens: Sequence[int]) -> None:
         raise RequestError(f"tokens: {wrong[0]} is not in the base's vocabulary of {size}: take it out")
 
 
-def require_ready(service: Service) -> None:
+def require_quota(service: Hosted, key: Key, requests: int, tokens: int) -> None:
+    """Charge the quota of a key. Raises HTTPException where it is used up."""
+    if wait := service.quota.take(key, requests, tokens):
+        raise HTTPException(
+            429,
+            f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
+            {"retry-after": str(math.ceil(wait))},
+        )
+
+
+def require_ready(service: Hosted) -> None:
     """Raise HTTPException while nothing can be answered."""
     why = {"loading": "the base is being opened", "draining": "the server is stopping", "dead": "the server has failed"}
     if service.phase in why:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -14,10 +14,12 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
 
 from lorafit.errors import RequestError
-from lorafit.server import completions
+from lorafit.server import classifiers, completions
 from lorafit.server.admission import chosen, key_of, require_ready, require_tokens, unknown
+from lorafit.server.classifiers import ClassifierService
 from lorafit.server.document import PHASE, TEXT, Card, Cards, PromptAnswer, TokensAnswer, VersionAnswer, finish, refused
 from lorafit.server.guard import OPEN, Guard, Limits
+from lorafit.server.hosted import Hosted
 from lorafit.server.keys import Key
 from lorafit.server.refusals import answer_errors
 from lorafit.server.service import AUTO, Service
@@ -33,8 +35,29 @@ ADMIN = {200: TEXT, **refused(400, 507)}
 def make_app(
     service: Service, hosts: Collection[str] | None, log: Callable[[dict[str, Any]], None] = lambda entry: None
 ) -> FastAPI:
-    """Make the application of a service. hosts: names that requests may use; None: any. log: called with an entry for
-    each request."""
+    """Make the application of an engine's service. hosts: names that requests may use; None: any. log: called with an
+    entry for each request."""
+    app = _hosting(service, hosts, log)
+    _models(app, service)
+    completions.add(app, service)
+    _tokens(app, service)
+    _admin(app, service)
+    return app
+
+
+def make_classifier_app(
+    service: ClassifierService,
+    hosts: Collection[str] | None,
+    log: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> FastAPI:
+    """Make the application of a service of classifiers, with the arguments of `make_app`."""
+    app = _hosting(service, hosts, log)
+    classifiers.add(app, service)
+    return app
+
+
+def _hosting(service: Hosted, hosts: Collection[str] | None, log: Callable[[dict[str, Any]], None]) -> FastAPI:
+    """An application with the guard, the errors and the routes of monitoring that every service has."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -53,16 +76,12 @@ def make_app(
     )
     answer_errors(app)
     _watching(app, service)
-    _models(app, service)
-    completions.add(app, service)
-    _tokens(app, service)
-    _admin(app, service)
     app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
     app.add_middleware(Guard, service=service, hosts=hosts, limits=LIMITS, log=log)
     return app
 
 
-def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
+def _openapi(app: FastAPI, service: Hosted) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         app.openapi_schema = finish(document, with_keys=service.keys() is not None, open_paths=OPEN)
@@ -72,7 +91,7 @@ def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
 # Monitoring
 
 
-def _watching(app: FastAPI, service: Service) -> None:
+def _watching(app: FastAPI, service: Hosted) -> None:
     @app.get("/health", response_class=Response, responses={200: TEXT, **refused(), 503: PHASE})
     async def health() -> Response:
         """200 while requests are answered; else 503 with the phase: loading, draining or dead."""
@@ -141,8 +160,14 @@ def _tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             given = body.model_dump(include={"tools", "tool_choice"})
             messages, tools = [turn.message() for turn in body.messages], shown(given["tools"], given["tool_choice"])
-            settings = body.chat_template_kwargs or {}
-            ids = await asyncio.to_thread(service.prompt, messages, version, tools, settings, not tools)
+            settings, no_system = body.chat_template_kwargs or {}, bool(body.no_system)
+
+            def rendered() -> tuple[int, ...]:
+                return service.prompt(
+                    messages, version, service.renderer(version, settings, no_system), tools, not tools
+                )
+
+            ids: Sequence[int] = await asyncio.to_thread(rendered)
         elif body.prompt is not None:
             encode = partial(service.engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
             ids = (await asyncio.to_thread(encode, body.prompt))["input_ids"]

@@ -24,6 +24,7 @@ class Remote:
     Args:
         url: of the API, with or without /v1.
         model: that answers; None: the first of the server's list.
+        system: the system prompt; "": none at all; None: the adapter's own.
         remembers: whether an adapter trained on single questions gets the conversation before a question too.
 
     Raises:
@@ -47,7 +48,8 @@ class Remote:
         with self._open("/v1/models", None) as answer:
             cards = json.load(answer)["data"]
         self.models = [str(card["id"]) for card in cards]
-        self._single = {str(card["id"]) for card in cards if card.get("single")}  # a field of lorafit's servers only
+        self._ours = any("single" in card for card in cards)  # a field of lorafit's servers only
+        self._single = {str(card["id"]) for card in cards if card.get("single")}
         if not self.models:
             raise SettingsError(f"--url {self.url}: the server serves no model: ask its operator")
         self.model = self.model or self.models[0]
@@ -65,13 +67,16 @@ class Remote:
         answer that fails, do not become part of the conversation. Raises BusyError, CancelledError for an answer that
         broke off, and SettingsError for a request that the server refuses."""
         turn = {"role": "user", "content": text}
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        # To a server of lorafit, an empty system message is one that was not written.
+        none = self.system == "" and self._ours
+        system = [] if self.system is None or none else [{"role": "system", "content": self.system}]
         before = [] if self._asks_alone() else self.history
         body = {
             "model": self.model,
             "messages": [*system, *before, turn],
             "max_tokens": self.max_tokens,
             "stream": True,
+            **({"no_system": True} if none else {}),
         }
         pieces: list[str] = []
         reasoned = False

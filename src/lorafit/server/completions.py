@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from lorafit.data.thoughts import Thought
 from lorafit.errors import RequestError
 from lorafit.generation.text import token_bytes
 from lorafit.routing import LONGEST, Routed, question_of
-from lorafit.server.admission import chosen, key_of, require_ready, require_tokens
+from lorafit.server.admission import chosen, key_of, require_quota, require_ready, require_tokens
 from lorafit.server.document import CHAT, PLAIN, refused
 from lorafit.server.guard import GONE
 from lorafit.server.keys import Key
@@ -43,6 +42,12 @@ def add(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
         """The continuation of each prompt, which is read without a template."""
         return await _answer(service, request, body, "text_completion")
+
+    @app.post("/classify", include_in_schema=False)
+    async def classify() -> Response:
+        """The engine computes next tokens, and a classifier has none."""
+        fix = "start another with classifiers, lorafit serve BASE NAME=RUN"
+        raise HTTPException(404, f"the models of this server write text: {fix}")
 
     @app.post("/v1/embeddings", include_in_schema=False)
     async def embeddings() -> Response:
@@ -135,7 +140,7 @@ async def _submit(
 ) -> None:
     """Submit requests, where the key's quota allows it. count: requests that the quota has not been charged for yet;
     tokens: of their prompts."""
-    _require_quota(service, key, count, tokens)
+    require_quota(service, key, count, tokens)
     try:
         await asyncio.to_thread(answers.submit, requests)
     except BaseException:
@@ -189,18 +194,9 @@ async def _route(service: Service, key: Key, body: ChatRequest | CompletionReque
         else:
             require_tokens(service, first)
             text = await asyncio.to_thread(service.engine.base.tokenizer.decode, first)
-    _require_quota(service, key, 1, min(LONGEST, len(text)))
+    require_quota(service, key, 1, min(LONGEST, len(text)))
     features = await asyncio.to_thread(service.engine.features, [text])
     return service.routed((await asyncio.wrap_future(features))[0], key)
-
-
-def _require_quota(service: Service, key: Key, requests: int, tokens: int) -> None:
-    if wait := service.quota.take(key, requests, tokens):
-        raise HTTPException(
-            429,
-            f"the quota of the key '{key.name}' is used up: ask again in {math.ceil(wait)} s",
-            {"retry-after": str(math.ceil(wait))},
-        )
 
 
 def _tools(service: Service, body: ChatRequest | CompletionRequest, version: Version | None) -> Calling:
@@ -227,8 +223,9 @@ def _requests(
     """The engine's requests: for each prompt as many as answers are wanted, each with a seed of its own."""
     engine = service.engine
     if isinstance(body, ChatRequest):
-        messages, kwargs = [turn.message() for turn in body.messages], body.chat_template_kwargs or {}
-        prompts = [service.prompt(messages, version, tools.tools, kwargs, thinks=thought is not None)]
+        messages = [turn.message() for turn in body.messages]
+        renderer = service.renderer(version, body.chat_template_kwargs or {}, bool(body.no_system))
+        prompts = [service.prompt(messages, version, renderer, tools.tools, thinks=thought is not None)]
     else:
         encode = partial(engine.base.tokenizer, add_special_tokens=body.add_special_tokens is not False)
         prompts = [

@@ -141,6 +141,44 @@ class Cards(BaseModel):
     data: list[Card]
 
 
+class ClassifierCard(Card):
+    """A classifier. labels: in the order of `probs`. max_model_len: most tokens of a text; 0: no limit."""
+
+    labels: list[str]
+
+
+class ClassifierCards(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ClassifierCard]
+
+
+class Classified(BaseModel):
+    """A text. label: the most likely one; probs: the probability of every label of the model's card, in its order."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: Literal[0] = 0
+    prompt_tokens_details: None = None
+
+
+class ClassifyAnswer(BaseModel):
+    """The labels of the texts of a request, in the form of vLLM's answer."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: ClassifyUsage
+
+
 class TokensAnswer(BaseModel):
     count: int
     max_model_len: int

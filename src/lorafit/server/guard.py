@@ -18,9 +18,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from lorafit.server.hosted import Hosted
 from lorafit.server.keys import Key, Scope, find
 from lorafit.server.refusals import SOON, error
-from lorafit.server.service import Service
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -57,7 +57,7 @@ class Guard:
     def __init__(
         self,
         app: App,
-        service: Service,
+        service: Hosted,
         hosts: Collection[str] | None,
         limits: Limits,
         log: Callable[[dict[str, Any]], None],
@@ -124,7 +124,7 @@ class Guard:
             why = "a page of another origin sent this request"
             raise HTTPException(403, f"{why}: send it from a program, or through the page's own server")
         if CONTROL.search(path):
-            raise HTTPException(404, "there is no such path")
+            raise HTTPException(404, "there is no such path: see /openapi.json")
         if path in OPEN:
             return None
         keys = self._service.keys()
@@ -137,7 +137,8 @@ class Guard:
             raise HTTPException(401, f"the key is missing or unknown: {fix}", {"www-authenticate": "Bearer"})
         needed = SCOPES.get(path, "infer")
         if needed not in key.scopes:
-            raise HTTPException(403, f"this key may not do this: {needed} is not among its scopes")
+            fix = f"make a key for it with lorafit key create --scope {needed}"
+            raise HTTPException(403, f"this key may not do this, since {needed} is not among its scopes: {fix}")
         return key
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:

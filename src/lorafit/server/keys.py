@@ -63,6 +63,20 @@ def read(path: Path) -> list[Key]:
     return keys
 
 
+class KeyFile:
+    """The keys in a file, which may change while a server runs. Raises FormatError for an invalid file."""
+
+    def __init__(self, path: Path | None):
+        self._path = path
+        self.keys = read(path) if path else None
+        self._time = path.stat().st_mtime_ns if path else 0
+
+    def look(self) -> None:
+        """Read the file again if it has changed. Raises FormatError or OSError; the keys then stay as they were."""
+        if self._path and (now := self._path.stat().st_mtime_ns) != self._time:
+            self.keys, self._time = read(self._path), now
+
+
 def create(
     path: Path,
     name: str,

@@ -65,6 +65,14 @@ class Metrics:
         self._success.labels(self._base, "abort" if isinstance(why, CancelledError) else "error").inc()
         self._answers.labels(self._base, adapter).inc()
 
+    def labelled(self, adapter: str, texts: int, tokens: int, seconds: float) -> None:
+        """Count the texts of a request for labels, and their tokens."""
+        self._whole.labels(self._base).observe(seconds)
+        self._prompt.labels(self._base).inc(tokens)
+        self._success.labels(self._base, "stop").inc()
+        self._answers.labels(self._base, adapter).inc(texts)
+        self._tokens.labels(self._base, adapter).inc(tokens)
+
     def routed(self, adapter: str) -> None:
         self._routed.labels(self._base, adapter).inc()
 

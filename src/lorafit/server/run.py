@@ -17,7 +17,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lorafit.server.app import LIMITS, make_app
+from lorafit.server.app import LIMITS, make_app, make_classifier_app
+from lorafit.server.classifiers import ClassifierService
+from lorafit.server.hosted import Hosted, drain
 from lorafit.server.service import Service
 
 CONNECTIONS = 768  # at a time; further ones are closed, since a process may often open no more than 1024 files
@@ -53,7 +55,7 @@ class TimedProtocol(H11Protocol):
 class Server(uvicorn.Server):
     """Stops after the answers in progress at the first signal, and immediately at the second."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, patience: float):
+    def __init__(self, config: uvicorn.Config, service: Hosted, patience: float):
         super().__init__(config)
         self._service, self._patience = service, patience
 
@@ -69,7 +71,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self._service.failed is not None
 
     def _drain(self) -> None:
-        self._service.drain(self._patience)
+        drain(self._service, self._patience)
         self.should_exit = True
 
 
@@ -92,7 +94,7 @@ class Log:
 
 
 def serve(
-    service: Service,
+    service: Service | ClassifierService,
     sockets: list[socket.socket],
     hosts: Collection[str] | None,
     patience: float,
@@ -101,8 +103,9 @@ def serve(
     """Serve on listening sockets until a signal comes. hosts: names that requests may use; None: any. patience: seconds
     that answers in progress have to end. log: called with an entry for each request. Raises the LorafitError for which
     base or adapters could not be opened."""
+    app = make_app(service, hosts, log) if isinstance(service, Service) else make_classifier_app(service, hosts, log)
     config = uvicorn.Config(
-        make_app(service, hosts, log),
+        app,
         http=TimedProtocol,
         ws="none",
         log_config=None,

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from torch import Tensor
 
@@ -19,8 +18,8 @@ from lorafit.data.messages import last_question
 from lorafit.data.render import Renderer
 from lorafit.errors import AdapterError, BaseError, LorafitError, RequestError
 from lorafit.routing import Routed
-from lorafit.server import keys
-from lorafit.server.keys import Key
+from lorafit.server.hosted import Phase
+from lorafit.server.keys import Key, KeyFile
 from lorafit.server.live_router import LiveRouter
 from lorafit.server.metrics import Metrics
 from lorafit.server.quota import Quota
@@ -28,7 +27,6 @@ from lorafit.server.store import OWN, Store
 from lorafit.server.tools import conversation
 from lorafit.serving import Engine, Version
 
-Phase = Literal["loading", "ready", "draining", "dead"]
 WATCH = 2.0  # seconds between two looks at the folder of adapters, and at the file of keys
 OPENING = 16  # tokens at the end of a prompt that are searched for the mark before reasoning
 NO_SETTINGS: Mapping[str, Scalar] = MappingProxyType({})  # of a template
@@ -37,7 +35,7 @@ AUTO = "auto"  # the model name of the router: no adapter may have it
 
 @dataclass
 class Service:
-    """The state of one server.
+    """The state of one server. It implements `Hosted`.
 
     Args:
         base: the name of the base, as `model` gives it.
@@ -66,8 +64,7 @@ class Service:
         self.store: Store | None = None
         self.live_router: LiveRouter | None = None
         self._engine: Engine | None = None
-        self._keys = keys.read(self.keys_file) if self.keys_file else None
-        self._keys_time = self.keys_file.stat().st_mtime_ns if self.keys_file else 0
+        self._keys = KeyFile(self.keys_file)
         self.operators = ThreadPoolExecutor(1, "lorafit-operators")  # for requests of operators
         self._faults: dict[str, str] = {}  # the last message about each thing that is watched
         self._ended = threading.Event()
@@ -82,13 +79,7 @@ class Service:
         self._thread.start()
 
     def keys(self) -> Collection[Key] | None:
-        return self._keys
-
-    def drain(self, patience: float) -> None:
-        """Take no new requests, and wait until all are answered. patience: seconds to wait at most."""
-        self.phase, end = "draining", time.monotonic() + patience
-        while self.under_way and time.monotonic() < end:
-            time.sleep(0.05)
+        return self._keys.keys
 
     def close(self) -> None:
         self.phase = "dead" if self.failed else "draining"
@@ -135,7 +126,7 @@ class Service:
     def _look(self) -> None:
         if self.engine.is_closed:
             self.phase = "dead"
-        self._try("the file of keys", self._look_at_keys)
+        self._try("the file of keys", self._keys.look)
         if self.store:
             self._try("the folder of adapters", self.store.look)
         self._try("the router", self._router().look)
@@ -152,10 +143,6 @@ class Service:
             self._faults[watched] = message
         else:
             self._faults.pop(watched, None)
-
-    def _look_at_keys(self) -> None:
-        if self.keys_file and (now := self.keys_file.stat().st_mtime_ns) != self._keys_time:
-            self._keys, self._keys_time = keys.read(self.keys_file), now
 
     # For requests
 
@@ -179,21 +166,25 @@ class Service:
         """Whether an adapter gets only the last question of a conversation."""
         return self.ask_alone and version is not None and version.single
 
-    def renderer(self, version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS) -> Renderer:
+    def renderer(
+        self, version: Version | None, settings: Mapping[str, Scalar] = NO_SETTINGS, no_system: bool = False
+    ) -> Renderer:
         """The renderer of an adapter, or of the bare base. settings: of the template, which override those of training;
-        one that the template does not read is ignored if its value is false or empty, and else raises RequestError."""
-        renderer = self.engine.renderer(version)
+        one that the template does not read is ignored if its value is false or empty, and else raises RequestError.
+        no_system: whether a conversation without a system message gets no system prompt at all."""
+        system = "" if no_system else None
+        renderer = self.engine.renderer(version, system)
         given = {name: value for name, value in settings.items() if value or renderer.reads(name)}
         if unread := [name for name in given if not renderer.reads(name)]:
             raise RequestError(f"chat_template_kwargs: the template reads no {', '.join(unread)}: leave it out")
-        return self.engine.renderer(version, settings=tuple(sorted(given.items()))) if given else renderer
+        return self.engine.renderer(version, system, tuple(sorted(given.items()))) if given else renderer
 
     def prompt(
         self,
         messages: Sequence[Message],
         version: Version | None,
+        renderer: Renderer,
         tools: Sequence[str] = (),
-        settings: Mapping[str, Scalar] = NO_SETTINGS,
         thinks: bool = True,
     ) -> tuple[int, ...]:
         """Token ids of a conversation, rendered as in the adapter's training.
@@ -201,8 +192,8 @@ class Service:
         Args:
             messages: a system message at the beginning replaces the adapter's system prompt.
             version: of the adapter; None: the bare base.
+            renderer: that of the version.
             tools: texts of those that may be called.
-            settings: of the template, as `renderer` takes them.
             thinks: whether the answer may begin with reasoning, where the adapter's answers may.
         """
         if all(message.role == "system" for message in messages):
@@ -210,7 +201,6 @@ class Service:
         turns = conversation(messages)
         if self.asks_alone(version):  # its calls are numbered from its own beginning
             turns = conversation(last_question(messages))
-        renderer = self.renderer(version, settings)
         if thinks or renderer.thought is None:
             return tuple(renderer.prompt_ids(turns, tools))
         ids, thought = renderer.plain.prompt_ids(turns, tools), renderer.thought

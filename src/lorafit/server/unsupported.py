@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)  # values by which programs ask for nothing
+SYSTEM = ("system", "developer")  # roles
 NONE = -1  # what programs for other servers send for no number
 
 _FORM = "not supported: give response_format with a JSON schema"
@@ -123,9 +124,24 @@ def problems(body: Mapping[str, Any]) -> list[str]:
         unsupported.append(f"tools: {_NO_TOOLS}")
     if body.get("chat_template_kwargs") and not body.get("messages"):
         unsupported.append("chat_template_kwargs: a prompt is read without a template: leave it out")
+    if body.get("no_system") is True:
+        if not body.get("messages"):
+            unsupported.append("no_system: a prompt is read without a template: leave it out")
+        elif any(_is_system(message) for message in _listed(body["messages"])):
+            unsupported.append("no_system: a message of the role system is given too: leave one of the two out")
     if body.get("messages") and body.get("add_special_tokens"):
         unsupported.append("add_special_tokens: the template adds those of a conversation: leave it out")
     return unsupported
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_system(message: Any) -> bool:
+    """Whether a message is a system message with content; an empty one counts as absent."""
+    content = message.get("content") if isinstance(message, Mapping) and message.get("role") in SYSTEM else None
+    return bool(content.strip() if isinstance(content, str) else content)
 
 
 def _message(name: str) -> str | None:

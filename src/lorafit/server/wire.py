@@ -32,6 +32,7 @@ from lorafit.server.unsupported import EMPTY, MEDIA, NONE
 from lorafit.serving import request
 
 MOST_ANSWERS, MOST_TOOLS = 16, 128  # OpenAI allows as many tools
+MOST_TEXTS = 1024  # of a request for labels
 # Settings with the names and defaults of the engine's Request, which decodes greedily, as the evaluation does.
 PENALTIES = "presence_penalty", "frequency_penalty", "repetition_penalty"
 SAMPLING = "temperature", "top_p", "min_p", *PENALTIES, "adapter_scale"
@@ -325,13 +326,15 @@ class Common(CheckedBody):
 
 
 class ChatRequest(Common):
-    """POST /v1/chat/completions. chat_template_kwargs: settings of the template, which override those of training."""
+    """POST /v1/chat/completions. chat_template_kwargs: settings of the template, which override those of training;
+    no_system: whether the system prompts of the adapter and of the template are left out."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1024)]
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Settings | None = None
+    no_system: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
@@ -373,6 +376,7 @@ class TokenizeRequest(CheckedBody):
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     chat_template_kwargs: Settings | None = None
+    no_system: bool | None = None
     add_special_tokens: bool | None = None
 
 
@@ -381,6 +385,30 @@ class DetokenizeRequest(Body):
 
     model: Model | None = None
     tokens: Ids
+
+
+class ClassifyRequest(CheckedBody):
+    """POST /classify. input: a text, or several. use_activation, activation, softmax: as vLLM's versions call the
+    choice between probabilities, which are always given, and logits."""
+
+    model: Model
+    input: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_TEXTS)]
+    add_special_tokens: Literal[True] | None = None
+    use_activation: Literal[True] | None = None
+    activation: Literal[True] | None = None
+    softmax: Literal[True] | None = None
+
+    @field_validator("input", mode="after")
+    @classmethod
+    def _says_something(cls, value: str | list[str]) -> str | list[str]:
+        texts = [value] if isinstance(value, str) else value
+        if blank := [i for i, text in enumerate(texts) if not text.strip()]:
+            raise _invalid(f"text {blank[0]} is blank: give a text")
+        return value
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
 
 
 class LoadRequest(Body):

@@ -17,12 +17,13 @@ from lorafit.adapters.rendering import Classes
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
 from lorafit.data.batches import LENGTH_STEP, by_tokens
-from lorafit.data.examples import Example, Examples, Message
+from lorafit.data.examples import Example, Examples
 from lorafit.data.render import Row
 from lorafit.errors import AdapterError, DataError, Problem
 from lorafit.tasks.task import PLAIN, ForwardMode
 
 NAME = "classification"
+TOO_LONG = "shorten it, or --skip-bad"  # what to do about a row of a file
 AT_A_TIME = 2048  # the most tokens of one forward pass without gradient
 
 
@@ -166,26 +167,41 @@ def balanced(labels: Sequence[str], examples: Sequence[Example]) -> tuple[float,
 
 def labelled_rows(renderer: LabelRenderer, examples: Sequence[Example], max_length: int) -> list[Row]:
     """The rows of examples. Raises DataError for all examples with no known label, no token, or too many tokens."""
-    base, numbers = renderer.base, {label: i for i, label in enumerate(renderer.classes.labels)}
-    most = max_length if base.context is None else min(max_length, base.context)
+    numbers = {label: i for i, label in enumerate(renderer.classes.labels)}
     rows: list[Row] = []
     problems: list[Problem] = []
     for i, example in enumerate(examples):
-        ids = renderer.ids(example.messages[-2].text if len(example.messages) > 1 else "")
+        text = example.messages[-2].text if len(example.messages) > 1 else ""
         number = None if example.label is None else numbers.get(example.label)
         if number is None:
             what = "no label" if example.label is None else f"label {example.label!r}, which no training example has"
             problems.append(Problem(example.where, f"has {what}", "correct it, or add examples of it to training"))
-        elif len(ids) > most:
-            limit = f"raise --max-length ({max_length})" if most == max_length else f"this base reads at most {most}"
-            problems.append(Problem(example.where, f"has {len(ids)} tokens", f"{limit}, shorten it, or --skip-bad"))
-        elif not ids:
-            problems.append(Problem(example.where, "has no token", "write a text, or remove the line"))
+        elif isinstance(ids := _ids(renderer, example.where, text, max_length, TOO_LONG), Problem):
+            problems.append(ids)
         else:
             rows.append(_row(ids, i, number))
     if problems:
         raise DataError(problems)
     return rows
+
+
+def text_rows(renderer: LabelRenderer, texts: Sequence[tuple[str, str]], fix: str = "shorten it") -> list[Row]:
+    """The rows of texts whose labels are not known, each given with its place. Raises DataError for all texts with no
+    token, or more than the base can read. fix: what to do about the latter."""
+    read = [_ids(renderer, where, text, sys.maxsize, fix) for where, text in texts]
+    if problems := [ids for ids in read if isinstance(ids, Problem)]:
+        raise DataError(problems)
+    return [_row(ids, i, 0) for i, ids in enumerate(read) if not isinstance(ids, Problem)]
+
+
+def _ids(renderer: LabelRenderer, where: str, text: str, max_length: int, fix: str) -> list[int] | Problem:
+    """The tokens of a text, or why it cannot be classified."""
+    ids, context = renderer.ids(text), renderer.base.context
+    most = max_length if context is None else min(max_length, context)
+    if len(ids) > most:
+        limit = f"raise --max-length ({max_length})" if most == max_length else f"this base reads at most {most}"
+        return Problem(where, f"has {len(ids)} tokens", f"{limit}, {fix}")
+    return ids or Problem(where, "has no token", "write a text, or remove the line")
 
 
 def classify(base: Base, adapter: Adapter, texts: Sequence[str]) -> Tensor:
@@ -203,9 +219,7 @@ def classify(base: Base, adapter: Adapter, texts: Sequence[str]) -> Tensor:
     classes = adapter.classes
     if classes is None:
         raise AdapterError("this adapter writes text and has no labels: use generate()")
-    turns = [(Message("user", text), Message("assistant", classes.labels[0])) for text in texts]
-    examples = [Example(messages, f"text {i}", label=classes.labels[0]) for i, messages in enumerate(turns, 1)]
-    rows = labelled_rows(LabelRenderer(base, classes), examples, sys.maxsize)
+    rows = text_rows(LabelRenderer(base, classes), [(f"text {i}", text) for i, text in enumerate(texts, 1)])
     with attach(base, adapter):
         return probabilities(base, Classification(classes), rows)
 

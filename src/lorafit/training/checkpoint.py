@@ -18,6 +18,8 @@ from lorafit.adapters.state import TrainState
 from lorafit.errors import FormatError, RunError
 from lorafit.files import whole_file
 
+DERIVED = {"task", "trainable", "start", "way", "order"}  # what lorafit derives from a run's base, rows and settings
+
 
 @dataclass
 class Progress:
@@ -109,16 +111,24 @@ def restore(
     with _opened(path) as (file, progress):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         began, master, best = progress["run"], tensors["master"], tensors["best"]
-    differences = [
-        f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
+    differing = {
+        key: f"{key}: {began.get(key)!r} when it was saved, {value!r} now"
         for key, value in of.items()
         if began.get(key) not in (value, older.get(key, value))
-    ]
-    if differences:
+    }
+    if differing:
+        if differing.keys() <= DERIVED:
+            why = (
+                "saved by another version of lorafit, or with another adapter, although base, rows and recipe are equal"
+            )
+            fix = "end it with that version, or with that adapter"
+        else:
+            why, fix = (
+                "saved by a run with other inputs, which cannot be resumed with these",
+                "restore what it began with",
+            )
         raise RunError(
-            f"{path}: saved by a run with other inputs, which cannot be resumed with these\n  "
-            + "\n  ".join(differences)
-            + "\nrepeat the inputs it began with, or start again with another --out"
+            f"{path}: {why}\n  " + "\n  ".join(differing.values()) + f"\n{fix}, or start again with another --out"
         )
     state.load(master)
     kept = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}

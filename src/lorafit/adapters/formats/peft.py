@@ -23,6 +23,7 @@ from lorafit.adapters.folder import OURS as OURS
 from lorafit.adapters.folder import WEIGHTS as WEIGHTS
 from lorafit.adapters.folder import adapter_folder as adapter_folder
 from lorafit.adapters.folder import require_adapter_folder as require_adapter_folder
+from lorafit.adapters.folder import require_classifies as require_classifies
 from lorafit.adapters.folder import require_writes as require_writes
 from lorafit.adapters.formats.foreign import (
     PREFIX,
@@ -316,7 +317,7 @@ def _read_ours(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -
         pairs = at_their_parameters(folder / WEIGHTS, parameters, pairs_of(folder / WEIGHTS, named))
         adapter = Adapter(
             plan,
-            _factors(plan, pairs.tensors) | heads,
+            _factors(plan, pairs.tensors, folder) | heads,
             ours["base"],
             _recorded(ours["base_name"]),
             Rendering.from_json(rendering) if rendering else None,
@@ -343,8 +344,9 @@ def _read_ours(folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -
     return adapter
 
 
-def _factors(plan: Plan, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT's tensors are to the methods of a plan."""
+def _factors(plan: Plan, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """What PEFT's tensors are to the methods of a plan. Raises FormatError, with the place in the folder, for tensors
+    that are not of the plan."""
     found = dict(named)
     for slot in plan.slots:
         kept, kind, site = VARIANTS[slot.variant].peft, KINDS[slot.site.kind], slot.site
@@ -354,7 +356,7 @@ def _factors(plan: Plan, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             try:
                 own = kept.read(kind.read(site, own))
             except ValueError as error:
-                raise FormatError(f"{site.path}: {error}") from error
+                raise FormatError(f"{folder / WEIGHTS}: {site.path}: {error}") from error
         found |= {f"{slot.site.path}.{name}": tensor for name, tensor in own.items()}
     return found
 
@@ -381,10 +383,7 @@ def _read_foreign(folder: Path, config: dict[str, Any], pairs: Pairs) -> Adapter
             + "\nsave the adapter again, or restore the folder"
         )
     plan = Plan(tuple(slots))
-    try:
-        tensors = _factors(plan, pairs.tensors)
-    except FormatError as error:
-        raise FormatError(f"{folder / WEIGHTS}: {error}") from error
+    tensors = _factors(plan, pairs.tensors, folder)
     return Adapter(plan, tensors, base=None, base_name=_named_base(config), claims=claims)
 
 
