@@ -57,8 +57,8 @@ def landing_of(base: Base, plan: Plan) -> dict[str, nn.Module]:
     """
     if plan.is_classifier and not base.head:
         raise AdapterError(
-            "this adapter is a classifier, which writes no text: lorafit classify labels new texts with it, and in Python "
-            f"it goes with open_base('{base.name}', labels=...)"
+            "this adapter is a classifier, which writes no text: lorafit classify labels new texts with it, and in "
+            f"Python it goes with open_base('{base.name}', labels=...)"
         )
     if base.head and not plan.is_classifier:
         raise AdapterError(

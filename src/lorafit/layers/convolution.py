@@ -72,7 +72,8 @@ def _read(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     a, b = tensors["A"], tensors["B"]
     if site_of(site.path, a, b) != site:
         raise ValueError(
-            f"A {list(a.shape)} and B {list(b.shape)} do not fit the convolution that the plan names: restore the folder"
+            f"A {list(a.shape)} and B {list(b.shape)} do not fit the convolution that the plan names: restore "
+            "the folder"
         )
     rank = b.shape[1]
     factors = {name: tensor.flatten() for name, tensor in tensors.items()}

@@ -136,7 +136,8 @@ def _read(site: Site, pair: Mapping[str, Tensor]) -> dict[str, Tensor]:
     a, b = pair["A"], pair["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != site.d_in or len(b) != site.d_out or len(a) % site.count:
         raise ValueError(
-            f"A {list(a.shape)} and B {list(b.shape)} do not fit the {site.count} experts of the plan: restore the folder"
+            f"A {list(a.shape)} and B {list(b.shape)} do not fit the {site.count} experts of the plan: restore "
+            "the folder"
         )
     return {
         "A": a.reshape(site.count, -1, site.d_in),
