@@ -89,6 +89,11 @@ class Summary:
     dtype: str | None = None
 
     @property
+    def task(self) -> str:
+        """The name of the adapter's task."""
+        return "classification" if self.classes else "completion"
+
+    @property
     def rival(self) -> str | None:
         """The other adapter of the comparison; None if it is with the base."""
         return None
