@@ -45,6 +45,12 @@ def require_writes(folder: str | Path) -> None:
     ours = adapter_folder(folder) / OURS
     described = read_json(ours) if ours.exists() else {}
     if isinstance(described, dict) and described.get("classes"):
+        task = described["classes"].get("task", "classification")
+        if task != "classification":
+            raise AdapterError(
+                f"{folder}: is for the task '{task}', which writes no text: lorafit eval scores it, and its README.md "
+                "shows how to use it from Python"
+            )
         raise AdapterError(
             f"{folder}: is a classifier, which gives a text one of its labels and writes none: lorafit eval scores it "
             "on texts with labels; docs/classification.md shows how to ask it from Python"

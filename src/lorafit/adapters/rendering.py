@@ -76,6 +76,8 @@ class Classes:
         weights: By label, how much an example of it counts in training and in NLL; empty: all count alike.
         task: The name of its task.
         peft: What PEFT calls this type of task.
+        scale: The mean and the deviation of the training numbers, for a task that predicts numbers: an output is the
+            distance from the mean in deviations.
     """
 
     labels: tuple[str, ...]
@@ -83,10 +85,13 @@ class Classes:
     weights: tuple[float, ...] = ()
     task: str = "classification"
     peft: str = "SEQ_CLS"
+    scale: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        optional = {"weights": list(self.weights), "task": self.task, "peft": self.peft}
-        usual = {"weights": [], "task": Classes.task, "peft": Classes.peft}  # left out: earlier versions know none
+        scale = list(self.scale) if self.scale else None
+        optional = {"weights": list(self.weights), "task": self.task, "peft": self.peft, "scale": scale}
+        # These are left out: earlier versions know none of them.
+        usual: dict[str, Any] = {"weights": [], "task": Classes.task, "peft": Classes.peft, "scale": None}
         set_here = {name: value for name, value in optional.items() if value != usual[name]}
         return {"labels": list(self.labels), "pad": self.pad, **set_here}
 
@@ -103,7 +108,12 @@ class Classes:
         task, peft = found.get("task", Classes.task), found.get("peft", Classes.peft)
         if not (isinstance(task, str) and isinstance(peft, str)):
             raise TypeError("classes.task")
-        return Classes(tuple(labels), pad, tuple(weights), task, peft)
+        scale = found.get("scale")
+        if scale is not None and not (
+            isinstance(scale, list) and len(scale) == 2 and all(isinstance(s, float) for s in scale) and scale[1] > 0
+        ):
+            raise TypeError("classes.scale")
+        return Classes(tuple(labels), pad, tuple(weights), task, peft, (scale[0], scale[1]) if scale else None)
 
 
 def is_time(text: Any) -> bool:

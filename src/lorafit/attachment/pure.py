@@ -35,8 +35,8 @@ def served(base: Base, adapter: Adapter) -> dict[int, Served]:
     AdapterError where it acts beside a layer that computes no product."""
     if adapter.classes is not None:
         raise AdapterError(
-            f"it tells {len(adapter.classes.labels)} labels apart and writes no text: lorafit eval scores it, and "
-            "attach() runs it"
+            f"it is for the task '{adapter.classes.task}' and writes no text: lorafit eval scores it, and attach() "
+            "runs it"
         )
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)

@@ -225,7 +225,7 @@ class Terminal:
             self.out.print(f"but {evaluated.seen_in_training} of these were used in its training: they test memory")
         if sentence := of_a_hundred(summary):
             self.out.print(sentence)
-        else:
+        elif not summary.measures:
             self.out.print("whether answers are right was not measured: give examples a check (docs/data.md)")
         if counts:
             self._confusions(counts)

@@ -65,7 +65,7 @@ def _seen_by(base: str, examples: Examples, settings: TrainSettings, terminal: T
     from lorafit.jobs.prepare import rendered
 
     tokens: dict[str, dict[str, int]] = {}
-    head = head_for(settings.task, base)
+    head = head_for(settings.task, base, examples)
     labels = head.labels(examples)
     outline = open_outline(base, terminal.say, terminal.watch, head.opening)
     rows = rendered(outline, head, labels, examples, settings, terminal)[2]

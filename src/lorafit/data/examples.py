@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lorafit.data.targets import Target
 from lorafit.digests import digest_of, digest_of_format_1
 from lorafit.errors import Problem
 
@@ -112,6 +113,7 @@ class Example:
             intervals resample whole groups.
         extra: names of harmless fields that nothing reads.
         label: the answer, where it is the label of a text.
+        target: what the answer says, where it is a number, or a list of labels.
         tools: tools that the assistant may call, each as JSON.
     """
 
@@ -122,6 +124,7 @@ class Example:
     extra: tuple[str, ...] = ()
     label: str | None = None
     tools: tuple[str, ...] = ()
+    target: Target | None = None
 
     @property
     def is_text(self) -> bool:

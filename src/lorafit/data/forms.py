@@ -47,6 +47,7 @@ from lorafit.data.messages import (
     with_reasoning,
 )
 from lorafit.data.records import Record
+from lorafit.data.targets import Names, Number, Target, is_finite
 from lorafit.data.tools import CALL_FIELDS, TOOL_FIELDS, Wrong, known_calls, read_tools
 from lorafit.errors import Problem
 
@@ -64,11 +65,15 @@ class Form:
         needed: fields that a row of this form has.
         read: reads the messages of a row, None for a message with a problem.
         optional: other fields that it reads.
+        target: reads what a text is to be given; None for other forms.
+        fits: whether a row with the needed fields is of this form.
     """
 
     needed: frozenset[str]
     read: Callable[[Row, Wrong], Iterable[Message | None]]
     optional: frozenset[str] = frozenset(OPTIONAL)
+    target: Callable[[Row], Target] | None = None
+    fits: Callable[[Row], bool] = lambda row: True
 
     @cached_property
     def used(self) -> frozenset[str]:
@@ -78,13 +83,17 @@ class Form:
 def form_of(row: Row) -> str | None:
     """The name of the first form whose fields all hold something; failing that, the first whose fields are all there.
     None for a conversation with two answers to choose from."""
-    # A label that is not a number (NaN) counts as held: it is reported, not taken for a missing label.
+    # A label that is not a number (NaN) counts as held: it is reported, not taken for a missing label. No labels at all
+    # are an empty list.
     held = {
         name
         for name in BASIC & row.keys()
-        if not is_empty(row[name]) or (name == "label" and isinstance(row[name], float))
+        if not is_empty(row[name])
+        or (name in ("label", "score") and isinstance(row[name], float))
+        or (name == "labels" and row[name] == [])
     }
-    name = next((name for fields in (held, row.keys()) for name, form in FORMS.items() if form.needed <= fields), None)
+    of = (name for fields in (held, row.keys()) for name, form in FORMS.items() if form.needed <= fields)
+    name = next((name for name in of if FORMS[name].fits(row)), None)
     if name and FORMS[name].needed <= TURNS and preferences_in(row):
         last = sides_of(row[next(iter(FORMS[name].needed))])[-1:]
         return name if last == ["assistant"] else None
@@ -149,7 +158,8 @@ def parsed(
     for path in strange:
         unknown.setdefault(path, record)
     label = messages[-1].content if form == LABELLED else None
-    return Example(messages, record.where, check, group, tuple(sorted(extra)), label, tools)
+    target = of_form(row) if (of_form := FORMS[form].target) else None
+    return Example(messages, record.where, check, group, tuple(sorted(extra)), label, tools, target)
 
 
 def unread(row: Row, form: str) -> dict[str, Any]:
@@ -289,6 +299,37 @@ def _labelled(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     return read_message("user", row["text"], "text", wrong), read_message("assistant", label, "label", wrong)
 
 
+def _scored(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """A text and its number, which is an answer too."""
+    text, value = read_message("user", row["text"], "text", wrong), row["score"]
+    if not is_finite(value):
+        wrong(f"not a number but {value!r}", "write a number, or remove the line", "score")
+        return text, None
+    return text, Message("assistant", _number_of(row).text)
+
+
+def _number_of(row: Row) -> Number:
+    return Number(float(row["score"]))
+
+
+def _named(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """A text and its labels, which are an answer too."""
+    text, given = read_message("user", row["text"], "text", wrong), row["labels"]
+    odd = next((one for one in given if not isinstance(one, (str, int)) or not str(one).strip()), None)
+    if odd is not None or None in given:
+        wrong(f"a label that is no name but {odd!r}", 'write a list of names, ["billing", "late"]', "labels")
+        return text, None
+    names = [str(one).strip() for one in given]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        wrong(f"the label {twice!r} twice", "write it once", "labels")
+        return text, None
+    return text, Message("assistant", _names_of(row).text)
+
+
+def _names_of(row: Row) -> Names:
+    return Names(tuple(sorted(str(one).strip() for one in row["labels"])))
+
+
 def _plain(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     return (read_message(TEXT, row["text"], "text", wrong),)
 
@@ -300,6 +341,10 @@ FORMS = {
     "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair, TOOLS | {*OPTIONAL, *REASONING_FIELDS}),
     "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL, *REASONING_FIELDS})),
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
+    "text and number": Form(frozenset({"text", "score"}), _scored, target=_number_of),
+    "text and labels": Form(
+        frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], list)
+    ),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),
 }
 

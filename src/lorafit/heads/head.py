@@ -43,6 +43,9 @@ class Terms:
         limits: A sentence that says what not to expect of the adapter.
         reads: Whether `rival` reads the questions, so that its answers are worth showing.
         notes: Sentences that explain the scores that only this task has.
+        field: The noun for what an example of the task has.
+        needs: The pronoun for it.
+        labelled: The noun for what has a label.
     """
 
     answer: str
@@ -55,6 +58,9 @@ class Terms:
     limits: str
     reads: bool = True
     notes: tuple[str, ...] = ()
+    field: str = "label"
+    needs: str = "one"
+    labelled: str = "texts"
 
     @property
     def nll(self) -> str:

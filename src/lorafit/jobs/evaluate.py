@@ -168,13 +168,14 @@ def _require_comparable(adapter: Adapter, folder: Path, other: Adapter, against:
         )
     if _labels(other) != _labels(adapter):
         raise AdapterError(
-            f"{against}: tells other labels apart than {folder}, has them in another order, or writes text: "
+            f"{against}: tells other labels apart than {folder}, has them in another order, or has another task: "
             "evaluate each on its own"
         )
 
 
-def _labels(adapter: Adapter) -> tuple[tuple[str, ...], int] | None:
-    return (adapter.classes.labels, adapter.classes.pad) if adapter.classes else None
+def _labels(adapter: Adapter) -> tuple[object, ...] | None:
+    classes = adapter.classes
+    return (classes.labels, classes.pad, classes.task, classes.scale) if classes else None
 
 
 def _known_to(

@@ -28,7 +28,7 @@ from lorafit.errors import DataError, Problem, RunError
 from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
 from lorafit.files import read_json
-from lorafit.heads import head_for, opened_with
+from lorafit.heads import head_for, opened_with, why
 from lorafit.heads.head import Head, RowMaker
 from lorafit.jobs.listener import Listener
 from lorafit.jobs.machine import Meter, room_of
@@ -86,12 +86,18 @@ def open_all(
     """
     start = time.monotonic()
     base_name, data = str(base_name), str(data)
-    head = head_for(settings.task, base_name)
-    writes = head.opening is None
+    head = head_for(settings.task, base_name)  # by the base alone, before the data are read
     require_meant(settings, head.idle, head.model)
-    texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general))) if writes else {}
+    texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
     require_base(base_name, head.opening)
     examples, report = prepared or prepare(data, settings, listener)
+    head = head_for(settings.task, base_name, examples)
+    if reason := why(settings.task, base_name, examples):
+        require_meant(settings, head.idle, head.model)
+        require_base(base_name, head.opening)
+        listener.say(f"task: {head.name}, because {reason} (--task names another)")
+    writes = head.opening is None
+    texts = texts if writes else {}
     labels = head.labels(examples)
     base = opened_base(base_name, settings, listener, began, opened_with(head, labels))
     now = began.now if began else datetime.now().isoformat(timespec="seconds")

@@ -77,8 +77,10 @@ def _run(path: Path) -> dict[str, Any]:
 
         facts |= _plan(Plan.from_json(read_json(plan), str(plan)))
     summary = read_summary(path)
-    if summary and summary.classes:
-        facts |= {"labels": listed([score.label for score in summary.classes.per_label])}
+    if summary:
+        facts |= {"task": summary.task}
+    if summary and (scores := summary.classes or summary.measures) and scores.per_label:
+        facts |= {"labels": listed([score.label for score in scores.per_label])}
     if summary is None:
         return {**facts, "state": f"not finished: lorafit train --resume --out {shlex.quote(str(path))} continues it"}
     return {

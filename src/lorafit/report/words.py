@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.evaluation.classifier import NOT_INSTALLED
-from lorafit.evaluation.scores import ClassScores, Counts, Paired
+from lorafit.evaluation.scores import ClassScores, Counts, Measure, Paired
 from lorafit.heads import HEADS
 from lorafit.heads.head import Terms
 from lorafit.runs.summary import PeftCheck, RunSummary, Summary
@@ -181,7 +181,7 @@ def lines(summary: Summary) -> list[Line]:
         share, ends = checked.get(key, (None, None))
         if counts and key in counts.right:
             same = counts.equal[key]
-            equal = None if summary.classes else (same.share, same.ci95)  # for a label, equal and right are the same
+            equal = (same.share, same.ci95) if writes(summary) else None  # for a label, equal and right are the same
             right = (counts.right[key].share, counts.right[key].ci95) if counts.by == "check" else None
         elif share is not None:
             right = share, ends
@@ -213,6 +213,8 @@ def table(summary: Summary) -> list[tuple[str, list[str]]]:
     ]
     if summary.classes:
         rows += [(name, of_adapter(text)) for name, text in of_classes(summary.classes)]
+    for one in summary.measures.scores if summary.measures else ():
+        rows.append((one.name, [of_measure(one, line.key) for line in scores]))
     for what, of_all in (
         ("off-topic declined", summary.off_desk_declined),
         ("answers that end by themselves", summary.natural_stops),
@@ -229,6 +231,23 @@ def answered(summary: Summary | None, answer: Mapping[str, Any], good: Mapping[s
 def of_classes(classes: ClassScores) -> list[tuple[str, str]]:
     """The scores that only classifiers have: their name and their value as text."""
     return [("macro-F1", f"{classes.macro_f1:.3f}"), ("calibration error", f"{classes.calibration_error:.3f}")]
+
+
+def of_measure(one: Measure, key: str) -> str:
+    """A score as text, for the row or column of a model; "" for a model that it was not measured for.
+
+    Args:
+        one: The score.
+        key: The key of the model, as in `Line`.
+    """
+
+    def number(value: float) -> str:
+        return percent(value) if one.percent else f"{value:.3f}"
+
+    if key == "adapter":
+        ends = f" ({number(one.ci95[0])} to {number(one.ci95[1])})" if one.ci95 else ""
+        return "-" if one.adapter is None else number(one.adapter) + ends
+    return "" if key != "base" else "-" if one.base is None else number(one.base)
 
 
 def uses(summary: Summary, folder: Path, columns: Sequence[str] = ()) -> list[str]:
@@ -263,7 +282,7 @@ def of_a_hundred(summary: Summary) -> str | None:
         measure += ", or is the reference where there is no check"
     few = of_checked(summary)
     questions = f"like {few}" if few else f"{said.asked}s like these"
-    told = "" if summary.classes else f" (right: {measure})"
+    told = f" (right: {measure})" if writes(summary) else ""
     return f"of 100 {questions} about {100 * right:.0f} {said.fine}{sure}{told}"
 
 
