@@ -16,7 +16,7 @@ import torch
 import transformers
 from conftest import byte_tokenizer, capitals, tiny_gpt2, tiny_llama, write_rows
 from peft import PeftConfig, PeftModel
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PretrainedConfig
 from typer.testing import CliRunner
 
 from lorafit import read_adapter
@@ -27,12 +27,14 @@ from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base, open_base
 from lorafit.cli import app
 from lorafit.data.examples import Example, Examples, Message
+from lorafit.data.iob import spans_of, tags_of
 from lorafit.data.prepared import prepare
 from lorafit.data.reading import read_examples
-from lorafit.data.targets import Names, Number, Target
+from lorafit.data.targets import Names, Number, Span, Spans, Target
 from lorafit.errors import AdapterError, DataError, FormatError, InputError, Interrupted, LorafitError, SettingsError
 from lorafit.evaluation.statistics import bootstrap, paired_bootstrap
 from lorafit.heads import HEADS, head_for, opened_for, opened_with
+from lorafit.heads.entities import aligned, words_of
 from lorafit.heads.multilabel import macro_f1, micro_f1
 from lorafit.heads.reading import Reading, ReadRow, Texts, outputs_of, predict
 from lorafit.heads.regression import mae, pearson, r2, rmse, spearman
@@ -121,13 +123,38 @@ def named(n: int = 96) -> list[dict[str, object]]:
     return [{"text": letters(draw, i % 4), "labels": labels[i % 4]} for i in range(n)]
 
 
-DATA: dict[str, Callable[[], list[dict[str, object]]]] = {"regression": scored, "multilabel": named}
+def marked(n: int = 288) -> list[dict[str, object]]:
+    """Words of several kinds of characters: those in capitals and those of digits are entities."""
+    draw = random.Random(3)
+    rows: list[dict[str, object]] = []
+    for _ in range(n):
+        text, entities = "", []
+        for kind in draw.choices(range(3), (3, 1, 1), k=draw.randint(3, 6)):
+            word = "".join(draw.choice(KINDS[kind].replace(" ", "")) for _ in range(draw.randint(2, 5)))
+            start = len(text) + bool(text)
+            text = f"{text} {word}".strip()
+            if kind:
+                entities.append({"start": start, "end": len(text), "label": ("", "LOUD", "NUMBER")[kind]})
+        rows.append({"text": text, "entities": entities})
+    return rows
+
+
+DATA: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "regression": scored,
+    "multilabel": named,
+    "entities": marked,
+}
 EVERY_TASK = pytest.mark.parametrize("task", DATA)
 TARGETS: dict[str, list[Target]] = {
     "regression": [Number(2.0), Number(-1.0), Number(0.5)],
     "multilabel": [Names(("a",)), Names(()), Names(("a", "c"))],
+    "entities": [Spans((Span(2, 6, "X"),)), Spans(), Spans((Span(9, 18, "X"), Span(20, 26, "Y")))],
 }
-LABELS = {"regression": ("score",), "multilabel": ("a", "b", "c")}
+LABELS = {
+    "regression": ("score",),
+    "multilabel": ("a", "b", "c"),
+    "entities": ("O", "B-X", "I-X", "B-Y", "I-Y"),
+}
 
 
 def head_of(task: str) -> TextHead:
@@ -143,7 +170,7 @@ def opened(folder: Path, task: str, dtype: torch.dtype = torch.float32) -> Base:
 def examples_of(task: str) -> list[Example]:
     texts = ("a card was charged", "late", "where is my parcel, please?")
     return [
-        Example((Message("user", text), Message("assistant", target.text)), f"data:{i}", target=target)
+        Example((Message("user", text), Message("assistant", "-")), f"data:{i}", target=target)
         for i, (text, target) in enumerate(zip(texts, TARGETS[task], strict=True), 1)
     ]
 
@@ -199,9 +226,8 @@ def test_peft_computes_the_same_with_the_folder(folders: Folders, tmp_path: Path
     model = getattr(transformers, head.opening.model).from_pretrained(
         folders(family), num_labels=len(LABELS[task]), pad_token_id=pad, **dict(head.opening.settings)
     )
-    assert (
-        base.model.config.problem_type == model.config.problem_type == dict(head.opening.settings).get("problem_type")
-    )
+    problem, made = dict(head.opening.settings).get("problem_type"), base.model.config
+    assert isinstance(made, PretrainedConfig) and made.problem_type == model.config.problem_type == problem
     theirs = PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
     config = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (config.task_type, config.modules_to_save) == (head.peft, list(base.head))
@@ -234,6 +260,17 @@ def test_the_losses_are_those_of_transformers(folders: Folders) -> None:
             wanted = (batch.targets - mean) / spread
             theirs = base.model(input_ids=batch.ids, attention_mask=batch.mask, labels=wanted).loss
             assert float(ours) == pytest.approx(float(theirs) / 2, rel=1e-5)
+
+    base = opened(folders("bert"), "entities")
+    adapter, reading, rows = moved(base, "entities")
+    with attach(base, adapter), torch.no_grad():
+        for row in rows:
+            batch = reading.batch(base, [row], reading.mode(base, rows))
+            ours = reading.nll(base, batch, reading.mode(base, rows)).mean()
+            tags = torch.full_like(batch.ids, -100)  # what transformers leaves out of the loss
+            tags[batch.at] = batch.targets[:, 0].long()
+            theirs = base.model(input_ids=batch.ids, attention_mask=batch.mask, labels=tags).loss
+            assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
 # Scores
@@ -279,6 +316,56 @@ def test_scores_of_sets_are_those_of_scikit_learn() -> None:
     assert [one.f1 for one in found.per_label] == pytest.approx(list(f1))
     assert [one.n for one in found.per_label] == list(n)
     assert found.scores[0].ci95 and found.scores[0].ci95[0] < found.scores[0].adapter < found.scores[0].ci95[1]  # type: ignore[operator]
+
+
+def test_scores_of_entities_are_those_by_hand() -> None:
+    """Of three wanted, one is found as it is; one has another end, and one another label. One is found in addition."""
+    truth = [(Span(0, 4, "A"), Span(5, 9, "B")), (Span(2, 3, "A"),), ()]
+    given = [(Span(0, 4, "A"), Span(5, 8, "B")), (Span(2, 3, "B"),), (Span(0, 1, "A"),)]
+    labels = ("O", "B-A", "I-A", "B-B", "I-B", "B-C", "I-C")
+    found = head_of("entities").reader.measures(Classes(labels, 0), truth, given, [()] * 3, [None] * 3)
+    scores = {one.name: (one.adapter, one.base) for one in found.scores}
+    assert scores == {
+        "entity F1": (pytest.approx(2 / 7), 0.0),
+        "precision": (0.25, None),
+        "recall": (pytest.approx(1 / 3), 0.0),
+        "macro-F1": (pytest.approx((2 / 4 + 0) / 2), 0.0),  # nothing has the label C, and nothing is given it
+    }
+    assert [(one.label, one.n, one.precision, one.recall, one.f1) for one in found.per_label] == [
+        ("A", 2, 0.5, 0.5, 0.5),
+        ("B", 1, 0.0, 0.0, 0.0),
+        ("C", 0, None, None, 0.0),
+    ]
+
+
+def test_tags_and_spans_are_the_same_thing() -> None:
+    text = "Dr. Ada Byron of London, England"
+    spans = (Span(4, 13, "PER"), Span(17, 23, "LOC"), Span(25, 32, "LOC"))
+    words = words_of(text)
+    tags = tags_of(words, spans)
+    assert tags == ["O", "O", "B-PER", "I-PER", "O", "B-LOC", "O", "B-LOC"]
+    assert spans_of(words, tags) == spans
+    near = (Span(4, 7, "PER"), Span(8, 13, "PER"))  # next to each other, of one label
+    assert spans_of(words, tags_of(words, near)) == near
+    assert spans_of(words[:3], ["I-X", "I-X", "I-Y"]) == (Span(0, 3, "X"), Span(4, 7, "Y"))  # without a B
+
+
+def test_words_are_those_of_the_script() -> None:
+    text = "U.S.-based 北京market, émigré's"
+    found = [text[start:end] for start, end in words_of(text)]
+    assert found == ["U", ".", "S", ".", "-", "based", "北", "京", "market", ",", "émigré", "'", "s"]
+
+
+@EVERY_FAMILY
+def test_each_word_has_its_first_token(folders: Folders, family: str) -> None:
+    base = opened(folders(family), "entities")
+    text = "  Ada é北, ok"
+    ids, words, first = aligned(renderer_of(base, "entities"), text)
+    assert [text[start:end] for start, end in words] == ["Ada", "é", "北", ",", "ok"]
+    places = base.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    assert [places[i][0] for i in sorted(first)] == [start for start, _ in words]
+    assert sorted(first) == sorted({min(k for k, (s, e) in enumerate(places) if s < b and a < e) for a, b in words})
+    assert len(ids) == len(places)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_paired_bootstrap() -> None:
@@ -354,6 +441,74 @@ def test_what_cannot_be_learnt_is_named_by_its_line_and_all_at_once(tmp_path: Pa
     assert "rows.jsonl:3: labels: missing" in said
 
 
+def test_entities_are_read_as_objects_and_lists(tmp_path: Path) -> None:
+    text = "Ada is in London"
+    place, person = {"start": 10, "end": 16, "label": "LOC"}, [0, 3, "PER"]
+    found = read(tmp_path, {"text": text, "entities": [place, person]}, {"text": "nobody", "entities": []})
+    assert [e.target for e in found] == [Spans((Span(0, 3, "PER"), Span(10, 16, "LOC"))), Spans()]
+    assert [e.answer for e in found] == ["Ada: PER; London: LOC", "(none)"]
+
+
+def test_characters_are_counted_in_the_text_as_it_is_written(tmp_path: Path) -> None:
+    (one,) = read(tmp_path, {"text": "so\r\nAda", "entities": [[4, 7, "PER"]]})
+    assert one.answer == "Ada: PER"
+
+
+def test_files_with_a_token_a_line_are_read_in_every_scheme(tmp_path: Path) -> None:
+    lines = "-DOCSTART- -X- O O\n\nAda NNP B-PER\nByron NNP I-PER\nleft VBD O\n\n\n# a comment\nParis NNP {}\n# # O\n"
+    for name, tag in (("iob2.conll", "B-LOC"), ("iob1.conll", "I-LOC"), ("bilou.iob", "U-LOC"), ("iobes.iob", "S-LOC")):
+        (tmp_path / name).write_text(lines.format(tag), encoding="utf-8")
+        found = read_examples(tmp_path / name).train
+        assert [(e.where.rpartition(":")[2], e.messages[0].text, e.answer) for e in found] == [
+            ("3", "Ada Byron left", "Ada Byron: PER"),
+            ("9", "Paris #", "Paris: LOC"),
+        ]
+    text = "a B-X\nb I-X\nc B-X\nd I-Y\ne L-Y\nf I-Y\n"
+    (tmp_path / "near.conll").write_text(text, encoding="utf-8")
+    assert read_examples(tmp_path / "near.conll").train[0].answer == "a b: X; c: X; d e: Y; f: Y"
+
+
+def test_tags_that_are_none_are_named_by_their_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.conll").write_text("Ada B-PER\nis\nin Q-LOC\n\nno O\nway B\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(tmp_path / "bad.conll")
+    said = str(caught.value)
+    assert "bad.conll:2: no tag behind the token" in said
+    assert "bad.conll:3: not a tag but 'Q-LOC'" in said and "bad.conll:6: not a tag but 'B'" in said
+    (tmp_path / "train.txt").write_text("Ada B-PER\nis O\nin O\n\nLondon B-LOC\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"tokens with their tags, one a line: rename it to train\.conll"):
+        read_examples(tmp_path / "train.txt")
+
+
+def test_spans_that_cannot_be_are_named_all_at_once(tmp_path: Path) -> None:
+    text, good = "Ada Byron is in London", [0, 9, "PER"]
+    with pytest.raises(DataError) as caught:
+        read(
+            tmp_path,
+            {"text": text, "entities": [good]},
+            {"text": text, "entities": [good, [4, 12, "X"], [13, 99, "X"]]},
+            {"text": text, "entities": [[3, 4, "X"], {"start": 0, "end": "3", "label": "X"}, "Ada"]},
+            {"text": text},
+        )
+    said = str(caught.value)
+    for what in (
+        "rows.jsonl:2: entities: entities that overlap: 'Ada Byron' (0 to 9, PER) and 'Byron is' (4 to 12, X)",
+        "rows.jsonl:2: entities[2]: an entity from 13 to 99 in a text of 22 characters",
+        "rows.jsonl:3: entities[0]: an entity of nothing but blanks (3 to 4)",
+        "rows.jsonl:3: entities[1]: an entity without whole numbers as start and end",
+        "rows.jsonl:3: entities[2]: not an entity",
+        "rows.jsonl:4: entities: missing, where other rows have one",
+    ):
+        assert what in said, (what, said)
+
+
+def test_entities_elsewhere_in_a_text_are_other_data(tmp_path: Path) -> None:
+    one, other = ([[start, start + 3, "X"]] for start in (0, 4))
+    rows = [read_examples(write_rows(tmp_path / "r.jsonl", [{"text": "Ada Ada", "entities": e}])) for e in (one, other)]
+    assert rows[0].train[0].messages == rows[1].train[0].messages
+    assert rows[0].digest() != rows[1].digest()
+
+
 def test_a_score_next_to_an_answer_is_still_no_number_to_learn(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="score"):
         read(tmp_path, *({"prompt": f"a{i}", "completion": "b", "score": i} for i in range(3)))
@@ -401,7 +556,7 @@ def finished(folders: Folders, data: Callable[[str], Path], tmp_path_factory: py
         if task not in kept:
             heard = Heard()
             kept[task] = dict(run_training(folders("bert"), data(task), root / task, SETTINGS, listener=heard))
-            assert any(line.startswith(f"task: {task}, because the data are texts with a") for line in heard.said)
+            assert any(line.startswith(f"task: {task}, because the data are texts with ") for line in heard.said)
         return root / task, kept[task]
 
     return run
@@ -424,6 +579,15 @@ def test_several_labels_are_learnt(finished: Finished) -> None:
     assert [one["label"] for one in summary["measures"]["per_label"]] == ["loud", "odd"]
     assert summary["counts"]["right"]["adapter"]["share"] > 0.6 > summary["counts"]["right"]["base"]["share"]
     assert summary["nll"]["ci95"][1] < 0
+
+
+def test_entities_are_found(finished: Finished) -> None:
+    summary = finished("entities")[1]
+    scores = {one["name"]: one for one in summary["measures"]["scores"]}
+    assert scores["entity F1"]["adapter"] > 0.5 and scores["entity F1"]["base"] == 0
+    assert scores["entity F1"]["difference"][0] > 0.3 and scores["precision"]["base"] is None
+    assert [one["label"] for one in summary["measures"]["per_label"]] == ["LOUD", "NUMBER"]
+    assert summary["nll"]["ci95"][1] < 0 and summary["counts"] is None
 
 
 @EVERY_TASK
@@ -524,8 +688,10 @@ def test_the_code_on_its_card_runs(
     ours, theirs = capsys.readouterr().out.strip().splitlines()
     if task == "regression":
         assert float(ours.strip("[]")) == pytest.approx(float(theirs), abs=4)  # this one is in bf16
-    else:
+    elif task == "multilabel":
         assert [*eval(ours)[0]] == sorted(eval(theirs))
+    else:
+        assert ("start=0," in ours) == (eval(theirs)[0] != "O")  # of the first word
 
 
 # Bad input
@@ -556,12 +722,19 @@ def test_labels_that_training_lacks_are_all_named(folders: Folders, tmp_path: Pa
     assert "test.jsonl:9: has label 'song', which no training example has" in said
 
 
+def test_entities_of_other_labels_are_named(folders: Folders, tmp_path: Path) -> None:
+    odd: dict[str, object] = {"text": "hums on", "entities": [[0, 4, "HUM"]]}
+    said = refused(folders, splits(tmp_path, "entities", test=[odd]), tmp_path)
+    assert "test.jsonl:9: has label 'HUM', which no training example has" in said
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ({"score": 3}, "all training examples have the number 3, so there is nothing to learn"),
         ({"labels": ["x"]}, "all training examples have the labels x, so there is nothing to learn"),
         ({"labels": []}, "all training examples have no label, so there is nothing to learn"),
+        ({"entities": []}, "no training example has an entity, so there is nothing to learn"),
     ],
 )
 def test_with_one_value_there_is_nothing_to_learn(
@@ -579,7 +752,7 @@ def test_data_of_another_task_are_named_by_line(folders: Folders, tmp_path: Path
 
 @EVERY_TASK
 def test_a_text_that_is_too_long_is_named_by_its_line(folders: Folders, tmp_path: Path, task: str) -> None:
-    long = {**DATA[task]()[1], "text": "x" * 600}
+    long = {**DATA[task]()[1], "text": "x" * 600, **({"entities": []} if task == "entities" else {})}
     said = refused(folders, splits(tmp_path, task, test=[long]), tmp_path)
     assert "test.jsonl:9: has 600 tokens: this base reads at most 512" in said
 

@@ -52,12 +52,12 @@ class TrainSettings(BaseModel):
         ),
     ] = None
     task: Annotated[
-        Literal["auto", "completion", "classification", "regression", "multilabel"],
+        Literal["auto", "completion", "classification", "regression", "multilabel", "entities"],
         Field(
             description="What to learn: to write an answer (completion), or to predict with another head: a label "
-            "(classification, for data with text and label), a number (regression, text and score), or several labels "
-            "(multilabel, text and labels). auto: what the data are for, and an answer if they have one and the base "
-            "writes text."
+            "(classification, for data with text and label), a number (regression, text and score), several labels "
+            "(multilabel, text and labels), or spans with labels (entities, text and entities). auto: what the data "
+            "are for, and an answer if they have one and the base writes text."
         ),
     ] = "auto"
     label_weights: Annotated[

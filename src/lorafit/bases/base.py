@@ -356,8 +356,10 @@ def _head_of(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
     info["missing_keys"] = set(info["missing_keys"]) - ours
     info["mismatched_keys"] = {key for key in info["mismatched_keys"] if key[0] not in ours}
     held = {f"{name.partition('.')[0]}." for name, _ in model.named_parameters()}
-    # Weights of another head are no fault; weights in the body that the model has no place for are.
-    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.startswith((*held,))}
+    # Weights of another head are no fault, nor is a pooler, which only some heads use. Other weights of the body that
+    # the model has no place for are one.
+    other = (key for key in info["unexpected_keys"] if "pooler" not in key.split("."))
+    info["unexpected_keys"] = {key for key in other if key.startswith((*held,))}
     return head
 
 

@@ -218,8 +218,12 @@ class Examples:
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 
     def digest(self) -> str:
-        """The digest of messages, reasoning, tools and checks of all splits, whatever files they came from."""
-        return digest_of([[(e.messages, e.check, e.tools) for e in split] for split in self.by_name().values()])
+        """The digest of messages, reasoning, tools, checks and targets of all splits, whatever files they came from."""
+        content = [
+            [(e.messages, e.check, e.tools, *([e.target] if e.target else [])) for e in split]
+            for split in self.by_name().values()
+        ]
+        return digest_of(content)
 
     def has_digest(self, digest: str) -> bool:
         """Whether this is the digest of these examples, in any format."""

@@ -19,14 +19,14 @@ from typing import Any
 from lorafit.data.targets import number_in
 
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
-TARGETS = frozenset({"score", "labels"})  # what a text is to be given, other than a label
+TARGETS = frozenset({"score", "labels", "entities"})  # what a text is to be given, other than a label
 BASIC = TARGETS | {"messages", "conversations", "prompt", "completion", "instruction", "output", "text", "label"}
 FIELDS = BASIC | {"input", "system", "check", "group", "tools", "reasoning_content"}  # basic fields decide the form
 OPTIONAL = ("system", "check", "group")  # fields of a row of any form (of plain text, no system)
 REASONING_FIELDS = ("reasoning_content",)  # of a row that is one question and its answer
 TURNS = frozenset({"messages", "conversations"})
 SPOKEN = TURNS | {"prompt", "completion"}  # fields that may hold a list of messages
-PACKED = TURNS | {"check", "tools", "functions", "labels"}  # fields that the cell of a table holds as JSON
+PACKED = TURNS | {"check", "tools", "functions", "labels", "entities"}  # fields that the cell of a table holds as JSON
 SPEAKERS = frozenset({"role", "from"})  # fields with the role of a message
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight")  # whether a row or message is to be learnt
 TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}

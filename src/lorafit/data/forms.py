@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import regex
@@ -47,7 +48,7 @@ from lorafit.data.messages import (
     with_reasoning,
 )
 from lorafit.data.records import Record
-from lorafit.data.targets import Names, Number, Target, is_finite
+from lorafit.data.targets import Names, Number, Span, Spans, Target, is_finite, shown_spans
 from lorafit.data.tools import CALL_FIELDS, TOOL_FIELDS, Wrong, known_calls, read_tools
 from lorafit.errors import Problem
 
@@ -90,7 +91,7 @@ def form_of(row: Row) -> str | None:
         for name in BASIC & row.keys()
         if not is_empty(row[name])
         or (name in ("label", "score") and isinstance(row[name], float))
-        or (name == "labels" and row[name] == [])
+        or (name in ("labels", "entities") and row[name] == [])
     }
     of = (name for fields in (held, row.keys()) for name, form in FORMS.items() if form.needed <= fields)
     name = next((name for name in of if FORMS[name].fits(row)), None)
@@ -330,6 +331,48 @@ def _names_of(row: Row) -> Names:
     return Names(tuple(sorted(str(one).strip() for one in row["labels"])))
 
 
+def _marked(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """A text and its entities, which are an answer too."""
+    text = read_message("user", row["text"], "text", wrong)
+    if text is None:
+        return text, None
+    before, spans = 0, []
+    for i, one in enumerate(row["entities"]):
+        span, what = _span_of(one, text.content)
+        if span is not None:
+            spans.append(span)
+        else:
+            wrong(what, 'write {"start": 0, "end": 6, "label": "PLACE"}, in characters', f"entities[{i}]")
+            before += 1
+    spans.sort(key=lambda span: span.start)
+    for a, b in pairwise(spans):
+        if b.start < a.end:
+            names = (f"{text.content[s.start : s.end]!r} ({s.start} to {s.end}, {s.label})" for s in (a, b))
+            wrong(f"entities that overlap: {' and '.join(names)}", "leave one of them", "entities")
+            before += 1
+    return text, None if before else Message("assistant", shown_spans(text.content, tuple(spans)))
+
+
+def _span_of(one: Any, text: str) -> tuple[Span | None, str]:
+    """The span that an object or a list of three holds; or None and what is wrong with it."""
+    parts = [one.get(name) for name in ("start", "end", "label")] if isinstance(one, dict) else one
+    if not isinstance(parts, list) or len(parts) != 3:
+        return None, "not an entity"
+    start, end, label = parts
+    if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label.strip():
+        return None, "an entity without whole numbers as start and end, or without a label"
+    if not 0 <= start < end <= len(text):
+        return None, f"an entity from {start} to {end} in a text of {len(text)} characters"
+    if not text[start:end].strip():
+        return None, f"an entity of nothing but blanks ({start} to {end})"
+    return Span(start, end, label.strip()), ""
+
+
+def _spans_of(row: Row) -> Spans:
+    found = (_span_of(one, row["text"])[0] for one in row["entities"])
+    return Spans(tuple(sorted((span for span in found if span), key=lambda span: span.start)))
+
+
 def _plain(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     return (read_message(TEXT, row["text"], "text", wrong),)
 
@@ -344,6 +387,9 @@ FORMS = {
     "text and number": Form(frozenset({"text", "score"}), _scored, target=_number_of),
     "text and labels": Form(
         frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], list)
+    ),
+    "text and entities": Form(
+        frozenset({"text", "entities"}), _marked, target=_spans_of, fits=lambda row: isinstance(row["entities"], list)
     ),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),
 }

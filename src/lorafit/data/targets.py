@@ -1,4 +1,4 @@
-"""What a text is to be given, other than an answer or a label: a number, or names of several labels."""
+"""What a text is to be given, other than an answer or a label: a number, names of several labels, or entities."""
 
 from __future__ import annotations
 
@@ -32,9 +32,34 @@ class Names:
         return ", ".join(self.names) or NOTHING
 
 
-Target = Number | Names
-CALLED: dict[type[Target], str] = {Number: "texts with a number", Names: "texts with a list of labels"}
-FIELD: dict[type[Target], str] = {Number: "score", Names: "labels"}
+@dataclass(frozen=True)
+class Span:
+    """A part of a text, from the character `start` up to the one before `end`, with its label."""
+
+    start: int
+    end: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The entities of a text, in order, without overlap."""
+
+    spans: tuple[Span, ...] = ()
+
+
+Target = Number | Names | Spans
+CALLED: dict[type[Target], str] = {
+    Number: "texts with a number",
+    Names: "texts with a list of labels",
+    Spans: "texts with entities",
+}
+FIELD: dict[type[Target], str] = {Number: "score", Names: "labels", Spans: "entities"}
+
+
+def shown_spans(text: str, spans: tuple[Span, ...]) -> str:
+    """The entities of a text as people read them."""
+    return "; ".join(f"{text[one.start : one.end]}: {one.label}" for one in spans) or NOTHING
 
 
 def written(value: float) -> str:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from lorafit.bases import locate
 from lorafit.data.targets import CALLED
 from lorafit.errors import AdapterError
-from lorafit.heads import classification, completion, multilabel, regression
+from lorafit.heads import classification, completion, entities, multilabel, regression
 from lorafit.heads.head import Head as Head
 
 if TYPE_CHECKING:
     from lorafit.adapters.adapter import Adapter
     from lorafit.data.examples import Examples
 
-OF_TARGETS = (regression.HEAD, multilabel.HEAD)
+OF_TARGETS = (regression.HEAD, multilabel.HEAD, entities.HEAD)
 """The tasks that are found by what the examples are to be given."""
 
 HEADS: dict[str, Head] = {head.name: head for head in (completion.HEAD, classification.HEAD, *OF_TARGETS)}

@@ -89,16 +89,20 @@ class Sets:
         pairs = zip(texts.classes.labels, outputs[0].tolist(), strict=True)
         return tuple(sorted(label for label, logit in pairs if logit > 0))
 
-    def guess(self, classes: Classes, train: Sequence[Target]) -> Guess:
+    def guess(self, classes: Classes, train: Sequence[Example]) -> Guess:
         """The log-odds of each label, counted once more with and once more without it; and the most frequent set."""
-        sets = [names_of(target) for target in train]
+        sets = [names_of(example.target) for example in train]
         times = Counter(name for names in sets for name in names)
         odds = (math.log((times[label] + 1) / (len(sets) - times[label] + 1)) for label in classes.labels)
         usual = Counter(sets).most_common(1)
         return Guess(tuple(odds), usual[0][0] if usual else ())
 
-    def text(self, prediction: tuple[str, ...]) -> str:
+    def text(self, prediction: tuple[str, ...], text: str) -> str:
         return Names(prediction).text
+
+    def shown(self, values: Sequence[float], classes: Classes) -> str:
+        pairs = zip(classes.labels, values, strict=True)
+        return f"labels: {Names(tuple(label for label, value in pairs if value)).text}"
 
     def measures(
         self,

@@ -23,7 +23,7 @@ from lorafit.evaluation.compare import SAMPLES, Comparison, nll_score
 from lorafit.evaluation.counting import counted
 from lorafit.evaluation.scores import AnswerScore, Sample
 from lorafit.heads.head import RowMaker, Test
-from lorafit.heads.texts import Read, Reader
+from lorafit.heads.texts import Read, Reader, asked
 from lorafit.tasks.runner import Runner
 from lorafit.tasks.task import PLAIN, ForwardMode
 
@@ -175,22 +175,19 @@ class Texts:
 
     def pieces(self, row: Row) -> list[tuple[str, bool]]:
         """A row as pieces of text, each with whether the model gives something there; and its values."""
-        decode = self.base.tokenizer.decode
-        if row.n_trained > 1:
-            return [(decode([token]), trained) for token, trained in zip(row.ids, row.trained, strict=True)]
-        values = ", ".join(f"{value:g}" for value in _values(row)[0])
-        return [(decode(list(row.ids)), False), (f" {', '.join(self.classes.labels)}: {values}", True)]
+        values, since, found = iter(_values(row)), 0, []
+        for i, trained in enumerate(row.trained):
+            if trained and (shown := self.reader.shown(next(values), self.classes)):
+                found += [(self.base.tokenizer.decode(list(row.ids[since : i + 1])), False), (f" {shown}", True)]
+                since = i + 1
+        rest = self.base.tokenizer.decode(list(row.ids[since:]))
+        return [*found, *([(rest, False)] if rest else [])]
 
 
 def texts_of(renderer: RowMaker) -> Texts:
     """The renderer of a task whose model reads texts."""
     assert isinstance(renderer, Texts)
     return renderer
-
-
-def asked(example: Example) -> str:
-    """The text of an example."""
-    return example.messages[-2].text if len(example.messages) > 1 else ""
 
 
 @torch.no_grad()
@@ -271,7 +268,7 @@ def compare_texts(test: Test, adapter: Adapter, against: Adapter | None = None) 
     mine = given_by("adapter: predictions", adapter)
     ours = _predictions(renderer, mine, rows, examples)
     if against is None:
-        known = [example.target for example in test.known if isinstance(example.target, reader.target)]
+        known = [example for example in test.known if isinstance(example.target, reader.target)]
         guess = reader.guess(classes, known)
         other = [torch.tensor([guess.outputs] * row.n_trained) for row in rows]
         theirs = [guess.prediction] * len(rows)
@@ -281,7 +278,10 @@ def compare_texts(test: Test, adapter: Adapter, against: Adapter | None = None) 
     truth = [reader.truth(example.target) for example in examples if example.target is not None]
     groups = [example.group for example in examples]
     nll, other_nll = ([_loss(task, own, row) for own, row in zip(one, rows, strict=True)] for one in (mine, other))
-    texts, other_texts = ([reader.text(one) for one in each] for each in (ours, theirs))
+    texts, other_texts = (
+        [reader.text(one, asked(example)) for one, example in zip(each, examples, strict=True)]
+        for each in (ours, theirs)
+    )
     correct = [a == b for a, b in zip(ours, truth, strict=True)] if reader.exact else [None] * len(rows)
     others_correct = [a == b for a, b in zip(theirs, truth, strict=True)] if reader.exact else correct
     scores = [_score(each, right, groups) for each, right in ((other_texts, others_correct), (texts, correct))]

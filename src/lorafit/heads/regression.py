@@ -84,11 +84,14 @@ class Numbers:
         mean, spread = scale_of(texts.classes)
         return mean + spread * float(outputs[0, 0])
 
-    def guess(self, classes: Classes, train: Sequence[Target]) -> Guess:
+    def guess(self, classes: Classes, train: Sequence[Example]) -> Guess:
         return Guess((0.0,), scale_of(classes)[0])
 
-    def text(self, prediction: float) -> str:
+    def text(self, prediction: float, text: str) -> str:
         return f"{prediction:.{DIGITS}g}"
+
+    def shown(self, values: Sequence[float], classes: Classes) -> str:
+        return f"score: {written(values[0])}"
 
     def measures(
         self,

@@ -94,12 +94,16 @@ class Reader(Protocol):
         """The prediction of a model. outputs: of each trained token, (n, outputs) in fp32."""
         ...
 
-    def guess(self, classes: Classes, train: Sequence[Target]) -> Guess:
-        """The best prediction that reads no text. train: of the training examples, if they are known."""
+    def guess(self, classes: Classes, train: Sequence[Example]) -> Guess:
+        """The best prediction that reads no text. train: the training examples, if they are known."""
         ...
 
-    def text(self, prediction: Any) -> str:
-        """A prediction as people read it."""
+    def text(self, prediction: Any, text: str) -> str:
+        """A prediction for a text, as people read it."""
+        ...
+
+    def shown(self, values: Sequence[float], classes: Classes) -> str:
+        """The values of one trained token, as people read them; "" for the usual ones."""
         ...
 
     def measures(
@@ -120,6 +124,11 @@ class Reader(Protocol):
     def after(self, classes: Classes) -> list[str]:
         """Python that makes predictions of `logits` and `classes`, for the code that uses PEFT."""
         ...
+
+
+def asked(example: Example) -> str:
+    """The text of an example."""
+    return example.messages[-2].text if len(example.messages) > 1 else ""
 
 
 @dataclass(frozen=True)
