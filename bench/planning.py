@@ -65,7 +65,7 @@ from lorafit.files import write_json
 from lorafit.jobs.listener import Silent
 from lorafit.jobs.prepare import Opened, open_all
 from lorafit.jobs.run import Run
-from lorafit.jobs.scoring import scoring_of
+from lorafit.jobs.scoring import questions_of
 from lorafit.jobs.search import looked, search
 from lorafit.jobs.trim import Validation, ladder_of
 from lorafit.layers.site import select
@@ -209,7 +209,7 @@ def procedure(one: Opened, how: str, seed: int) -> dict[str, Any]:
     result = scored(one, whole)
     began = time.monotonic()
     groups = [example.group for example in one.examples.valid]
-    questions = scoring_of(one.runner).questions(one, settings)
+    questions = questions_of(one, settings)
     held = Validation(one.rows["valid"], result["valid"], before, groups, questions)
     runner = one.runner.within(recipe.micro_tokens, recipe.recompute)
     ladder, small, moments = ladder_of(runner, whole, one.rows["train"], held, Silent())

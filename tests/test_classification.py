@@ -46,7 +46,6 @@ from lorafit.adapters.state import TrainState
 from lorafit.attachment.adapters import attach
 from lorafit.attachment.checks import require_fits
 from lorafit.attachment.pure import fresh, merged
-from lorafit.bases import locate
 from lorafit.bases.base import Base, open_base
 from lorafit.cli import app
 from lorafit.data.examples import Example, Examples, Message
@@ -68,6 +67,7 @@ from lorafit.errors import (
 )
 from lorafit.evaluation.classes import class_scores, compare_classes
 from lorafit.generation.greedy import generate
+from lorafit.heads import head_for
 from lorafit.jobs.chat import Chat
 from lorafit.jobs.classify import run_classifying
 from lorafit.jobs.evaluate import run_evaluation
@@ -658,8 +658,8 @@ def test_an_encoder_is_no_language_model_and_is_told_what_trains_it(
 
 
 def test_an_encoder_is_a_classifier_by_itself(folders: Folders) -> None:
-    assert locate.classifies(str(folders("bert")), "auto")
-    assert not locate.classifies(str(folders("llama")), "auto")
+    assert head_for("auto", str(folders("bert"))).name == "classification"
+    assert head_for("auto", str(folders("llama"))).name == "completion"
 
 
 def test_the_last_example_of_a_label_stays_in_training() -> None:

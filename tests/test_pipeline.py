@@ -689,7 +689,7 @@ def test_the_adapter_is_there_before_it_is_scored(unfinished: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no answers")
 
-    monkeypatch.setattr("lorafit.jobs.scoring.compare", broken)
+    monkeypatch.setattr("lorafit.evaluation.compare.compare", broken)
     with pytest.raises(RuntimeError, match="no answers"):
         run_training(None, None, unfinished, {}, resume=True)
     assert read_adapter(unfinished / "adapter").plan.parameters > 0

@@ -8,7 +8,7 @@ import json
 import re
 import textwrap
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,10 +52,12 @@ class TrainSettings(BaseModel):
         ),
     ] = None
     task: Annotated[
-        Literal["auto", "completion", "classification"],
+        Literal["auto", "completion", "classification", "regression", "multilabel", "entities"],
         Field(
-            description="What to learn: to write an answer (completion), or to predict a label with a classification "
-            "head (classification, for data with text and label). auto: completion if the base writes text."
+            description="What to learn: to write an answer (completion), or to predict with another head: a label "
+            "(classification, for data with text and label), a number (regression, text and score), several labels "
+            "(multilabel, text and labels), or spans with labels (entities, text and entities). auto: what the data "
+            "are for, and an answer if they have one and the base writes text."
         ),
     ] = "auto"
     label_weights: Annotated[
@@ -222,21 +224,19 @@ def bytes_of(size: str) -> int | None:
     return round(float(found[1]) * base**power)
 
 
-IDLE = {
-    "classifier": ("general", "system", "template", "few_shot", "routing_questions", "trunk_gb"),
-    "language model": ("label_weights",),
-}
+def require_meant(settings: TrainSettings, idle: Sequence[str], model: str) -> None:
+    """Raise SettingsError naming every setting that is set and would do nothing.
 
-
-def require_meant(settings: TrainSettings, classifies: bool) -> None:
-    """Raise SettingsError naming every setting that is set and would do nothing. classifies: whether the base is opened
-    as a classifier."""
-    kind = "classifier" if classifies else "language model"
+    Args:
+        settings: the settings of a run.
+        idle: the settings that do nothing in it.
+        model: what is trained, such as `a classifier`.
+    """
     fields = TrainSettings.model_fields
-    idle = ["--" + name.replace("_", "-") for name in IDLE[kind] if getattr(settings, name) != fields[name].default]
-    if idle:
-        does, them = ("does", "it") if len(idle) == 1 else ("do", "them")
-        raise SettingsError(f"{', '.join(idle)}: {does} nothing for a {kind}: leave {them} out")
+    named = ["--" + name.replace("_", "-") for name in idle if getattr(settings, name) != fields[name].default]
+    if named:
+        does, them = ("does", "it") if len(named) == 1 else ("do", "them")
+        raise SettingsError(f"{', '.join(named)}: {does} nothing for {model}: leave {them} out")
 
 
 def share_of(text: str) -> float:

@@ -8,6 +8,7 @@ from lorafit.errors import AdapterError, FormatError
 from lorafit.files import did_you_mean, put_back, read_json
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "lorafit.json"
+CLASSIFICATION = "classification"
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -41,13 +42,19 @@ def require_adapter_folder(folder: str | Path) -> None:
 
 
 def require_writes(folder: str | Path) -> None:
-    """Raise AdapterError where an adapter folder, or that of a run, holds a classifier, which writes no text."""
-    if classifies(folder):
+    """Raise AdapterError where an adapter folder, or that of a run, holds an adapter that writes no text."""
+    if (task := _headed(folder)) is None:
+        return
+    if task != CLASSIFICATION:
         raise AdapterError(
-            f"{folder}: is a classifier, which gives a text one of its labels and writes none: lorafit classify labels "
-            "new texts, lorafit eval scores it on texts with labels, lorafit serve BASE NAME=RUN answers /classify "
-            "(docs/classification.md)"
+            f"{folder}: is for the task '{task}', which writes no text: lorafit eval scores it, and its README.md "
+            "shows how to use it from Python"
         )
+    raise AdapterError(
+        f"{folder}: is a classifier, which gives a text one of its labels and writes none: lorafit classify labels "
+        "new texts, lorafit eval scores it on texts with labels, lorafit serve BASE NAME=RUN answers /classify "
+        "(docs/classification.md)"
+    )
 
 
 def require_classifies(folder: str | Path) -> None:
@@ -61,6 +68,12 @@ def require_classifies(folder: str | Path) -> None:
 
 def classifies(folder: str | Path) -> bool:
     """Whether the folder describes the labels of a classifier."""
+    return _headed(folder) == CLASSIFICATION
+
+
+def _headed(folder: str | Path) -> str | None:
+    """The task of an adapter with a head, which writes no text; None for other adapters."""
     ours = adapter_folder(folder) / OURS
     described = read_json(ours) if ours.exists() else {}
-    return isinstance(described, dict) and bool(described.get("classes"))
+    found = described.get("classes") if isinstance(described, dict) else None
+    return str(found.get("task", CLASSIFICATION)) if isinstance(found, dict) and found else None

@@ -67,22 +67,33 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Classes:
-    """What a classifier tells apart, and how it reads a text: its tokens with those that the tokenizer puts around
-    them, padded by the token `pad` on the right.
+    """What an adapter that writes no text gives, such as labels, and how it reads a text: its tokens with those that
+    the tokenizer puts around them, padded by the token `pad` on the right.
 
     Args:
         labels: In the order of the head's outputs.
         pad: The token's number.
         weights: By label, how much an example of it counts in training and in NLL; empty: all count alike.
+        task: The name of its task.
+        peft: What PEFT calls this type of task.
+        scale: The mean and the deviation of the training numbers, for a task that predicts numbers: an output is the
+            distance from the mean in deviations.
     """
 
     labels: tuple[str, ...]
     pad: int
     weights: tuple[float, ...] = ()
+    task: str = "classification"
+    peft: str = "SEQ_CLS"
+    scale: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        weights = {"weights": list(self.weights)} if self.weights else {}  # earlier versions read what has none
-        return {"labels": list(self.labels), "pad": self.pad, **weights}
+        scale = list(self.scale) if self.scale else None
+        optional = {"weights": list(self.weights), "task": self.task, "peft": self.peft, "scale": scale}
+        # These are left out: earlier versions know none of them.
+        usual: dict[str, Any] = {"weights": [], "task": Classes.task, "peft": Classes.peft, "scale": None}
+        set_here = {name: value for name, value in optional.items() if value != usual[name]}
+        return {"labels": list(self.labels), "pad": self.pad, **set_here}
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Classes:
@@ -94,7 +105,15 @@ class Classes:
             raise TypeError("classes.weights")
         if len(weights) not in (0, len(labels)):
             raise TypeError("classes.weights")
-        return Classes(tuple(labels), pad, tuple(weights))
+        task, peft = found.get("task", Classes.task), found.get("peft", Classes.peft)
+        if not (isinstance(task, str) and isinstance(peft, str)):
+            raise TypeError("classes.task")
+        scale = found.get("scale")
+        if scale is not None and not (
+            isinstance(scale, list) and len(scale) == 2 and all(isinstance(s, float) for s in scale) and scale[1] > 0
+        ):
+            raise TypeError("classes.scale")
+        return Classes(tuple(labels), pad, tuple(weights), task, peft, (scale[0], scale[1]) if scale else None)
 
 
 def is_time(text: Any) -> bool:

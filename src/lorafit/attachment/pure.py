@@ -57,8 +57,8 @@ def served(base: Base, adapter: Adapter) -> dict[int, Served]:
     """
     if adapter.classes is not None:
         raise AdapterError(
-            f"it is a classifier of {len(adapter.classes.labels)} labels, which writes no text: lorafit classify "
-            "labels new texts with it, and attach() runs it"
+            f"it is for the task '{adapter.classes.task}' and writes no text: lorafit eval scores it, and attach() "
+            "runs it"
         )
     adapter = landed(base, adapter)
     modules = landing_of(base, adapter.plan)

@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lorafit.bases import locate
 from lorafit.bases.codes import require_numbers
 from lorafit.bases.folder import classes, weight_files
+from lorafit.bases.opening import CLASSIFIER, Opening
 from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
 from lorafit.layers import KINDS, find_sites
@@ -206,6 +207,7 @@ def open_base(
     report: Report = silent,
     watch: Watch = unwatched,
     labels: int | None = None,
+    opening: Opening = CLASSIFIER,
 ) -> Base:
     """Open a model folder, a GGUF file, a model of the hub (`org/name`, `org/name@revision`), or a built-in name.
 
@@ -214,14 +216,16 @@ def open_base(
         dtype: of the weights in memory; None for the dtype in which this machine is fastest (measured).
         report: called with one line for each step that takes a while.
         watch: called with the progress of a download or conversion: what, done, of, unit.
-        labels: open a classifier of so many labels, whose head is zero; None for a language model.
+        labels: open it with a head of so many outputs, which is zero: a classifier of so many labels; None for a
+            language model.
+        opening: with which head, if `labels` is given.
 
     Raises:
         BaseError: for anything that keeps the base from being used.
     """
-    folder, known_as = locate.found(str(name), report, watch, classifier=labels is not None)
+    folder, known_as = locate.found(str(name), report, watch, opening=None if labels is None else opening)
     identity = _folder_identity(folder)
-    model, tokenizer, head = _load(folder, dtype or fastest_dtype(), labels)
+    model, tokenizer, head = _load(folder, dtype or fastest_dtype(), labels, opening)
     base = Base(known_as, model, identity, tokenizer, folder, locate.address(known_as), head)
     if {site.path for site in base.sites} <= base.head_paths():
         kinds = ", ".join(name for name, _ in base.reach(()).missed[:3])
@@ -232,24 +236,19 @@ def open_base(
     return base
 
 
-def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwatched, classifier: bool = False) -> Base:
+def open_outline(
+    name: str | Path, report: Report = silent, watch: Watch = unwatched, opening: Opening | None = None
+) -> Base:
     """Open a base without its weights, for its tokenizer, its context and the tokens that end its turns. Arguments and
-    errors are those of `open_base`; `classifier` opens a classifier."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        GenerationConfig,
-    )
+    errors are those of `open_base`, but without an opening it is a language model."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    of: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    folder, known_as = locate.found(str(name), report, watch, weights=False, classifier=classifier)
+    folder, known_as = locate.found(str(name), report, watch, weights=False, opening=opening)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = of.from_config(config, trust_remote_code=False)
+            model = _auto_class(opening).from_config(config, trust_remote_code=False)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -260,10 +259,16 @@ def open_outline(name: str | Path, report: Report = silent, watch: Watch = unwat
     return Base(known_as, model, "", tokenizer, folder, locate.address(known_as))
 
 
-def require_base(name: str | Path, classifier: bool = False) -> None:
+def require_base(name: str | Path, opening: Opening | None = None) -> None:
     """Raise BaseError where `name` cannot be a base, before slow work: nothing is fetched, converted or loaded.
-    classifier: whether it will be opened as one."""
-    locate.require(str(name), classifier)
+    opening: how it will be opened; None for a language model."""
+    locate.require(str(name), opening)
+
+
+def _auto_class(opening: Opening | None) -> Any:
+    import transformers
+
+    return getattr(transformers, opening.model if opening else "AutoModelForCausalLM")
 
 
 def _folder_identity(folder: Path) -> str:
@@ -281,11 +286,13 @@ def _folder_identity(folder: Path) -> str:
     return hashlib.sha256(b"".join(entries[name] for name in sorted(entries))).hexdigest()
 
 
-def _load(folder: Path, dtype: torch.dtype, labels: int | None) -> tuple[nn.Module, Any, tuple[str, ...]]:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+def _load(
+    folder: Path, dtype: torch.dtype, labels: int | None, opening: Opening
+) -> tuple[nn.Module, Any, tuple[str, ...]]:
+    from transformers import AutoTokenizer
 
-    of: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
-    extra = {} if labels is None else {"num_labels": labels, "problem_type": "single_label_classification"}
+    of = _auto_class(None if labels is None else opening)
+    extra = {} if labels is None else {"num_labels": labels, **dict(opening.settings)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         opened: Any = of.from_pretrained(
@@ -349,8 +356,10 @@ def _head_of(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
     info["missing_keys"] = set(info["missing_keys"]) - ours
     info["mismatched_keys"] = {key for key in info["mismatched_keys"] if key[0] not in ours}
     held = {f"{name.partition('.')[0]}." for name, _ in model.named_parameters()}
-    # Weights of another head are no fault; weights in the body that the model has no place for are.
-    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.startswith((*held,))}
+    # Weights of another head are no fault, nor is a pooler, which only some heads use. Other weights of the body that
+    # the model has no place for are one.
+    other = (key for key in info["unexpected_keys"] if "pooler" not in key.split("."))
+    info["unexpected_keys"] = {key for key in other if key.startswith((*held,))}
     return head
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafit.bases.opening import CLASSIFIER, Opening
 from lorafit.errors import BaseError
 from lorafit.files import read_json
 
@@ -22,16 +23,16 @@ _TEXT_OPENS = frozenset(f"{name}ForConditionalGeneration" for name in ("Qwen3_5"
 _MAY_NAME_CODE = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 
 
-def check(folder: Path, *, weights: bool = True, classifier: bool = False) -> None:
+def check(folder: Path, *, weights: bool = True, opening: Opening | None = None) -> None:
     """Raise BaseError with everything that is missing from a model folder or not allowed in it; for a model of another
-    kind, with only that. classifier: whether it is opened as a classifier."""
-    if classifier and (other := _without_classifier(folder)):
+    kind, with only that. opening: how it is opened; None for a language model."""
+    if opening and (other := _without(folder, opening)):
         raise BaseError(
-            f"{folder}: holds {other}, of which no classifier of texts is made: name the folder of an encoder or a "
+            f"{folder}: holds {other}, of which no {opening.noun} is made: name the folder of an encoder or a "
             "causal language model"
         )
-    if not classifier and (other := _other_kind(folder)):
-        trained = "; with texts and labels, --task classification trains it" * (_without_classifier(folder) is None)
+    if not opening and (other := _other_kind(folder)):
+        trained = "; with texts and labels, --task classification trains it" * only_classifies(folder)
         raise BaseError(
             f"{folder}: holds {other}, which is no causal language model{trained}: name the folder of one, which "
             "writes from left to right; lorafit bases lists some"
@@ -51,10 +52,10 @@ def check(folder: Path, *, weights: bool = True, classifier: bool = False) -> No
         )
 
 
-def is_refused(folder: Path, classifier: bool = False) -> bool:
+def is_refused(folder: Path, opening: Opening | None = None) -> bool:
     """Whether `check` refuses the folder because of its small files, whatever its weights are."""
-    other = _without_classifier if classifier else _other_kind
-    return bool(other(folder) or _code(folder) or _quantised(folder))
+    other = _without(folder, opening) if opening else _other_kind(folder)
+    return bool(other or _code(folder) or _quantised(folder))
 
 
 def is_whole(folder: Path, *, weights: bool = True) -> bool:
@@ -106,17 +107,17 @@ def _other_kind(folder: Path) -> str | None:
 
 def only_classifies(folder: Path) -> bool:
     """Whether, by its config, the folder holds a model that can be made a classifier, but writes no text."""
-    return _other_kind(folder) is not None and _without_classifier(folder) is None
+    return _other_kind(folder) is not None and _without(folder, CLASSIFIER) is None
 
 
-def _without_classifier(folder: Path) -> str | None:
-    """The class of a model for which transformers has no text classifier, or that has both encoder and decoder; None
-    for others."""
+def _without(folder: Path, opening: Opening) -> str | None:
+    """The class of a model that transformers cannot open in this way, or that has both encoder and decoder; None for
+    others."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
     kind = str(_settings(folder / "config.json").get("model_type"))
     known: Mapping[str, str] = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-    able = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    able: Mapping[str, str] = getattr(modeling_auto, opening.table)
     both = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     return classes(folder)[0] if kind in known and (kind not in able or kind in both) else None
 

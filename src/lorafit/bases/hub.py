@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any
 
 from lorafit.bases import folder
+from lorafit.bases.opening import Opening
 from lorafit.bases.progress import Report, Watch, require_room
 from lorafit.errors import BaseError
 from lorafit.files import free_bytes, shown
@@ -64,7 +65,7 @@ def at_hand(wanted: Wanted, *, weights: bool = True) -> Path | None:
 
 
 def fetched(
-    wanted: Wanted, report: Report, watch: Watch, *, weights: bool = True, classifier: bool = False
+    wanted: Wanted, report: Report, watch: Watch, *, weights: bool = True, opening: Opening | None = None
 ) -> tuple[Path, str]:
     """Fetch the missing files of a model; the other arguments are those of `locate.found`. Returns the folder of its
     commit in the hub's cache, and ORG/NAME@COMMIT.
@@ -101,7 +102,7 @@ def fetched(
         with _explained(wanted):
             _fetch(commit, [name for name in small if name in missing], bar)
             # A model that would be refused is reported by the check of its folder; its gigabytes are not fetched.
-            if not folder.is_refused(cache_of(commit), classifier):
+            if not folder.is_refused(cache_of(commit), opening):
                 _fetch(commit, [name for name in large if name in missing], bar)
             if not wanted.is_commit and (here is None or here.name != info.sha):
                 _fetch(wanted, ["config.json"], bar)  # now the branch may name this commit

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lorafit.bases import builtin, folder, gguf, hub
+from lorafit.bases.opening import Opening
 from lorafit.bases.progress import Report, Watch, silent, unwatched
 from lorafit.errors import BaseError
 from lorafit.files import absolute, did_you_mean
@@ -17,7 +18,7 @@ def found(
     watch: Watch = unwatched,
     *,
     weights: bool = True,
-    classifier: bool = False,
+    opening: Opening | None = None,
 ) -> tuple[Path, str]:
     """Locate a base, and fetch or convert it where that is needed.
 
@@ -26,7 +27,7 @@ def found(
         report: called with one line for each step that takes a while.
         watch: called with the progress of a download or conversion.
         weights: whether weights are fetched and required, rather than only what a tokenizer needs.
-        classifier: whether it is opened as a classifier.
+        opening: how it is opened; None for a language model.
 
     Returns:
         The model folder, and the name that opens the same content again.
@@ -34,8 +35,8 @@ def found(
     Raises:
         BaseError: with everything that is wrong.
     """
-    path, known_as = _located(name, report, watch, weights, classifier)
-    folder.check(path, weights=weights, classifier=classifier)
+    path, known_as = _located(name, report, watch, weights, opening)
+    folder.check(path, weights=weights, opening=opening)
     return path, known_as
 
 
@@ -45,25 +46,25 @@ def address(name: str) -> str:
     return name if name in builtin.BUILTIN else absolute(name)
 
 
-def require(name: str, classifier: bool = False) -> None:
-    """Raise BaseError where `name` cannot be a base. Nothing is fetched, converted or opened."""
+def require(name: str, opening: Opening | None = None) -> None:
+    """Raise BaseError where `name` cannot be a base. Nothing is fetched, converted or opened. opening: how it will be
+    opened; None for a language model."""
     source = _source(name)
     if isinstance(source, Path) and source.is_dir():
         gguf.name_of(source)  # its error about a damaged converted copy says how to remove it
-        folder.check(source, classifier=classifier)
+        folder.check(source, opening=opening)
 
 
-def classifies(name: str, task: str) -> bool:
-    """Whether a base is opened as a classifier: where that is the task, or for an encoder, where the task is `auto`."""
+def encodes(name: str) -> bool:
+    """Whether a base on this machine is known to write no text, though a classifier can be made of it: an encoder."""
     path = Path(name).expanduser()
-    encodes = name not in builtin.BUILTIN and path.is_dir() and folder.only_classifies(path)
-    return task == "classification" or (task == "auto" and encodes)
+    return name not in builtin.BUILTIN and path.is_dir() and folder.only_classifies(path)
 
 
-def _located(name: str, report: Report, watch: Watch, weights: bool, classifier: bool) -> tuple[Path, str]:
+def _located(name: str, report: Report, watch: Watch, weights: bool, opening: Opening | None) -> tuple[Path, str]:
     source = _source(name)
     if isinstance(source, hub.Wanted):
-        return hub.fetched(source, report, watch, weights=weights, classifier=classifier)
+        return hub.fetched(source, report, watch, weights=weights, opening=opening)
     if source.is_dir():
         converted_from = gguf.name_of(source)
         return source, converted_from if converted_from in builtin.BUILTIN else name

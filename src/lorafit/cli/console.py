@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from lorafit.report.words import ASIDE, clock, headline, interval, lines, listed, no_classifier, of_a_hundred, terms
+from lorafit.heads.head import listed
+from lorafit.report.words import ASIDE, clock, headline, interval, lines, no_classifier, of_a_hundred, terms
 from lorafit.report.words import table as score_rows
 from lorafit.runs.summary import EvaluationSummary, Summary
 
@@ -216,10 +217,8 @@ class Terminal:
             table.add_row(what, *cells)
         self.out.print(table)
         self.out.print(f"NLL: how much the right {said.answer}s surprise a model; lower is better, 0 is certain")
-        if summary.classes:
-            self.out.print(
-                "macro-F1: mean of F1 over the labels; calibration error: mean distance of confidence from accuracy"
-            )
+        for note in said.notes:
+            self.out.print(note)
         if any(line.equal for line in scores):
             self.out.print(f"equal to the reference: {ASIDE}")
         if any(line.key == "shuffled_control" for line in scores):
@@ -229,7 +228,7 @@ class Terminal:
             self.out.print(f"but {evaluated.seen_in_training} of these were used in its training: they test memory")
         if sentence := of_a_hundred(summary):
             self.out.print(sentence)
-        else:
+        elif not summary.measures:
             self.out.print("whether answers are right was not measured: give examples a check (docs/data.md)")
         if counts:
             self._confusions(counts)

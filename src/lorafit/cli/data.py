@@ -60,15 +60,15 @@ def data(
 
 def _seen_by(base: str, examples: Examples, settings: TrainSettings, terminal: Terminal) -> dict[str, dict[str, int]]:
     """Show the examples as a base sees them, and count their tokens by split."""
-    from lorafit.bases import locate
     from lorafit.bases.base import open_outline
+    from lorafit.heads import head_for
     from lorafit.jobs.prepare import rendered
-    from lorafit.tasks.classification import labels_of
 
     tokens: dict[str, dict[str, int]] = {}
-    labels = labels_of(examples) if locate.classifies(base, settings.task) else None
-    outline = open_outline(base, terminal.say, terminal.watch, labels is not None)
-    rows = rendered(outline, examples, settings, terminal, labels=labels)[2]
+    head = head_for(settings.task, base, examples)
+    labels = head.labels(examples)
+    outline = open_outline(base, terminal.say, terminal.watch, head.opening)
+    rows = rendered(outline, head, labels, examples, settings, terminal)[2]
     for name, split in rows.items():
         lengths = [len(row.ids) for row in split]
         tokens[name] = {"all": sum(lengths), "longest": max(lengths), "trained": sum(r.n_trained for r in split)}

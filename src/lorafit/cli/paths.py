@@ -11,6 +11,7 @@ from lorafit.bases import locate
 from lorafit.data.columns import columns_named
 from lorafit.data.reading import require_data
 from lorafit.files import text_of
+from lorafit.heads import head_for
 from lorafit.runs.tracking import require_tracker
 from lorafit.settings import require_meant, settings_from
 
@@ -50,9 +51,9 @@ def require(
                 require_writes(adapter)
     if base is not None:
         resolved = settings_from(settings or {})
-        classifies = settings is not None and locate.classifies(base, resolved.task)
-        locate.require(base, classifies)
+        head = head_for("completion" if settings is None else resolved.task, base)
+        locate.require(base, head.opening)
         if trains:
-            require_meant(resolved, classifies)
+            require_meant(resolved, head.idle, head.model)
     if data is not None:
         require_data(data)

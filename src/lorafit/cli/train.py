@@ -82,7 +82,7 @@ def conclude(terminal: Terminal, summary: RunSummary, out: Path, more: list[str]
     """Show the scores, whether the base is unchanged, and the next commands. Raises BaseChangedError if it changed."""
     from lorafit.cli.console import program
     from lorafit.errors import AdapterError, BaseChangedError
-    from lorafit.report.words import same_as_peft, uses
+    from lorafit.report.words import same_as_peft, uses, writes
     from lorafit.runs.folder import RUN, read_run
 
     terminal.results(summary)
@@ -102,7 +102,7 @@ def conclude(terminal: Terminal, summary: RunSummary, out: Path, more: list[str]
     columns = read_run(out)["settings"]["columns"] or () if (out / RUN).exists() else ()
     following = [*uses(summary, out, columns), *more]
     terminal.say("next:\n" + "\n".join(f"  {program()} {line}" for line in following))
-    if summary.classes:
+    if not writes(summary):
         terminal.say(f"to use it in Python or with PEFT, see {Path(summary.adapter_dir) / 'README.md'}")
     terminal.finish(summary.to_json())
     if peft and not same_as_peft(peft):

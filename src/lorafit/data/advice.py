@@ -18,6 +18,7 @@ from lorafit.data.fields import (
     MARKS,
     OPTIONAL,
     REASONING_FIELDS,
+    TARGETS,
     TURNS,
     UNUSED,
     VERDICTS,
@@ -252,7 +253,7 @@ def _likely_field(name: str, value: Any) -> str | None:
         return "completion" if preferred else also or "messages"
     if isinstance(value, (list, dict)):
         return None
-    near = difflib.get_close_matches(plain, sorted(FIELDS - TURNS), n=1, cutoff=0.8)
+    near = difflib.get_close_matches(plain, sorted(FIELDS - TURNS - TARGETS), n=1, cutoff=0.8)
     field = near[0] if near else plain
     if field in OPTIONAL:
         return field

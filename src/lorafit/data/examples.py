@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lorafit.data.targets import Target
 from lorafit.digests import digest_of, digest_of_format_1
 from lorafit.errors import Problem
 
@@ -112,6 +113,7 @@ class Example:
             intervals resample whole groups.
         extra: names of harmless fields that nothing reads.
         label: the answer, where it is the label of a text.
+        target: what the answer says, where it is a number, or a list of labels.
         tools: tools that the assistant may call, each as JSON.
     """
 
@@ -122,6 +124,7 @@ class Example:
     extra: tuple[str, ...] = ()
     label: str | None = None
     tools: tuple[str, ...] = ()
+    target: Target | None = None
 
     @property
     def is_text(self) -> bool:
@@ -215,8 +218,12 @@ class Examples:
         return replace(self.with_splits(left), skipped=(*self.skipped, *problems))
 
     def digest(self) -> str:
-        """The digest of messages, reasoning, tools and checks of all splits, whatever files they came from."""
-        return digest_of([[(e.messages, e.check, e.tools) for e in split] for split in self.by_name().values()])
+        """The digest of messages, reasoning, tools, checks and targets of all splits, whatever files they came from."""
+        content = [
+            [(e.messages, e.check, e.tools, *([e.target] if e.target else [])) for e in split]
+            for split in self.by_name().values()
+        ]
+        return digest_of(content)
 
     def has_digest(self, digest: str) -> bool:
         """Whether this is the digest of these examples, in any format."""

@@ -16,14 +16,17 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from lorafit.data.targets import number_in
+
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
-BASIC = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "output", "text", "label"})
+TARGETS = frozenset({"score", "labels", "entities"})  # what a text is to be given, other than a label
+BASIC = TARGETS | {"messages", "conversations", "prompt", "completion", "instruction", "output", "text", "label"}
 FIELDS = BASIC | {"input", "system", "check", "group", "tools", "reasoning_content"}  # basic fields decide the form
 OPTIONAL = ("system", "check", "group")  # fields of a row of any form (of plain text, no system)
 REASONING_FIELDS = ("reasoning_content",)  # of a row that is one question and its answer
 TURNS = frozenset({"messages", "conversations"})
 SPOKEN = TURNS | {"prompt", "completion"}  # fields that may hold a list of messages
-PACKED = TURNS | {"check", "tools", "functions"}  # fields that the cell of a table holds as JSON
+PACKED = TURNS | {"check", "tools", "functions", "labels", "entities"}  # fields that the cell of a table holds as JSON
 SPEAKERS = frozenset({"role", "from"})  # fields with the role of a message
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight")  # whether a row or message is to be learnt
 TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
@@ -134,6 +137,8 @@ def fields_of(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, A
     taken = {field for column, field in renamed.items() if column in row}
     kept = {name: value for name, value in row.items() if name in renamed or name not in taken}
     fields = {renamed.get(name, name): value for name, value in kept.items() if renamed.get(name) != UNUSED}
+    if "text" in fields and "score" not in fields and number_in(fields.get("target")) is not None:
+        fields["score"] = fields.pop("target")
     fields |= {name: unpacked(fields[name]) for name in PACKED & fields.keys()}
     fields |= {name: turns for name in SPOKEN & fields.keys() if (turns := turns_in(fields[name]))}
     for column, field in renamed.items():

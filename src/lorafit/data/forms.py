@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import regex
@@ -47,6 +48,7 @@ from lorafit.data.messages import (
     with_reasoning,
 )
 from lorafit.data.records import Record
+from lorafit.data.targets import Names, Number, Span, Spans, Target, is_finite, shown_spans
 from lorafit.data.tools import CALL_FIELDS, TOOL_FIELDS, Wrong, known_calls, read_tools
 from lorafit.errors import Problem
 
@@ -64,11 +66,15 @@ class Form:
         needed: fields that a row of this form has.
         read: reads the messages of a row, None for a message with a problem.
         optional: other fields that it reads.
+        target: reads what a text is to be given; None for other forms.
+        fits: whether a row with the needed fields is of this form.
     """
 
     needed: frozenset[str]
     read: Callable[[Row, Wrong], Iterable[Message | None]]
     optional: frozenset[str] = frozenset(OPTIONAL)
+    target: Callable[[Row], Target] | None = None
+    fits: Callable[[Row], bool] = lambda row: True
 
     @cached_property
     def used(self) -> frozenset[str]:
@@ -78,13 +84,17 @@ class Form:
 def form_of(row: Row) -> str | None:
     """The name of the first form whose fields all hold something; failing that, the first whose fields are all there.
     None for a conversation with two answers to choose from."""
-    # A label that is not a number (NaN) counts as held: it is reported, not taken for a missing label.
+    # A label that is not a number (NaN) counts as held: it is reported, not taken for a missing label. No labels at all
+    # are an empty list.
     held = {
         name
         for name in BASIC & row.keys()
-        if not is_empty(row[name]) or (name == "label" and isinstance(row[name], float))
+        if not is_empty(row[name])
+        or (name in ("label", "score") and isinstance(row[name], float))
+        or (name in ("labels", "entities") and row[name] == [])
     }
-    name = next((name for fields in (held, row.keys()) for name, form in FORMS.items() if form.needed <= fields), None)
+    of = (name for fields in (held, row.keys()) for name, form in FORMS.items() if form.needed <= fields)
+    name = next((name for name in of if FORMS[name].fits(row)), None)
     if name and FORMS[name].needed <= TURNS and preferences_in(row):
         last = sides_of(row[next(iter(FORMS[name].needed))])[-1:]
         return name if last == ["assistant"] else None
@@ -149,7 +159,8 @@ def parsed(
     for path in strange:
         unknown.setdefault(path, record)
     label = messages[-1].content if form == LABELLED else None
-    return Example(messages, record.where, check, group, tuple(sorted(extra)), label, tools)
+    target = of_form(row) if (of_form := FORMS[form].target) else None
+    return Example(messages, record.where, check, group, tuple(sorted(extra)), label, tools, target)
 
 
 def unread(row: Row, form: str) -> dict[str, Any]:
@@ -289,6 +300,79 @@ def _labelled(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     return read_message("user", row["text"], "text", wrong), read_message("assistant", label, "label", wrong)
 
 
+def _scored(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """A text and its number, which is an answer too."""
+    text, value = read_message("user", row["text"], "text", wrong), row["score"]
+    if not is_finite(value):
+        wrong(f"not a number but {value!r}", "write a number, or remove the line", "score")
+        return text, None
+    return text, Message("assistant", _number_of(row).text)
+
+
+def _number_of(row: Row) -> Number:
+    return Number(float(row["score"]))
+
+
+def _named(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """A text and its labels, which are an answer too."""
+    text, given = read_message("user", row["text"], "text", wrong), row["labels"]
+    odd = next((one for one in given if not isinstance(one, (str, int)) or not str(one).strip()), None)
+    if odd is not None or None in given:
+        wrong(f"a label that is no name but {odd!r}", 'write a list of names, ["billing", "late"]', "labels")
+        return text, None
+    names = [str(one).strip() for one in given]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        wrong(f"the label {twice!r} twice", "write it once", "labels")
+        return text, None
+    return text, Message("assistant", _names_of(row).text)
+
+
+def _names_of(row: Row) -> Names:
+    return Names(tuple(sorted(str(one).strip() for one in row["labels"])))
+
+
+def _marked(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """A text and its entities, which are an answer too."""
+    text = read_message("user", row["text"], "text", wrong)
+    if text is None:
+        return text, None
+    before, spans = 0, []
+    for i, one in enumerate(row["entities"]):
+        span, what = _span_of(one, text.content)
+        if span is not None:
+            spans.append(span)
+        else:
+            wrong(what, 'write {"start": 0, "end": 6, "label": "PLACE"}, in characters', f"entities[{i}]")
+            before += 1
+    spans.sort(key=lambda span: span.start)
+    for a, b in pairwise(spans):
+        if b.start < a.end:
+            names = (f"{text.content[s.start : s.end]!r} ({s.start} to {s.end}, {s.label})" for s in (a, b))
+            wrong(f"entities that overlap: {' and '.join(names)}", "leave one of them", "entities")
+            before += 1
+    return text, None if before else Message("assistant", shown_spans(text.content, tuple(spans)))
+
+
+def _span_of(one: Any, text: str) -> tuple[Span | None, str]:
+    """The span that an object or a list of three holds; or None and what is wrong with it."""
+    parts = [one.get(name) for name in ("start", "end", "label")] if isinstance(one, dict) else one
+    if not isinstance(parts, list) or len(parts) != 3:
+        return None, "not an entity"
+    start, end, label = parts
+    if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label.strip():
+        return None, "an entity without whole numbers as start and end, or without a label"
+    if not 0 <= start < end <= len(text):
+        return None, f"an entity from {start} to {end} in a text of {len(text)} characters"
+    if not text[start:end].strip():
+        return None, f"an entity of nothing but blanks ({start} to {end})"
+    return Span(start, end, label.strip()), ""
+
+
+def _spans_of(row: Row) -> Spans:
+    found = (_span_of(one, row["text"])[0] for one in row["entities"])
+    return Spans(tuple(sorted((span for span in found if span), key=lambda span: span.start)))
+
+
 def _plain(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     return (read_message(TEXT, row["text"], "text", wrong),)
 
@@ -300,6 +384,13 @@ FORMS = {
     "prompt and completion": Form(frozenset({"prompt", "completion"}), _pair, TOOLS | {*OPTIONAL, *REASONING_FIELDS}),
     "alpaca": Form(frozenset({"instruction", "output"}), _alpaca, frozenset({"input", *OPTIONAL, *REASONING_FIELDS})),
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
+    "text and number": Form(frozenset({"text", "score"}), _scored, target=_number_of),
+    "text and labels": Form(
+        frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], list)
+    ),
+    "text and entities": Form(
+        frozenset({"text", "entities"}), _marked, target=_spans_of, fits=lambda row: isinstance(row["entities"], list)
+    ),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),
 }
 

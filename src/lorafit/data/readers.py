@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lorafit.data.iob import is_iob, read_iob
 from lorafit.data.parquet import read_parquet
 from lorafit.data.records import LINE_END, Record, not_utf8, text_of_file
 from lorafit.data.tables import DELIMITERS, TAB, delimiter_of, table_reader
@@ -79,14 +80,16 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
         fix = f"copy it to {path.stem}.txt if it is plain text to be learnt whole, or give one of {', '.join(READERS)}"
         return refuse(f"unsupported file type ({ending or 'its name has no ending'})", fix)
     if ending in TEXTS and _is_json(raw):
-        called = "plain text" if ending == ".txt" else "a table"
+        called = "plain text" if ending == ".txt" else "tokens and tags" if ending in (".conll", ".iob") else "a table"
         return refuse(f"JSON in a file that is called {called}", f"rename it to {path.stem}.jsonl")
+    if ending in (".txt", ".tsv") and is_iob(raw.decode(errors="replace")):
+        return refuse("tokens with their tags, one a line", f"rename it to {path.stem}.conll")
     if ending == ".txt" and (delimiter := delimiter_of(raw.decode(errors="replace"))):
         fix = f"rename it to {path.stem}.{'tsv' if delimiter == TAB else 'csv'}"
         return refuse("a table in a file that is called plain text", fix)
     records = list(READERS.get(ending, _jsonl)(path, raw, problems))
     if ending not in TEXTS:  # values of JSON and parquet may hold other line ends and marks
-        records = [Record(record.where, _clean(record.fields)) for record in records]
+        records = [Record(record.where, _cleaned(record.fields)) for record in records]
     if not records and len(problems) == before:
         return refuse("no examples in it", "write at least one")
     return records
@@ -101,6 +104,13 @@ def _is_json(raw: bytes) -> bool:
         return isinstance(json.loads(text.partition(b"\n")[0]), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _cleaned(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record with clean texts; a text whose entities are counted in characters is kept as it is."""
+    kept = {"text": fields["text"]} if "entities" in fields and "text" in fields else {}
+    cleaned: dict[str, Any] = _clean(fields)
+    return cleaned | kept
 
 
 def _clean(value: Any) -> Any:
@@ -249,7 +259,7 @@ WIDE = {  # encodings by the mark at the beginning of a file, longer marks first
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-TEXTS = (".csv", ".tsv", ".txt")
+TEXTS = (".csv", ".tsv", ".txt", ".conll", ".iob")
 READERS: dict[str, Callable[[Path, bytes, list[Problem]], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
@@ -257,5 +267,7 @@ READERS: dict[str, Callable[[Path, bytes, list[Problem]], Iterator[Record]]] = {
     ".csv": table_reader(DELIMITERS),
     ".tsv": table_reader(TAB),
     ".parquet": read_parquet,
+    ".conll": read_iob,
+    ".iob": read_iob,
     ".txt": _paragraphs,
 }

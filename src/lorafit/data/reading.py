@@ -21,6 +21,7 @@ from lorafit.data.folders import ALSO_CALLED, Part, find_files, is_text
 from lorafit.data.forms import NO_LIMIT, form_of, judges, parsed
 from lorafit.data.readers import read_records
 from lorafit.data.records import Record
+from lorafit.data.targets import FIELD, Names
 from lorafit.errors import DataError, Problem
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -38,7 +39,8 @@ def read_examples(
     but text files, each is a group; in folders of text files, the name of each folder is the label of its texts.
     The fields of a row
     decide its form: `messages`; `conversations` (sharegpt); `prompt`, `completion`; `instruction`, `input`, `output`
-    (alpaca); `text`, `label` (classification); `text`. Any row may carry a `check` and a `group`.
+    (alpaca); `text`, `label` (classification); `text`, `score` (a number); `text`, `labels` (a list of names);
+    `text`, `entities` (spans with labels); `text`. Any row may carry a `check` and a `group`.
 
     Args:
         path: the file or folder, or `builtin`.
@@ -181,14 +183,16 @@ def _split_of(name: str) -> str:
 def _without_unlabelled(
     splits: dict[str, tuple[Example, ...]], problems: list[Problem]
 ) -> dict[str, tuple[Example, ...]]:
-    """Remove texts without a label if other texts have one, and report each of them as a problem."""
+    """Remove texts without a label, or number, if other texts have one, and report each of them as a problem."""
     everything = [example for split in splits.values() for example in split]
     labelled = [example for example in everything if example.label is not None]
-    if not labelled:
+    targets = [example.target for example in everything if example.target is not None]
+    if not labelled and not targets:
         return splits
+    field = "label" if labelled else FIELD[type(targets[0])]
     fix = "write it, or leave the row out (--skip-bad)"
     what = "missing, where other rows have one"
-    problems += [Problem(f"{example.where}: label", what, fix) for example in everything if example.is_text]
+    problems += [Problem(f"{example.where}: {field}", what, fix) for example in everything if example.is_text]
     problems += _numbers_and_names(labelled)
     return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
 
@@ -244,13 +248,20 @@ def _line(problem: Problem) -> int:
 
 
 def _with_labels(examples: Examples) -> Examples:
-    """If every example is a text with a label, add a system prompt that lists the labels, and checks that the answer is
-    the label and nothing else. `contains` would not do: non-toxic contains toxic, and C++ contains C."""
+    """If every example is a text with a label, or with several, add a system prompt that lists the labels, and checks
+    that the answer is the label and nothing else. `contains` would not do: non-toxic contains toxic, and C++ contains
+    C."""
     everything = [example for split in examples.by_name().values() for example in split]
-    labels = sorted({example.label for example in everything if example.label is not None})
-    if not labels or any(example.label is None for example in everything):
-        return examples
-    system = "Answer with the label alone" + (f": {', '.join(labels)}." if len(labels) <= MOST_LABELS else ".")
+    if everything and all(isinstance(example.target, Names) for example in everything):
+        several = [example.target.names for example in everything if isinstance(example.target, Names)]
+        labels = sorted({name for names in several for name in names})
+        system = "Answer with the labels that apply, separated by commas"
+    else:
+        labels = sorted({example.label for example in everything if example.label is not None})
+        if not labels or any(example.label is None for example in everything):
+            return examples
+        system = "Answer with the label alone"
+    system += f": {', '.join(labels)}." if len(labels) <= MOST_LABELS else "."
     checked = {
         name: tuple(replace(e, check=e.check or Check((), (), NO_LIMIT, label=e.answer)) for e in split)
         for name, split in examples.by_name().items()

@@ -15,6 +15,7 @@ from itertools import pairwise
 from lorafit.data.examples import Example, Examples
 from lorafit.data.fields import BLANK
 from lorafit.data.split import Questions
+from lorafit.data.targets import CALLED
 
 MANY = 10  # examples with the same answer, above which there is a remark
 CUT = 100  # characters: shorter answers are not taken for cut off
@@ -219,7 +220,8 @@ def _mixed(everything: Sequence[Example]) -> list[Finding]:
     """Examples of another kind than most."""
     kinds: dict[str, list[Example]] = defaultdict(list)
     for e in everything:
-        kinds["plain text" if e.is_text else "conversations" if e.label is None else "texts with a label"].append(e)
+        other = "conversations" if e.label is None else "texts with a label"
+        kinds["plain text" if e.is_text else CALLED[type(e.target)] if e.target else other].append(e)
     most = max(kinds, key=lambda kind: len(kinds[kind]))
     return [
         (f"are {kind}, where most are {most}", examples, "give one kind, unless both are meant")

@@ -14,7 +14,7 @@ from lorafit.data.render import Renderer, Row
 from lorafit.evaluation.answers import few_shots, prompts_of, score_answers
 from lorafit.evaluation.counting import are_few, counted, right, scored_and_bare
 from lorafit.evaluation.decoding import Decoding
-from lorafit.evaluation.scores import AnswerScore, ClassScores, Counts, NllScore, Sample
+from lorafit.evaluation.scores import AnswerScore, ClassScores, Counts, Measures, NllScore, Sample
 from lorafit.evaluation.statistics import paired_bootstrap
 from lorafit.tasks.runner import Runner
 
@@ -40,6 +40,7 @@ class Comparison:
         shots: How many answered examples the base was given: as many as asked for, or as fit into its context.
         reasoning: NLL of the reasoning before the answers; None if no example has any.
         classes: The scores of a classifier; None for other adapters.
+        measures: The scores of a task with other scores than right answers; None for other tasks.
     """
 
     nll: NllScore
@@ -53,6 +54,7 @@ class Comparison:
     shots: int = 0
     reasoning: NllScore | None = None
     classes: ClassScores | None = None
+    measures: Measures | None = None
 
 
 def compare(

@@ -218,6 +218,44 @@ class ClassScores:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A score of the adapter, and of what it is compared with.
+
+    Args:
+        name: Its name in tables.
+        adapter: Of the adapter; None if it is not defined.
+        base: Of the other; None if it is not defined.
+        ci95: The 95 % interval of `adapter`; None if there are too few independent examples.
+        difference: The 95 % interval of adapter − base, on the same draws; None like `ci95`.
+        percent: Whether it is shown as a percentage.
+    """
+
+    name: str
+    adapter: float | None
+    base: float | None
+    ci95: tuple[float, float] | None = None
+    difference: tuple[float, float] | None = None
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The scores of a task that has other scores than right answers.
+
+    Args:
+        task: The name of the task.
+        n: Examples.
+        scores: The scores, the most important first.
+        per_label: Scores of every label; empty for a task without labels.
+    """
+
+    task: str
+    n: int
+    scores: tuple[Measure, ...]
+    per_label: tuple[Label, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question with its reference and both answers. right: whether the adapter's answer is right; None if it cannot
     be scored."""

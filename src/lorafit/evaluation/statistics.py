@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.data.split import FEWEST, groups_of
 from lorafit.evaluation.scores import Interval
 
 RESAMPLES = 10_000
+RESAMPLES_OF_ANY = 1_000  # of a statistic that is no mean, which takes longer
 
 
 def paired_bootstrap(
@@ -45,6 +47,39 @@ def paired_bootstrap(
     beyond = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(n - 1, (1 + level) / 2))
     low, high = np.quantile(np.concatenate(means), [beyond, 1 - beyond])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float], groups: Sequence[str | None], level: float = 0.95
+) -> tuple[float, float] | None:
+    """The seeded interval of any statistic of the examples, by the percentiles of `paired_bootstrap`.
+
+    Args:
+        statistic: Computed from the positions of the drawn examples, (n,); NaN if it is not defined for them.
+        groups: The group of every example, whose examples are drawn together.
+        level: The coverage of the interval.
+
+    Returns:
+        The ends; None for fewer than `FEWEST` groups, or if the statistic is not defined for a draw in twenty or more.
+    """
+    _, member = np.unique(groups_of(groups), return_inverse=True)
+    order, n = np.argsort(member, kind="stable"), int(member.max()) + 1
+    if n < FEWEST:
+        return None
+    positions = np.split(order, np.cumsum(np.bincount(member))[:-1])
+    alone = len(order) == n
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(RESAMPLES_OF_ANY):
+        chosen = rng.integers(0, n, n)
+        drawn.append(statistic(order[chosen] if alone else np.concatenate([positions[i] for i in chosen])))
+    values = np.asarray(drawn)
+    values = values[np.isfinite(values)]
+    if len(values) <= 0.95 * RESAMPLES_OF_ANY:
+        return None
+    beyond = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(n - 1, (1 + level) / 2))
+    low, high = np.quantile(values, [beyond, 1 - beyond])
+    return float(low), float(high)
 
 
 def detectable(values: Sequence[float], groups: Sequence[str | None] | None = None) -> float | None:

@@ -19,6 +19,7 @@ from lorafit.data.rows import Row
 from lorafit.data.texts import Text, read_texts
 from lorafit.errors import AdapterError, DataError, Problem, SettingsError
 from lorafit.files import require_new, write_text
+from lorafit.heads import opened_for
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import opened_base
@@ -75,7 +76,7 @@ def run_classifying(
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
     keep_freed_memory()
-    opened = opened_base(name, resolved, listener, labels=classes.labels)
+    opened = opened_base(name, resolved, listener, head=opened_for(adapter))
     texts, rows, unread = _rows(LabelRenderer(opened, classes), texts)
     problems += unread
     if unread and not (resolved.skip_bad and texts):

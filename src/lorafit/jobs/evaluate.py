@@ -12,25 +12,23 @@ from typing import Any
 from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.formats import peft
 from lorafit.adapters.rendering import Rendering
-from lorafit.bases.base import Base
 from lorafit.data.examples import Example
 from lorafit.data.prepared import Chosen, choose, is_single, sifted
-from lorafit.data.render import Renderer, Row, renderer_for
+from lorafit.data.render import Renderer, Row
 from lorafit.errors import AdapterError, InputError, LorafitError, SettingsError
 from lorafit.evaluation.forgetting import forgetting, general_rows, general_text
 from lorafit.files import require_new, write_text
+from lorafit.heads import head_of_adapter, opened_for
+from lorafit.heads.head import Test
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory, peak_gb
 from lorafit.jobs.prepare import opened_base, prepare_again, render_all
-from lorafit.jobs.scoring import Test, scoring_of
 from lorafit.report.result import Result
 from lorafit.runs.folder import RUN, count_opening, read_run, remembered
 from lorafit.runs.scores import answer_lines, scores_of
 from lorafit.runs.summary import EvaluationSummary
 from lorafit.runs.tested import scored_in, was_scored
 from lorafit.settings import require_meant, settings_from
-from lorafit.tasks.classification import Classification, LabelRenderer
-from lorafit.tasks.completion import COMPLETION
 from lorafit.tasks.runner import Runner
 
 
@@ -76,14 +74,16 @@ def run_evaluation(
     resolved = settings_from(settings)
     adapter_folder = peft.adapter_folder(adapter_folder)
     adapter = peft.read(adapter_folder)
-    classes = adapter.classes
-    if classes:
-        require_meant(settings_from({name: value for name, value in settings.items() if value}), True)
+    head = head_of_adapter(adapter)
+    writes = head.opening is None
+    if not writes:
+        require_meant(settings_from({name: value for name, value in settings.items() if value}), head.idle, head.model)
     other = peft.read(peft.adapter_folder(against)) if against else None
     if other:
         _require_comparable(adapter, adapter_folder, other, against)
-    if classes and other and other.classes and other.classes.weights != classes.weights:
-        classes = replace(classes, weights=())
+    tested = adapter
+    if adapter.classes and other and other.classes and other.classes.weights != adapter.classes.weights:
+        tested = replace(adapter, classes=replace(adapter.classes, weights=()))
         listener.say("the two weigh labels differently: here every text counts alike")
     chosen = chosen or choose(data, split, resolved, listener)
     picked, single = chosen.scored, is_single(data)
@@ -95,9 +95,9 @@ def run_evaluation(
     name = str(base_name) if base_name else adapter.base_name
     if name is None:
         raise AdapterError(f"{adapter_folder}: does not say which base it belongs to: name it with --base")
-    base = opened_base(name, resolved, listener, labels=classes.labels if classes else None)
+    base = opened_base(name, resolved, listener, head=opened_for(adapter))
     before = base.integrity()
-    renderer = _renderer_of(base, adapter)
+    renderer = head.renderer_of(base, tested)
     if isinstance(renderer, Renderer) and other and other.rendering and other.rendering.now != renderer.now:
         listener.say(
             f"the base's template includes the time, and {against} was trained with another time: both adapters get "
@@ -105,10 +105,10 @@ def run_evaluation(
         )
     rows: dict[str, list[Row]] = {}
     picked = sifted(
-        picked, lambda e: rows.update(render_all(renderer, e, resolved.max_length)), resolved.skip_bad, listener
+        picked, lambda e: rows.update(render_all(head, renderer, e, resolved.max_length)), resolved.skip_bad, listener
     )
     loaded = time.monotonic()
-    runner = Runner.of(base, rows["train"], Classification(classes) if classes else COMPLETION)
+    runner = Runner.of(base, rows["train"], head.task_of(tested))
     test = Test(
         runner,
         renderer,
@@ -121,13 +121,13 @@ def run_evaluation(
         answer_all=answers is not None,
         accept_unknown_base=accept_unknown_base,
     )
-    comparison = scoring_of(runner).compare(test, adapter, other)
+    comparison = head.compare(test, adapter, other)
     for run in runs:
         _count(run, chosen.split, listener)
     if answers is not None:
         write_text(answers, answer_lines(picked.train, comparison))
         listener.say(f"{len(comparison.asked)} answers written to {answers}")
-    texts = {} if classes else dict(general_text(named) for named in dict.fromkeys((None, resolved.general)))
+    texts = dict(general_text(named) for named in dict.fromkeys((None, resolved.general))) if writes else {}
     general = {
         source: general_rows(base.tokenizer, text, base.context, base.vocabulary) for source, text in texts.items()
     }
@@ -168,20 +168,14 @@ def _require_comparable(adapter: Adapter, folder: Path, other: Adapter, against:
         )
     if _labels(other) != _labels(adapter):
         raise AdapterError(
-            f"{against}: tells other labels apart than {folder}, has them in another order, or writes text: "
+            f"{against}: tells other labels apart than {folder}, has them in another order, or has another task: "
             "evaluate each on its own"
         )
 
 
-def _labels(adapter: Adapter) -> tuple[tuple[str, ...], int] | None:
-    return (adapter.classes.labels, adapter.classes.pad) if adapter.classes else None
-
-
-def _renderer_of(base: Base, adapter: Adapter) -> Renderer | LabelRenderer:
-    """The renderer with which the adapter is used."""
-    if adapter.classes:
-        return LabelRenderer(base, adapter.classes)
-    return renderer_for(base, like=adapter.rendering, reasoning=adapter.rendering is None)
+def _labels(adapter: Adapter) -> tuple[object, ...] | None:
+    classes = adapter.classes
+    return (classes.labels, classes.pad, classes.task, classes.scale) if classes else None
 
 
 def _known_to(

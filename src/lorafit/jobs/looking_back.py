@@ -14,7 +14,7 @@ from lorafit.jobs.extras import Extras
 from lorafit.jobs.listener import Listener
 from lorafit.jobs.prepare import Opened
 from lorafit.jobs.run import Run
-from lorafit.jobs.scoring import scoring_of
+from lorafit.jobs.scoring import questions_of
 from lorafit.jobs.search import some, spread_over
 from lorafit.jobs.trim import Validation, ladder_of, write_moments
 from lorafit.planning import Decision
@@ -44,7 +44,7 @@ def trim_trained(run: Run, trained: Trained, recipe: Recipe, extras: Extras) -> 
         return kept_whole(trained.each, before, why), whole
 
     def climbed() -> tuple[Ladder, Adapter]:
-        questions = scoring_of(opened.runner).questions(opened, settings)
+        questions = questions_of(opened, settings)
         held = Validation(opened.rows["valid"], trained.each, before, groups, questions)
         runner = opened.runner.within(recipe.micro_tokens, recipe.recompute)
         ladder, small, moments = ladder_of(runner, whole, opened.rows["train"], held, extras.listener)

@@ -20,7 +20,7 @@ from lorafit.data.render import Row
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory
 from lorafit.jobs.prepare import Opened, open_all
-from lorafit.jobs.scoring import scoring_of
+from lorafit.jobs.scoring import answering
 from lorafit.jobs.search import evidence_of, look, places_tried, rates_tried, search_steps, spread_over
 from lorafit.planning.importance import examples_for, parts_of
 from lorafit.planning.memory import steps_of
@@ -197,7 +197,7 @@ def evaluation_seconds(opened: Opened, per_token: float, settings: TrainSettings
     valid, test = _tokens(rows["valid"]), _tokens(rows["test"])
     mattering = parts * examples_for(parts - 1, recipe.steps, recipe.batch_size, len(rows["valid"]))
     tokens = mattering * valid / len(rows["valid"]) + 2 * test + 2 * sum(map(_tokens, opened.general.values()))
-    answers, questions = scoring_of(opened.runner).answering(opened, settings)
+    answers, questions = answering(opened, settings)
     tokens += answers
     if settings.trim == "auto":
         tokens += RUNGS_TRIED * (valid + questions)

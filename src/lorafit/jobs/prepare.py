@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -16,28 +18,27 @@ from lorafit.adapters.formats.oddities import misread_by_peft
 from lorafit.attachment.checks import require_fired
 from lorafit.attachment.pure import fresh
 from lorafit.attachment.watching import fired
-from lorafit.bases import locate
 from lorafit.bases.base import DTYPES, Base, fastest_dtype, open_base, require_base
-from lorafit.data.examples import Examples, asks_once
+from lorafit.data.examples import Examples
 from lorafit.data.languages import strange_language
 from lorafit.data.prepared import DataListener, Prepared, prepare, sifted
-from lorafit.data.render import Renderer, Row, render, renderer_for
+from lorafit.data.render import Renderer, Row
 from lorafit.data.report import DataReport
-from lorafit.errors import DataError, Problem, RunError, SettingsError
+from lorafit.errors import DataError, Problem, RunError
 from lorafit.evaluation.decoding import bytes_held
 from lorafit.evaluation.forgetting import general_rows, general_text
 from lorafit.files import read_json
+from lorafit.heads import head_for, opened_with, why
+from lorafit.heads.head import Head, RowMaker
 from lorafit.jobs.listener import Listener
 from lorafit.jobs.machine import Meter, room_of
 from lorafit.planning import Choice, Decision, decide
 from lorafit.planning.memory import Answering, Work, as_begun, fit, footprint, room_to_answer, steps_of, with_losses
 from lorafit.runs.folder import DATA, Environment
 from lorafit.settings import TrainSettings, require_meant
-from lorafit.tasks.classification import Classification, LabelRenderer, balanced, labelled_rows, labels_of
 from lorafit.tasks.completion import COMPLETION
-from lorafit.tasks.probe import beginnings
 from lorafit.tasks.runner import Runner
-from lorafit.tasks.task import PLAIN, ForwardMode, Task
+from lorafit.tasks.task import PLAIN, ForwardMode
 from lorafit.training.recipe import Recipe
 
 
@@ -51,7 +52,7 @@ class Opened:
     base: Base
     examples: Examples
     report: DataReport
-    renderer: Renderer | LabelRenderer
+    renderer: RowMaker
     rows: dict[str, list[Row]]
     general: dict[str, list[Row]]
     decision: Decision
@@ -87,38 +88,33 @@ def open_all(
     """
     start = time.monotonic()
     base_name, data = str(base_name), str(data)
-    classifies = locate.classifies(base_name, settings.task)
-    require_meant(settings, classifies)
-    texts = {} if classifies else dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
-    require_base(base_name, classifies)
+    head = head_for(settings.task, base_name)  # by the base alone, before the data are read
+    require_meant(settings, head.idle, head.model)
+    texts = dict(general_text(named) for named in dict.fromkeys((None, settings.general)))
+    require_base(base_name, head.opening)
     examples, report = prepared or prepare(data, settings, listener)
-    labels = labels_of(examples) if classifies else None
-    base = opened_base(base_name, settings, listener, began, labels)
+    head = head_for(settings.task, base_name, examples)
+    if reason := why(settings.task, base_name, examples):
+        require_meant(settings, head.idle, head.model)
+        require_base(base_name, head.opening)
+        listener.say(f"task: {head.name}, because {reason} (--task names another)")
+    writes = head.opening is None
+    texts = texts if writes else {}
+    labels = head.labels(examples)
+    base = opened_base(base_name, settings, listener, began, opened_with(head, labels))
     now = began.now if began else datetime.now().isoformat(timespec="seconds")
-    task: Task = COMPLETION
-    rendering, classes = None, None
-    examples, renderer, rows = rendered(base, examples, settings, listener, now, labels)
-    if isinstance(renderer, Renderer):
-        rendering = replace(renderer.rendering, single=asks_once(examples.train))
-    else:
-        classes = renderer.classes
-        if (lost := {*classes.labels} - {*labels_of(examples)}) and not began:
-            raise SettingsError(
-                f"--skip-bad: leaves no training example of {', '.join(sorted(lost))}: raise --max-length "
-                f"({settings.max_length}), or remove the label's rows"
-            )
-        if settings.label_weights == "balanced":
-            classes = replace(classes, weights=balanced(classes.labels, examples.train))
-        task = Classification(classes)
+    examples, renderer, rows = rendered(base, head, labels, examples, settings, listener, now)
+    setup = head.setup(renderer, examples, settings, resumed=began is not None)
+    task = setup.task
     plain = Runner(base, task, PLAIN)
-    some = beginnings(rows["train"]) if classes is None else rows["train"][:2]
+    some = head.looked_at(rows["train"])
     seen = fired(base, lambda: plain.body(some))
     decision = decide(base, rows["train"], settings, seen, set_by)
     require_fired(decision.plan, seen)
-    before = fresh(base, decision.plan, settings.seed, rendering, classes)
+    before = fresh(base, decision.plan, settings.seed, setup.rendering, setup.classes)
     mode = ForwardMode(began.apart, began.packed) if began else task.mode(base, rows["train"])
     runner = Runner(base, task, mode)
-    if labels is None:
+    if writes:
         decision = replace(decision, choices=(*decision.choices, _laying(mode)))
     if began is None:
         decision, peak = fitted(runner, before, rows, decision, settings, processes)
@@ -235,83 +231,61 @@ def opened_base(
     settings: TrainSettings,
     listener: Listener,
     began: Environment | None = None,
-    labels: Sequence[str] | None = None,
+    head: Mapping[str, Any] = MappingProxyType({}),
 ) -> Base:
     """The base in the dtype of the resumed run or of the settings, or in the faster one. The dtype is reported, because
-    the scores depend on it. labels: of a classifier; None for a language model."""
+    the scores depend on it. head: the arguments of `open_base` for a head; empty for a language model."""
     if began:
         dtype, why = DTYPES[began.dtype], " (as the run began)"
     elif settings.dtype == "auto":
         dtype, why = fastest_dtype(), " (the faster here, measured)"
     else:
         dtype, why = DTYPES[settings.dtype], ""
-    base = open_base(name, dtype, listener.say, listener.watch, None if labels is None else len(labels))
+    base = open_base(name, dtype, listener.say, listener.watch, **head)
     listener.say(f"base {base.name}, {str(dtype).removeprefix('torch.')}{why}")
     return base
 
 
 def rendered(
     base: Base,
+    head: Head,
+    labels: Sequence[str],
     examples: Examples,
     settings: TrainSettings,
     listener: Listener,
     now: str | None = None,
-    labels: Sequence[str] | None = None,
-) -> tuple[Examples, Renderer | LabelRenderer, dict[str, list[Row]]]:
-    """The examples that this base can use, with their renderer and their rows; the first row is shown. now: the time
-    for the template; None for the present. labels: of a classifier; None for a language model."""
-    if labels is not None:
-        of_labels = LabelRenderer.of(base, labels)
-        examples, rows = _kept(of_labels, examples, settings, listener)
-        return examples, of_labels, rows
-    conversations = [example for split in examples.by_name().values() for example in split if not example.is_text]
-    reasoned = sum(example.reasoned for example in conversations)
-    renderer = renderer_for(
-        base,
-        examples.system if settings.system is None else settings.system,
-        now=now,
-        settings=settings.template_settings,
-        reasoning=reasoned > 0,
+) -> tuple[Examples, RowMaker, dict[str, list[Row]]]:
+    """The examples that this base can use, with their renderer and their rows; the first row is shown. It has more than
+    six parameters, for all that rows depend on.
+
+    Args:
+        base: The base.
+        head: The task.
+        labels: The names of the head's outputs.
+        examples: The examples of all splits.
+        settings: The run's settings.
+        listener: Receives messages.
+        now: The time for a chat template; None for the present.
+    """
+    renderer = head.renderer(base, labels, examples, settings, now, listener.say)
+    rows: dict[str, list[Row]] = {}
+    examples = sifted(
+        examples, lambda e: rows.update(render_all(head, renderer, e, settings.max_length)), settings.skip_bad, listener
     )
-    if not renderer.system and (added := renderer.preamble()):
-        listener.say(f"the base's template puts this before every conversation: {added!r}; --system replaces it")
-    if renderer.now:
-        listener.say(
-            f"the base's template includes the time: {renderer.now}, in this run and whenever its adapter is used"
-        )
-    if reasoned:
-        listener.say(
-            f"{reasoned} of {len(conversations)} conversations have their reasoning: it is learnt before the "
-            "answer, which is scored on its own"
-        )
-    examples, rows = _kept(renderer, examples, settings, listener)
-    if warning := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1])):
+    listener.example(rows["train"][0], renderer)
+    writes = head.opening is None
+    if writes and (warning := strange_language(base.tokenizer, examples.train, "\n".join(general_text()[1]))):
         listener.say(warning)
     return examples, renderer, rows
 
 
-def _kept(
-    renderer: Renderer | LabelRenderer, examples: Examples, settings: TrainSettings, listener: Listener
-) -> tuple[Examples, dict[str, list[Row]]]:
-    """The examples that can be rendered, and their rows by split; the first row is shown."""
-    rows: dict[str, list[Row]] = {}
-    examples = sifted(
-        examples, lambda e: rows.update(render_all(renderer, e, settings.max_length)), settings.skip_bad, listener
-    )
-    listener.example(rows["train"][0], renderer)
-    return examples, rows
-
-
-def render_all(renderer: Renderer | LabelRenderer, examples: Examples, max_length: int) -> dict[str, list[Row]]:
+def render_all(head: Head, renderer: RowMaker, examples: Examples, max_length: int) -> dict[str, list[Row]]:
     """The rows of every split. Raises DataError that names every example that cannot be rendered."""
     rows: dict[str, list[Row]] = {}
     problems: list[Problem] = []
     for name, split in examples.by_name().items():
         try:
-            if isinstance(renderer, LabelRenderer):
-                rows[name] = labelled_rows(renderer, split, max_length)
-            else:
-                rows[name] = render(renderer, split, max_length)
+            rows[name] = head.rows(renderer, split, max_length)
         except DataError as error:
             problems += error.problems
     if problems:

@@ -12,7 +12,8 @@ from lorafit.bases import hub
 from lorafit.bases.builtin import BUILTIN
 from lorafit.errors import FormatError
 from lorafit.files import did_you_mean, put_back, read_json
-from lorafit.report.words import listed
+from lorafit.heads import head_of_adapter
+from lorafit.heads.head import listed
 from lorafit.runs.folder import PLAN, RUN, openings, read_run, read_summary, standing_folder
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def shown(path: str | Path) -> dict[str, Any]:
     from lorafit.bases import locate
     from lorafit.bases.base import open_base
 
-    base = open_base(path, labels=2 if locate.classifies(str(path), "auto") else None)
+    base = open_base(path, labels=2 if locate.encodes(str(path)) else None)
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     names = dict(Counter(site.name for site in base.sites))
     return {
@@ -76,8 +77,10 @@ def _run(path: Path) -> dict[str, Any]:
 
         facts |= _plan(Plan.from_json(read_json(plan), str(plan)))
     summary = read_summary(path)
-    if summary and summary.classes:
-        facts |= {"labels": listed([score.label for score in summary.classes.per_label])}
+    if summary:
+        facts |= {"task": summary.task}
+    if summary and (scores := summary.classes or summary.measures) and scores.per_label:
+        facts |= {"labels": listed([score.label for score in scores.per_label])}
     if summary is None:
         return {**facts, "state": f"not finished: lorafit train --resume --out {shlex.quote(str(path))} continues it"}
     return {
@@ -108,6 +111,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         ),
         **{name: value for name, value in rendered.items() if value},
         **_plan(adapter.plan),
+        "task": head_of_adapter(adapter).name,
     }
 
 

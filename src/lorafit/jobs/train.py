@@ -32,7 +32,7 @@ from lorafit.jobs.plan import disk_of
 from lorafit.jobs.prepare import Opened, open_all, prepare_again
 from lorafit.jobs.refine import BestAdapter, figures_of, history_of, refine, write_plan
 from lorafit.jobs.run import Run
-from lorafit.jobs.scoring import scoring_of, test_of
+from lorafit.jobs.scoring import head_of, test_of
 from lorafit.jobs.search import Order, carry_out, looked, search
 from lorafit.jobs.tracked import Tracked, tracked
 from lorafit.report.card import card
@@ -226,7 +226,7 @@ def _scored(run: Run, best: BestAdapter, before: str, seconds: Mapping[str, floa
     )
     lost = extras.get("forgetting", lambda: forgotten(opened, adapter, out, listener))
     opens = count_opening(out)
-    comparison = scoring_of(opened.runner).compare(test_of(opened, settings, listener.watch), adapter)
+    comparison = head_of(opened.runner).compare(test_of(opened, settings, listener.watch), adapter)
     remember_questions(out, [e.question for e in (*opened.examples.train, *opened.examples.valid)])
     seconds = {**seconds, "evaluate": time.monotonic() - began}
     summary = RunSummary(

@@ -22,13 +22,12 @@ from lorafit.attachment.adapters import attach
 from lorafit.attachment.watching import observing
 from lorafit.data.render import Row
 from lorafit.errors import FormatError, RunError
-from lorafit.evaluation.classes import LabelQuestions
-from lorafit.evaluation.questions import Questions
 from lorafit.files import read_json, require_new_folder, whole_file
+from lorafit.heads.head import HeldOut
 from lorafit.jobs.listener import Listener, Silent
 from lorafit.jobs.machine import keep_freed_memory, return_freed_memory
 from lorafit.jobs.prepare import open_all, prepare_again, require_same_classes
-from lorafit.jobs.scoring import scoring_of
+from lorafit.jobs.scoring import questions_of
 from lorafit.planning.ladder import RUNGS, Ladder, Rung, climb_down, costs_too_much, margin_of, rung
 from lorafit.planning.trim import Moments, require_pairs, smallest_share, trimmed
 from lorafit.runs.folder import (
@@ -77,7 +76,7 @@ def run_trimming(folder: str | Path, out: str | Path, listener: Listener | None 
     runner = opened.runner.within(recipe.micro_tokens, recipe.recompute)
     with attach(base, whole):
         nll = runner.nll(rows["valid"], partial(listener.watch, "whole"))
-    questions = scoring_of(opened.runner).questions(opened, settings)
+    questions = questions_of(opened, settings)
     groups = [example.group for example in examples.valid]
     held = Validation(rows["valid"], nll, summary.validation[0][1], groups, questions)
     ladder, small, _ = ladder_of(runner, whole, rows["train"], held, listener)
@@ -112,7 +111,7 @@ class Validation:
     nll: Sequence[float]
     before: float
     groups: Sequence[str | None]
-    questions: Questions | LabelQuestions | None
+    questions: HeldOut | None
 
 
 def ladder_of(

@@ -17,13 +17,14 @@ from peft import PeftModel
 from lorafit.adapters.formats import peft as peft_format
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import open_base
+from lorafit.heads import opened_for
 
 
 def main() -> None:
     folder, base_name = sys.argv[1:]
     rows: list[list[int]] = json.load(sys.stdin)
     adapter = peft_format.read(Path(folder))
-    base = open_base(base_name, torch.float32, labels=len(adapter.classes.labels) if adapter.classes else None)
+    base = open_base(base_name, torch.float32, **opened_for(adapter))
 
     def logits() -> list[torch.Tensor]:
         with torch.no_grad():

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafit.adapters.adapter import Adapter
-from lorafit.adapters.rendering import Classes
 from lorafit.bases import hub
+from lorafit.heads import HEADS
+from lorafit.heads.head import PeftPlace
 from lorafit.planning import Choice
-from lorafit.report.words import ASIDE, headline, interval, listed, of_a_hundred, table, terms
+from lorafit.report.words import ASIDE, headline, interval, of_a_hundred, table, terms
 from lorafit.report.words import lines as scores
 from lorafit.runs.summary import RunSummary
 
@@ -25,7 +26,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: RunSummary) -> st
         "---",
         "library_name: peft",
         f"base_model: {wanted.id if wanted else adapter.base_name}",
-        f"pipeline_tag: text-{'classification' if adapter.classes else 'generation'}",
+        f"pipeline_tag: {HEADS[summary.task].pipeline}",
         f"tags: [lora, lorafit, {variant}]" if variant != "lora" else "tags: [lora, lorafit]",
         "---",
         "",
@@ -51,7 +52,7 @@ def card(adapter: Adapter, choices: Sequence[Choice], summary: RunSummary) -> st
         "",
         "## How to use it",
         "",
-        *(_classifying(adapter.classes) if adapter.classes else _answering()),
+        *HEADS[summary.task].use(adapter.classes),
         "",
         *_in_peft(adapter, summary, wanted),
         "",
@@ -82,76 +83,14 @@ def _cells(what: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([what, *cells])} |"
 
 
-def _answering() -> list[str]:
-    """The Python code that uses an adapter that writes answers."""
-    return [
-        "```python",
-        "from lorafit import Message, attach, generate, open_base, read_adapter, renderer_for",
-        "",
-        'adapter = read_adapter(".")  # this folder',
-        "base = open_base(adapter.base_name)",
-        "renderer = renderer_for(base, like=adapter.rendering)",
-        'prompt = renderer.prompt_ids([Message("user", "your question")])',
-        "with attach(base, adapter):",
-        "    print(generate(base, renderer, [prompt], max_new_tokens=100)[0].text)",
-        "```",
-    ]
-
-
-def _classifying(classes: Classes) -> list[str]:
-    """The Python code that uses a classifier. Its head needs the padding token to find the last token of a text."""
-    return [
-        f"It gives a text one of {len(classes.labels)} labels: {listed(classes.labels, '`')}.",
-        "",
-        "```python",
-        "import torch",
-        "from lorafit import attach, open_base, read_adapter",
-        "",
-        'adapter = read_adapter(".")  # this folder',
-        "base = open_base(adapter.base_name, labels=len(adapter.classes.labels))",
-        "base.model.config.pad_token_id = adapter.classes.pad",
-        'ids = base.tokenizer("your text", return_tensors="pt")["input_ids"].to(base.device)',
-        "with attach(base, adapter), torch.no_grad():",
-        "    likely = base.model(input_ids=ids).logits[0].softmax(-1)",
-        "print(adapter.classes.labels[int(likely.argmax())], float(likely.max()))",
-        "```",
-    ]
-
-
 def _in_peft(adapter: Adapter, summary: RunSummary, wanted: hub.Wanted | None) -> list[str]:
     """How to open the adapter in PEFT, or why PEFT cannot read it."""
     if misread := summary.misread_by_peft:
         return [f"{misread}."]
     at = f'"{wanted.id}", revision="{wanted.revision}"' if wanted else "base"
     shown = f"`base` is its folder: `lorafit show {adapter.base_name}` prints it"
-    if adapter.classes is None:
-        said = "" if wanted else f" ({shown})"
-        return [
-            f"In PEFT, open the base with `AutoModelForCausalLM.from_pretrained({at})`{said}, then "
-            "`PeftModel.from_pretrained(model, folder)`."
-        ]
-    return [
-        "In PEFT" + ("" if wanted else f", where {shown}") + ":",
-        "",
-        "```python",
-        "import json",
-        "",
-        "import torch",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        *([] if wanted else [f"base = {adapter.base_name!r}"]),
-        f"tokenizer = AutoTokenizer.from_pretrained({at})",
-        'classes = json.load(open("lorafit.json", encoding="utf-8"))["classes"]',
-        f"model = AutoModelForSequenceClassification.from_pretrained({at}, num_labels={len(adapter.classes.labels)})",
-        'model.config.id2label = dict(enumerate(classes["labels"]))',
-        'model.config.pad_token_id = classes["pad"]',
-        'model = PeftModel.from_pretrained(model, ".").eval()  # this folder',
-        "with torch.no_grad():",
-        '    likely = model(tokenizer("your text", return_tensors="pt")["input_ids"]).logits[0].softmax(-1)',
-        "print(model.config.id2label[int(likely.argmax())], float(likely.max()))",
-        "```",
-    ]
+    folder = None if wanted else str(adapter.base_name)
+    return HEADS[summary.task].use_in_peft(adapter.classes, PeftPlace(at, folder, shown))
 
 
 def _short(name: str | None) -> str:

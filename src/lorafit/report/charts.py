@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from lorafit.evaluation.scores import ClassScores, NllScore
 from lorafit.planning.signal import block_of, kinds_of
 from lorafit.report.story import Story
-from lorafit.report.words import lines, share
+from lorafit.report.words import lines, share, writes
 from lorafit.runs.summary import Summary
 
 # The colours of the pictures. In the SVG each becomes the page's variable of that name, which is for light or dark.
@@ -83,9 +83,10 @@ def curves(stories: Sequence[Story]) -> Figure | None:
 
 
 def examples(story: Story) -> Figure | None:
-    """Test examples by NLL under the base (x) and under the adapter (y). None without any, and for a classifier."""
-    # For a classifier, the NLL under the guess is the same for all examples of a label.
-    if not story.answers or (story.summary and story.summary.classes):
+    """Test examples by NLL under the base (x) and under the adapter (y). None without any, or if no text is
+    written."""
+    # Other adapters are compared with a guess, whose NLL is the same for all examples of a label.
+    if not story.answers or (story.summary and not writes(story.summary)):
         return None
     figure, axes = _canvas(3.8)
     base = [answer["nll"]["base"] for answer in story.answers]

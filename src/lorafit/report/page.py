@@ -129,9 +129,9 @@ def _spread(answers: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]
 
 
 def _mixed(stories: Sequence[Story]) -> bool:
-    """Whether NLL is of several units: per token, per text of a classifier, or per text with weights of labels."""
-    classes = [story.summary.classes for story in stories if story.summary]
-    return len({(found is not None, found is not None and found.weighted) for found in classes}) > 1
+    """Whether NLL is of several units: of several tasks, or with and without weights of labels."""
+    found = [story.summary for story in stories if story.summary]
+    return len({(one.task, one.classes is not None and one.classes.weighted) for one in found}) > 1
 
 
 def _apart(stories: Sequence[Story]) -> list[str]:

@@ -10,84 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.evaluation.classifier import NOT_INSTALLED
-from lorafit.evaluation.scores import ClassScores, Counts, Paired
+from lorafit.evaluation.scores import ClassScores, Counts, Measure, Paired
+from lorafit.heads import HEADS
+from lorafit.heads.head import Terms
 from lorafit.runs.summary import PeftCheck, RunSummary, Summary
 
 SURE = 0.05  # the level of significance
 MORE, FEWER, NOT_SHOWN = "more", "fewer", "not shown"
-MOST_LABELS = 12  # the most labels of a classifier that are named
 SIMPLE = "(TF-IDF with logistic regression)"
 ASIDE = "ignoring case and white space; JSON and calls by their content"  # how answers equal a reference
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The words for the scores of a summary.
-
-    Args:
-        answer: The noun, and the verb, for an answer.
-        asked: The noun for a question.
-        rival: The name in a sentence of what the adapter is compared with.
-        base: Its name in the head of a column.
-        unit: The noun for the unit over which NLL is the mean.
-        right: The noun for what is counted.
-        fine: The predicate for questions with a right answer, such as `are answered right`.
-        limits: A sentence that says what not to expect of the adapter.
-        reads: Whether `rival` reads the questions, so that its answers are worth showing.
-    """
-
-    answer: str
-    asked: str
-    rival: str
-    base: str
-    unit: str
-    right: str
-    fine: str
-    limits: str
-    reads: bool = True
-
-    @property
-    def nll(self) -> str:
-        return f"NLL of the {self.answer}s, nats per {self.unit}"
-
-
-ANSWERS = Terms(
-    "answer",
-    "question",
-    "its base",
-    "base",
-    "token",
-    "facts right",
-    "are answered right",
-    "It answers what it was trained for, in the form it was trained in; elsewhere it may be worse than its base.",
-)
-LABELS = Terms(
-    "label",
-    "text",
-    "a guess by label frequency",
-    "label frequencies in training",
-    "text",
-    "right labels",
-    "get the right label",
-    "It gives one of its labels to every text, also to texts that are unlike those it was trained on.",
-    reads=False,
-)
-
-
 def terms(summary: Summary) -> Terms:
-    """The words for a summary of a classifier, or of an adapter that writes answers."""
-    classes = summary.classes
-    found = LABELS if classes else ANSWERS
-    if classes and classes.weighted:
-        found = replace(found, unit="text, labels weighing alike")
-    if summary.rival:
-        return replace(found, rival="the other adapter", base="other adapter", reads=True)
-    if classes and classes.weighted:  # of the two, one gives no label and the other no probability
-        rival = "a guess that reads no text"
-        return replace(found, rival=rival, base="most frequent label; NLL: every label as likely")
-    if classes and not classes.learnt_from:
-        return replace(found, rival="a guess at random", base="every label as likely")
-    return found
+    """The words for a summary, by its task and what the adapter is compared with."""
+    found = HEADS[summary.task].terms(summary.classes)
+    return replace(found, rival="the other adapter", base="other adapter", reads=True) if summary.rival else found
+
+
+def writes(summary: Summary) -> bool:
+    """Whether the adapter writes text."""
+    return HEADS[summary.task].opening is None
 
 
 def same_as_peft(found: PeftCheck) -> bool:
@@ -239,7 +181,7 @@ def lines(summary: Summary) -> list[Line]:
         share, ends = checked.get(key, (None, None))
         if counts and key in counts.right:
             same = counts.equal[key]
-            equal = None if summary.classes else (same.share, same.ci95)  # for a label, equal and right are the same
+            equal = (same.share, same.ci95) if writes(summary) else None  # for a label, equal and right are the same
             right = (counts.right[key].share, counts.right[key].ci95) if counts.by == "check" else None
         elif share is not None:
             right = share, ends
@@ -271,6 +213,8 @@ def table(summary: Summary) -> list[tuple[str, list[str]]]:
     ]
     if summary.classes:
         rows += [(name, of_adapter(text)) for name, text in of_classes(summary.classes)]
+    for one in summary.measures.scores if summary.measures else ():
+        rows.append((one.name, [of_measure(one, line.key) for line in scores]))
     for what, of_all in (
         ("off-topic declined", summary.off_desk_declined),
         ("answers that end by themselves", summary.natural_stops),
@@ -289,11 +233,21 @@ def of_classes(classes: ClassScores) -> list[tuple[str, str]]:
     return [("macro-F1", f"{classes.macro_f1:.3f}"), ("calibration error", f"{classes.calibration_error:.3f}")]
 
 
-def listed(labels: Sequence[str], mark: str = "") -> str:
-    """The labels of a classifier in one line, at most MOST_LABELS by name. mark: put around each of them."""
-    more = f" and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else ""
-    names = (" ".join(label.replace("`", "'").split()) for label in labels[:MOST_LABELS])
-    return ", ".join(f"{mark}{name}{mark}" for name in names) + more
+def of_measure(one: Measure, key: str) -> str:
+    """A score as text, for the row or column of a model; "" for a model that it was not measured for.
+
+    Args:
+        one: The score.
+        key: The key of the model, as in `Line`.
+    """
+
+    def number(value: float) -> str:
+        return percent(value) if one.percent else f"{value:.3f}"
+
+    if key == "adapter":
+        ends = f" ({number(one.ci95[0])} to {number(one.ci95[1])})" if one.ci95 else ""
+        return "-" if one.adapter is None else number(one.adapter) + ends
+    return "" if key != "base" else "-" if one.base is None else number(one.base)
 
 
 def uses(summary: Summary, folder: Path, columns: Sequence[str] = ()) -> list[str]:
@@ -303,7 +257,8 @@ def uses(summary: Summary, folder: Path, columns: Sequence[str] = ()) -> list[st
     named, texts = "".join(flags), "".join(of_texts)
     run, asked = shlex.quote(str(folder)), f"{terms(summary).asked.upper()}S.jsonl"
     return [
-        f"classify {run} TEXTS.csv{texts}    # labels for new texts" if summary.classes else f"chat {run}",
+        *([f"classify {run} TEXTS.csv{texts}    # labels for new texts"] if summary.classes else []),
+        *([f"chat {run}"] if writes(summary) else []),
         f"show {run} --why",
         f"eval {run} {asked}{named}    # with questions it was not trained on",
     ]
@@ -330,7 +285,7 @@ def of_a_hundred(summary: Summary) -> str | None:
         measure += ", or is the reference where there is no check"
     few = of_checked(summary)
     questions = f"like {few}" if few else f"{said.asked}s like these"
-    told = "" if summary.classes else f" (right: {measure})"
+    told = f" (right: {measure})" if writes(summary) else ""
     return f"of 100 {questions} about {100 * right:.0f} {said.fine}{sure}{told}"
 
 

@@ -18,7 +18,7 @@ from lorafit.runs.tested import record_of
 def scores_of(comparison: Comparison) -> dict[str, Any]:
     """The fields of a `Summary` that come from a comparison."""
     base, few, adapter = comparison.base, comparison.base_few_shot, comparison.adapter
-    writes = bool(adapter.answers) and not comparison.classes
+    writes = bool(adapter.answers) and not comparison.classes and not comparison.measures
     return {
         "n_test": comparison.nll.n,
         "nll": comparison.nll,
@@ -37,6 +37,7 @@ def scores_of(comparison: Comparison) -> dict[str, Any]:
         "off_desk_declined": adapter.declined / adapter.off_desk_n if adapter.off_desk_n else None,
         "natural_stops": adapter.natural_stops / len(adapter.answers) if writes else None,
         "classes": comparison.classes,
+        "measures": comparison.measures,
         "counts": comparison.counts,
         "samples": comparison.samples,
     }
@@ -65,7 +66,8 @@ def answer_lines(examples: Sequence[Example], comparison: Comparison) -> str:
         }
         texts = {who: text for who, text in answers.items() if text is not None}
         right = {who: score.correct[place] for who, score in scores.items() if place is not None and score}
-        if texts:  # calls are equal if they are right: by name and arguments, not by their spelling
+        if texts and (comparison.counts or not comparison.measures):
+            # Calls are equal if they are right: by name and arguments, not by their spelling.
             line["equal"] = (
                 right if example.calls else {who: is_equal(text, example.answer) for who, text in texts.items()}
             )

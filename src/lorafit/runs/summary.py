@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from lorafit.errors import FormatError
-from lorafit.evaluation.scores import ClassScores, Counts, NllScore, Sample
+from lorafit.evaluation.scores import ClassScores, Counts, Measures, NllScore, Sample
 
 FORMAT = 1  # of the JSON object: raise it with every new field, because a version that does not know it would drop it
 Ends = tuple[float, float]
@@ -67,6 +67,7 @@ class Summary:
         natural_stops: Share of the answers that ended with an end-of-turn token; None without any.
         counts: Right answers counted and compared; None if none could be counted.
         classes: Scores of a classifier; None for other adapters.
+        measures: Scores of a task with other scores than right answers; None for other tasks.
         samples: A few questions with their answers.
         seconds: The time of each part of the work, by name.
         peak_rss_gb: Peak memory, in GB; None if the system does not report it.
@@ -85,10 +86,16 @@ class Summary:
     natural_stops: float | None
     counts: Counts | None = None
     classes: ClassScores | None = field(default=None, metadata=_ABSENT)
+    measures: Measures | None = field(default=None, metadata=_ABSENT)
     samples: tuple[Sample, ...]
     seconds: dict[str, float]
     peak_rss_gb: float | None = None
     dtype: str | None = None
+
+    @property
+    def task(self) -> str:
+        """The name of the adapter's task."""
+        return self.measures.task if self.measures else "classification" if self.classes else "completion"
 
     @property
     def rival(self) -> str | None:

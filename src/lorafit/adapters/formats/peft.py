@@ -179,7 +179,7 @@ def _config(adapter: Adapter, pattern: Callable[[str], str] = _exactly) -> dict[
     modules = [target for target in ranks if target not in parameters]
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if adapter.classes else "CAUSAL_LM" if adapter.rendering else None,
+        "task_type": adapter.classes.peft if adapter.classes else "CAUSAL_LM" if adapter.rendering else None,
         "base_model_name_or_path": base,
         "revision": revision,
         "r": rank,
