@@ -258,6 +258,7 @@ def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
     folders = [Path(copytree(run, tmp_path / one / "runs" / "mine")) for one in ("monday", "friday")]
     text = write_report(folders, tmp_path / "both.html").read_text(encoding="utf-8")
     assert "monday/runs/mine" in text and "friday/runs/mine" in text
+    assert "No setting differs." in text
 
 
 @pytest.mark.parametrize("damage", [{}, {"nll": {}}, {"facts": None}])
@@ -283,7 +284,7 @@ def test_what_differs_holds_what_does_and_nothing_else(run: Path, copy: Path) ->
     rewrite(copy / "run.json", data="elsewhere.jsonl")
     text = write_report([run, copy], copy.parent / "both.html").read_text(encoding="utf-8")
     differs = text[text.index("What differs") :]
-    assert "elsewhere.jsonl" in differs
+    assert "elsewhere.jsonl" in differs and "No setting differs." not in text
     assert re.findall(r"<td>(sites|ranks|base|seed)</td>", differs) == []
 
 
