@@ -52,12 +52,13 @@ class TrainSettings(BaseModel):
         ),
     ] = None
     task: Annotated[
-        Literal["auto", "completion", "classification", "regression", "multilabel", "entities"],
+        Literal["auto", "completion", "classification", "regression", "multilabel", "entities", "embedding"],
         Field(
             description="What to learn: to write an answer (completion), or to predict with another head: a label "
             "(classification, for data with text and label), a number (regression, text and score), several labels "
-            "(multilabel, text and labels), or spans with labels (entities, text and entities). auto: what the data "
-            "are for, and an answer if they have one and the base writes text."
+            "(multilabel, text and labels), spans with labels (entities, text and entities), or vectors by which texts "
+            "find each other (embedding, anchor and positive). auto: what the data are for, and an answer if they have "
+            "one and the base writes text."
         ),
     ] = "auto"
     label_weights: Annotated[

@@ -292,7 +292,7 @@ def _load(
     from transformers import AutoTokenizer
 
     of = _auto_class(None if labels is None else opening)
-    extra = {} if labels is None else {"num_labels": labels, **dict(opening.settings)}
+    extra = {} if labels is None or not opening.has_head else {"num_labels": labels, **dict(opening.settings)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         opened: Any = of.from_pretrained(
@@ -311,7 +311,7 @@ def _load(
         ) from error
     model: PreTrainedModel = opened[0]
     info: dict[str, Any] = opened[1]
-    head = () if labels is None else _head_of(model, info)
+    head = () if labels is None else _head_of(model, info) if opening.has_head else _bare(model, info)
     wrong = [
         f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:5]))}"
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
@@ -361,6 +361,19 @@ def _head_of(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
     other = (key for key in info["unexpected_keys"] if "pooler" not in key.split("."))
     info["unexpected_keys"] = {key for key in other if key.startswith((*held,))}
     return head
+
+
+def _bare(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
+    """No head: a pooler, which has no part in the last hidden state, is taken off, and its keys and those of heads in
+    the weight files are removed from `info`."""
+    if any(name == "pooler" for name, _ in model.named_children()):
+        poolable: Any = model
+        poolable.pooler = None
+    held = {f"{name.partition('.')[0]}." for name, _ in model.named_parameters()}
+    for kind in ("missing_keys", "unexpected_keys"):
+        info[kind] = {key for key in info[kind] if "pooler" not in key.split(".")}
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.startswith((*held,))}
+    return ()
 
 
 def _device_map() -> dict[str, str] | None:

@@ -15,12 +15,14 @@ class Opening:
         table: The name of the table of its model types in transformers.
         noun: What the base becomes.
         settings: Further settings of its config, by name.
+        has_head: Whether it has a head; if not, it gives its last hidden state.
     """
 
     model: str
     table: str
     noun: str
     settings: tuple[tuple[str, Any], ...] = ()
+    has_head: bool = True
 
 
 CLASSIFIER = Opening(

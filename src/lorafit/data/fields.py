@@ -19,7 +19,7 @@ from typing import Any
 from lorafit.data.targets import number_in
 
 UNUSED = "unused"  # the FIELD of --columns whose columns are passed over
-TARGETS = frozenset({"score", "labels", "entities"})  # what a text is to be given, other than a label
+TARGETS = frozenset({"score", "labels", "entities", "anchor", "positive"})  # of tasks with another head
 BASIC = TARGETS | {"messages", "conversations", "prompt", "completion", "instruction", "output", "text", "label"}
 FIELDS = BASIC | {"input", "system", "check", "group", "tools", "reasoning_content"}  # basic fields decide the form
 OPTIONAL = ("system", "check", "group")  # fields of a row of any form (of plain text, no system)

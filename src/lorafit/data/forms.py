@@ -48,7 +48,7 @@ from lorafit.data.messages import (
     with_reasoning,
 )
 from lorafit.data.records import Record
-from lorafit.data.targets import Names, Number, Span, Spans, Target, is_finite, shown_spans
+from lorafit.data.targets import Names, Number, Pair, Span, Spans, Target, is_finite, shown_spans
 from lorafit.data.tools import CALL_FIELDS, TOOL_FIELDS, Wrong, known_calls, read_tools
 from lorafit.errors import Problem
 
@@ -373,6 +373,12 @@ def _spans_of(row: Row) -> Spans:
     return Spans(tuple(sorted((span for span in found if span), key=lambda span: span.start)))
 
 
+def _paired(row: Row, wrong: Wrong) -> Iterable[Message | None]:
+    """Two texts that belong together; the second is an answer too."""
+    anchor, positive = (read_message("user", row[name], name, wrong) for name in ("anchor", "positive"))
+    return anchor, Message("assistant", positive.content) if positive else None
+
+
 def _plain(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     return (read_message(TEXT, row["text"], "text", wrong),)
 
@@ -391,6 +397,7 @@ FORMS = {
     "text and entities": Form(
         frozenset({"text", "entities"}), _marked, target=_spans_of, fits=lambda row: isinstance(row["entities"], list)
     ),
+    "anchor and positive": Form(frozenset({"anchor", "positive"}), _paired, target=lambda row: Pair()),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),
 }
 

@@ -40,7 +40,8 @@ def read_examples(
     The fields of a row
     decide its form: `messages`; `conversations` (sharegpt); `prompt`, `completion`; `instruction`, `input`, `output`
     (alpaca); `text`, `label` (classification); `text`, `score` (a number); `text`, `labels` (a list of names);
-    `text`, `entities` (spans with labels); `text`. Any row may carry a `check` and a `group`.
+    `text`, `entities` (spans with labels); `anchor`, `positive` (two texts that belong together); `text`. Any row may
+    carry a `check` and a `group`.
 
     Args:
         path: the file or folder, or `builtin`.

@@ -1,4 +1,4 @@
-"""What a text is to be given, other than an answer or a label: a number, names of several labels, or entities."""
+"""What belongs to a text, other than an answer or a label: a number, several labels, entities, or another text."""
 
 from __future__ import annotations
 
@@ -48,13 +48,19 @@ class Spans:
     spans: tuple[Span, ...] = ()
 
 
-Target = Number | Names | Spans
+@dataclass(frozen=True)
+class Pair:
+    """A text has a partner, which is its answer."""
+
+
+Target = Number | Names | Spans | Pair
 CALLED: dict[type[Target], str] = {
     Number: "texts with a number",
     Names: "texts with a list of labels",
     Spans: "texts with entities",
+    Pair: "pairs of texts",
 }
-FIELD: dict[type[Target], str] = {Number: "score", Names: "labels", Spans: "entities"}
+FIELD: dict[type[Target], str] = {Number: "score", Names: "labels", Spans: "entities", Pair: "positive"}
 
 
 def shown_spans(text: str, spans: tuple[Span, ...]) -> str:

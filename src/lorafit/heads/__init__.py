@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from lorafit.bases import locate
 from lorafit.data.targets import CALLED
 from lorafit.errors import AdapterError
-from lorafit.heads import classification, completion, entities, multilabel, regression
+from lorafit.heads import classification, completion, embedding, entities, multilabel, regression
 from lorafit.heads.head import Head as Head
 
 if TYPE_CHECKING:
     from lorafit.adapters.adapter import Adapter
     from lorafit.data.examples import Examples
 
-OF_TARGETS = (regression.HEAD, multilabel.HEAD, entities.HEAD)
+OF_TARGETS = (regression.HEAD, multilabel.HEAD, entities.HEAD, embedding.HEAD)
 """The tasks that are found by what the examples are to be given."""
 
 HEADS: dict[str, Head] = {head.name: head for head in (completion.HEAD, classification.HEAD, *OF_TARGETS)}
@@ -58,8 +58,8 @@ def why(task: str, base: str, examples: Examples) -> str | None:
 def _found(base: str, examples: Examples | None) -> tuple[Head, str | None]:
     every = [example for split in examples.by_name().values() for example in split] if examples else []
     for head in OF_TARGETS:
-        if every and all(isinstance(example.target, head.reader.target) for example in every):
-            return head, f"the data are {CALLED[head.reader.target]}"
+        if every and all(isinstance(example.target, head.target) for example in every):
+            return head, f"the data are {CALLED[head.target]}"
     if locate.encodes(base):
         return classification.HEAD, "the base is an encoder, which writes no text"
     return completion.HEAD, None

@@ -159,8 +159,11 @@ def words_of(text: str) -> list[tuple[int, int]]:
 
 
 def aligned(texts: Texts, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]], set[int]]:
-    """The tokens of a text, its words, and the first token of each word. A word without a token of its own belongs to
-    the word before it. Raises BaseError for a tokenizer that does not say where its tokens are."""
+    """The tokens of a text, its words, and the first token of each word.
+
+    Of words that share a token, letters belong to the word before them, and signs to no word. Raises BaseError for a
+    tokenizer that does not say where its tokens are.
+    """
     tokenizer = texts.base.tokenizer
     if not tokenizer.is_fast:
         raise BaseError(
@@ -178,7 +181,7 @@ def aligned(texts: Texts, text: str) -> tuple[tuple[int, ...], list[tuple[int, i
         if at < len(places) and places[at][0] < end and (not first or at > first[-1]):
             words.append((start, end))
             first.append(at)
-        elif words:
+        elif words and text[start].isalnum():  # the t of don't; a sign in one token with the sign before is left out
             words[-1] = (words[-1][0], end)
     return tuple(coded["input_ids"]), words, set(first)
 

@@ -144,6 +144,11 @@ class TextHead:
     reader: Reader
     idle: tuple[str, ...] = (*OF_TEXT, "label_weights")
 
+    @property
+    def target(self) -> type[Target]:
+        """What the examples of the task have."""
+        return self.reader.target
+
     def terms(self, scores: ClassScores | None) -> Terms:
         return self.words
 

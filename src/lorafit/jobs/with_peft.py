@@ -28,7 +28,8 @@ def main() -> None:
 
     def logits() -> list[torch.Tensor]:
         with torch.no_grad():
-            return [base.model(input_ids=torch.tensor([row], device=base.device)).logits for row in rows]
+            # The first output: logits, or without a head the last hidden state.
+            return [base.model(input_ids=torch.tensor([row], device=base.device))[0] for row in rows]
 
     bare = logits()
     with attach(base, adapter, accept_unknown_base=True):
