@@ -37,7 +37,7 @@ class Comparison:
         asked: The positions of the examples that were answered.
         nll_of_each: The NLL of every example under (base, adapter).
         counts: Right answers; None if none could be counted.
-        shots: How many answered examples the base was given: as many as asked for, or as fit into its context.
+        shots: How many answered examples are in the base's prompt: as many as were asked for and fit into its context.
         reasoning: NLL of the reasoning before the answers; None if no example has any.
         classes: The scores of a classifier; None for other adapters.
         measures: The scores of a task with other scores than right answers; None for other tasks.

@@ -78,18 +78,18 @@ def write(
 ) -> Path:
     """Save an adapter as a folder in PEFT's layout, whole or not at all; returns the folder.
 
-    An adapter folder that is there is replaced with all that is in it; anything else is left as it is.
+    An existing adapter folder is replaced, with all its files. A folder with other files is left as it is, and refused.
 
     Args:
         adapter: What to save.
         folder: Where to; folders above it are made.
-        card: The text of README.md, by default three lines that name the base.
+        card: The text of README.md; by default only its YAML header, which names the library and the base.
         extra: More for lorafit.json, such as scores and versions.
-        routing: The file that a router learns from.
+        routing: The content of the file of features for the router.
 
     Raises:
         FormatError: The folder holds other files, or the adapter more than one variant, which PEFT cannot read.
-        RunError: There is a file of that name.
+        RunError: `folder` is a file.
     """
     folder = Path(folder)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
