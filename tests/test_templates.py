@@ -39,6 +39,7 @@ from lorafit.data.template import ChatTemplate
 from lorafit.data.thoughts import Parts, parted, text_of
 from lorafit.errors import BaseError, DataError, FormatError, Interrupted, RequestError, SettingsError
 from lorafit.evaluation.forgetting import general_rows
+from lorafit.heads import completion
 from lorafit.jobs.chat import Chat
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.listener import Silent
@@ -334,7 +335,7 @@ def test_an_empty_system_prompt_is_none(template: str, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"text": f"{i} apples", "label": "odd" if i % 2 else "even"} for i in range(20)]
     examples = read_examples(write_rows(tmp_path / "a.jsonl", rows))
     whole = Examples(examples.train, system=examples.system)
-    _, renderer, _ = rendered(base_with(template), whole, settings_from({"system": ""}), _Mute())
+    _, renderer, _ = rendered(base_with(template), completion.HEAD, (), whole, settings_from({"system": ""}), _Mute())
     assert renderer.text([ASKED], prompt=True) == "<|user|>Which gate?<|end|>\n<|assistant|>"
 
 
@@ -360,10 +361,10 @@ def test_a_row_that_the_template_refuses_is_named_and_may_be_left_out(tmp_path: 
     examples = read_examples(write_rows(tmp_path / "a.jsonl", [*capitals(12), bad, bad | {"prompt": "Gate 8 then?"}]))
     base = base_with(DEAF_TO_SYSTEM)
     with pytest.raises(DataError) as caught:
-        rendered(base, Examples(examples.train), TrainSettings(), _Mute())
+        rendered(base, completion.HEAD, (), Examples(examples.train), TrainSettings(), _Mute())
     assert [problem.where for problem in caught.value.problems] == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (13, 14)]
     assert "no such role" in str(caught.value) and "--skip-bad" in str(caught.value)
-    left, _, rows = rendered(base, Examples(examples.train), TrainSettings(skip_bad=True), _Mute())
+    left, _, rows = rendered(base, completion.HEAD, (), Examples(examples.train), TrainSettings(skip_bad=True), _Mute())
     assert len(left.train) == 12 == len(rows["train"])
 
 
