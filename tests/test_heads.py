@@ -42,6 +42,7 @@ from lorafit.heads.regression import mae, pearson, r2, rmse, spearman
 from lorafit.heads.texts import TextHead
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.listener import Silent
+from lorafit.jobs.plan import run_planning
 from lorafit.jobs.refine import run_refining
 from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
@@ -706,6 +707,30 @@ def test_the_code_on_its_card_runs(
         assert [*eval(ours)[0]] == sorted(eval(theirs))
     else:
         assert ("start=0," in ours) == (eval(theirs)[0] != "O")  # of the first word
+
+
+@EVERY_TASK
+def test_data_and_a_plan_are_shown_as_the_base_sees_them(
+    folders: Folders, data: Callable[[str], Path], task: str
+) -> None:
+    done = CliRunner().invoke(app, ["data", str(data(task)), "--base", str(folders("bert"))])
+    assert done.exit_code == 0 and "train: " in done.output, done.output
+    found = run_planning(folders("bert"), data(task), {**SETTINGS, "search": "fast"})
+    assert found["whole"] and found["forecast"]["seconds"] > 0
+
+
+@EVERY_TASK
+def test_a_row_is_shown_with_what_is_learnt(folders: Folders, task: str) -> None:
+    shown_as = {
+        "regression": [[("a card was charged", False), (" score: 2", True)], [("late", False), (" score: -1", True)]],
+        "multilabel": [
+            [("a card was charged", False), (" labels: a", True)],
+            [("late", False), (" labels: (none)", True)],
+        ],
+        "entities": [[("a c", False), (" B-X", True), ("ard was charged", False)], [("late", False)]],
+    }
+    renderer = renderer_of(opened(folders("bert"), task), task)
+    assert [renderer.pieces(row) for row in renderer.rows(examples_of(task), 100)[:2]] == shown_as[task]
 
 
 # Bad input
