@@ -147,6 +147,10 @@ DATA: dict[str, Callable[[], list[dict[str, object]]]] = {
     "entities": marked,
 }
 EVERY_TASK = pytest.mark.parametrize("task", DATA)
+# A whole run takes some ten seconds: make test has that of one task, make test-all that of each.
+EVERY_RUN = pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=() if task == "regression" else pytest.mark.slow) for task in DATA]
+)
 TARGETS: dict[str, list[Target]] = {
     "regression": [Number(2.0), Number(-1.0), Number(0.5)],
     "multilabel": [Names(("a",)), Names(()), Names(("a", "c"))],
@@ -587,6 +591,7 @@ def test_a_regression_learns(finished: Finished) -> None:
     assert summary["counts"] is None and summary["facts"]["adapter"] is None
 
 
+@pytest.mark.slow
 def test_several_labels_are_learnt(finished: Finished) -> None:
     summary = finished("multilabel")[1]
     scores = {one["name"]: one for one in summary["measures"]["scores"]}
@@ -596,6 +601,7 @@ def test_several_labels_are_learnt(finished: Finished) -> None:
     assert summary["nll"]["ci95"][1] < 0
 
 
+@pytest.mark.slow
 def test_entities_are_found(finished: Finished) -> None:
     summary = finished("entities")[1]
     scores = {one["name"]: one for one in summary["measures"]["scores"]}
@@ -605,7 +611,7 @@ def test_entities_are_found(finished: Finished) -> None:
     assert summary["nll"]["ci95"][1] < 0 and summary["counts"] is None
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_a_run_leaves_the_base_as_it_is_and_peft_computes_the_same(finished: Finished, task: str) -> None:
     out, summary = finished(task)
     assert summary["base_unchanged"] and summary["passed_over"] == {}
@@ -626,7 +632,7 @@ class Stopping(Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_a_run_that_was_stopped_ends_in_the_same_bits(
     finished: Finished,
     folders: Folders,
@@ -643,7 +649,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert summary["measures"] == finished(task)[1]["measures"]
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_evaluated_on_the_same_texts_it_has_the_same_scores(
     finished: Finished, data: Callable[[str], Path], tmp_path: Path, task: str
 ) -> None:
@@ -658,7 +664,7 @@ def test_evaluated_on_the_same_texts_it_has_the_same_scores(
     assert [one["difference"] for one in same["measures"]["scores"]] == [[0, 0]] * len(same["measures"]["scores"])
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_it_is_trimmed_and_refined_and_keeps_its_head(
     finished: Finished, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,7 +680,7 @@ def test_it_is_trimmed_and_refined_and_keeps_its_head(
     assert read_adapter(out / "adapter").classes == whole.classes
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_it_is_shown_and_reported_in_its_own_words(finished: Finished, task: str, tmp_path: Path) -> None:
     out, summary = finished(task)
     facts = shown(out / "adapter")
@@ -691,7 +697,7 @@ def test_it_is_shown_and_reported_in_its_own_words(finished: Finished, task: str
     assert "chat" not in done.output
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_the_code_on_its_card_runs(
     finished: Finished, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
