@@ -795,6 +795,16 @@ def test_data_of_another_task_are_named_by_line(folders: Folders, tmp_path: Path
     assert said.startswith("24 problems in the data") and "talk.jsonl:1: has no " in said
 
 
+@EVERY_RUN
+def test_an_adapter_is_not_scored_on_data_of_another_task(finished: Finished, tmp_path: Path, task: str) -> None:
+    talk = write_rows(tmp_path / "talk.jsonl", capitals())
+    with pytest.raises(DataError) as caught:
+        run_evaluation(None, finished(task)[0], talk, {"dtype": "fp32"})
+    assert len(caught.value.problems) == 24
+    field = {"regression": "score", "multilabel": "labels", "entities": "entities"}[task]
+    assert f"talk.jsonl:1: has no {field}: give text and {field} on every line" in str(caught.value)
+
+
 @EVERY_TASK
 def test_a_text_that_is_too_long_is_named_by_its_line(folders: Folders, tmp_path: Path, task: str) -> None:
     long = {**DATA[task]()[1], "text": "x" * 600, **({"entities": []} if task == "entities" else {})}
