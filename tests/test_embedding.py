@@ -293,6 +293,12 @@ def test_what_cannot_be_learnt_is_named_all_at_once(folders: Folders, tmp_path: 
         run_training(folders("bert"), talk, tmp_path / "run", {**SETTINGS, "task": "embedding"})
 
 
+def test_it_is_not_scored_on_data_of_another_task(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    talk = write_rows(tmp_path / "talk.jsonl", capitals())
+    with pytest.raises(DataError, match=r"talk.jsonl:1: has no positive: give anchor and positive on every line"):
+        run_evaluation(None, finished[0], talk, {"dtype": "fp32"})
+
+
 def test_another_adapter_gives_no_vectors(folders: Folders, finished: tuple[Path, dict[str, Any]]) -> None:
     adapter = read_adapter(finished[0] / "adapter")
     base = open_base(folders("bert"), torch.float32, **opened_for(adapter))

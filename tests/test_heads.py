@@ -42,6 +42,7 @@ from lorafit.heads.regression import mae, pearson, r2, rmse, spearman
 from lorafit.heads.texts import TextHead
 from lorafit.jobs.evaluate import run_evaluation
 from lorafit.jobs.listener import Silent
+from lorafit.jobs.plan import run_planning
 from lorafit.jobs.refine import run_refining
 from lorafit.jobs.show import shown
 from lorafit.jobs.train import run_training
@@ -146,6 +147,10 @@ DATA: dict[str, Callable[[], list[dict[str, object]]]] = {
     "entities": marked,
 }
 EVERY_TASK = pytest.mark.parametrize("task", DATA)
+# A whole run takes some ten seconds: make test has that of one task, make test-all that of each.
+EVERY_RUN = pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=() if task == "regression" else pytest.mark.slow) for task in DATA]
+)
 TARGETS: dict[str, list[Target]] = {
     "regression": [Number(2.0), Number(-1.0), Number(0.5)],
     "multilabel": [Names(("a",)), Names(()), Names(("a", "c"))],
@@ -586,6 +591,7 @@ def test_a_regression_learns(finished: Finished) -> None:
     assert summary["counts"] is None and summary["facts"]["adapter"] is None
 
 
+@pytest.mark.slow
 def test_several_labels_are_learnt(finished: Finished) -> None:
     summary = finished("multilabel")[1]
     scores = {one["name"]: one for one in summary["measures"]["scores"]}
@@ -595,6 +601,7 @@ def test_several_labels_are_learnt(finished: Finished) -> None:
     assert summary["nll"]["ci95"][1] < 0
 
 
+@pytest.mark.slow
 def test_entities_are_found(finished: Finished) -> None:
     summary = finished("entities")[1]
     scores = {one["name"]: one for one in summary["measures"]["scores"]}
@@ -604,7 +611,7 @@ def test_entities_are_found(finished: Finished) -> None:
     assert summary["nll"]["ci95"][1] < 0 and summary["counts"] is None
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_a_run_leaves_the_base_as_it_is_and_peft_computes_the_same(finished: Finished, task: str) -> None:
     out, summary = finished(task)
     assert summary["base_unchanged"] and summary["passed_over"] == {}
@@ -625,7 +632,7 @@ class Stopping(Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_a_run_that_was_stopped_ends_in_the_same_bits(
     finished: Finished,
     folders: Folders,
@@ -642,7 +649,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert summary["measures"] == finished(task)[1]["measures"]
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_evaluated_on_the_same_texts_it_has_the_same_scores(
     finished: Finished, data: Callable[[str], Path], tmp_path: Path, task: str
 ) -> None:
@@ -657,7 +664,7 @@ def test_evaluated_on_the_same_texts_it_has_the_same_scores(
     assert [one["difference"] for one in same["measures"]["scores"]] == [[0, 0]] * len(same["measures"]["scores"])
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_it_is_trimmed_and_refined_and_keeps_its_head(
     finished: Finished, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -673,7 +680,7 @@ def test_it_is_trimmed_and_refined_and_keeps_its_head(
     assert read_adapter(out / "adapter").classes == whole.classes
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_it_is_shown_and_reported_in_its_own_words(finished: Finished, task: str, tmp_path: Path) -> None:
     out, summary = finished(task)
     facts = shown(out / "adapter")
@@ -690,7 +697,7 @@ def test_it_is_shown_and_reported_in_its_own_words(finished: Finished, task: str
     assert "chat" not in done.output
 
 
-@EVERY_TASK
+@EVERY_RUN
 def test_the_code_on_its_card_runs(
     finished: Finished, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -706,6 +713,30 @@ def test_the_code_on_its_card_runs(
         assert [*eval(ours)[0]] == sorted(eval(theirs))
     else:
         assert ("start=0," in ours) == (eval(theirs)[0] != "O")  # of the first word
+
+
+@EVERY_TASK
+def test_data_and_a_plan_are_shown_as_the_base_sees_them(
+    folders: Folders, data: Callable[[str], Path], task: str
+) -> None:
+    done = CliRunner().invoke(app, ["data", str(data(task)), "--base", str(folders("bert"))])
+    assert done.exit_code == 0 and "train: " in done.output, done.output
+    found = run_planning(folders("bert"), data(task), {**SETTINGS, "search": "fast"})
+    assert found["whole"] and found["forecast"]["seconds"] > 0
+
+
+@EVERY_TASK
+def test_a_row_is_shown_with_what_is_learnt(folders: Folders, task: str) -> None:
+    shown_as = {
+        "regression": [[("a card was charged", False), (" score: 2", True)], [("late", False), (" score: -1", True)]],
+        "multilabel": [
+            [("a card was charged", False), (" labels: a", True)],
+            [("late", False), (" labels: (none)", True)],
+        ],
+        "entities": [[("a c", False), (" B-X", True), ("ard was charged", False)], [("late", False)]],
+    }
+    renderer = renderer_of(opened(folders("bert"), task), task)
+    assert [renderer.pieces(row) for row in renderer.rows(examples_of(task), 100)[:2]] == shown_as[task]
 
 
 # Bad input
@@ -762,6 +793,16 @@ def test_with_one_value_there_is_nothing_to_learn(
 def test_data_of_another_task_are_named_by_line(folders: Folders, tmp_path: Path, task: str) -> None:
     said = refused(folders, write_rows(tmp_path / "talk.jsonl", capitals()), tmp_path, task=task)
     assert said.startswith("24 problems in the data") and "talk.jsonl:1: has no " in said
+
+
+@EVERY_RUN
+def test_an_adapter_is_not_scored_on_data_of_another_task(finished: Finished, tmp_path: Path, task: str) -> None:
+    talk = write_rows(tmp_path / "talk.jsonl", capitals())
+    with pytest.raises(DataError) as caught:
+        run_evaluation(None, finished(task)[0], talk, {"dtype": "fp32"})
+    assert len(caught.value.problems) == 24
+    field = {"regression": "score", "multilabel": "labels", "entities": "entities"}[task]
+    assert f"talk.jsonl:1: has no {field}: give text and {field} on every line" in str(caught.value)
 
 
 @EVERY_TASK

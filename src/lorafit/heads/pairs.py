@@ -27,6 +27,7 @@ from lorafit.data.batches import LENGTH_STEP
 from lorafit.data.examples import Example
 from lorafit.data.rows import Row
 from lorafit.data.split import groups_of
+from lorafit.data.targets import Pair
 from lorafit.errors import AdapterError, DataError, Problem
 from lorafit.evaluation.compare import SAMPLES, Comparison, nll_score
 from lorafit.evaluation.measures import measure
@@ -182,6 +183,10 @@ class PairTexts:
 
     def rows(self, examples: Sequence[Example], max_length: int) -> list[PairRow]:
         """The rows of examples. Raises DataError that names every text that cannot be read."""
+        without = [example for example in examples if not isinstance(example.target, Pair)]
+        if without:
+            fix = "give anchor and positive on every line"
+            raise DataError([Problem(example.where, "has no positive", fix) for example in without])
         pairs = [(self.ids(example.asked), self.ids(example.answer)) for example in examples]
         problems = [
             Problem(f"{example.where}: {field}", *found)

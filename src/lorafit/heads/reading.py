@@ -18,6 +18,7 @@ from lorafit.data.batches import LENGTH_STEP, by_tokens
 from lorafit.data.examples import Example, Message
 from lorafit.data.rows import Row
 from lorafit.data.split import groups_of
+from lorafit.data.targets import FIELD
 from lorafit.errors import AdapterError, DataError, Problem
 from lorafit.evaluation.compare import SAMPLES, Comparison, nll_score
 from lorafit.evaluation.counting import counted
@@ -157,8 +158,11 @@ class Texts:
         most = max_length if context is None else min(max_length, context)
         rows: list[ReadRow] = []
         problems: list[Problem] = []
+        target = self.reader.target
         for i, example in enumerate(examples):
-            read = self.reader.read(self, example)
+            fix = f"give text and {FIELD[target]} on every line"
+            fits = isinstance(example.target, target)
+            read = self.reader.read(self, example) if fits else (f"has no {FIELD[target]}", fix)
             if isinstance(read, tuple):
                 problems.append(Problem(example.where, *read))
             elif len(read.ids) > most:
