@@ -1,0 +1,292 @@
+"""Measure tiny models of every class that transformers maps, and write docs/architectures.md from what was found.
+
+With names of classes, or of families, those are measured again; with none, all. docs/architectures.jsonl keeps what was
+found, a class a line. --page only writes the page; --check NAME ... measures these, and exits with 1 where they are not
+what is kept; so does --check without names where the page is not what the lines give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import signal
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES, PAGE = ROOT / "docs" / "architectures.jsonl", ROOT / "docs" / "architectures.md"
+SECONDS = 40  # that a class may take
+WHOLE = 99.5  # per cent
+TITLES = {
+    "causal": "Causal language models",
+    "encoders": "Text encoders",
+    "encoder-decoders": "Encoder-decoders",
+    "vision": "Vision",
+    "speech": "Speech and audio",
+    "multimodal": "Multimodal",
+}
+Row = dict[str, Any]
+
+
+def measured(name: str) -> Row:
+    """What holds for one class."""
+    from tiny_models import built, classes
+
+    family, _ = classes()[name]
+    try:
+        with _within(SECONDS):
+            tiny = built(name)
+    except Exception as error:  # whatever keeps a class from being built is its row
+        return {"class": name, "family": family, "unbuilt": _short(error)}
+    row: Row = {"class": name, "family": family}
+    try:
+        with _within(SECONDS):
+            _measure(tiny, row)
+    except Exception as error:
+        row["broke"] = _short(error)
+    return row
+
+
+def _measure(tiny: Any, row: Row) -> None:
+    import torch
+
+    from lorafit.attachment.watching import fired
+    from lorafit.bases.base import Base
+
+    base = Base.of(tiny.model, row["class"])
+    sizes = _sizes(base)
+    total = sum(size for size, _ in sizes.values())
+    open_to = {site.key: site for site in _sites(base)}
+    row["share"] = round(100 * sum(size for key, (size, _) in sizes.items() if key in open_to) / max(1, total), 2)
+    missed: Counter[str] = Counter()
+    for key, (size, kind) in sizes.items():
+        missed[kind] += 0 if key in open_to else size
+    row["missed"] = {kind: round(100 * size / total, 2) for kind, size in missed.most_common(4) if size}
+    seen = fired(base, tiny.forward)
+    sites = [site for site in open_to.values() if site.path in seen]
+    reached = sum(sizes[site.key][0] for site in sites if site.key in sizes)
+    row["reached"] = round(100 * reached / max(1, sum(size for key, (size, _) in sizes.items() if key in open_to)), 2)
+    if sites:
+        _laws(base, tiny, sites, row)
+        with torch.no_grad():
+            _to_peft(base, tiny, sites, row)
+    with torch.no_grad():
+        _from_peft(base, tiny, sizes, row)
+    if tiny.family == "causal":
+        _as_text(base, row)
+
+
+def _sites(base: Any) -> list[Any]:
+    """What a user can have adapted: every site but embeddings and the output head, and of a language model no
+    convolution, which it may read past its forward as it writes."""
+    head = base.head_paths()
+    writes = base.model.can_generate()
+    return [
+        site
+        for site in base.every_site
+        if site.path not in head and site.kind != "embedding" and not (writes and site.kind == "convolution")
+    ]
+
+
+TABLES = re.compile(r"pos(ition)?_?(emb|enc)|position|_token|tokens?$|query|queries|bias_table|table|codebook|embeddings?")
+
+
+def _sizes(base: Any) -> dict[str, tuple[int, str]]:
+    """By key, the numbers of each weight that inputs are multiplied with, and the type of its module. Embeddings, tables
+    of positions and the output head are none."""
+    from torch import nn
+
+    head, found, seen = base.head_paths(), {}, set()
+    for path, module in base.model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or sum(side > 1 for side in parameter.shape) < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if path in head or isinstance(module, nn.Embedding) or TABLES.search(name) or not parameter.is_floating_point():
+                continue
+            found[f"{path}.{name}"] = (parameter.numel(), type(module).__name__)
+    return found
+
+
+def _laws(base: Any, tiny: Any, sites: Sequence[Any], row: Row) -> None:
+    """The laws of a fresh adapter, of the base and of gradients, and a step down the gradient."""
+    import torch
+
+    from lorafit.adapters.plan import uniform
+    from lorafit.adapters.state import TrainState
+    from lorafit.attachment.adapters import attach
+    from lorafit.attachment.fused import layer_by_layer
+    from lorafit.attachment.pure import fresh
+    from lorafit.testing import random_adapter
+
+    plan = uniform([site for site in sites], 1, 2.0)
+    with layer_by_layer(base), torch.no_grad():
+        bare = tiny.forward()
+        if not torch.equal(bare, tiny.forward()):
+            row["laws"] = "its forward differs from call to call"
+            return
+    before, failed = base.integrity(), []
+    with attach(base, fresh(base, plan, 3)), torch.no_grad():
+        if not torch.equal(tiny.forward(), bare):
+            failed.append("a fresh adapter changes what comes out")
+    state = TrainState(random_adapter(base, plan), base.device)
+    wanted = torch.randn(bare.shape, generator=torch.Generator().manual_seed(5))
+    with attach(base, state) as attached:
+        loss = (tiny.forward() - wanted).square().mean()
+        loss.backward()
+        still = sorted({key.rpartition(".")[0] for key, one in state.gradients().items() if not one.any()})
+        gradient = state.master.grad
+        assert gradient is not None
+        lower = False
+        start = state.master.detach().clone()
+        for size in (1e-1, 1e-2, 1e-3):
+            with torch.no_grad():
+                state.master.copy_(start - size * gradient / gradient.norm().clamp(min=1e-30))
+                state.drop_casts() if hasattr(state, "drop_casts") else None
+                lower = lower or bool((tiny.forward() - wanted).square().mean() < loss)
+        with attached.off(), torch.no_grad():
+            if not torch.equal(tiny.forward(), bare):
+                failed.append("switched off it changes what comes out")
+    if base.integrity() != before:
+        failed.append("the base is not what it was")
+    row["laws"] = "; ".join(failed) or "hold"
+    row["step"] = "lowers the loss" if lower else "does not lower the loss"
+    if still:
+        row["still"] = [len(still), still[0]]
+
+
+def _to_peft(base: Any, tiny: Any, sites: Sequence[Any], row: Row) -> None:
+    """PEFT on what is written here: equal, or named beforehand as what PEFT takes for something else."""
+    from peft import PeftModel
+
+    from lorafit.adapters.formats import peft
+    from lorafit.adapters.formats.oddities import misread_by_peft
+    from lorafit.adapters.plan import LowRank, Plan
+    from lorafit.attachment.adapters import attach
+    from lorafit.testing import random_adapter
+
+    slots = [LowRank(site, 1, 2.0) for site in sites]
+    plain = [slot for slot in slots if misread_by_peft(base.model, [slot]) is None]
+    if len(plain) < len(slots):
+        row["told"] = [len(slots) - len(plain), len(slots)]
+    if not plain:
+        row["to_peft"] = "none that PEFT reads"
+        return
+    adapter = random_adapter(base, Plan(tuple(plain)))
+    bare = tiny.forward()
+    with attach(base, adapter):
+        ours = tiny.forward()
+    with tempfile.TemporaryDirectory() as folder:
+        peft.write(adapter, Path(folder) / "adapter")
+        other = copy.deepcopy(tiny.model)
+        try:
+            PeftModel.from_pretrained(other, str(Path(folder) / "adapter"))
+            theirs = tiny.of(other.eval())
+        except Exception as error:  # PEFT may raise anything
+            row["to_peft"] = f"PEFT breaks: {_short(error)}"
+            return
+    row["to_peft"] = _same(ours, theirs, bare)
+
+
+def _same(ours: Any, theirs: Any, bare: Any) -> str:
+    effect, error = float((ours - bare).abs().max()), float((ours - theirs).abs().max())
+    if effect == 0:
+        return "no effect"
+    return "equal" if error <= 1e-3 * effect else f"differs by {error / effect:.0%} of its effect"
+
+
+def _from_peft(base: Any, tiny: Any, sizes: dict[str, tuple[int, str]], row: Row) -> None:
+    """The share of PEFT's all-linear, and what is made of its folder: equal, or refused by name."""
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    from lorafit.adapters.formats import peft
+    from lorafit.attachment.adapters import attach
+    from lorafit.errors import LorafitError
+
+    other = copy.deepcopy(tiny.model)
+    try:
+        theirs = get_peft_model(other, LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"))
+        adapted = _adapted_by_peft(theirs, sizes)
+        row["peft_share"] = round(100 * adapted / max(1, sum(size for size, _ in sizes.values())), 2)
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.1)
+        expected = tiny.of(other.eval())
+    except Exception as error:  # PEFT may raise anything
+        row.setdefault("peft_share", None)
+        row["from_peft"] = f"PEFT breaks: {_short(error)}"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        bare = tiny.forward()
+        try:
+            with attach(base, peft.read(folder), accept_unknown_base=True):
+                row["from_peft"] = _same(tiny.forward(), expected, bare)
+        except LorafitError as error:
+            row["from_peft"] = f"refused: {_short(error)}"
+
+
+def _adapted_by_peft(model: Any, sizes: dict[str, tuple[int, str]]) -> int:
+    found = {}
+    for name, _ in model.named_parameters():
+        path, _, rest = name.removeprefix("base_model.model.").partition(".base_layer.")
+        plain = f"{path}.{rest.replace('base_layer.', '')}"
+        lora = f"base_model.model.{path}.lora_"
+        if rest and plain in sizes and any(other.startswith(lora) for other in _names(model)):
+            found[plain] = sizes[plain][0]
+    return sum(found.values())
+
+
+def _names(model: Any) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _as_text(base: Any, row: Row) -> None:
+    """How a causal model is run on rows, and served."""
+    from lorafit.data.render import Row as TextRow
+    from lorafit.errors import NotCausalError
+    from lorafit.serving.engine import Engine
+    from lorafit.tasks.probe import mode_of
+
+    rows = [TextRow(tuple(range(5 + i, 30 + 2 * i)), (False, *(True,) * (24 + i)), i) for i in range(2)]
+    try:
+        mode = mode_of(base, rows)
+        row["rows"] = "packed" if mode.packed else "padded"
+    except NotCausalError:
+        row["rows"] = "not causal"
+    except Exception as error:
+        row["rows"] = f"cannot be run: {_short(error)}"
+    try:
+        with Engine(base, room=32, slots=2, native=False):
+            row["served"] = "engine"
+    except Exception:
+        row["served"] = "plain"
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = re.sub(r"/\S+/", "", text)
+    return f"{type(error).__name__}: {text}"[:160]
