@@ -16,8 +16,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ TITLES = {
     "multimodal": "Multimodal",
 }
 Row = dict[str, Any]
+Sizes = dict[str, tuple[int, str]]  # by key, the numbers of a weight and the type of its module
 
 
 def measured(name: str) -> Row:
@@ -62,44 +63,69 @@ def _measure(tiny: Any, row: Row) -> None:
     from lorafit.bases.base import Base
 
     base = Base.of(tiny.model, row["class"])
-    sizes = _sizes(base)
-    total = sum(size for size, _ in sizes.values())
-    open_to = {site.key: site for site in _sites(base)}
-    row["share"] = round(100 * sum(size for key, (size, _) in sizes.items() if key in open_to) / max(1, total), 2)
-    missed: Counter[str] = Counter()
-    for key, (size, kind) in sizes.items():
-        missed[kind] += 0 if key in open_to else size
-    row["missed"] = {kind: round(100 * size / total, 2) for kind, size in missed.most_common(4) if size}
+    sizes, open_to = _sizes(base), {site.key: site for site in _sites(base)}
+    full, row["share"], row["missed"] = _of_default(tiny, sizes, open_to)
     seen = fired(base, tiny.forward)
     sites = [site for site in open_to.values() if site.path in seen]
-    reached = sum(sizes[site.key][0] for site in sites if site.key in sizes)
-    row["reached"] = round(100 * reached / max(1, sum(size for key, (size, _) in sizes.items() if key in open_to)), 2)
+    adapted = {key: one for key, one in sizes.items() if key in open_to}
+    row["reached"] = _share(adapted, {site.key for site in sites})
     if sites:
         _laws(base, tiny, sites, row)
         with torch.no_grad():
             _to_peft(base, tiny, sites, row)
     with torch.no_grad():
-        _from_peft(base, tiny, sizes, row)
+        _from_peft(base, tiny, sizes, full, row)
     if tiny.family == "causal":
         _as_text(base, row)
 
 
 def _sites(base: Any) -> list[Any]:
     """What a user can have adapted: every site but embeddings and the output head, and of a language model no
-    convolution, which it may read past its forward as it writes."""
+    convolution that keeps a state, which it may read past its forward as it writes."""
+    from lorafit.planning.rules import is_state
+
     head = base.head_paths()
-    writes = base.model.can_generate()
+    writes = base.model.can_generate()  # and may read past its forward what keeps a state
     return [
         site
         for site in base.every_site
-        if site.path not in head and site.kind != "embedding" and not (writes and site.kind == "convolution")
+        if site.path not in head and site.kind != "embedding" and not (writes and is_state(site))
     ]
 
 
-TABLES = re.compile(r"pos(ition)?_?(emb|enc)|position|_token|tokens?$|query|queries|bias_table|table|codebook|embeddings?")
+def _of_default(tiny: Any, sizes: Sizes, open_to: Iterable[str]) -> tuple[Sizes, float, dict[str, float]]:
+    """The weights of the default configuration of the class, the share of what is open to adapters, and what is missed,
+    by type. Of the tiny model where the default one cannot be outlined."""
+    import torch
+
+    from lorafit.bases.base import Base
+
+    kinds = {(sizes[key][1], key.rpartition(".")[2]) for key in open_to if key in sizes}
+    try:
+        with _within(SECONDS), torch.device("meta"):
+            full = Base("", type(tiny.model)(tiny.default()), "")
+        refused = {site.key for site in full.every_site} - {site.key for site in _sites(full)}
+        sizes = _sizes(full)
+        keys = {key for key, (_, kind) in sizes.items() if (kind, key.rpartition(".")[2]) in kinds} - refused
+    except Exception:  # a default configuration need not be one of a whole model
+        keys = set(open_to)
+    total = max(1, sum(size for size, _ in sizes.values()))
+    missed: Counter[str] = Counter()
+    for key, (size, kind) in sizes.items():
+        missed[kind] += 0 if key in keys else size
+    shares = {kind: round(100 * size / total, 2) for kind, size in missed.most_common(4)}
+    return sizes, _share(sizes, keys), {kind: share for kind, share in shares.items() if share}
 
 
-def _sizes(base: Any) -> dict[str, tuple[int, str]]:
+def _share(sizes: Sizes, keys: Collection[str]) -> float:
+    total = sum(size for size, _ in sizes.values())
+    return round(100 * sum(size for key, (size, _) in sizes.items() if key in keys) / max(1, total), 2)
+
+
+TABLES = re.compile(r"A_log|pos(ition)?_?(emb|enc)|position|_token|tokens?$|query|queries|bias_table|table|codebook|embeddings?")
+
+
+def _sizes(base: Any) -> Sizes:
     """By key, the numbers of each weight that inputs are multiplied with, and the type of its module. Embeddings, tables
     of positions and the output head are none."""
     from torch import nn
@@ -203,7 +229,12 @@ def _same(ours: Any, theirs: Any, bare: Any) -> str:
     return "equal" if error <= 1e-3 * effect else f"differs by {error / effect:.0%} of its effect"
 
 
-def _from_peft(base: Any, tiny: Any, sizes: dict[str, tuple[int, str]], row: Row) -> None:
+def _anywhere(key: str) -> str:
+    """The key of a weight in any block."""
+    return re.sub(r"\.\d+(?=\.)", ".*", key)
+
+
+def _from_peft(base: Any, tiny: Any, sizes: Sizes, full: Sizes, row: Row) -> None:
     """The share of PEFT's all-linear, and what is made of its folder: equal, or refused by name."""
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -215,8 +246,8 @@ def _from_peft(base: Any, tiny: Any, sizes: dict[str, tuple[int, str]], row: Row
     other = copy.deepcopy(tiny.model)
     try:
         theirs = get_peft_model(other, LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"))
-        adapted = _adapted_by_peft(theirs, sizes)
-        row["peft_share"] = round(100 * adapted / max(1, sum(size for size, _ in sizes.values())), 2)
+        alike = {_anywhere(key) for key in _adapted_by_peft(theirs, sizes)}
+        row["peft_share"] = _share(full, {key for key in full if _anywhere(key) in alike})
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
                 nn.init.normal_(parameter, std=0.1)
@@ -226,7 +257,14 @@ def _from_peft(base: Any, tiny: Any, sizes: dict[str, tuple[int, str]], row: Row
         row["from_peft"] = f"PEFT breaks: {_short(error)}"
         return
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
+        try:
+            theirs.save_pretrained(folder)
+        except Exception:  # it asks for embeddings, which some classes do not have
+            try:
+                theirs.save_pretrained(folder, save_embedding_layers=False)
+            except Exception as error:
+                row["from_peft"] = f"PEFT breaks: {_short(error)}"
+                return
         bare = tiny.forward()
         try:
             with attach(base, peft.read(folder), accept_unknown_base=True):
@@ -235,19 +273,16 @@ def _from_peft(base: Any, tiny: Any, sizes: dict[str, tuple[int, str]], row: Row
             row["from_peft"] = f"refused: {_short(error)}"
 
 
-def _adapted_by_peft(model: Any, sizes: dict[str, tuple[int, str]]) -> int:
-    found = {}
+def _adapted_by_peft(model: Any, sizes: Sizes) -> set[str]:
+    """The keys of the weights that PEFT has put a pair on."""
+    paired = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    found = set()
     for name, _ in model.named_parameters():
-        path, _, rest = name.removeprefix("base_model.model.").partition(".base_layer.")
-        plain = f"{path}.{rest.replace('base_layer.', '')}"
-        lora = f"base_model.model.{path}.lora_"
-        if rest and plain in sizes and any(other.startswith(lora) for other in _names(model)):
-            found[plain] = sizes[plain][0]
-    return sum(found.values())
-
-
-def _names(model: Any) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
+        path, inside, rest = name.partition(".base_layer.")
+        key = f"{path}.{rest.replace('base_layer.', '')}".removeprefix("base_model.model.")
+        if inside and path in paired and key in sizes:
+            found.add(key)
+    return found
 
 
 def _as_text(base: Any, row: Row) -> None:
@@ -290,3 +325,59 @@ def _short(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"/\S+/", "", text)
     return f"{type(error).__name__}: {text}"[:160]
+
+
+def lines() -> dict[str, Row]:
+    """What was found, by class."""
+    text = LINES.read_text("utf-8") if LINES.exists() else ""
+    return {row["class"]: row for row in map(json.loads, text.splitlines())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="classes, or families of them; all where none is named")
+    parser.add_argument("--page", action="store_true", help="write the page from what was found before")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
+    asked = parser.parse_args()
+    kept = lines()
+    if asked.names or not (asked.page or asked.check):
+        found = {row["class"]: row for row in _measured_all(asked.names)}
+        if asked.check and (differ := [name for name, row in found.items() if row != kept.get(name)]):
+            for name in differ:
+                print(f"{name}: {json.dumps(found[name])}, and kept is {json.dumps(kept.get(name))}", file=sys.stderr)
+            return 1
+        kept |= found
+    if asked.check:
+        if PAGE.read_text("utf-8") != page(kept):
+            print("docs/architectures.md: run scripts/make_architectures.py --page", file=sys.stderr)
+            return 1
+        return 0
+    LINES.write_text("".join(json.dumps(row) + "\n" for row in kept.values()), "utf-8", newline="\n")
+    PAGE.write_text(page(kept), "utf-8", newline="\n")
+    return 0
+
+
+def _measured_all(names: Sequence[str]) -> Iterator[Row]:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import torch
+    from tiny_models import classes
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    known = classes()
+    if unknown := [name for name in names if name not in known and name not in TITLES]:
+        raise SystemExit(f"{', '.join(unknown)}: no class that transformers maps: see docs/architectures.md")
+    for name, (family, _) in known.items():
+        if not names or name in names or family in names:
+            yield measured(name)
+
+
+def page(rows: dict[str, Row]) -> str:
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

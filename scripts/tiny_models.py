@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
 }
 WIDTH, HEADS, VOCABULARY, FIRST_SPECIAL = 64, 4, 192, 128
-LARGEST = 20_000_000  # parameters of a model that is built
+LARGEST = 70_000_000  # parameters of a model that is built
 DEEPEST = 40  # layers of a model whose configuration names some of them, as those do whose features are taken within
 # By the end of a setting's name, what it becomes. The first that fits counts; None leaves it as it is.
 Rules = tuple[tuple[str, int | None], ...]
@@ -74,6 +74,7 @@ SMALL: Rules = (
     (r"image_size|img_size|crop_size", 32),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|decoder_sparse_step", 1),
 )
+EQUAL: Rules = ((SMALL[0][0], HEADS), *SMALL[1:])  # as many heads of keys and values as of queries
 SHALLOW: Rules = (
     (r"type_vocab_size|vocab_size_per_layer_input", None),
     (r"(.*_)?vocab_size", VOCABULARY),
@@ -86,7 +87,8 @@ DEEP = r"(num_|n_|encoder_|decoder_|(.*)_)?(hidden_)?layers?(_num)?|depth|num_hi
 BESIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 100},
-    "dots1": {"n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -103,10 +105,12 @@ BESIDES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Tiny:
-    """A model, and what it is run on: arguments, by the name of the method that takes them."""
+    """A model, and what it is run on: arguments, by the name of the method that takes them.
+    default() makes the configuration that its own was made small from."""
 
     family: str
     model: PreTrainedModel
+    default: Callable[[], Any]
     given: Mapping[str, Mapping[str, Any]]
 
     def forward(self) -> Tensor:
@@ -135,14 +139,14 @@ def built(name: str) -> Tiny:
     family, model_type = classes()[name]
     cls = getattr(transformers, name)
     problems = []
-    for rules, depth in ((SMALL, 2), (SMALL, DEEPEST), (SHALLOW, 2)):
+    for rules, depth in ((SMALL, 2), (EQUAL, 2), (SMALL, DEEPEST), (SHALLOW, 2)):
         try:
             model = _model(cls, config_of(model_type, rules, depth, cls.config_class))
             given = _given(model)
         except Exception as error:  # a configuration whose numbers do not go together may raise anything
             problems.append(f"{type(error).__name__}: {error}")
             continue
-        return Tiny(family, model, given)
+        return Tiny(family, model, type(model.config), given)
     raise ValueError(problems[0])
 
 

@@ -260,11 +260,17 @@ def _named(base: Base, targets: Sequence[str]) -> tuple[Site, ...]:
             f"{site.path}: a language model may read this convolution past its forward as it writes, and so past an "
             "adapter: leave it out of --targets"
             for site in base.every_site
-            if site.kind == "convolution" and site.path in named
+            if is_state(site) and site.path in named
         ]
     if refused:
         raise TargetError("\n".join(refused))
     return select(open_to, targets)
+
+
+def is_state(site: Site) -> bool:
+    """Whether it is a convolution along the text with a kernel for each channel, of whose inputs a language model may
+    keep the last ones. Those of images and sounds are none: they lie along two dimensions, or take all channels."""
+    return site.kind == "convolution" and len(site.form) == 2 and site.groups > 1
 
 
 def _rate(base: Base, settings: TrainSettings) -> tuple[float, Choice]:
