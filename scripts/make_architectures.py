@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,14 @@ def _share(sizes: Sizes, keys: Collection[str]) -> float:
     return round(100 * sum(size for key, (size, _) in sizes.items() if key in keys) / max(1, total), 2)
 
 
-TABLES = re.compile(r"A_log|pos(ition)?_?(emb|enc)|position|_token|tokens?$|query|queries|bias_table|table|codebook|embeddings?")
+TABLES = re.compile(
+    r"A_log|pos(ition)?_?(emb|enc)|position|_token|tokens?$|query|queries|bias_table|table|codebook|embeddings?"
+)
 
 
 def _sizes(base: Any) -> Sizes:
-    """By key, the numbers of each weight that inputs are multiplied with, and the type of its module. Embeddings, tables
-    of positions and the output head are none."""
+    """By key, the numbers of each weight that inputs are multiplied with, and the type of its module. Embeddings,
+    tables of positions and the output head are none."""
     from torch import nn
 
     head, found, seen = base.head_paths(), {}, set()
@@ -136,7 +138,12 @@ def _sizes(base: Any) -> Sizes:
             if parameter is None or sum(side > 1 for side in parameter.shape) < 2 or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if path in head or isinstance(module, nn.Embedding) or TABLES.search(name) or not parameter.is_floating_point():
+            if (
+                path in head
+                or isinstance(module, nn.Embedding)
+                or TABLES.search(name)
+                or not parameter.is_floating_point()
+            ):
                 continue
             found[f"{path}.{name}"] = (parameter.numel(), type(module).__name__)
     return found
@@ -153,7 +160,7 @@ def _laws(base: Any, tiny: Any, sites: Sequence[Any], row: Row) -> None:
     from lorafit.attachment.pure import fresh
     from lorafit.testing import random_adapter
 
-    plan = uniform([site for site in sites], 1, 2.0)
+    plan = uniform(list(sites), 1, 2.0)
     with layer_by_layer(base), torch.no_grad():
         bare = tiny.forward()
         if not torch.equal(bare, tiny.forward()):
@@ -375,8 +382,123 @@ def _measured_all(names: Sequence[str]) -> Iterator[Row]:
             yield measured(name)
 
 
-def page(rows: dict[str, Row]) -> str:
-    return ""
+INTRODUCTION = """# Architectures
+
+What works on which model class of transformers. Made by `scripts/make_architectures.py`, which builds a tiny model of
+each class from its default configuration, with random weights, and tries it out. `docs/architectures.jsonl` has one
+line for each class. The models are tiny and random: the table says what can be adapted and computes the same, not how
+well a task is learnt.
+
+- **adapted**: of the numbers in weights that inputs are multiplied with, the share that an adapter can act on, in the
+  default configuration. Embeddings, tables of positions and the output head do not count. Whole means at least 99.5 %.
+  Convolutions and experts count, though they are adapted only if `--targets` names them.
+- **PEFT**: the share that PEFT 0.21's `all-linear` acts on.
+- **run**: of what can be adapted, the share that took part in the forward that was tried. The rest needs other inputs,
+  such as images with the text.
+- **laws**: a fresh adapter changes no bit of the output, switching it off changes none, and training leaves the base's
+  bytes as they are.
+- **step**: a step against the gradient lowers the loss.
+- **PEFT reads ours**, **we read PEFT's**: the outputs are equal, within a thousandth of the adapter's effect. "told":
+  `train` says beforehand that PEFT takes some layers for something else; the other layers were compared. "refused":
+  the adapter is not read, and the error names the module. "PEFT fails": PEFT raises an error on this class.
+- **rows** (causal models): training rows are packed into one sequence, or padded, if the probe finds that packed rows
+  do not compute the same. "not causal": the model sees later tokens in its default configuration, and is refused.
+- **served**: by the engine, to many adapters at once, or by the plain path.
+"""
+
+
+def page(rows: Mapping[str, Row]) -> str:
+    """docs/architectures.md, from what was found."""
+    built = [row for row in rows.values() if "unbuilt" not in row]
+    parts = [INTRODUCTION, "## Summary", "", _summary(rows.values()), ""]
+    for family, title in TITLES.items():
+        own = [row for row in built if row["family"] == family]
+        more = " rows | served |" if family == "causal" else ""
+        parts += [f"## {title}", ""]
+        parts += ["| class | adapted | PEFT | run | laws | step | PEFT reads ours | we read PEFT's |" + more]
+        parts += ["|---|--:|--:|--:|---|---|---|---|" + ("---|---|" if more else "")]
+        parts += [_line(row, bool(more)) for row in own] + [""]
+    parts += ["## What is partial, and why", ""]
+    parts += ["The types of the modules that hold what cannot be adapted, with the share of each.", ""]
+    for row in built:
+        if 0 <= row.get("share", 0) < WHOLE and "share" in row:
+            types = ", ".join(f"{kind} {share:g} %" for kind, share in row["missed"].items())
+            parts.append(f"- `{row['class']}`, {row['share']:g} %: {types}")
+    parts += ["", "## What does not hold, or not on both sides", ""]
+    parts += [f"- `{row['class']}`: {'; '.join(odd)}" for row in built if (odd := _odd(row))]
+    parts += ["", "## What was not built", ""]
+    parts += ["The default configuration made small gave no model that runs on the inputs that were tried.", ""]
+    parts += [f"- `{row['class']}`: {_plain(row['unbuilt'])}" for row in rows.values() if "unbuilt" in row]
+    return "\n".join([*parts, ""])
+
+
+def _summary(rows: Iterable[Row]) -> str:
+    table = ["| family | classes | whole | partial | not at all | not built |", "|---|--:|--:|--:|--:|--:|"]
+    total = Counter[str]()
+    for family, title in TITLES.items():
+        counts = Counter(_state(row) for row in rows if row["family"] == family)
+        total += counts
+        table.append(_counted(title, counts))
+    return "\n".join([*table, _counted("All", total)])
+
+
+def _counted(title: str, counts: Counter[str]) -> str:
+    states = (counts[state] for state in ("whole", "partial", "none", "unbuilt"))
+    return f"| {title} | {counts.total()} | " + " | ".join(map(str, states)) + " |"
+
+
+def _state(row: Row) -> str:
+    if "unbuilt" in row:
+        return "unbuilt"
+    share = row.get("share", 0)
+    return "whole" if share >= WHOLE else "partial" if share else "none"
+
+
+def _line(row: Row, causal: bool) -> str:
+    cells = [f"`{row['class']}`", *(_percent(row.get(key)) for key in ("share", "peft_share", "reached"))]
+    cells += ["hold" if row.get("laws") == "hold" else "no"]
+    cells += ["yes" if row.get("step") == "lowers the loss" else "no"]
+    ours = row.get("to_peft", "no")
+    cells += [
+        _word(ours) + (", told" if row.get("told") and ours == "equal" else ""),
+        _word(row.get("from_peft", "no")),
+    ]
+    cells += [_word(row.get("rows", "no")), row.get("served", "no")] if causal else []
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:g}"
+
+
+def _word(found: str) -> str:
+    """The beginning of what was found, which the lists below tell in full."""
+    ends = {
+        "PEFT breaks": "PEFT fails",
+        "refused": "refused",
+        "differs": "differs",
+        "cannot be run": "no",
+        "none": "told",
+    }
+    return next((word for start, word in ends.items() if found.startswith(start)), found)
+
+
+def _odd(row: Row) -> list[str]:
+    said = [row["broke"]] if "broke" in row else []
+    said += [row["laws"]] if row.get("laws", "hold") != "hold" else []
+    said += [f"a step {row['step']}"] if row.get("step", "lowers the loss") != "lowers the loss" else []
+    if "still" in row:
+        said.append(f"{row['still'][0]} layers get no gradient, such as {row['still'][1]}")
+    said += [f"{row['told'][0]} of {row['told'][1]} layers are told to be misread by PEFT"] if "told" in row else []
+    for key, what in (("to_peft", "PEFT reads ours"), ("from_peft", "we read PEFT's")):
+        said += [f"{what}: {row[key]}"] if key in row and row[key] != "equal" else []
+    said += [row["rows"]] if row.get("rows", "").startswith("cannot") else []
+    return [_plain(one) for one in said]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes as it is."""
+    return re.sub(r"([*_`|<>\[\]])", r"\\\1", text)
 
 
 if __name__ == "__main__":

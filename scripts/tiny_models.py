@@ -67,7 +67,10 @@ SMALL: Rules = (
     (r"num_mel_bins|feature_size|type_vocab_size|vocab_size_per_layer_input", None),
     (r"hidden_size_per_layer_input|embedding_dim_per_layer", 16),
     (r"(.*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|d_inner|inner_dim|feedforward_dim|mlp_dim)|n_inner", 96),
-    (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|hidden_dim|projection_dim|proj_dim|model_dim)", WIDTH),
+    (
+        r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|hidden_dim|projection_dim|proj_dim|model_dim)",
+        WIDTH,
+    ),
     (r"dim|emb_dim|width|d_embed|n_embed|d_embedding|lru_width|output_dim|out_hidden_size|mm_hidden_size", WIDTH),
     (r"max_source_positions", 32),
     (r"max_(.*_)?positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length", 128),
