@@ -107,6 +107,7 @@ def _of_default(tiny: Any, sizes: Sizes, open_to: Iterable[str]) -> tuple[Sizes,
         refused = {site.key for site in full.every_site} - {site.key for site in _sites(full)}
         sizes = _sizes(full)
         keys = {key for key, (_, kind) in sizes.items() if (kind, key.rpartition(".")[2]) in kinds} - refused
+        keys |= {site.key for site in _sites(full)}  # of types that the tiny model has none of
     except Exception:  # a default configuration need not be one of a whole model
         keys = set(open_to)
     total = max(1, sum(size for size, _ in sizes.values()))

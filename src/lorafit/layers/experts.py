@@ -20,6 +20,7 @@ from lorafit.layers.site import Site
 
 # Of one module in the order in which transformers registers them, which is the order in which PEFT nests them.
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+_LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"  # (experts, d_in, d_out), and says nothing
 TOGETHER = 8  # torch's grouped product wants rows of 16 bytes: ranks are filled up with zeros to whole multiples
 
 
@@ -87,8 +88,10 @@ def _filled(part: Tensor, dim: int) -> Tensor:
 
 
 def _holds(name: str, module: nn.Module) -> bool:
-    """Whether a module is one that transformers' `use_experts_implementation` has marked, with this projection."""
+    """Whether a module is one that transformers' `use_experts_implementation` has marked, or Llama 4's, with this
+    projection."""
     marked = hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
+    marked = marked or _is_of_llama4(module)
     weight = module._parameters.get(name) if marked else None
     return weight is not None and weight.ndim == 3 and len(weight) > 1
 
@@ -98,7 +101,16 @@ def _weight(name: str, module: nn.Module) -> Tensor:
 
 
 def _stored(module: nn.Module, matrices: Tensor) -> Tensor:
-    return matrices.mT if module.is_transposed else matrices
+    return matrices.mT if _is_transposed(module) else matrices
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return _is_of_llama4(module) or bool(module.is_transposed)
+
+
+def _is_of_llama4(module: nn.Module) -> bool:
+    """Known by the name of its type, so that the family is imported only where it is used."""
+    return f"{type(module).__module__}.{type(module).__name__}" == _LLAMA4
 
 
 def _widths(name: str, module: nn.Module) -> tuple[int, int]:
@@ -111,7 +123,7 @@ def _form(name: str, module: nn.Module) -> tuple[int, ...]:
 
 
 def _through(name: str, module: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Sum | Tensor:
-    left, right = (a.mT, b.mT) if module.is_transposed else (b, a)
+    left, right = (a.mT, b.mT) if _is_transposed(module) else (b, a)
     summed = Sum(module.get_parameter(name), left, right, scaling)
     apart = getattr(getattr(module, "config", None), "_experts_implementation", None) in _APART
     return summed if apart and not torch.compiler.is_compiling() else summed.made()
