@@ -25,6 +25,7 @@ check: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python scripts/make_builtin_data.py --check
 	$(BIN)/python scripts/make_docs.py --check
+	$(BIN)/python scripts/make_architectures.py --check
 
 # The control of the demo: the same training on shuffled answers. Writes what the demo shows beside its own result.
 control: .venv/ready

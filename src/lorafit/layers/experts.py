@@ -20,6 +20,7 @@ from lorafit.layers.site import Site
 
 # In the order in which transformers registers the parameters of a module; PEFT nests its wrappers in that order.
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+_LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"  # not marked; (experts, d_in, d_out)
 RANK_MULTIPLE = 8  # torch's grouped product needs rows of 16 bytes, so ranks are padded with zeros to a multiple
 
 
@@ -88,8 +89,10 @@ def _padded(part: Tensor, dim: int) -> Tensor:
 
 
 def _holds(name: str, module: nn.Module) -> bool:
-    """Whether transformers' `use_experts_implementation` has marked the module, and it has this projection."""
+    """Whether the module has this projection, and is marked by transformers' `use_experts_implementation` or is
+    Llama 4's."""
     marked = hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
+    marked = marked or _is_of_llama4(module)
     weight = module._parameters.get(name) if marked else None
     return weight is not None and weight.ndim == 3 and len(weight) > 1
 
@@ -99,7 +102,16 @@ def _weight(name: str, module: nn.Module) -> Tensor:
 
 
 def _stored(module: nn.Module, matrices: Tensor) -> Tensor:
-    return matrices.mT if module.is_transposed else matrices
+    return matrices.mT if _is_transposed(module) else matrices
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return _is_of_llama4(module) or bool(module.is_transposed)
+
+
+def _is_of_llama4(module: nn.Module) -> bool:
+    """Known by the name of its type, so that the family is imported only where it is used."""
+    return f"{type(module).__module__}.{type(module).__name__}" == _LLAMA4
 
 
 def _widths(name: str, module: nn.Module) -> tuple[int, int]:
@@ -112,7 +124,7 @@ def _form(name: str, module: nn.Module) -> tuple[int, ...]:
 
 
 def _through(name: str, module: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Sum | Tensor:
-    left, right = (a.mT, b.mT) if module.is_transposed else (b, a)
+    left, right = (a.mT, b.mT) if _is_transposed(module) else (b, a)
     summed = Sum(module.get_parameter(name), left, right, scaling)
     in_torch = getattr(getattr(module, "config", None), "_experts_implementation", None) in _IN_TORCH
     return summed if in_torch and not torch.compiler.is_compiling() else summed.tensor()

@@ -300,11 +300,18 @@ def _named(base: Base, targets: Sequence[str]) -> tuple[Site, ...]:
             f"{site.path}: a language model may read the weight of this convolution without calling it when it writes, "
             "and would ignore an adapter: leave it out of --targets"
             for site in base.every_site
-            if site.kind == "convolution" and site.path in named
+            if is_state(site) and site.path in named
         ]
     if refused:
         raise TargetError("\n".join(refused))
     return select(open_to, targets)
+
+
+def is_state(site: Site) -> bool:
+    """Whether the site is a convolution along the text with a kernel per channel. A language model may keep the last
+    inputs of such a convolution, and then reads its weight without calling it. Convolutions of images and sound lie
+    along two dimensions, or take all channels."""
+    return site.kind == "convolution" and len(site.form) == 2 and site.groups > 1
 
 
 def _rate(base: Base, settings: TrainSettings, set_by: str) -> tuple[float, Choice]:

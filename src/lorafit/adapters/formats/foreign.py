@@ -241,8 +241,14 @@ def at_their_parameters(path: Path, config: Mapping[str, Any], pairs: Pairs) -> 
     paths: dict[str, str] = {}
     for module, depth in depths.items():
         names = [name for name in experts.PARAMETERS if selects_parameter(config, f"{module}.{name}")]
-        if not names or module.rpartition(".")[2] in experts.PARAMETERS:
+        if not names or module.rpartition(".")[2] in experts.PARAMETERS or (not depth and _is_module(config, module)):
             continue
+        if not depth and selects_parameter(config, f"{module}.weight"):
+            raise FormatError(
+                f"{path}: {module}.weight: PEFT has adapted this parameter by target_parameters, as it does with the "
+                "router of experts, and only experts are read of those: merge the adapter into its base first (PEFT: "
+                "merge_and_unload), or train it without this target"
+            )
         if len(names) != depth + 1:
             raise FormatError(
                 f"{path}: {module} has pairs for {depth + 1} parameters, and the config's target_parameters name "
@@ -255,6 +261,11 @@ def at_their_parameters(path: Path, config: Mapping[str, Any], pairs: Pairs) -> 
         tensors[f"{paths.get(place, place)}.{factor}"] = tensor
     kinds = {place: f"experts.{place.rpartition('.')[2]}" for place in paths.values()}
     return Pairs(tensors, pairs.weights, {**pairs.kinds, **kinds})
+
+
+def _is_module(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the config names the module itself: then its pair is not one of a parameter within."""
+    return config.get("target_modules") is not None and bool(selects(choosing(config), path))
 
 
 def _nested(path: str) -> tuple[str, int]:

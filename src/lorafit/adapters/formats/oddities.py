@@ -20,6 +20,16 @@ _EXPERTS = {
     "mixtral": {"gate", "w1", "w2", "w3"},
     "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
 }
+# As PEFT 0.21 reads a folder it renames tensors as transformers does those of a base's own files, by patterns that also
+# fit other modules of these families. The ends of their names; None: so many that no layer is safe.
+_RENAMED: dict[str, set[str] | None] = {
+    "laguna": {"gate_proj", "up_proj", "down_proj"},
+    "inkling2": {"weight_proj"},
+    "inkling2_text": {"weight_proj"},
+    "mistral_large4": None,
+    "unlimited_ocr": None,
+}
+_TRANSPOSED = {"llama4", "llama4_text"}  # whose experts PEFT 0.21 takes for (experts, d_out, d_in)
 
 
 def refused_by_peft(model: Any, name: str) -> bool:
@@ -45,12 +55,28 @@ def misread_by_peft(model: nn.Module, slots: Sequence[LowRank]) -> str | None:
             f"PEFT refuses {', '.join(sorted(_ends(refused)))} of a {family}, whose fused kernels read the weight "
             "past the module. lorafit reads them as trained; for PEFT leave them out of --targets"
         )
+    if family in _TRANSPOSED and (held := [slot.site.path for slot in slots if slot.site.count > 1]):
+        return (
+            f"PEFT takes the experts of a {family} for transposed, and does not read {held[0]}. lorafit reads them as "
+            "they are trained; for PEFT leave them out of --targets"
+        )
+    renamed = [path for path in (slot.site.path for slot in slots) if _is_renamed(family, path.rpartition(".")[2])]
+    if renamed:
+        return (
+            f"PEFT renames tensors of a {family} as it reads them: it would pass over {len(renamed)} weights of this "
+            f"plan, such as {renamed[0]}. lorafit reads them as they are trained; for PEFT leave them out of --targets"
+        )
     odd = [f"{slot.site.path}: {why}" for slot in slots if (why := _misread_convolution(model, slot))]
     if odd := odd + _odd_attention(slots):
         return (
             f"{'; '.join(odd[:3])}{' ...' if odd[3:] else ''}. lorafit reads them as trained; for PEFT leave them out"
         )
     return None
+
+
+def _is_renamed(family: str | None, name: str) -> bool:
+    names = _RENAMED.get(family or "", set())
+    return names is None or name in names
 
 
 def _misread_convolution(model: nn.Module, slot: LowRank) -> str | None:
