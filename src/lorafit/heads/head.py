@@ -1,7 +1,8 @@
 """The interface of a task: everything that the other parts of lorafit ask about it.
 
-A head is the end of a model, and what it gives: an answer, a label, a number. No file of this folder imports torch or
-transformers before it works with a base, so that a mistake in arguments is reported at once.
+A head here is a whole task: its data, how its base is opened, its outputs (an answer, a label, a number), its scores
+and the words of its report. The files of the tasks import torch and transformers only inside functions, so that a
+mistake in the arguments is reported at once.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ if TYPE_CHECKING:
     from lorafit.tasks.runner import Runner
     from lorafit.tasks.task import Task
 
-MOST_LABELS = 12  # the most labels that are named in one line
+MOST_LABELS = 12  # at most this many labels are listed by name
 OF_TEXT = ("general", "system", "template", "few_shot", "routing_questions", "trunk_gb")
-"""Settings that do nothing for a model that writes no text."""
+"""Settings that have no effect on a model that writes no text."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The words for the scores of a summary.
+    """The words for a task's scores in messages and reports.
 
     Args:
-        answer: The noun, and the verb, for an answer.
+        answer: The word for an answer, used as a noun and as a verb, such as `answer` or `label`.
         asked: The noun for a question.
-        rival: The name in a sentence of what the adapter is compared with.
-        base: Its name in the head of a column.
-        unit: The noun for the unit over which NLL is the mean.
-        right: The noun for what is counted.
-        fine: The predicate for questions with a right answer, such as `are answered right`.
+        rival: What the adapter is compared with, as a phrase for a sentence.
+        base: The same, as a short name for a table.
+        unit: What the NLL is averaged over, such as `token` or `text`.
+        right: The name of the score that counts right answers, such as `facts right`.
+        fine: What is said of questions that got a right answer, such as `are answered right`.
         limits: A sentence that says what not to expect of the adapter.
         reads: Whether `rival` reads the questions, so that its answers are worth showing.
         notes: Sentences that explain the scores that only this task has.
-        field: The noun for what an example of the task has.
-        needs: The pronoun for it.
-        labelled: The noun for what has a label.
+        field: What an example of the task must have, such as `label`.
+        needs: The pronoun for `field`: `one` or `them`.
+        labelled: What a label is given to: `texts` or `entities`.
     """
 
     answer: str
@@ -71,13 +72,13 @@ class RowMaker(Protocol):
     """Makes rows of examples for one base."""
 
     def pieces(self, row: Row) -> list[tuple[str, bool]]:
-        """A row as pieces of text, each with whether it is trained."""
+        """The text of a row in pieces, each with whether it is trained."""
         ...
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run begins with: its task, and what its adapter keeps about rows and outputs."""
+    """What a run starts with: its task, and what its adapter stores about rows and outputs."""
 
     task: Task
     rendering: Rendering | None = None
@@ -94,11 +95,11 @@ class Test:
         examples: The questions, with their references.
         rows: The examples as rows.
         known: The examples that the adapter was trained on.
-        shots_from: Examples from which the shots are taken that the base is given.
-        shots: How many shots the base is given.
+        shots_from: The examples from which the base's few-shot prompt is made.
+        shots: How many examples that prompt has.
         watch: Called with the name of the work, how much of it is done, and how much there is.
         memory: Bytes that decoding may take; None for no limit.
-        answer_all: Whether every question is answered.
+        answer_all: Whether every question is answered, not only a sample.
         accept_unknown_base: Attach adapters that do not say which base they belong to.
     """
 
