@@ -332,6 +332,7 @@ def _within(seconds: int) -> Iterator[None]:
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"/\S+/", "", text)
+    text = re.sub(r"\{[^}]*\}?", "{...}", text)  # a set is in another order each time
     return f"{type(error).__name__}: {text}"[:160]
 
 
