@@ -384,7 +384,7 @@ def _measured_all(names: Sequence[str]) -> Iterator[Row]:
             yield measured(name)
 
 
-INTRODUCTION = """# Architectures
+INTRODUCTION = """# Model classes of transformers
 
 What works on which model class of transformers. Made by `scripts/make_architectures.py`, which builds a tiny model of
 each class from its default configuration, with random weights, and tries it out. `docs/architectures.jsonl` has one
