@@ -21,7 +21,7 @@ from lorafit.adapters.formats import peft
 from lorafit.adapters.formats.oddities import misread_by_peft
 from lorafit.adapters.plan import LowRank, Plan, uniform
 from lorafit.attachment.adapters import attach
-from lorafit.attachment.pure import merged, served
+from lorafit.attachment.pure import fresh, merged, served
 from lorafit.bases.base import Base
 from lorafit.errors import AdapterError, FormatError, PlanError, TargetError
 from lorafit.layers.site import Site
@@ -295,6 +295,17 @@ def test_linear_layers_are_trimmed_beside_others_and_others_alone_are_not() -> N
         require_pairs(alone)
     with pytest.raises(AdapterError, match="strided: an adapter of such a layer cannot be served together"):
         served(base, alone)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_the_output_is_laid_out_as_the_convolutions_own(variant: str) -> None:
+    """The next layer computes by another kernel, and rounds otherwise, where its input is laid out otherwise."""
+    model = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)).eval().requires_grad_(False)
+    base = Base.of(model, "layout")
+    x = torch.randn(2, 16, 1, 1).to(memory_format=torch.channels_last)
+    with attach(base, fresh(base, uniform(base.every_site, 2, 4.0, variant), 0)):
+        assert model(x).stride() == (8, 1, 8, 8)
+    assert model(x).stride() == (8, 1, 8, 8)
 
 
 def test_operations_are_counted_for_every_group() -> None:

@@ -64,7 +64,12 @@ class Shared:
         together = place.variant.together if place.layer.kind.is_product else None
         if together is None or dropped is not x or _needs_each_site(x):
             y = place.original(x)
-            return place.variant.forward(dropped, y, place.layer, factors[place.slot.site.path], place.slot.scaling)
+            out = place.variant.forward(dropped, y, place.layer, factors[place.slot.site.path], place.slot.scaling)
+            if out.stride() != y.stride() and not place.layer.kind.is_product:
+                # The layout of a convolution's output decides by which kernel the next layer computes, and so its
+                # rounding: a sum with a tensor of another layout may have neither's, even where nothing is added.
+                out = torch.empty_like(y).copy_(out)
+            return out
         if (kept := self._kept) is not None and place in kept[1]:
             made_from, version, by, grad = kept[0]
             if made_from() is x and version == x._version and by is factors and grad == torch.is_grad_enabled():
