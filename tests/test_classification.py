@@ -1027,6 +1027,27 @@ def test_what_serve_would_not_do_for_classifiers_is_refused_before_a_base_is_ope
         assert said in " ".join(done.output.split())
 
 
+def test_an_adapter_of_a_task_that_is_not_served_is_refused_before_a_base_is_opened(
+    copied: Path, finished: tuple[Path, dict[str, Any]], folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.server.address.listening", lambda *_: pytest.fail("it listens"))
+    path = copied / "adapter" / "lorafit.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["classes"]["task"] = "regression"
+    path.write_text(json.dumps(described), encoding="utf-8")
+    score, voice = f"score={copied}", f"voice={finished[0]}"
+    for given, said in (
+        ([score], "is for the task 'regression', which writes no text"),
+        (
+            [voice, score],
+            "'voice' is a classifier, and 'score' is for the task 'regression', which is not served: leave",
+        ),
+    ):
+        done = CliRunner().invoke(app, ["serve", str(folders("llama" if given == [score] else "bert")), *given])
+        assert done.exit_code == 2, done.output
+        assert said in " ".join(done.output.split())
+
+
 # From Python
 
 
