@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ from lorafit.jobs.trim import cut, run_trimming
 from lorafit.planning import decide
 from lorafit.report.page import write_report
 from lorafit.report.words import terms
-from lorafit.server import keys
+from lorafit.server import classifiers, keys
 from lorafit.server.address import hosts_of
 from lorafit.server.app import make_classifier_app
 from lorafit.server.classifiers import ClassifierService
@@ -991,6 +992,150 @@ def test_a_key_asks_only_the_classifiers_that_it_may_and_as_often(service: Class
         assert again.status_code == 429 and int(again.headers["retry-after"]) > 0
 
 
+class Recorded:
+    """What a service is asked to compute, by the number of rows. before: called with this number, in its thread."""
+
+    def __init__(self, service: ClassifierService, before: Callable[[int], object] = lambda rows: None):
+        self.calls: list[int] = []
+        self._likely, self._before = service.likely, before
+        service.likely = self  # type: ignore[method-assign]
+
+    def __call__(self, name: str, rows: Sequence[Row]) -> list[list[float]]:
+        self.calls.append(len(rows))
+        self._before(len(rows))
+        return self._likely(name, rows)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def asked(client: httpx.Client, *texts: str, key: str = "", timeout: float = 60) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return client.post("/classify", json={"model": "voice", "input": [*texts]}, headers=headers, timeout=timeout)
+
+
+def test_short_requests_come_between_the_parts_of_a_long_one(
+    service: ClassifierService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "AT_A_TIME", 64)
+    free = threading.Event()
+    computed = Recorded(service, lambda rows: free.wait(20))
+    texts = [chr(97 + i) * 30 for i in range(6)]  # two to a part
+    with hosted(service) as client, ThreadPoolExecutor(2) as pool:
+        long = pool.submit(asked, client, *texts)
+        until(lambda: len(computed.calls) == 1)
+        short = pool.submit(asked, client, "a")
+        until(lambda: service.under_way == 2)
+        time.sleep(0.2)  # it has arrived, and is to be tokenised
+        free.set()
+        assert (short.result().status_code, long.result().status_code) == (200, 200)
+        assert computed.calls == [2, 1, 2, 2]
+        rows = long.result().json()["data"]
+        for row, text in zip(rows, texts, strict=True):
+            assert row["probs"] == pytest.approx(asked(client, text).json()["data"][0]["probs"], abs=1e-5)
+
+
+def test_texts_beyond_the_room_are_refused_for_now_and_short_ones_still_find_some(
+    service: ClassifierService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "ROOM", 1000)
+    free = threading.Event()
+    computed = Recorded(service, lambda rows: free.wait(20))
+    long = "é" * 225  # 450 bytes: within a half of the room, and a half of the rest is 275 then
+    with hosted(service) as client, ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(asked, client, long)]
+        until(lambda: len(computed.calls) == 1)
+        refused = asked(client, long)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1", refused.text
+        assert "texts of other requests wait: ask again later, or send fewer at once" in refused.text
+        waiting.append(pool.submit(asked, client, "a"))
+        until(lambda: service.under_way == 2)
+        free.set()
+        assert [one.result().status_code for one in waiting] == [200, 200]
+        assert asked(client, long).status_code == 200
+        assert asked(client, "x" * 501).status_code == 503
+        assert asked(client, "x" * 499).status_code == 200  # also after refusals all is free again
+
+
+def test_nothing_is_computed_for_a_client_that_has_gone(service: ClassifierService) -> None:
+    free = threading.Event()
+    computed = Recorded(service, lambda rows: free.wait(20))
+    with hosted(service) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(asked, client, "a")
+        until(lambda: len(computed.calls) == 1)
+        with httpx.Client(base_url=client.base_url) as other, pytest.raises(httpx.ReadTimeout):
+            asked(other, "b", "c", timeout=0.5)
+        free.set()
+        assert first.result().status_code == 200
+        until(lambda: service.under_way == 0)
+        assert computed.calls == [1]
+        assert 'lorafit:refused_requests_total{model_name="bert",status="499"} 1.0' in client.get("/metrics").text
+
+
+def test_a_base_without_a_limit_gets_one_when_it_is_served(
+    service: ClassifierService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Base, "context", None)
+    monkeypatch.setattr(classifiers, "LONGEST", 100)
+    with hosted(service) as client:
+        refused = asked(client, "a", "x" * 101)
+        assert refused.status_code == 400, refused.text
+        assert "input[1]: has 101 tokens: this server reads at most 100, shorten it" in refused.text
+        assert asked(client, "x" * 100).status_code == 200
+        assert client.get("/v1/models/voice").json()["max_model_len"] == 100
+
+
+def test_a_key_without_quota_buys_no_work_and_a_failure_costs_none(
+    service: ClassifierService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys.json"
+    by_requests = keys.create(path, "one", ["infer"], requests=1)
+    by_tokens = keys.create(path, "two", ["infer"], tokens=4)
+    keyed = replace(service, keys_file=path, phase="loading")
+    real, fails = keyed.rows, [True]
+
+    def failing(rows: int) -> None:
+        if fails:
+            raise RuntimeError(f"{fails.pop()}: the device is lost")
+
+    Recorded(keyed, failing)
+    with hosted(keyed, keys=True) as client:
+        for secret, text in ((by_requests, "a"), (by_tokens, "abcd")):
+            fails[:] = [True]
+            assert asked(client, text, key=secret).status_code == 500
+            assert asked(client, text, key=secret).status_code == 200
+            monkeypatch.setattr(keyed, "rows", lambda *_: pytest.fail("it is tokenised"))
+            refused = asked(client, text, key=secret)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+            monkeypatch.setattr(keyed, "rows", real)
+
+
+def test_a_request_of_more_tokens_than_a_minute_has_is_answered_when_all_are_there(
+    service: ClassifierService, tmp_path: Path
+) -> None:
+    secret = keys.create(tmp_path / "keys.json", "one", ["infer"], tokens=4)
+    keyed = replace(service, keys_file=tmp_path / "keys.json", phase="loading")
+    with hosted(keyed, keys=True) as client:
+        assert [asked(client, "abcdefgh", key=secret).status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_server_that_stops_waits_for_one_part_at_most(
+    service: ClassifierService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "AT_A_TIME", 8)
+    computed = Recorded(service, lambda rows: service.close())  # would wait for the thread that it is called in
+    with hosted(service) as client:
+        stopped = asked(client, "a", "b" * 8, "c" * 8)
+        assert stopped.status_code == 503 and "the server is stopping" in stopped.text
+        assert stopped.headers["retry-after"] == "1"
+        assert computed.calls == [1]
+
+
 def test_classifiers_of_other_bases_or_numbers_of_labels_are_refused_when_the_server_starts(
     service: ClassifierService, opened: Opened, folders: Folders, tmp_path: Path
 ) -> None:
@@ -1024,6 +1169,27 @@ def test_what_serve_would_not_do_for_classifiers_is_refused_before_a_base_is_ope
     ):
         done = CliRunner().invoke(app, ["serve", str(folders("bert")), *given])
         assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+
+
+def test_an_adapter_of_a_task_that_is_not_served_is_refused_before_a_base_is_opened(
+    copied: Path, finished: tuple[Path, dict[str, Any]], folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.server.address.listening", lambda *_: pytest.fail("it listens"))
+    path = copied / "adapter" / "lorafit.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["classes"]["task"] = "regression"
+    path.write_text(json.dumps(described), encoding="utf-8")
+    score, voice = f"score={copied}", f"voice={finished[0]}"
+    for given, said in (
+        ([score], "is for the task 'regression', which writes no text"),
+        (
+            [voice, score],
+            "'voice' is a classifier, and 'score' is for the task 'regression', which is not served: leave",
+        ),
+    ):
+        done = CliRunner().invoke(app, ["serve", str(folders("llama" if given == [score] else "bert")), *given])
+        assert done.exit_code == 2, done.output
         assert said in " ".join(done.output.split())
 
 

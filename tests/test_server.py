@@ -1619,6 +1619,25 @@ def test_a_key_is_all_that_a_script_reads(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "choose infer or admin" in wrong.stderr
 
 
+def test_a_key_that_is_made_while_the_file_is_read_is_found_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "keys.json", keys.read
+    keys.create(path, "first", ["infer"])
+    os.utime(path, ns=(0, 0))  # times are coarse on some disks
+
+    def read_and_changed(path: Path) -> list[keys.Key]:
+        found = real(path)
+        monkeypatch.setattr(keys, "read", real)
+        keys.create(path, "second", ["infer"])
+        return found
+
+    monkeypatch.setattr(keys, "read", read_and_changed)
+    file = keys.KeyFile(path)
+    file.look()
+    assert [key.name for key in file.keys or ()] == ["first", "second"]
+
+
 def test_the_file_of_keys_is_nobody_elses_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes, real = [], Path.replace
 

@@ -43,7 +43,7 @@ def require_adapter_folder(folder: str | Path) -> None:
 
 def require_writes(folder: str | Path) -> None:
     """Raise AdapterError where an adapter folder, or that of a run, holds an adapter that writes no text."""
-    if (task := _headed(folder)) is None:
+    if (task := task_of_head(folder)) is None:
         return
     if task != CLASSIFICATION:
         raise AdapterError(
@@ -68,10 +68,10 @@ def require_classifies(folder: str | Path) -> None:
 
 def classifies(folder: str | Path) -> bool:
     """Whether the folder describes the labels of a classifier."""
-    return _headed(folder) == CLASSIFICATION
+    return task_of_head(folder) == CLASSIFICATION
 
 
-def _headed(folder: str | Path) -> str | None:
+def task_of_head(folder: str | Path) -> str | None:
     """The task of an adapter with a head, which writes no text; None for other adapters."""
     ours = adapter_folder(folder) / OURS
     described = read_json(ours) if ours.exists() else {}

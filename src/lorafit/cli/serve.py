@@ -64,7 +64,10 @@ def serve(
         }
         if given := [flag for flag, is_given in idle.items() if is_given]:
             raise SettingsError(f"{', '.join(given)}: does nothing for classifiers: leave it out")
-    require(base=base, settings={"task": "classification"} if labels else None)
+    if labels:
+        require(base=base, settings={"task": "classification"})
+    else:
+        require(base=base, adapters=named.values(), writes=True)
     hosts = hosts_of(host, allowed_host or [], keys is not None)
     if keys is not None:
         read(keys)
@@ -112,12 +115,16 @@ def serve(
 
 def _labels(adapters: Mapping[str, Path]) -> bool:
     """Whether the adapters are classifiers. Raises SettingsError where only some are."""
-    from lorafit.adapters.folder import classifies
+    from lorafit.adapters.folder import CLASSIFICATION, task_of_head
     from lorafit.errors import SettingsError
 
-    labels = [name for name, folder in adapters.items() if classifies(folder)]
-    if writes := [name for name in adapters if name not in labels] if labels else []:
-        raise SettingsError(
-            f"'{labels[0]}' is a classifier, and '{writes[0]}' writes text: start a server for each kind"
-        )
+    tasks = {name: task_of_head(folder) for name, folder in adapters.items()}
+    labels = [name for name, task in tasks.items() if task == CLASSIFICATION]
+    others = [name for name in tasks if name not in labels]
+    if labels and others:
+        other, task = others[0], tasks[others[0]]
+        what = "writes text: start a server for each kind"
+        if task is not None:
+            what = f"is for the task '{task}', which is not served: leave it out"
+        raise SettingsError(f"'{labels[0]}' is a classifier, and '{other}' {what}")
     return bool(labels)

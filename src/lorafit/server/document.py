@@ -142,7 +142,7 @@ class Cards(BaseModel):
 
 
 class ClassifierCard(Card):
-    """A classifier. labels: in the order of `probs`. max_model_len: most tokens of a text; 0: no limit."""
+    """A classifier. labels: in the order of `probs`. max_model_len: most tokens of a text."""
 
     labels: list[str]
 

@@ -68,8 +68,8 @@ class KeyFile:
 
     def __init__(self, path: Path | None):
         self._path = path
+        self._time = path.stat().st_mtime_ns if path else 0  # first, so that a change while it is read is seen later
         self.keys = read(path) if path else None
-        self._time = path.stat().st_mtime_ns if path else 0
 
     def look(self) -> None:
         """Read the file again if it has changed. Raises FormatError or OSError; the keys then stay as they were."""

@@ -63,7 +63,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         421: "The host name is not one of this server's.",
         507: "The disk is full.",
         429: "Too many requests or tokens; see retry-after.",
-        503: "Loading, draining or ended; see retry-after.",
+        503: "Loading, draining, ended or too busy; see retry-after.",
     }.items()
 }
 
