@@ -620,7 +620,7 @@ def test_what_comes_after_the_scores_ends_no_run(
     summary = run_training(None, None, unfinished, {}, resume=True, listener=hears)
     ((named, reason),) = summary["passed_over"].items()
     assert (named.startswith(name), reason) == (True, "RuntimeError: too many indices for tensor of dimension 4")
-    assert any(said.startswith(f"{named}: passed over, for it failed") for said in hears.said)
+    assert any(said.startswith(f"{named}: skipped because it failed") for said in hears.said)
     assert json.loads((unfinished / "summary.json").read_text(encoding="utf-8")) == json.loads(json.dumps(summary))
     assert read_adapter(unfinished / "adapter").plan.parameters == summary["parameters"]
 

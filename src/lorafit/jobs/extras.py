@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from lorafit.errors import Interrupted
 from lorafit.jobs.listener import Listener
+from lorafit.jobs.machine import return_freed_memory
 
 T = TypeVar("T")
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # full, over the quota, read-only, broken
@@ -24,7 +25,8 @@ class Extras:
 
     def get(self, name: str, work: Callable[[], T]) -> T | None:
         """The result of `work`; None if it fails. Interrupts are raised, and so are errors of the disk, which would
-        affect the rest of the run too."""
+        affect the rest of the run too. The memory that earlier stages freed is returned first."""
+        return_freed_memory()
         try:
             return work()
         except (SafetensorError, Interrupted):
@@ -34,5 +36,5 @@ class Extras:
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
             self.passed_over[name] = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-            self.listener.say(f"{name}: passed over, for it failed ({self.passed_over[name]}); the adapter is whole")
+            self.listener.say(f"{name}: skipped because it failed ({self.passed_over[name]}); the adapter is whole")
             return None

@@ -130,7 +130,6 @@ def ladder_of(
         The ladder down to the refused rung, the smallest adapter that may be shipped (None if that is the whole), and
         the moments by which it was cut.
     """
-    return_freed_memory()  # of the training, in blocks of other sizes
     moments = moments_of(runner, whole, train[:: max(1, len(train) // LOOKED_AT)][:LOOKED_AT])
     return_freed_memory()
     questions = held.questions
