@@ -473,6 +473,37 @@ def test_characters_are_counted_in_the_text_as_it_is_written(tmp_path: Path) -> 
     assert one.answer == "Ada: PER"
 
 
+@pytest.mark.parametrize("named", [(), ("text=review",), ("text=review", "entities=marks"), ("text={review}",)])
+def test_characters_are_counted_as_written_under_every_name(tmp_path: Path, named: tuple[str, ...]) -> None:
+    called = {given.partition("=")[0]: given.partition("=")[2].strip("{}") for given in named}
+    marks: dict[str, object] = {called.get("entities", "entities"): [{"start": 10, "end": 16, "label": "P"}]}
+    rows = [{called.get("text", "text"): text, **marks} for text in ("Line one\r\nBerlin x", "\ufeffLine one\nBerlin x")]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).encode("utf-8-sig"))
+    assert [e.answer for e in read_examples(file, named).train] == ["Berlin: P", "Berlin: P"]
+
+
+def test_a_text_without_entities_has_its_line_ends_cleaned_under_every_name(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"review": "a\r\nb", "label": "x"}])
+    assert read_examples(file, ("text=review",)).train[0].messages[0].content == "a\nb"
+
+
+def test_cells_whose_characters_moved_are_refused_by_line(tmp_path: Path) -> None:
+    """Spreadsheets end rows by two characters and lines within a cell by one, which moves nothing."""
+    marks = '"[[10, 16, ""P""]]"'
+    file = tmp_path / "rows.csv"
+    cells = ('"Line one\n\nBerlin x"', '"Line one\r\nBerlin x"', '"Line one\ufeff\nBerlin x"', '"0123456789Berlin"')
+    file.write_bytes("\r\n".join(["text,entities", *(f"{cell},{marks}" for cell in cells), ""]).encode("utf-8-sig"))
+    with pytest.raises(DataError) as caught:
+        read_examples(file)
+    assert [problem.where for problem in caught.value.problems] == [
+        f"{file}:row 3, line 5: entities",
+        f"{file}:row 4, line 7: entities",
+    ]
+    found = read_examples(file, skip_bad=True).train
+    assert [e.answer for e in found] == ["Berlin: P", "Berlin: P"]
+
+
 def test_files_with_a_token_a_line_are_read_in_every_scheme(tmp_path: Path) -> None:
     lines = "-DOCSTART- -X- O O\n\nAda NNP B-PER\nByron NNP I-PER\nleft VBD O\n\n\n# a comment\nParis NNP {}\n# # O\n"
     for name, tag in (("iob2.conll", "B-LOC"), ("iob1.conll", "I-LOC"), ("bilou.iob", "U-LOC"), ("iobes.iob", "S-LOC")):

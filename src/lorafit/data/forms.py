@@ -54,6 +54,7 @@ from lorafit.errors import Problem
 
 Row = Mapping[str, Any]
 LABELLED = "text and label"
+MARKED = "text and entities"
 CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[/?\w+\]|#+)?\s*")  # what a template writes after an answer
 MOST_AROUND = 300  # characters that a template writes around a question and its answer
 
@@ -144,6 +145,9 @@ def parsed(
         wrong("a check of an answer that is a call", "leave it out: a call is right where it equals this one", "check")
     if type(group) is int:
         group = str(group)
+    if record.shifted and form == MARKED and row["entities"]:
+        what = "line ends of another system, or a byte order mark, in the cells: its characters are counted otherwise here"
+        wrong(what, "write this row in a jsonl file, or count again in a file with line feeds alone", "entities")
     if group is not None and not isinstance(group, str):
         wrong(f"not text but {kind_of(group)}", "write a string, or leave it out", "group")
     extra = unread(row, form)
@@ -394,7 +398,7 @@ FORMS = {
     "text and labels": Form(
         frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], list)
     ),
-    "text and entities": Form(
+    MARKED: Form(
         frozenset({"text", "entities"}), _marked, target=_spans_of, fits=lambda row: isinstance(row["entities"], list)
     ),
     "anchor and positive": Form(frozenset({"anchor", "positive"}), _paired, target=lambda row: Pair()),

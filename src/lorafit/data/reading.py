@@ -60,6 +60,7 @@ def read_examples(
     renamed, templates = columns_named(columns)
     wanted = [name for name, field in renamed.items() if field != UNUSED]
     wanted += [name for template in templates.values() for name in template.columns]
+    fields = {column: field for field, template in templates.items() for column in template.columns} | renamed
     splits = {}
     problems: list[Problem] = []
     notes: list[str] = []
@@ -67,7 +68,7 @@ def read_examples(
     parts_of_splits, unread = find_files(BUILTIN_FOLDER if builtin else Path(path).expanduser())
     for split, parts in parts_of_splits.items():
         before, file = len(problems), parts[0].file
-        records = [record for part in parts for record in _records(part, problems)]
+        records = [record for part in parts for record in _records(part, problems, fields)]
         lost = [name for name in dict.fromkeys(wanted) if records and not any(name in r.fields for r in records)]
         if lost:
             names = sorted({name for record in records[:100] for name in record.fields})[:12]
@@ -118,8 +119,8 @@ def require_data(path: str | Path) -> None:
         raise DataError(problems)
 
 
-def _records(part: Part, problems: list[Problem]) -> list[Record]:
-    records = read_records(part.file, problems)
+def _records(part: Part, problems: list[Problem], columns: Mapping[str, str]) -> list[Record]:
+    records = read_records(part.file, problems, columns)
     return [replace(r, fields={**r.fields, **part.fields}) for r in records] if part.fields else records
 
 
