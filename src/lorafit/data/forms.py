@@ -369,7 +369,8 @@ def _span_of(one: Any, text: str) -> tuple[Span | None, str]:
         return None, f"an entity from {start} to {end} in a text of {len(text)} characters"
     if not text[start:end].strip():
         return None, f"an entity of nothing but blanks ({start} to {end})"
-    return Span(start, end, label.strip()), ""
+    held = text[start:end]  # blanks around it are no part of it
+    return Span(start + len(held) - len(held.lstrip()), end - len(held) + len(held.rstrip()), label.strip()), ""
 
 
 def _spans_of(row: Row) -> Spans:
