@@ -48,7 +48,7 @@ from lorafit.data.messages import (
     with_reasoning,
 )
 from lorafit.data.records import Record
-from lorafit.data.targets import Names, Number, Pair, Span, Spans, Target, is_finite, shown_spans
+from lorafit.data.targets import LARGEST, Names, Number, Pair, Span, Spans, Target, is_finite, shown_spans
 from lorafit.data.tools import CALL_FIELDS, TOOL_FIELDS, Wrong, known_calls, read_tools
 from lorafit.errors import Problem
 
@@ -146,7 +146,9 @@ def parsed(
     if type(group) is int:
         group = str(group)
     if record.shifted and form == MARKED and row["entities"]:
-        what = "line ends of another system, or a byte order mark, in the cells: its characters are counted otherwise here"
+        what = (
+            "line ends of another system, or a byte order mark, in its cells, so that characters are counted otherwise"
+        )
         wrong(what, "write this row in a jsonl file, or count again in a file with line feeds alone", "entities")
     if group is not None and not isinstance(group, str):
         wrong(f"not text but {kind_of(group)}", "write a string, or leave it out", "group")
@@ -310,6 +312,9 @@ def _scored(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     if not is_finite(value):
         wrong(f"not a number but {value!r}", "write a number, or remove the line", "score")
         return text, None
+    if abs(float(value)) >= LARGEST:
+        wrong(f"a number of {LARGEST:g} or more ({value})", "write it in a larger unit, or remove the line", "score")
+        return text, None
     return text, Message("assistant", _number_of(row).text)
 
 
@@ -320,7 +325,7 @@ def _number_of(row: Row) -> Number:
 def _named(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     """A text and its labels, which are an answer too."""
     text, given = read_message("user", row["text"], "text", wrong), row["labels"]
-    odd = next((one for one in given if not isinstance(one, (str, int)) or not str(one).strip()), None)
+    odd = next((one for one in given if not (isinstance(one, str) or type(one) is int) or not str(one).strip()), None)
     if odd is not None or None in given:
         wrong(f"a label that is no name but {odd!r}", 'write a list of names, ["billing", "late"]', "labels")
         return text, None

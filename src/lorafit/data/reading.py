@@ -186,6 +186,7 @@ def _without_unlabelled(
     splits: dict[str, tuple[Example, ...]], problems: list[Problem]
 ) -> dict[str, tuple[Example, ...]]:
     """Remove texts without a label, or number, if other texts have one, and report each of them as a problem."""
+    splits = _of_one_kind(splits, problems)
     everything = [example for split in splits.values() for example in split]
     labelled = [example for example in everything if example.label is not None]
     targets = [example.target for example in everything if example.target is not None]
@@ -197,6 +198,28 @@ def _without_unlabelled(
     problems += [Problem(f"{example.where}: {field}", what, fix) for example in everything if example.is_text]
     problems += _numbers_and_names(labelled)
     return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
+
+
+def _of_one_kind(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -> dict[str, tuple[Example, ...]]:
+    """Remove rows with another kind of target (a label, a number, labels, entities, a partner) than most rows have, and
+    report each of them as a problem: together they would be taken for answers to be written."""
+    counts = Counter(kind for split in splits.values() for example in split if (kind := _kind_of(example)))
+    if len(counts) < 2:
+        return splits
+    usual = counts.most_common(1)[0][0]
+    fix = f"write {usual} instead, move it to data of its own, or leave it out (--skip-bad)"
+    problems += [
+        Problem(f"{example.where}: {kind}", f"a row with {kind}, where most rows have {usual}", fix)
+        for split in splits.values()
+        for example in split
+        if (kind := _kind_of(example)) not in ("", usual)
+    ]
+    return {name: tuple(e for e in split if _kind_of(e) in ("", usual)) for name, split in splits.items()}
+
+
+def _kind_of(example: Example) -> str:
+    """The field with the label or the target of an example; "" for one that has neither."""
+    return "label" if example.label is not None else FIELD[type(example.target)] if example.target is not None else ""
 
 
 def _numbers_and_names(labelled: Sequence[Example]) -> list[Problem]:
