@@ -576,7 +576,7 @@ def test_tags_that_are_none_are_named_by_their_line(tmp_path: Path) -> None:
 
 
 def test_large_numbers_a_little_apart_are_standardized_before_they_are_rounded(folders: Folders) -> None:
-    """In fp32 these numbers lie 128 apart; half a unit in the last place of 1.7 is the error that is left."""
+    """In fp32 these numbers lie 128 apart; half a unit in the last place of 1.5 is the error that is left."""
     values = [1.7e9 + 10 * i for i in range(7)]
     base, reader = opened(folders("bert"), "regression"), head_of("regression").reader
     examples = [replace(examples_of("regression")[0], target=Number(value)) for value in values]
@@ -625,6 +625,38 @@ def test_a_column_of_numbers_before_the_tokens_is_refused(tmp_path: Path) -> Non
         read_examples(tmp_path / "a.conll")
     (tmp_path / "b.conll").write_text("1 O\n2 B-X\n\n1 CD B-X\n", encoding="utf-8")  # tokens that are numbers
     assert [e.answer for e in read_examples(tmp_path / "b.conll").train] == ["2: X", "1: X"]
+
+
+def test_two_whole_numbers_called_target_are_labels_or_numbers(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": f"a{i}", "target": i % 2} for i in range(4)])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: target is only 0 and 1 in all rows") as caught:
+        read_examples(file)
+    assert "--columns label=target" in str(caught.value) and "--columns score=target" in str(caught.value)
+    assert [e.label for e in read_examples(file, ("label=target",)).train] == ["0", "1", "0", "1"]
+    assert [e.target for e in read_examples(file, ("score=target",)).train][:2] == [Number(0.0), Number(1.0)]
+
+
+def test_a_target_beside_a_label_is_no_number_to_learn_and_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing reads 'target'"):
+        read(tmp_path, *({"text": f"a{i}", "label": "x", "target": i} for i in range(3)))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: target: not a number but nan"):
+        read(tmp_path, {"text": "a", "target": float("nan")}, {"text": "b", "target": 2}, {"text": "c", "target": 3})
+
+
+def test_a_text_where_a_list_belongs_is_told_once_how_to_write_it(tmp_path: Path) -> None:
+    for field, wrong, fix in (("labels", "billing, late", '["billing", "late"]'), ("entities", "Ada", '[{"start": 0')):
+        with pytest.raises(DataError) as caught:
+            read(tmp_path, {"text": "a", field: []}, {"text": "b", field: wrong})
+        (problem,) = caught.value.problems
+        assert problem.where.endswith(f"rows.jsonl:2: {field}") and f"not a list but {wrong!r}" in problem.what
+        assert fix in problem.fix and "--columns" not in problem.fix
+
+
+def test_a_label_with_a_comma_cannot_be_written(tmp_path: Path) -> None:
+    examples = read_examples(write_rows(tmp_path / "rows.jsonl", [{"text": "a", "labels": ["x, y"]}] * 2))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the label 'x, y' has a comma"):
+        HEADS["completion"].labels(examples)
+    assert HEADS["completion"].labels(Examples(())) == ()
 
 
 def test_spans_that_cannot_be_are_named_all_at_once(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ from lorafit.errors import Problem
 Row = Mapping[str, Any]
 LABELLED = "text and label"
 MARKED = "text and entities"
+ENTITY = '{"start": 0, "end": 6, "label": "PLACE"}'  # as a fix shows it
 CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[/?\w+\]|#+)?\s*")  # what a template writes after an answer
 MOST_AROUND = 300  # characters that a template writes around a question and its answer
 
@@ -127,6 +128,8 @@ def parsed(
     """
 
     def wrong(what: str, fix: str, field: str = "") -> None:
+        if field == "score" and field not in record.fields and "target" in record.fields:
+            field = "target"  # as the file calls it
         problems.append(Problem(f"{record.where}: {field}" if field else record.where, what, fix))
 
     before = len(problems)
@@ -325,6 +328,9 @@ def _number_of(row: Row) -> Number:
 def _named(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     """A text and its labels, which are an answer too."""
     text, given = read_message("user", row["text"], "text", wrong), row["labels"]
+    if isinstance(given, str):
+        wrong(f"not a list but {given[:40]!r}", 'write a list of names, ["billing", "late"]', "labels")
+        return text, None
     odd = next((one for one in given if not (isinstance(one, str) or type(one) is int) or not str(one).strip()), None)
     if odd is not None or None in given:
         wrong(f"a label that is no name but {odd!r}", 'write a list of names, ["billing", "late"]', "labels")
@@ -345,13 +351,16 @@ def _marked(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     text = read_message("user", row["text"], "text", wrong)
     if text is None:
         return text, None
+    if isinstance(row["entities"], str):
+        wrong(f"not a list but {row['entities'][:40]!r}", f"write a list, [{ENTITY}]", "entities")
+        return text, None
     before, spans = 0, []
     for i, one in enumerate(row["entities"]):
         span, what = _span_of(one, text.content)
         if span is not None:
             spans.append(span)
         else:
-            wrong(what, 'write {"start": 0, "end": 6, "label": "PLACE"}, in characters', f"entities[{i}]")
+            wrong(what, f"write {ENTITY}, in characters", f"entities[{i}]")
             before += 1
     spans.sort(key=lambda span: span.start)
     for a, b in pairwise(spans):
@@ -402,10 +411,13 @@ FORMS = {
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
     "text and number": Form(frozenset({"text", "score"}), _scored, target=_number_of),
     "text and labels": Form(
-        frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], list)
+        frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], (list, str))
     ),
     MARKED: Form(
-        frozenset({"text", "entities"}), _marked, target=_spans_of, fits=lambda row: isinstance(row["entities"], list)
+        frozenset({"text", "entities"}),
+        _marked,
+        target=_spans_of,
+        fits=lambda row: isinstance(row["entities"], (list, str)),
     ),
     "anchor and positive": Form(frozenset({"anchor", "positive"}), _paired, target=lambda row: Pair()),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),

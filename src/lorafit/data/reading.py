@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lorafit.data.advice import formless, unread_fields
 from lorafit.data.columns import columns_named, joined
@@ -21,7 +22,7 @@ from lorafit.data.folders import ALSO_CALLED, Part, find_files, is_text
 from lorafit.data.forms import NO_LIMIT, form_of, judges, parsed
 from lorafit.data.readers import read_records
 from lorafit.data.records import Record
-from lorafit.data.targets import FIELD, Names
+from lorafit.data.targets import FIELD, Names, number_in
 from lorafit.errors import DataError, Problem
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -62,6 +63,7 @@ def read_examples(
     wanted += [name for template in templates.values() for name in template.columns]
     fields = {column: field for field, template in templates.items() for column in template.columns} | renamed
     splits = {}
+    whole_targets: dict[str, Any] = {}
     problems: list[Problem] = []
     notes: list[str] = []
     builtin = str(path) == BUILTIN
@@ -79,8 +81,10 @@ def read_examples(
         columns_of_fields = {**renamed, **{name: name for name in templates}}
         splits[split] = _examples(str(file), rows, columns_of_fields, problems, passed_over)
         split_of_file = None if file == Path(path).expanduser() else split
+        whole_targets |= _targets_of(rows, columns_of_fields)
         notes += _check_split_column(str(file), split_of_file, rows, renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)
+    problems += _few_targets(whole_targets)
     splits = _with_numerals(_without_unlabelled(splits, problems))
     usable = bool(splits.get("train"))
     if problems and not (skip_bad and usable and not any(problem.whole for problem in problems)):
@@ -144,6 +148,25 @@ def _examples(
     if unknown := {name: record for name, record in unknown.items() if name not in passed_over}:
         problems.append(unread_fields(unknown, renamed))
     return tuple(examples)
+
+
+def _targets_of(records: Sequence[Record], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The numbers, by place, that are learnt only because a column is called `target`."""
+    if "target" in renamed or "score" in renamed.values():
+        return {}
+    taken = {"score", "label", "labels", "entities"}
+    rows = ((record, fields_of(record.fields, renamed)) for record in records if "target" in record.fields)
+    return {r.where: row["score"] for r, row in rows if "score" in row and not taken & r.fields.keys()}
+
+
+def _few_targets(targets: Mapping[str, Any]) -> list[Problem]:
+    """The problem of a column `target` with one or two whole numbers, which are more likely labels than amounts."""
+    values = {number_in(target) for target in targets.values()}
+    if len(targets) <= 2 or not 0 < len(values) <= 2 or not all(v is not None and v.is_integer() for v in values):
+        return []
+    held = " and ".join(sorted({str(target) for target in targets.values()}))
+    fix = "add --columns label=target if they are labels, or --columns score=target if they are numbers"
+    return [Problem(next(iter(targets)), f"target is only {held} in all rows: labels or numbers?", fix, whole=True)]
 
 
 def _check_split_column(

@@ -41,7 +41,8 @@ class ReadRow(Row):
 @dataclass(frozen=True, eq=False)
 class ReadBatch:
     """ids (B, T) int64, padded on the right; mask (B, T): 1 where a token is; at (B, T): the trained tokens; targets
-    (n, values) in fp32, in the order of rows and tokens, standardized where the classes have a scale; owner (n,): the row of each."""
+    (n, values) in fp32, in the order of rows and tokens, standardized where the classes have a scale; owner (n,): the
+    row of each."""
 
     ids: Tensor
     mask: Tensor
