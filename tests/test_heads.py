@@ -31,6 +31,7 @@ from lorafit.data.examples import Example, Examples, Message
 from lorafit.data.iob import spans_of, tags_of
 from lorafit.data.prepared import prepare
 from lorafit.data.reading import read_examples
+from lorafit.data.report import describe
 from lorafit.data.targets import Names, Number, Span, Spans, Target
 from lorafit.errors import AdapterError, DataError, FormatError, InputError, Interrupted, LorafitError, SettingsError
 from lorafit.evaluation.statistics import bootstrap, paired_bootstrap
@@ -657,6 +658,18 @@ def test_a_label_with_a_comma_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the label 'x, y' has a comma"):
         HEADS["completion"].labels(examples)
     assert HEADS["completion"].labels(Examples(())) == ()
+
+
+def test_the_same_words_marked_elsewhere_contradict_each_other(tmp_path: Path) -> None:
+    def count(second: list[object], text: str = "Ada Ada") -> int:
+        first: dict[str, object] = {"text": "Ada Ada", "entities": [[0, 3, "X"]]}
+        rows: list[dict[str, object]] = [first, {"text": text, "entities": second}]
+        examples = read_examples(write_rows(tmp_path / "rows.jsonl", rows))
+        return describe(examples).splits["train"].contradictions
+
+    assert count([[4, 7, "X"]]) == 1
+    assert count([[0, 3, "X"]]) == 0
+    assert count([[1, 4, "X"]], " Ada Ada") == 0
 
 
 def test_spans_that_cannot_be_are_named_all_at_once(tmp_path: Path) -> None:
