@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -127,5 +127,5 @@ def joined(
         made = {field: template.made_of(record, field, problems) for field, template in templates.items()}
         if None not in made.values():
             kept = {name: value for name, value in record.fields.items() if name not in used}
-            made_records.append(Record(record.where, {**kept, **made}))
+            made_records.append(replace(record, fields={**kept, **made}))
     return made_records

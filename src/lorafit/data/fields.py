@@ -137,7 +137,8 @@ def fields_of(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, A
     taken = {field for column, field in renamed.items() if column in row}
     kept = {name: value for name, value in row.items() if name in renamed or name not in taken}
     fields = {renamed.get(name, name): value for name, value in kept.items() if renamed.get(name) != UNUSED}
-    if "text" in fields and "score" not in fields and number_in(fields.get("target")) is not None:
+    taken = {"score", "label", "labels", "entities"} & fields.keys()
+    if "text" in fields and not taken and number_in(fields.get("target")) is not None:
         fields["score"] = fields.pop("target")
     fields |= {name: unpacked(fields[name]) for name in PACKED & fields.keys()}
     fields |= {name: turns for name in SPOKEN & fields.keys() if (turns := turns_in(fields[name]))}

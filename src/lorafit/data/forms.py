@@ -48,12 +48,14 @@ from lorafit.data.messages import (
     with_reasoning,
 )
 from lorafit.data.records import Record
-from lorafit.data.targets import Names, Number, Pair, Span, Spans, Target, is_finite, shown_spans
+from lorafit.data.targets import LARGEST, Names, Number, Pair, Span, Spans, Target, is_finite, shown_spans
 from lorafit.data.tools import CALL_FIELDS, TOOL_FIELDS, Wrong, known_calls, read_tools
 from lorafit.errors import Problem
 
 Row = Mapping[str, Any]
 LABELLED = "text and label"
+MARKED = "text and entities"
+ENTITY = '{"start": 0, "end": 6, "label": "PLACE"}'  # as a fix shows it
 CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[/?\w+\]|#+)?\s*")  # what a template writes after an answer
 MOST_AROUND = 300  # characters that a template writes around a question and its answer
 
@@ -126,6 +128,8 @@ def parsed(
     """
 
     def wrong(what: str, fix: str, field: str = "") -> None:
+        if field == "score" and field not in record.fields and "target" in record.fields:
+            field = "target"  # as the file calls it
         problems.append(Problem(f"{record.where}: {field}" if field else record.where, what, fix))
 
     before = len(problems)
@@ -144,6 +148,11 @@ def parsed(
         wrong("a check of an answer that is a call", "leave it out: a call is right where it equals this one", "check")
     if type(group) is int:
         group = str(group)
+    if record.shifted and form == MARKED and row["entities"]:
+        what = (
+            "line ends of another system, or a byte order mark, in its cells, so that characters are counted otherwise"
+        )
+        wrong(what, "write this row in a jsonl file, or count again in a file with line feeds alone", "entities")
     if group is not None and not isinstance(group, str):
         wrong(f"not text but {kind_of(group)}", "write a string, or leave it out", "group")
     extra = unread(row, form)
@@ -306,6 +315,9 @@ def _scored(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     if not is_finite(value):
         wrong(f"not a number but {value!r}", "write a number, or remove the line", "score")
         return text, None
+    if abs(float(value)) >= LARGEST:
+        wrong(f"a number of {LARGEST:g} or more ({value})", "write it in a larger unit, or remove the line", "score")
+        return text, None
     return text, Message("assistant", _number_of(row).text)
 
 
@@ -316,7 +328,10 @@ def _number_of(row: Row) -> Number:
 def _named(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     """A text and its labels, which are an answer too."""
     text, given = read_message("user", row["text"], "text", wrong), row["labels"]
-    odd = next((one for one in given if not isinstance(one, (str, int)) or not str(one).strip()), None)
+    if isinstance(given, str):
+        wrong(f"not a list but {given[:40]!r}", 'write a list of names, ["billing", "late"]', "labels")
+        return text, None
+    odd = next((one for one in given if not (isinstance(one, str) or type(one) is int) or not str(one).strip()), None)
     if odd is not None or None in given:
         wrong(f"a label that is no name but {odd!r}", 'write a list of names, ["billing", "late"]', "labels")
         return text, None
@@ -336,13 +351,16 @@ def _marked(row: Row, wrong: Wrong) -> Iterable[Message | None]:
     text = read_message("user", row["text"], "text", wrong)
     if text is None:
         return text, None
+    if isinstance(row["entities"], str):
+        wrong(f"not a list but {row['entities'][:40]!r}", f"write a list, [{ENTITY}]", "entities")
+        return text, None
     before, spans = 0, []
     for i, one in enumerate(row["entities"]):
         span, what = _span_of(one, text.content)
         if span is not None:
             spans.append(span)
         else:
-            wrong(what, 'write {"start": 0, "end": 6, "label": "PLACE"}, in characters', f"entities[{i}]")
+            wrong(what, f"write {ENTITY}, in characters", f"entities[{i}]")
             before += 1
     spans.sort(key=lambda span: span.start)
     for a, b in pairwise(spans):
@@ -365,7 +383,8 @@ def _span_of(one: Any, text: str) -> tuple[Span | None, str]:
         return None, f"an entity from {start} to {end} in a text of {len(text)} characters"
     if not text[start:end].strip():
         return None, f"an entity of nothing but blanks ({start} to {end})"
-    return Span(start, end, label.strip()), ""
+    held = text[start:end]  # blanks around it are no part of it
+    return Span(start + len(held) - len(held.lstrip()), end - len(held) + len(held.rstrip()), label.strip()), ""
 
 
 def _spans_of(row: Row) -> Spans:
@@ -392,10 +411,13 @@ FORMS = {
     LABELLED: Form(frozenset({"text", "label"}), _labelled),
     "text and number": Form(frozenset({"text", "score"}), _scored, target=_number_of),
     "text and labels": Form(
-        frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], list)
+        frozenset({"text", "labels"}), _named, target=_names_of, fits=lambda row: isinstance(row["labels"], (list, str))
     ),
-    "text and entities": Form(
-        frozenset({"text", "entities"}), _marked, target=_spans_of, fits=lambda row: isinstance(row["entities"], list)
+    MARKED: Form(
+        frozenset({"text", "entities"}),
+        _marked,
+        target=_spans_of,
+        fits=lambda row: isinstance(row["entities"], (list, str)),
     ),
     "anchor and positive": Form(frozenset({"anchor", "positive"}), _paired, target=lambda row: Pair()),
     "text": Form(frozenset({"text"}), _plain, frozenset({"check", "group"})),

@@ -23,19 +23,35 @@ def read_iob(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record
     if text is None:
         return
     tokens: list[tuple[int, str, str]] = []  # line, token, tag
+    widths: list[int] = []  # columns of each token
     for number, line in enumerate([*text.split("\n"), ""], 1):
-        columns = line.split()
+        columns = _columns(line)
         if columns and columns[0] != DOCUMENT and not _is_comment(columns):
+            widths.append(len(columns))
             tokens.append((number, columns[0], columns[-1] if len(columns) > 1 else ""))
         elif not columns and tokens:
+            if (
+                len(tokens) > 1
+                and min(widths) > 2
+                and [t for _, t, _ in tokens] == [*map(str, range(1, len(tokens) + 1))]
+            ):
+                what = "the first column holds the numbers of the tokens (1, 2, ...), where the tokens are expected"
+                fix = "remove it (cut -f2-), so that each line begins with its token; tags are read in the last column"
+                problems.append(Problem(f"{path}:{tokens[0][0]}", what, fix, whole=True))
+                return
             if record := _sentence(path, tokens, problems):
                 yield record
-            tokens = []
+            tokens, widths = [], []
+
+
+def _columns(line: str) -> list[str]:
+    """The columns of a line. Other blanks than spaces and tabs, such as U+00A0, belong to a token."""
+    return [column for column in re.split(r"[ \t]+", line) if column]
 
 
 def is_iob(text: str) -> bool:
     """Whether nearly all lines hold a token and a tag, and some begin an entity."""
-    lines = [line.split() for line in text.split("\n")[:FEW] if line.strip()]
+    lines = [columns for line in text.split("\n")[:FEW] if (columns := _columns(line))]
     tagged = [columns for columns in lines if len(columns) > 1 and TAG.fullmatch(columns[-1])]
     begins = any(columns[-1] != "O" for columns in tagged)
     return begins and len(tagged) >= 0.9 * len(lines)

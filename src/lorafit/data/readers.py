@@ -10,19 +10,19 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorafit.data.iob import is_iob, read_iob
 from lorafit.data.parquet import read_parquet
-from lorafit.data.records import LINE_END, Record, not_utf8, text_of_file
+from lorafit.data.records import BOM, LINE_END, Record, not_utf8, text_of_file
 from lorafit.data.tables import DELIMITERS, TAB, delimiter_of, table_reader
 from lorafit.errors import Problem
 from lorafit.files import did_you_mean
 
 PIECE = 2000  # characters of plain text in one example, rounded up to whole paragraphs
-BOM = "\ufeff"  # the byte order mark
+_MARKED_LINE = re.compile(rb"^\xef\xbb\xbf|(?<=[\r\n])\xef\xbb\xbf|(?<=\xef\xbb\xbf)\xef\xbb\xbf")
 ARCHIVES = (".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
 
 
@@ -31,12 +31,14 @@ def kinds() -> tuple[str, ...]:
     return tuple(READERS)
 
 
-def read_records(path: Path, problems: list[Problem]) -> list[Record]:
+def read_records(path: Path, problems: list[Problem], columns: Mapping[str, str] | None = None) -> list[Record]:
     """Read all records of a file.
 
     Args:
         path: the file; its ending decides how it is read. A file of JSON objects may have any ending.
         problems: receives everything that cannot be a record.
+        columns: the field of each column that has another name. A text whose entities are counted in characters is
+            kept as it is.
     """
     before = len(problems)
 
@@ -73,8 +75,11 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
         encoding = next((name for mark, name in WIDE.items() if raw.startswith(mark)), None)
         fix = "save it as UTF-8" if encoding else f"give one of {', '.join(READERS)}"
         return refuse(f"{encoding}, not UTF-8" if encoding else "a binary file", fix)
-    if ending != ".parquet":
-        raw = raw.replace(codecs.BOM_UTF8, b"")  # joined files have some in the middle
+    given = raw
+    if ending in TEXTS:
+        raw = raw.replace(codecs.BOM_UTF8, b"")
+    elif ending != ".parquet":
+        raw = _MARKED_LINE.sub(b"", raw)  # joined files have some in the middle; those within a text are counted
     begins = raw.lstrip()[:1]
     if ending not in READERS and begins != b"{":
         fix = f"copy it to {path.stem}.txt if it is plain text to be learnt whole, or give one of {', '.join(READERS)}"
@@ -87,9 +92,10 @@ def read_records(path: Path, problems: list[Problem]) -> list[Record]:
     if ending == ".txt" and (delimiter := delimiter_of(raw.decode(errors="replace"))):
         fix = f"rename it to {path.stem}.{'tsv' if delimiter == TAB else 'csv'}"
         return refuse("a table in a file that is called plain text", fix)
-    records = list(READERS.get(ending, _jsonl)(path, raw, problems))
+    is_table = ending in (".csv", ".tsv")  # whose reader tells which rows its marks are in
+    records = list(READERS.get(ending, _jsonl)(path, given if is_table else raw, problems))
     if ending not in TEXTS:  # values of JSON and parquet may hold other line ends and marks
-        records = [Record(record.where, _cleaned(record.fields)) for record in records]
+        records = [Record(record.where, _cleaned(record.fields, columns or {})) for record in records]
     if not records and len(problems) == before:
         return refuse("no examples in it", "write at least one")
     return records
@@ -106,11 +112,13 @@ def _is_json(raw: bytes) -> bool:
         return False
 
 
-def _cleaned(fields: dict[str, Any]) -> dict[str, Any]:
+def _cleaned(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a record with clean texts; a text whose entities are counted in characters is kept as it is."""
-    kept = {"text": fields["text"]} if "entities" in fields and "text" in fields else {}
-    cleaned: dict[str, Any] = _clean(fields)
-    return cleaned | kept
+    cleaned = {_clean(name): _clean(value) for name, value in fields.items()}
+    if not any(columns.get(name, name) == "entities" for name in cleaned):
+        return cleaned
+    given = {_clean(name): value for name, value in fields.items()}
+    return {n: given[n] if columns.get(n, n) == "text" else value for n, value in cleaned.items()}
 
 
 def _clean(value: Any) -> Any:

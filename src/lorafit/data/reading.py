@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lorafit.data.advice import formless, unread_fields
 from lorafit.data.columns import columns_named, joined
@@ -21,7 +22,7 @@ from lorafit.data.folders import ALSO_CALLED, Part, find_files, is_text
 from lorafit.data.forms import NO_LIMIT, form_of, judges, parsed
 from lorafit.data.readers import read_records
 from lorafit.data.records import Record
-from lorafit.data.targets import FIELD, Names
+from lorafit.data.targets import FIELD, Names, number_in
 from lorafit.errors import DataError, Problem
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -60,14 +61,16 @@ def read_examples(
     renamed, templates = columns_named(columns)
     wanted = [name for name, field in renamed.items() if field != UNUSED]
     wanted += [name for template in templates.values() for name in template.columns]
+    fields = {column: field for field, template in templates.items() for column in template.columns} | renamed
     splits = {}
+    whole_targets: dict[str, Any] = {}
     problems: list[Problem] = []
     notes: list[str] = []
     builtin = str(path) == BUILTIN
     parts_of_splits, unread = find_files(BUILTIN_FOLDER if builtin else Path(path).expanduser())
     for split, parts in parts_of_splits.items():
         before, file = len(problems), parts[0].file
-        records = [record for part in parts for record in _records(part, problems)]
+        records = [record for part in parts for record in _records(part, problems, fields)]
         lost = [name for name in dict.fromkeys(wanted) if records and not any(name in r.fields for r in records)]
         if lost:
             names = sorted({name for record in records[:100] for name in record.fields})[:12]
@@ -78,8 +81,10 @@ def read_examples(
         columns_of_fields = {**renamed, **{name: name for name in templates}}
         splits[split] = _examples(str(file), rows, columns_of_fields, problems, passed_over)
         split_of_file = None if file == Path(path).expanduser() else split
+        whole_targets |= _targets_of(rows, columns_of_fields)
         notes += _check_split_column(str(file), split_of_file, rows, renamed, problems)
         problems[before:] = sorted(problems[before:], key=_line)
+    problems += _few_targets(whole_targets)
     splits = _with_numerals(_without_unlabelled(splits, problems))
     usable = bool(splits.get("train"))
     if problems and not (skip_bad and usable and not any(problem.whole for problem in problems)):
@@ -118,8 +123,8 @@ def require_data(path: str | Path) -> None:
         raise DataError(problems)
 
 
-def _records(part: Part, problems: list[Problem]) -> list[Record]:
-    records = read_records(part.file, problems)
+def _records(part: Part, problems: list[Problem], columns: Mapping[str, str]) -> list[Record]:
+    records = read_records(part.file, problems, columns)
     return [replace(r, fields={**r.fields, **part.fields}) for r in records] if part.fields else records
 
 
@@ -143,6 +148,25 @@ def _examples(
     if unknown := {name: record for name, record in unknown.items() if name not in passed_over}:
         problems.append(unread_fields(unknown, renamed))
     return tuple(examples)
+
+
+def _targets_of(records: Sequence[Record], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The numbers, by place, that are learnt only because a column is called `target`."""
+    if "target" in renamed or "score" in renamed.values():
+        return {}
+    taken = {"score", "label", "labels", "entities"}
+    rows = ((record, fields_of(record.fields, renamed)) for record in records if "target" in record.fields)
+    return {r.where: row["score"] for r, row in rows if "score" in row and not taken & r.fields.keys()}
+
+
+def _few_targets(targets: Mapping[str, Any]) -> list[Problem]:
+    """The problem of a column `target` with one or two whole numbers, which are more likely labels than amounts."""
+    values = {number_in(target) for target in targets.values()}
+    if len(targets) <= 2 or not 0 < len(values) <= 2 or not all(v is not None and v.is_integer() for v in values):
+        return []
+    held = " and ".join(sorted({str(target) for target in targets.values()}))
+    fix = "add --columns label=target if they are labels, or --columns score=target if they are numbers"
+    return [Problem(next(iter(targets)), f"target is only {held} in all rows: labels or numbers?", fix, whole=True)]
 
 
 def _check_split_column(
@@ -185,6 +209,7 @@ def _without_unlabelled(
     splits: dict[str, tuple[Example, ...]], problems: list[Problem]
 ) -> dict[str, tuple[Example, ...]]:
     """Remove texts without a label, or number, if other texts have one, and report each of them as a problem."""
+    splits = _of_one_kind(splits, problems)
     everything = [example for split in splits.values() for example in split]
     labelled = [example for example in everything if example.label is not None]
     targets = [example.target for example in everything if example.target is not None]
@@ -196,6 +221,28 @@ def _without_unlabelled(
     problems += [Problem(f"{example.where}: {field}", what, fix) for example in everything if example.is_text]
     problems += _numbers_and_names(labelled)
     return {name: tuple(e for e in split if not e.is_text) for name, split in splits.items()}
+
+
+def _of_one_kind(splits: dict[str, tuple[Example, ...]], problems: list[Problem]) -> dict[str, tuple[Example, ...]]:
+    """Remove rows with another kind of target (a label, a number, labels, entities, a partner) than most rows have, and
+    report each of them as a problem: together they would be taken for answers to be written."""
+    counts = Counter(kind for split in splits.values() for example in split if (kind := _kind_of(example)))
+    if len(counts) < 2:
+        return splits
+    usual = counts.most_common(1)[0][0]
+    fix = f"write {usual} instead, move it to data of its own, or leave it out (--skip-bad)"
+    problems += [
+        Problem(f"{example.where}: {kind}", f"a row with {kind}, where most rows have {usual}", fix)
+        for split in splits.values()
+        for example in split
+        if (kind := _kind_of(example)) not in ("", usual)
+    ]
+    return {name: tuple(e for e in split if _kind_of(e) in ("", usual)) for name, split in splits.items()}
+
+
+def _kind_of(example: Example) -> str:
+    """The field with the label or the target of an example; "" for one that has neither."""
+    return "label" if example.label is not None else FIELD[type(example.target)] if example.target is not None else ""
 
 
 def _numbers_and_names(labelled: Sequence[Example]) -> list[Problem]:

@@ -10,14 +10,23 @@ from typing import Any
 from lorafit.errors import Problem
 
 LINE_END = re.compile(r"\r+\n|\r")  # of other systems
+BOM = "\ufeff"  # the byte order mark
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file. where: `file:line`, or `file:row N, line L` where cells above hold line breaks."""
+    """One row of a file.
+
+    Args:
+        where: `file:line`, or `file:row N, line L` where cells above hold line breaks.
+        fields: its columns.
+        shifted: whether its texts lost line ends of other systems, or byte order marks, so that their characters are
+            no longer those that were counted.
+    """
 
     where: str
     fields: dict[str, Any]
+    shifted: bool = False
 
 
 def text_of_file(path: Path, raw: bytes, problems: list[Problem]) -> str | None:

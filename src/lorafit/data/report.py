@@ -15,7 +15,7 @@ from itertools import pairwise
 from lorafit.data.examples import Example, Examples
 from lorafit.data.fields import BLANK
 from lorafit.data.split import Questions
-from lorafit.data.targets import CALLED
+from lorafit.data.targets import CALLED, Spans
 
 MANY = 10  # examples with the same answer, above which there is a remark
 CUT = 100  # characters: shorter answers are not taken for cut off
@@ -254,9 +254,9 @@ def _folded(label: str | None) -> str:
 
 
 def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
-    answers_to: dict[str, set[str]] = defaultdict(set)
+    answers_to: dict[str, set[tuple[object, ...]]] = defaultdict(set)
     for example in split:
-        answers_to[" ".join(example.question.lower().split())].add(" ".join(example.answer.lower().split()))
+        answers_to[" ".join(example.question.lower().split())].add(_given(example))
     answers = [m for example in split for m in example.messages if m.role == "assistant" and m.learnt]
     return SplitReport(
         examples=len(split),
@@ -269,6 +269,13 @@ def _describe(split: Sequence[Example], questions: Questions) -> SplitReport:
         declining=sum(example.check is not None and example.check.declines for example in split),
         labels=dict(Counter(example.label for example in split if example.label is not None).most_common()),
     )
+
+
+def _given(example: Example) -> tuple[object, ...]:
+    """The answer without case and spaces; of entities also their places, counted in characters that are not blank."""
+    text = example.asked
+    spans = example.target.spans if isinstance(example.target, Spans) else ()
+    return " ".join(example.answer.lower().split()), *(len("".join(text[: one.start].split())) for one in spans)
 
 
 def _words(example: Example) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.data.fields import is_harmless, is_heading, is_known
-from lorafit.data.records import Record, text_of_file
+from lorafit.data.records import BOM, Record, text_of_file
 from lorafit.errors import Problem
 
 TAB, DELIMITERS = "\t", ",;\t|"
+_LINE = re.compile(r"([^\r\n]*)(\r+\n|\r|\n|\Z)")
 LOOKED_AT, PEEK = 200, 1 << 20  # rows and characters that decide the dialect of a table
 
 
@@ -24,8 +25,10 @@ def table_reader(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iter
 
     def read(path: Path, raw: bytes, problems: list[Problem]) -> Iterator[Record]:
         text = text_of_file(path, raw, problems)
-        if not text or not text.strip():
+        if not text or not text.replace(BOM, "").strip():
             return
+        changed = _changed_lines(raw)
+        text = text.replace(BOM, "")
         above = len(text) - len(text.lstrip("\n"))
         text = text.lstrip("\n")
         head, _, below = text.partition("\n")
@@ -41,10 +44,11 @@ def table_reader(delimiters: str) -> Callable[[Path, bytes, list[Problem]], Iter
             problems.append(Problem(f"{path}:{above + 1}", "a table as Markdown has it", fix, whole=True))
             return
         faults: list[Problem] = []
-        records = list(_rows(path, text, above, dialect, faults))
+        records = list(_rows(path, text, above, dialect, faults, changed))
         if dialect.delimiter == TAB and (faults or _holds_breaks(records)):  # most tsv files quote nothing
             unquoted_faults: list[Problem] = []
-            unquoted = list(_rows(path, text, above, replace(dialect, quoting=csv.QUOTE_NONE), unquoted_faults))
+            plain = replace(dialect, quoting=csv.QUOTE_NONE)
+            unquoted = list(_rows(path, text, above, plain, unquoted_faults, changed))
             if not unquoted_faults or len(unquoted_faults) < len(faults):
                 records, faults = unquoted, unquoted_faults
         problems += faults
@@ -137,8 +141,29 @@ def delimiter_of(text: str) -> str:
     return dialect.delimiter if len(rows) > 1 and all(len(row) == len(header) for row in rows) else ""
 
 
-def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Problem]) -> Iterator[Record]:
-    """The records of a table. above: lines of the file before the header."""
+def _changed_lines(raw: bytes) -> bytes:
+    """What becomes of each line of a file: 1 where its end is one of another system and becomes a line feed, 2 where it
+    loses a byte order mark in its middle. Nothing for a file that stays as it is."""
+    text = raw.decode()
+    if "\r" not in text and BOM not in text[1:]:
+        return b""
+    lines = _LINE.findall(text)
+    return bytes((end not in ("\n", "")) + 2 * (BOM in line[1:]) for line, end in lines)
+
+
+def _rows(
+    path: Path, text: str, above: int, dialect: Dialect, problems: list[Problem], changed: bytes
+) -> Iterator[Record]:
+    """The records of a table.
+
+    Args:
+        path: of the file, for places.
+        text: from the header on.
+        above: lines of the file before the header.
+        dialect: of the table.
+        problems: receives every row that cannot be a record.
+        changed: as `_changed_lines` has it.
+    """
     rows = dialect.rows(text)
     started = row = above  # row: as in a spreadsheet, where a cell of several lines takes one row
     hashes = text.count("\n# ")
@@ -170,7 +195,9 @@ def _rows(path: Path, text: str, above: int, dialect: Dialect, problems: list[Pr
             if len(cells) == len(header) > 1 and cells[0].strip() == header[0] and [*map(str.strip, cells)] == header:
                 problems.append(Problem(where, "the header once more", "remove the line"))
             elif len(cells) == len(header):
-                yield Record(where, dict(zip(header, cells, strict=True)))
+                ends, marks = changed[begins : started - 1], changed[begins:started]  # its last line end is no cell's
+                shifted = any(1 & one for one in ends) or any(2 & one for one in marks)
+                yield Record(where, dict(zip(header, cells, strict=True)), shifted)
             else:
                 what = f"{len(cells)} cells under {len(header)} column{'s' * (len(header) != 1)}"
                 problems.append(Problem(where, what, _uneven(cells, header, dialect.delimiter)))

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST = 1e30  # the numbers that are learnt are smaller: their squares can be summed
 NOTHING = "(none)"  # how no label at all is written
 
 
@@ -84,6 +85,6 @@ def number_in(value: Any) -> float | None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value of a file holds a number to learn."""
+    """Whether a value of a file holds a finite number."""
     number = number_in(value)
     return number is not None and math.isfinite(number)

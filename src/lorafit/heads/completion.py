@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from lorafit.data.examples import Example, Examples, asks_once
 from lorafit.data.rows import Row
+from lorafit.data.targets import Names
+from lorafit.errors import DataError, Problem
 from lorafit.heads.head import PeftPlace, RowMaker, Setup, Splits, Terms, Test
 
 if TYPE_CHECKING:
@@ -49,6 +51,12 @@ class Completion:
         return ANSWERS
 
     def labels(self, examples: Examples) -> tuple[str, ...]:
+        """None. Raises DataError for labels that commas, which separate them in an answer, would cut."""
+        every = [example for split in examples.by_name().values() for example in split]
+        cut = [(e.where, n) for e in every if isinstance(e.target, Names) for n in e.target.names if "," in n]
+        if cut:
+            fix = "take the comma out, or use --task multilabel"
+            raise DataError([Problem(w, f"the label {n!r} has a comma, which separates labels", fix) for w, n in cut])
         return ()
 
     def renderer(

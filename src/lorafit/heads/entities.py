@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import regex
 
 from lorafit.bases.opening import Opening
 from lorafit.data.examples import Example, Examples
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from lorafit.heads.reading import Texts
 
 UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts without spaces between words
-# A character of such a script, the characters of another word, or a sign.
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+# A character of such a script, the characters of another word, or one sign, once or several times in a row (++, ...).
+# Marks, such as the accents of decomposed letters, belong to what they stand on.
+WORD = regex.compile(
+    rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[\w\p{{M}}\p{{N}}])+|([^\w\s\p{{M}}\p{{N}}])\1*\p{{M}}*"
+)
 
 ENTITIES = Terms(
     "tag",
@@ -77,8 +81,11 @@ class Tags:
             what = f"has label {', '.join(map(repr, unknown))}, which no training example has"
             return what, "correct it, or add examples of it to training"
         ids, words, first = aligned(texts, asked(example))
+        tags = tags_of(words, spans)
+        if (marked := spans_of(words, tags)) != spans:
+            return _unmarkable(asked(example), spans, marked)
         numbers = {label: i for i, label in enumerate(texts.classes.labels)}
-        values = tuple((float(numbers[tag]),) for tag in tags_of(words, spans))
+        values = tuple((float(numbers[tag]),) for tag in tags)
         return Read(ids, tuple(i in first for i in range(len(ids))), values)
 
     def loss(self, outputs: Tensor, values: Tensor, classes: Classes) -> Tensor:
@@ -151,6 +158,18 @@ def spans_in(target: Target | None) -> Predicted:
     """The entities of an example."""
     assert isinstance(target, Spans)
     return target.spans
+
+
+def _unmarkable(text: str, spans: Predicted, marked: Predicted) -> tuple[str, str]:
+    """What is wrong with entities that are no whole words, and what to do. marked: what their tags say instead."""
+
+    def named(some: Sequence[Span]) -> str:
+        return " and ".join(f"{text[one.start : one.end]!r} ({one.start} to {one.end}, {one.label})" for one in some)
+
+    wrong = [one for one in spans if one not in marked]
+    instead = [one for one in marked if one not in spans]
+    fix = f"mark {named(instead)} instead" if instead else "leave it out"
+    return f"entities that are not whole words to this base: {named(wrong)}", f"{fix}, or --skip-bad"
 
 
 def words_of(text: str) -> list[tuple[int, int]]:

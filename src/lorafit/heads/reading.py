@@ -41,7 +41,8 @@ class ReadRow(Row):
 @dataclass(frozen=True, eq=False)
 class ReadBatch:
     """ids (B, T) int64, padded on the right; mask (B, T): 1 where a token is; at (B, T): the trained tokens; targets
-    (n, values) in fp32, in the order of rows and tokens; owner (n,): the row of each."""
+    (n, values) in fp32, in the order of rows and tokens, standardized where the classes have a scale; owner (n,): the
+    row of each."""
 
     ids: Tensor
     mask: Tensor
@@ -88,7 +89,7 @@ class Reading:
             ids[i, : len(row.ids)] = torch.tensor(row.ids)
             mask[i, : len(row.ids)] = 1
             at[i, : len(row.ids)] = torch.tensor(row.trained)
-        targets = torch.tensor([value for row in rows for value in _values(row)], dtype=torch.float32)
+        targets = _targets(rows, self.classes)
         owner = torch.tensor([i for i, row in enumerate(rows) for _ in _values(row)], dtype=torch.int64)
         return ReadBatch(*(tensor.to(base.device) for tensor in (ids, mask, at, targets, owner)))
 
@@ -121,6 +122,16 @@ class Reading:
             whole = tuple((ids * (n // len(ids) + 1))[:n])
             made.append(ReadRow(whole, (*[False] * (n - trained), *[True] * trained), k, values=(value,) * trained))
         return made
+
+
+def _targets(rows: Sequence[Row], classes: Classes) -> Tensor:
+    """The values of rows, (n, values) in fp32 on the CPU. Numbers are standardized before they are rounded: in fp32 the
+    seconds since 1970 lie 128 apart."""
+    values = torch.tensor([value for row in rows for value in _values(row)], dtype=torch.float64)
+    if classes.scale is not None:
+        mean, spread = classes.scale
+        values = (values - mean) / spread
+    return values.float()
 
 
 def _values(row: Row) -> tuple[tuple[float, ...], ...]:
@@ -306,7 +317,7 @@ def compare_texts(test: Test, adapter: Adapter, against: Adapter | None = None) 
 
 
 def _loss(task: Reading, outputs: Tensor, row: Row) -> float:
-    return float(task.reader.loss(outputs, torch.tensor(_values(row)), task.classes).mean())
+    return float(task.reader.loss(outputs, _targets([row], task.classes), task.classes).mean())
 
 
 def _score(texts: Sequence[str], correct: Sequence[bool | None], groups: Sequence[str | None]) -> AnswerScore:

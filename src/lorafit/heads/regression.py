@@ -65,7 +65,8 @@ class Numbers:
         spread = pstdev(values)
         if not 0 < spread < math.inf:
             raise SettingsError(
-                "--skip-bad: leaves training examples that all have one number: raise --max-length, or correct the rows"
+                f"the {len(values)} training examples that are left have numbers that do not differ enough to be "
+                "learnt: add examples with other numbers, or raise --max-length where --skip-bad left long ones out"
             )
         return replace(classes, scale=(fmean(values), spread))
 
@@ -73,9 +74,8 @@ class Numbers:
         return texts.read_whole(example, (number_of(example.target),))
 
     def loss(self, outputs: Tensor, values: Tensor, classes: Classes) -> Tensor:
-        """Half the squared error of the number, in variances of the training numbers."""
-        mean, spread = scale_of(classes)
-        return ((outputs[:, 0] - (values[:, 0] - mean) / spread) ** 2) / 2
+        """Half the squared error of the standardized number."""
+        return ((outputs[:, 0] - values[:, 0]) ** 2) / 2
 
     def truth(self, target: Target) -> float:
         return number_of(target)

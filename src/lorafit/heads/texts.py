@@ -83,7 +83,8 @@ class Reader(Protocol):
         ...
 
     def loss(self, outputs: Tensor, values: Tensor, classes: Classes) -> Tensor:
-        """The loss of each output in fp32, (n,). outputs: (n, outputs) in fp32. values: (n, values)."""
+        """The loss of each output in fp32, (n,). outputs: (n, outputs) in fp32. values: (n, values), standardized
+        where the classes have a scale."""
         ...
 
     def truth(self, target: Target) -> Any:
