@@ -95,7 +95,7 @@ def main() -> None:
         told = "; ".join(f"{name}: {SETS[name]}" for name in asked.sets)
         text = (
             f"Validation NLL at the end, mean over {asked.seeds} seeds, {dtype}, rank {RANK}, alpha {ALPHA:g}; 10 and "
-            f"24 steps are of 8 rows at 1e-3, 450 steps of 4 rows at 1.3e-3. The other order sorts the rows of {WINDOW} "
+            f"24 steps of 8 rows at 1e-3, 450 steps of 4 rows at 1.3e-3. The other order sorts the rows of {WINDOW} "
             f"batches by length. {told}."
         )
         record("The order of rows", {**about, "machine": about["machine"]}, f"{text}\n\n{markdown(head, lines)}")
