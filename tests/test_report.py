@@ -445,7 +445,6 @@ def test_a_classifier_is_reported_in_its_own_words(classifier_run: Path, capsys:
     page, card = ((classifier_run / name).read_text("utf-8") for name in ("report.html", "adapter/README.md"))
     told = {"terminal": capsys.readouterr().out, "page": page, "card": card, "notebook": result._repr_html_()}
     for where, text in told.items():
-        text = text.replace("in nats per token (for a classifier, per text)", "")
         text = re.sub(r"<svg.*?</svg>|[│┃]", " ", text, flags=re.DOTALL)
         words = " ".join(re.sub(r"<[^>]*>", " ", text).split())
         for said in ("macro-F1", f"{found['classes']['macro_f1']:.3f}", f"{found['classes']['calibration_error']:.3f}"):
