@@ -23,7 +23,6 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.rendering import Classes
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
-from lorafit.data.batches import LENGTH_STEP
 from lorafit.data.examples import Example
 from lorafit.data.rows import Row
 from lorafit.data.split import groups_of
@@ -34,6 +33,7 @@ from lorafit.evaluation.measures import measure
 from lorafit.evaluation.scores import AnswerScore, Measures, Sample
 from lorafit.heads.head import RowMaker, Test
 from lorafit.tasks.task import PLAIN, ForwardMode
+from lorafit.tasks.texts import padded
 
 OTHERS = 7  # partners of other examples, among which a text has to find its own
 TEMPERATURE = 0.05  # of the similarities in the loss, as in SimCSE (arXiv 2104.08821)
@@ -139,19 +139,6 @@ def _row(texts: Sequence[Ids], example: int) -> PairRow:
 def _pair(row: Row) -> PairRow:
     assert isinstance(row, PairRow)
     return row
-
-
-def padded(base: Base, texts: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids (texts, T), padded on the right, and their mask."""
-    longest = max(map(len, texts))
-    width = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    width = width if base.context is None else max(longest, min(width, base.context))
-    ids = torch.full((len(texts), width), pad, dtype=torch.int64)
-    mask = torch.zeros((len(texts), width), dtype=torch.int64)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)] = torch.tensor(text)
-        mask[i, : len(text)] = 1
-    return ids, mask
 
 
 def vectors_of(base: Base, ids: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.rendering import Classes
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
-from lorafit.data.batches import LENGTH_STEP, by_tokens
+from lorafit.data.batches import by_tokens
 from lorafit.data.examples import Example, Message
 from lorafit.data.rows import Row
 from lorafit.data.split import groups_of
@@ -27,6 +27,7 @@ from lorafit.heads.head import RowMaker, Test
 from lorafit.heads.texts import Read, Reader, asked
 from lorafit.tasks.runner import Runner
 from lorafit.tasks.task import PLAIN, ForwardMode
+from lorafit.tasks.texts import head_outputs, padded
 
 AT_A_TIME = 2048  # the most tokens of one forward pass without gradient
 
@@ -79,15 +80,9 @@ class Reading:
         return PLAIN
 
     def batch(self, base: Base, rows: Sequence[Row], mode: ForwardMode) -> ReadBatch:
-        longest = max(len(row.ids) for row in rows)
-        width = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        width = width if base.context is None else max(longest, min(width, base.context))
-        ids = torch.full((len(rows), width), self.classes.pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        at = torch.zeros((len(rows), width), dtype=torch.bool)
+        ids, mask = padded(base, [row.ids for row in rows], self.classes.pad)
+        at = torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.tensor(row.ids)
-            mask[i, : len(row.ids)] = 1
             at[i, : len(row.ids)] = torch.tensor(row.trained)
         targets = _targets(rows, self.classes)
         owner = torch.tensor([i for i, row in enumerate(rows) for _ in _values(row)], dtype=torch.int64)
@@ -95,13 +90,7 @@ class Reading:
 
     def body(self, base: Base, batch: ReadBatch, mode: ForwardMode) -> Tensor:
         """What the head gives for each target, (n, outputs)."""
-        model: Any = base.model
-        config = model.config.get_text_config()
-        before, config.pad_token_id = config.pad_token_id, self.classes.pad  # a decoder finds the last token by it
-        try:
-            outputs: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
-        finally:
-            config.pad_token_id = before
+        outputs = head_outputs(base, batch.ids, batch.mask, self.classes.pad)
         return outputs[batch.at] if outputs.dim() == 3 else outputs
 
     def nll(self, base: Base, batch: ReadBatch, mode: ForwardMode) -> Tensor:

@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,12 @@ from lorafit.adapters.adapter import Adapter
 from lorafit.adapters.rendering import Classes
 from lorafit.attachment.adapters import attach
 from lorafit.bases.base import Base
-from lorafit.data.batches import LENGTH_STEP, by_tokens
+from lorafit.data.batches import by_tokens
 from lorafit.data.examples import Example, Examples
 from lorafit.data.render import Row
 from lorafit.errors import AdapterError, DataError, Problem
 from lorafit.tasks.task import PLAIN, ForwardMode
+from lorafit.tasks.texts import head_outputs, padded
 
 NAME = "classification"
 TOO_LONG = "shorten it, or --skip-bad"  # what to do about a row of a file
@@ -72,27 +72,13 @@ class Classification:
         return PLAIN
 
     def batch(self, base: Base, rows: Sequence[Row], mode: ForwardMode) -> LabelledBatch:
-        longest = max(len(row.ids) for row in rows)
-        width = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        width = width if base.context is None else max(longest, min(width, base.context))
-        ids = torch.full((len(rows), width), self.classes.pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.tensor(row.ids)
-            mask[i, : len(row.ids)] = 1
+        ids, mask = padded(base, [row.ids for row in rows], self.classes.pad)
         targets = torch.tensor([_label(row) for row in rows])
         return LabelledBatch(*(tensor.to(base.device) for tensor in (ids, mask, targets)))
 
     def body(self, base: Base, batch: LabelledBatch, mode: ForwardMode) -> Tensor:
         """Logits (B, labels)."""
-        model: Any = base.model
-        config = model.config.get_text_config()
-        before, config.pad_token_id = config.pad_token_id, self.classes.pad  # a decoder finds the last token by it
-        try:
-            logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
-        finally:
-            config.pad_token_id = before
-        return logits
+        return head_outputs(base, batch.ids, batch.mask, self.classes.pad)
 
     def nll(self, base: Base, batch: LabelledBatch, mode: ForwardMode) -> Tensor:
         """The cross-entropy of each row, times the weight of its label."""
